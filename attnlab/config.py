@@ -1,0 +1,315 @@
+"""Configs: from a Python file and dotted overrides to typed, checked, frozen dataclasses.
+
+A config file defines `get_config(arg: str) -> ml_collections.ConfigDict` (or any nested mapping). `load` reads it, lays the
+overrides of the command line over it and `build` turns the tree into dataclasses. Every mistake (an unknown key, a wrong
+type, an impossible value) is a `ConfigError` that names the key, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import json
+import pathlib
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from attnlab.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Override:
+    """A value typed on the command line: a string until the field that it is for says what it must be."""
+
+    text: str
+
+
+def node(build: Callable[[Any, str], Any], **kwargs: Any) -> Any:
+    """A dataclass field built by `build(tree, path)`: how a config holds a thing chosen by name."""
+    return dataclasses.field(metadata={"build": build}, **kwargs)
+
+
+def suggest(key: str, allowed: Sequence[str]) -> str:
+    """` (did you mean 'x'?)` for the nearest allowed key, or nothing."""
+    close = difflib.get_close_matches(key, list(allowed), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def require(condition: bool, key: str, value: Any, allowed: str) -> None:
+    """Raises a ConfigError that names key, value and what is allowed, unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"{key} = {value!r} is not possible; allowed: {allowed}")
+
+
+def require_choice(key: str, value: Any, choices: Sequence[str]) -> None:
+    """Raises a ConfigError unless `value` is one of `choices`."""
+    if value not in choices:
+        hint = suggest(str(value), choices)
+        raise ConfigError(f"{key} = {value!r} is unknown{hint}; allowed: {', '.join(choices)}")
+
+
+# --- trees to dataclasses -------------------------------------------------------------------------------------------------
+
+
+def build(cls: type[T], tree: Any, path: str = "") -> T:
+    """Builds dataclass `cls` from a nested mapping.
+
+    Args:
+      cls: a dataclass; a field made by `node` is built by its own function, the others by their annotation.
+      tree: a mapping from field names to values; an `Override` is parsed as the field's type.
+      path: dotted key of `tree` in the whole config, for messages.
+
+    Raises:
+      ConfigError: unknown key, missing key, wrong type; whatever the dataclass's own checks raise.
+    """
+    if not isinstance(tree, Mapping):
+        shown = tree.text if isinstance(tree, Override) else tree
+        raise ConfigError(f"{path or 'config'} = {shown!r} must be a group of keys: {', '.join(_names(cls))}")
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    for key, value in tree.items():
+        if key not in fields:
+            shown = value.text if isinstance(value, Override) else value
+            raise ConfigError(
+                f"unknown key {_join(path, key)!r} (value {shown!r}){suggest(key, list(fields))}\n"
+                f"allowed in {path or 'the config'}: {', '.join(fields)}"
+            )
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for name, field in fields.items():
+        where = _join(path, name)
+        if name in tree:
+            if "build" in field.metadata:
+                values[name] = field.metadata["build"](tree[name], where)
+            else:
+                values[name] = _typed(hints[name], tree[name], where)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{where} is missing; it has no default")
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        message = str(error)
+        raise ConfigError(message if not path or message.startswith(path) else f"in {path}: {message}") from None
+
+
+def split_name(tree: Any, path: str, choices: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """The name of a config node and its other keys; the name must be one of `choices`."""
+    if isinstance(tree, (str, Override)):
+        tree = {"name": tree}
+    if not isinstance(tree, Mapping) or "name" not in tree:
+        raise ConfigError(f"{path} = {tree!r} must name what to build; allowed: {path}.name = {', '.join(choices)}")
+    rest = dict(tree)
+    name = rest.pop("name")
+    name = name.text if isinstance(name, Override) else name
+    require_choice(f"{path}.name", name, choices)
+    return name, rest
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _names(cls: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls) if f.init]
+
+
+def _describe(kind: Any) -> str:
+    if kind is type(None):
+        return "none"
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(k) for k in typing.get_args(kind))
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    names = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+    return names.get(kind, str(kind))
+
+
+def _typed(kind: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return build(kind, value, path)
+    if isinstance(value, Override):
+        ok, result = _parse(kind, value.text)
+        shown: Any = value.text
+    else:
+        ok, result = _check(kind, value)
+        shown = value
+    if not ok:
+        raise ConfigError(f"{path} = {shown!r} has the wrong type; allowed: {_describe(kind)}")
+    return result
+
+
+def _parse(kind: Any, text: str) -> tuple[bool, Any]:
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        for option in sorted(typing.get_args(kind), key=lambda k: k is str):
+            ok, result = _parse(option, text)
+            if ok:
+                return True, result
+        return False, None
+    if kind is type(None):
+        return text.lower() in ("none", "null"), None
+    if kind is bool:
+        return text.lower() in ("true", "false"), text.lower() == "true"
+    if kind is str:
+        return True, text
+    if origin is typing.Literal:
+        return _check(kind, text)
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return False, None
+    return _check(kind, value)
+
+
+def _check(kind: Any, value: Any) -> tuple[bool, Any]:
+    origin = typing.get_origin(kind)
+    if kind is Any:
+        return True, value
+    if origin in (typing.Union, types.UnionType):
+        for option in typing.get_args(kind):
+            ok, result = _check(option, value)
+            if ok:
+                return True, result
+        return False, None
+    if origin is typing.Literal:
+        return value in typing.get_args(kind), value
+    if origin is tuple:
+        if not isinstance(value, (tuple, list)):
+            return False, None
+        inner = [_check(typing.get_args(kind)[0], v) for v in value]
+        return all(ok for ok, _ in inner), tuple(v for _, v in inner)
+    if kind is float:
+        good = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return good, float(value) if good else None
+    if kind is int:
+        # 1e6 is how people write a million steps.
+        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        good = whole and not isinstance(value, bool)
+        return good, int(value) if good else None
+    return isinstance(value, kind), value
+
+
+# --- dataclasses to trees -------------------------------------------------------------------------------------------------
+
+
+def to_dict(config: Any) -> Any:
+    """The plain nested dict (JSON-able) that `build` would make the same config from."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        name = getattr(type(config), "node_name", None)
+        fields = {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config) if f.init}
+        return {"name": name, **fields} if name else fields
+    if isinstance(config, Mapping):
+        return {k: to_dict(v) for k, v in config.items()}
+    if isinstance(config, (tuple, list)):
+        return [to_dict(v) for v in config]
+    return config
+
+
+def flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """`{'a': {'b': 1}}` as `{'a.b': 1}`."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, _join(path, key)))
+        else:
+            flat[_join(path, key)] = value
+    return flat
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Dotted keys whose values differ: `(key, old value, new value)`, '-' where a side has none."""
+    a, b = flatten(old), flatten(new)
+    return [(k, a.get(k, "-"), b.get(k, "-")) for k in sorted(a.keys() | b.keys()) if a.get(k, "-") != b.get(k, "-")]
+
+
+# --- files and overrides --------------------------------------------------------------------------------------------------
+
+
+def parse_arg(arg: str | None, **defaults: Any) -> types.SimpleNamespace:
+    """Parses the `key=value,key=value` that follows the path of a config file, e.g. `mixer=gated,size=nano`.
+
+    Args:
+      arg: the text after the colon; None or empty gives the defaults.
+      **defaults: the allowed keys; a value is parsed as the type of its default.
+
+    Raises:
+      ConfigError: an unknown key, or a value that is not of the default's type.
+    """
+    values = dict(defaults)
+    for item in filter(None, (arg or "").split(",")):
+        key, equals, text = item.partition("=")
+        if key not in defaults or not equals:
+            raise ConfigError(
+                f"unknown config argument {item!r}{suggest(key, list(defaults))}\n"
+                f"allowed: {', '.join(f'{k}={v}' for k, v in defaults.items())}"
+            )
+        values[key] = _typed(type(defaults[key]), Override(text), key)
+    return types.SimpleNamespace(**values)
+
+
+def read_file(spec: str) -> dict[str, Any]:
+    """Runs `get_config` of `PATH[:arg=value,...]` and returns its tree as plain dicts."""
+    path_text, _, arg = spec.partition(":")
+    path = pathlib.Path(path_text)
+    if not path.is_file():
+        raise ConfigError(f"--config: no file {path_text!r}; expected PATH[:arg=value,...], e.g. configs/lm.py:mixer=gated,size=nano")
+    if path.suffix == ".json":
+        try:
+            return _plain(json.loads(path.read_text())["config"])
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(f"--config: {path_text} is not a run's config.json") from None
+    module_spec = importlib.util.spec_from_file_location("attnlab_config_file", path)
+    if module_spec is None or module_spec.loader is None:
+        raise ConfigError(f"--config: {path_text} is not a Python file (.py)")
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except (SyntaxError, ImportError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config: {path_text} cannot be run: {error}") from None
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"--config: {path_text} defines no get_config(arg)")
+    return _plain(module.get_config(arg or None))
+
+
+def _plain(tree: Any) -> Any:
+    if hasattr(tree, "to_dict"):  # ml_collections.ConfigDict
+        tree = tree.to_dict()
+    if isinstance(tree, Mapping):
+        return {str(k): _plain(v) for k, v in tree.items()}
+    return tree
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Lays `any.field=value` texts over a tree; whether the key exists is for `build` to say.
+
+    Raises:
+      ConfigError: not of the form key=value, or a key below something that holds no keys.
+    """
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--config.{item}: expected --config.any.field=value")
+        *parents, last = key.split(".")
+        here = tree
+        for i, name in enumerate(parents):
+            child = here.setdefault(name, {})
+            if not isinstance(child, dict):
+                where = ".".join(parents[: i + 1])
+                raise ConfigError(f"unknown key {key!r} (value {text!r}): {where} is a single value, {child!r}")
+            here = child
+        if isinstance(here.get(last), dict) and "name" in here[last]:
+            here[last]["name"] = Override(text)  # `optimizer=lion` picks the thing and keeps its other keys
+        else:
+            here[last] = Override(text)
+    return tree
+
+
+def load(cls: type[T], spec: str, overrides: Sequence[str] = ()) -> T:
+    """Reads `PATH[:arg=value,...]`, applies overrides and builds `cls`."""
+    return build(cls, apply_overrides(read_file(spec), overrides))

@@ -1,0 +1,241 @@
+"""Loaders: which rows form which batch, and the grain pipeline that reads them ahead of time."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from attnlab.data.config import DataConfig
+from attnlab.data.packing import Arrays, PackedRows, require_rows, split_documents
+from attnlab.data.progress import ProgressFn
+from attnlab.data.records import open_records
+from attnlab.data.store import Store, open_flat
+from attnlab.data.tokenizers import Tokenizer
+from attnlab.errors import ConfigError, UserError
+
+_READ_THREADS = 2
+_BATCHES_AHEAD = 8
+# What must be the same for step s to mean the same batch, with the config's word for each.
+_IDENTITY = {"seed": "the seed", "batch": "data.batch", "length": "data.length", "heldout": "data.heldout",
+             "shuffle": "data.shuffle", "tokenizer": "the tokenizer (its fingerprint)",
+             "data": "the text of data.source (its digest)"}
+
+
+class Batches:
+    """The batches of one process by step: a pure function of the seed and the step, for grain to read.
+
+    The rows of epoch 0 in a permutation drawn from the seed, then of epoch 1 in another, and so on, form one stream;
+    batch s is its entries s B to (s + 1) B, of which process p of P has the p-th of P equal runs.
+    """
+
+    def __init__(self, rows: PackedRows, config: DataConfig, seed: int, process_index: int, process_count: int):
+        self._rows = rows
+        self._batch = config.batch
+        self._local = config.batch // process_count
+        self._offset = process_index * self._local
+        self._shuffle = config.shuffle
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return sys.maxsize // self._batch
+
+    def __getitem__(self, step: int) -> Arrays:
+        first = step * self._batch + self._offset
+        return self._rows.pack([self.row_index(i) for i in range(first, first + self._local)])
+
+    def row_index(self, entry: int) -> int:
+        """The row at an entry of the stream."""
+        from grain.experimental import index_shuffle
+
+        count = len(self._rows)
+        epoch, index = divmod(entry, count)
+        if not self._shuffle:
+            return index
+        seed = hashlib.blake2b(f"{self._seed}:{epoch}".encode(), digest_size=4).digest()
+        return index_shuffle(index, max_index=count - 1, seed=int.from_bytes(seed, "little"), rounds=4)
+
+
+class Loader(Iterator[Arrays]):
+    """Batches without end: dicts of int32 [B / process_count, T], see `packing.PackedRows`.
+
+    The batch at a step is that of `Batches`, whatever the number of workers. Not for several threads at once.
+    """
+
+    def __init__(self, batches: Batches, workers: int, identity: dict[str, Any], summary: dict[str, Any]):
+        self._batches = batches
+        self._workers = workers
+        self._identity = identity
+        self._summary = summary
+        self._step = 0
+        self._iterator: Any = None
+
+    def __next__(self) -> Arrays:
+        if self._iterator is None:
+            self._iterator = self._start(self._step)
+        batch = next(self._iterator)
+        self._step += 1
+        # Batches of worker processes lie in shared memory, which is to be freed now and not at exit.
+        return {name: np.array(array) for name, array in batch.items()} if self._workers else batch
+
+    def _start(self, step: int) -> Any:
+        import grain
+
+        batches = grain.MapDataset.source(self._batches)[step:].to_iter_dataset(
+            grain.ReadOptions(_READ_THREADS, _BATCHES_AHEAD))
+        if self._workers:
+            from absl import flags
+
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()  # grain reads absl flags, which only programs run by absl parse
+            batches = batches.mp_prefetch(grain.MultiprocessingOptions(
+                num_workers=self._workers, per_worker_buffer_size=_BATCHES_AHEAD))
+        return iter(batches)
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the loader stands, for JSON: `step`, batches given so far, and what step s depends on."""
+        return {"step": self._step, **self._identity}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to a state of `get_state`, of this or another process; the next batch is the one that came then.
+
+        Raises:
+          UserError: the state is of other data, tokenizer, seed or shape of batch; the message says which.
+        """
+        differing = [f"{word} was {state.get(key)!r} and is {self._identity[key]!r}"
+                     for key, word in _IDENTITY.items() if state.get(key) != self._identity[key]]
+        if differing:
+            raise UserError("the saved position in the data does not fit: " + "; ".join(differing) + ".\n"
+                            "Restore these, or start a new run.")
+        step = state.get("step")
+        if not isinstance(step, int) or step < 0:
+            raise UserError(f"the saved position in the data is damaged: step = {step!r}.")
+        self.close()
+        self._step = step
+
+    def summary(self) -> dict[str, Any]:
+        """Figures of the corpus, see `summarise`."""
+        return dict(self._summary)
+
+    def close(self) -> None:
+        """Stops threads and worker processes. The next `next` starts them again."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class HeldoutLoader:
+    """The held-out rows in order, in batches as a `Loader` gives; every iteration starts anew.
+
+    The last batch is filled up with rows of padding (segments 0), so that every process has as many batches.
+    """
+
+    def __init__(self, config: DataConfig, rows: PackedRows, summary: dict[str, Any], *, batches: int | None,
+                 process_index: int, process_count: int):
+        self._rows = rows
+        self._summary = summary
+        self._batch = config.batch
+        self._local = config.batch // process_count
+        self._first = process_index * self._local
+        full = -(-len(rows) // config.batch)
+        self._batches = full if batches is None else min(batches, full)
+
+    def __len__(self) -> int:
+        return self._batches
+
+    def __iter__(self) -> Iterator[Arrays]:
+        for batch in range(self._batches):
+            first = batch * self._batch + self._first
+            yield self._rows.pack(range(first, first + self._local))
+
+    def summary(self) -> dict[str, Any]:
+        """Figures of the corpus, see `summarise`."""
+        return dict(self._summary)
+
+
+def train_loader(config: DataConfig, tokenizer: Tokenizer, *, seed: int, process_index: int = 0,
+                 process_count: int = 1, progress: ProgressFn | None = None) -> Loader:
+    """The training batches of one process; tokenises the source first if that has not been done.
+
+    Args:
+      seed: draws the order of rows; any integer of at least 0.
+      process_index, process_count: this process gets rows [p B/P, (p + 1) B/P) of every global batch of B rows.
+      progress: called with bytes read and bytes in all while tokenising; None shows a bar on stderr.
+
+    Raises:
+      ConfigError: data.batch is no multiple of process_count.
+      UserError: the source cannot be read, or holds less than one batch.
+    """
+    if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or seed < 0:
+        raise ConfigError(f"seed = {seed!r} is not allowed: it must be an integer of at least 0.")
+    _check_processes(config, process_index, process_count)
+    store = open_store(config, tokenizer, progress)
+    train, heldout = split_documents(store.corpus, config)
+    rows = PackedRows(store, train, config.length, tokenizer.eod_id)
+    require_rows(rows, config, "train", len(store.corpus.lengths))
+    identity = {"seed": int(seed), "batch": config.batch, "length": config.length, "heldout": config.heldout,
+                "shuffle": config.shuffle, "tokenizer": tokenizer.fingerprint(), "data": store.corpus.digest}
+    batches = Batches(rows, config, int(seed), process_index, process_count)
+    return Loader(batches, config.workers, identity, summarise(store, config, tokenizer, train, heldout))
+
+
+def heldout_loader(config: DataConfig, tokenizer: Tokenizer, *, batches: int | None = None, process_index: int = 0,
+                   process_count: int = 1, progress: ProgressFn | None = None) -> HeldoutLoader:
+    """The held-out batches of one process, all or the first `batches`. Arguments and errors as `train_loader`."""
+    if batches is not None and (not isinstance(batches, int) or batches < 1):
+        raise ConfigError(f"batches = {batches!r} is not allowed: it must be an integer of at least 1, or None.")
+    _check_processes(config, process_index, process_count)
+    store = open_store(config, tokenizer, progress)
+    train, heldout = split_documents(store.corpus, config)
+    rows = PackedRows(store, heldout, config.length, tokenizer.eod_id)
+    require_rows(rows, config, "heldout", len(store.corpus.lengths))
+    return HeldoutLoader(config, rows, summarise(store, config, tokenizer, train, heldout), batches=batches,
+                         process_index=process_index, process_count=process_count)
+
+
+def open_store(config: DataConfig, tokenizer: Tokenizer, progress: ProgressFn | None = None) -> Store:
+    """The documents of a config as ids."""
+    if config.kind == "array_record":
+        return open_records(config, tokenizer)
+    return open_flat(config, tokenizer, progress)
+
+
+def summarise(store: Store, config: DataConfig, tokenizer: Tokenizer, train: np.ndarray,
+              heldout: np.ndarray) -> dict[str, Any]:
+    """Figures of a corpus and its split, for a run's metadata. Tokens are counted without end-of-document."""
+    corpus = store.corpus
+    figures: dict[str, Any] = {
+        "source": config.source, "tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size,
+        "files": corpus.files, "skipped": corpus.skipped, "empty": corpus.empty, "digest": corpus.digest}
+    for prefix, documents in (("", slice(None)), ("train_", train), ("heldout_", heldout)):
+        figures[f"{prefix}documents"] = len(corpus.lengths[documents])
+        figures[f"{prefix}tokens"] = int(corpus.lengths[documents].sum())
+        figures[f"{prefix}bytes"] = int(corpus.text_bytes[documents].sum())
+    figures["rows"] = -(-(figures["train_tokens"] + figures["train_documents"]) // config.length)
+    return figures
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """A summary in one line, for people."""
+    line = (f"data: {summary['source']}: {summary['files']:,} files, {summary['documents']:,} documents,"
+            f" {summary['bytes'] / 1e6:,.1f} MB, {summary['tokens']:,} tokens ({summary['tokenizer']});"
+            f" held out {summary['heldout_documents']:,} documents, {summary['heldout_tokens']:,} tokens")
+    return line + (f"; SKIPPED {summary['skipped']:,} bad records" if summary["skipped"] else "")
+
+
+def _check_processes(config: DataConfig, index: int, count: int) -> None:
+    if not 0 <= index < count:
+        raise ConfigError(f"process_index = {index} is not allowed: it must be from 0 to {count - 1}.")
+    if config.batch % count:
+        raise ConfigError(f"data.batch = {config.batch} is not allowed: it must be a multiple of the {count}"
+                          " processes.")
+

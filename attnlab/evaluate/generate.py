@@ -1,0 +1,156 @@
+"""Generation: prefill and decode through `extend`, in one jitted program."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnlab import config as config_lib
+from attnlab import mixers
+from attnlab.models.lm import LanguageModel
+
+_BUCKET = 32  # prompts are padded on the left to a multiple, so that few lengths are compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn.
+
+    Attributes:
+      tokens: new tokens per prompt, at most.
+      temperature: divides the logits; 0 takes the likeliest token.
+      top_k: only the k likeliest tokens; 0: all.
+      top_p: only the likeliest tokens that together have this probability; 1: all.
+      seed: each prompt of a batch draws from its own stream of it.
+      stop: token id that ends a sample, kept as its last; none: no token does.
+    """
+
+    tokens: int = 256
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: int | None = None
+
+    def __post_init__(self) -> None:
+        need = config_lib.require
+        need(self.tokens >= 1, "tokens", self.tokens, "1 or more")
+        need(self.temperature >= 0, "temperature", self.temperature, "0 or more")
+        need(self.top_k >= 0, "top_k", self.top_k, "0 (all) or more")
+        need(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, at most 1")
+        need(0 <= self.seed < 2**31, "seed", self.seed, "0 to 2^31 - 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """Samples and how long they took.
+
+    Attributes:
+      tokens: the new ids of each prompt.
+      compile_seconds, seconds: compilation, and prefill with decoding.
+    """
+
+    tokens: list[np.ndarray]
+    compile_seconds: float
+    seconds: float
+
+
+def generate(
+    merge: Callable[[Any], LanguageModel], params: Any, prompts: Sequence[np.ndarray], sampling: Sampling
+) -> Generated:
+    """Continues prompts of any lengths, as one batch.
+
+    Args:
+      merge: makes the model from its parameters.
+      params: parameters, a pytree of arrays.
+      prompts: ids of each prompt, one or more; a document starts with the end-of-document id.
+      sampling: how to draw.
+    """
+    if any(len(p) == 0 for p in prompts) or not prompts:
+        raise ValueError("every prompt needs at least one token")
+    length = -(-max(map(len, prompts)) // _BUCKET) * _BUCKET
+    tokens = np.zeros((len(prompts), length), np.int32)
+    segments = np.zeros_like(tokens)
+    for row, prompt in enumerate(prompts):
+        tokens[row, length - len(prompt) :] = prompt
+        segments[row, length - len(prompt) :] = 1
+
+    def run(params: Any, tokens: jax.Array, segments: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return decode(merge(params), tokens, segments, keys, sampling)
+
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(sampling.seed), i))(jnp.arange(len(prompts)))
+    started = time.perf_counter()
+    compiled = jax.jit(run).lower(params, tokens, segments, keys).compile()
+    compiled_at = time.perf_counter()
+    out, counts = jax.device_get(compiled(params, tokens, segments, keys))
+    seconds = time.perf_counter() - compiled_at
+    return Generated([row[:n] for row, n in zip(out, counts)], compiled_at - started, seconds)
+
+
+def decode(
+    model: LanguageModel, prompt_BT: jax.Array, segments_BT: jax.Array, keys_B: jax.Array, sampling: Sampling
+) -> tuple[jax.Array, jax.Array]:
+    """New tokens [B, sampling.tokens] and how many of each row count, for prompts padded on the left.
+
+    Args:
+      prompt_BT: ids.
+      segments_BT: 1 on the prompt, 0 on the padding before it.
+      keys_B: a random key per row.
+    """
+    batch, length = prompt_BT.shape
+    periods = model.transformer.unstacked()
+    lengths_B = jnp.sum(segments_BT, axis=1)
+    positions = jnp.maximum(jnp.arange(length)[None] - (length - lengths_B)[:, None], 0).astype(jnp.int32)
+    ones = jnp.ones((batch, 1), jnp.int32)
+
+    def pick(hidden_BD: jax.Array, i: jax.Array) -> jax.Array:
+        keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, i)
+        return sample(model.logits(hidden_BD), keys, sampling)
+
+    state = model.init_state(batch, length + sampling.tokens)
+    hidden, state = model.extend(periods, prompt_BT, mixers.Sequence(positions, segments_BT), state)
+    first = pick(hidden[:, -1], jnp.int32(0))
+    out = jnp.zeros((batch, sampling.tokens), jnp.int32).at[:, 0].set(first)
+
+    def more(carry: Any) -> jax.Array:
+        i, _, _, done, _, _ = carry
+        return (i < sampling.tokens) & ~jnp.all(done)
+
+    def step(carry: Any) -> Any:
+        i, out, last, done, counts, state = carry
+        seq = mixers.Sequence((lengths_B + i - 1)[:, None].astype(jnp.int32), ones)
+        hidden, state = model.extend(periods, last[:, None], seq, state)
+        token = pick(hidden[:, 0], i)
+        out = jax.lax.dynamic_update_slice_in_dim(out, token[:, None], i, axis=1)
+        return i + 1, out, token, done | stops(token), counts + ~done, state
+
+    def stops(token: jax.Array) -> jax.Array:
+        return jnp.zeros(token.shape, bool) if sampling.stop is None else token == sampling.stop
+
+    carry = (jnp.int32(1), out, first, stops(first), jnp.ones((batch,), jnp.int32), state)
+    _, out, _, _, counts, _ = jax.lax.while_loop(more, step, carry)
+    return out, counts
+
+
+def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Array:
+    """Draws a token per row from logits; top-k first, then top-p of what is left."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    logits = logits_BV / sampling.temperature
+    vocab = logits.shape[-1]
+    if 0 < sampling.top_k < vocab:
+        least = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
+        logits = jnp.where(logits >= least, logits, -jnp.inf)
+    if sampling.top_p < 1:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        p = jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(p, axis=-1) - p  # the likeliest token has 0 before it and always stays
+        least = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits >= least, logits, -jnp.inf)
+    return jax.vmap(jax.random.categorical)(keys_B, logits).astype(jnp.int32)

@@ -1,0 +1,35 @@
+"""Mixers: one file per mechanism. Every module of this package is imported, so that adding a file registers it."""
+
+import importlib
+import pkgutil
+
+from attnlab.mixers.base import (
+    Capabilities,
+    Cost,
+    Mixer,
+    MixerOutput,
+    Sequence,
+    build,
+    config_from_node,
+    get,
+    knob,
+    names,
+    register,
+)
+
+__all__ = [
+    "Capabilities",
+    "Cost",
+    "Mixer",
+    "MixerOutput",
+    "Sequence",
+    "build",
+    "config_from_node",
+    "get",
+    "knob",
+    "names",
+    "register",
+]
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

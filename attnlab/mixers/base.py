@@ -1,0 +1,213 @@
+"""The contract of a mixer: what goes in, what comes out, what it must declare.
+
+A mixer mixes information across positions. Adding one is one file in this package: a `Config`, a `Mixer` under
+`@register(name)`, its streaming state and its FLOPs; `tests/mixers/test_contract.py` then holds it to every law.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attnlab import config as config_lib
+from attnlab.errors import ConfigError, UnsupportedPattern
+
+State = Any  # a pytree of arrays
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sequence:
+    """Where the positions of a batch stand.
+
+    Attributes:
+      positions: [B, T] int32, position within its document, for position encodings.
+      segments: [B, T] int32 or None. Documents packed in one row carry different ids and are contiguous; 0 is padding.
+        None says that every row is one document without padding.
+      context: [B, S, D] or None, what cross-attention reads.
+    """
+
+    positions: jax.Array
+    segments: jax.Array | None = None
+    context: jax.Array | None = None
+
+    @classmethod
+    def whole(cls, batch: int, length: int) -> Sequence:
+        """One unpadded document per row, positions 0 to length - 1."""
+        return cls(jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length)))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MixerOutput:
+    """What a mixer returns.
+
+    Attributes:
+      y: [B, T, D].
+      state: the streaming state after these positions; None from `__call__`.
+      losses: named scalars that the trainer adds to the loss, already multiplied by their coefficients.
+      metrics: named scalars that the trainer logs, averaged over layers.
+    """
+
+    y: jax.Array
+    state: State = None
+    losses: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    metrics: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Capabilities:
+    """What a mixer supports; what it does not, it refuses with `UnsupportedPattern`."""
+
+    causal: bool = True
+    bidirectional: bool = False
+    cross: bool = False
+    packed: bool = True
+    streaming: bool = True
+    fixed_state: bool = False  # the state's size does not grow with the length
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one mixer layer costs.
+
+    Attributes:
+      parameters: number of scalars.
+      flops: forward FLOPs per token of the matrix products by part, a multiply-add counted as 2, masked-out pairs not
+        counted, averaged over a sequence of the given length. Backward is twice this.
+      state_bytes: bytes of `init_state` per sequence at the given length.
+      span: mean number of keys that a query sees, None where no part's cost depends on it.
+    """
+
+    parameters: int
+    flops: dict[str, float]
+    state_bytes: int
+    span: float | None = None
+
+    @property
+    def total_flops(self) -> float:
+        """Forward FLOPs per token, all parts."""
+        return sum(self.flops.values())
+
+
+def knob(default: Any, doc: str, *, other: tuple[Any, ...] = ()) -> Any:
+    """A documented field of a mixer's Config.
+
+    Args:
+      default: the field's default.
+      doc: what it does, with units; `attnlab list NAME` prints it.
+      other: values that differ from the default and must make a difference; the contract battery tries each of them.
+    """
+    return dataclasses.field(default=default, metadata={"doc": doc, "other": other})
+
+
+class Mixer(nnx.Module):
+    """Base class of all mixers; see the module's docstring.
+
+    Attributes:
+      Config: frozen dataclass of `knob` fields, checked at construction.
+      capabilities: what it supports.
+      name: the registered name.
+      paper: title, authors' year and identifier of the source.
+      extension: what here is ours and not in the paper; empty if nothing.
+    """
+
+    Config: ClassVar[type]
+    capabilities: ClassVar[Capabilities] = Capabilities()
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    extension: ClassVar[str] = ""
+
+    def __init__(self, config: Any, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+        raise NotImplementedError
+
+    def __call__(self, x: jax.Array, seq: Sequence) -> MixerOutput:
+        """Mixes whole sequences, `x` [B, T, D]: the training form."""
+        raise NotImplementedError
+
+    def init_state(self, batch: int, max_length: int, dtype: Any = jnp.float32) -> State:
+        """The state before the first position, with room for `max_length` positions where it grows."""
+        raise UnsupportedPattern(f"mixer {self.name!r} does not stream")
+
+    def extend(self, x: jax.Array, seq: Sequence, state: State) -> MixerOutput:
+        """Mixes the next T >= 1 positions, `x` [B, T, D], given the state of those before."""
+        raise UnsupportedPattern(f"mixer {self.name!r} does not stream")
+
+    @classmethod
+    def flops(cls, config: Any, width: int, length: int) -> tuple[dict[str, float], float | None]:
+        """`Cost.flops` and `Cost.span`."""
+        raise NotImplementedError
+
+    @classmethod
+    def cost(cls, config: Any, width: int, length: int, dtype: Any = jnp.float32) -> Cost:
+        """Costs of one layer on sequences of `length` positions; parameters and state are counted on the real thing."""
+        module = nnx.eval_shape(lambda: cls(config, width=width, rngs=nnx.Rngs(0), dtype=dtype))
+        parameters = sum(math.prod(p.shape) for p in jax.tree.leaves(nnx.state(module, nnx.Param)))
+        state_bytes = 0
+        if cls.capabilities.streaming and config.causal:
+            state = jax.eval_shape(lambda: module.init_state(1, length, dtype))
+            state_bytes = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(state))
+        flops, span = cls.flops(config, width, length)
+        return Cost(parameters, flops, state_bytes, span)
+
+    def require(self, seq: Sequence, *, causal: bool) -> None:
+        """Raises UnsupportedPattern for what `capabilities` rules out."""
+        can = self.capabilities
+        for asked, able, what in (
+            (causal, can.causal, "causal mixing"),
+            (not causal, can.bidirectional, "bidirectional mixing (causal=False)"),
+            (seq.context is not None, can.cross, "cross-attention (Sequence.context)"),
+            (seq.segments is not None, can.packed, "packed documents or padding (Sequence.segments)"),
+        ):
+            if asked and not able:
+                raise UnsupportedPattern(f"mixer {self.name!r} does not support {what}")
+
+
+_REGISTRY: dict[str, type[Mixer]] = {}
+
+
+def register(name: str):
+    """Class decorator: makes a Mixer known by `name` to configs, the command line and the contract battery."""
+
+    def add(cls: type[Mixer]) -> type[Mixer]:
+        if name in _REGISTRY and _REGISTRY[name].__module__ != cls.__module__:
+            raise ValueError(f"two mixers are called {name!r}")
+        cls.name = name
+        cls.Config.node_name = name
+        _REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+def names() -> list[str]:
+    """Names of all registered mixers, in order."""
+    return sorted(_REGISTRY)
+
+
+def get(name: str) -> type[Mixer]:
+    """The Mixer class of a name; ConfigError if there is none."""
+    if name not in _REGISTRY:
+        raise ConfigError(
+            f"mixer {name!r} is unknown{config_lib.suggest(name, names())}; allowed: {', '.join(names())}"
+        )
+    return _REGISTRY[name]
+
+
+def config_from_node(node: Any, path: str = "mixer") -> Any:
+    """The typed Config of a node `{"name": ..., **fields}`; a Config passes through."""
+    if dataclasses.is_dataclass(node):
+        return node
+    name, rest = config_lib.split_name(node, path, names())
+    return config_lib.build(get(name).Config, rest, path)
+
+
+def build(node: Any, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> Mixer:
+    """Builds a mixer of model width `width` from a config node or a Config; activations are computed in `dtype`."""
+    config = config_from_node(node)
+    return get(config.node_name)(config, width=width, rngs=rngs, dtype=dtype)

@@ -1,0 +1,168 @@
+"""Gated softmax attention: `Y' = Y * act(x W)` at one of five places of the layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attnlab import config as config_lib
+from attnlab.mixers.base import knob, register
+from attnlab.mixers.parts import Linear, param_dtype
+from attnlab.mixers.softmax import Softmax, SoftmaxConfig
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "sigmoid": jax.nn.sigmoid,
+    "silu": jax.nn.silu,
+    "ns_sigmoid": lambda z: 0.5 + 0.5 * jax.nn.sigmoid(z),  # cannot close: keeps the non-linearity, forbids zeros
+    "identity": lambda z: z,
+}
+POSITIONS = {
+    "G1": "the heads' outputs, before the output projection",
+    "G2": "values",
+    "G3": "keys, before QK-norm and RoPE",
+    "G4": "queries, before QK-norm and RoPE",
+    "G5": "the layer's output, after the output projection",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedConfig(SoftmaxConfig):
+    """Knobs of gated attention: those of softmax attention, and the gate's."""
+
+    position: str = knob("G1", f"what is gated: {'; '.join(f'{k} {v}' for k, v in POSITIONS.items())}",
+                         other=("G2", "G3", "G4", "G5"))  # fmt: skip
+    granularity: str = knob("elementwise", "elementwise: a score per channel; headwise: one per head", other=("headwise",))
+    sharing: str = knob("specific", "specific: scores of each head; shared: their mean over heads", other=("shared",))
+    operation: str = knob("multiplicative", "multiplicative: Y * score; additive: Y + score", other=("additive",))
+    activation: str = knob("sigmoid", f"{', '.join(ACTIVATIONS)}", other=("silu", "ns_sigmoid", "identity"))
+    input_dependent: bool = knob(True, "true: score act(x W); false: act(theta), theta learned, zero at first",
+                                 other=(False,))  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choice, need = config_lib.require_choice, config_lib.require
+        choice("position", self.position, list(POSITIONS))
+        choice("granularity", self.granularity, ["elementwise", "headwise"])
+        choice("sharing", self.sharing, ["specific", "shared"])
+        choice("operation", self.operation, ["multiplicative", "additive"])
+        choice("activation", self.activation, list(ACTIVATIONS))
+        if self.position == "G5":
+            need(self.granularity == "elementwise", "granularity", self.granularity, "elementwise at G5: it has no heads")
+            need(self.sharing == "specific", "sharing", self.sharing, "specific at G5: it has no heads")
+        if self.position in ("G3", "G4") and self.qk_norm and self.operation == "multiplicative":
+            need(
+                self.granularity == "elementwise",
+                "granularity",
+                self.granularity,
+                f"elementwise at {self.position} with qk_norm, which cancels a scale per head",
+            )
+
+
+class Gate(nnx.Module):
+    """Scores for `groups` heads of width `width_per_group`: [..., groups, width_per_group or 1], in fp32."""
+
+    def __init__(
+        self, config: GatedConfig, width: int, groups: int, head_dim: int, axis: str, *, rngs: nnx.Rngs, dtype: Any
+    ):
+        self.config, self.groups = config, groups
+        self.columns = head_dim if config.granularity == "elementwise" else 1
+        if config.input_dependent:
+            self.linear = Linear(width, groups * self.columns, ("embed", axis), rngs=rngs, dtype=dtype)
+        else:
+            self.theta = nnx.Param(jnp.zeros((groups * self.columns,), param_dtype(dtype)), axes=(axis,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        logits = self.linear(x) if self.config.input_dependent else self.theta[...]
+        logits = logits.astype(param_dtype(logits.dtype)).reshape(*logits.shape[:-1], self.groups, self.columns)
+        scores = ACTIVATIONS[self.config.activation](logits)
+        if self.config.sharing == "shared":
+            scores = jnp.mean(scores, axis=-2, keepdims=True)
+        return scores
+
+    def apply(self, y: jax.Array, x: jax.Array) -> jax.Array:
+        """y [..., groups, head_dim], gated by x [..., D]."""
+        scores = self(x)
+        wide = y.astype(scores.dtype)
+        return (wide * scores if self.config.operation == "multiplicative" else wide + scores).astype(y.dtype)
+
+
+@register("gated")
+class Gated(Softmax):
+    """Softmax attention with a learned gate; the default (G1, elementwise, sigmoid) is the paper's recommendation.
+
+    Head-shared scores are the mean over heads of the activated scores, so that the parameters stay as many.
+    """
+
+    Config = GatedConfig
+    paper = "Qiu et al. 2025, Gated Attention for Large Language Models, NeurIPS 2025, sections 2.2 and 3"
+
+    def __init__(self, config: GatedConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+        super().__init__(config, width=width, rngs=rngs, dtype=dtype)
+        groups, head_dim, axis = _gate_shape(config, width)
+        self.gate = Gate(config, width, groups, head_dim, axis, rngs=rngs, dtype=dtype)
+
+    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        q, k, v = super().project(x)
+        position = self.config.position
+        if position == "G2":
+            v = self.gate.apply(v, x)
+        elif position == "G3":
+            k = self.gate.apply(k, x)
+        elif position == "G4":
+            q = self.gate.apply(q, x)
+        return q, k, v
+
+    def combine(self, o_BTHd: jax.Array, x: jax.Array) -> jax.Array:
+        if self.config.position == "G1":
+            o_BTHd = self.gate.apply(o_BTHd, x)
+        y = super().combine(o_BTHd, x)
+        return self.gate.apply(y[..., None, :], x)[..., 0, :] if self.config.position == "G5" else y
+
+    @classmethod
+    def flops(cls, config: GatedConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:
+        flops, span = super().flops(config, width, length)
+        if config.input_dependent:
+            groups, head_dim, _ = _gate_shape(config, width)
+            flops["gate"] = 2.0 * width * groups * (head_dim if config.granularity == "elementwise" else 1)
+        return flops, span
+
+
+def _gate_shape(config: GatedConfig, width: int) -> tuple[int, int, str]:
+    """Groups, their width and their logical axis at the gated position."""
+    d = config.head_dim(width)
+    if config.position == "G5":
+        return 1, width, "embed_out"
+    if config.position in ("G2", "G3"):
+        return config.kv_heads or config.heads, d, "kv_heads"
+    return config.heads, d, "heads"
+
+
+def fuse_query_gate(q_kernel: jax.Array, gate_kernel: jax.Array, heads: int, kv_heads: int) -> jax.Array:
+    """One kernel for queries and G1 gates, in the layout of Qwen3's `q_proj`.
+
+    Args:
+      q_kernel: [D, H * d].
+      gate_kernel: [D, H * d] (elementwise) or [D, H] (headwise).
+      heads, kv_heads: H and K.
+
+    Returns:
+      [D, K * (G * d + G * d or G)], G = H / K: for each key/value head its group's queries, then its gates, so that a
+      split over key/value heads keeps the gates with their heads.
+    """
+    width = q_kernel.shape[0]
+    parts = [kernel.reshape(width, kv_heads, -1) for kernel in (q_kernel, gate_kernel)]
+    if q_kernel.shape[1] % heads or gate_kernel.shape[1] % heads or heads % kv_heads:
+        raise ValueError(f"kernels {q_kernel.shape}, {gate_kernel.shape} do not hold {heads} heads in {kv_heads} groups")
+    return jnp.concatenate(parts, axis=2).reshape(width, -1)
+
+
+def split_query_gate(fused: jax.Array, heads: int, kv_heads: int, head_dim: int) -> tuple[jax.Array, jax.Array]:
+    """The inverse of `fuse_query_gate`: q_kernel, gate_kernel."""
+    width, queries = fused.shape[0], heads // kv_heads * head_dim
+    grouped = fused.reshape(width, kv_heads, -1)
+    return grouped[..., :queries].reshape(width, -1), grouped[..., queries:].reshape(width, -1)

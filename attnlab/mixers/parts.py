@@ -1,0 +1,49 @@
+"""Parameterised pieces that mixers and models share. Parameters carry the logical axes that sharding rules map to a mesh."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attnlab.ops.norm import rms_norm
+
+
+class Linear(nnx.Module):
+    """`x @ kernel`, without bias; the kernel [in, out] is fp32, normal with standard deviation gain / sqrt(in).
+
+    Args:
+      fan_in, fan_out: widths.
+      axes: logical axes of the kernel, e.g. ("embed", "heads").
+      gain: scale of the initial weights.
+      dtype: of the product.
+    """
+
+    def __init__(
+        self, fan_in: int, fan_out: int, axes: tuple[str, str], *, rngs: nnx.Rngs, dtype: Any, gain: float = 1.0
+    ):
+        init = jax.nn.initializers.normal(gain / math.sqrt(fan_in))
+        self.kernel = nnx.Param(init(rngs.params(), (fan_in, fan_out), param_dtype(dtype)), axes=axes)
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """`attnlab.ops.norm.rms_norm` with a learned scale [width], initially one."""
+
+    def __init__(self, width: int, axes: tuple[str], *, dtype: Any, epsilon: float = 1e-6):
+        self.scale = nnx.Param(jnp.ones((width,), param_dtype(dtype)), axes=axes)
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return rms_norm(x, self.scale[...], self.epsilon)
+
+
+def param_dtype(dtype: Any) -> Any:
+    """Parameters are fp32 whatever the compute type, except that float64 models are float64 throughout."""
+    return jnp.promote_types(dtype, jnp.float32)

@@ -1,0 +1,221 @@
+"""Softmax attention: multi-head, grouped-query, multi-query, with a window, sinks, a soft-cap and QK-norm as knobs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attnlab import config as config_lib
+from attnlab.errors import ConfigError, UnsupportedPattern
+from attnlab.mixers.base import Capabilities, Mixer, MixerOutput, Sequence, knob, register
+from attnlab.mixers.parts import Linear, RMSNorm, param_dtype
+from attnlab.ops.attention import IMPLEMENTATIONS, attention
+from attnlab.ops.masks import Mask, mask_for_extension, mask_from_segments
+from attnlab.ops.rope import rope
+
+_IMPLS = ("auto", *IMPLEMENTATIONS)
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftmaxConfig:
+    """Knobs of softmax attention."""
+
+    heads: int = knob(4, "query heads H", other=(2,))
+    kv_heads: int | None = knob(None, "key/value heads K, a divisor of heads; none: K = H; 1: multi-query", other=(1, 2))
+    head_width: int | None = knob(None, "head width d, even; none: width / heads", other=(6,))
+    causal: bool = knob(True, "whether a position sees only itself and those before", other=(False,))
+    window: int | None = knob(None, "keys that a query sees, itself included; none: all before it", other=(3,))
+    sinks: bool = knob(False, "a learned logit per head that takes weight and gives nothing", other=(True,))
+    soft_cap: float | None = knob(None, "c in c * tanh(logits / c); none: no cap", other=(2.0,))
+    qk_norm: bool = knob(False, "RMSNorm over each head of queries and keys, before RoPE", other=(True,))
+    rope_base: float | None = knob(10_000.0, "base of the rotary embedding; none: no positions", other=(100.0, None))
+    impl: str = knob("auto", f"implementation of the op: {', '.join(_IMPLS)}", other=("definition",))
+
+    def __post_init__(self) -> None:
+        need = config_lib.require
+        need(self.heads >= 1, "heads", self.heads, "1 or more")
+        kv_heads = self.heads if self.kv_heads is None else self.kv_heads
+        need(
+            kv_heads >= 1 and self.heads % kv_heads == 0,
+            "kv_heads",
+            kv_heads,
+            f"divisors of heads ({self.heads})",
+        )
+        if self.head_width is not None:
+            need(self.head_width >= 2 and self.head_width % 2 == 0, "head_width", self.head_width, "even, 2 or more")
+        if self.window is not None:
+            need(self.window >= 1, "window", self.window, "1 or more, or none")
+            need(self.causal, "causal", self.causal, "true where window is set")
+        if self.soft_cap is not None:
+            need(self.soft_cap > 0, "soft_cap", self.soft_cap, "above 0, or none")
+        if self.rope_base is not None:
+            need(self.rope_base > 1, "rope_base", self.rope_base, "above 1, or none")
+        config_lib.require_choice("impl", self.impl, _IMPLS)
+
+    def head_dim(self, width: int) -> int:
+        """Head width d in a model of the given width; ConfigError if the heads do not divide it."""
+        if self.head_width is not None:
+            return self.head_width
+        if width % self.heads or (width // self.heads) % 2:
+            raise ConfigError(
+                f"heads = {self.heads} does not divide width = {width} into even head widths; "
+                "allowed: another number of heads, or head_width set"
+            )
+        return width // self.heads
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values seen so far.
+
+    Attributes:
+      k, v: [B, S, K, d]. Without a window S is the maximal length and slot j holds position j; with a window w the
+        S = w - 1 slots hold the newest keys, the last slot the newest.
+      length: int32 scalar, positions seen.
+      start: [B] int32, index of the first position of the current document.
+      segment: [B] int32, id of the current document, -1 before the first position.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    length: jax.Array
+    start: jax.Array
+    segment: jax.Array
+
+
+@register("softmax")
+class Softmax(Mixer):
+    """`softmax(q k^T / sqrt(d)) v` per head, then a projection (Vaswani et al. 2017, eq. 1 and section 3.2.2)."""
+
+    Config = SoftmaxConfig
+    capabilities = Capabilities(causal=True, bidirectional=True, streaming=True)
+    paper = "Vaswani et al. 2017, Attention Is All You Need, arXiv:1706.03762"
+
+    def __init__(self, config: SoftmaxConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+        self.config, self.dtype = config, dtype
+        self.head_dim = config.head_dim(width)
+        self.kv_heads = config.kv_heads or config.heads
+        q_width, kv_width = config.heads * self.head_dim, self.kv_heads * self.head_dim
+        self.q = Linear(width, q_width, ("embed", "heads"), rngs=rngs, dtype=dtype)
+        self.k = Linear(width, kv_width, ("embed", "kv_heads"), rngs=rngs, dtype=dtype)
+        self.v = Linear(width, kv_width, ("embed", "kv_heads"), rngs=rngs, dtype=dtype)
+        self.out = Linear(q_width, width, ("heads", "embed"), rngs=rngs, dtype=dtype)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(self.head_dim, ("head",), dtype=dtype)
+            self.k_norm = RMSNorm(self.head_dim, ("head",), dtype=dtype)
+        if config.sinks:
+            self.sinks = nnx.Param(jnp.zeros((config.heads,), param_dtype(dtype)), axes=("heads",))
+
+    # Hooks for mixers that change one place of the layer (see gated.py).
+
+    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """q [B, T, H, d], k [B, T, K, d], v [B, T, K, d] of x [B, T, D], before QK-norm and RoPE."""
+        heads = lambda y: y.reshape(*x.shape[:2], -1, self.head_dim)
+        return heads(self.q(x)), heads(self.k(x)), heads(self.v(x))
+
+    def combine(self, o_BTHd: jax.Array, x: jax.Array) -> jax.Array:
+        """The layer's output [B, T, D] from the heads' outputs."""
+        return self.out(o_BTHd.reshape(*x.shape[:2], -1))
+
+    # The contract.
+
+    def __call__(self, x: jax.Array, seq: Sequence) -> MixerOutput:
+        c = self.config
+        self.require(seq, causal=c.causal)
+        q, k, v = self._positioned(x, seq)
+        mask = mask_from_segments(seq.segments, x.shape[1], causal=c.causal, window=c.window)
+        return MixerOutput(self.combine(self._attend(q, k, v, mask), x))
+
+    def init_state(self, batch: int, max_length: int, dtype: Any = jnp.float32) -> KVCache:
+        if not self.config.causal:
+            raise UnsupportedPattern(f"mixer {self.name!r} with causal=False does not stream")
+        slots = max_length if self._rolling_slots(max_length) is None else self._rolling_slots(max_length)
+        shape = (batch, slots, self.kv_heads, self.head_dim)
+        return KVCache(
+            k=jnp.zeros(shape, dtype),
+            v=jnp.zeros(shape, dtype),
+            length=jnp.zeros((), jnp.int32),
+            start=jnp.zeros((batch,), jnp.int32),
+            segment=jnp.full((batch,), -1, jnp.int32),
+        )
+
+    def extend(self, x: jax.Array, seq: Sequence, state: KVCache) -> MixerOutput:
+        """As in the contract. More positions than the cache has room for give NaN, as jit can raise nothing."""
+        c = self.config
+        self.require(seq, causal=True)
+        batch, new = x.shape[:2]
+        slots = state.k.shape[1]
+        q, k, v = self._positioned(x, seq)
+        index_T = state.length + jnp.arange(new, dtype=jnp.int32)
+        segments = jnp.ones((batch, new), jnp.int32) if seq.segments is None else seq.segments
+        start = _document_starts(segments, index_T, state)
+
+        k, v = k.astype(state.k.dtype), v.astype(state.v.dtype)
+        rolling = self._is_rolling(slots)
+        if rolling:
+            keys, values = jnp.concatenate([state.k, k], axis=1), jnp.concatenate([state.v, v], axis=1)
+            k_cache, v_cache = keys[:, new:], values[:, new:]
+            first = jnp.int32(slots)
+        else:
+            put = lambda cache, y: jax.lax.dynamic_update_slice_in_dim(cache, y, state.length, axis=1)
+            keys, values = k_cache, v_cache = put(state.k, k), put(state.v, v)
+            first = state.length
+        # Slots are counted from the first key at hand; a padding row sees nothing.
+        own_start = jnp.where(segments == 0, index_T + 1, start) - (state.length - first)
+        mask = mask_for_extension(first, new, own_start, window=c.window)
+        o = self._attend(q, keys.astype(q.dtype), values.astype(q.dtype), mask)
+        if not rolling:
+            o = jnp.where((index_T < slots)[None, :, None, None], o, jnp.nan)
+        cache = KVCache(k_cache, v_cache, state.length + new, start[:, -1], segments[:, -1])
+        return MixerOutput(self.combine(o, x), state=cache)
+
+    @classmethod
+    def flops(cls, config: SoftmaxConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:
+        d, kv_heads = config.head_dim(width), config.kv_heads or config.heads
+        span = mean_span(length, config.causal, config.window)
+        return {
+            "projections": 2.0 * width * d * (2 * config.heads + 2 * kv_heads),
+            "attention": 4.0 * config.heads * d * span,
+        }, span
+
+    # Inside.
+
+    def _positioned(self, x: jax.Array, seq: Sequence) -> tuple[jax.Array, jax.Array, jax.Array]:
+        q, k, v = self.project(x)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.config.rope_base is not None:
+            q, k = (rope(y, seq.positions, self.config.rope_base) for y in (q, k))
+        return q, k, v
+
+    def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
+        c = self.config
+        sinks = self.sinks[...] if c.sinks else None
+        return attention(q, k, v, mask, soft_cap=c.soft_cap, sinks_H=sinks, impl=c.impl)
+
+    def _rolling_slots(self, max_length: int) -> int | None:
+        window = self.config.window
+        return window - 1 if window is not None and window <= max_length else None
+
+    def _is_rolling(self, slots: int) -> bool:
+        return self.config.window is not None and slots == self.config.window - 1
+
+
+def mean_span(length: int, causal: bool, window: int | None) -> float:
+    """Mean number of keys that a query of an unpacked sequence sees."""
+    if not causal:
+        return float(length)
+    w = min(window or length, length)
+    return (w * (w + 1) / 2 + (length - w) * w) / length
+
+
+def _document_starts(segments_BT: jax.Array, index_T: jax.Array, state: KVCache) -> jax.Array:
+    """[B, T] index of the first position of each new position's document."""
+    before = jnp.concatenate([state.segment[:, None], segments_BT[:, :-1]], axis=1)
+    own_start = jnp.where(segments_BT != before, index_T[None], 0)
+    return jnp.maximum(jax.lax.cummax(own_start, axis=1), state.start[:, None])

@@ -1,0 +1,51 @@
+"""What a model costs: parameters, FLOPs per token, streaming state."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from attnlab import mixers
+from attnlab.models.transformer import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelCost:
+    """Costs of a whole model on sequences of one length.
+
+    Attributes:
+      parameters: number of scalars.
+      embedding_parameters: those of them in the input embedding.
+      flops: forward FLOPs per token of the matrix products by part, a multiply-add counted as 2 and causal counted as
+        causal; a training step costs three times their sum.
+      state_bytes: bytes of streaming state per sequence at that length.
+    """
+
+    parameters: int
+    embedding_parameters: int
+    flops: dict[str, float]
+    state_bytes: int
+
+    @property
+    def total_flops(self) -> float:
+        """Forward FLOPs per token, all parts."""
+        return sum(self.flops.values())
+
+
+def model_cost(config: ModelConfig, length: int) -> ModelCost:
+    """Costs of a language model on sequences of `length` tokens."""
+    repeats = config.layers // len(config.pattern)
+    embedding = config.vocab * config.width
+    mlp = 3 * config.width * config.hidden
+    parameters = embedding * (1 if config.tied else 2) + config.width
+    parameters += config.layers * (mlp + 2 * config.width)
+    flops = {"mlp": 2.0 * config.layers * mlp, "head": 2.0 * embedding}
+    state_bytes = 0
+    for letter in config.pattern:
+        node = config.mixers[letter]
+        cost = mixers.get(node.node_name).cost(node, config.width, length, config.compute_dtype)
+        parameters += repeats * cost.parameters
+        state_bytes += repeats * cost.state_bytes
+        for part, value in cost.flops.items():
+            key = f"{node.node_name}.{part}"
+            flops[key] = flops.get(key, 0.0) + repeats * value
+    return ModelCost(parameters, embedding, flops, state_bytes)

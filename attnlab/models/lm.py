@@ -1,0 +1,92 @@
+"""The language model: tokens in, logits or losses out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attnlab import mixers
+from attnlab.mixers.parts import Linear, RMSNorm, param_dtype
+from attnlab.models.transformer import ModelConfig, Transformer, extend
+from attnlab.ops.cross_entropy import cross_entropy
+
+
+class LanguageModel(nnx.Module):
+    """Embedding, transformer, norm, output projection.
+
+    Args:
+      config: checked at construction.
+      rngs: stream `params`.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        dtype = config.compute_dtype
+        init = jax.nn.initializers.normal(config.width**-0.5)
+        self.embedding = nnx.Param(
+            init(rngs.params(), (config.vocab, config.width), param_dtype(dtype)), axes=("vocab", "embed")
+        )
+        self.transformer = Transformer(config, rngs=rngs)
+        self.norm = RMSNorm(config.width, ("embed",), dtype=dtype)
+        if not config.tied:
+            self.head = Linear(config.width, config.vocab, ("embed", "vocab"), rngs=rngs, dtype=dtype)
+
+    def hidden(
+        self, tokens_BT: jax.Array, seq: mixers.Sequence, key: jax.Array | None = None
+    ) -> mixers.MixerOutput:
+        """Normalised final hidden states [B, T, D] of whole sequences; `key` turns dropout on."""
+        out = self.transformer(self.embed(tokens_BT), seq, key)
+        return mixers.MixerOutput(self.norm(out.y), losses=out.losses, metrics=out.metrics)
+
+    def token_losses(
+        self, batch: dict[str, jax.Array], key: jax.Array | None = None, *, chunk: int = 8192
+    ) -> tuple[jax.Array, jax.Array, mixers.MixerOutput]:
+        """Losses of a batch of packed documents.
+
+        Args:
+          batch: `tokens`, `targets`, `segments`, `positions`, each [B, T] int32; segment 0 is padding.
+          key: turns dropout on.
+          chunk: columns of the vocabulary held at a time.
+
+        Returns:
+          nll_BT in nats, lse_BT (both 0 on padding), and the output of `hidden`.
+        """
+        seq = mixers.Sequence(batch["positions"], batch["segments"])
+        out = self.hidden(batch["tokens"], seq, key)
+        shape = batch["tokens"].shape
+        weights = (batch["segments"] > 0).astype(param_dtype(self.config.compute_dtype))
+        nll, lse = cross_entropy(
+            out.y.reshape(-1, self.config.width),
+            self.output_kernel(),
+            batch["targets"].reshape(-1),
+            weights.reshape(-1),
+            chunk,
+        )
+        return nll.reshape(shape), lse.reshape(shape), out
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., V] fp32 logits of normalised hidden states [..., D]."""
+        kernel = self.output_kernel().astype(hidden.dtype)
+        return jnp.matmul(hidden, kernel, preferred_element_type=param_dtype(hidden.dtype))
+
+    def embed(self, tokens_BT: jax.Array) -> jax.Array:
+        """[B, T, D] in the compute type."""
+        return jnp.take(self.embedding[...], tokens_BT, axis=0).astype(self.config.compute_dtype)
+
+    def output_kernel(self) -> jax.Array:
+        """[D, V]."""
+        return self.embedding[...].T if self.config.tied else self.head.kernel[...]
+
+    def init_state(self, batch: int, max_length: int) -> Any:
+        """Streaming state with room for `max_length` positions."""
+        return self.transformer.init_state(batch, max_length)
+
+    def extend(
+        self, periods: list[Any], tokens_BT: jax.Array, seq: mixers.Sequence, state: Any
+    ) -> tuple[jax.Array, Any]:
+        """Hidden states [B, T, D] of the next positions and the new state; `periods` is `transformer.unstacked()`."""
+        x, state = extend(periods, self.embed(tokens_BT), seq, state)
+        return self.norm(x), state

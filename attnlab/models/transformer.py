@@ -1,0 +1,231 @@
+"""The stack: pre-norm blocks around mixers, one pattern of mixers repeated, scanned over the repeats."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attnlab import config as config_lib
+from attnlab import mixers
+from attnlab.errors import ConfigError
+from attnlab.mixers.parts import Linear, RMSNorm
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
+
+_POLICIES = jax.checkpoint_policies
+REMAT = {
+    "none": None,  # keep every activation
+    "attention": _POLICIES.save_only_these_names("attention_out", "attention_lse"),  # all but attention runs twice
+    "minimal": _POLICIES.dots_with_no_batch_dims_saveable,  # keep the products with weights
+    "full": _POLICIES.nothing_saveable,  # keep a block's input only
+}
+
+
+def mixer_table(tree: Any, path: str) -> dict[str, Any]:
+    """Typed mixer Configs from `{"S": node, ...}`; letters are what `pattern` is made of."""
+    if not isinstance(tree, Mapping) or not tree:
+        raise ConfigError(f"{path} = {tree!r} must map letters to mixers, e.g. {{'M': {{'name': 'softmax'}}}}")
+    for letter in tree:
+        config_lib.require(len(letter) == 1, f"{path}.{letter}", letter, "keys of one letter")
+    return {letter: mixers.config_from_node(node, f"{path}.{letter}") for letter, node in tree.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only language model.
+
+    Attributes:
+      vocab: rows of the embedding; at least the tokenizer's vocabulary.
+      width: D.
+      layers: number of blocks, a multiple of the pattern's length.
+      mixers: letter to mixer node.
+      pattern: which mixer sits in which layer, one period of it.
+      mlp_width: hidden width of the SwiGLU; none: 8/3 D, rounded up to a multiple of 64.
+      tied: whether the output projection is the embedding.
+      dtype: of activations and products; parameters are fp32 (float64 is for tests).
+      remat: which activations backward keeps: none (all), attention, minimal, full.
+      unroll: periods that one iteration of the scan over layers runs; 0: all of them on CPU, 1 elsewhere.
+      dropout: rate on what every mixer and MLP adds to the stream.
+    """
+
+    vocab: int
+    width: int
+    layers: int
+    mixers: Any = config_lib.node(mixer_table)
+    pattern: str = "M"
+    mlp_width: int | None = None
+    tied: bool = False
+    dtype: str = "float32"
+    remat: str = "none"
+    unroll: int = 0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        need, choice = config_lib.require, config_lib.require_choice
+        for key in ("vocab", "width", "layers"):
+            need(getattr(self, key) >= 1, f"model.{key}", getattr(self, key), "1 or more")
+        known = ", ".join(self.mixers)
+        need(len(self.pattern) > 0, "model.pattern", self.pattern, f"letters of model.mixers ({known})")
+        for letter in self.pattern:
+            if letter not in self.mixers:
+                raise ConfigError(
+                    f"model.pattern = {self.pattern!r} names the mixer {letter!r}, which model.mixers does not have; "
+                    f"allowed: {known}"
+                )
+        for letter in self.mixers:
+            if letter not in self.pattern:
+                raise ConfigError(f"model.mixers.{letter} is in no layer: model.pattern = {self.pattern!r} does not name it")
+        need(
+            self.layers % len(self.pattern) == 0,
+            "model.layers",
+            self.layers,
+            f"multiples of the length of model.pattern {self.pattern!r} ({len(self.pattern)})",
+        )
+        need(self.mlp_width is None or self.mlp_width >= 1, "model.mlp_width", self.mlp_width, "1 or more, or none")
+        choice("model.dtype", self.dtype, list(DTYPES))
+        choice("model.remat", self.remat, list(REMAT))
+        need(self.unroll >= 0, "model.unroll", self.unroll, "0 or more")
+        need(0 <= self.dropout < 1, "model.dropout", self.dropout, "0 or more, below 1")
+        for letter, mixer in self.mixers.items():
+            where = f"model.mixers.{letter}"
+            need(mixer.causal, f"{where}.causal", mixer.causal, "true in a language model")
+            try:  # what only mixer and width together can tell, before any compile
+                nnx.eval_shape(lambda m=mixer: mixers.build(m, width=self.width, rngs=nnx.Rngs(0)))
+            except ConfigError as error:
+                raise ConfigError(f"in {where} (model.width = {self.width}): {error}") from None
+
+    @property
+    def hidden(self) -> int:
+        """Hidden width of the SwiGLU."""
+        return self.mlp_width or -(-8 * self.width // (3 * 64)) * 64
+
+    @property
+    def compute_dtype(self) -> Any:
+        """The jnp dtype of activations."""
+        return DTYPES[self.dtype]
+
+
+class SwiGLU(nnx.Module):
+    """`(silu(x W_gate) * x W_up) W_down` (Shazeer 2020, GLU Variants Improve Transformer, eq. 6)."""
+
+    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs, dtype: Any):
+        self.gate = Linear(width, hidden, ("embed", "mlp"), rngs=rngs, dtype=dtype)
+        self.up = Linear(width, hidden, ("embed", "mlp"), rngs=rngs, dtype=dtype)
+        self.down = Linear(hidden, width, ("mlp", "embed"), rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+    """`x + mixer(norm(x))`, then `x + mlp(norm(x))`."""
+
+    def __init__(self, config: ModelConfig, mixer: Any, *, rngs: nnx.Rngs):
+        dtype = config.compute_dtype
+        self.mixer_norm = RMSNorm(config.width, ("embed",), dtype=dtype)
+        self.mixer = mixers.build(mixer, width=config.width, rngs=rngs, dtype=dtype)
+        self.mlp_norm = RMSNorm(config.width, ("embed",), dtype=dtype)
+        self.mlp = SwiGLU(config.width, config.hidden, rngs=rngs, dtype=dtype)
+        self.dropout = config.dropout
+
+    def __call__(
+        self, x: jax.Array, seq: mixers.Sequence, state: Any = None, key: jax.Array | None = None
+    ) -> mixers.MixerOutput:
+        """x [B, T, D]; with a state the positions are the next ones of a stream."""
+        h = self.mixer_norm(x)
+        out = self.mixer(h, seq) if state is None else self.mixer.extend(h, seq, state)
+        keys = (None, None) if key is None else jax.random.split(key)
+        x = x + self._drop(out.y, keys[0])
+        x = x + self._drop(self.mlp(self.mlp_norm(x)), keys[1])
+        return dataclasses.replace(out, y=x)
+
+    def _drop(self, y: jax.Array, key: jax.Array | None) -> jax.Array:
+        if key is None or self.dropout == 0:
+            return y
+        keep = jax.random.bernoulli(key, 1 - self.dropout, y.shape)
+        return jnp.where(keep, y / (1 - self.dropout), 0).astype(y.dtype)
+
+
+class Period(nnx.Module):
+    """The blocks of one period of the pattern."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.blocks = nnx.List([Block(config, config.mixers[letter], rngs=rngs) for letter in config.pattern])
+
+
+class Transformer(nnx.Module):
+    """Repeats of the pattern's period; parameters are stacked [repeats, ...] and the stack is a scan."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.repeats = config.layers // len(config.pattern)
+
+        @nnx.split_rngs(splits=self.repeats)
+        @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: None})
+        def stacked(rngs: nnx.Rngs) -> Period:
+            return Period(config, rngs=rngs)
+
+        self.periods = stacked(rngs)
+
+    def __call__(self, x: jax.Array, seq: mixers.Sequence, key: jax.Array | None = None) -> mixers.MixerOutput:
+        """Whole sequences, x [B, T, D]; `key` turns dropout on. Losses and metrics are means over the layers that have them."""
+        graphdef, params = nnx.split(self.periods)
+        keys = None if key is None else jax.random.split(key, (self.repeats, len(self.config.pattern)))
+
+        def run(x: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
+            p, k = inputs
+            losses, metrics = [], []
+            for i, block in enumerate(nnx.merge(graphdef, p).blocks):
+                out = block(x, seq, key=None if k is None else k[i])
+                x = out.y
+                losses.append(out.losses)
+                metrics.append(out.metrics)
+            return x, (_stack_by_name(losses), _stack_by_name(metrics))
+
+        if self.config.remat != "none":
+            run = jax.checkpoint(run, policy=REMAT[self.config.remat], prevent_cse=False)
+        x, (losses, metrics) = jax.lax.scan(run, x, (params, keys), unroll=self._unroll())
+        return mixers.MixerOutput(x, losses=jax.tree.map(jnp.mean, losses), metrics=jax.tree.map(jnp.mean, metrics))
+
+    def init_state(self, batch: int, max_length: int) -> list[Any]:
+        """Per repeat, per block of the period: the mixer's streaming state."""
+        graphdef, params = nnx.split(self.periods)
+        blocks = nnx.merge(graphdef, jax.tree.map(lambda p: p[0], params)).blocks
+        one = [b.mixer.init_state(batch, max_length, self.config.compute_dtype) for b in blocks]
+        return [jax.tree.map(jnp.copy, one) for _ in range(self.repeats)]
+
+    def unstacked(self) -> list[Period]:
+        """The periods one by one: decoding unrolls them, as a scan would copy every weight at every token."""
+        graphdef, params = nnx.split(self.periods)
+        return [nnx.merge(graphdef, jax.tree.map(lambda p, i=i: p[i], params)) for i in range(self.repeats)]
+
+    def _unroll(self) -> int:
+        if self.config.unroll:
+            return min(self.config.unroll, self.repeats)
+        return self.repeats if jax.default_backend() == "cpu" else 1
+
+
+def extend(
+    periods: list[Period], x: jax.Array, seq: mixers.Sequence, state: list[Any]
+) -> tuple[jax.Array, list[Any]]:
+    """Runs the next positions, x [B, T, D], through unstacked periods; the new state."""
+    new_state = []
+    for period, states in zip(periods, state, strict=True):
+        outs = []
+        for block, s in zip(period.blocks, states, strict=True):
+            out = block(x, seq, s)
+            x = out.y
+            outs.append(out.state)
+        new_state.append(outs)
+    return x, new_state
+
+
+def _stack_by_name(dicts: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+    names = functools.reduce(lambda a, b: a | b.keys(), dicts, set())
+    return {name: jnp.stack([d[name] for d in dicts if name in d]) for name in sorted(names)}

@@ -1,0 +1,318 @@
+"""Softmax attention in plain XLA, blockwise: never more than one block of query rows' scores at a time.
+
+Forward and backward follow FlashAttention (Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691): the backward
+recomputes the scores of each block from the saved log-sum-exp. Key ranges that the static part of the mask rules out are
+never emitted. Scores are kept in the log2 domain, `exp2` being the cheaper exponential.
+"""
+
+import dataclasses
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from attnlab.ops.masks import Mask
+
+# Finite stand-ins for minus infinity: a hidden score, and the smallest running maximum. exp2(_HIDDEN - anything that
+# can be a maximum) is exactly 0, for rows that see nothing too.
+_HIDDEN = -1e30
+_LOWEST = -1e20
+_LOG2E = math.log2(math.e)
+
+_UNROLLED = 16  # at most this many groups of query blocks are emitted, whatever T: bounds the compile time
+_ROWS = 256  # query rows in a block, counted over the heads that share a key head
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """`count` consecutive blocks of `rows` queries from `first` on, each against `keys` keys from
+    `origin + i * step` on (moved inside the keys where it would reach out)."""
+
+    first: int
+    count: int
+    rows: int
+    keys: int
+    origin: int
+    step: int
+
+
+def plan_blocks(length: int, keys: int, mask: Mask, rows: int) -> list[Blocks]:
+    """Cut `length` queries into blocks, each with a key range of static length that covers what its rows may see."""
+    full = length // rows
+    per_group = -(-full // _UNROLLED)
+    grouped: list[Blocks] = []
+    for block in range(0, full, per_group or 1):
+        count = min(per_group, full - block)
+        first, last = block * rows, (block + count) * rows
+        low, high = mask.static_range(first, last, keys)
+        before = grouped[-1] if grouped else None
+        if before and (before.origin, before.keys) == (low, high - low):
+            grouped[-1] = dataclasses.replace(before, count=before.count + count)
+        else:
+            grouped.append(Blocks(first, count, rows, high - low, low, 0))
+    if mask.window is not None and full > _UNROLLED:
+        reach = rows + mask.window - 1 + (0 if mask.causal else mask.window - 1)
+        if full * reach < sum(b.count * b.keys for b in grouped):
+            grouped = [Blocks(0, full, rows, min(reach, keys), 1 - mask.window, rows)]
+    if full * rows < length:
+        low, high = mask.static_range(full * rows, length, keys)
+        grouped.append(Blocks(full * rows, 1, length - full * rows, high - low, low, 0))
+    return grouped
+
+
+@dataclasses.dataclass(frozen=True)
+class _Config:
+    """Everything static that the two passes need (hashable: a nondifferentiable argument)."""
+
+    mask: Mask  # its static part only
+    scale: float
+    soft_cap: float | None
+
+
+def attention(q_BTHd, k_BSKd, v_BSKe, mask: Mask, *, scale: float, soft_cap: float | None, sinks_H) -> jax.Array:
+    """See `attnlab.ops.attention.attention`."""
+    config = _Config(Mask(causal=mask.causal, window=mask.window), scale, soft_cap)
+    return _attention(config, q_BTHd, k_BSKd, v_BSKe, sinks_H, (mask.k_start, mask.k_end))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(config: _Config, q, k, v, sinks, intervals):
+    return _attention_forward(config, q, k, v, sinks, intervals)[0]
+
+
+def _attention_forward(config: _Config, q, k, v, sinks, intervals):
+    B, T, H, _ = q.shape
+    K, e = k.shape[2], v.shape[3]
+    stat = jnp.promote_types(q.dtype, jnp.float32)
+    out = (_Part((B, T, K, H // K, e), q.dtype, 2), _Part((B, K, H // K, T), stat, 1))
+    o, lse = _over_heads(partial(_forward_head, config), config, q, k, v, (), sinks, intervals, out)
+    o = checkpoint_name(o.reshape(B, T, H, e), "attention_o")
+    return o, (q, k, v, sinks, intervals, o, checkpoint_name(lse, "attention_lse"))
+
+
+def _attention_backward(config: _Config, residuals, do):
+    q, k, v, sinks, intervals, o, lse = residuals
+    B, T, H, d = q.shape
+    K = k.shape[2]
+    out = (
+        _Part((B, T, K, H // K, d), q.dtype, 2),
+        _Part(k.shape, k.dtype, 2),
+        _Part(v.shape, v.dtype, 2),
+        _Part((B, K, H // K), lse.dtype, 1),
+    )
+    rest = (_grouped(o, K), _grouped(do, K), lse)
+    dq, dk, dv, dsinks = _over_heads(partial(_backward_head, config), config, q, k, v, rest, sinks, intervals, out)
+    dsinks = None if sinks is None else dsinks.sum(0).reshape(H).astype(sinks.dtype)
+    return dq.reshape(q.shape), dk, dv, dsinks, (None, None)
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """One array that a head function returns, over all batch elements (axis 0) and key heads (`axis`)."""
+
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    axis: int
+
+
+def _grouped(x_BTHd, K: int):
+    B, T, H, d = x_BTHd.shape
+    return x_BTHd.reshape(B, T, K, H // K, d)
+
+
+def _over_heads(head, config: _Config, q, k, v, rest, sinks_H, intervals, out: tuple[_Part, ...]):
+    """Run `head`, written for one key head, over batch and key heads: one after the other on CPU, where a plain matrix
+    product is several times faster than a batched one, and all together elsewhere."""
+    B, T, H, _ = q.shape
+    S, K = k.shape[1:3]
+    start, end = dataclasses.replace(config.mask, k_start=intervals[0], k_end=intervals[1]).bounds(T, S)
+    sinks_KG = None if sinks_H is None else sinks_H.reshape(K, H // K)
+    # Residuals of shape [B, K, ...] (the log-sum-exp) have their key heads on axis 1, all else on axis 2.
+    axes = [2, 2, 2, *(1 if x.ndim == 4 else 2 for x in rest)]
+
+    def one_by_one(arrays, sinks, start, end):
+        def body(i, results):
+            b, h = i // K, i % K
+            # Products of low precision are slow on CPU: they are done in float32.
+            of_head = [
+                _slice(_slice(x, b, 1, 0), h, 1, axis).reshape(_without(x.shape, axis)).astype(
+                    jnp.promote_types(x.dtype, jnp.float32)
+                )
+                for x, axis in zip(arrays, axes, strict=True)
+            ]
+            bounds = [None if x is None else (x[0] if x.shape[0] == 1 else x[b]) for x in (start, end)]
+            parts = head(*of_head, sinks=None if sinks is None else sinks[h], bounds=bounds)
+            new = []
+            for whole, part, p in zip(results, parts, out, strict=True):
+                at = [0] * whole.ndim
+                at[0], at[p.axis] = b, h
+                part = jnp.expand_dims(part.astype(p.dtype), (0, p.axis))
+                new.append(jax.lax.dynamic_update_slice(whole, part, at))
+            return tuple(new)
+
+        return jax.lax.fori_loop(0, B * K, body, tuple(jnp.zeros(p.shape, p.dtype) for p in out))
+
+    def together(arrays, sinks, start, end):
+        def of_head(arrays, sinks, bounds):
+            parts = head(*arrays, sinks=sinks, bounds=bounds)
+            return tuple(x.astype(p.dtype) for x, p in zip(parts, out, strict=True))
+
+        bounds = [None if x is None else jnp.broadcast_to(x, (B, T)) for x in (start, end)]
+        inner = jax.vmap(of_head, ([a - 1 for a in axes], 0, None), tuple(p.axis - 1 for p in out))
+        return jax.vmap(inner, (0, None, 0))(list(arrays), sinks, bounds)
+
+    arrays = (_grouped(q, K), k, v, *rest)
+    return jax.lax.platform_dependent(arrays, sinks_KG, start, end, cpu=one_by_one, default=together)
+
+
+def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    return shape[1:axis] + shape[axis + 1 :]
+
+
+def _forward_head(config: _Config, q_TGd, k_Sd, v_Se, *, sinks, bounds):
+    """One key head: o_TGe and the log2-sum-exp2 of the scores, lse_GT, sinks included."""
+    T, G, _ = q_TGd.shape
+    q_GTd = q_TGd.swapaxes(0, 1)
+    stat = jnp.promote_types(q_TGd.dtype, jnp.float32)
+    sinks_G1 = None if sinks is None else sinks.astype(stat)[:, None] * _LOG2E
+
+    def block(blocks: Blocks, i):
+        rows, keys = _block_rows(blocks, i), _block_keys(blocks, i, k_Sd.shape[0])
+        k, v = (_slice(x, keys, blocks.keys, 0) for x in (k_Sd, v_Se))
+        q = _slice(q_GTd, rows, blocks.rows, 1)
+        scores, _ = _scores(config, q, k, *_block_bounds(blocks, bounds, rows), keys)
+        highest = jnp.maximum(scores.max(-1), _LOWEST)
+        if sinks_G1 is not None:
+            highest = jnp.maximum(highest, sinks_G1)
+        weights = jnp.exp2(scores - highest[..., None])
+        total = weights.sum(-1)
+        if sinks_G1 is not None:
+            total += jnp.exp2(sinks_G1 - highest)
+        total = jnp.maximum(total, jnp.finfo(stat).tiny)
+        o = _matmul(weights.astype(v.dtype).reshape(G * blocks.rows, -1), v).reshape(G, blocks.rows, -1)
+        return o / total[..., None], highest + jnp.log2(total)
+
+    parts = []
+    for blocks in plan_blocks(T, k_Sd.shape[0], config.mask, _rows(G)):
+        if blocks.count == 1:
+            parts.append(block(blocks, 0))
+        else:
+            o, lse = jax.lax.map(partial(block, blocks), jnp.arange(blocks.count, dtype=jnp.int32))
+            o = o.transpose(1, 0, 2, 3).reshape(G, blocks.count * blocks.rows, -1)
+            parts.append((o, lse.transpose(1, 0, 2).reshape(G, -1)))
+    o, lse = (jnp.concatenate(x, 1) for x in zip(*parts, strict=True))
+    return o.swapaxes(0, 1), lse
+
+
+def _backward_head(config: _Config, q_TGd, k_Sd, v_Se, o_TGe, do_TGe, lse_GT, *, sinks, bounds):
+    """One key head: dq_TGd, dk_Sd, dv_Se and dsinks_G (zeros without sinks)."""
+    T, G, d = q_TGd.shape
+    S, e = v_Se.shape
+    stat = lse_GT.dtype
+    q_GTd, do_GTe = q_TGd.swapaxes(0, 1), do_TGe.swapaxes(0, 1)
+    delta_GT = (o_TGe.astype(stat) * do_TGe.astype(stat)).sum(-1).T
+    # dk and dv are accumulated transposed: [d, rows] @ [rows, keys] is a plain product, while [keys, rows] @ [rows, d]
+    # would first transpose the whole block of scores.
+    dk_dS, dv_eS = jnp.zeros((d, S), stat), jnp.zeros((e, S), stat)
+
+    def block(blocks: Blocks, i, dk_dS, dv_eS):
+        rows, keys = _block_rows(blocks, i), _block_keys(blocks, i, S)
+        k, v = (_slice(x, keys, blocks.keys, 0) for x in (k_Sd, v_Se))
+        q, do, lse, delta = (_slice(x, rows, blocks.rows, 1) for x in (q_GTd, do_GTe, lse_GT, delta_GT))
+        scores, slope = _scores(config, q, k, *_block_bounds(blocks, bounds, rows), keys)
+        weights = jnp.exp2(scores - lse[..., None])
+        flat_q, flat_do = q.reshape(-1, d), do.reshape(-1, e)
+        dweights = _matmul(flat_do, v.T).reshape(weights.shape)
+        dscores = weights * (dweights - delta[..., None])
+        if slope is not None:
+            dscores *= slope
+        dscores = dscores.astype(k.dtype).reshape(G * blocks.rows, -1)
+        weights = weights.astype(v.dtype).reshape(G * blocks.rows, -1)
+        dk_dS = _add_columns(dk_dS, _matmul(flat_q.T, dscores), keys)
+        dv_eS = _add_columns(dv_eS, _matmul(flat_do.T, weights), keys)
+        return _matmul(dscores, k).reshape(G, blocks.rows, d), dk_dS, dv_eS
+
+    parts = []
+    for blocks in plan_blocks(T, S, config.mask, _rows(G)):
+        if blocks.count == 1:
+            dq, dk_dS, dv_eS = block(blocks, 0, dk_dS, dv_eS)
+        else:
+
+            def step(carry, i, blocks=blocks):
+                dq, *carry = block(blocks, i, *carry)
+                return tuple(carry), dq
+
+            (dk_dS, dv_eS), dq = jax.lax.scan(step, (dk_dS, dv_eS), jnp.arange(blocks.count, dtype=jnp.int32))
+            dq = dq.transpose(1, 0, 2, 3).reshape(G, blocks.count * blocks.rows, d)
+        parts.append(dq)
+    dq_TGd = jnp.concatenate(parts, 1).swapaxes(0, 1)
+    dsinks = jnp.zeros((G,), stat)
+    if sinks is not None:
+        dsinks = -(jnp.exp2(sinks.astype(stat)[:, None] * _LOG2E - lse_GT) * delta_GT).sum(-1)
+    return dq_TGd * config.scale, dk_dS.T * config.scale, dv_eS.T, dsinks
+
+
+def _scores(config: _Config, q_Grd, k_Ld, start_r, end_r, first_key):
+    """Scores in log2 units, hidden ones `_HIDDEN`, and the soft-cap's slope (None without one)."""
+    G, r, d = q_Grd.shape
+    # The factor goes into q where that loses nothing; a product of low precision is scaled after it.
+    factor = config.scale * _LOG2E if config.soft_cap is None else config.scale / config.soft_cap
+    wide = jnp.finfo(q_Grd.dtype).bits >= 32
+    scores = _matmul((q_Grd * factor if wide else q_Grd).reshape(G * r, d), k_Ld.T).reshape(G, r, -1)
+    if not wide:
+        scores *= factor
+    slope = None
+    if config.soft_cap is not None:
+        capped = jnp.tanh(scores)
+        slope = 1 - capped * capped
+        scores = capped * (config.soft_cap * _LOG2E)
+    if start_r is not None or end_r is not None:
+        keys = first_key + jnp.arange(k_Ld.shape[0], dtype=jnp.int32)
+        visible = True
+        if start_r is not None:
+            visible = keys >= start_r[:, None]
+        if end_r is not None:
+            visible &= keys < end_r[:, None]
+        scores = jnp.where(visible, scores, _HIDDEN)
+    return scores, slope
+
+
+def _matmul(a, b):
+    return jnp.matmul(a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+
+
+def _rows(G: int) -> int:
+    return max(_ROWS // G, 64)
+
+
+def _block_rows(blocks: Blocks, i):
+    return blocks.first + i * blocks.rows
+
+
+def _block_keys(blocks: Blocks, i, S: int):
+    if blocks.step == 0:
+        return blocks.origin
+    return jnp.clip(blocks.origin + i * blocks.step, 0, S - blocks.keys)
+
+
+def _block_bounds(blocks: Blocks, bounds, rows):
+    return tuple(None if x is None else _slice(x, rows, blocks.rows, 0) for x in bounds)
+
+
+def _slice(x, first, size: int, axis: int):
+    if isinstance(first, int):
+        return jax.lax.slice_in_dim(x, first, first + size, axis=axis)
+    return jax.lax.dynamic_slice_in_dim(x, first, size, axis)
+
+
+def _add_columns(x, update, first):
+    """x[:, first : first + update.shape[1]] += update."""
+    if isinstance(first, int):
+        return x.at[:, first : first + update.shape[1]].add(update)
+    old = jax.lax.dynamic_slice_in_dim(x, first, update.shape[1], 1)
+    return jax.lax.dynamic_update_slice_in_dim(x, old + update, first, 1)

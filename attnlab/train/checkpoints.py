@@ -1,0 +1,130 @@
+"""Checkpoints by orbax: written in the background, the newest few and the best kept, a damaged one stepped over."""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from attnlab.errors import UserError
+from attnlab.train.state import TrainState
+
+_METRIC = "heldout_loss"
+
+
+class Checkpoints:
+    """The checkpoints of a workdir.
+
+    A checkpoint holds the train state and a JSON of what lives on the host (data position, tokens seen). Its directory
+    has its final name only once it is complete.
+
+    Args:
+      workdir: of the run.
+      keep: newest checkpoints that are kept, besides the one with the lowest held-out loss.
+    """
+
+    def __init__(self, workdir: pathlib.Path, keep: int = 1):
+        # Orbax reports each save at length; what matters to people is said by the loop.
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self.directory = workdir.absolute() / "checkpoints"
+        policy = checkpoint_managers
+        self._options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy.AnyPreservationPolicy(
+                [
+                    policy.LatestN(keep),
+                    policy.BestN(
+                        get_metric_fn=lambda m: m[_METRIC], reverse=True, n=1, keep_checkpoints_without_metrics=False
+                    ),
+                ]
+            ),
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,
+        )
+        self._open: ocp.CheckpointManager | None = None
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, in order; needs no orbax."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdigit())
+
+    def save(self, step: int, state: TrainState, host: dict[str, Any], heldout_loss: float | None) -> None:
+        """Copies the state and writes it in the background; an error of the last write is raised here."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(state=ocp.args.StandardSave(_plain(state)), host=ocp.args.JsonSave(host)),
+            metrics=None if heldout_loss is None else {_METRIC: heldout_loss},
+            force=True,
+        )
+
+    def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The state and the host's JSON of a step; `like` has ShapeDtypeStructs with the shardings to restore to."""
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(state=ocp.args.StandardRestore(_plain(like)), host=ocp.args.JsonRestore()),
+        )
+        return TrainState(**restored["state"]), restored["host"]
+
+    def restore_latest(
+        self, like: TrainState, report: Callable[[str], None]
+    ) -> tuple[int, TrainState, dict[str, Any]] | None:
+        """The newest checkpoint that can be read; None if there is none at all.
+
+        A damaged one is reported and moved to `damaged_checkpoints`, so that its step can be saved again.
+
+        Raises:
+          UserError: there are checkpoints, and none can be read.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                state, host = self.restore(step, like)
+                jax.block_until_ready(state.params)
+                return step, state, host
+            except Exception as error:  # orbax and tensorstore raise whatever the damage leads to
+                self.close()
+                bin_ = self.directory.parent / "damaged_checkpoints"
+                bin_.mkdir(exist_ok=True)
+                target = bin_ / str(step)
+                shutil.rmtree(target, ignore_errors=True)
+                shutil.move(self.directory / str(step), target)
+                reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+                report(f"checkpoint {step} is damaged ({reason}); moved to {target}, going back to the one before")
+        if steps:
+            raise UserError(
+                f"none of the checkpoints {', '.join(map(str, steps))} in {self.directory} can be read; "
+                f"they are in {self.directory.parent / 'damaged_checkpoints'}\nstart again with another --workdir"
+            )
+        return None
+
+    def best_step(self) -> int | None:
+        """The step with the lowest held-out loss among those kept; None if none was evaluated."""
+        infos = [i for i in self._manager.checkpoints_info() if i.metrics and _METRIC in i.metrics]
+        return min(infos, key=lambda i: i.metrics[_METRIC]).step if infos else None
+
+    def wait(self) -> None:
+        """Until the last save is on disk; raises what it raised."""
+        if self._open is not None:
+            self._open.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits and lets go of the directory."""
+        if self._open is not None:
+            self._open.close()
+            self._open = None
+
+    @property
+    def _manager(self) -> ocp.CheckpointManager:
+        if self._open is None:
+            self._open = ocp.CheckpointManager(self.directory, options=self._options)
+        return self._open
+
+
+def _plain(state: TrainState) -> dict[str, Any]:
+    return {name: getattr(state, name) for name in TrainState.__dataclass_fields__}

@@ -1,0 +1,142 @@
+"""The config of a run: every key that can be set, its type and its checks."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+from attnlab import config as config_lib
+from attnlab.data import DataConfig
+from attnlab.models.transformer import ModelConfig
+from attnlab.train import optimizers
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long and how a run trains, and what it leaves.
+
+    Attributes:
+      steps: optimizer steps.
+      accumulate: micro-batches that a step's `data.batch` sequences are processed in.
+      z_loss: coefficient of the mean squared log-partition (Chowdhery et al. 2022, PaLM, section 5); 0: off.
+      loss_chunk: columns of the vocabulary whose logits are held at a time.
+      log_every: steps between logged lines.
+      eval_every: steps between evaluations on held-out data, and one after the last step; 0: never.
+      eval_batches: held-out batches of an evaluation; 0: all of them.
+      save_every: steps between checkpoints, and one after the last step; 0: only that one.
+      keep: newest checkpoints that are kept; the best by held-out loss is kept besides.
+      sample_tokens: tokens of each sample that is written to samples.txt after the last step; 0: no samples.
+      max_nonfinite: steps in a row with non-finite gradients after which the run stops; such a step updates nothing.
+      profile: FIRST:LAST, steps that a profile is written of; none: no profile.
+      on_config_change: stop or continue, when the workdir holds a run of another config.
+    """
+
+    steps: int = 1000
+    accumulate: int = 1
+    z_loss: float = 0.0
+    loss_chunk: int = 8192
+    log_every: int = 10
+    eval_every: int = 250
+    eval_batches: int = 16
+    save_every: int = 250
+    keep: int = 2
+    sample_tokens: int = 256
+    max_nonfinite: int = 10
+    profile: str | None = None
+    on_config_change: str = "stop"
+
+    def __post_init__(self) -> None:
+        for key, least in (
+            ("steps", 1),
+            ("accumulate", 1),
+            ("loss_chunk", 1),
+            ("log_every", 1),
+            ("eval_every", 0),
+            ("eval_batches", 0),
+            ("save_every", 0),
+            ("keep", 1),
+            ("sample_tokens", 0),
+            ("max_nonfinite", 1),
+        ):
+            value = getattr(self, key)
+            config_lib.require(value >= least, f"train.{key}", value, f"{least} or more")
+        config_lib.require(self.z_loss >= 0, "train.z_loss", self.z_loss, "0 or more")
+        config_lib.require_choice("train.on_config_change", self.on_config_change, ["stop", "continue"])
+        if self.profile is not None:
+            ok = re.fullmatch(r"\d+:\d+", self.profile) and 1 <= self.profile_steps[0] <= self.profile_steps[1]
+            config_lib.require(bool(ok), "train.profile", self.profile, "FIRST:LAST, steps counted from 1, e.g. 10:15")
+
+    @property
+    def profile_steps(self) -> tuple[int, int] | None:
+        """First and last profiled step."""
+        if self.profile is None:
+            return None
+        first, last = self.profile.split(":")
+        return int(first), int(last)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the device mesh's axes; -1, for one of them: all devices that the others leave.
+
+    Attributes:
+      data: copies of the model, each on its share of the batch.
+      fsdp: shares of the batch over which parameters and optimizer state are split too.
+      tensor: splits heads, MLP and vocabulary.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = dataclasses.asdict(self)
+        for key, value in sizes.items():
+            config_lib.require(value >= 1 or value == -1, f"mesh.{key}", value, "1 or more, or -1 for the rest")
+        free = [k for k, v in sizes.items() if v == -1]
+        config_lib.require(len(free) <= 1, f"mesh.{free[-1] if free else ''}", -1, "-1 for one axis only")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """A whole run.
+
+    Attributes:
+      seed: of parameters, data order and dropout.
+      data, model, optimizer, train, mesh: see their classes.
+    """
+
+    data: DataConfig
+    model: ModelConfig
+    optimizer: Any = config_lib.node(optimizers.config_from_node)
+    train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        config_lib.require(0 <= self.seed < 2**31, "seed", self.seed, "0 to 2^31 - 1")
+        split = self.train.accumulate
+        config_lib.require(
+            self.data.batch % split == 0, "train.accumulate", split, f"divisors of data.batch ({self.data.batch})"
+        )
+        optimizers.schedule(self.optimizer, self.train.steps)
+
+
+# What may differ when a run goes on: it changes no number that the run computes.
+FREE_KEYS = (
+    "train.log_every",
+    "train.save_every",
+    "train.keep",
+    "train.profile",
+    "train.max_nonfinite",
+    "train.sample_tokens",
+    "train.on_config_change",
+    "data.workers",
+    "data.cache",
+)
+
+
+def load(spec: str, overrides: list[str]) -> RunConfig:
+    """A run's config from `PATH[:arg=value,...]` and overrides `any.field=value`."""
+    return config_lib.load(RunConfig, spec, overrides)

@@ -1,0 +1,281 @@
+"""The training loop: start or resume, step, log, evaluate, save, stop."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import pathlib
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import rich.console
+
+from attnlab import data as data_lib
+from attnlab import ops
+from attnlab.errors import ConfigError, TrainingFailed, UserError
+from attnlab.evaluate.generate import Sampling, generate
+from attnlab.evaluate.perplexity import Evaluation, evaluate
+from attnlab.models.cost import model_cost
+from attnlab.train import metadata, optimizers, sharding, workdir
+from attnlab.train.checkpoints import Checkpoints
+from attnlab.train.config import RunConfig
+from attnlab.train.hardware import peak_flops
+from attnlab.train.metrics import MetricLog, Progress, Report
+from attnlab.train.state import Model, TrainState, init_state, state_shardings
+from attnlab.train.step import make_eval_step, make_train_step
+
+
+def train(config: RunConfig, path: pathlib.Path, console: rich.console.Console) -> None:
+    """Trains in the workdir `path` from its newest checkpoint, or from the start, to `train.steps`.
+
+    SIGTERM and SIGINT save a checkpoint and return.
+
+    Raises:
+      UserError: the config, the data or the workdir cannot be used; nothing was overwritten.
+      TrainingFailed: gradients were not finite too many steps in a row.
+    """
+    try:
+        with workdir.hold(path):
+            old = metadata.read_config(path)
+            if old is not None:
+                metadata.check_same(path, old, config)
+            last = max(Checkpoints(path).steps(), default=0)
+            if last >= config.train.steps:
+                console.print(f"the run in {path} is complete: {last} of {config.train.steps} steps", highlight=False)
+                return
+            _Run(config, path, console).run()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES):
+            raise UserError(f"--workdir {path}: {error.strerror}; the last complete checkpoint is kept") from None
+        raise
+
+
+def load_tokenizer(config: RunConfig) -> data_lib.Tokenizer:
+    """The tokenizer of a run, checked against the model.
+
+    Raises:
+      UserError: the tokenizer cannot be loaded, or its vocabulary is larger than the model's.
+    """
+    tokenizer = data_lib.load_tokenizer(config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab:
+        raise ConfigError(
+            f"model.vocab = {config.model.vocab} is smaller than the vocabulary of data.tokenizer = "
+            f"{config.data.tokenizer!r}; allowed: {tokenizer.vocab_size} or more"
+        )
+    return tokenizer
+
+
+class _StopSignals:
+    """Remembers SIGTERM and SIGINT; a second one acts at once."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> _StopSignals:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._old[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, _: Any) -> None:
+        self.name = signal.Signals(number).name
+        signal.signal(number, self._old[number])
+
+
+class _Run:
+    """One process's part of a run. `__init__` makes everything that can fail early; `run` steps."""
+
+    def __init__(self, config: RunConfig, path: pathlib.Path, console: rich.console.Console):
+        self.config, self.path = config, path
+        c = config
+        self.tokenizer = load_tokenizer(c)
+        self.mesh = sharding.make_mesh(c.mesh, c.data.batch // c.train.accumulate)
+        self.model = Model.of(c.model)
+        self.rate = optimizers.schedule(c.optimizer, c.train.steps)
+        self.tx = optimizers.build(c.optimizer, c.train.steps, self.model.axes)
+        self.shardings = state_shardings(self.mesh, self.model, self.tx)
+        shapes = jax.eval_shape(lambda: init_state(self.model, self.tx, c.seed))
+        size = sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(shapes))
+        workdir.require_space(path, size * (c.train.keep + 2))
+
+        processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        self.loader = data_lib.train_loader(c.data, self.tokenizer, seed=c.seed, **processes)
+        self.heldout = None
+        if c.train.eval_every:
+            self.heldout = data_lib.heldout_loader(
+                c.data, self.tokenizer, batches=c.train.eval_batches or None, **processes
+            )
+        self._report = Report(console, path)
+        self._say = self._report.say
+        self._say(data_lib.describe(self.loader.summary()))
+
+        self.checkpoints = Checkpoints(path, c.train.keep)
+        self.step, self.tokens, self.state = 0, 0, None
+        like = jax.tree.map(
+            lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, self.shardings
+        )
+        restored = self.checkpoints.restore_latest(like, self._say)
+        if restored is not None:
+            self.step, self.state, host = restored
+            self.tokens = host["tokens"]
+            self.loader.set_state(host["data"])
+            self._say(f"resuming {path} at step {self.step}")
+        else:
+            init = jax.jit(lambda: init_state(self.model, self.tx, c.seed), out_shardings=self.shardings)
+            self.state = init()
+
+        ops.clear_choices()
+        self._train_step = jax.jit(
+            make_train_step(self.model, self.tx, c.train, self.rate),
+            donate_argnums=0,
+            out_shardings=(self.shardings, None),
+        )
+        self._eval_step = jax.jit(make_eval_step(self.model, c.train, self.tokenizer.byte_lengths()))
+        cost = model_cost(c.model, c.data.length)
+        self._flops_per_token = 3 * cost.total_flops
+        self._peak = peak_flops()
+        self._describe()
+        self._say(
+            f"{cost.parameters:,} parameters, {self._flops_per_token / 1e6:,.1f} MFLOPs per token, "
+            f"{jax.device_count()} x {jax.devices()[0].device_kind}, "
+            f"{c.data.batch} x {c.data.length} tokens a step; everything goes to {path}"
+        )
+
+    def run(self) -> None:
+        """Steps to the end, or to a signal."""
+        c = self.config.train
+        self.log = MetricLog(self.path, self.step)
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.checkpoints.close)
+            stack.callback(self.log.close)
+            stack.callback(self.loader.close)
+            self.progress = stack.enter_context(Progress(self._report, c.steps, self.step))
+            signals = stack.enter_context(_StopSignals())
+            self._clock = time.perf_counter()
+            self._clock_step = self.step
+            pending: tuple[int, Any] | None = None
+            first = self.step + 1
+            for step in range(first, c.steps + 1):
+                with self._profiled(step):
+                    batch = sharding.put_batch(next(self.loader), self.mesh)
+                    self.state, metrics = self._train_step(self.state, batch)
+                    # The metrics of a step are fetched while the next one runs: the host never makes the device wait.
+                    if pending is not None:
+                        self._finish(*pending)
+                    pending = (step, metrics)
+                if step == first:
+                    self._first_step_done(step, metrics)
+                evaluating = self.heldout is not None and (step % c.eval_every == 0 or step == c.steps)
+                saving = step == c.steps or (c.save_every and step % c.save_every == 0) or signals.name is not None
+                if evaluating or saving:
+                    evaluation = self._finish(*pending, evaluating=evaluating)
+                    pending = None
+                    if saving:
+                        self._save(step, evaluation)
+                    self._clock, self._clock_step = time.perf_counter(), step
+                if signals.name is not None and step < c.steps:
+                    self.checkpoints.wait()
+                    self._say(f"{signals.name}: saved step {step}; resume with the same command (--workdir {self.path})")
+                    return
+            self._write_samples()
+            self.checkpoints.wait()
+            self._say(f"done: step {c.steps}, {self.tokens:,} tokens; checkpoints and metrics are in {self.path}")
+
+    def _first_step_done(self, step: int, metrics: Any) -> None:
+        """After the first step everything is traced: what was chosen is known, and the clocks can start."""
+        jax.block_until_ready(metrics)
+        self._describe()
+        self.progress.started(step)
+        self._clock, self._clock_step = time.perf_counter(), step
+
+    def _describe(self) -> None:
+        more = {"data": self.loader.summary(), "mesh": dict(self.mesh.shape), "resumed_at": self.step}
+        metadata.write_json(self.path / "config.json", metadata.describe_run(self.config, **more))
+
+    def _finish(self, step: int, metrics: Any, evaluating: bool = False) -> Evaluation | None:
+        """Fetches the metrics of a step, checks them, logs them; evaluates if asked."""
+        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        tokens = int(values.pop("step_tokens"))
+        self.tokens += tokens
+        c = self.config.train
+        if values["nonfinite"] >= c.max_nonfinite:
+            raise TrainingFailed(
+                f"step {step}: gradients were not finite for {int(values['nonfinite'])} steps in a row; "
+                f"none of these changed a parameter\nlower optimizer.learning_rate or set optimizer.clip; "
+                f"the newest checkpoint is step {max(self.checkpoints.steps(), default=0)}"
+            )
+        if not (step % c.log_every == 0 or step in (1, c.steps) or evaluating):
+            return None
+        now = time.perf_counter()
+        seconds = (now - self._clock) / max(step - self._clock_step, 1)
+        timed = step > self._clock_step
+        self._clock, self._clock_step = now, step
+        rate = tokens / seconds if timed else None
+        record = {
+            "step": step,
+            "loss": values.pop("loss"),
+            "tokens": self.tokens,
+            "tokens_per_second": rate,
+            "step_seconds": seconds if timed else None,
+            "mfu": rate * self._flops_per_token / self._peak if rate and self._peak else None,
+            **values,
+        }
+        evaluation = None
+        if evaluating:
+            evaluation = evaluate(lambda b: self._eval_step(self.state.params, b), self._heldout_batches())
+            record["heldout_loss"] = evaluation.loss
+            record["heldout_bits_per_byte"] = evaluation.bits_per_byte
+            self._say(
+                f"step {step}: held-out loss {evaluation.loss:.4f}, "
+                f"{evaluation.bits_per_byte:.4f} bits per byte on {evaluation.tokens:,} tokens"
+            )
+        self.log.write(record)
+        self.progress.update(step, record)
+        return evaluation
+
+    def _heldout_batches(self) -> Iterator[Any]:
+        assert self.heldout is not None
+        for batch in self.heldout:
+            yield sharding.put_batch(batch, self.mesh)
+
+    def _save(self, step: int, evaluation: Evaluation | None) -> None:
+        host = {"tokens": self.tokens, "data": self.loader.get_state()}
+        self.checkpoints.save(step, self.state, host, None if evaluation is None else evaluation.loss)
+
+    def _write_samples(self) -> None:
+        count = self.config.train.sample_tokens
+        if not count or self.heldout is None:
+            return
+        batch = next(iter(self.heldout))
+        prompts = []
+        for tokens, segments in list(zip(batch["tokens"], batch["segments"]))[:2]:
+            document = tokens[segments == 1]
+            if len(document):
+                prompts.append(document[: min(len(document), 64)])
+        sampling = Sampling(tokens=count, temperature=0.8, top_p=0.95, seed=self.config.seed, stop=self.tokenizer.eod_id)
+        out = generate(self.model.merge, jax.device_get(self.state.params), prompts, sampling)
+        with (self.path / "samples.txt").open("a", encoding="utf-8") as file:
+            for prompt, new in zip(prompts, out.tokens):
+                text = f"=== step {self.config.train.steps} · prompt ===\n{self.tokenizer.decode(prompt)}\n"
+                file.write(f"{text}=== continuation ===\n{self.tokenizer.decode(new)}\n\n")
+
+    @contextlib.contextmanager
+    def _profiled(self, step: int) -> Iterator[None]:
+        """Starts the profile before its first step and ends it after its last is computed."""
+        window = self.config.train.profile_steps
+        if window and step == window[0]:
+            jax.profiler.start_trace(str(self.path / "profile"))
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            yield
+        if window and window[0] <= step and step == min(window[1], self.config.train.steps):
+            jax.block_until_ready(self.state)
+            jax.profiler.stop_trace()
+            self._say(f"profile of steps {window[0]} to {step}: {self.path / 'profile'}")

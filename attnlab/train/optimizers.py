@@ -1,0 +1,195 @@
+"""Optimizers and learning-rate schedules, by config node; the algorithms are optax's."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import optax
+
+from attnlab import config as config_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """What all optimizers share.
+
+    Attributes:
+      learning_rate: peak of the schedule.
+      schedule: cosine, wsd (warm-up, stable, decay) or constant.
+      warmup: steps of linear warm-up from 0.
+      decay: fraction of the steps that wsd decays linearly over, at the end.
+      final: last learning rate of cosine and wsd, as a fraction of the peak.
+      weight_decay: decoupled decay, times the learning rate; on matrices only, not on norms' scales or embeddings.
+      clip: global norm that gradients are clipped to; none: no clipping.
+    """
+
+    node_name: ClassVar[str]
+
+    learning_rate: float = 3e-3
+    schedule: str = "cosine"
+    warmup: int = 100
+    decay: float = 0.2
+    final: float = 0.1
+    weight_decay: float = 0.1
+    clip: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        need = config_lib.require
+        need(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "above 0")
+        config_lib.require_choice("optimizer.schedule", self.schedule, ["cosine", "wsd", "constant"])
+        need(self.warmup >= 0, "optimizer.warmup", self.warmup, "0 or more steps")
+        need(0 < self.decay <= 1, "optimizer.decay", self.decay, "above 0, at most 1")
+        need(0 <= self.final <= 1, "optimizer.final", self.final, "0 to 1")
+        need(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        need(self.clip is None or self.clip > 0, "optimizer.clip", self.clip, "above 0, or none")
+
+
+def _beta(key: str, value: float) -> None:
+    config_lib.require(0 <= value < 1, f"optimizer.{key}", value, "0 or more, below 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamWConfig(OptimizerConfig):
+    """AdamW (Loshchilov and Hutter 2019); b1, b2: decay of the moments; epsilon: added to the root."""
+
+    node_name: ClassVar[str] = "adamw"
+
+    b1: float = 0.9
+    b2: float = 0.95
+    epsilon: float = 1e-8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _beta("b1", self.b1)
+        _beta("b2", self.b2)
+        config_lib.require(self.epsilon > 0, "optimizer.epsilon", self.epsilon, "above 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class MuonConfig(OptimizerConfig):
+    """Muon (Jordan 2024) on every layer's matrices, AdamW on the rest (embedding, output projection, vectors).
+
+    momentum: of Muon; iterations: Newton-Schulz steps; rms: root mean square that Muon's updates are scaled to, so that
+    one learning rate serves both (Liu et al. 2025, Muon is Scalable, section 2.2); b1, b2: of AdamW.
+    """
+
+    node_name: ClassVar[str] = "muon"
+
+    momentum: float = 0.95
+    iterations: int = 5
+    rms: float = 0.2
+    b1: float = 0.9
+    b2: float = 0.95
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("momentum", "b1", "b2"):
+            _beta(key, getattr(self, key))
+        config_lib.require(self.iterations >= 1, "optimizer.iterations", self.iterations, "1 or more")
+        config_lib.require(self.rms > 0, "optimizer.rms", self.rms, "above 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class LionConfig(OptimizerConfig):
+    """Lion (Chen et al. 2023); its learning rate is about a tenth of AdamW's."""
+
+    node_name: ClassVar[str] = "lion"
+
+    learning_rate: float = 3e-4
+    weight_decay: float = 1.0
+    b1: float = 0.9
+    b2: float = 0.99
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _beta("b1", self.b1)
+        _beta("b2", self.b2)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdafactorConfig(OptimizerConfig):
+    """Adafactor (Shazeer and Stern 2018), with updates scaled by the parameters' root mean square.
+
+    decay_rate: exponent of the second moment's decay; a stack of layers counts as one tensor.
+    """
+
+    node_name: ClassVar[str] = "adafactor"
+
+    learning_rate: float = 1e-2
+    decay_rate: float = 0.8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        config_lib.require(0 < self.decay_rate < 1, "optimizer.decay_rate", self.decay_rate, "above 0, below 1")
+
+
+CONFIGS = {c.node_name: c for c in (AdafactorConfig, AdamWConfig, LionConfig, MuonConfig)}
+
+
+def config_from_node(tree: Any, path: str) -> OptimizerConfig:
+    """The typed config of a node `{"name": ..., **fields}`."""
+    if dataclasses.is_dataclass(tree):
+        return tree
+    name, rest = config_lib.split_name(tree, path, list(CONFIGS))
+    return config_lib.build(CONFIGS[name], rest, path)
+
+
+def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate at each step of a run of `steps`.
+
+    Raises:
+      ConfigError: the warm-up is not shorter than the run.
+    """
+    c = config
+    config_lib.require(c.warmup < max(steps, 1), "optimizer.warmup", c.warmup, f"less than train.steps ({steps})")
+    peak, last = c.learning_rate, c.learning_rate * c.final
+    # Step 0 already learns: warm-up ends at step `warmup - 1`.
+    ramp = optax.linear_schedule(peak / max(c.warmup, 1), peak, max(c.warmup - 1, 1))
+    rest = steps - c.warmup
+    if c.schedule == "cosine":
+        return optax.join_schedules([ramp, optax.cosine_decay_schedule(peak, rest, c.final)], [c.warmup])
+    if c.schedule == "wsd":
+        decay = min(max(round(c.decay * steps), 1), rest)
+        stages = [ramp, optax.constant_schedule(peak), optax.linear_schedule(peak, last, decay)]
+        return optax.join_schedules(stages, [c.warmup, steps - decay])
+    return optax.join_schedules([ramp, optax.constant_schedule(peak)], [c.warmup])
+
+
+def build(config: OptimizerConfig, steps: int, axes: Any) -> optax.GradientTransformation:
+    """The optax transformation, clipping included.
+
+    Args:
+      config: an optimizer node.
+      steps: length of the run, for the schedule.
+      axes: tree like the parameters; each leaf the tuple of the parameter's logical axes without the stack of layers.
+    """
+    is_axes = lambda leaf: isinstance(leaf, tuple)
+    matrix = jax.tree.map(lambda a: len(a) >= 2 and "vocab" not in a, axes, is_leaf=is_axes)
+    rate, c = schedule(config, steps), config
+    if isinstance(c, AdamWConfig):
+        tx = optax.adamw(rate, c.b1, c.b2, c.epsilon, weight_decay=c.weight_decay, mask=matrix)
+    elif isinstance(c, LionConfig):
+        tx = optax.lion(rate, c.b1, c.b2, weight_decay=c.weight_decay, mask=matrix)
+    elif isinstance(c, MuonConfig):
+        stacked = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+        tx = optax.contrib.muon(
+            rate,
+            ns_steps=c.iterations,
+            beta=c.momentum,
+            weight_decay=c.weight_decay,
+            weight_decay_mask=matrix,
+            adam_b1=c.b1,
+            adam_b2=c.b2,
+            muon_weight_dimension_numbers=jax.tree.map(lambda m: stacked if m else None, matrix),
+            consistent_rms=c.rms,
+        )
+    else:
+        # optax's own weight decay here is not multiplied by the learning rate; this keeps one meaning for all.
+        tx = optax.chain(
+            optax.adafactor(None, decay_rate=c.decay_rate),
+            optax.add_decayed_weights(-c.weight_decay, mask=matrix),
+            optax.scale_by_schedule(rate),
+        )
+    return tx if c.clip is None else optax.chain(optax.clip_by_global_norm(c.clip), tx)

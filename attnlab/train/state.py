@@ -1,0 +1,92 @@
+"""What a training step reads and replaces."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from attnlab.models.lm import LanguageModel
+from attnlab.models.transformer import ModelConfig
+from attnlab.train import sharding
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """The arrays of a run.
+
+    Attributes:
+      step: int32, updates done or skipped.
+      params: nested dict of arrays.
+      opt_state: optax's state.
+      key: uint32 key data; each step's randomness is folded from it and the step.
+      nonfinite: int32, steps in a row whose gradients were not finite.
+      skipped: int32, all such steps.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    key: jax.Array
+    nonfinite: jax.Array
+    skipped: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A language model taken apart: what is static, and how its parameters look.
+
+    Attributes:
+      graphdef: with parameters it merges into a LanguageModel.
+      shapes: nnx.State of ShapeDtypeStructs.
+      axes: pure dict of logical axes.
+    """
+
+    config: ModelConfig
+    graphdef: Any
+    shapes: nnx.State
+    axes: Any
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> Model:
+        """Traces the construction; no array is made."""
+        graphdef, shapes = nnx.split(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))), nnx.Param)
+        return cls(config, graphdef, shapes, sharding.logical_axes(shapes))
+
+    def merge(self, params: Any) -> LanguageModel:
+        """The module with these parameters (a pure dict)."""
+        state = jax.tree.map(lambda x: x, self.shapes)
+        nnx.replace_by_pure_dict(state, params)
+        return nnx.merge(self.graphdef, state)
+
+    def init(self, seed: int) -> Any:
+        """Fresh parameters, a pure dict."""
+        return nnx.to_pure_dict(nnx.state(LanguageModel(self.config, rngs=nnx.Rngs(seed)), nnx.Param))
+
+    @property
+    def pure_shapes(self) -> Any:
+        """Pure dict of ShapeDtypeStructs."""
+        return nnx.to_pure_dict(self.shapes)
+
+
+def state_shardings(mesh: Mesh, model: Model, tx: optax.GradientTransformation) -> TrainState:
+    """A NamedSharding for every array of the state."""
+    params = sharding.parameter_shardings(mesh, model.axes, model.pure_shapes)
+    scalar = NamedSharding(mesh, PartitionSpec())
+    moments = sharding.optimizer_shardings(mesh, tx, model.pure_shapes, params)
+    return TrainState(scalar, params, moments, scalar, scalar, scalar)
+
+
+def init_state(model: Model, tx: optax.GradientTransformation, seed: int) -> TrainState:
+    """The state before the first step; jit it with `out_shardings=state_shardings(...)`."""
+    params = model.init(seed)
+    key = jax.random.key_data(jax.random.fold_in(jax.random.key(seed), 1))
+    # Three arrays, not one three times: each is donated on its own.
+    zero = lambda: jnp.zeros((), jnp.int32)
+    return TrainState(zero(), params, tx.init(params), key, zero(), zero())

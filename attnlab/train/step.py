@@ -1,0 +1,133 @@
+"""One training step and one evaluation step, as pure functions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from attnlab.train.config import TrainConfig
+from attnlab.train.state import Model, TrainState
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+def make_train_step(
+    model: Model, tx: optax.GradientTransformation, config: TrainConfig, rate: optax.Schedule
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The step `(state, batch) -> (state, metrics)`.
+
+    The loss is the mean over the tokens of the whole batch, however it is split into micro-batches or over devices. A
+    step whose loss or gradients are not finite changes no parameter and no moment, and is counted.
+
+    Args:
+      model: the model.
+      tx: the optimizer; its first part may clip.
+      config: of the training.
+      rate: learning rate by step, for the metrics.
+    """
+
+    def micro_loss(params: Any, micro: Batch, key: jax.Array | None) -> tuple[jax.Array, Metrics]:
+        """Loss summed over the micro-batch's tokens; the mixers' losses weigh as many tokens."""
+        nll, lse, out = model.merge(params).token_losses(micro, key, chunk=config.loss_chunk)
+        tokens = jnp.sum(micro["segments"] > 0).astype(nll.dtype)
+        sums = {"loss": jnp.sum(nll)}
+        if config.z_loss:
+            sums["z_loss"] = config.z_loss * jnp.sum(lse * lse)
+        for group in (out.losses, out.metrics):
+            sums |= {name: tokens * value.astype(nll.dtype) for name, value in group.items()}
+        total = sums["loss"] + sums.get("z_loss", 0) + sum(sums[name] for name in out.losses)
+        return total, sums | {"tokens": tokens}
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = None
+        if model.config.dropout:
+            key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        gradient = jax.value_and_grad(micro_loss, has_aux=True)
+        if config.accumulate == 1:
+            (_, sums), grads = gradient(state.params, batch, key)
+        else:
+            grads, sums = _accumulate(gradient, state.params, batch, key, config.accumulate)
+        tokens = sums.pop("tokens")
+        share = 1 / jnp.maximum(tokens, 1)
+        grads = jax.tree.map(lambda g: g * share.astype(g.dtype), grads)
+        metrics = {name: value * share for name, value in sums.items()}
+
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        bad = 1 - finite.astype(jnp.int32)
+        new_state = dataclasses.replace(
+            state,
+            step=state.step + 1,
+            params=keep(params, state.params),
+            opt_state=keep(opt_state, state.opt_state),
+            nonfinite=(state.nonfinite + 1) * bad,
+            skipped=state.skipped + bad,
+        )
+        metrics |= {
+            "grad_norm": norm,
+            "learning_rate": jnp.asarray(rate(state.step)),
+            "step_tokens": tokens,
+            "nonfinite": new_state.nonfinite,
+            "skipped": new_state.skipped,
+        }
+        return new_state, metrics
+
+    return train_step
+
+
+def _accumulate(gradient: Any, params: Any, batch: Batch, key: jax.Array | None, parts: int) -> tuple[Any, Metrics]:
+    """Sums of gradients and metrics over `parts` micro-batches, one in memory at a time."""
+    # Rows go to micro-batches round-robin, so that a batch split over devices needs no exchange.
+    micro = {k: jnp.moveaxis(v.reshape(-1, parts, *v.shape[1:]), 1, 0) for k, v in batch.items()}
+    keys = None if key is None else jax.random.split(key, parts)
+
+    def add(total: Any, inputs: Any) -> tuple[Any, None]:
+        part, k = inputs
+        (_, sums), grads = gradient(params, part, k)
+        return jax.tree.map(jnp.add, total, (grads, sums)), None
+
+    first = jax.tree.map(lambda v: v[0], micro)
+    shapes = jax.eval_shape(gradient, params, first, None if keys is None else keys[0])
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[1], shapes[0][1]))
+    total, _ = jax.lax.scan(add, zero, (micro, keys))
+    return total
+
+
+def make_eval_step(model: Model, config: TrainConfig, byte_lengths: np.ndarray) -> Callable[[Any, Batch], Metrics]:
+    """The step `(params, batch) -> sums`.
+
+    Args:
+      model: the model.
+      config: of the training.
+      byte_lengths: bytes of text that each token of the tokenizer stands for.
+
+    Returns:
+      Sums over the batch: `nll` [T] by position in the row's document, `tokens` [T], `bytes` scalar.
+    """
+
+    # Ids that the tokenizer does not use stand for nothing.
+    bytes_V = np.zeros(model.config.vocab, np.float32)
+    bytes_V[: len(byte_lengths)] = byte_lengths
+
+    def eval_step(params: Any, batch: Batch) -> Metrics:
+        nll, _, _ = model.merge(params).token_losses(batch, chunk=config.loss_chunk)
+        used = batch["segments"] > 0
+        length = nll.shape[1]
+        by_position = lambda values: jnp.zeros((length,), nll.dtype).at[batch["positions"]].add(values)
+        return {
+            "nll": by_position(nll),
+            "tokens": by_position(used.astype(nll.dtype)),
+            "bytes": jnp.sum(jnp.where(used, jnp.asarray(bytes_V)[batch["targets"]], 0)),
+        }
+
+    return eval_step

@@ -1,0 +1,57 @@
+"""Language models. `--config configs/lm.py:mixer=NAME,size=SIZE,pattern=LETTERS`
+
+Letters of a pattern: M is the mixer, S softmax attention, W softmax attention over a window of 128 keys.
+`pattern=MMMS` puts softmax attention in every fourth layer.
+"""
+
+from ml_collections import ConfigDict
+
+from attnlab import config
+
+# layers, width, heads, length, batch, learning rate, steps
+SIZES = {
+    "nano": (4, 128, 4, 256, 16, 4e-3, 1000),
+    "micro": (6, 256, 4, 512, 8, 2e-3, 2000),
+    "60m": (8, 512, 8, 1024, 256, 2e-3, 6_000),
+    "125m": (12, 768, 12, 2048, 256, 1e-3, 10_000),
+    "350m": (24, 1024, 16, 2048, 512, 6e-4, 10_000),
+    "1b": (24, 2048, 16, 2048, 1024, 4e-4, 20_000),
+    "7b": (32, 4096, 32, 4096, 1024, 3e-4, 100_000),
+}
+BYTES = ("nano", "micro")  # these read bytes; the others need a tokenizer of up to 32,768 tokens
+
+
+def get_config(arg=None):
+    a = config.parse_arg(arg, mixer="softmax", size="nano", pattern="M")
+    config.require_choice("size", a.size, list(SIZES))
+    layers, width, heads, length, batch, rate, steps = SIZES[a.size]
+    small = a.size in BYTES
+    letters = {
+        "M": {"name": a.mixer, "heads": heads},
+        "S": {"name": "softmax", "heads": heads},
+        "W": {"name": "softmax", "heads": heads, "window": 128},
+    }
+
+    c = ConfigDict()
+    c.seed = 0
+    c.data = {"source": "stdlib", "tokenizer": "bytes", "length": length, "batch": batch}
+    c.model = {
+        "vocab": 272 if small else 32_768,
+        "width": width,
+        "layers": layers,
+        "pattern": a.pattern,
+        "mixers": {k: node for k, node in letters.items() if k in a.pattern},
+        "dtype": "float32" if small else "bfloat16",
+        "remat": "none" if small else "minimal",
+        "tied": False,
+    }
+    c.optimizer = {"name": "adamw", "learning_rate": rate, "schedule": "cosine", "warmup": max(steps // 50, 20)}
+    c.train = {
+        "steps": steps,
+        "accumulate": 1,
+        "log_every": 10,
+        "eval_every": steps // 4,
+        "save_every": 100 if small else 500,
+    }
+    c.mesh = {"data": -1, "fsdp": 1, "tensor": 1} if small else {"data": 1, "fsdp": -1, "tensor": 1}
+    return c

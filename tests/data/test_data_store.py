@@ -1,0 +1,260 @@
+"""The token cache, and corpora written as array_record."""
+
+import errno
+import json
+import logging
+import multiprocessing
+import os
+import pathlib
+
+import numpy as np
+import pytest
+
+from attnlab import data
+from attnlab.data import records, store
+from attnlab.errors import ConfigError, UserError
+
+BYTES = data.load_tokenizer("bytes")
+
+
+def batches_of(config, count=6, tokenizer=BYTES):
+    with data.train_loader(config, tokenizer, seed=1) as loader:
+        return [next(loader) for _ in range(count)]
+
+
+def assert_same(left, right):
+    for a, b in zip(left, right, strict=True):
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name])
+
+
+def cache_files(tmp_path):
+    return sorted((tmp_path / "cache").glob("tokens-*/*"))
+
+
+def test_the_cache_is_used_and_follows_its_inputs(corpus, tmp_path, monkeypatch):
+    config = data.DataConfig(source=corpus, length=16, batch=4)
+    built = []
+    original = store.build
+    monkeypatch.setattr(store, "build", lambda *args: (built.append(args[0].config), original(*args))[1])
+    first = batches_of(config)
+    assert_same(first, batches_of(config))
+    assert len(built) == 1
+    file = next((tmp_path / "text").rglob("*.txt"))
+    file.write_text("changed")
+    batches_of(config)
+    assert len(built) == 2
+    os.utime(file, ns=(0, 0))
+    batches_of(config)
+    assert len(built) == 3
+    # A store with records left out is none for a config that wants to hear of them.
+    batches_of(data.DataConfig(source=corpus, length=16, batch=4, on_bad_record="skip"))
+    assert len(built) == 4
+    assert not list((tmp_path / "cache").glob("partial-*"))
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "lengths.npy", "keys.npy", "text_bytes.npy", "meta.json"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "remove", "empty"])
+def test_a_damaged_cache_is_noticed_and_made_again(corpus, tmp_path, caplog, name, damage):
+    config = data.DataConfig(source=corpus, length=16, batch=4)
+    first = batches_of(config)
+    [path] = [path for path in cache_files(tmp_path) if path.name == name]
+    content = bytearray(path.read_bytes())
+    path.unlink()  # a new file: to cut one that is mapped would kill the process
+    if damage != "remove":
+        content[len(content) // 2] ^= 0x04
+        path.write_bytes({"cut": content[:-1], "flip": content, "empty": b""}[damage])
+    again = batches_of(config)
+    assert_same(first, again)
+    if (name, damage) != ("meta.json", "flip"):  # one flipped bit of a description may leave it valid
+        assert "is damaged" in caplog.text and "tokenising again" in caplog.text
+    caplog.clear()
+    assert_same(first, batches_of(config))
+    assert not caplog.text
+
+
+def test_a_cache_that_cannot_be_written(corpus, tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("in the way")
+    config = data.DataConfig(source=corpus, length=16, batch=4, cache=str(tmp_path / "file"))
+    expected = batches_of(data.DataConfig(source=corpus, length=16, batch=4))
+    assert_same(expected, batches_of(config))
+    warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 1 and "data.cache" in caplog.text and str(tmp_path / "file") in caplog.text
+    monkeypatch.setattr(store, "_MEMORY_LIMIT_BYTES", 10)
+    with pytest.raises(UserError, match="cannot be written.*\n.*data.cache"):
+        data.train_loader(config, BYTES, seed=0)
+
+
+def test_a_full_disk(corpus, tmp_path, monkeypatch, caplog):
+    expected = batches_of(data.DataConfig(source=corpus, length=16, batch=4))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    config = data.DataConfig(source=corpus, length=16, batch=4, cache=str(tmp_path / "other"))
+    assert_same(expected, batches_of(config))
+    assert "No space left" in caplog.text
+    assert os.listdir(tmp_path / "other") == []
+
+
+def test_the_place_of_the_cache(monkeypatch):
+    assert store.cache_directory(data.DataConfig(cache="/a/b")) == "/a/b"
+    monkeypatch.setenv("ATTNLAB_CACHE", "/c")
+    assert store.cache_directory(data.DataConfig()) == "/c"
+    assert store.cache_directory(data.DataConfig(cache="/a/b")) == "/a/b"
+    monkeypatch.delenv("ATTNLAB_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/d")
+    assert store.cache_directory(data.DataConfig()) == "/d/attnlab"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert store.cache_directory(data.DataConfig()) == str(pathlib.Path.home() / ".cache" / "attnlab")
+
+
+def _open_in_process(source, cache, barrier, results):
+    config = data.DataConfig(source=source, length=16, batch=4, cache=cache)
+    barrier.wait(30)
+    results.put(data.train_loader(config, BYTES, seed=0).summary()["digest"])
+
+
+def test_two_processes_at_once(corpus, tmp_path):
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(2), context.Queue()
+    workers = [context.Process(target=_open_in_process, args=(corpus, str(tmp_path / "both"), barrier, results))
+               for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    digests = {results.get(timeout=60) for _ in workers}
+    for worker in workers:
+        worker.join(30)
+        assert worker.exitcode == 0
+    assert len(digests) == 1 and len(os.listdir(tmp_path / "both")) == 1
+
+
+def test_of_two_that_finish_the_second_takes_the_first(corpus, tmp_path, monkeypatch):
+    """The other process finishes between this one's look at the cache and its rename; with good or bad work."""
+    config = data.DataConfig(source=corpus, length=16, batch=4)
+    expected = batches_of(config)
+    [meta] = [path for path in cache_files(tmp_path) if path.name == "meta.json"]
+    original = store.build
+
+    for damaged in (False, True):
+        kept = meta.parent.with_name("kept")
+        meta.parent.rename(kept)
+
+        def build(*args, damaged=damaged, kept=kept):
+            result = original(*args)
+            kept.rename(meta.parent)
+            if damaged:
+                meta.write_text("{}")
+            return result
+
+        monkeypatch.setattr(store, "build", build)
+        assert_same(expected, batches_of(config))
+        assert os.listdir(tmp_path / "cache") == [meta.parent.name]
+        assert json.loads(meta.read_text())["files"] == 20
+
+
+def test_progress_is_reported(corpus):
+    seen = []
+    config = data.DataConfig(source=corpus, length=16, batch=4)
+    data.train_loader(config, BYTES, seed=0, progress=lambda done, total: seen.append((done, total)))
+    assert seen and seen[-1][0] == seen[-1][1] > 0
+
+
+# array_record
+
+
+@pytest.mark.parametrize("shards", [1, 3, 64])
+@pytest.mark.parametrize("record_tokens", [7, 1 << 13])
+def test_array_record_gives_the_rows_of_the_source(corpus, tmp_path, monkeypatch, shards, record_tokens):
+    monkeypatch.setattr(records, "RECORD_TOKENS", record_tokens)
+    direct = data.DataConfig(source=corpus, length=16, batch=4, heldout=0.2)
+    summary = data.apply_tokenizer(direct, str(tmp_path / "out"), shards=shards, progress=lambda *_: None)
+    assert summary["shards"] == min(shards, 20) == len(list((tmp_path / "out").glob("*.array_record")))
+    written = data.DataConfig(source=f"array_record:{tmp_path}/out/*.array_record", length=16, batch=4, heldout=0.2)
+    assert_same(batches_of(direct, 80), batches_of(written, 80))
+    assert_same(*(data.heldout_loader(config, BYTES) for config in (direct, written)))
+    left, right = (data.train_loader(config, BYTES, seed=0) for config in (direct, written))
+    next(left)
+    right.set_state(left.get_state())
+    assert_same([next(left)], [next(right)])
+    different = {key for key, value in left.summary().items() if right.summary()[key] != value}
+    assert different == {"source"}
+
+
+def test_array_record_with_workers_and_two_directories(corpus, tmp_path):
+    config = data.DataConfig(source=corpus, length=16, batch=4)
+    for name in ("one", "two"):
+        data.apply_tokenizer(config, str(tmp_path / name), shards=2)
+    source = ",".join(f"array_record:{tmp_path}/{name}/*.array_record" if name == "one" else
+                      f"{tmp_path}/{name}/*.array_record" for name in ("one", "two"))
+    both = data.DataConfig(source=source, length=16, batch=4, workers=1)
+    with data.train_loader(both, BYTES, seed=0) as loader:
+        assert loader.summary()["documents"] == 40
+        with data.train_loader(data.DataConfig(source=source, length=16, batch=4), BYTES, seed=0) as plain:
+            assert_same([next(loader) for _ in range(3)], [next(plain) for _ in range(3)])
+
+
+def test_apply_refuses(corpus, tmp_path):
+    config = data.DataConfig(source=corpus)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("")
+    with pytest.raises(UserError, match="not an empty directory"):
+        data.apply_tokenizer(config, str(tmp_path / "full"))
+    with pytest.raises(UserError, match="cannot be written"):
+        data.apply_tokenizer(config, str(tmp_path / "full" / "file" / "below"))
+    with pytest.raises(ConfigError, match="shards = 0"):
+        data.apply_tokenizer(config, str(tmp_path / "new"), shards=0)
+    with pytest.raises(UserError, match="is tokens already"):
+        data.apply_tokenizer(data.DataConfig(source="array_record:x"), str(tmp_path / "new"))
+    (tmp_path / "empty").mkdir()
+    data.apply_tokenizer(config, str(tmp_path / "empty"))
+    with pytest.raises(UserError, match="not an empty directory"):
+        data.apply_tokenizer(config, str(tmp_path / "empty"))
+
+
+def test_apply_that_fails_leaves_nothing(corpus, tmp_path):
+    (tmp_path / "text" / "zz.txt").write_bytes(b"\xff")
+    with pytest.raises(UserError, match="not UTF-8"):
+        data.apply_tokenizer(data.DataConfig(source=corpus), str(tmp_path / "out"))
+    assert not [name for name in os.listdir(tmp_path) if name.startswith("out")]
+
+
+@pytest.mark.parametrize("damage, message", [
+    ("index", "has no index.json"), ("documents", "has no documents.npz"), ("no shard", "is missing"),
+    ("cut", "truncated or damaged"), ("flip documents", "is damaged"), ("index text", "is damaged"),
+    ("partly matched", "is not matched by data.source"), ("flip", "is damaged: record")])
+def test_bad_array_record_directories(corpus, tmp_path, damage, message):
+    config = data.DataConfig(source=corpus, length=16, batch=4)
+    out = tmp_path / "out"
+    data.apply_tokenizer(config, str(out), shards=3)
+    shard, documents = out / "tokens-00001.array_record", out / "documents.npz"
+    glob = "*.array_record"
+    if damage in ("index", "documents", "no shard"):
+        {"index": out / "index.json", "documents": documents, "no shard": shard}[damage].unlink()
+    elif damage == "cut":
+        shard.write_bytes(shard.read_bytes()[:-5])
+    elif damage == "index text":
+        (out / "index.json").write_text("{\"shards\": 3")
+    elif damage == "partly matched":
+        glob = "*1.array_record"
+    else:
+        path = documents if damage == "flip documents" else shard
+        content = bytearray(path.read_bytes())
+        content[400] ^= 0xFF
+        path.write_bytes(content)
+    written = data.DataConfig(source=f"array_record:{out}/{glob}", length=16, batch=4)
+    with pytest.raises(UserError, match=message) as error:
+        loader = data.train_loader(written, BYTES, seed=0)
+        for _ in range(loader.summary()["rows"] // 4):
+            next(loader)
+    assert str(out) in str(error.value)
+
+
+def test_array_record_of_another_tokenizer(corpus, tmp_path):
+    config = data.DataConfig(source=corpus, length=16, batch=4)
+    data.apply_tokenizer(config, str(tmp_path / "out"))
+    data.train_tokenizer(config, 300, str(tmp_path / "bpe.json"))
+    with pytest.raises(UserError, match="tokenised with 'bytes'.*'bpe.json'"):
+        data.train_loader(data.DataConfig(source=f"array_record:{tmp_path}/out/*.array_record"),
+                          data.load_tokenizer(str(tmp_path / "bpe.json")), seed=0)
