@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +19,9 @@ from attnlab.data.tokenizers import Tokenizer
 from attnlab.errors import ConfigError, UserError
 
 _READ_THREADS = 2
+# Batches read ahead, by each worker: up to 8, fewer where they are large.
 _BATCHES_AHEAD = 8
+_BYTES_AHEAD = 1 << 27
 # What must be the same for step s to mean the same batch, with the config's word for each.
 _IDENTITY = {"seed": "the seed", "batch": "data.batch", "length": "data.length", "heldout": "data.heldout",
              "shuffle": "data.shuffle", "tokenizer": "the tokenizer (its fingerprint)",
@@ -39,6 +42,12 @@ class Batches:
         self._offset = process_index * self._local
         self._shuffle = config.shuffle
         self._seed = seed
+
+    @property
+    def ahead(self) -> int:
+        """How many batches to read ahead."""
+        size = 4 * 4 * self._local * self._rows.length
+        return max(2, min(_BATCHES_AHEAD, _BYTES_AHEAD // size))
 
     def __len__(self) -> int:
         return sys.maxsize // self._batch
@@ -72,6 +81,7 @@ class Loader(Iterator[Arrays]):
         self._summary = summary
         self._step = 0
         self._iterator: Any = None
+        self._stop: Any = None
 
     def __next__(self) -> Arrays:
         if self._iterator is None:
@@ -85,15 +95,18 @@ class Loader(Iterator[Arrays]):
         import grain
 
         batches = grain.MapDataset.source(self._batches)[step:].to_iter_dataset(
-            grain.ReadOptions(_READ_THREADS, _BATCHES_AHEAD))
+            grain.ReadOptions(_READ_THREADS, self._batches.ahead))
         if self._workers:
             from absl import flags
 
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # grain reads absl flags, which only programs run by absl parse
             batches = batches.mp_prefetch(grain.MultiprocessingOptions(
-                num_workers=self._workers, per_worker_buffer_size=_BATCHES_AHEAD))
-        return iter(batches)
+                num_workers=self._workers, per_worker_buffer_size=self._batches.ahead))
+        iterator = iter(batches)
+        # Also where nobody closes: workers must not outlive the loader, nor the program.
+        self._stop = weakref.finalize(self, iterator.close)
+        return iterator
 
     def get_state(self) -> dict[str, Any]:
         """Where the loader stands, for JSON: `step`, batches given so far, and what step s depends on."""
@@ -105,7 +118,7 @@ class Loader(Iterator[Arrays]):
         Raises:
           UserError: the state is of other data, tokenizer, seed or shape of batch; the message says which.
         """
-        differing = [f"{word} was {state.get(key)!r} and is {self._identity[key]!r}"
+        differing = [f"{word} was {str(state.get(key))[:12]} and is {str(self._identity[key])[:12]}"
                      for key, word in _IDENTITY.items() if state.get(key) != self._identity[key]]
         if differing:
             raise UserError("the saved position in the data does not fit: " + "; ".join(differing) + ".\n"
@@ -123,7 +136,7 @@ class Loader(Iterator[Arrays]):
     def close(self) -> None:
         """Stops threads and worker processes. The next `next` starts them again."""
         if self._iterator is not None:
-            self._iterator.close()
+            self._stop()
             self._iterator = None
 
     def __enter__(self) -> Loader:

@@ -47,7 +47,7 @@ class PackedRows:
     def __init__(self, store: Store, documents: np.ndarray, length: int, eod_id: int):
         self._store = store
         self._documents = documents
-        self._length = length
+        self.length = length
         self._eod_id = eod_id
         self._count = np.arange(length, dtype=np.int32)
         # Stream position at which each document ends.
@@ -55,14 +55,14 @@ class PackedRows:
         self.positions = int(self._ends[-1]) if len(documents) else 0
 
     def __len__(self) -> int:
-        return -(-self.positions // self._length)
+        return -(-self.positions // self.length)
 
     def __getitem__(self, index: int) -> Arrays:
         return {name: array[0] for name, array in self.pack([index]).items()}
 
     def pack(self, indices: Sequence[int]) -> Arrays:
         """The rows of `indices`, [len(indices), T]; an index past the last row gives a row of padding."""
-        shape = (len(indices), self._length)
+        shape = (len(indices), self.length)
         batch = {"tokens": np.full(shape, self._eod_id, np.int32), "targets": np.full(shape, self._eod_id, np.int32),
                  "segments": np.zeros(shape, np.int32), "positions": np.zeros(shape, np.int32)}
         for row, index in enumerate(indices):
@@ -71,8 +71,8 @@ class PackedRows:
 
     def _fill(self, index: int, tokens_T: np.ndarray, targets_T: np.ndarray, segments_T: np.ndarray,
               positions_T: np.ndarray) -> None:
-        at = int(index) * self._length
-        row_end = min(at + self._length, self.positions)
+        at = int(index) * self.length
+        row_end = min(at + self.length, self.positions)
         place = int(np.searchsorted(self._ends, at, side="right"))
         filled, segment = 0, 0
         while at < row_end:

@@ -330,7 +330,7 @@ def _read_parquet(file: File, field: str) -> Iterator[Document | BadRecord | Non
         return
     row = 0
     try:
-        with pyarrow.parquet.ParquetFile(file.path) as table:
+        with pyarrow.parquet.ParquetFile(file.path, page_checksum_verification=True) as table:
             schema = table.schema_arrow
             if field not in schema.names:
                 raise UserError(f"{file.path} has no column {field!r}; data.field must be one of its columns:"
@@ -342,7 +342,9 @@ def _read_parquet(file: File, field: str) -> Iterator[Document | BadRecord | Non
                 for value in batch.column(0):
                     yield _parquet_document(file, row, value, f"{file.path}, row {row}: {field!r}")
                     row += 1
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
+        if getattr(error, "errno", None):
+            raise  # the disk's trouble, not the file's
         raise UserError(f"{file.path}: after row {row}: {str(error).splitlines()[0]}: not a Parquet file, or a"
                         " truncated or damaged one. Fetch it again, or take it out of data.source.") from error
 

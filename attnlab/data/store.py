@@ -321,9 +321,11 @@ def sha256_of(path: str) -> str:
 
 
 def _remove_stale(root: str) -> None:
-    """Removes what killed processes left behind."""
+    """Removes what killed processes left behind: unfinished caches in which nothing was written for a day."""
     for name in os.listdir(root):
         path = os.path.join(root, name)
         with contextlib.suppress(OSError):
-            if name.startswith("partial-") and time.time() - os.path.getmtime(path) > _STALE_SECONDS:
-                shutil.rmtree(path, ignore_errors=True)
+            if name.startswith("partial-"):
+                written = max(os.path.getmtime(inside) for inside in (path, *(e.path for e in os.scandir(path))))
+                if time.time() - written > _STALE_SECONDS:
+                    shutil.rmtree(path, ignore_errors=True)

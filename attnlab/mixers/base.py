@@ -115,6 +115,7 @@ class Mixer(nnx.Module):
       name: the registered name.
       paper: title, authors' year and identifier of the source.
       extension: what here is ours and not in the paper; empty if nothing.
+      variants: combinations of knobs that the contract battery must try besides each knob alone.
     """
 
     Config: ClassVar[type]
@@ -122,6 +123,7 @@ class Mixer(nnx.Module):
     name: ClassVar[str]
     paper: ClassVar[str]
     extension: ClassVar[str] = ""
+    variants: ClassVar[tuple[dict[str, Any], ...]] = ()
 
     def __init__(self, config: Any, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         raise NotImplementedError

@@ -96,10 +96,15 @@ class Gated(Softmax):
     """Softmax attention with a learned gate; the default (G1, elementwise, sigmoid) is the paper's recommendation.
 
     Head-shared scores are the mean over heads of the activated scores, so that the parameters stay as many.
+    Positions, granularities, sharing and operations are those of sections 2.2 and 3 of the paper.
     """
 
     Config = GatedConfig
-    paper = "Qiu et al. 2025, Gated Attention for Large Language Models, NeurIPS 2025, sections 2.2 and 3"
+    paper = "Qiu et al. 2025, Gated Attention for Large Language Models, NeurIPS 2025"
+    variants = (
+        {"kv_heads": 2, "position": "G2", "granularity": "headwise", "sharing": "shared"},
+        {"kv_heads": 1, "position": "G4", "operation": "additive", "activation": "silu", "qk_norm": True},
+    )
 
     def __init__(self, config: GatedConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         super().__init__(config, width=width, rngs=rngs, dtype=dtype)

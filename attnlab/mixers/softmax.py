@@ -95,6 +95,10 @@ class Softmax(Mixer):
     Config = SoftmaxConfig
     capabilities = Capabilities(causal=True, bidirectional=True, streaming=True)
     paper = "Vaswani et al. 2017, Attention Is All You Need, arXiv:1706.03762"
+    variants = (
+        {"kv_heads": 2, "window": 4, "sinks": True, "soft_cap": 3.0, "qk_norm": True},
+        {"kv_heads": 1, "causal": False, "sinks": True},
+    )
 
     def __init__(self, config: SoftmaxConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         self.config, self.dtype = config, dtype

@@ -1,5 +1,3 @@
-import signal
-
 import pytest
 
 
@@ -7,20 +5,6 @@ import pytest
 def own_cache(tmp_path, monkeypatch):
     """Each test has its own token cache."""
     monkeypatch.setenv("ATTNLAB_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture(autouse=True)
-def time_limit():
-    """A loader that hangs fails its test."""
-
-    def stop(*_):
-        raise TimeoutError("the test took more than 90 seconds")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(90)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture

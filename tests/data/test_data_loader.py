@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +14,9 @@ from attnlab.data.loader import Batches
 from attnlab.data.packing import PackedRows, split_documents
 from attnlab.data.store import Corpus, FlatStore
 from attnlab.errors import ConfigError, UserError
+
+# A loader that hangs fails its test.
+pytestmark = pytest.mark.timeout(120)
 
 BYTES = data.load_tokenizer("bytes")
 
@@ -261,6 +267,33 @@ def test_impossible_requests(corpus):
         data.train_loader(dataclasses.replace(config, batch=600), BYTES, seed=0)
     with pytest.raises(UserError, match="data.heldout is 0"):
         data.heldout_loader(dataclasses.replace(config, heldout=0), BYTES)
+
+
+@pytest.mark.slow
+def test_a_program_that_closes_nothing_ends(corpus, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+from attnlab import data
+if __name__ == "__main__":
+    config = data.DataConfig(source={corpus!r}, length=16, batch=4, workers=2)
+    loader = data.train_loader(config, data.load_tokenizer("bytes"), seed=0)
+    kept = [next(loader) for _ in range(5)]
+""")
+    done = subprocess.run([sys.executable, str(script)], timeout=60, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert done.returncode == 0 and not done.stderr
+
+
+def test_one_row_and_one_batch(tmp_path):
+    (tmp_path / "one.txt").write_text("abc")
+    config = data.DataConfig(source=f"text:{tmp_path}/one.txt", length=8, batch=1)
+    with data.train_loader(config, BYTES, seed=0) as loader:
+        for _ in range(3):
+            batch = next(loader)
+            assert batch["tokens"].tolist() == [[256, 97, 98, 99, 256, 256, 256, 256]]
+            assert batch["targets"].tolist() == [[97, 98, 99, 256, 256, 256, 256, 256]]
+            assert batch["segments"].tolist() == [[1, 1, 1, 1, 0, 0, 0, 0]]
+            assert batch["positions"].tolist() == [[0, 1, 2, 3, 0, 0, 0, 0]]
 
 
 def test_one_document_cannot_be_held_out(tmp_path):

@@ -6,6 +6,9 @@ import logging
 import multiprocessing
 import os
 import pathlib
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +16,9 @@ import pytest
 from attnlab import data
 from attnlab.data import records, store
 from attnlab.errors import ConfigError, UserError
+
+# A loader that hangs fails its test.
+pytestmark = pytest.mark.timeout(120)
 
 BYTES = data.load_tokenizer("bytes")
 
@@ -81,6 +87,7 @@ def test_a_cache_that_cannot_be_written(corpus, tmp_path, monkeypatch, caplog):
     warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 1 and "data.cache" in caplog.text and str(tmp_path / "file") in caplog.text
     monkeypatch.setattr(store, "_MEMORY_LIMIT_BYTES", 10)
+    config = data.DataConfig(source=corpus, length=16, batch=4, cache=str(tmp_path / "file" / "below"))
     with pytest.raises(UserError, match="cannot be written.*\n.*data.cache"):
         data.train_loader(config, BYTES, seed=0)
 
@@ -220,6 +227,33 @@ def test_apply_that_fails_leaves_nothing(corpus, tmp_path):
     assert not [name for name in os.listdir(tmp_path) if name.startswith("out")]
 
 
+@pytest.mark.parametrize("call", ["data.apply_tokenizer(config, out, progress=kill)",
+                                  "data.train_tokenizer(config, 300, out, progress=kill)",
+                                  "data.train_loader(config, data.load_tokenizer('bytes'), seed=0, progress=kill)"])
+def test_a_killed_process_leaves_nothing_that_looks_complete(corpus, tmp_path, call):
+    code = f"""
+import os, signal
+from attnlab import data
+kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+out = {str(tmp_path / "out")!r}
+config = data.DataConfig(source={corpus!r}, length=16, batch=4)
+{call}
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists() and not cache_files(tmp_path)
+    config = data.DataConfig(source=corpus, length=16, batch=4)
+    data.apply_tokenizer(config, str(tmp_path / "out"))
+    # What was left in the cache goes once it is a day old, and not before: another process may be writing it.
+    left = list((tmp_path / "cache").glob("partial-*"))
+    batches_of(config, 1)
+    assert list((tmp_path / "cache").glob("partial-*")) == left
+    for path in left:
+        for inside in (*path.iterdir(), path):
+            os.utime(inside, (0, 0))
+    batches_of(data.DataConfig(source=corpus, length=16, batch=4, on_bad_record="skip"), 1)
+    assert not list((tmp_path / "cache").glob("partial-*"))
+
+
 @pytest.mark.parametrize("damage, message", [
     ("index", "has no index.json"), ("documents", "has no documents.npz"), ("no shard", "is missing"),
     ("cut", "truncated or damaged"), ("flip documents", "is damaged"), ("index text", "is damaged"),
@@ -243,11 +277,11 @@ def test_bad_array_record_directories(corpus, tmp_path, damage, message):
         content = bytearray(path.read_bytes())
         content[400] ^= 0xFF
         path.write_bytes(content)
-    written = data.DataConfig(source=f"array_record:{out}/{glob}", length=16, batch=4)
+    written = data.DataConfig(source=f"array_record:{out}/{glob}", length=16, batch=4, heldout=0)
     with pytest.raises(UserError, match=message) as error:
-        loader = data.train_loader(written, BYTES, seed=0)
-        for _ in range(loader.summary()["rows"] // 4):
-            next(loader)
+        with data.train_loader(written, BYTES, seed=0) as loader:
+            for _ in range(loader.summary()["rows"]):
+                next(loader)
     assert str(out) in str(error.value)
 
 

@@ -1,0 +1,77 @@
+"""The configs and inputs that the contract battery tries on every registered mixer."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from attnlab import mixers
+from attnlab.errors import ConfigError
+
+WIDTH, LENGTH = 16, 11
+
+# Row 0: two documents and padding behind. Row 1: padding in front, one document, which is cut by the padding's end.
+SEGMENTS = np.array([[1, 1, 1, 1, 2, 2, 2, 2, 2, 0, 0], [0, 0, 3, 3, 3, 3, 3, 3, 3, 3, 3]], np.int32)
+POSITIONS = np.array([[0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 0], [0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8]], np.int32)
+DOCUMENTS = [(0, 0, 4), (0, 4, 9), (1, 2, 11)]  # row, first, end
+
+
+def configs(name: str) -> dict[str, tuple[Any, bool]]:
+    """Every config to try, by a readable id, and whether it belongs to the everyday tests.
+
+    The default, each other value of each knob alone, and the combinations that the mixer names.
+    """
+    cls = mixers.get(name)
+    found = {"default": (cls.Config(), True)}
+    for field in dataclasses.fields(cls.Config):
+        for value in field.metadata["other"]:
+            found[f"{field.name}={value}"] = (cls.Config(**{field.name: value}), False)
+    for fields in cls.variants:
+        found[",".join(f"{k}={v}" for k, v in fields.items())] = (cls.Config(**fields), True)
+    return found
+
+
+def parameters() -> list[Any]:
+    """pytest parameters `config` for all mixers."""
+    return [
+        pytest.param(config, id=f"{name}-{label}", marks=() if everyday else pytest.mark.slow)
+        for name in mixers.names()
+        for label, (config, everyday) in configs(name).items()
+    ]
+
+
+def module(config: Any, dtype: Any) -> mixers.Mixer:
+    """The mixer with every parameter moved off its initial value, so that none is neutral."""
+    built = mixers.build(config, width=WIDTH, rngs=nnx.Rngs(0), dtype=dtype)
+    state = nnx.state(built, nnx.Param)
+    leaves, treedef = jax.tree.flatten(state)
+    rng = np.random.default_rng(1)
+    moved = [leaf + jnp.asarray(0.3 * rng.standard_normal(leaf.shape), leaf.dtype) for leaf in leaves]
+    nnx.update(built, jax.tree.unflatten(treedef, moved))
+    return built
+
+
+def inputs(dtype: Any, seed: int = 0) -> tuple[jax.Array, mixers.Sequence]:
+    """x [2, LENGTH, WIDTH] and the packed sequence."""
+    x = np.random.default_rng(seed).standard_normal((2, LENGTH, WIDTH))
+    return jnp.asarray(x, dtype), mixers.Sequence(jnp.asarray(POSITIONS), jnp.asarray(SEGMENTS))
+
+
+def split(module: mixers.Mixer) -> tuple[Any, Any]:
+    """graphdef and parameters."""
+    return nnx.split(module, nnx.Param)
+
+
+def rejects(build: Any) -> bool:
+    """Whether a config is refused at construction."""
+    try:
+        build()
+    except ConfigError:
+        return True
+    return False

@@ -1,0 +1,32 @@
+"""Counts the matrix-product FLOPs of a jaxpr."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+
+
+def count(fn: Any, *args: Any) -> float:
+    """FLOPs of all dot_generals of `fn(*args)`, a multiply-add counted as 2, loop bodies as often as they run."""
+    return _count(jax.make_jaxpr(fn)(*args).jaxpr)
+
+
+def _count(jaxpr: Any) -> float:
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contract, _), _ = eqn.params["dimension_numbers"]
+            contracted = math.prod(eqn.invars[0].aval.shape[i] for i in contract)
+            total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * contracted
+            continue
+        if eqn.primitive.name == "while":
+            raise ValueError("a while loop has no static number of turns")
+        times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    total += times * _count(inner)
+    return total

@@ -1,0 +1,238 @@
+"""The laws of the contract, for every registered mixer in every config of `cases`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from attnlab import mixers
+from attnlab.errors import UnsupportedPattern
+from attnlab.train import sharding
+from attnlab.train.config import MeshConfig
+from tests.mixers import cases, flops
+
+every_config = pytest.mark.parametrize("config", cases.parameters())
+CUTS = ([cases.LENGTH], [1] * cases.LENGTH, [3, 1, 5, 2], [2, 7, 2])
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def call(graphdef, params, x, seq):
+    return nnx.merge(graphdef, params)(x, seq).y
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def value_and_gradients(graphdef, params, x, seq):
+    """y, and gradients of a scalar that depends on every visible position, for parameters and x."""
+
+    def scalar(params, x):
+        y = call(graphdef, params, x, seq)
+        used = jnp.ones(y.shape[:2]) if seq.segments is None else seq.segments > 0
+        weights = jnp.cos(jnp.arange(y.size).reshape(y.shape)) * used[..., None]
+        return jnp.sum(weights * y), y
+
+    (_, y), gradients = jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True)(params, x)
+    return y, gradients
+
+
+def assert_close(a, b, tolerance):
+    """Largest difference against the largest value, leaf by leaf."""
+    for p, q in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        p, q = np.asarray(p, np.float64), np.asarray(q, np.float64)
+        assert np.all(np.isfinite(p))
+        np.testing.assert_allclose(p, q, rtol=0, atol=tolerance * max(1.0, np.abs(q).max(initial=0)))
+
+
+def document(x, seq, row, first, end):
+    """One document of a packed batch as a batch of its own."""
+    return x[row : row + 1, first:end], mixers.Sequence(seq.positions[row : row + 1, first:end])
+
+
+@every_config
+def test_definition(config, x64):
+    """Laws 1 and 7: every implementation equals the definition in float64, value and gradients."""
+    x, seq = cases.inputs(jnp.float64)
+    results = {}
+    for impl in implementations(config):
+        graphdef, params = cases.split(cases.module(dataclasses.replace(config, impl=impl), jnp.float64))
+        results[impl] = value_and_gradients(graphdef, params, x, seq)
+    expected = results.pop("definition")
+    assert results
+    for impl, result in results.items():
+        assert_close(result, expected, 1e-10)
+
+
+def implementations(config):
+    field = next(f for f in dataclasses.fields(config) if f.name == "impl")
+    return ["definition", *(v for v in (field.default, *field.metadata["other"]) if v != "definition")]
+
+
+@every_config
+def test_split_anywhere(config, x64):
+    """Law 2: `extend` over any cutting of a packed, padded sequence equals `__call__` on the whole."""
+    module = cases.module(config, jnp.float64)
+    x, seq = cases.inputs(jnp.float64)
+    if not (config.causal and module.capabilities.streaming):
+        with pytest.raises(UnsupportedPattern):
+            module.init_state(2, cases.LENGTH)
+        return
+    whole = module(x, seq).y
+    graphdef, params = cases.split(module)
+    extend = jax.jit(lambda p, x, seq, state: nnx.merge(graphdef, p).extend(x, seq, state))
+    for cut in CUTS:
+        state = module.init_state(2, cases.LENGTH, jnp.float64)
+        parts, first = [], 0
+        for n in cut:
+            piece = slice(first, first + n)
+            part = mixers.Sequence(seq.positions[:, piece], seq.segments[:, piece])
+            out = extend(params, x[:, piece], part, state)
+            parts.append(out.y)
+            state, first = out.state, first + n
+        used = np.asarray(seq.segments) > 0
+        assert_close(jnp.concatenate(parts, axis=1)[used], whole[used], 1e-10)
+
+
+@every_config
+def test_causality(config):
+    """Law 3: changing position t changes nothing before t, bitwise; and something at or after t."""
+    if not config.causal:
+        return
+    graphdef, params = cases.split(cases.module(config, jnp.float32))
+    x, _ = cases.inputs(jnp.float32)
+    seq = mixers.Sequence.whole(*x.shape[:2])
+    run = jax.jit(lambda x: call(graphdef, params, x, seq))
+    before = np.asarray(run(x))
+    for t in (1, 4, cases.LENGTH - 1):
+        after = np.asarray(run(x.at[:, t:].set(7.0 - 3 * x[:, t:])))
+        np.testing.assert_array_equal(after[:, :t], before[:, :t])
+        assert not np.array_equal(after[:, t:], before[:, t:])
+
+
+@every_config
+def test_packing(config, x64):
+    """Law 4: packed documents give what each gives alone, gradients too; padding changes nothing and stays finite."""
+    graphdef, params = cases.split(cases.module(config, jnp.float64))
+    x, seq = cases.inputs(jnp.float64)
+    y, gradients = value_and_gradients(graphdef, params, x, seq)
+
+    def alone(params, x):
+        weights = jnp.cos(jnp.arange(y.size).reshape(y.shape))
+        outs = [call(graphdef, params, *document(x, seq, *d)) for d in cases.DOCUMENTS]
+        total = sum(jnp.sum(weights[r, a:b] * o[0]) for (r, a, b), o in zip(cases.DOCUMENTS, outs))
+        return total, outs
+
+    (_, outs), expected = jax.jit(jax.value_and_grad(alone, argnums=(0, 1), has_aux=True))(params, x)
+    for (row, first, end), out in zip(cases.DOCUMENTS, outs):
+        assert_close(y[row, first:end], out[0], 1e-10)
+    assert_close(gradients, expected, 1e-9)
+
+    padding = (seq.segments == 0)[..., None]
+    changed, changed_gradients = value_and_gradients(graphdef, params, jnp.where(padding, 1e4 * x, x), seq)
+    assert np.all(np.isfinite(changed))
+    used = np.asarray(seq.segments) > 0
+    np.testing.assert_array_equal(np.asarray(changed)[used], np.asarray(y)[used])
+    assert_close(changed_gradients[0], gradients[0], 1e-10)
+
+
+@pytest.mark.parametrize("name", mixers.names())
+def test_every_knob_turns(name):
+    """Law 5: another value of any field changes the parameters, the program or the output, or is refused."""
+    cls = mixers.get(name)
+    x, seq = cases.inputs(jnp.float32)
+
+    def traced(config):
+        graphdef, params = cases.split(cases.module(config, jnp.float32))
+        run = lambda p: call(graphdef, p, x, seq)
+        shapes = jax.tree.map(jnp.shape, nnx.to_pure_dict(params))
+        return (str(shapes), str(jax.make_jaxpr(run)(params))), functools.partial(run, params)
+
+    plain, plain_run = traced(cls.Config())
+    for field in dataclasses.fields(cls.Config):
+        assert field.metadata.get("doc"), f"{name}.{field.name} is not documented"
+        assert field.metadata["other"], f"{name}.{field.name} names no other value to try"
+        for value in field.metadata["other"]:
+            changed, run = traced(cls.Config(**{field.name: value}))
+            same = changed == plain and np.array_equal(run(), plain_run())
+            assert not same, f"{name}.{field.name} = {value!r} changes nothing"
+
+
+@every_config
+def test_sharding(config):
+    """Law 6: the same numbers on 1 device and on 8, split over batch, parameters and heads."""
+    assert jax.device_count() == 8
+    graphdef, params = cases.split(cases.module(config, jnp.float32))
+    x, seq = cases.inputs(jnp.float32)
+    x, seq = jax.tree.map(lambda a: jnp.concatenate([a] * 4), (x, seq))
+    expected = value_and_gradients(graphdef, params, x, seq)
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), batch=8)
+    axes = sharding.logical_axes(params)
+    shardings = sharding.parameter_shardings(mesh, axes, nnx.to_pure_dict(params))
+    placed = jax.device_put(nnx.to_pure_dict(params), shardings)
+    assert any(not s.is_fully_replicated for s in jax.tree.leaves(shardings))
+    split_params = jax.tree.map(lambda a: a, params)
+    nnx.replace_by_pure_dict(split_params, placed)
+    batch = sharding.batch_sharding(mesh)
+    result = value_and_gradients(graphdef, split_params, *jax.device_put((x, seq), batch))
+    assert_close(result, expected, 1e-5)
+
+
+@every_config
+def test_bfloat16(config):
+    """Law 8: bf16 activations stay finite and near fp32, for large inputs too."""
+    graphdef, params = cases.split(cases.module(config, jnp.float32))
+    low, _ = cases.split(cases.module(config, jnp.bfloat16))
+    x, seq = cases.inputs(jnp.float32)
+    expected = np.asarray(call(graphdef, params, x, seq))
+    y, gradients = value_and_gradients(low, params, x.astype(jnp.bfloat16), seq)
+    assert y.dtype == jnp.bfloat16
+    error = np.abs(np.asarray(y, np.float32) - expected).max() / np.abs(expected).max()
+    assert error < 0.05
+    large = value_and_gradients(low, params, 30 * x.astype(jnp.bfloat16), seq)
+    for leaf in jax.tree.leaves((gradients, large)):
+        assert np.all(np.isfinite(np.asarray(leaf, np.float32)))
+
+
+@every_config
+def test_cost(config):
+    """Law 9: declared FLOPs are those of the traced definition, parameters and state bytes those of the arrays."""
+    cls = mixers.get(config.node_name)
+    cost = cls.cost(config, cases.WIDTH, cases.LENGTH)
+    graphdef, params = cases.split(cases.module(dataclasses.replace(config, impl="definition"), jnp.float32))
+    assert cost.parameters == sum(p.size for p in jax.tree.leaves(params))
+    x, _ = cases.inputs(jnp.float32)
+    seq = mixers.Sequence.whole(*x.shape[:2])
+    counted = flops.count(lambda p, x: call(graphdef, p, x, seq), params, x) / (2 * cases.LENGTH)
+    # The definition computes all pairs; the declaration counts those that the mask lets through.
+    declared = dict(cost.flops)
+    if cost.span is not None:
+        declared["attention"] *= cases.LENGTH / cost.span
+    assert counted == pytest.approx(sum(declared.values()), rel=1e-6)
+    if cls.capabilities.streaming and config.causal:
+        state = nnx.merge(graphdef, params).init_state(1, cases.LENGTH)
+        assert cost.state_bytes == sum(a.nbytes for a in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("name", mixers.names())
+def test_undeclared_is_refused(name):
+    """What the capabilities do not declare raises UnsupportedPattern."""
+    module = cases.module(mixers.get(name).Config(), jnp.float32)
+    x, seq = cases.inputs(jnp.float32)
+    if not module.capabilities.cross:
+        with pytest.raises(UnsupportedPattern, match="cross"):
+            module(x, dataclasses.replace(seq, context=x))
+    if not module.capabilities.packed:
+        with pytest.raises(UnsupportedPattern, match="packed"):
+            module(x, seq)
+    if not module.capabilities.bidirectional:
+        with pytest.raises(UnsupportedPattern, match="bidirectional"):
+            cases.module(dataclasses.replace(module.config, causal=False), jnp.float32)(x, seq)
