@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import sys
-import weakref
 from collections.abc import Iterator
+from multiprocessing import util
 from typing import Any
 
 import numpy as np
@@ -80,13 +80,15 @@ class Loader(Iterator[Arrays]):
         self._identity = identity
         self._summary = summary
         self._step = 0
-        self._iterator: Any = None
-        self._stop: Any = None
+        self._running: list[Any] = []  # the grain iterator, while there is one
+        # Where nobody closes: when the loader goes, or at exit before multiprocessing ends what is left (which would
+        # leave behind the shared memory of batches read ahead).
+        util.Finalize(self, _close, args=(self._running,), exitpriority=10)
 
     def __next__(self) -> Arrays:
-        if self._iterator is None:
-            self._iterator = self._start(self._step)
-        batch = next(self._iterator)
+        if not self._running:
+            self._running.append(self._start(self._step))
+        batch = next(self._running[0])
         self._step += 1
         # Batches of worker processes lie in shared memory, which is to be freed now and not at exit.
         return {name: np.array(array) for name, array in batch.items()} if self._workers else batch
@@ -103,10 +105,7 @@ class Loader(Iterator[Arrays]):
                 flags.FLAGS.mark_as_parsed()  # grain reads absl flags, which only programs run by absl parse
             batches = batches.mp_prefetch(grain.MultiprocessingOptions(
                 num_workers=self._workers, per_worker_buffer_size=self._batches.ahead))
-        iterator = iter(batches)
-        # Also where nobody closes: workers must not outlive the loader, nor the program.
-        self._stop = weakref.finalize(self, iterator.close)
-        return iterator
+        return iter(batches)
 
     def get_state(self) -> dict[str, Any]:
         """Where the loader stands, for JSON: `step`, batches given so far, and what step s depends on."""
@@ -135,15 +134,18 @@ class Loader(Iterator[Arrays]):
 
     def close(self) -> None:
         """Stops threads and worker processes. The next `next` starts them again."""
-        if self._iterator is not None:
-            self._stop()
-            self._iterator = None
+        _close(self._running)
 
     def __enter__(self) -> Loader:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _close(running: list[Any]) -> None:
+    while running:
+        running.pop().close()
 
 
 class HeldoutLoader:

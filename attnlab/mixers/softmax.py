@@ -174,7 +174,7 @@ class Softmax(Mixer):
         mask = mask_for_extension(first, new, own_start, window=c.window)
         o = self._attend(q, keys.astype(q.dtype), values.astype(q.dtype), mask)
         if not rolling:
-            o = jnp.where((index_T < slots)[None, :, None, None], o, jnp.nan)
+            o = jnp.where(state.length + new <= slots, o, jnp.nan)
         cache = KVCache(k_cache, v_cache, state.length + new, start[:, -1], segments[:, -1])
         return MixerOutput(self.combine(o, x), state=cache)
 

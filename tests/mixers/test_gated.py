@@ -1,0 +1,212 @@
+"""The identities of gated attention (Qiu et al. 2025), in float64."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from attnlab import mixers
+from attnlab.errors import ConfigError
+from attnlab.mixers.gated import fuse_query_gate, split_query_gate
+from tests.mixers import cases
+
+
+@pytest.fixture(autouse=True)
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def make(**fields):
+    return cases.module(mixers.get("gated").Config(**fields), jnp.float64)
+
+
+def plain(gated):
+    """Softmax attention with the gated layer's other weights."""
+    c = gated.config
+    softmax = cases.module(mixers.get("softmax").Config(heads=c.heads, kv_heads=c.kv_heads, qk_norm=c.qk_norm), jnp.float64)
+    for name in ("q", "k", "v", "out"):
+        getattr(softmax, name).kernel[...] = getattr(gated, name).kernel[...]
+    return softmax
+
+
+def heads(module, x, seq):
+    """What enters the output projection [B, T, H * d]; the projection's place is taken by a recorder."""
+    projection, seen = module.out, []
+    module.out = lambda o: seen.append(o) or projection(o)
+    try:
+        module(x, seq)
+    finally:
+        module.out = projection
+    return np.asarray(seen[0])
+
+
+def set_theta(gated, value):
+    gated.gate.theta[...] = jnp.broadcast_to(jnp.asarray(value), gated.gate.theta.shape)
+
+
+@pytest.mark.parametrize("position", ["G1", "G2", "G3", "G4", "G5"])
+@pytest.mark.parametrize("kv_heads", [None, 2])
+def test_gate_of_one_is_softmax(position, kv_heads):
+    """A score of 1 everywhere leaves softmax attention."""
+    gated = make(position=position, kv_heads=kv_heads, input_dependent=False)
+    set_theta(gated, 800.0)  # sigmoid(800) is 1 exactly
+    x, seq = cases.inputs(jnp.float64)
+    np.testing.assert_allclose(gated(x, seq).y, plain(gated)(x, seq).y, atol=1e-13)
+
+
+def test_zero_weights_halve_exactly():
+    """W = 0 gives exactly half of softmax's heads, before the projection."""
+    gated = make()
+    gated.gate.linear.kernel[...] = jnp.zeros_like(gated.gate.linear.kernel[...])
+    x, seq = cases.inputs(jnp.float64)
+    np.testing.assert_array_equal(heads(gated, x, seq), 0.5 * heads(plain(gated), x, seq))
+
+
+@pytest.mark.parametrize("position", ["G1", "G2", "G3", "G4"])
+@pytest.mark.parametrize("operation", ["multiplicative", "additive"])
+def test_headwise_is_elementwise_with_repeated_columns(position, operation):
+    head = make(position=position, granularity="headwise", operation=operation)
+    element = make(position=position, operation=operation)
+    for name in ("q", "k", "v", "out"):
+        getattr(element, name).kernel[...] = getattr(head, name).kernel[...]
+    element.gate.linear.kernel[...] = jnp.repeat(head.gate.linear.kernel[...], element.head_dim, axis=1)
+    x, seq = cases.inputs(jnp.float64)
+    np.testing.assert_allclose(element(x, seq).y, head(x, seq).y, atol=1e-12)
+
+
+@pytest.mark.parametrize("granularity", ["elementwise", "headwise"])
+def test_constant_gate_on_outputs_is_the_same_on_values(granularity):
+    """A score that depends on no position commutes with the average over keys: G1 = G2."""
+    outputs = make(input_dependent=False, granularity=granularity)
+    values = make(input_dependent=False, granularity=granularity, position="G2")
+    for name in ("q", "k", "v", "out"):
+        getattr(values, name).kernel[...] = getattr(outputs, name).kernel[...]
+    values.gate.theta[...] = outputs.gate.theta[...]
+    x, seq = cases.inputs(jnp.float64)
+    np.testing.assert_allclose(values(x, seq).y, outputs(x, seq).y, atol=1e-12)
+
+
+def test_one_token_sees_only_itself():
+    """On a sequence of one token query and key token coincide: G1 = G2."""
+    outputs, values = make(), make(position="G2")
+    for name in ("q", "k", "v", "out"):
+        getattr(values, name).kernel[...] = getattr(outputs, name).kernel[...]
+    values.gate.linear.kernel[...] = outputs.gate.linear.kernel[...]
+    x, _ = cases.inputs(jnp.float64)
+    seq = mixers.Sequence.whole(2, 1)
+    np.testing.assert_allclose(values(x[:, :1], seq).y, outputs(x[:, :1], seq).y, atol=1e-12)
+
+
+def test_closed_gate_prunes_the_head():
+    """A score of 0 for a head is the layer without it."""
+    gated = make(input_dependent=False, granularity="headwise")
+    set_theta(gated, jnp.asarray([800.0, -800.0, 800.0, 800.0]))
+    softmax = plain(gated)
+    d = gated.head_dim
+    softmax.out.kernel[...] = softmax.out.kernel[...].at[d : 2 * d].set(0.0)
+    x, seq = cases.inputs(jnp.float64)
+    np.testing.assert_allclose(gated(x, seq).y, softmax(x, seq).y, atol=1e-13)
+
+
+def test_additive_identity_is_linear_on_top_of_softmax():
+    """Y + x W: the gate's part of the output is x W W_O."""
+    gated = make(operation="additive", activation="identity")
+    x, seq = cases.inputs(jnp.float64)
+    linear = x @ gated.gate.linear.kernel[...] @ gated.out.kernel[...]
+    np.testing.assert_allclose(gated(x, seq).y, plain(gated)(x, seq).y + linear, atol=1e-12)
+
+
+@pytest.mark.parametrize("granularity", ["elementwise", "headwise"])
+def test_shared_scores_are_the_mean_over_heads(granularity):
+    gated = make(sharing="shared", granularity=granularity)
+    x, seq = cases.inputs(jnp.float64)
+    scores = jax.nn.sigmoid(x @ gated.gate.linear.kernel[...]).reshape(*x.shape[:2], 4, -1).mean(2, keepdims=True)
+    before = heads(plain(gated), x, seq).reshape(*x.shape[:2], 4, -1)
+    np.testing.assert_allclose(heads(gated, x, seq), (before * scores).reshape(*x.shape), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "activation, function",
+    [
+        ("sigmoid", lambda z: 1 / (1 + np.exp(-z))),
+        ("silu", lambda z: z / (1 + np.exp(-z))),
+        ("ns_sigmoid", lambda z: 0.5 + 0.5 / (1 + np.exp(-z))),
+        ("identity", lambda z: z),
+    ],
+)
+def test_activations(activation, function):
+    """The score is the activation written out."""
+    gated = make(activation=activation)
+    x, seq = cases.inputs(jnp.float64)
+    scores = function(np.asarray(x @ gated.gate.linear.kernel[...]))
+    np.testing.assert_allclose(heads(gated, x, seq), heads(plain(gated), x, seq) * scores, atol=1e-12)
+
+
+def test_gate_after_projection():
+    """G5 multiplies the layer's output."""
+    gated = make(position="G5")
+    x, seq = cases.inputs(jnp.float64)
+    scores = jax.nn.sigmoid(x @ gated.gate.linear.kernel[...])
+    np.testing.assert_allclose(gated(x, seq).y, plain(gated)(x, seq).y * scores, atol=1e-12)
+
+
+def test_scale_of_a_head_is_lost_in_qk_norm():
+    """Why a headwise gate on queries or keys with qk_norm is refused: the norm divides it out."""
+    with pytest.raises(ConfigError, match="cancels"):
+        mixers.get("gated").Config(position="G4", granularity="headwise", qk_norm=True)
+    x, _ = cases.inputs(jnp.float64)
+    norm = make(qk_norm=True).q_norm
+    np.testing.assert_allclose(norm(50.0 * x[..., :4]), norm(100.0 * x[..., :4]), atol=1e-6)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("granularity", ["elementwise", "headwise"])
+def test_fused_layout_round_trip(kv_heads, granularity):
+    """Fusing queries and gates into one kernel and splitting it gives the kernels, and a group's columns lie together."""
+    gated = make(kv_heads=kv_heads, granularity=granularity)
+    q, gate = gated.q.kernel[...], gated.gate.linear.kernel[...]
+    fused = fuse_query_gate(q, gate, 4, kv_heads)
+    for a, b in zip(split_query_gate(fused, 4, kv_heads, gated.head_dim), (q, gate)):
+        np.testing.assert_array_equal(a, b)
+    group = 4 // kv_heads
+    x, _ = cases.inputs(jnp.float64)
+    per_group = (x @ fused).reshape(*x.shape[:2], kv_heads, -1)
+    np.testing.assert_allclose(
+        per_group[:, :, 0, : group * gated.head_dim], (x @ q)[..., : group * gated.head_dim], atol=1e-12
+    )
+
+
+def test_gradient_of_the_gate():
+    """dL/dW = x^T (s' * Y * dL/dY') with Y the heads' outputs."""
+    gated = make()
+    x, seq = cases.inputs(jnp.float64)
+    y = heads(plain(gated), x, seq)
+    z = x @ gated.gate.linear.kernel[...]
+    weights = jnp.cos(jnp.arange(x.size, dtype=jnp.float64).reshape(x.shape))
+    upstream = weights @ gated.out.kernel[...].T
+    s = jax.nn.sigmoid(z)
+    expected = jnp.einsum("btd,bte->de", x, s * (1 - s) * y * upstream)
+
+    graphdef, params = cases.split(gated)
+    loss = lambda p: jnp.sum(weights * nnx.merge(graphdef, p)(x, seq).y)
+    got = jax.grad(loss)(params)["gate"]["linear"]["kernel"][...]
+    np.testing.assert_allclose(got, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"position": "G6"}, "position = 'G6'"),
+        ({"position": "G5", "granularity": "headwise"}, "elementwise at G5"),
+        ({"position": "G5", "sharing": "shared"}, "specific at G5"),
+        ({"activation": "relu"}, "sigmoid, silu"),
+        ({"granularity": "head"}, "did you mean 'headwise'"),
+    ],
+)
+def test_impossible_configs(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        mixers.config_from_node({"name": "gated", **fields})
