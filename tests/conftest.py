@@ -11,3 +11,5 @@ import jax  # noqa: E402
 
 jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+# Eight devices on few cores: two programs with collectives in flight at once can starve each other.
+jax.config.update("jax_cpu_enable_async_dispatch", False)

@@ -81,8 +81,7 @@ class Loader(Iterator[Arrays]):
         self._summary = summary
         self._step = 0
         self._running: list[Any] = []  # the grain iterator, while there is one
-        # Where nobody closes: when the loader goes, or at exit before multiprocessing ends what is left (which would
-        # leave behind the shared memory of batches read ahead).
+        # Where nobody closes: when the loader goes, or at exit before multiprocessing kills the workers.
         util.Finalize(self, _close, args=(self._running,), exitpriority=10)
 
     def __next__(self) -> Arrays:
@@ -90,14 +89,15 @@ class Loader(Iterator[Arrays]):
             self._running.append(self._start(self._step))
         batch = next(self._running[0])
         self._step += 1
-        # Batches of worker processes lie in shared memory, which is to be freed now and not at exit.
-        return {name: np.array(array) for name, array in batch.items()} if self._workers else batch
+        return _unpacked(batch) if self._workers else batch
 
     def _start(self, step: int) -> Any:
         import grain
 
-        batches = grain.MapDataset.source(self._batches)[step:].to_iter_dataset(
-            grain.ReadOptions(_READ_THREADS, self._batches.ahead))
+        batches = grain.MapDataset.source(self._batches)[step:]
+        if self._workers:
+            batches = batches.map(_packed)
+        batches = batches.to_iter_dataset(grain.ReadOptions(_READ_THREADS, self._batches.ahead))
         if self._workers:
             from absl import flags
 
@@ -141,6 +141,17 @@ class Loader(Iterator[Arrays]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _packed(batch: Arrays) -> tuple[tuple[int, ...], dict[str, bytes]]:
+    """A batch on its way between processes. grain would put arrays into shared memory, which containers have little
+    of and which is left behind at exit."""
+    return batch["tokens"].shape, {name: array.tobytes() for name, array in batch.items()}
+
+
+def _unpacked(packed: tuple[tuple[int, ...], dict[str, bytes]]) -> Arrays:
+    shape, contents = packed
+    return {name: np.frombuffer(content, np.int32).reshape(shape).copy() for name, content in contents.items()}
 
 
 def _close(running: list[Any]) -> None:

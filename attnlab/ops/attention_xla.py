@@ -21,8 +21,11 @@ _HIDDEN = -1e30
 _LOWEST = -1e20
 _LOG2E = math.log2(math.e)
 
-_UNROLLED = 16  # at most this many groups of query blocks are emitted, whatever T: bounds the compile time
 _ROWS = 256  # query rows in a block, counted over the heads that share a key head
+# Bodies emitted, whatever T, which bounds the compile time: groups of query blocks with a key range of their own, or,
+# where ranges are known at run time only, lengths of key range to choose from (each a multiple of _LEAST_KEYS).
+_BODIES = 8
+_LEAST_KEYS = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,28 +41,29 @@ class Blocks:
     step: int
 
 
-def plan_blocks(length: int, keys: int, mask: Mask, rows: int) -> list[Blocks]:
-    """Cut `length` queries into blocks, each with a key range of static length that covers what its rows may see."""
+def plan_blocks(length: int, keys: int, mask: Mask, rows: int, groups: int) -> list[Blocks]:
+    """Cut `length` queries into blocks, each with a key range of static length that covers what the static part of the
+    mask lets its rows see. Neighbouring blocks share a range where more than `groups` of them would differ."""
     full = length // rows
-    per_group = -(-full // _UNROLLED)
-    grouped: list[Blocks] = []
+    per_group = -(-full // groups)
+    plan: list[Blocks] = []
     for block in range(0, full, per_group or 1):
         count = min(per_group, full - block)
-        first, last = block * rows, (block + count) * rows
-        low, high = mask.static_range(first, last, keys)
-        before = grouped[-1] if grouped else None
+        first = block * rows
+        low, high = mask.static_range(first, first + count * rows, keys)
+        before = plan[-1] if plan else None
         if before and (before.origin, before.keys) == (low, high - low):
-            grouped[-1] = dataclasses.replace(before, count=before.count + count)
+            plan[-1] = dataclasses.replace(before, count=before.count + count)
         else:
-            grouped.append(Blocks(first, count, rows, high - low, low, 0))
-    if mask.window is not None and full > _UNROLLED:
+            plan.append(Blocks(first, count, rows, high - low, low, 0))
+    if mask.window is not None and full > groups:
         reach = rows + mask.window - 1 + (0 if mask.causal else mask.window - 1)
-        if full * reach < sum(b.count * b.keys for b in grouped):
-            grouped = [Blocks(0, full, rows, min(reach, keys), 1 - mask.window, rows)]
+        if full * reach < sum(b.count * b.keys for b in plan):
+            plan = [Blocks(0, full, rows, min(reach, keys), 1 - mask.window, rows)]
     if full * rows < length:
         low, high = mask.static_range(full * rows, length, keys)
-        grouped.append(Blocks(full * rows, 1, length - full * rows, high - low, low, 0))
-    return grouped
+        plan.append(Blocks(full * rows, 1, length - full * rows, high - low, low, 0))
+    return plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +73,7 @@ class _Config:
     mask: Mask  # its static part only
     scale: float
     soft_cap: float | None
+    skip: bool = False  # choose each block's key range at run time, from its rows' intervals
 
 
 def attention(q_BTHd, k_BSKd, v_BSKe, mask: Mask, *, scale: float, soft_cap: float | None, sinks_H) -> jax.Array:
@@ -87,7 +92,7 @@ def _attention_forward(config: _Config, q, k, v, sinks, intervals):
     K, e = k.shape[2], v.shape[3]
     stat = jnp.promote_types(q.dtype, jnp.float32)
     out = (_Part((B, T, K, H // K, e), q.dtype, 2), _Part((B, K, H // K, T), stat, 1))
-    o, lse = _over_heads(partial(_forward_head, config), config, q, k, v, (), sinks, intervals, out)
+    o, lse = _over_heads(_forward_head, config, q, k, v, (), sinks, intervals, out)
     o = checkpoint_name(o.reshape(B, T, H, e), "attention_o")
     return o, (q, k, v, sinks, intervals, o, checkpoint_name(lse, "attention_lse"))
 
@@ -103,7 +108,7 @@ def _attention_backward(config: _Config, residuals, do):
         _Part((B, K, H // K), lse.dtype, 1),
     )
     rest = (_grouped(o, K), _grouped(do, K), lse)
-    dq, dk, dv, dsinks = _over_heads(partial(_backward_head, config), config, q, k, v, rest, sinks, intervals, out)
+    dq, dk, dv, dsinks = _over_heads(_backward_head, config, q, k, v, rest, sinks, intervals, out)
     dsinks = None if sinks is None else dsinks.sum(0).reshape(H).astype(sinks.dtype)
     return dq.reshape(q.shape), dk, dv, dsinks, (None, None)
 
@@ -135,6 +140,9 @@ def _over_heads(head, config: _Config, q, k, v, rest, sinks_H, intervals, out: t
     # Residuals of shape [B, K, ...] (the log-sum-exp) have their key heads on axis 1, all else on axis 2.
     axes = [2, 2, 2, *(1 if x.ndim == 4 else 2 for x in rest)]
 
+    # A choice at run time saves work only where the heads are not batched together.
+    serial = dataclasses.replace(config, skip=intervals != (None, None))
+
     def one_by_one(arrays, sinks, start, end):
         def body(i, results):
             b, h = i // K, i % K
@@ -146,7 +154,7 @@ def _over_heads(head, config: _Config, q, k, v, rest, sinks_H, intervals, out: t
                 for x, axis in zip(arrays, axes, strict=True)
             ]
             bounds = [None if x is None else (x[0] if x.shape[0] == 1 else x[b]) for x in (start, end)]
-            parts = head(*of_head, sinks=None if sinks is None else sinks[h], bounds=bounds)
+            parts = head(serial, *of_head, sinks=None if sinks is None else sinks[h], bounds=bounds)
             new = []
             for whole, part, p in zip(results, parts, out, strict=True):
                 at = [0] * whole.ndim
@@ -159,7 +167,7 @@ def _over_heads(head, config: _Config, q, k, v, rest, sinks_H, intervals, out: t
 
     def together(arrays, sinks, start, end):
         def of_head(arrays, sinks, bounds):
-            parts = head(*arrays, sinks=sinks, bounds=bounds)
+            parts = head(config, *arrays, sinks=sinks, bounds=bounds)
             return tuple(x.astype(p.dtype) for x, p in zip(parts, out, strict=True))
 
         bounds = [None if x is None else jnp.broadcast_to(x, (B, T)) for x in (start, end)]
@@ -177,15 +185,14 @@ def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
 def _forward_head(config: _Config, q_TGd, k_Sd, v_Se, *, sinks, bounds):
     """One key head: o_TGe and the log2-sum-exp2 of the scores, lse_GT, sinks included."""
     T, G, _ = q_TGd.shape
+    S = k_Sd.shape[0]
     q_GTd = q_TGd.swapaxes(0, 1)
     stat = jnp.promote_types(q_TGd.dtype, jnp.float32)
     sinks_G1 = None if sinks is None else sinks.astype(stat)[:, None] * _LOG2E
 
-    def block(blocks: Blocks, i):
-        rows, keys = _block_rows(blocks, i), _block_keys(blocks, i, k_Sd.shape[0])
-        k, v = (_slice(x, keys, blocks.keys, 0) for x in (k_Sd, v_Se))
-        q = _slice(q_GTd, rows, blocks.rows, 1)
-        scores, _ = _scores(config, q, k, *_block_bounds(blocks, bounds, rows), keys)
+    def tile(near, first_key, keys: int, q):
+        k, v = (_slice(x, first_key, keys, 0) for x in (k_Sd, v_Se))
+        scores, _ = _scores(config, q, k, *near, first_key)
         highest = jnp.maximum(scores.max(-1), _LOWEST)
         if sinks_G1 is not None:
             highest = jnp.maximum(highest, sinks_G1)
@@ -194,11 +201,15 @@ def _forward_head(config: _Config, q_TGd, k_Sd, v_Se, *, sinks, bounds):
         if sinks_G1 is not None:
             total += jnp.exp2(sinks_G1 - highest)
         total = jnp.maximum(total, jnp.finfo(stat).tiny)
-        o = _matmul(weights.astype(v.dtype).reshape(G * blocks.rows, -1), v).reshape(G, blocks.rows, -1)
+        o = _matmul(weights.astype(v.dtype).reshape(-1, keys), v).reshape(G, q.shape[1], -1)
         return o / total[..., None], highest + jnp.log2(total)
 
+    def block(blocks: Blocks, i):
+        q = _slice(q_GTd, _block_rows(blocks, i), blocks.rows, 1)
+        return _on_key_range(config, blocks, i, bounds, S, tile, q)
+
     parts = []
-    for blocks in plan_blocks(T, k_Sd.shape[0], config.mask, _rows(G)):
+    for blocks in _plan(config, T, S, G):
         if blocks.count == 1:
             parts.append(block(blocks, 0))
         else:
@@ -220,25 +231,28 @@ def _backward_head(config: _Config, q_TGd, k_Sd, v_Se, o_TGe, do_TGe, lse_GT, *,
     # would first transpose the whole block of scores.
     dk_dS, dv_eS = jnp.zeros((d, S), stat), jnp.zeros((e, S), stat)
 
-    def block(blocks: Blocks, i, dk_dS, dv_eS):
-        rows, keys = _block_rows(blocks, i), _block_keys(blocks, i, S)
-        k, v = (_slice(x, keys, blocks.keys, 0) for x in (k_Sd, v_Se))
-        q, do, lse, delta = (_slice(x, rows, blocks.rows, 1) for x in (q_GTd, do_GTe, lse_GT, delta_GT))
-        scores, slope = _scores(config, q, k, *_block_bounds(blocks, bounds, rows), keys)
+    def tile(near, first_key, keys: int, q, do, lse, delta, dk_dS, dv_eS):
+        k, v = (_slice(x, first_key, keys, 0) for x in (k_Sd, v_Se))
+        scores, slope = _scores(config, q, k, *near, first_key)
         weights = jnp.exp2(scores - lse[..., None])
         flat_q, flat_do = q.reshape(-1, d), do.reshape(-1, e)
         dweights = _matmul(flat_do, v.T).reshape(weights.shape)
         dscores = weights * (dweights - delta[..., None])
         if slope is not None:
             dscores *= slope
-        dscores = dscores.astype(k.dtype).reshape(G * blocks.rows, -1)
-        weights = weights.astype(v.dtype).reshape(G * blocks.rows, -1)
-        dk_dS = _add_columns(dk_dS, _matmul(flat_q.T, dscores), keys)
-        dv_eS = _add_columns(dv_eS, _matmul(flat_do.T, weights), keys)
-        return _matmul(dscores, k).reshape(G, blocks.rows, d), dk_dS, dv_eS
+        dscores = dscores.astype(k.dtype).reshape(-1, keys)
+        weights = weights.astype(v.dtype).reshape(-1, keys)
+        dk_dS = _add_columns(dk_dS, _matmul(flat_q.T, dscores), first_key)
+        dv_eS = _add_columns(dv_eS, _matmul(flat_do.T, weights), first_key)
+        return _matmul(dscores, k).reshape(q.shape), dk_dS, dv_eS
+
+    def block(blocks: Blocks, i, dk_dS, dv_eS):
+        rows = _block_rows(blocks, i)
+        near = [_slice(x, rows, blocks.rows, 1) for x in (q_GTd, do_GTe, lse_GT, delta_GT)]
+        return _on_key_range(config, blocks, i, bounds, S, tile, *near, dk_dS, dv_eS)
 
     parts = []
-    for blocks in plan_blocks(T, S, config.mask, _rows(G)):
+    for blocks in _plan(config, T, S, G):
         if blocks.count == 1:
             dq, dk_dS, dv_eS = block(blocks, 0, dk_dS, dv_eS)
         else:
@@ -286,22 +300,35 @@ def _matmul(a, b):
     return jnp.matmul(a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
 
 
-def _rows(G: int) -> int:
-    return max(_ROWS // G, 64)
+def _plan(config: _Config, T: int, S: int, G: int) -> list[Blocks]:
+    return plan_blocks(T, S, config.mask, max(_ROWS // G, 64), 1 if config.skip else _BODIES)
 
 
 def _block_rows(blocks: Blocks, i):
     return blocks.first + i * blocks.rows
 
 
-def _block_keys(blocks: Blocks, i, S: int):
-    if blocks.step == 0:
-        return blocks.origin
-    return jnp.clip(blocks.origin + i * blocks.step, 0, S - blocks.keys)
+def _on_key_range(config: _Config, blocks: Blocks, i, bounds, S: int, tile, *args):
+    """`tile(bounds of the block's rows, first key, number of keys, *args)` over the block's key range: the static one,
+    or within it, with `config.skip`, the shortest of a few lengths that holds every key its rows see."""
+    rows, first_key = _block_rows(blocks, i), blocks.origin
+    if blocks.step:
+        first_key = jnp.clip(first_key + i * blocks.step, 0, S - blocks.keys)
+    near = tuple(None if x is None else _slice(x, rows, blocks.rows, 0) for x in bounds)
+    unit = -(-blocks.keys // (_BODIES * _LEAST_KEYS)) * _LEAST_KEYS
+    lengths = [min(n, blocks.keys) for n in range(unit, blocks.keys + unit, unit)]
+    if not config.skip or len(lengths) < 2:
+        return tile(near, first_key, blocks.keys, *args)
+    start = jnp.zeros((), jnp.int32) if near[0] is None else near[0]
+    end = jnp.full((), S, jnp.int32) if near[1] is None else jnp.minimum(near[1], S)
+    low = jnp.where(start < end, start, S).min()
+    high = jnp.where(start < end, end, 0).max()
+    choice = jnp.clip((high - low - 1) // unit, 0, len(lengths) - 1)
 
+    def of_length(keys: int):
+        return lambda low, *args: tile(near, jnp.clip(low, first_key, first_key + blocks.keys - keys), keys, *args)
 
-def _block_bounds(blocks: Blocks, bounds, rows):
-    return tuple(None if x is None else _slice(x, rows, blocks.rows, 0) for x in bounds)
+    return jax.lax.switch(choice, [of_length(keys) for keys in lengths], low, *args)
 
 
 def _slice(x, first, size: int, axis: int):

@@ -151,6 +151,16 @@ def test_resume_is_exact_at_any_step(corpus):
     assert loader.get_state()["step"] == 10**15 + 2
 
 
+def test_without_shuffle_rows_come_in_the_order_of_the_source(corpus, tmp_path):
+    texts = [path.read_text() for path in sorted((tmp_path / "text").rglob("*.txt"))]
+    stream = stream_of([list(text.encode()) for text in texts])
+    config = data.DataConfig(source=corpus, length=16, batch=4, heldout=0, shuffle=False)
+    with data.train_loader(config, BYTES, seed=0) as loader:
+        for step in range(len(stream) // 64):
+            expected = [entry[1] for entry in stream[step * 64:(step + 1) * 64]]
+            assert next(loader)["targets"].reshape(-1).tolist() == expected
+
+
 @pytest.mark.parametrize("change, word", [
     ({"length": 17}, "data.length was 16 and is 17"), ({"batch": 2}, "data.batch"), ({"heldout": 0.2}, "data.heldout"),
     ({"shuffle": False}, "data.shuffle"), ({"seed": 6}, "the seed was 5 and is 6")])

@@ -118,11 +118,14 @@ def test_end_of_document_is_found_or_named(tmp_path):
 def test_settings_of_the_file_that_would_change_documents_are_off(trained, tmp_path):
     spec = json.loads((tmp_path / "bpe.json").read_text())
     backend = hf.Tokenizer.from_str(json.dumps(spec))
+    backend.add_special_tokens(["<|user|>"])
     backend.enable_truncation(3)
     backend.enable_padding(length=50)
     backend.post_processor = hf.processors.TemplateProcessing(
         single="<|endoftext|> $A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)])
-    check_round_trip(HuggingFaceTokenizer(save(tmp_path, backend)), TEXTS)
+    tokenizer = HuggingFaceTokenizer(save(tmp_path, backend))
+    check_round_trip(tokenizer, [*TEXTS, "a text on <|user|> tokens"])
+    assert backend.token_to_id("<|user|>") not in tokenizer.encode("<|user|>")
 
 
 def test_a_text_cannot_end_itself(tmp_path):

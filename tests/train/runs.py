@@ -1,0 +1,76 @@
+"""Small runs for tests."""
+
+from __future__ import annotations
+
+import io
+import json
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import rich.console
+
+from attnlab import config as config_lib
+from attnlab.train.config import RunConfig
+from attnlab.train.loop import train
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def corpus(directory: pathlib.Path) -> str:
+    """Forty small files and the glob that finds them."""
+    directory.mkdir(exist_ok=True)
+    for i in range(40):
+        text = "\n".join(f"def f{i}_{j}(x):\n    return x + {i * j}" for j in range(8))
+        (directory / f"m{i:02}.py").write_text(text)
+    return f"text:{directory}/*.py"
+
+
+def tree(source: str, **overrides: Any) -> dict[str, Any]:
+    """A config tree of a model that compiles in a second or two; `a__b=1` sets a.b."""
+    config: dict[str, Any] = {
+        "seed": 3,
+        "data": {"source": source, "length": 32, "batch": 8},
+        "model": {"vocab": 260, "width": 16, "layers": 2, "mixers": {"M": {"name": "softmax", "heads": 2}}},
+        "optimizer": {"name": "adamw", "learning_rate": 1e-2, "warmup": 2},
+        "train": {"steps": 12, "log_every": 1, "eval_every": 6, "eval_batches": 2, "save_every": 4, "sample_tokens": 8},
+        "mesh": {"data": 1, "fsdp": -1},
+    }
+    for key, value in overrides.items():
+        *parents, last = key.split("__")
+        here = config
+        for name in parents:
+            here = here.setdefault(name, {})
+        here[last] = value
+    return config
+
+
+def config(source: str, **overrides: Any) -> RunConfig:
+    return config_lib.build(RunConfig, tree(source, **overrides))
+
+
+def run(config: RunConfig, workdir: pathlib.Path) -> str:
+    """Trains and returns what was printed."""
+    out = io.StringIO()
+    train(config, workdir, rich.console.Console(file=out, width=200))
+    return out.getvalue()
+
+
+def lines(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """metrics.jsonl, without what depends on the clock."""
+    timed = ("tokens_per_second", "step_seconds", "mfu")
+    read = [json.loads(text) for text in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in timed} for line in read]
+
+
+def write_config(path: pathlib.Path, source: str, **overrides: Any) -> str:
+    """A config file for the command line."""
+    path.write_text(f"def get_config(arg=None):\n    return {tree(source, **overrides)!r}\n")
+    return str(path)
+
+
+def attnlab(*args: str, timeout: float = 240, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    """Runs the command line in a process of its own."""
+    command = [sys.executable, "-m", "attnlab", *args]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, **kwargs)

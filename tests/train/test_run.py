@@ -1,0 +1,230 @@
+"""A run from start to end: what it leaves, and that stopping and going on changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from attnlab import data as data_lib
+from attnlab.errors import TrainingFailed, UserError
+from attnlab.train import restore
+from tests.train import runs
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    os.environ["ATTNLAB_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    return runs.corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def finished(source, tmp_path_factory):
+    """An uninterrupted run: workdir and output."""
+    workdir = tmp_path_factory.mktemp("finished")
+    return workdir, runs.run(runs.config(source), workdir)
+
+
+def test_what_a_run_leaves(finished):
+    """Every step once, evaluations beside their step, metadata, samples, a log, the newest two checkpoints and the best."""
+    workdir, printed = finished
+    lines = runs.lines(workdir)
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert [line["step"] for line in lines if "heldout_loss" in line] == [6, 12]
+    assert lines[-1]["tokens"] == sum(8 * 32 for _ in range(12))
+    described = json.loads((workdir / "config.json").read_text())
+    assert described["config"]["model"]["mixers"]["M"]["name"] == "softmax"
+    assert described["implementations"]["attention"] and described["versions"]["jax"]
+    assert described["devices"] == {"platform": "cpu", "kind": "cpu", "count": 8}
+    assert "continuation" in (workdir / "samples.txt").read_text()
+    assert "step 12/12" in (workdir / "log.txt").read_text() and "step 12/12" in printed
+    assert any((workdir / "tensorboard").iterdir())
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["12", "8"]
+
+
+def test_second_call_says_complete(finished, source):
+    """The same command on a finished run does nothing and says so."""
+    workdir, _ = finished
+    before = (workdir / "metrics.jsonl").read_bytes()
+    assert "complete: 12 of 12 steps" in runs.run(runs.config(source), workdir)
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+class Killed(BaseException):
+    pass
+
+
+def crash_after(monkeypatch, batches):
+    """The loader raises what nothing catches, as a kill would end the loop."""
+    original = data_lib.Loader.__next__
+    left = [batches]
+
+    def limited(self):
+        if left[0] == 0:
+            raise Killed
+        left[0] -= 1
+        return original(self)
+
+    monkeypatch.setattr(data_lib.Loader, "__next__", limited)
+
+
+@pytest.mark.parametrize("first, second", [(2, 6), (5, 1), (9, 2)])
+def test_crash_and_resume_is_bit_identical(finished, source, tmp_path, monkeypatch, first, second):
+    """A run that dies twice ends with the very lines of one that never did."""
+    for batches in (first, second):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            crash_after(patch, batches)
+            runs.run(runs.config(source), tmp_path)
+    runs.run(runs.config(source), tmp_path)
+    assert runs.lines(tmp_path) == runs.lines(finished[0])
+
+
+def test_half_written_line_is_dropped(finished, source, tmp_path, monkeypatch):
+    """A line cut off by a kill, and lines after the checkpoint, come again."""
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        crash_after(patch, 7)
+        runs.run(runs.config(source), tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')
+    runs.run(runs.config(source), tmp_path)
+    assert runs.lines(tmp_path) == runs.lines(finished[0])
+
+
+def files_of_checkpoint(workdir, step):
+    return [p for p in sorted((workdir / "checkpoints" / str(step)).rglob("*")) if p.is_file() and p.stat().st_size > 1]
+
+
+def test_truncated_checkpoint_is_reported_and_stepped_over(finished, source, tmp_path, monkeypatch):
+    """Whichever large file of the newest checkpoint is cut, the run goes on from the one before and ends the same."""
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        crash_after(patch, 10)
+        runs.run(runs.config(source), tmp_path)
+    assert (tmp_path / "checkpoints" / "8").is_dir() and (tmp_path / "checkpoints" / "4").is_dir()
+    largest = max(files_of_checkpoint(tmp_path, 8), key=lambda p: p.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+    printed = runs.run(runs.config(source), tmp_path)
+    assert "checkpoint 8 is damaged" in printed and "at step 4" in printed
+    assert runs.lines(tmp_path) == runs.lines(finished[0])
+
+
+@pytest.mark.slow
+def test_any_truncated_file_is_harmless_or_reported(source, tmp_path):
+    """Cutting any one file of a checkpoint either changes nothing that is restored, or is noticed."""
+    import shutil
+
+    import jax
+    import numpy as np
+
+    workdir = tmp_path / "whole"
+    runs.run(runs.config(source, train__steps=4, train__eval_every=0, train__sample_tokens=0), workdir)
+    whole = jax.tree.leaves(restore.load(workdir).params)
+    for file in files_of_checkpoint(workdir, 4):
+        copy = tmp_path / "cut"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(workdir, copy)
+        cut = copy / file.relative_to(workdir)
+        os.truncate(cut, cut.stat().st_size // 2)
+        try:
+            params = jax.tree.leaves(restore.load(copy).params)
+        except UserError as error:
+            assert "cannot be read" in str(error) or "none of the checkpoints" in str(error)
+        else:
+            for a, b in zip(params, whole, strict=True):
+                np.testing.assert_array_equal(a, b)
+
+
+def test_changed_config_stops_and_says_what_changed(finished, source):
+    """Another config in the same workdir is refused with the key and both values; free keys are not."""
+    workdir, _ = finished
+    with pytest.raises(UserError, match=r"optimizer.learning_rate: 0.01 -> 0.02"):
+        runs.run(runs.config(source, optimizer__learning_rate=0.02), workdir)
+    assert "complete" in runs.run(runs.config(source, train__log_every=3, train__keep=5), workdir)
+
+
+def test_longer_run_continues_when_told(source, tmp_path):
+    """`on_config_change=continue` takes a finished run further."""
+    runs.run(runs.config(source, train__steps=4), tmp_path)
+    with pytest.raises(UserError, match="train.steps: 4 -> 6"):
+        runs.run(runs.config(source, train__steps=6), tmp_path)
+    runs.run(runs.config(source, train__steps=6, train__on_config_change="continue"), tmp_path)
+    assert [line["step"] for line in runs.lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_other_data_is_refused(finished, source, tmp_path):
+    """A run does not go on with the position of other data."""
+    runs.run(runs.config(source, train__steps=4), tmp_path)
+    changed = runs.config(source, train__steps=6, train__on_config_change="continue", data__heldout=0.5)
+    with pytest.raises(UserError, match="heldout"):
+        runs.run(changed, tmp_path)
+
+
+def test_non_finite_gradients_stop_the_run_with_the_step(source, tmp_path):
+    """A learning rate that destroys the model ends the run, naming the step; the parameters stay finite."""
+    config = runs.config(
+        source, optimizer__name="lion", optimizer__learning_rate=1e30, optimizer__warmup=0, optimizer__clip=None,
+        train__max_nonfinite=3, train__eval_every=0,
+    )  # fmt: skip
+    with pytest.raises(TrainingFailed, match=r"step \d+: gradients were not finite for 3 steps in a row"):
+        runs.run(config, tmp_path)
+
+
+def test_profile(source, tmp_path):
+    """`train.profile=2:3` writes a profile of these steps."""
+    runs.run(runs.config(source, train__steps=4, train__profile="2:3", train__eval_every=0), tmp_path)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def start(source, workdir, tmp_path, **overrides):
+    config = runs.write_config(tmp_path / "config.py", source, **overrides)
+    command = [sys.executable, "-m", "attnlab", "train", "--config", config, "--workdir", str(workdir)]
+    return subprocess.Popen(command, cwd=runs.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_step(workdir, step, process, timeout=120):
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline and process.poll() is None:
+        path = workdir / "metrics.jsonl"
+        if path.exists() and f'"step": {step},' in path.read_text():
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} never came: {process.communicate(timeout=5)[0]}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_and_exit_with_zero(source, tmp_path, number):
+    """SIGTERM and SIGINT save, say how to resume, and end with 0."""
+    workdir = tmp_path / "run"
+    process = start(source, workdir, tmp_path, train__steps=100_000, train__save_every=0, train__eval_every=0)
+    wait_for_step(workdir, 5, process)
+    process.send_signal(number)
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, out
+    saved = max(int(p.name) for p in (workdir / "checkpoints").iterdir())
+    assert f"saved step {saved}; resume with" in out
+    assert runs.lines(workdir)[-1]["step"] == saved >= 5
+
+
+@pytest.mark.slow
+def test_killed_five_times(source, tmp_path):
+    """SIGKILL at five random moments: the metrics are those of a run that was left alone, no step missing or doubled."""
+    steps = {"train__steps": 400, "train__save_every": 50, "train__eval_every": 100}
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    assert start(source, alone, tmp_path, **steps).wait(timeout=300) == 0
+    rng = random.Random(0)
+    for _ in range(5):
+        process = start(source, killed, tmp_path, **steps)
+        time.sleep(rng.uniform(2, 14))
+        process.kill()
+        process.communicate(timeout=30)
+    process = start(source, killed, tmp_path, **steps)
+    out = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, out
+    assert [line["step"] for line in runs.lines(killed)] == list(range(1, 401))
+    assert runs.lines(killed) == runs.lines(alone)
