@@ -21,6 +21,9 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a verb; 0 if it did what it should, 1 if a run failed, 2 if the user has to change something."""
     args, overrides = _parse(sys.argv[1:] if argv is None else argv)
     try:
+        from attnlab.launch import runtime
+
+        runtime.configure()
         return _VERBS[args.verb](args, overrides) or 0
     except UserError as error:
         print(f"attnlab {args.verb}: {error}", file=sys.stderr)

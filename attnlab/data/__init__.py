@@ -6,5 +6,15 @@ from attnlab.data.loader import HeldoutLoader, Loader, describe, heldout_loader,
 from attnlab.data.records import apply_tokenizer
 from attnlab.data.tokenizers import Tokenizer, load_tokenizer
 
-__all__ = ["DataConfig", "HeldoutLoader", "Loader", "Tokenizer", "apply_tokenizer", "describe", "heldout_loader",
-           "load_tokenizer", "train_loader", "train_tokenizer"]
+__all__ = [
+    "DataConfig",
+    "HeldoutLoader",
+    "Loader",
+    "Tokenizer",
+    "apply_tokenizer",
+    "describe",
+    "heldout_loader",
+    "load_tokenizer",
+    "train_loader",
+    "train_tokenizer",
+]

@@ -21,12 +21,13 @@ _log = logging.getLogger(__name__)
 _SMALLEST = 257  # every byte, and end-of-document
 
 
-def train_tokenizer(config: DataConfig, vocab_size: int, out: str, *,
-                    progress: ProgressFn | None = None) -> dict[str, Any]:
+def train_tokenizer(
+    config: DataConfig, vocab_size: int, out: str, *, progress: ProgressFn | None = None
+) -> dict[str, Any]:
     """Trains byte-level BPE on the documents that are not held out, and writes it to `out` as one JSON file.
 
-    The same corpus and vocab_size give the same file. `<|endoftext|>` is id 0. The file is written whole or not at
-    all, over one that is there.
+    The same corpus and vocab_size give the same file. `<|endoftext|>` is id 0. The file is written whole or
+    not at all, over one that is there.
 
     Args:
       vocab_size: ids in all, at least 257. A small corpus may have fewer pairs to merge than that.
@@ -42,7 +43,9 @@ def train_tokenizer(config: DataConfig, vocab_size: int, out: str, *,
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or vocab_size < _SMALLEST:
-        raise ConfigError(f"vocab_size = {vocab_size!r} is not allowed: it must be an integer of at least {_SMALLEST}.")
+        raise ConfigError(
+            f"vocab_size = {vocab_size!r} is not allowed: it must be an integer of at least {_SMALLEST}."
+        )
     require_text(config)
     source = Source(config)
     out = os.path.abspath(os.path.expanduser(out))
@@ -65,20 +68,28 @@ def train_tokenizer(config: DataConfig, vocab_size: int, out: str, *,
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_DOCUMENT], show_progress=False,
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT],
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
     with contextlib.ExitStack() as stack:
         if progress is None:
             progress = stack.enter_context(stderr_progress(f"training a tokenizer on {config.source}"))
         try:
             os.makedirs(os.path.dirname(out), exist_ok=True)
-            handle, partial = tempfile.mkstemp(prefix=f"{os.path.basename(out)}.partial-", dir=os.path.dirname(out))
+            handle, partial = tempfile.mkstemp(
+                prefix=f"{os.path.basename(out)}.partial-", dir=os.path.dirname(out)
+            )
             os.close(handle)
             stack.callback(lambda: os.path.exists(partial) and os.remove(partial))
             tokenizer.train_from_iterator(texts(progress), trainer)
             if not counts["bytes"]:
-                raise UserError(f"data.source = {config.source!r}: no text to train a tokenizer on in"
-                                f" {len(source.files)} file(s) (data.heldout = {config.heldout} leaves out the rest).")
+                raise UserError(
+                    f"data.source = {config.source!r}: no text to train a tokenizer on in"
+                    f" {len(source.files)} file(s) (data.heldout = {config.heldout} leaves out the rest)."
+                )
             with open(partial, "w", encoding="utf-8") as file:
                 file.write(tokenizer.to_str(pretty=True))
             os.chmod(partial, 0o644)
@@ -87,7 +98,16 @@ def train_tokenizer(config: DataConfig, vocab_size: int, out: str, *,
             raise UserError(f"{out} cannot be written: {error.strerror or error}.") from error
     reached = tokenizer.get_vocab_size()
     if reached < vocab_size:
-        _log.warning("tokenizer: the corpus has pairs to merge for %d ids, fewer than the %d asked for.",
-                     reached, vocab_size)
-    return {"path": out, "vocab_size": reached, "asked": vocab_size, **counts, "skipped": source.skipped,
-            "empty": source.empty}
+        _log.warning(
+            "tokenizer: the corpus has pairs to merge for %d ids, fewer than the %d asked for.",
+            reached,
+            vocab_size,
+        )
+    return {
+        "path": out,
+        "vocab_size": reached,
+        "asked": vocab_size,
+        **counts,
+        "skipped": source.skipped,
+        "empty": source.empty,
+    }

@@ -34,14 +34,15 @@ class DataConfig:
     batch: int = 16
     # The JSONL key or Parquet column that holds the text.
     field: str = "text"
-    # Fraction held out for evaluation: of files for stdlib and text, of documents otherwise. Chosen by a stable
-    # hash of the file's name (and the record's index), so that adding files moves no other. In [0, 1).
+    # Fraction held out for evaluation: of files for stdlib and text, of documents otherwise. Chosen by a
+    # stable hash of the file's name (and the record's index), so that adding files moves no other. In [0, 1).
     heldout: float = 0.05
-    # What a record that cannot be read does: `raise` stops, naming file and record; `skip` counts it and goes on.
+    # What a record that cannot be read does: `raise` stops, naming file and record; `skip` counts it.
     on_bad_record: str = "raise"
     # Processes that read batches; 0 reads in threads of this process. The batches are the same.
     workers: int = 0
-    # Directory of tokenised corpora. None: $ATTNLAB_CACHE, else $XDG_CACHE_HOME/attnlab, else ~/.cache/attnlab.
+    # Directory of tokenised corpora. None: $ATTNLAB_CACHE, else $XDG_CACHE_HOME/attnlab, else
+    # ~/.cache/attnlab.
     cache: str | None = None
     # True: documents are laid out, and rows visited in every epoch, in a seeded random order. False: in the
     # source's own order.
@@ -49,7 +50,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         for name in ("source", "tokenizer", "field", "on_bad_record"):
-            _require(isinstance(getattr(self, name), str) and getattr(self, name), name, self, "a non-empty string")
+            _require(
+                isinstance(getattr(self, name), str) and getattr(self, name), name, self, "a non-empty string"
+            )
         for name, least in (("length", 1), ("batch", 1), ("workers", 0)):
             value = getattr(self, name)
             integer = isinstance(value, int) and not isinstance(value, bool)
@@ -57,8 +60,12 @@ class DataConfig:
         number = isinstance(self.heldout, (int, float)) and not isinstance(self.heldout, bool)
         _require(number and 0 <= self.heldout < 1, "heldout", self, "a fraction of at least 0 and below 1")
         _require(self.on_bad_record in ("raise", "skip"), "on_bad_record", self, "'raise' or 'skip'")
-        _require(self.cache is None or (isinstance(self.cache, str) and self.cache), "cache", self,
-                 "a directory, or None for the default")
+        _require(
+            self.cache is None or (isinstance(self.cache, str) and self.cache),
+            "cache",
+            self,
+            "a directory, or None for the default",
+        )
         _require(isinstance(self.shuffle, bool), "shuffle", self, "True or False")
         kind, colon, globs = self.source.partition(":")
         known = self.source == "stdlib" or (kind in KINDS and colon and globs.strip(", "))

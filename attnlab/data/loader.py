@@ -23,19 +23,27 @@ _READ_THREADS = 2
 _BATCHES_AHEAD = 8
 _BYTES_AHEAD = 1 << 27
 # What must be the same for step s to mean the same batch, with the config's word for each.
-_IDENTITY = {"seed": "the seed", "batch": "data.batch", "length": "data.length", "heldout": "data.heldout",
-             "shuffle": "data.shuffle", "tokenizer": "the tokenizer (its fingerprint)",
-             "data": "the text of data.source (its digest)"}
+_IDENTITY = {
+    "seed": "the seed",
+    "batch": "data.batch",
+    "length": "data.length",
+    "heldout": "data.heldout",
+    "shuffle": "data.shuffle",
+    "tokenizer": "the tokenizer (its fingerprint)",
+    "data": "the text of data.source (its digest)",
+}
 
 
 class Batches:
     """The batches of one process by step: a pure function of the seed and the step, for grain to read.
 
-    The rows of epoch 0 in a permutation drawn from the seed, then of epoch 1 in another, and so on, form one stream;
-    batch s is its entries s B to (s + 1) B, of which process p of P has the p-th of P equal runs.
+    The rows of epoch 0 in a permutation drawn from the seed, then of epoch 1 in another, and so on, form one
+    stream; batch s is its entries s B to (s + 1) B, of which process p of P has the p-th of P equal runs.
     """
 
-    def __init__(self, rows: PackedRows, config: DataConfig, seed: int, process_index: int, process_count: int):
+    def __init__(
+        self, rows: PackedRows, config: DataConfig, seed: int, process_index: int, process_count: int
+    ):
         self._rows = rows
         self._batch = config.batch
         self._local = config.batch // process_count
@@ -103,8 +111,11 @@ class Loader(Iterator[Arrays]):
 
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # grain reads absl flags, which only programs run by absl parse
-            batches = batches.mp_prefetch(grain.MultiprocessingOptions(
-                num_workers=self._workers, per_worker_buffer_size=self._batches.ahead))
+            batches = batches.mp_prefetch(
+                grain.MultiprocessingOptions(
+                    num_workers=self._workers, per_worker_buffer_size=self._batches.ahead
+                )
+            )
         return iter(batches)
 
     def get_state(self) -> dict[str, Any]:
@@ -112,16 +123,21 @@ class Loader(Iterator[Arrays]):
         return {"step": self._step, **self._identity}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to a state of `get_state`, of this or another process; the next batch is the one that came then.
+        """Goes to a state of `get_state`, of this or another process: the batch that came then is next.
 
         Raises:
           UserError: the state is of other data, tokenizer, seed or shape of batch; the message says which.
         """
-        differing = [f"{word} was {str(state.get(key))[:12]} and is {str(self._identity[key])[:12]}"
-                     for key, word in _IDENTITY.items() if state.get(key) != self._identity[key]]
+        differing = [
+            f"{word} was {str(state.get(key))[:12]} and is {str(self._identity[key])[:12]}"
+            for key, word in _IDENTITY.items()
+            if state.get(key) != self._identity[key]
+        ]
         if differing:
-            raise UserError("the saved position in the data does not fit: " + "; ".join(differing) + ".\n"
-                            "Restore these, or start a new run.")
+            raise UserError(
+                "the saved position in the data does not fit: " + "; ".join(differing) + ".\n"
+                "Restore these, or start a new run."
+            )
         step = state.get("step")
         if not isinstance(step, int) or step < 0:
             raise UserError(f"the saved position in the data is damaged: step = {step!r}.")
@@ -144,14 +160,16 @@ class Loader(Iterator[Arrays]):
 
 
 def _packed(batch: Arrays) -> tuple[tuple[int, ...], dict[str, bytes]]:
-    """A batch on its way between processes. grain would put arrays into shared memory, which containers have little
-    of and which is left behind at exit."""
+    """A batch on its way between processes. grain would put arrays into shared memory, which containers have
+    little of and which is left behind at exit."""
     return batch["tokens"].shape, {name: array.tobytes() for name, array in batch.items()}
 
 
 def _unpacked(packed: tuple[tuple[int, ...], dict[str, bytes]]) -> Arrays:
     shape, contents = packed
-    return {name: np.frombuffer(content, np.int32).reshape(shape).copy() for name, content in contents.items()}
+    return {
+        name: np.frombuffer(content, np.int32).reshape(shape).copy() for name, content in contents.items()
+    }
 
 
 def _close(running: list[Any]) -> None:
@@ -165,8 +183,16 @@ class HeldoutLoader:
     The last batch is filled up with rows of padding (segments 0), so that every process has as many batches.
     """
 
-    def __init__(self, config: DataConfig, rows: PackedRows, summary: dict[str, Any], *, batches: int | None,
-                 process_index: int, process_count: int):
+    def __init__(
+        self,
+        config: DataConfig,
+        rows: PackedRows,
+        summary: dict[str, Any],
+        *,
+        batches: int | None,
+        process_index: int,
+        process_count: int,
+    ):
         self._rows = rows
         self._summary = summary
         self._batch = config.batch
@@ -188,13 +214,20 @@ class HeldoutLoader:
         return dict(self._summary)
 
 
-def train_loader(config: DataConfig, tokenizer: Tokenizer, *, seed: int, process_index: int = 0,
-                 process_count: int = 1, progress: ProgressFn | None = None) -> Loader:
+def train_loader(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    progress: ProgressFn | None = None,
+) -> Loader:
     """The training batches of one process; tokenises the source first if that has not been done.
 
     Args:
       seed: draws the order of rows; any integer of at least 0.
-      process_index, process_count: this process gets rows [p B/P, (p + 1) B/P) of every global batch of B rows.
+      process_index, process_count: of every B rows this process gets [p B/P, (p + 1) B/P).
       progress: called with bytes read and bytes in all while tokenising; None shows a bar on stderr.
 
     Raises:
@@ -208,24 +241,49 @@ def train_loader(config: DataConfig, tokenizer: Tokenizer, *, seed: int, process
     train, heldout = split_documents(store.corpus, config)
     rows = PackedRows(store, train, config.length, tokenizer.eod_id)
     require_rows(rows, config, "train", len(store.corpus.lengths))
-    identity = {"seed": int(seed), "batch": config.batch, "length": config.length, "heldout": config.heldout,
-                "shuffle": config.shuffle, "tokenizer": tokenizer.fingerprint(), "data": store.corpus.digest}
+    identity = {
+        "seed": int(seed),
+        "batch": config.batch,
+        "length": config.length,
+        "heldout": config.heldout,
+        "shuffle": config.shuffle,
+        "tokenizer": tokenizer.fingerprint(),
+        "data": store.corpus.digest,
+    }
     batches = Batches(rows, config, int(seed), process_index, process_count)
     return Loader(batches, config.workers, identity, summarise(store, config, tokenizer, train, heldout))
 
 
-def heldout_loader(config: DataConfig, tokenizer: Tokenizer, *, batches: int | None = None, process_index: int = 0,
-                   process_count: int = 1, progress: ProgressFn | None = None) -> HeldoutLoader:
-    """The held-out batches of one process, all or the first `batches`. Arguments and errors as `train_loader`."""
+def heldout_loader(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    batches: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    progress: ProgressFn | None = None,
+) -> HeldoutLoader:
+    """The held-out batches of one process: all, or the first `batches`.
+
+    Arguments and errors as `train_loader`; and UserError where nothing is held out.
+    """
     if batches is not None and (not isinstance(batches, int) or batches < 1):
-        raise ConfigError(f"batches = {batches!r} is not allowed: it must be an integer of at least 1, or None.")
+        raise ConfigError(
+            f"batches = {batches!r} is not allowed: it must be an integer of at least 1, or None."
+        )
     _check_processes(config, process_index, process_count)
     store = open_store(config, tokenizer, progress)
     train, heldout = split_documents(store.corpus, config)
     rows = PackedRows(store, heldout, config.length, tokenizer.eod_id)
     require_rows(rows, config, "heldout", len(store.corpus.lengths))
-    return HeldoutLoader(config, rows, summarise(store, config, tokenizer, train, heldout), batches=batches,
-                         process_index=process_index, process_count=process_count)
+    return HeldoutLoader(
+        config,
+        rows,
+        summarise(store, config, tokenizer, train, heldout),
+        batches=batches,
+        process_index=process_index,
+        process_count=process_count,
+    )
 
 
 def open_store(config: DataConfig, tokenizer: Tokenizer, progress: ProgressFn | None = None) -> Store:
@@ -235,13 +293,20 @@ def open_store(config: DataConfig, tokenizer: Tokenizer, progress: ProgressFn | 
     return open_flat(config, tokenizer, progress)
 
 
-def summarise(store: Store, config: DataConfig, tokenizer: Tokenizer, train: np.ndarray,
-              heldout: np.ndarray) -> dict[str, Any]:
+def summarise(
+    store: Store, config: DataConfig, tokenizer: Tokenizer, train: np.ndarray, heldout: np.ndarray
+) -> dict[str, Any]:
     """Figures of a corpus and its split, for a run's metadata. Tokens are counted without end-of-document."""
     corpus = store.corpus
     figures: dict[str, Any] = {
-        "source": config.source, "tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size,
-        "files": corpus.files, "skipped": corpus.skipped, "empty": corpus.empty, "digest": corpus.digest}
+        "source": config.source,
+        "tokenizer": tokenizer.name,
+        "vocab_size": tokenizer.vocab_size,
+        "files": corpus.files,
+        "skipped": corpus.skipped,
+        "empty": corpus.empty,
+        "digest": corpus.digest,
+    }
     for prefix, documents in (("", slice(None)), ("train_", train), ("heldout_", heldout)):
         figures[f"{prefix}documents"] = len(corpus.lengths[documents])
         figures[f"{prefix}tokens"] = int(corpus.lengths[documents].sum())
@@ -252,9 +317,11 @@ def summarise(store: Store, config: DataConfig, tokenizer: Tokenizer, train: np.
 
 def describe(summary: dict[str, Any]) -> str:
     """A summary in one line, for people."""
-    line = (f"data: {summary['source']}: {summary['files']:,} files, {summary['documents']:,} documents,"
-            f" {summary['bytes'] / 1e6:,.1f} MB, {summary['tokens']:,} tokens ({summary['tokenizer']});"
-            f" held out {summary['heldout_documents']:,} documents, {summary['heldout_tokens']:,} tokens")
+    line = (
+        f"data: {summary['source']}: {summary['files']:,} files, {summary['documents']:,} documents,"
+        f" {summary['bytes'] / 1e6:,.1f} MB, {summary['tokens']:,} tokens ({summary['tokenizer']});"
+        f" held out {summary['heldout_documents']:,} documents, {summary['heldout_tokens']:,} tokens"
+    )
     return line + (f"; SKIPPED {summary['skipped']:,} bad records" if summary["skipped"] else "")
 
 
@@ -262,6 +329,6 @@ def _check_processes(config: DataConfig, index: int, count: int) -> None:
     if not 0 <= index < count:
         raise ConfigError(f"process_index = {index} is not allowed: it must be from 0 to {count - 1}.")
     if config.batch % count:
-        raise ConfigError(f"data.batch = {config.batch} is not allowed: it must be a multiple of the {count}"
-                          " processes.")
-
+        raise ConfigError(
+            f"data.batch = {config.batch} is not allowed: it must be a multiple of the {count} processes."
+        )

@@ -1,7 +1,8 @@
 """Packing: the documents of a split, one after another, cut into rows of fixed length.
 
-A document `t1 .. tn` takes n + 1 positions: inputs `eod t1 .. tn`, targets `t1 .. tn eod`. So its first token is
-predicted from end-of-document alone, its end is learned, and no target belongs to another document than its input.
+A document `t1 .. tn` takes n + 1 positions: inputs `eod t1 .. tn`, targets `t1 .. tn eod`. So its first token
+is predicted from end-of-document alone, its end is learned, and no target belongs to another document than
+its input.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ Arrays = dict[str, np.ndarray]
 def split_documents(corpus: Corpus, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the training and of the held-out documents, int64, in the order in which they are read.
 
-    A document is held out if its key, a stable hash, is among the lowest `heldout` of all 64-bit numbers; of two
-    documents or more at least one is on either side (unless `heldout` is 0). With `shuffle` the order is that of
-    the keys, which is as good as random and moves little when documents are added; else the source's.
+    A document is held out if its key, a stable hash, is among the lowest `heldout` of all 64-bit numbers; of
+    two documents or more at least one is on either side (unless `heldout` is 0). With `shuffle` the order is
+    that of the keys, which is as good as random and moves little when documents are added; else the source's.
     """
     by_key = np.argsort(corpus.keys, kind="stable")
     count = 0
@@ -40,8 +41,9 @@ def split_documents(corpus: Corpus, config: DataConfig) -> tuple[np.ndarray, np.
 class PackedRows:
     """The rows of a split, by index. Row r holds positions r T to (r + 1) T of the stream of its documents.
 
-    Each row is a dict of int32 [T]: `tokens`, `targets`; `segments`, 1, 2, .. for the documents in the row, and 0 for
-    the padding at the end of the very last row; `positions`, from 0 in every fragment of a document.
+    Each row is a dict of int32 [T]: `tokens`, `targets`; `segments`, 1, 2, .. for the documents in the row,
+    and 0 for the padding at the end of the very last row; `positions`, from 0 in every fragment of a
+    document.
     """
 
     def __init__(self, store: Store, documents: np.ndarray, length: int, eod_id: int):
@@ -63,14 +65,24 @@ class PackedRows:
     def pack(self, indices: Sequence[int]) -> Arrays:
         """The rows of `indices`, [len(indices), T]; an index past the last row gives a row of padding."""
         shape = (len(indices), self.length)
-        batch = {"tokens": np.full(shape, self._eod_id, np.int32), "targets": np.full(shape, self._eod_id, np.int32),
-                 "segments": np.zeros(shape, np.int32), "positions": np.zeros(shape, np.int32)}
+        batch = {
+            "tokens": np.full(shape, self._eod_id, np.int32),
+            "targets": np.full(shape, self._eod_id, np.int32),
+            "segments": np.zeros(shape, np.int32),
+            "positions": np.zeros(shape, np.int32),
+        }
         for row, index in enumerate(indices):
             self._fill(index, *(array[row] for array in batch.values()))
         return batch
 
-    def _fill(self, index: int, tokens_T: np.ndarray, targets_T: np.ndarray, segments_T: np.ndarray,
-              positions_T: np.ndarray) -> None:
+    def _fill(
+        self,
+        index: int,
+        tokens_T: np.ndarray,
+        targets_T: np.ndarray,
+        segments_T: np.ndarray,
+        positions_T: np.ndarray,
+    ) -> None:
         at = int(index) * self.length
         row_end = min(at + self.length, self.positions)
         place = int(np.searchsorted(self._ends, at, side="right"))
@@ -95,10 +107,13 @@ def require_rows(rows: PackedRows, config: DataConfig, split: str, documents: in
     """Raises UserError if a split has too little to train or to evaluate on."""
     if split == "heldout" and not len(rows):
         reason = "data.heldout is 0" if config.heldout == 0 else f"{documents} document cannot be split"
-        raise UserError(f"data.source = {config.source!r}: nothing is held out for evaluation ({reason}).\n"
-                        "Set data.heldout above 0 and give at least two documents.")
+        raise UserError(
+            f"data.source = {config.source!r}: nothing is held out for evaluation ({reason}).\n"
+            "Set data.heldout above 0 and give at least two documents."
+        )
     if split == "train" and len(rows) < config.batch:
         raise UserError(
             f"data.source = {config.source!r} fills {len(rows)} row(s) of data.length {config.length}"
             f" ({rows.positions} tokens to train on), less than one batch of {config.batch}.\n"
-            "Give more text, or lower data.batch, data.length or data.heldout.")
+            "Give more text, or lower data.batch, data.length or data.heldout."
+        )

@@ -1,8 +1,9 @@
 """Corpora tokenised ahead of time: written as array_record shards, read by random access.
 
-A directory holds `tokens-NNNNN.array_record`, `documents.npz` (lengths, keys and text bytes of every document) and
-`index.json`, written last. Document d is in shard d mod S. A record is up to RECORD_TOKENS tokens of one document
-(little-endian uint16 or uint32), so that a row of a long document does not read all of it.
+A directory holds `tokens-NNNNN.array_record`, `documents.npz` (lengths, keys and text bytes of every
+document) and `index.json`, written last. Document d is in shard d mod S. A record is up to RECORD_TOKENS
+tokens of one document (little-endian uint16 or uint32), so that a row of a long document does not read all of
+it.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ class _ShardWriter:
         tokens = np.concatenate(self._held)
         whole = held if last else held - held % RECORD_TOKENS
         for start in range(0, whole, RECORD_TOKENS):
-            self._writer.write(tokens[start:min(start + RECORD_TOKENS, whole)].astype(self._dtype).tobytes())
+            self._writer.write(
+                tokens[start : min(start + RECORD_TOKENS, whole)].astype(self._dtype).tobytes()
+            )
             self.records += 1
         self._held = [tokens[whole:]]
 
@@ -63,16 +66,24 @@ class _ShardWriter:
         written = reader.num_records()
         reader.close()
         if written != self.records:
-            raise UserError(f"{self.path}: {written} of {self.records} records were written; is the disk full?")
-        return {"name": os.path.basename(self.path), "records": self.records, "size": os.path.getsize(self.path)}
+            raise UserError(
+                f"{self.path}: {written} of {self.records} records were written; is the disk full?"
+            )
+        return {
+            "name": os.path.basename(self.path),
+            "records": self.records,
+            "size": os.path.getsize(self.path),
+        }
 
 
-def apply_tokenizer(config: DataConfig, out_dir: str, *, shards: int = 8,
-                    progress: ProgressFn | None = None) -> dict[str, Any]:
-    """Tokenises `config.source` with `config.tokenizer` into `out_dir`, for `array_record:out_dir/*.array_record`.
+def apply_tokenizer(
+    config: DataConfig, out_dir: str, *, shards: int = 8, progress: ProgressFn | None = None
+) -> dict[str, Any]:
+    """Tokenises `config.source` with `config.tokenizer` into `out_dir`.
 
-    All documents are written, with the keys that decide which are held out: training reads the same rows from the
-    directory as from the source itself. Nothing is at `out_dir` until all of it is.
+    The result is read as `array_record:out_dir/*.array_record`. All documents are written, with the keys that
+    decide which are held out: training reads the same rows from the directory as from the source itself.
+    Nothing is at `out_dir` until all of it is.
 
     Args:
       shards: files to write, fewer if there are fewer documents.
@@ -94,29 +105,51 @@ def apply_tokenizer(config: DataConfig, out_dir: str, *, shards: int = 8,
         raise UserError(f"{out_dir} exists and is not an empty directory; name another, or remove it.")
     with contextlib.ExitStack() as stack:
         if progress is None:
-            progress = stack.enter_context(stderr_progress(f"tokenising {config.source} with {tokenizer.name}"))
+            progress = stack.enter_context(
+                stderr_progress(f"tokenising {config.source} with {tokenizer.name}")
+            )
         try:
             os.makedirs(os.path.dirname(out_dir), exist_ok=True)
-            partial = tempfile.mkdtemp(prefix=f"{os.path.basename(out_dir)}.partial-", dir=os.path.dirname(out_dir))
+            partial = tempfile.mkdtemp(
+                prefix=f"{os.path.basename(out_dir)}.partial-", dir=os.path.dirname(out_dir)
+            )
             stack.callback(shutil.rmtree, partial, ignore_errors=True)
             index = _write(source, tokenizer, partial, shards, progress)
             os.chmod(partial, 0o755)
             os.rename(partial, out_dir)
         except OSError as error:
             raise UserError(f"{out_dir} cannot be written: {error.strerror or error}.") from error
-    return {"out_dir": out_dir, "shards": len(index["shards"]),
-            **{name: index[name] for name in ("documents", "tokens", "bytes", "skipped", "empty", "vocab_size",
-                                              "tokenizer", "digest")}}
+    return {
+        "out_dir": out_dir,
+        "shards": len(index["shards"]),
+        **{
+            name: index[name]
+            for name in (
+                "documents",
+                "tokens",
+                "bytes",
+                "skipped",
+                "empty",
+                "vocab_size",
+                "tokenizer",
+                "digest",
+            )
+        },
+    }
 
 
-def _write(source: Source, tokenizer: Tokenizer, directory: str, shards: int, progress: ProgressFn) -> dict[str, Any]:
+def _write(
+    source: Source, tokenizer: Tokenizer, directory: str, shards: int, progress: ProgressFn
+) -> dict[str, Any]:
     dtype = token_dtype(tokenizer.vocab_size)
     builder = CorpusBuilder()
     writers: list[_ShardWriter] = []
     document = 0
     for part in tokenised(source, tokenizer, progress):
         if document < shards and document == len(writers):
-            writers.append(_ShardWriter(os.path.join(directory, f"tokens-{document:05d}.array_record"), dtype))
+            writers.append(
+                _ShardWriter(os.path.join(directory, f"tokens-{document:05d}.array_record"), dtype)
+            )
         writers[document % shards].add(part.ids, part.last)
         builder.add(part)
         document += part.last
@@ -124,12 +157,24 @@ def _write(source: Source, tokenizer: Tokenizer, directory: str, shards: int, pr
     documents = os.path.join(directory, _DOCUMENTS)
     np.savez(documents, lengths=corpus.lengths, keys=corpus.keys, text_bytes=corpus.text_bytes)
     index = {
-        "version": _VERSION, "source": source.config.source, "tokenizer": source.config.tokenizer,
-        "tokenizer_fingerprint": tokenizer.fingerprint(), "vocab_size": tokenizer.vocab_size,
-        "eod_id": tokenizer.eod_id, "dtype": dtype.str, "record_tokens": RECORD_TOKENS,
-        "documents": len(corpus.lengths), "tokens": int(corpus.lengths.sum()), "bytes": int(corpus.text_bytes.sum()),
-        "files": corpus.files, "skipped": corpus.skipped, "empty": corpus.empty, "digest": corpus.digest,
-        "documents_sha256": sha256_of(documents), "shards": [writer.close() for writer in writers]}
+        "version": _VERSION,
+        "source": source.config.source,
+        "tokenizer": source.config.tokenizer,
+        "tokenizer_fingerprint": tokenizer.fingerprint(),
+        "vocab_size": tokenizer.vocab_size,
+        "eod_id": tokenizer.eod_id,
+        "dtype": dtype.str,
+        "record_tokens": RECORD_TOKENS,
+        "documents": len(corpus.lengths),
+        "tokens": int(corpus.lengths.sum()),
+        "bytes": int(corpus.text_bytes.sum()),
+        "files": corpus.files,
+        "skipped": corpus.skipped,
+        "empty": corpus.empty,
+        "digest": corpus.digest,
+        "documents_sha256": sha256_of(documents),
+        "shards": [writer.close() for writer in writers],
+    }
     with open(os.path.join(directory, _INDEX), "w") as out:
         json.dump(index, out, indent=1)
     return index
@@ -138,8 +183,16 @@ def _write(source: Source, tokenizer: Tokenizer, directory: str, shards: int, pr
 class RecordStore:
     """Documents of one or several directories that `apply_tokenizer` wrote."""
 
-    def __init__(self, corpus: Corpus, paths: list[str], records: list[int], document_shard: np.ndarray,
-                 dtype: np.dtype, record_tokens: int, eod_id: int):
+    def __init__(
+        self,
+        corpus: Corpus,
+        paths: list[str],
+        records: list[int],
+        document_shard: np.ndarray,
+        dtype: np.dtype,
+        record_tokens: int,
+        eod_id: int,
+    ):
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
         self.corpus = corpus
@@ -153,7 +206,9 @@ class RecordStore:
         order = np.argsort(document_shard, kind="stable")
         self._first = np.empty(len(counts), np.int64)
         self._first[order] = np.cumsum(counts[order]) - counts[order]
-        self._source = ArrayRecordDataSource([f"{path}[0:{count}]" for path, count in zip(paths, records)])
+        self._source = ArrayRecordDataSource(
+            [f"{path}[0:{count}]" for path, count in zip(paths, records, strict=True)]
+        )
 
     def read(self, document: int, start: int, stop: int) -> np.ndarray:
         """Entries start to stop of `eod t1 .. tn eod`."""
@@ -164,7 +219,7 @@ class RecordStore:
             size = self._record_tokens
             for record in range(first // size, -(-end // size)):
                 tokens = self._record(document, record, min(size, length - record * size))
-                parts.append(tokens[max(first - record * size, 0):end - record * size])
+                parts.append(tokens[max(first - record * size, 0) : end - record * size])
         if stop == length + 2:
             parts.append(self._eod)
         return np.concatenate(parts)
@@ -177,8 +232,10 @@ class RecordStore:
             problem = str(error) or type(error).__name__
         if problem:
             path = self._paths[self._document_shard[document]]
-            raise UserError(f"{path} is damaged: record {record} of document {document} cannot be read ({problem[:120]})."
-                            " Write the directory again with `attnlab tokenizer apply`.")
+            raise UserError(
+                f"{path} is damaged: record {record} of document {document} cannot be read ({problem[:120]})."
+                " Write the directory again with `attnlab tokenizer apply`."
+            )
         return np.frombuffer(content, self._dtype)
 
 
@@ -206,17 +263,28 @@ def open_records(config: DataConfig, tokenizer: Tokenizer) -> RecordStore:
         for name, column in columns.items():
             column.append(arrays[name])
     if len({index["record_tokens"] for index in indices}) > 1:
-        raise UserError(f"data.source = {config.source!r}: directories with records of different sizes; write them"
-                        " again with one version of `attnlab tokenizer apply`.")
+        raise UserError(
+            f"data.source = {config.source!r}: directories with records of different sizes; write them"
+            " again with one version of `attnlab tokenizer apply`."
+        )
     digests = [index["digest"] for index in indices]
     digest = digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
     totals = (sum(index[name] for index in indices) for name in ("files", "skipped", "empty"))
     corpus = Corpus(*(np.concatenate(column) for column in columns.values()), *totals, digest)
-    return RecordStore(corpus, paths, records, np.concatenate(document_shard), np.dtype(indices[0]["dtype"]),
-                       indices[0]["record_tokens"], tokenizer.eod_id)
+    return RecordStore(
+        corpus,
+        paths,
+        records,
+        np.concatenate(document_shard),
+        np.dtype(indices[0]["dtype"]),
+        indices[0]["record_tokens"],
+        tokenizer.eod_id,
+    )
 
 
-def _read_index(directory: str, names: set[str], tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _read_index(
+    directory: str, names: set[str], tokenizer: Tokenizer
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     again = "Write the directory again with `attnlab tokenizer apply`."
     try:
         with open(os.path.join(directory, _INDEX)) as file:
@@ -229,28 +297,38 @@ def _read_index(directory: str, names: set[str], tokenizer: Tokenizer) -> tuple[
         shards = {shard["name"]: shard["size"] for shard in index["shards"]}
         fingerprint, version = index["tokenizer_fingerprint"], index["version"]
     except FileNotFoundError as error:
-        raise UserError(f"{directory} has no {os.path.basename(error.filename)}: not a directory that `attnlab"
-                        f" tokenizer apply` finished. {again}") from error
+        raise UserError(
+            f"{directory} has no {os.path.basename(error.filename)}: not a directory that `attnlab"
+            f" tokenizer apply` finished. {again}"
+        ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{directory}: {_INDEX} or {_DOCUMENTS} is damaged ({error}). {again}") from error
     if version != _VERSION:
-        raise UserError(f"{directory} was written in format {version}; this attnlab reads {_VERSION}. {again}")
+        raise UserError(
+            f"{directory} was written in format {version}; this attnlab reads {_VERSION}. {again}"
+        )
     if fingerprint != tokenizer.fingerprint():
-        raise UserError(f"{directory} was tokenised with {index['tokenizer']!r}, and data.tokenizer is a different"
-                        f" tokenizer, {tokenizer.name!r}: give the one it was written with.")
+        raise UserError(
+            f"{directory} was tokenised with {index['tokenizer']!r}, and data.tokenizer is a different"
+            f" tokenizer, {tokenizer.name!r}: give the one it was written with."
+        )
     for name, size in shards.items():
         path = os.path.join(directory, name)
         if name not in names:
             there = "is not matched by data.source" if os.path.exists(path) else "is missing"
             raise UserError(f"{path} {there}: all {len(shards)} shards of a directory are read together.")
         if os.path.getsize(path) != size:
-            raise UserError(f"{path} is {os.path.getsize(path)} bytes, and was written with {size}: truncated or"
-                            f" damaged. {again}")
+            raise UserError(
+                f"{path} is {os.path.getsize(path)} bytes, and was written with {size}: truncated or"
+                f" damaged. {again}"
+            )
     return index, arrays
 
 
 def require_text(config: DataConfig) -> None:
     """Raises UserError for a source that holds tokens."""
     if config.kind == "array_record":
-        raise UserError(f"data.source = {config.source!r} is tokens already; give the text: stdlib, text:, jsonl: or"
-                        " parquet:.")
+        raise UserError(
+            f"data.source = {config.source!r} is tokens already; give the text: stdlib, text:, jsonl: or"
+            " parquet:."
+        )

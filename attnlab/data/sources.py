@@ -1,4 +1,4 @@
-"""Sources: where documents come from. Each streams `Document`s in a fixed order and names what it cannot read."""
+"""Sources: where documents come from. Each streams them in a fixed order and names what it cannot read."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ _log = logging.getLogger(__name__)
 PIECE_CHARACTERS = 1 << 22
 _CHUNK_BYTES = 1 << 22
 
-# Left out of `stdlib`: tests (a third of the tree, of which some files are deliberately malformed), programs that
-# are no library (IDLE, turtledemo), test data and grammars of lib2to3 (gone in 3.13), bundled wheels, and what
-# generators wrote (codec tables, pydoc's topics, build settings of this machine).
+# Left out of `stdlib`: tests (a third of the tree, of which some files are deliberately malformed), programs
+# that are no library (IDLE, turtledemo), test data and grammars of lib2to3 (gone in 3.13), bundled wheels,
+# and what generators wrote (codec tables, pydoc's topics, build settings of this machine).
 _STDLIB_WITHOUT = frozenset(
-    "site-packages dist-packages test tests idle_test idlelib turtledemo lib2to3 ensurepip encodings pydoc_data"
-    " __pycache__ __phello__".split())
+    "site-packages dist-packages test tests idle_test idlelib turtledemo lib2to3 ensurepip encodings"
+    " pydoc_data __pycache__ __phello__".split()
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,15 +104,19 @@ class Source:
         if self.config.kind == "stdlib":
             return
         if self.config.on_bad_record == "raise":
-            raise UserError(f"{bad.message}\nRepair or remove it, or count and skip such records with"
-                            " data.on_bad_record='skip'.")
+            raise UserError(
+                f"{bad.message}\nRepair or remove it, or count and skip such records with"
+                " data.on_bad_record='skip'."
+            )
         self._first_skipped = self._first_skipped if self.skipped else bad.message
         self.skipped += 1
 
 
 def stable_key(name: str) -> int:
     """64 bits that depend on `name` alone."""
-    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
+    return int.from_bytes(
+        hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little"
+    )
 
 
 def in_pieces(chunks: Iterable[str]) -> Iterator[str]:
@@ -145,7 +150,9 @@ def matching_files(globs: tuple[str, ...]) -> list[File]:
         for path in paths:
             stat = os.stat(path)
             name = os.path.relpath(path, root or ".").replace(os.sep, "/")
-            found.setdefault(os.path.abspath(path), File(os.path.abspath(path), name, stat.st_size, stat.st_mtime_ns))
+            found.setdefault(
+                os.path.abspath(path), File(os.path.abspath(path), name, stat.st_size, stat.st_mtime_ns)
+            )
     return sorted(found.values(), key=lambda file: (file.name, file.path))
 
 
@@ -161,7 +168,9 @@ def _stdlib_files() -> list[File]:
     root = sysconfig.get_paths()["stdlib"]
     files = []
     for directory, below, names in os.walk(root):
-        below[:] = sorted(name for name in below if name not in _STDLIB_WITHOUT and not name.startswith("config-"))
+        below[:] = sorted(
+            name for name in below if name not in _STDLIB_WITHOUT and not name.startswith("config-")
+        )
         for name in names:
             if name.endswith(".py") and not name.startswith("_sysconfigdata"):
                 path = os.path.join(directory, name)
@@ -191,11 +200,15 @@ def _read_text(file: File, _: str) -> Iterator[Document | BadRecord | None]:
     try:
         for chunk in _decoded(file):
             if "\0" in chunk:
-                yield BadRecord(f"{file.path} looks binary (it holds NUL bytes); text: reads UTF-8 text files.")
+                yield BadRecord(
+                    f"{file.path} looks binary (it holds NUL bytes); text: reads UTF-8 text files."
+                )
                 return
     except UnicodeDecodeError as error:
-        yield BadRecord(f"{file.path} is not UTF-8: byte 0x{error.object[error.start]:02x} in line"
-                        f" {_first_bad_line(file)} ({error.reason}).")
+        yield BadRecord(
+            f"{file.path} is not UTF-8: byte 0x{error.object[error.start]:02x} in line"
+            f" {_first_bad_line(file)} ({error.reason})."
+        )
         return
     yield Document(stable_key(file.name), in_pieces(_decoded(file)))
 
@@ -231,8 +244,10 @@ def _read_jsonl(file: File, field: str) -> Iterator[Document | BadRecord | None]
                 if line.strip():
                     yield _json_document(file, field, number, line)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{file.path}: after line {number} the compressed data ends or breaks ({error}): the file is"
-                        " truncated or damaged. Fetch it again, or take it out of data.source.") from error
+        raise UserError(
+            f"{file.path}: after line {number} the compressed data ends or breaks ({error}): the file is"
+            " truncated or damaged. Fetch it again, or take it out of data.source."
+        ) from error
 
 
 def _json_document(file: File, field: str, number: int, line: bytes) -> Document | BadRecord | None:
@@ -246,7 +261,9 @@ def _json_document(file: File, field: str, number: int, line: bytes) -> Document
     except RecursionError:
         return BadRecord(f"{where} JSON nested too deep.")
     if not isinstance(record, dict):
-        return BadRecord(f"{where} a JSON {type(record).__name__}; each line must be one object with {field!r}.")
+        return BadRecord(
+            f"{where} a JSON {type(record).__name__}; each line must be one object with {field!r}."
+        )
     if field not in record:
         keys = ", ".join(map(repr, list(record)[:6])) or "none"
         return BadRecord(f"{where} no key {field!r} (it has {keys}); data.field names the text.")
@@ -324,7 +341,9 @@ def _read_parquet(file: File, field: str) -> Iterator[Document | BadRecord | Non
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise UserError("data.source = 'parquet:...' needs pyarrow: pip install 'attnlab[parquet]'.") from error
+        raise UserError(
+            "data.source = 'parquet:...' needs pyarrow: pip install 'attnlab[parquet]'."
+        ) from error
     if file.size == 0:
         yield BadRecord(f"{file.path} is empty.")
         return
@@ -333,11 +352,15 @@ def _read_parquet(file: File, field: str) -> Iterator[Document | BadRecord | Non
         with pyarrow.parquet.ParquetFile(file.path, page_checksum_verification=True) as table:
             schema = table.schema_arrow
             if field not in schema.names:
-                raise UserError(f"{file.path} has no column {field!r}; data.field must be one of its columns:"
-                                f" {', '.join(schema.names[:12])}.")
+                raise UserError(
+                    f"{file.path} has no column {field!r}; data.field must be one of its columns:"
+                    f" {', '.join(schema.names[:12])}."
+                )
             kind = schema.field(field).type
             if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-                raise UserError(f"{file.path}: column {field!r} is {kind}, not string; data.field must name text.")
+                raise UserError(
+                    f"{file.path}: column {field!r} is {kind}, not string; data.field must name text."
+                )
             for batch in table.iter_batches(batch_size=256, columns=[field]):
                 for value in batch.column(0):
                     yield _parquet_document(file, row, value, f"{file.path}, row {row}: {field!r}")
@@ -345,8 +368,10 @@ def _read_parquet(file: File, field: str) -> Iterator[Document | BadRecord | Non
     except (pyarrow.ArrowException, OSError) as error:
         if getattr(error, "errno", None):
             raise  # the disk's trouble, not the file's
-        raise UserError(f"{file.path}: after row {row}: {str(error).splitlines()[0]}: not a Parquet file, or a"
-                        " truncated or damaged one. Fetch it again, or take it out of data.source.") from error
+        raise UserError(
+            f"{file.path}: after row {row}: {str(error).splitlines()[0]}: not a Parquet file, or a"
+            " truncated or damaged one. Fetch it again, or take it out of data.source."
+        ) from error
 
 
 def _parquet_document(file: File, row: int, value: object, where: str) -> Document | BadRecord | None:

@@ -1,8 +1,8 @@
 """Token stores: every document of a corpus as ids, read by index; and the cache that keeps them on disk.
 
-A flat store is one array, `eod d0 eod d1 eod ... dN eod`, with the place of every document in it. So the inputs of
-a document of n tokens (end-of-document, then its tokens) and its targets (its tokens, then end-of-document) are
-two views of the same n + 2 entries.
+A flat store is one array, `eod d0 eod d1 eod ... dN eod`, with the place of every document in it. So the
+inputs of a document of n tokens (end-of-document, then its tokens) and its targets (its tokens, then
+end-of-document) are two views of the same n + 2 entries.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class FlatStore:
 
     def read(self, document: int, start: int, stop: int) -> np.ndarray:
         first = self._starts[document]
-        return self._tokens[first + start:first + stop]
+        return self._tokens[first + start : first + stop]
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker process maps the file again; a pickled memory map would be a copy of the corpus.
@@ -129,7 +129,7 @@ def tokenised(source: Source, tokenizer: Tokenizer, progress: ProgressFn) -> Ite
     def flush() -> Iterator[TokenisedDocument]:
         nonlocal characters, text_bytes
         encoded = tokenizer.encode_batch([text for _, text, _ in waiting])
-        for (key, text, last), ids in zip(waiting, encoded):
+        for (key, text, last), ids in zip(waiting, encoded, strict=True):
             size = len(text) if text.isascii() else len(text.encode("utf-8"))
             text_bytes += size
             yield TokenisedDocument(key, ids, size, last)
@@ -169,13 +169,24 @@ class CorpusBuilder:
             self._length = self._size = 0
 
     def finish(self, source: Source) -> Corpus:
-        lengths, keys, text_bytes = (np.array(column) for column in (self._lengths, self._keys, self._text_bytes))
+        lengths, keys, text_bytes = (
+            np.array(column) for column in (self._lengths, self._keys, self._text_bytes)
+        )
         self._digest.update(lengths.tobytes() + keys.tobytes())
         if not len(lengths):
-            raise UserError(f"data.source = {source.config.source!r}: no text in its {len(source.files)} file(s),"
-                            f" {source.bytes} bytes ({source.empty} empty document(s), {source.skipped} skipped).")
-        return Corpus(lengths, keys, text_bytes, len(source.files), source.skipped, source.empty,
-                      self._digest.hexdigest())
+            raise UserError(
+                f"data.source = {source.config.source!r}: no text in its {len(source.files)} file(s),"
+                f" {source.bytes} bytes ({source.empty} empty document(s), {source.skipped} skipped)."
+            )
+        return Corpus(
+            lengths,
+            keys,
+            text_bytes,
+            len(source.files),
+            source.skipped,
+            source.empty,
+            self._digest.hexdigest(),
+        )
 
 
 def build(source: Source, tokenizer: Tokenizer, out: IO[bytes], progress: ProgressFn) -> Corpus:
@@ -221,14 +232,21 @@ def cache_directory(config: DataConfig) -> str:
 
 def _cache_name(source: Source, tokenizer: Tokenizer) -> str:
     config = source.config
-    parts = [_VERSION, config.kind, config.field, config.on_bad_record, tokenizer.fingerprint(),
-             [dataclasses.astuple(file) for file in source.files]]
+    parts = [
+        _VERSION,
+        config.kind,
+        config.field,
+        config.on_bad_record,
+        tokenizer.fingerprint(),
+        [dataclasses.astuple(file) for file in source.files],
+    ]
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     return f"tokens-{digest[:32]}"
 
 
-def _load_or_build(source: Source, tokenizer: Tokenizer, root: str, name: str,
-                   progress: ProgressFn | None) -> FlatStore:
+def _load_or_build(
+    source: Source, tokenizer: Tokenizer, root: str, name: str, progress: ProgressFn | None
+) -> FlatStore:
     path = os.path.join(root, name)
     dtype = token_dtype(tokenizer.vocab_size)
     if os.path.isdir(path):
@@ -245,18 +263,25 @@ def _load_or_build(source: Source, tokenizer: Tokenizer, root: str, name: str,
         except OSError as error:
             problem = error
         if source.config.kind != "stdlib" and source.bytes >= _MEMORY_LIMIT_BYTES:
-            raise UserError(f"the token cache {root} cannot be written ({problem.strerror or problem}), and"
-                            f" {source.bytes / 1e6:.0f} MB of text are too much to tokenise at every start.\n"
-                            "Choose another directory with data.cache or $ATTNLAB_CACHE.") from problem
-        _log.warning("data: the token cache %s cannot be written (%s): tokens are kept in memory, and made again at"
-                     " the next start. data.cache or $ATTNLAB_CACHE chooses another directory.",
-                     root, problem.strerror or problem)
+            raise UserError(
+                f"the token cache {root} cannot be written ({problem.strerror or problem}), and"
+                f" {source.bytes / 1e6:.0f} MB of text are too much to tokenise at every start.\n"
+                "Choose another directory with data.cache or $ATTNLAB_CACHE."
+            ) from problem
+        _log.warning(
+            "data: the token cache %s cannot be written (%s): tokens are kept in memory, and made again at"
+            " the next start. data.cache or $ATTNLAB_CACHE chooses another directory.",
+            root,
+            problem.strerror or problem,
+        )
         out = io.BytesIO()
         corpus = build(source, tokenizer, out, progress)
         return FlatStore(np.frombuffer(out.getvalue(), dtype), corpus)
 
 
-def _build_on_disk(source: Source, tokenizer: Tokenizer, root: str, path: str, progress: ProgressFn) -> FlatStore:
+def _build_on_disk(
+    source: Source, tokenizer: Tokenizer, root: str, path: str, progress: ProgressFn
+) -> FlatStore:
     os.makedirs(root, exist_ok=True)
     _remove_stale(root)
     dtype = token_dtype(tokenizer.vocab_size)
@@ -264,11 +289,22 @@ def _build_on_disk(source: Source, tokenizer: Tokenizer, root: str, path: str, p
     try:
         with open(os.path.join(partial, "tokens.bin"), "wb") as out:
             corpus = build(source, tokenizer, out, progress)
-        for name, array in (("lengths", corpus.lengths), ("keys", corpus.keys), ("text_bytes", corpus.text_bytes)):
+        for name, array in (
+            ("lengths", corpus.lengths),
+            ("keys", corpus.keys),
+            ("text_bytes", corpus.text_bytes),
+        ):
             np.save(os.path.join(partial, f"{name}.npy"), array)
-        meta = {"version": _VERSION, "source": source.config.source, "tokenizer": tokenizer.name,
-                "files": corpus.files, "skipped": corpus.skipped, "empty": corpus.empty, "digest": corpus.digest,
-                "sha256": {name: sha256_of(os.path.join(partial, name)) for name in _FILES}}
+        meta = {
+            "version": _VERSION,
+            "source": source.config.source,
+            "tokenizer": tokenizer.name,
+            "files": corpus.files,
+            "skipped": corpus.skipped,
+            "empty": corpus.empty,
+            "digest": corpus.digest,
+            "sha256": {name: sha256_of(os.path.join(partial, name)) for name in _FILES},
+        }
         with open(os.path.join(partial, "meta.json"), "w") as out:
             json.dump(meta, out, indent=1)
         _put_in_place(partial, path, dtype)
@@ -309,7 +345,9 @@ def _load(path: str, dtype: np.dtype) -> FlatStore:
         if sha256_of(os.path.join(path, name)) != meta["sha256"][name]:
             raise ValueError(f"{name} is not what was written")
     lengths, keys, text_bytes = (np.load(os.path.join(path, name)) for name in _FILES[1:])
-    corpus = Corpus(lengths, keys, text_bytes, *(meta[name] for name in ("files", "skipped", "empty", "digest")))
+    corpus = Corpus(
+        lengths, keys, text_bytes, *(meta[name] for name in ("files", "skipped", "empty", "digest"))
+    )
     tokens_path = os.path.join(path, "tokens.bin")
     return FlatStore(_mapped(tokens_path, dtype), corpus, tokens_path)
 
@@ -326,6 +364,8 @@ def _remove_stale(root: str) -> None:
         path = os.path.join(root, name)
         with contextlib.suppress(OSError):
             if name.startswith("partial-"):
-                written = max(os.path.getmtime(inside) for inside in (path, *(e.path for e in os.scandir(path))))
+                written = max(
+                    os.path.getmtime(inside) for inside in (path, *(e.path for e in os.scandir(path)))
+                )
                 if time.time() - written > _STALE_SECONDS:
                     shutil.rmtree(path, ignore_errors=True)

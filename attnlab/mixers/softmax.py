@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from attnlab.errors import ConfigError, UnsupportedPattern
 from attnlab.mixers.base import Capabilities, Mixer, MixerOutput, Sequence, knob, register
 from attnlab.mixers.parts import Linear, RMSNorm, param_dtype
 from attnlab.ops.attention import IMPLEMENTATIONS, attention
+from attnlab.ops.cached_attention import cached_attention
 from attnlab.ops.masks import Mask, mask_for_extension, mask_from_segments
 from attnlab.ops.rope import rope
 
@@ -74,7 +76,7 @@ class KVCache:
     """Keys and values seen so far.
 
     Attributes:
-      k, v: [B, S, K, d]. Without a window S is the maximal length and slot j holds position j; with a window w the
+      k, v: [B, K, S, d]. Without a window S is the maximal length and slot j holds position j; with a window w the
         S = w - 1 slots hold the newest keys, the last slot the newest.
       length: int32 scalar, positions seen.
       start: [B] int32, index of the first position of the current document.
@@ -133,13 +135,13 @@ class Softmax(Mixer):
         self.require(seq, causal=c.causal)
         q, k, v = self._positioned(x, seq)
         mask = mask_from_segments(seq.segments, x.shape[1], causal=c.causal, window=c.window)
-        return MixerOutput(self.combine(self._attend(q, k, v, mask), x))
+        return MixerOutput(self.combine(self._attend(attention, q, k, v, mask), x))
 
     def init_state(self, batch: int, max_length: int, dtype: Any = jnp.float32) -> KVCache:
         if not self.config.causal:
             raise UnsupportedPattern(f"mixer {self.name!r} with causal=False does not stream")
         slots = max_length if self._rolling_slots(max_length) is None else self._rolling_slots(max_length)
-        shape = (batch, slots, self.kv_heads, self.head_dim)
+        shape = (batch, self.kv_heads, slots, self.head_dim)
         return KVCache(
             k=jnp.zeros(shape, dtype),
             v=jnp.zeros(shape, dtype),
@@ -153,26 +155,26 @@ class Softmax(Mixer):
         c = self.config
         self.require(seq, causal=True)
         batch, new = x.shape[:2]
-        slots = state.k.shape[1]
+        slots = state.k.shape[2]
         q, k, v = self._positioned(x, seq)
         index_T = state.length + jnp.arange(new, dtype=jnp.int32)
         segments = jnp.ones((batch, new), jnp.int32) if seq.segments is None else seq.segments
         start = _document_starts(segments, index_T, state)
 
-        k, v = k.astype(state.k.dtype), v.astype(state.v.dtype)
+        k, v = k.swapaxes(1, 2).astype(state.k.dtype), v.swapaxes(1, 2).astype(state.v.dtype)
         rolling = self._is_rolling(slots)
         if rolling:
-            keys, values = jnp.concatenate([state.k, k], axis=1), jnp.concatenate([state.v, v], axis=1)
-            k_cache, v_cache = keys[:, new:], values[:, new:]
+            keys, values = jnp.concatenate([state.k, k], axis=2), jnp.concatenate([state.v, v], axis=2)
+            k_cache, v_cache = keys[:, :, new:], values[:, :, new:]
             first = jnp.int32(slots)
         else:
-            put = lambda cache, y: jax.lax.dynamic_update_slice_in_dim(cache, y, state.length, axis=1)
+            put = lambda cache, y: jax.lax.dynamic_update_slice_in_dim(cache, y, state.length, axis=2)
             keys, values = k_cache, v_cache = put(state.k, k), put(state.v, v)
             first = state.length
         # Slots are counted from the first key at hand; a padding row sees nothing.
         own_start = jnp.where(segments == 0, index_T + 1, start) - (state.length - first)
         mask = mask_for_extension(first, new, own_start, window=c.window)
-        o = self._attend(q, keys.astype(q.dtype), values.astype(q.dtype), mask)
+        o = self._attend(cached_attention, q, keys.astype(q.dtype), values.astype(q.dtype), mask)
         if not rolling:
             o = jnp.where(state.length + new <= slots, o, jnp.nan)
         cache = KVCache(k_cache, v_cache, state.length + new, start[:, -1], segments[:, -1])
@@ -197,10 +199,12 @@ class Softmax(Mixer):
             q, k = (rope(y, seq.positions, self.config.rope_base) for y in (q, k))
         return q, k, v
 
-    def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
+    def _attend(
+        self, op: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask
+    ) -> jax.Array:
         c = self.config
         sinks = self.sinks[...] if c.sinks else None
-        return attention(q, k, v, mask, soft_cap=c.soft_cap, sinks_H=sinks, impl=c.impl)
+        return op(q, k, v, mask, soft_cap=c.soft_cap, sinks_H=sinks, impl=c.impl)
 
     def _rolling_slots(self, max_length: int) -> int | None:
         window = self.config.window

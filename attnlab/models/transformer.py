@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.core import FrozenDict
 
 from attnlab import config as config_lib
 from attnlab import mixers
@@ -27,13 +28,13 @@ REMAT = {
 }
 
 
-def mixer_table(tree: Any, path: str) -> dict[str, Any]:
-    """Typed mixer Configs from `{"S": node, ...}`; letters are what `pattern` is made of."""
+def mixer_table(tree: Any, path: str) -> FrozenDict[str, Any]:
+    """Hashable, typed mixer Configs from `{"S": node, ...}`; letters are what `pattern` is made of."""
     if not isinstance(tree, Mapping) or not tree:
         raise ConfigError(f"{path} = {tree!r} must map letters to mixers, e.g. {{'M': {{'name': 'softmax'}}}}")
     for letter in tree:
         config_lib.require(len(letter) == 1, f"{path}.{letter}", letter, "keys of one letter")
-    return {letter: mixers.config_from_node(node, f"{path}.{letter}") for letter, node in tree.items()}
+    return FrozenDict({letter: mixers.config_from_node(node, f"{path}.{letter}") for letter, node in tree.items()})
 
 
 @dataclasses.dataclass(frozen=True)

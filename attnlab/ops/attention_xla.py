@@ -26,6 +26,7 @@ _ROWS = 256  # query rows in a block, counted over the heads that share a key he
 # where ranges are known at run time only, lengths of key range to choose from (each a multiple of _LEAST_KEYS).
 _BODIES = 8
 _LEAST_KEYS = 128
+_ALIGN = 64  # key ranges begin at multiples of this: products and reductions over ragged rows are much slower
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,26 +45,34 @@ class Blocks:
 def plan_blocks(length: int, keys: int, mask: Mask, rows: int, groups: int) -> list[Blocks]:
     """Cut `length` queries into blocks, each with a key range of static length that covers what the static part of the
     mask lets its rows see. Neighbouring blocks share a range where more than `groups` of them would differ."""
+
+    def key_range(first: int, last: int) -> tuple[int, int]:
+        low, high = mask.static_range(first, last, keys)
+        return low - low % _ALIGN, high - (low - low % _ALIGN)
+
     full = length // rows
     per_group = -(-full // groups)
     plan: list[Blocks] = []
     for block in range(0, full, per_group or 1):
         count = min(per_group, full - block)
         first = block * rows
-        low, high = mask.static_range(first, first + count * rows, keys)
-        before = plan[-1] if plan else None
-        if before and (before.origin, before.keys) == (low, high - low):
-            plan[-1] = dataclasses.replace(before, count=before.count + count)
+        origin, reach = key_range(first, first + count * rows)
+        if plan and (plan[-1].origin, plan[-1].keys) == (origin, reach):
+            plan[-1] = dataclasses.replace(plan[-1], count=plan[-1].count + count)
         else:
-            plan.append(Blocks(first, count, rows, high - low, low, 0))
+            plan.append(Blocks(first, count, rows, reach, origin, 0))
     if mask.window is not None and full > groups:
-        reach = rows + mask.window - 1 + (0 if mask.causal else mask.window - 1)
+        behind = mask.window - 1 + (1 - mask.window) % _ALIGN
+        reach = min(keys, rows + behind + (0 if mask.causal else behind))
         if full * reach < sum(b.count * b.keys for b in plan):
-            plan = [Blocks(0, full, rows, min(reach, keys), 1 - mask.window, rows)]
+            plan = [Blocks(0, full, rows, reach, -behind, rows)]
     if full * rows < length:
-        low, high = mask.static_range(full * rows, length, keys)
-        plan.append(Blocks(full * rows, 1, length - full * rows, high - low, low, 0))
+        origin, reach = key_range(full * rows, length)
+        plan.append(Blocks(full * rows, 1, length - full * rows, reach, origin, 0))
     return plan
+
+
+_Span = tuple[int | jax.Array, int]  # first (may be traced), size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,14 +194,14 @@ def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
 def _forward_head(config: _Config, q_TGd, k_Sd, v_Se, *, sinks, bounds):
     """One key head: o_TGe and the log2-sum-exp2 of the scores, lse_GT, sinks included."""
     T, G, _ = q_TGd.shape
-    S = k_Sd.shape[0]
     q_GTd = q_TGd.swapaxes(0, 1)
     stat = jnp.promote_types(q_TGd.dtype, jnp.float32)
     sinks_G1 = None if sinks is None else sinks.astype(stat)[:, None] * _LOG2E
 
-    def tile(near, first_key, keys: int, q):
-        k, v = (_slice(x, first_key, keys, 0) for x in (k_Sd, v_Se))
-        scores, _ = _scores(config, q, k, *near, first_key)
+    def tile(rows: _Span, keys: _Span, carry):
+        o_GTe, lse_GT = carry
+        k, v = _take(k_Sd, keys, 0), _take(v_Se, keys, 0)
+        scores, _ = _scores(config, _take(q_GTd, rows, 1), k, bounds, rows, keys)
         highest = jnp.maximum(scores.max(-1), _LOWEST)
         if sinks_G1 is not None:
             highest = jnp.maximum(highest, sinks_G1)
@@ -201,23 +210,12 @@ def _forward_head(config: _Config, q_TGd, k_Sd, v_Se, *, sinks, bounds):
         if sinks_G1 is not None:
             total += jnp.exp2(sinks_G1 - highest)
         total = jnp.maximum(total, jnp.finfo(stat).tiny)
-        o = _matmul(weights.astype(v.dtype).reshape(-1, keys), v).reshape(G, q.shape[1], -1)
-        return o / total[..., None], highest + jnp.log2(total)
+        o = _matmul(weights.astype(v.dtype).reshape(-1, keys[1]), v).reshape(G, rows[1], -1)
+        return _put(o_GTe, o / total[..., None], rows), _put(lse_GT, highest + jnp.log2(total), rows)
 
-    def block(blocks: Blocks, i):
-        q = _slice(q_GTd, _block_rows(blocks, i), blocks.rows, 1)
-        return _on_key_range(config, blocks, i, bounds, S, tile, q)
-
-    parts = []
-    for blocks in _plan(config, T, S, G):
-        if blocks.count == 1:
-            parts.append(block(blocks, 0))
-        else:
-            o, lse = jax.lax.map(partial(block, blocks), jnp.arange(blocks.count, dtype=jnp.int32))
-            o = o.transpose(1, 0, 2, 3).reshape(G, blocks.count * blocks.rows, -1)
-            parts.append((o, lse.transpose(1, 0, 2).reshape(G, -1)))
-    o, lse = (jnp.concatenate(x, 1) for x in zip(*parts, strict=True))
-    return o.swapaxes(0, 1), lse
+    carry = jnp.zeros((G, T, v_Se.shape[1]), stat), jnp.zeros((G, T), stat)
+    o_GTe, lse_GT = _over_tiles(config, G, T, k_Sd.shape[0], bounds, tile, carry)
+    return o_GTe.swapaxes(0, 1), lse_GT
 
 
 def _backward_head(config: _Config, q_TGd, k_Sd, v_Se, o_TGe, do_TGe, lse_GT, *, sinks, bounds):
@@ -227,51 +225,34 @@ def _backward_head(config: _Config, q_TGd, k_Sd, v_Se, o_TGe, do_TGe, lse_GT, *,
     stat = lse_GT.dtype
     q_GTd, do_GTe = q_TGd.swapaxes(0, 1), do_TGe.swapaxes(0, 1)
     delta_GT = (o_TGe.astype(stat) * do_TGe.astype(stat)).sum(-1).T
-    # dk and dv are accumulated transposed: [d, rows] @ [rows, keys] is a plain product, while [keys, rows] @ [rows, d]
-    # would first transpose the whole block of scores.
-    dk_dS, dv_eS = jnp.zeros((d, S), stat), jnp.zeros((e, S), stat)
 
-    def tile(near, first_key, keys: int, q, do, lse, delta, dk_dS, dv_eS):
-        k, v = (_slice(x, first_key, keys, 0) for x in (k_Sd, v_Se))
-        scores, slope = _scores(config, q, k, *near, first_key)
+    def tile(rows: _Span, keys: _Span, carry):
+        dq_GTd, dk_dS, dv_eS = carry
+        k, v = _take(k_Sd, keys, 0), _take(v_Se, keys, 0)
+        q, do, lse, delta = (_take(x, rows, 1) for x in (q_GTd, do_GTe, lse_GT, delta_GT))
+        scores, slope = _scores(config, q, k, bounds, rows, keys)
         weights = jnp.exp2(scores - lse[..., None])
-        flat_q, flat_do = q.reshape(-1, d), do.reshape(-1, e)
-        dweights = _matmul(flat_do, v.T).reshape(weights.shape)
-        dscores = weights * (dweights - delta[..., None])
+        q_, do_ = q.reshape(-1, d), do.reshape(-1, e)
+        dscores = weights * (_matmul(do_, v.T).reshape(weights.shape) - delta[..., None])
         if slope is not None:
             dscores *= slope
-        dscores = dscores.astype(k.dtype).reshape(-1, keys)
-        weights = weights.astype(v.dtype).reshape(-1, keys)
-        dk_dS = _add_columns(dk_dS, _matmul(flat_q.T, dscores), first_key)
-        dv_eS = _add_columns(dv_eS, _matmul(flat_do.T, weights), first_key)
-        return _matmul(dscores, k).reshape(q.shape), dk_dS, dv_eS
+        dscores = dscores.astype(k.dtype).reshape(-1, keys[1])
+        weights = weights.astype(v.dtype).reshape(-1, keys[1])
+        # dk and dv are accumulated transposed: [d, rows] @ [rows, keys] is a plain product, while
+        # [keys, rows] @ [rows, d] would first transpose the whole tile of scores.
+        dk_dS = _put(dk_dS, _take(dk_dS, keys, 1) + _matmul(q_.T, dscores), keys)
+        dv_eS = _put(dv_eS, _take(dv_eS, keys, 1) + _matmul(do_.T, weights), keys)
+        return _put(dq_GTd, _matmul(dscores, k).reshape(q.shape), rows), dk_dS, dv_eS
 
-    def block(blocks: Blocks, i, dk_dS, dv_eS):
-        rows = _block_rows(blocks, i)
-        near = [_slice(x, rows, blocks.rows, 1) for x in (q_GTd, do_GTe, lse_GT, delta_GT)]
-        return _on_key_range(config, blocks, i, bounds, S, tile, *near, dk_dS, dv_eS)
-
-    parts = []
-    for blocks in _plan(config, T, S, G):
-        if blocks.count == 1:
-            dq, dk_dS, dv_eS = block(blocks, 0, dk_dS, dv_eS)
-        else:
-
-            def step(carry, i, blocks=blocks):
-                dq, *carry = block(blocks, i, *carry)
-                return tuple(carry), dq
-
-            (dk_dS, dv_eS), dq = jax.lax.scan(step, (dk_dS, dv_eS), jnp.arange(blocks.count, dtype=jnp.int32))
-            dq = dq.transpose(1, 0, 2, 3).reshape(G, blocks.count * blocks.rows, d)
-        parts.append(dq)
-    dq_TGd = jnp.concatenate(parts, 1).swapaxes(0, 1)
+    carry = tuple(jnp.zeros(shape, stat) for shape in ((G, T, d), (d, S), (e, S)))
+    dq_GTd, dk_dS, dv_eS = _over_tiles(config, G, T, S, bounds, tile, carry)
     dsinks = jnp.zeros((G,), stat)
     if sinks is not None:
         dsinks = -(jnp.exp2(sinks.astype(stat)[:, None] * _LOG2E - lse_GT) * delta_GT).sum(-1)
-    return dq_TGd * config.scale, dk_dS.T * config.scale, dv_eS.T, dsinks
+    return dq_GTd.swapaxes(0, 1) * config.scale, dk_dS.T * config.scale, dv_eS.T, dsinks
 
 
-def _scores(config: _Config, q_Grd, k_Ld, start_r, end_r, first_key):
+def _scores(config: _Config, q_Grd, k_Ld, bounds, rows: _Span, keys: _Span):
     """Scores in log2 units, hidden ones `_HIDDEN`, and the soft-cap's slope (None without one)."""
     G, r, d = q_Grd.shape
     # The factor goes into q where that loses nothing; a product of low precision is scaled after it.
@@ -285,13 +266,14 @@ def _scores(config: _Config, q_Grd, k_Ld, start_r, end_r, first_key):
         capped = jnp.tanh(scores)
         slope = 1 - capped * capped
         scores = capped * (config.soft_cap * _LOG2E)
-    if start_r is not None or end_r is not None:
-        keys = first_key + jnp.arange(k_Ld.shape[0], dtype=jnp.int32)
+    start, end = (None if x is None else _take(x, rows, 0)[:, None] for x in bounds)
+    if start is not None or end is not None:
+        key = keys[0] + jnp.arange(keys[1], dtype=jnp.int32)
         visible = True
-        if start_r is not None:
-            visible = keys >= start_r[:, None]
-        if end_r is not None:
-            visible &= keys < end_r[:, None]
+        if start is not None:
+            visible = key >= start
+        if end is not None:
+            visible &= key < end
         scores = jnp.where(visible, scores, _HIDDEN)
     return scores, slope
 
@@ -300,46 +282,68 @@ def _matmul(a, b):
     return jnp.matmul(a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
 
 
-def _plan(config: _Config, T: int, S: int, G: int) -> list[Blocks]:
-    return plan_blocks(T, S, config.mask, max(_ROWS // G, 64), 1 if config.skip else _BODIES)
+def _over_tiles(config: _Config, G: int, T: int, S: int, bounds, tile, carry):
+    """Fold `carry = tile(rows, keys, carry)` over all blocks of query rows, each with its range of keys: the static
+    one, or within it, with `config.skip`, the shortest of a few lengths that holds every key its rows see."""
+    for blocks in plan_blocks(T, S, config.mask, max(_ROWS // G, 64), 1 if config.skip else _BODIES):
+
+        def static_span(i, blocks=blocks):
+            origin = blocks.origin
+            if blocks.step:
+                origin = jnp.clip(origin + i * blocks.step, 0, S - blocks.keys)
+            return origin
+
+        def rows(i, blocks=blocks) -> _Span:
+            return blocks.first + i * blocks.rows, blocks.rows
+
+        unit = -(-blocks.keys // (_BODIES * _LEAST_KEYS)) * _LEAST_KEYS
+        lengths = [min(n, blocks.keys) for n in range(unit, blocks.keys + unit, unit)]
+        if config.skip and len(lengths) > 1:
+            low, choice = _run_time_ranges(blocks, bounds, S, unit)
+            # One loop for each length, over its blocks only. A conditional inside one loop over all blocks would copy
+            # the accumulators at every turn.
+            order = jnp.argsort(choice)
+            for n, keys in enumerate(lengths):
+
+                def body(j, carry, keys=keys, order=order, low=low, blocks=blocks, rows=rows, origin=static_span):
+                    i = order[j]
+                    first = jnp.clip(low[i], origin(i), origin(i) + blocks.keys - keys)
+                    return tile(rows(i), (first, keys), carry)
+
+                first, last = (choice < n).sum(dtype=jnp.int32), (choice <= n).sum(dtype=jnp.int32)
+                carry = jax.lax.fori_loop(first, last, body, carry)
+        elif blocks.count == 1:
+            carry = tile(rows(0), (static_span(0), blocks.keys), carry)
+        else:
+
+            def body(i, carry, blocks=blocks, rows=rows, origin=static_span):
+                return tile(rows(i), (origin(i), blocks.keys), carry)
+
+            carry = jax.lax.fori_loop(0, blocks.count, body, carry)
+    return carry
 
 
-def _block_rows(blocks: Blocks, i):
-    return blocks.first + i * blocks.rows
+def _run_time_ranges(blocks: Blocks, bounds, S: int, unit: int):
+    """For each block its first visible key, and how many units of keys it needs, less one: both int32 `[count]`."""
+    rows = (blocks.first, blocks.count * blocks.rows)
+    of_block = [None if x is None else _take(x, rows, 0).reshape(blocks.count, blocks.rows) for x in bounds]
+    start = 0 if of_block[0] is None else of_block[0]
+    end = S if of_block[1] is None else jnp.minimum(of_block[1], S)
+    low = jnp.where(start < end, start, S).min(1)
+    high = jnp.where(start < end, end, 0).max(1)
+    return low, jnp.clip((high - low - 1) // unit, 0, -(-blocks.keys // unit) - 1)
 
 
-def _on_key_range(config: _Config, blocks: Blocks, i, bounds, S: int, tile, *args):
-    """`tile(bounds of the block's rows, first key, number of keys, *args)` over the block's key range: the static one,
-    or within it, with `config.skip`, the shortest of a few lengths that holds every key its rows see."""
-    rows, first_key = _block_rows(blocks, i), blocks.origin
-    if blocks.step:
-        first_key = jnp.clip(first_key + i * blocks.step, 0, S - blocks.keys)
-    near = tuple(None if x is None else _slice(x, rows, blocks.rows, 0) for x in bounds)
-    unit = -(-blocks.keys // (_BODIES * _LEAST_KEYS)) * _LEAST_KEYS
-    lengths = [min(n, blocks.keys) for n in range(unit, blocks.keys + unit, unit)]
-    if not config.skip or len(lengths) < 2:
-        return tile(near, first_key, blocks.keys, *args)
-    start = jnp.zeros((), jnp.int32) if near[0] is None else near[0]
-    end = jnp.full((), S, jnp.int32) if near[1] is None else jnp.minimum(near[1], S)
-    low = jnp.where(start < end, start, S).min()
-    high = jnp.where(start < end, end, 0).max()
-    choice = jnp.clip((high - low - 1) // unit, 0, len(lengths) - 1)
+def _take(x, span: _Span, axis: int):
+    return _slice(x, span[0], span[1], axis)
 
-    def of_length(keys: int):
-        return lambda low, *args: tile(near, jnp.clip(low, first_key, first_key + blocks.keys - keys), keys, *args)
 
-    return jax.lax.switch(choice, [of_length(keys) for keys in lengths], low, *args)
+def _put(x, part, span: _Span):
+    """x[:, first : first + size] = part."""
+    return jax.lax.dynamic_update_slice_in_dim(x, part, span[0], 1)
 
 
 def _slice(x, first, size: int, axis: int):
     if isinstance(first, int):
         return jax.lax.slice_in_dim(x, first, first + size, axis=axis)
     return jax.lax.dynamic_slice_in_dim(x, first, size, axis)
-
-
-def _add_columns(x, update, first):
-    """x[:, first : first + update.shape[1]] += update."""
-    if isinstance(first, int):
-        return x.at[:, first : first + update.shape[1]].add(update)
-    old = jax.lax.dynamic_slice_in_dim(x, first, update.shape[1], 1)
-    return jax.lax.dynamic_update_slice_in_dim(x, old + update, first, 1)

@@ -69,7 +69,7 @@ class AdamWConfig(OptimizerConfig):
 
 @dataclasses.dataclass(frozen=True)
 class MuonConfig(OptimizerConfig):
-    """Muon (Jordan 2024) on every layer's matrices, AdamW on the rest (embedding, output projection, vectors).
+    """Muon (Jordan 2024) on every layer's matrices; AdamW with Nesterov momentum on embedding, output and vectors.
 
     momentum: of Muon; iterations: Newton-Schulz steps; rms: root mean square that Muon's updates are scaled to, so that
     one learning rate serves both (Liu et al. 2025, Muon is Scalable, section 2.2); b1, b2: of AdamW.

@@ -41,22 +41,27 @@ def store_of(documents, keys=None):
 
 def stream_of(documents):
     """The packed stream by its definition: (input, target, document, place in the document)."""
-    return [(a, b, i, place) for i, document in enumerate(documents)
-            for place, (a, b) in enumerate(zip([256, *document], [*document, 256]))]
+    return [
+        (a, b, i, place)
+        for i, document in enumerate(documents)
+        for place, (a, b) in enumerate(zip([256, *document], [*document, 256], strict=True))
+    ]
 
 
 @pytest.mark.parametrize("length", [1, 3, 8, 17, 500])
 def test_packing_is_the_stream_of_shifted_documents(length):
     random = np.random.default_rng(length)
     # A document's tokens lie in its own hundred, so that one that leaks is seen.
-    documents = [list(random.integers(20 * i, 20 * i + 20, size)) for i, size in
-                 enumerate([5, 1, 30, 2, 2, 7, 1, 16, 17])]
+    documents = [
+        list(random.integers(20 * i, 20 * i + 20, size))
+        for i, size in enumerate([5, 1, 30, 2, 2, 7, 1, 16, 17])
+    ]
     order = np.array([3, 0, 8, 1, 2, 7, 5, 4, 6])
     rows = PackedRows(store_of(documents), order, length, 256)
     stream = stream_of([documents[i] for i in order])
     assert rows.positions == len(stream) and len(rows) == -(-len(stream) // length)
     for index in range(len(rows)):
-        row, expected = rows[index], stream[index * length:(index + 1) * length]
+        row, expected = rows[index], stream[index * length : (index + 1) * length]
         size = len(expected)
         assert all(array.shape == (length,) and array.dtype == np.int32 for array in row.values())
         np.testing.assert_array_equal(row["tokens"][:size], [entry[0] for entry in expected])
@@ -68,7 +73,7 @@ def test_packing_is_the_stream_of_shifted_documents(length):
         assert index == len(rows) - 1 or size == length
         assert (row["segments"][size:] == 0).all() and (row["positions"][size:] == 0).all()
         # No target belongs to another document than its input.
-        for token, target, segment in zip(row["tokens"], row["targets"], row["segments"]):
+        for token, target, segment in zip(row["tokens"], row["targets"], row["segments"], strict=True):
             assert segment == 0 or 256 in (token, target) or token // 20 == target // 20
 
 
@@ -96,13 +101,17 @@ def test_every_epoch_visits_every_row_once(shuffle):
 def test_batches_do_not_depend_on_the_number_of_processes(corpus, processes):
     config = data.DataConfig(source=corpus, length=32, batch=8)
     whole = take(data.train_loader(config, BYTES, seed=3), 20)
-    parts = [take(data.train_loader(config, BYTES, seed=3, process_index=p, process_count=processes), 20)
-             for p in range(processes)]
+    parts = [
+        take(data.train_loader(config, BYTES, seed=3, process_index=p, process_count=processes), 20)
+        for p in range(processes)
+    ]
     for step, batch in enumerate(whole):
         assert parts[0][step]["tokens"].shape == (8 // processes, 32)
         assert_equal(batch, {name: np.concatenate([part[step][name] for part in parts]) for name in batch})
-    assert any((a["tokens"] != b["tokens"]).any() for a, b in
-               zip(whole, take(data.train_loader(config, BYTES, seed=4), 20)))
+    assert any(
+        (a["tokens"] != b["tokens"]).any()
+        for a, b in zip(whole, take(data.train_loader(config, BYTES, seed=4), 20), strict=True)
+    )
 
 
 def test_batches_do_not_depend_on_the_number_of_workers(corpus):
@@ -110,7 +119,7 @@ def test_batches_do_not_depend_on_the_number_of_workers(corpus):
     with data.train_loader(config, BYTES, seed=0) as plain:
         expected = take(plain, 9)
     with data.train_loader(dataclasses.replace(config, workers=2), BYTES, seed=0) as loader:
-        for left, right in zip(expected, take(loader, 9)):
+        for left, right in zip(expected, take(loader, 9), strict=True):
             assert_equal(left, right)
 
 
@@ -118,8 +127,9 @@ def test_batches_do_not_depend_on_the_number_of_workers(corpus):
 def test_resume_with_workers(corpus):
     config = data.DataConfig(source=corpus, length=32, batch=4)
     expected = take(data.train_loader(config, BYTES, seed=0), 60)
-    with data.train_loader(dataclasses.replace(config, workers=2), BYTES, seed=0,
-                           process_index=1, process_count=2) as loader:
+    with data.train_loader(
+        dataclasses.replace(config, workers=2), BYTES, seed=0, process_index=1, process_count=2
+    ) as loader:
         for start in (41, 2):
             loader.set_state({**loader.get_state(), "step": start})
             for step in range(start, start + 5):
@@ -141,7 +151,7 @@ def test_resume_is_exact_at_any_step(corpus):
         for other in (loader, data.train_loader(config, BYTES, seed=5)):
             other.set_state(states[step])
             assert other.get_state() == states[step]
-            for batch in batches[step:step + 3]:
+            for batch in batches[step : step + 3]:
                 assert_equal(batch, next(other))
     loader.set_state({**states[0], "step": 10**15})  # no walk from the start
     next(loader)
@@ -157,13 +167,20 @@ def test_without_shuffle_rows_come_in_the_order_of_the_source(corpus, tmp_path):
     config = data.DataConfig(source=corpus, length=16, batch=4, heldout=0, shuffle=False)
     with data.train_loader(config, BYTES, seed=0) as loader:
         for step in range(len(stream) // 64):
-            expected = [entry[1] for entry in stream[step * 64:(step + 1) * 64]]
+            expected = [entry[1] for entry in stream[step * 64 : (step + 1) * 64]]
             assert next(loader)["targets"].reshape(-1).tolist() == expected
 
 
-@pytest.mark.parametrize("change, word", [
-    ({"length": 17}, "data.length was 16 and is 17"), ({"batch": 2}, "data.batch"), ({"heldout": 0.2}, "data.heldout"),
-    ({"shuffle": False}, "data.shuffle"), ({"seed": 6}, "the seed was 5 and is 6")])
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        ({"length": 17}, "data.length was 16 and is 17"),
+        ({"batch": 2}, "data.batch"),
+        ({"heldout": 0.2}, "data.heldout"),
+        ({"shuffle": False}, "data.shuffle"),
+        ({"seed": 6}, "the seed was 5 and is 6"),
+    ],
+)
 def test_resume_refuses_what_differs(corpus, change, word):
     config = data.DataConfig(source=corpus, length=16, batch=4)
     state = data.train_loader(config, BYTES, seed=5).get_state()
@@ -190,8 +207,16 @@ def test_split_is_by_file_and_stays_when_files_are_added(corpus, tmp_path):
         summary = data.train_loader(config, BYTES, seed=0).summary()
         heldout = data.heldout_loader(config, BYTES)
         streams = []
-        for loader in ([next(data.train_loader(dataclasses.replace(config, shuffle=False, batch=summary["rows"]),
-                                               BYTES, seed=0))], heldout):
+        for loader in (
+            [
+                next(
+                    data.train_loader(
+                        dataclasses.replace(config, shuffle=False, batch=summary["rows"]), BYTES, seed=0
+                    )
+                )
+            ],
+            heldout,
+        ):
             tokens = np.concatenate([batch["targets"][batch["segments"] > 0] for batch in loader])
             streams.append(set(BYTES.decode(np.where(tokens == 256, 0, tokens)).split("\0")[:-1]))
         return streams
@@ -218,23 +243,31 @@ def test_split_of_the_tiniest_corpora():
 @pytest.mark.parametrize("processes", [1, 2])
 def test_heldout_loader(corpus, processes):
     config = data.DataConfig(source=corpus, length=16, batch=6, heldout=0.4)
-    loaders = [data.heldout_loader(config, BYTES, process_index=p, process_count=processes)
-               for p in range(processes)]
+    loaders = [
+        data.heldout_loader(config, BYTES, process_index=p, process_count=processes) for p in range(processes)
+    ]
     summary = loaders[0].summary()
     rows = -(-(summary["heldout_tokens"] + summary["heldout_documents"]) // 16)
     assert rows % 6, "choose a corpus whose last batch is not full"
     for _ in range(2):
         parts = [list(loader) for loader in loaders]
-        assert all(len(part) == len(loader) == -(-rows // 6) for part, loader in zip(parts, loaders))
-        batches = [{k: np.concatenate([batch[k] for batch in step]) for k in step[0]} for step in zip(*parts)]
+        assert all(
+            len(part) == len(loader) == -(-rows // 6) for part, loader in zip(parts, loaders, strict=True)
+        )
+        batches = [
+            {k: np.concatenate([batch[k] for batch in step]) for k in step[0]}
+            for step in zip(*parts, strict=True)
+        ]
         assert all(batch["tokens"].shape == (6, 16) for batch in batches)
         weights = np.concatenate([batch["segments"] for batch in batches]) > 0
         assert weights.sum() == summary["heldout_tokens"] + summary["heldout_documents"]
-        assert not weights[rows:].any() and weights[:rows - 1].all()
+        assert not weights[rows:].any() and weights[: rows - 1].all()
         # Bits per byte divides by the bytes of text, which are those of the targets.
         lengths = BYTES.byte_lengths()
-        assert sum(int((lengths[b["targets"]] * (b["segments"] > 0)).sum()) for b in batches) == \
-            summary["heldout_bytes"]
+        assert (
+            sum(int((lengths[b["targets"]] * (b["segments"] > 0)).sum()) for b in batches)
+            == summary["heldout_bytes"]
+        )
     assert len(list(data.heldout_loader(config, BYTES, batches=2))) == 2
 
 
@@ -252,11 +285,25 @@ def test_stdlib_is_there_and_split_by_file():
     assert f"{summary['documents']:,} documents" in line and "SKIPPED 3" in line and "\n" not in line
 
 
-@pytest.mark.parametrize("field, value, allowed", [
-    ("source", "web", "stdlib"), ("source", "text:", "text:GLOB"), ("tokenizer", "", "non-empty"),
-    ("length", 0, "at least 1"), ("length", 2.5, "integer"), ("batch", True, "integer"), ("batch", -1, "at least 1"),
-    ("heldout", 1.0, "below 1"), ("heldout", "0.1", "fraction"), ("on_bad_record", "ignore", "'raise' or 'skip'"),
-    ("workers", -1, "at least 0"), ("cache", "", "directory"), ("shuffle", 1, "True or False"), ("field", 3, "string")])
+@pytest.mark.parametrize(
+    "field, value, allowed",
+    [
+        ("source", "web", "stdlib"),
+        ("source", "text:", "text:GLOB"),
+        ("tokenizer", "", "non-empty"),
+        ("length", 0, "at least 1"),
+        ("length", 2.5, "integer"),
+        ("batch", True, "integer"),
+        ("batch", -1, "at least 1"),
+        ("heldout", 1.0, "below 1"),
+        ("heldout", "0.1", "fraction"),
+        ("on_bad_record", "ignore", "'raise' or 'skip'"),
+        ("workers", -1, "at least 0"),
+        ("cache", "", "directory"),
+        ("shuffle", 1, "True or False"),
+        ("field", 3, "string"),
+    ],
+)
 def test_config_names_key_value_and_allowed(field, value, allowed):
     with pytest.raises(ConfigError) as error:
         data.DataConfig(**{field: value})
@@ -289,8 +336,13 @@ if __name__ == "__main__":
     loader = data.train_loader(config, data.load_tokenizer("bytes"), seed=0)
     kept = [next(loader) for _ in range(5)]
 """)
-    done = subprocess.run([sys.executable, str(script)], timeout=60, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        timeout=60,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
     assert done.returncode == 0 and not done.stderr
 
 

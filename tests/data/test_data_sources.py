@@ -36,8 +36,13 @@ def error_of(source, **fields):
 
 
 def write_parquet(path, column, kind=None):
-    pyarrow.parquet.write_table(pyarrow.table({"n": range(len(column)), "text": pyarrow.array(column, kind)}), path,
-                                 compression="none", use_dictionary=False, write_page_checksum=True)
+    pyarrow.parquet.write_table(
+        pyarrow.table({"n": range(len(column)), "text": pyarrow.array(column, kind)}),
+        path,
+        compression="none",
+        use_dictionary=False,
+        write_page_checksum=True,
+    )
 
 
 def test_text_is_kept_to_the_byte(tmp_path):
@@ -66,9 +71,9 @@ def test_jsonl(tmp_path, suffix):
 def test_truncated_and_foreign_compressed_files(tmp_path, suffix):
     pack = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[suffix]
     path = tmp_path / f"a.jsonl{suffix}"
-    content = lines([f"text {i} {i ** 7}" for i in range(2000)])
+    content = lines([f"text {i} {i**7}" for i in range(2000)])
     whole = pack(content)
-    for damaged in (whole[:len(whole) // 2], whole[:-3], b"not compressed at all\n", whole + whole[:40]):
+    for damaged in (whole[: len(whole) // 2], whole[:-3], b"not compressed at all\n", whole + whole[:40]):
         path.write_bytes(damaged)
         for fields in ({}, {"on_bad_record": "skip"}):  # a lost half of a file is no single bad record
             message = error_of(f"jsonl:{path}", **fields)
@@ -83,10 +88,20 @@ def test_parquet(tmp_path, kind):
     assert read(f"parquet:{tmp_path}/*.parquet")[0] == TEXTS
 
 
-@pytest.mark.parametrize("line, problem", [
-    (b"{\"text\": \"cut off", "not JSON"), (b"[1, 2]", "a JSON list"), (b"{\"txt\": \"a\"}", "no key 'text' (it has 'txt')"),
-    (b"{\"text\": 5}", "is int, not text"), (b"{\"text\": null}", "is null"), (b"{\"text\": \"\xff\"}", "not UTF-8"),
-    (b"{\"text\": \"\\ud800\"}", "surrogate"), (b"\x00\x01\x02", "not JSON"), (b"[" * 100_000, "not JSON|deep")])
+@pytest.mark.parametrize(
+    "line, problem",
+    [
+        (b'{"text": "cut off', "not JSON"),
+        (b"[1, 2]", "a JSON list"),
+        (b'{"txt": "a"}', "no key 'text' (it has 'txt')"),
+        (b'{"text": 5}', "is int, not text"),
+        (b'{"text": null}', "is null"),
+        (b'{"text": "\xff"}', "not UTF-8"),
+        (b'{"text": "\\ud800"}', "surrogate"),
+        (b"\x00\x01\x02", "not JSON"),
+        (b"[" * 100_000, "not JSON|deep"),
+    ],
+)
 def test_bad_lines_are_named_or_counted(tmp_path, line, problem):
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(["good"]) + line + b"\n" + lines(["", "also good"]))
@@ -97,9 +112,15 @@ def test_bad_lines_are_named_or_counted(tmp_path, line, problem):
     assert texts == ["good", "also good"] and opened.skipped == 1 and opened.empty == 1
 
 
-@pytest.mark.parametrize("content, problem", [
-    (b"fine\nbut \xff\n", "not UTF-8: byte 0xff in line 2"), (b"cut \xe2\x82", "not UTF-8"), (b"", "is empty"),
-    (b"PNG\0\0\0", "looks binary")])
+@pytest.mark.parametrize(
+    "content, problem",
+    [
+        (b"fine\nbut \xff\n", "not UTF-8: byte 0xff in line 2"),
+        (b"cut \xe2\x82", "not UTF-8"),
+        (b"", "is empty"),
+        (b"PNG\0\0\0", "looks binary"),
+    ],
+)
 def test_bad_text_files_are_named_or_counted(tmp_path, content, problem):
     (tmp_path / "bad.txt").write_bytes(content)
     (tmp_path / "good.txt").write_bytes(b"good")
@@ -118,8 +139,12 @@ def test_bad_parquet(tmp_path):
     assert "no column 'body'" in error_of(f"parquet:{path}", field="body")
     assert "column 'n' is int64, not string" in error_of(f"parquet:{path}", field="n")
     whole = path.read_bytes()
-    for damaged in (whole[:-20], whole.replace(b"good too", b"good tap"), whole.replace(b"good", b"\xff\xff\xff\xff"),
-                    b"neither"):
+    for damaged in (
+        whole[:-20],
+        whole.replace(b"good too", b"good tap"),
+        whole.replace(b"good", b"\xff\xff\xff\xff"),
+        b"neither",
+    ):
         path.write_bytes(damaged)
         message = error_of(f"parquet:{path}", on_bad_record="skip")
         assert str(path) in message and "damaged" in message
@@ -144,7 +169,9 @@ def test_nothing_to_read(tmp_path):
     for name in "bc":
         (tmp_path / f"{name}.txt").write_bytes(b"")
     with pytest.raises(UserError, match=r"no text in its 2 file.*2 skipped"):
-        data.train_loader(data.DataConfig(source=f"text:{tmp_path}/*.txt", on_bad_record="skip"), tokenizer, seed=0)
+        data.train_loader(
+            data.DataConfig(source=f"text:{tmp_path}/*.txt", on_bad_record="skip"), tokenizer, seed=0
+        )
 
 
 def test_skipped_records_are_in_the_summary(tmp_path, caplog):
@@ -162,8 +189,10 @@ def test_long_documents_come_in_pieces(tmp_path, monkeypatch):
     text = "".join(f"zeile {i} ü\n" for i in range(40)) + "z" * 170 + "\nend"
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "a.jsonl").write_bytes(lines([text]))
-    documents = [next(iter(Source(data.DataConfig(source=source)).documents()))
-                 for source in (f"text:{tmp_path}/a.txt", f"jsonl:{tmp_path}/a.jsonl")]
+    documents = [
+        next(iter(Source(data.DataConfig(source=source)).documents()))
+        for source in (f"text:{tmp_path}/a.txt", f"jsonl:{tmp_path}/a.jsonl")
+    ]
     pieces = [list(document.pieces) for document in documents]
     assert pieces[0] == pieces[1] and "".join(pieces[0]) == text
     assert max(map(len, pieces[0])) <= 50 and pieces[0][0].endswith("\n")

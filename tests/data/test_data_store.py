@@ -126,8 +126,10 @@ def _open_in_process(source, cache, barrier, results):
 def test_two_processes_at_once(corpus, tmp_path):
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(2), context.Queue()
-    workers = [context.Process(target=_open_in_process, args=(corpus, str(tmp_path / "both"), barrier, results))
-               for _ in range(2)]
+    workers = [
+        context.Process(target=_open_in_process, args=(corpus, str(tmp_path / "both"), barrier, results))
+        for _ in range(2)
+    ]
     for worker in workers:
         worker.start()
     digests = {results.get(timeout=60) for _ in workers}
@@ -138,7 +140,7 @@ def test_two_processes_at_once(corpus, tmp_path):
 
 
 def test_of_two_that_finish_the_second_takes_the_first(corpus, tmp_path, monkeypatch):
-    """The other process finishes between this one's look at the cache and its rename; with good or bad work."""
+    """The other finishes, well or badly, between this one's look at the cache and its rename."""
     config = data.DataConfig(source=corpus, length=16, batch=4)
     expected = batches_of(config)
     [meta] = [path for path in cache_files(tmp_path) if path.name == "meta.json"]
@@ -178,7 +180,9 @@ def test_array_record_gives_the_rows_of_the_source(corpus, tmp_path, monkeypatch
     direct = data.DataConfig(source=corpus, length=16, batch=4, heldout=0.2)
     summary = data.apply_tokenizer(direct, str(tmp_path / "out"), shards=shards, progress=lambda *_: None)
     assert summary["shards"] == min(shards, 20) == len(list((tmp_path / "out").glob("*.array_record")))
-    written = data.DataConfig(source=f"array_record:{tmp_path}/out/*.array_record", length=16, batch=4, heldout=0.2)
+    written = data.DataConfig(
+        source=f"array_record:{tmp_path}/out/*.array_record", length=16, batch=4, heldout=0.2
+    )
     assert_same(batches_of(direct, 80), batches_of(written, 80))
     assert_same(*(data.heldout_loader(config, BYTES) for config in (direct, written)))
     left, right = (data.train_loader(config, BYTES, seed=0) for config in (direct, written))
@@ -193,8 +197,12 @@ def test_array_record_with_workers_and_two_directories(corpus, tmp_path):
     config = data.DataConfig(source=corpus, length=16, batch=4)
     for name in ("one", "two"):
         data.apply_tokenizer(config, str(tmp_path / name), shards=2)
-    source = ",".join(f"array_record:{tmp_path}/{name}/*.array_record" if name == "one" else
-                      f"{tmp_path}/{name}/*.array_record" for name in ("one", "two"))
+    source = ",".join(
+        f"array_record:{tmp_path}/{name}/*.array_record"
+        if name == "one"
+        else f"{tmp_path}/{name}/*.array_record"
+        for name in ("one", "two")
+    )
     both = data.DataConfig(source=source, length=16, batch=4, workers=1)
     with data.train_loader(both, BYTES, seed=0) as loader:
         assert loader.summary()["documents"] == 40
@@ -227,9 +235,14 @@ def test_apply_that_fails_leaves_nothing(corpus, tmp_path):
     assert not [name for name in os.listdir(tmp_path) if name.startswith("out")]
 
 
-@pytest.mark.parametrize("call", ["data.apply_tokenizer(config, out, progress=kill)",
-                                  "data.train_tokenizer(config, 300, out, progress=kill)",
-                                  "data.train_loader(config, data.load_tokenizer('bytes'), seed=0, progress=kill)"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        "data.apply_tokenizer(config, out, progress=kill)",
+        "data.train_tokenizer(config, 300, out, progress=kill)",
+        "data.train_loader(config, data.load_tokenizer('bytes'), seed=0, progress=kill)",
+    ],
+)
 def test_a_killed_process_leaves_nothing_that_looks_complete(corpus, tmp_path, call):
     code = f"""
 import os, signal
@@ -254,10 +267,19 @@ config = data.DataConfig(source={corpus!r}, length=16, batch=4)
     assert not list((tmp_path / "cache").glob("partial-*"))
 
 
-@pytest.mark.parametrize("damage, message", [
-    ("index", "has no index.json"), ("documents", "has no documents.npz"), ("no shard", "is missing"),
-    ("cut", "truncated or damaged"), ("flip documents", "is damaged"), ("index text", "is damaged"),
-    ("partly matched", "is not matched by data.source"), ("flip", "is damaged: record")])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        ("index", "has no index.json"),
+        ("documents", "has no documents.npz"),
+        ("no shard", "is missing"),
+        ("cut", "truncated or damaged"),
+        ("flip documents", "is damaged"),
+        ("index text", "is damaged"),
+        ("partly matched", "is not matched by data.source"),
+        ("flip", "is damaged: record"),
+    ],
+)
 def test_bad_array_record_directories(corpus, tmp_path, damage, message):
     config = data.DataConfig(source=corpus, length=16, batch=4)
     out = tmp_path / "out"
@@ -269,7 +291,7 @@ def test_bad_array_record_directories(corpus, tmp_path, damage, message):
     elif damage == "cut":
         shard.write_bytes(shard.read_bytes()[:-5])
     elif damage == "index text":
-        (out / "index.json").write_text("{\"shards\": 3")
+        (out / "index.json").write_text('{"shards": 3')
     elif damage == "partly matched":
         glob = "*1.array_record"
     else:
@@ -290,5 +312,8 @@ def test_array_record_of_another_tokenizer(corpus, tmp_path):
     data.apply_tokenizer(config, str(tmp_path / "out"))
     data.train_tokenizer(config, 300, str(tmp_path / "bpe.json"))
     with pytest.raises(UserError, match="tokenised with 'bytes'.*'bpe.json'"):
-        data.train_loader(data.DataConfig(source=f"array_record:{tmp_path}/out/*.array_record"),
-                          data.load_tokenizer(str(tmp_path / "bpe.json")), seed=0)
+        data.train_loader(
+            data.DataConfig(source=f"array_record:{tmp_path}/out/*.array_record"),
+            data.load_tokenizer(str(tmp_path / "bpe.json")),
+            seed=0,
+        )

@@ -11,8 +11,15 @@ from attnlab import data
 from attnlab.data.tokenizers import HuggingFaceTokenizer
 from attnlab.errors import ConfigError, UserError
 
-TEXTS = ["plain text", "naïve café, 四十二, \U0001f600\u200d", "tabs\t\tand\r\n\n\n    indents", " leading", "",
-         "a page on <|endoftext|> and </s> tokens", "\0\x7f\ufffd"]
+TEXTS = [
+    "plain text",
+    "naïve café, 四十二, \U0001f600\u200d",
+    "tabs\t\tand\r\n\n\n    indents",
+    " leading",
+    "",
+    "a page on <|endoftext|> and </s> tokens",
+    "\0\x7f\ufffd",
+]
 
 
 @pytest.fixture
@@ -33,7 +40,7 @@ def check_round_trip(tokenizer, texts):
         assert tokenizer.decode(ids) == text
         assert tokenizer.decode([tokenizer.eod_id, *ids, tokenizer.eod_id]) == text
         assert lengths[ids].sum() == len(text.encode())
-    for one, ids in zip(texts, tokenizer.encode_batch(texts)):
+    for one, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
         np.testing.assert_array_equal(tokenizer.encode(one), ids)
 
 
@@ -51,8 +58,7 @@ def test_trained_bpe(trained, corpus):
     check_round_trip(trained, TEXTS)
     assert len(trained.encode("naïve café naïve café")) < 12
     assert trained.decode(trained.encode("é")[:1]) in ("\ufffd", "é")
-    config = data.DataConfig(
-        source=corpus, length=8, batch=2)
+    config = data.DataConfig(source=corpus, length=8, batch=2)
     loader = data.train_loader(config, trained, seed=0)
     summary = loader.summary()
     assert summary["tokens"] < summary["bytes"]
@@ -66,8 +72,9 @@ def test_training_is_deterministic_and_leaves_out_what_is_held_out(corpus, tmp_p
     outs = [tmp_path / f"{i}.json" for i in range(2)]
     summaries = [data.train_tokenizer(config, 290, str(out)) for out in outs]
     assert outs[0].read_bytes() == outs[1].read_bytes()
-    expected = data.train_loader(data.DataConfig(source=corpus, heldout=0.4, length=8, batch=1),
-                                 data.load_tokenizer("bytes"), seed=0).summary()
+    expected = data.train_loader(
+        data.DataConfig(source=corpus, heldout=0.4, length=8, batch=1), data.load_tokenizer("bytes"), seed=0
+    ).summary()
     assert summaries[0]["documents"] == expected["train_documents"] < expected["documents"]
     assert summaries[0]["bytes"] == expected["train_bytes"]
     assert sorted(os.listdir(tmp_path)) == ["0.json", "1.json", "cache", "text"]
@@ -122,7 +129,8 @@ def test_settings_of_the_file_that_would_change_documents_are_off(trained, tmp_p
     backend.enable_truncation(3)
     backend.enable_padding(length=50)
     backend.post_processor = hf.processors.TemplateProcessing(
-        single="<|endoftext|> $A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)])
+        single="<|endoftext|> $A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)]
+    )
     tokenizer = HuggingFaceTokenizer(save(tmp_path, backend))
     check_round_trip(tokenizer, [*TEXTS, "a text on <|user|> tokens"])
     assert backend.token_to_id("<|user|>") not in tokenizer.encode("<|user|>")
@@ -145,7 +153,9 @@ def test_byte_lengths_of_other_kinds(tmp_path):
     assert data.load_tokenizer(save(tmp_path, backend)).byte_lengths().tolist() == [1, 4, 2, 0, 5]
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"not json", b"\xff\xfe", b"[1]", b"{\"model\": {\"type\": \"X\"}}"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"not json", b"\xff\xfe", b"[1]", b'{"model": {"type": "X"}}']
+)
 def test_files_that_are_no_tokenizer(tmp_path, content):
     path = tmp_path / "a.json"
     path.write_bytes(content)

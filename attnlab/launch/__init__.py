@@ -1,0 +1,1 @@
+"""Starting programs: what has to be set before the first array."""

@@ -1,0 +1,34 @@
+"""Settings of the process, made once before jax makes an array."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+
+_M_MMAP_MAX, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -4, -1, -8  # malloc.h
+
+
+def configure() -> None:
+    """Sets what the command line's programs run under; call it before anything touches a device.
+
+    On CPU: freed memory is kept by the process (activations are large blocks that the allocator would otherwise give
+    back and fault in again at every step), and programs are dispatched one after the other (two with collectives in
+    flight at once can starve each other where several CPU devices are simulated).
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's information, not its errors
+    import jax
+
+    platforms = jax.config.jax_platforms
+    if platforms == "cpu" or (not platforms and jax.default_backend() == "cpu"):
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
+        _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    if platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_MAX, 0)
+    libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    libc.mallopt(_M_ARENA_MAX, 1)

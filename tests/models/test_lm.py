@@ -1,0 +1,188 @@
+"""The language model: its losses against plain formulas, its stack against a loop, its stream against the whole."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from attnlab import mixers
+from attnlab.models.cost import model_cost
+from attnlab.models.lm import LanguageModel
+from attnlab.models.transformer import REMAT, ModelConfig, mixer_table
+from attnlab.ops.cross_entropy import cross_entropy
+from tests.mixers.cases import POSITIONS, SEGMENTS
+
+
+@pytest.fixture(autouse=True)
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def config(**fields):
+    table = mixer_table({"A": {"name": "softmax", "heads": 2}, "B": {"name": "gated", "heads": 2, "window": 3}}, "m")
+    base = dict(vocab=23, width=8, layers=4, mixers=table, pattern="AB", dtype="float64")
+    return ModelConfig(**{**base, **fields})
+
+
+def batch():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 23, (2, 12)).astype(np.int32)
+    names = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segments": SEGMENTS, "positions": POSITIONS}
+    return {k: jnp.asarray(v) for k, v in names.items()}
+
+
+def loss(params, graphdef, config):
+    model = nnx.merge(graphdef, params)
+    model.transformer.config = config
+    nll, lse, _ = model.token_losses(batch(), chunk=7)
+    return jnp.sum(nll) + 0.1 * jnp.sum(lse**2)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """Config, graph, parameters, and loss and gradients without remat or scan's help."""
+    with jax.enable_x64(True):
+        graphdef, params = nnx.split(LanguageModel(config(), rngs=nnx.Rngs(0)), nnx.Param)
+        value = jax.jit(jax.value_and_grad(loss), static_argnums=(1, 2))(params, graphdef, config(unroll=1))
+    return graphdef, params, value
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 23, 100])
+def test_cross_entropy_is_the_formula(chunk):
+    """Any chunk of the vocabulary gives log-softmax's value and gradients; weight 0 gives none, NaN or not."""
+    rng = np.random.default_rng(0)
+    hidden, kernel = jnp.asarray(rng.normal(size=(9, 6))), jnp.asarray(rng.normal(size=(6, 23)))
+    targets = jnp.asarray(rng.integers(0, 23, 9), jnp.int32)
+    weights = jnp.asarray([1, 1, 0, 1, 1, 0, 1, 1, 1.0])
+
+    def ours(hidden, kernel):
+        nll, lse = cross_entropy(hidden, kernel, targets, weights, chunk)
+        return jnp.sum(nll * jnp.arange(9)) + jnp.sum(lse**2)
+
+    def formula(hidden, kernel):
+        logits = hidden @ kernel
+        lse = jax.nn.logsumexp(logits, axis=1)
+        nll = lse - logits[jnp.arange(9), targets]
+        return jnp.sum(weights * nll * jnp.arange(9)) + jnp.sum((weights * lse) ** 2)
+
+    got = jax.value_and_grad(ours, (0, 1))(hidden, kernel)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10), got, jax.value_and_grad(formula, (0, 1))(hidden, kernel))
+
+
+def test_cross_entropy_holds_no_whole_logits():
+    """No fp32 array of the size rows x vocabulary is in the program of value and gradient."""
+    spec = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    run = lambda h, k, t, w: jnp.sum(cross_entropy(h, k, t, w, 64)[0])
+    text = jax.jit(jax.grad(run, (0, 1))).lower(
+        spec(40, 8), spec(8, 512), jax.ShapeDtypeStruct((40,), jnp.int32), spec(40)
+    ).as_text()
+    assert "40x64x" in text and "40x512x" not in text
+
+
+@pytest.mark.parametrize("change", [*({"remat": name} for name in REMAT), {"unroll": 0}, {"unroll": 2}])
+def test_remat_and_unroll_change_no_number(reference, change):
+    """Every remat policy and every unrolling gives the same loss and gradients."""
+    graphdef, params, expected = reference
+    got = jax.jit(jax.value_and_grad(loss), static_argnums=(1, 2))(params, graphdef, config(unroll=1, **change)
+                                                                   if "unroll" not in change else config(**change))  # fmt: skip
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10), got, expected)
+
+
+def test_scan_is_the_loop(reference):
+    """The scanned stack is the blocks one after the other, in the order of the pattern."""
+    graphdef, params, _ = reference
+    seq = mixers.Sequence(jnp.asarray(POSITIONS), jnp.asarray(SEGMENTS))
+    names = []
+
+    @jax.jit
+    def run(params):
+        model = nnx.merge(graphdef, params)
+        x = model.embed(batch()["tokens"])
+        whole = model.transformer(x, seq).y
+        for period in model.transformer.unstacked():
+            for block in period.blocks:
+                names.append(block.mixer.name)
+                x = block(x, seq).y
+        return x, whole
+
+    x, whole = run(params)
+    np.testing.assert_allclose(x, whole, atol=1e-12)
+    assert names == ["softmax", "gated"] * 2
+
+
+def test_stream_equals_whole(reference):
+    """Prefill, chunked prefill and decode through `extend` give the whole sequence's hidden states."""
+    graphdef, params, _ = reference
+
+    @jax.jit
+    def run(params, data):
+        model = nnx.merge(graphdef, params)
+        whole = model.hidden(data["tokens"], mixers.Sequence(data["positions"], data["segments"])).y
+        state, parts, first = model.init_state(2, 11), [], 0
+        periods = model.transformer.unstacked()
+        for n in (4, 1, 1, 5):
+            cut = {k: v[:, first : first + n] for k, v in data.items()}
+            seq = mixers.Sequence(cut["positions"], cut["segments"])
+            hidden, state = model.extend(periods, cut["tokens"], seq, state)
+            parts.append(hidden)
+            first += n
+        return jnp.concatenate(parts, axis=1), whole
+
+    stream, whole = run(params, batch())
+    used = np.asarray(batch()["segments"]) > 0
+    np.testing.assert_allclose(np.asarray(stream)[used], np.asarray(whole)[used], atol=1e-10)
+
+
+def test_tied_embedding_serves_both_ends():
+    """With tied weights there is one matrix, and its gradient has both parts."""
+    untied, tied = (LanguageModel(config(tied=t), rngs=nnx.Rngs(0)) for t in (False, True))
+    count = lambda m: sum(p.size for p in jax.tree.leaves(nnx.state(m, nnx.Param)))
+    assert count(untied) - count(tied) == 23 * 8
+    untied.head.kernel[...] = tied.embedding[...].T
+    for model in (tied, untied):
+        model.embedding[...] = tied.embedding[...]
+    grads = []
+    for model in (tied, untied):
+        nnx.update(model.transformer, nnx.state(tied.transformer))
+        graphdef, params = nnx.split(model, nnx.Param)
+        grads.append(jax.jit(jax.grad(loss), static_argnums=(1, 2))(params, graphdef, model.config))
+    both = grads[1]["embedding"][...] + grads[1]["head"]["kernel"][...].T
+    np.testing.assert_allclose(grads[0]["embedding"][...], both, atol=1e-10)
+
+
+def test_dropout_is_a_function_of_the_key():
+    """Same key, same masks; another key, others; no key, no dropout."""
+    def run(rate, seed):
+        model = LanguageModel(config(dropout=rate), rngs=nnx.Rngs(0))
+        graphdef, params = nnx.split(model, nnx.Param)
+        total = lambda p, key: nnx.merge(graphdef, p).token_losses(batch(), key)[0].sum()
+        return float(jax.jit(total)(params, None if seed is None else jax.random.key(seed)))
+
+    assert run(0.5, 0) == run(0.5, 0) != run(0.5, 1)
+    assert run(0.5, None) == run(0.0, None) == run(0.0, 0)
+
+
+@pytest.mark.parametrize("fields", [{}, {"tied": True}, {"mlp_width": 20}])
+def test_cost_counts_the_parameters(fields):
+    """Declared parameters are those of the model."""
+    c = config(**fields)
+    model = nnx.eval_shape(lambda: LanguageModel(c, rngs=nnx.Rngs(0)))
+    assert model_cost(c, 11).parameters == sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def test_bfloat16_model_keeps_fp32_parameters():
+    """Activations are bf16, parameters and losses fp32, and the loss is near."""
+    with jax.enable_x64(False):
+        low, high = (LanguageModel(config(dtype=d), rngs=nnx.Rngs(0)) for d in ("bfloat16", "float32"))
+        assert {p.dtype for p in jax.tree.leaves(nnx.state(low, nnx.Param))} == {jnp.dtype("float32")}
+        run = lambda m: jax.jit(lambda b: m.token_losses(b)[0])(batch())
+        a, b = run(low), run(high)
+        assert a.dtype == jnp.float32
+        assert abs(float(a.sum() - b.sum())) < 0.02 * float(b.sum())
+        assert low.hidden(batch()["tokens"], mixers.Sequence(batch()["positions"])).y.dtype == jnp.bfloat16
+
+

@@ -1,0 +1,168 @@
+"""The training step: what the loss is a mean over, accumulation, non-finite gradients, sharding."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab.errors import ConfigError
+from attnlab.train import optimizers, sharding
+from attnlab.train.config import MeshConfig
+from attnlab.train.state import Model, init_state, state_shardings
+from attnlab.train.step import make_eval_step, make_train_step
+from tests.train import runs
+
+
+def make(**overrides):
+    config = runs.config("stdlib", **{"optimizer__clip": 0.5, **overrides})
+    model = Model.of(config.model)
+    tx = optimizers.build(config.optimizer, config.train.steps, model.axes)
+    step = make_train_step(model, tx, config.train, optimizers.schedule(config.optimizer, config.train.steps))
+    return config, model, tx, step
+
+
+def ragged_batch():
+    """Rows of very different numbers of tokens, one of padding only."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 257, (8, 33)).astype(np.int32)
+    segments = (np.arange(32)[None] < np.array([32, 1, 30, 0, 5, 32, 2, 17])[:, None]).astype(np.int32)
+    positions = np.broadcast_to(np.arange(32, dtype=np.int32), (8, 32)) * segments
+    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segments": segments, "positions": positions}
+
+
+def run(steps=3, **overrides):
+    config, model, tx, step = make(**overrides)
+    state = init_state(model, tx, 0)
+    step, metrics = jax.jit(step), []
+    for _ in range(steps):
+        state, m = step(state, ragged_batch())
+        metrics.append(jax.device_get(m))
+    return state, metrics
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return run()
+
+
+def assert_same(a, b, tolerance=1e-5):
+    for p, q in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(p, q, atol=tolerance, rtol=tolerance)
+
+
+def test_loss_is_the_mean_over_tokens(whole):
+    """The loss is the sum of the tokens' losses over the number of tokens, not a mean of rows' means."""
+    config, model, tx, _ = make()
+    state = init_state(model, tx, 0)
+    nll, _, _ = model.merge(state.params).token_losses(ragged_batch())
+    tokens = ragged_batch()["segments"].sum()
+    assert whole[1][0]["step_tokens"] == tokens
+    np.testing.assert_allclose(whole[1][0]["loss"], float(nll.sum()) / tokens, rtol=1e-5)
+
+
+@pytest.mark.parametrize("parts", [2, 8])
+def test_accumulation_changes_nothing(whole, parts):
+    """Micro-batches of very different token counts give the whole batch's losses and parameters."""
+    state, metrics = run(train__accumulate=parts)
+    assert_same([m["loss"] for m in metrics], [m["loss"] for m in whole[1]])
+    assert_same(metrics[0]["grad_norm"], whole[1][0]["grad_norm"])
+    # Adam divides by the gradients' size: where it is near 0, rounding decides the sign of an update.
+    assert_same(state.params, whole[0].params, 2e-3)
+
+
+def test_micro_batches_weigh_by_tokens():
+    """The test above can fail: a mean of the micro-batches' means is another number here."""
+    config, model, tx, _ = make()
+    params = init_state(model, tx, 0).params
+    nll, _, _ = model.merge(params).token_losses(ragged_batch())
+    used = ragged_batch()["segments"]
+    halves = [nll[i::2].sum() / used[i::2].sum() for i in (0, 1)]
+    assert abs(float(np.mean(halves)) - float(nll.sum() / used.sum())) > 1e-3
+
+
+@pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_meshes_change_nothing(whole, mesh):
+    """Law 6 for the whole step: losses of three steps on 8 devices are those of one."""
+    config, model, tx, step = make()
+    devices = sharding.make_mesh(MeshConfig(**mesh), 8)
+    shardings = state_shardings(devices, model, tx)
+    state = jax.jit(lambda: init_state(model, tx, 0), out_shardings=shardings)()
+    step = jax.jit(step, out_shardings=(shardings, None))
+    for expected in whole[1]:
+        state, metrics = step(state, sharding.put_batch(ragged_batch(), devices))
+        np.testing.assert_allclose(metrics["loss"], expected["loss"], atol=1e-5)
+    moment = state.opt_state[1][0].mu["embedding"]
+    assert moment.sharding.is_equivalent_to(state.params["embedding"].sharding, 2)
+
+
+def test_non_finite_gradients_update_nothing(whole):
+    """A poisoned parameter gives NaN gradients: nothing moves, and the steps are counted; finite ones reset the count."""
+    config, model, tx, step = make()
+    state = init_state(model, tx, 0)
+    bad = state.params["norm"]["scale"].at[0].set(jnp.nan)
+    poisoned = jax.tree.map(lambda x: x, state)
+    poisoned.params["norm"]["scale"] = bad
+    step = jax.jit(step)
+    after, metrics = step(poisoned, ragged_batch())
+    after, metrics = step(after, ragged_batch())
+    assert metrics["nonfinite"] == 2 and after.skipped == 2 and after.step == 2
+    assert_same((after.params, after.opt_state), (poisoned.params, poisoned.opt_state), 0)
+    after.params["norm"]["scale"] = jnp.ones_like(bad)
+    healed, metrics = step(after, ragged_batch())
+    assert metrics["nonfinite"] == 0 and healed.skipped == 2
+
+
+def test_z_loss_is_added_and_reported():
+    """The z-loss is its coefficient times the mean squared log-partition; `loss` stays cross-entropy."""
+    plain, _ = run(steps=1), None
+    state, metrics = run(steps=1, train__z_loss=0.1)
+    config, model, tx, _ = make()
+    _, lse, _ = model.merge(init_state(model, tx, 0).params).token_losses(ragged_batch())
+    expected = 0.1 * float((lse**2).sum()) / ragged_batch()["segments"].sum()
+    np.testing.assert_allclose(metrics[0]["z_loss"], expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics[0]["loss"], plain[1][0]["loss"], rtol=1e-6)
+    assert metrics[0]["grad_norm"] != plain[1][0]["grad_norm"]
+
+
+def test_dropout_draws_anew_each_step():
+    """Masks follow from key and step: repeated runs agree, and a step is not the last one's."""
+    first, second = run(steps=2, model__dropout=0.3), run(steps=2, model__dropout=0.3)
+    assert_same(first[1], second[1], 0)
+    assert first[1][0]["loss"] != run(steps=1)[1][0]["loss"]
+
+
+def test_eval_step_sums_by_position():
+    """Sums by position add up to the batch's, and bytes are those of the targets."""
+    config, model, tx, _ = make()
+    params = init_state(model, tx, 0).params
+    lengths = np.r_[np.ones(256), 0].astype(np.float32)
+    sums = jax.jit(make_eval_step(model, config.train, lengths))(params, ragged_batch())
+    nll, _, _ = model.merge(params).token_losses(ragged_batch())
+    b = ragged_batch()
+    np.testing.assert_allclose(sums["nll"].sum(), nll.sum(), rtol=1e-5)
+    np.testing.assert_allclose(sums["nll"][0], nll[:, 0].sum(), rtol=1e-5)
+    np.testing.assert_array_equal(sums["tokens"], b["segments"].sum(0))
+    assert sums["bytes"] == ((b["targets"] < 256) & (b["segments"] > 0)).sum()
+
+
+@pytest.mark.parametrize(
+    "mesh, batch, message",
+    [
+        ({"data": 3}, 8, "product of 8"),
+        ({"data": -1, "fsdp": 3}, 8, "product of 8"),
+        ({"data": 8}, 12, "multiples of 8"),
+    ],
+)
+def test_impossible_meshes(mesh, batch, message):
+    with pytest.raises(ConfigError, match=message):
+        sharding.make_mesh(MeshConfig(**mesh), batch)
+
+
+def test_mesh_that_does_not_divide_a_parameter():
+    """The parameter, its axis and the mesh axis are named."""
+    config, model, tx, _ = make(model__vocab=259)
+    mesh = sharding.make_mesh(MeshConfig(data=4, tensor=2), 8)
+    with pytest.raises(ConfigError, match="mesh.tensor = 2 does not divide 259, the axis 'vocab' of parameter"):
+        state_shardings(mesh, model, tx)
