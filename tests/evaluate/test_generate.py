@@ -1,0 +1,99 @@
+"""Generation against the full forward, and sampling against its definition."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab import mixers
+from attnlab.errors import ConfigError
+from attnlab.evaluate.generate import Sampling, generate, sample
+from attnlab.models.transformer import ModelConfig, mixer_table
+from attnlab.train.state import Model
+
+PROMPTS = [np.array([7], np.int32), np.arange(1, 12, dtype=np.int32), np.array([3, 1, 4], np.int32)]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    nodes = {"A": {"name": "softmax", "heads": 2, "window": 5}, "B": {"name": "gated", "heads": 2}}
+    config = ModelConfig(vocab=19, width=16, layers=2, mixers=mixer_table(nodes, "m"), pattern="AB")
+    model = Model.of(config)
+    return model, model.init(0)
+
+
+def test_greedy_is_the_argmax_of_the_full_forward(trained):
+    """Prompts of different lengths in one batch: each continues as by running the whole sequence again at every token."""
+    model, params = trained
+    out = generate(model.merge, params, PROMPTS, Sampling(tokens=9, temperature=0)).tokens
+
+    @jax.jit
+    def forward(tokens):
+        lm = model.merge(params)
+        return lm.logits(lm.hidden(tokens, mixers.Sequence.whole(*tokens.shape)).y)
+
+    for prompt, new in zip(PROMPTS, out):
+        whole = np.concatenate([prompt, new])
+        logits = forward(jnp.asarray(np.pad(whole, (0, 20 - len(whole)))[None]))[0]
+        np.testing.assert_array_equal(np.argmax(logits, -1)[len(prompt) - 1 : len(whole) - 1], new)
+
+
+def test_a_batch_is_its_prompts_alone(trained):
+    """Sampling from one seed, the first prompt's sample does not depend on the others."""
+    model, params = trained
+    sampling = Sampling(tokens=12, temperature=1.0, seed=4)
+    together = generate(model.merge, params, PROMPTS, sampling).tokens
+    np.testing.assert_array_equal(generate(model.merge, params, PROMPTS[:1], sampling).tokens[0], together[0])
+    again = generate(model.merge, params, PROMPTS, sampling).tokens
+    other = generate(model.merge, params, PROMPTS, Sampling(tokens=12, temperature=1.0, seed=5)).tokens
+    assert all(np.array_equal(a, b) for a, b in zip(together, again))
+    assert not all(np.array_equal(a, b) for a, b in zip(together, other))
+
+
+def test_stop_token_ends_its_row_only(trained):
+    """A row ends with its first stop token; the others go on."""
+    model, params = trained
+    free = generate(model.merge, params, PROMPTS, Sampling(tokens=30, temperature=1.0)).tokens
+    stop = int(free[0][3])
+    stopped = generate(model.merge, params, PROMPTS, Sampling(tokens=30, temperature=1.0, stop=stop)).tokens
+    for a, b in zip(free, stopped):
+        where = np.flatnonzero(a == stop)
+        expected = a[: where[0] + 1] if len(where) else a
+        np.testing.assert_array_equal(b, expected)
+
+
+def draws(logits, sampling, count=4000):
+    keys = jax.random.split(jax.random.key(0), count)
+    rows = jnp.broadcast_to(jnp.asarray(logits), (count, len(logits)))
+    return np.bincount(np.asarray(sample(rows, keys, sampling)), minlength=len(logits)) / count
+
+
+LOGITS = np.log(np.array([0.1, 0.4, 0.05, 0.25, 0.2]))
+
+
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        ({}, [0.1, 0.4, 0.05, 0.25, 0.2]),
+        ({"top_k": 2}, [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0]),
+        ({"top_p": 0.6}, [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0]),
+        ({"top_p": 0.01}, [0, 1, 0, 0, 0]),
+        ({"top_k": 3, "top_p": 0.7}, [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0]),
+        ({"temperature": 0.5}, np.array([0.01, 0.16, 0.0025, 0.0625, 0.04]) / 0.275),
+        ({"temperature": 0}, [0, 1, 0, 0, 0]),
+        ({"top_k": 100}, [0.1, 0.4, 0.05, 0.25, 0.2]),
+    ],
+)
+def test_sampling_frequencies(fields, expected):
+    """Frequencies are those of the truncated, tempered distribution; what is cut off is never drawn."""
+    found = draws(LOGITS, Sampling(tokens=1, **{"temperature": 1.0, **fields}))
+    np.testing.assert_allclose(found, expected, atol=0.03)
+    assert not np.any(found[np.asarray(expected) == 0])
+
+
+@pytest.mark.parametrize("fields", [{"tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"seed": -1}])
+def test_impossible_sampling(fields):
+    with pytest.raises(ConfigError, match=next(iter(fields))):
+        Sampling(**fields)
