@@ -106,11 +106,18 @@ def knob(default: Any, doc: str, *, other: tuple[Any, ...] = ()) -> Any:
     return dataclasses.field(default=default, metadata={"doc": doc, "other": other})
 
 
+class MixerConfig:
+    """Base class of the frozen dataclasses of knobs. A mixer with both directions makes `causal` a knob."""
+
+    node_name: ClassVar[str]
+    causal: ClassVar[bool] = True
+
+
 class Mixer(nnx.Module):
     """Base class of all mixers; see the module's docstring.
 
     Attributes:
-      Config: frozen dataclass of `knob` fields, checked at construction.
+      Config: frozen dataclass of `knob` fields, checked at construction; among them `impl`, which has `definition`.
       capabilities: what it supports.
       name: the registered name.
       paper: title, authors' year and identifier of the source.
@@ -118,7 +125,7 @@ class Mixer(nnx.Module):
       variants: combinations of knobs that the contract battery must try besides each knob alone.
     """
 
-    Config: ClassVar[type]
+    Config: ClassVar[type[MixerConfig]]
     capabilities: ClassVar[Capabilities] = Capabilities()
     name: ClassVar[str]
     paper: ClassVar[str]

@@ -12,7 +12,7 @@ from flax import nnx
 
 from attnlab import config as config_lib
 from attnlab.errors import ConfigError, UnsupportedPattern
-from attnlab.mixers.base import Capabilities, Mixer, MixerOutput, Sequence, knob, register
+from attnlab.mixers.base import Capabilities, Mixer, MixerConfig, MixerOutput, Sequence, knob, register
 from attnlab.mixers.parts import Linear, RMSNorm, param_dtype
 from attnlab.ops.attention import IMPLEMENTATIONS, attention
 from attnlab.ops.cached_attention import cached_attention
@@ -23,7 +23,7 @@ _IMPLS = ("auto", *IMPLEMENTATIONS)
 
 
 @dataclasses.dataclass(frozen=True)
-class SoftmaxConfig:
+class SoftmaxConfig(MixerConfig):
     """Knobs of softmax attention."""
 
     heads: int = knob(4, "query heads H", other=(2,))

@@ -1,0 +1,69 @@
+"""The README's example mixer is real: it passes the contract battery and trains through the command line's path."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import pathlib
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab import mixers
+from attnlab.mixers import base
+from tests.mixers import cases, test_contract
+
+README = pathlib.Path(__file__).resolve().parents[1] / "README.md"
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory):
+    """The example's module, registered for these tests only."""
+    (code,) = re.findall(r"<!-- example.*?-->\n```python\n(.*?)```", README.read_text(), re.DOTALL)
+    path = tmp_path_factory.mktemp("mixer") / "average.py"
+    path.write_text(code)
+    spec = importlib.util.spec_from_file_location("example_average", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del base._REGISTRY["average"], sys.modules[spec.name]
+
+
+def laws():
+    tests = inspect.getmembers(test_contract, lambda f: inspect.isfunction(f) and f.__name__.startswith("test_"))
+    return [test for _, test in tests]
+
+
+@pytest.mark.parametrize("law", laws(), ids=lambda law: law.__name__)
+def test_example_passes_the_battery(example, law):
+    """Every law, in every config that the example's knobs name."""
+    wanted = inspect.signature(law).parameters
+    if "name" in wanted:
+        law(name="average")
+        return
+    for config, _ in cases.configs("average").values():
+        if "x64" in wanted:
+            with jax.enable_x64(True):
+                law(config=config, x64=None)
+        else:
+            law(config=config)
+
+
+def test_example_is_the_formula(example):
+    """Its output before the projection is the average written out."""
+    with jax.enable_x64(True):
+        module = cases.module(example.AverageConfig(heads=2, slowest=0.9), jnp.float64)
+        x, _ = cases.inputs(jnp.float64)
+        y = module(x, mixers.Sequence.whole(2, cases.LENGTH)).y
+        v = np.asarray(x @ module.value.kernel[...]).reshape(2, cases.LENGTH, 2, -1)
+        o = np.zeros_like(v)
+        for h, decay in enumerate((0.9, 0.5)):
+            for t in range(cases.LENGTH):
+                weights = decay ** (t - np.arange(t + 1.0))
+                o[:, t, h] = np.einsum("s,bsd->bd", weights / weights.sum(), v[:, : t + 1, h])
+        np.testing.assert_allclose(y, o.reshape(x.shape) @ module.out.kernel[...], atol=1e-12)
