@@ -76,8 +76,9 @@ class KVCache:
     """Keys and values seen so far.
 
     Attributes:
-      k, v: [B, K, S, d]. Without a window S is the maximal length and slot j holds position j; with a window w the
-        S = w - 1 slots hold the newest keys, the last slot the newest.
+      k, v: [B * K, S, d], head k of sequence b in row b * K + k: the shape that products take, so that a step changes
+        one slot in place where it would else copy the cache. Without a window S is the maximal length and slot j holds
+        position j; with a window w the S = w - 1 slots hold the newest keys, the last slot the newest.
       length: int32 scalar, positions seen.
       start: [B] int32, index of the first position of the current document.
       segment: [B] int32, id of the current document, -1 before the first position.
@@ -141,7 +142,7 @@ class Softmax(Mixer):
         if not self.config.causal:
             raise UnsupportedPattern(f"mixer {self.name!r} with causal=False does not stream")
         slots = max_length if self._rolling_slots(max_length) is None else self._rolling_slots(max_length)
-        shape = (batch, self.kv_heads, slots, self.head_dim)
+        shape = (batch * self.kv_heads, slots, self.head_dim)
         return KVCache(
             k=jnp.zeros(shape, dtype),
             v=jnp.zeros(shape, dtype),
@@ -155,20 +156,21 @@ class Softmax(Mixer):
         c = self.config
         self.require(seq, causal=True)
         batch, new = x.shape[:2]
-        slots = state.k.shape[2]
+        slots = state.k.shape[1]
         q, k, v = self._positioned(x, seq)
         index_T = state.length + jnp.arange(new, dtype=jnp.int32)
         segments = jnp.ones((batch, new), jnp.int32) if seq.segments is None else seq.segments
         start = _document_starts(segments, index_T, state)
 
-        k, v = k.swapaxes(1, 2).astype(state.k.dtype), v.swapaxes(1, 2).astype(state.v.dtype)
+        rows = lambda y, cache: y.swapaxes(1, 2).reshape(-1, new, self.head_dim).astype(cache.dtype)
+        k, v = rows(k, state.k), rows(v, state.v)
         rolling = self._is_rolling(slots)
         if rolling:
-            keys, values = jnp.concatenate([state.k, k], axis=2), jnp.concatenate([state.v, v], axis=2)
-            k_cache, v_cache = keys[:, :, new:], values[:, :, new:]
+            keys, values = jnp.concatenate([state.k, k], axis=1), jnp.concatenate([state.v, v], axis=1)
+            k_cache, v_cache = keys[:, new:], values[:, new:]
             first = jnp.int32(slots)
         else:
-            put = lambda cache, y: jax.lax.dynamic_update_slice_in_dim(cache, y, state.length, axis=2)
+            put = lambda cache, y: jax.lax.dynamic_update_slice_in_dim(cache, y, state.length, axis=1)
             keys, values = k_cache, v_cache = put(state.k, k), put(state.v, v)
             first = state.length
         # Slots are counted from the first key at hand; a padding row sees nothing.

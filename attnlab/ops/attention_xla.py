@@ -275,7 +275,7 @@ def _few_queries(config: _Config, q_BTKGd, k_BSKd, v_BSKe, sinks_KG, bounds):
 
     def of_row(args):
         q_TKGd, k_SKd, v_SKe, start, end = args
-        start_T = jnp.zeros((T,), jnp.int32) if start is None else start
+        start_T = jnp.zeros((T,), jnp.int32) if start is None else jnp.maximum(start, 0)
         end_T = jnp.full((T,), S, jnp.int32) if end is None else jnp.minimum(end, S)
         seen = start_T < end_T
         low, high = jnp.where(seen, start_T, S).min(), jnp.where(seen, end_T, 0).max()
