@@ -10,9 +10,12 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
-import importlib.util
 import json
+import math
+import numbers
+import os
 import pathlib
+import traceback
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -23,11 +26,14 @@ from attnlab.errors import ConfigError
 T = TypeVar("T")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Override:
     """A value typed on the command line: a string until the field that it is for says what it must be."""
 
     text: str
+
+    def __repr__(self) -> str:
+        return repr(self.text)  # messages show what was typed
 
 
 def node(build: Callable[[Any, str], Any], **kwargs: Any) -> Any:
@@ -41,17 +47,23 @@ def suggest(key: str, allowed: Sequence[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def show(value: Any) -> str:
+    """A value as messages show it: on one line, shortened."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
+
+
 def require(condition: bool, key: str, value: Any, allowed: str) -> None:
     """Raises a ConfigError that names key, value and what is allowed, unless `condition` holds."""
     if not condition:
-        raise ConfigError(f"{key} = {value!r} is not possible; allowed: {allowed}")
+        raise ConfigError(f"{key} = {show(value)} is not possible; allowed: {allowed}")
 
 
 def require_choice(key: str, value: Any, choices: Sequence[str]) -> None:
     """Raises a ConfigError unless `value` is one of `choices`."""
     if value not in choices:
         hint = suggest(str(value), choices)
-        raise ConfigError(f"{key} = {value!r} is unknown{hint}; allowed: {', '.join(choices)}")
+        raise ConfigError(f"{key} = {show(value)} is unknown{hint}; allowed: {', '.join(choices)}")
 
 
 # --- trees to dataclasses -------------------------------------------------------------------------------------------------
@@ -69,14 +81,12 @@ def build(cls: type[T], tree: Any, path: str = "") -> T:
       ConfigError: unknown key, missing key, wrong type; whatever the dataclass's own checks raise.
     """
     if not isinstance(tree, Mapping):
-        shown = tree.text if isinstance(tree, Override) else tree
-        raise ConfigError(f"{path or 'config'} = {shown!r} must be a group of keys: {', '.join(_names(cls))}")
+        raise ConfigError(f"{path or 'config'} = {show(tree)} must be a group of keys: {', '.join(_names(cls))}")
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     for key, value in tree.items():
         if key not in fields:
-            shown = value.text if isinstance(value, Override) else value
             raise ConfigError(
-                f"unknown key {_join(path, key)!r} (value {shown!r}){suggest(key, list(fields))}\n"
+                f"unknown key {_join(path, key)!r} (value {show(value)}){suggest(key, list(fields))}\n"
                 f"allowed in {path or 'the config'}: {', '.join(fields)}"
             )
     hints = typing.get_type_hints(cls)
@@ -93,8 +103,16 @@ def build(cls: type[T], tree: Any, path: str = "") -> T:
     try:
         return cls(**values)
     except ConfigError as error:
-        message = str(error)
-        raise ConfigError(message if not path or message.startswith(path) else f"in {path}: {message}") from None
+        raise ConfigError(_located(str(error), path, list(fields))) from None
+
+
+def _located(message: str, path: str, fields: Sequence[str]) -> str:
+    """A message of a dataclass's own checks with the whole path of its key."""
+    key = message.partition(" = ")[0]
+    if key in fields:
+        return _join(path, message)
+    located = not path or message.removeprefix("in ").startswith((f"{path}.", f"{path} ", f"{path}:"))
+    return message if located else f"in {path}: {message}"
 
 
 def split_name(tree: Any, path: str, choices: Sequence[str]) -> tuple[str, dict[str, Any]]:
@@ -102,7 +120,7 @@ def split_name(tree: Any, path: str, choices: Sequence[str]) -> tuple[str, dict[
     if isinstance(tree, (str, Override)):
         tree = {"name": tree}
     if not isinstance(tree, Mapping) or "name" not in tree:
-        raise ConfigError(f"{path} = {tree!r} must name what to build; allowed: {path}.name = {', '.join(choices)}")
+        raise ConfigError(f"{path} = {show(tree)} must name what to build; allowed: {path}.name = {', '.join(choices)}")
     rest = dict(tree)
     name = rest.pop("name")
     name = name.text if isinstance(name, Override) else name
@@ -126,7 +144,7 @@ def _describe(kind: Any) -> str:
         return " or ".join(_describe(k) for k in typing.get_args(kind))
     if origin is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
-    names = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+    names = {bool: "true or false", int: "an integer below 2^31", float: "a finite number", str: "a string"}
     return names.get(kind, str(kind))
 
 
@@ -135,12 +153,10 @@ def _typed(kind: Any, value: Any, path: str) -> Any:
         return build(kind, value, path)
     if isinstance(value, Override):
         ok, result = _parse(kind, value.text)
-        shown: Any = value.text
     else:
         ok, result = _check(kind, value)
-        shown = value
     if not ok:
-        raise ConfigError(f"{path} = {shown!r} has the wrong type; allowed: {_describe(kind)}")
+        raise ConfigError(f"{path} = {show(value)} has the wrong type; allowed: {_describe(kind)}")
     return result
 
 
@@ -162,7 +178,7 @@ def _parse(kind: Any, text: str) -> tuple[bool, Any]:
         return _check(kind, text)
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return False, None
     return _check(kind, value)
 
@@ -184,14 +200,12 @@ def _check(kind: Any, value: Any) -> tuple[bool, Any]:
             return False, None
         inner = [_check(typing.get_args(kind)[0], v) for v in value]
         return all(ok for ok, _ in inner), tuple(v for _, v in inner)
-    if kind is float:
-        good = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return good, float(value) if good else None
-    if kind is int:
-        # 1e6 is how people write a million steps.
-        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-        good = whole and not isinstance(value, bool)
-        return good, int(value) if good else None
+    if kind in (int, float):
+        good = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+        if kind is int:
+            # 1e6 is how people write a million steps; counts beyond 2^31 overflow on the device.
+            good = good and value == int(value) and abs(value) < 2**31
+        return good, kind(value) if good else None
     return isinstance(value, kind), value
 
 
@@ -239,42 +253,69 @@ def parse_arg(arg: str | None, **defaults: Any) -> types.SimpleNamespace:
       **defaults: the allowed keys; a value is parsed as the type of its default.
 
     Raises:
-      ConfigError: an unknown key, or a value that is not of the default's type.
+      ConfigError: an unknown key, one given twice, or a value that is not of the default's type.
     """
-    values = dict(defaults)
+    values: dict[str, Any] = {}
+    allowed = f"allowed: {', '.join(f'{k}={v}' for k, v in defaults.items())}"
     for item in filter(None, (arg or "").split(",")):
         key, equals, text = item.partition("=")
-        if key not in defaults or not equals:
-            raise ConfigError(
-                f"unknown config argument {item!r}{suggest(key, list(defaults))}\n"
-                f"allowed: {', '.join(f'{k}={v}' for k, v in defaults.items())}"
-            )
+        if key not in defaults:
+            raise ConfigError(f"unknown config argument {item!r}{suggest(key, list(defaults))}\n{allowed}")
+        if not equals:
+            raise ConfigError(f"config argument {item!r} must be written {key}=VALUE\n{allowed}")
+        if key in values:
+            raise ConfigError(f"config argument {key} is given twice: {key}={values[key]} and {item}")
         values[key] = _typed(type(defaults[key]), Override(text), key)
-    return types.SimpleNamespace(**values)
+    return types.SimpleNamespace(**{**defaults, **values})
 
 
 def read_file(spec: str) -> dict[str, Any]:
-    """Runs `get_config` of `PATH[:arg=value,...]` and returns its tree as plain dicts."""
+    """The tree that `get_config` of `PATH[:arg=value,...]` returns, as plain dicts; PATH may be a run's config.json.
+
+    Raises:
+      ConfigError: no such file, an exception in it, or something else than a tree comes out.
+    """
     path_text, _, arg = spec.partition(":")
+    if not os.path.isfile(path_text):
+        what = "is a directory, not a file" if os.path.isdir(path_text) else "is not there"
+        raise ConfigError(
+            f"--config: {path_text!r} {what}; expected PATH[:arg=value,...], e.g. configs/lm.py:mixer=gated,size=nano"
+        )
     path = pathlib.Path(path_text)
-    if not path.is_file():
-        raise ConfigError(f"--config: no file {path_text!r}; expected PATH[:arg=value,...], e.g. configs/lm.py:mixer=gated,size=nano")
-    if path.suffix == ".json":
-        try:
-            return _plain(json.loads(path.read_text())["config"])
-        except (ValueError, KeyError, TypeError):
-            raise ConfigError(f"--config: {path_text} is not a run's config.json") from None
-    module_spec = importlib.util.spec_from_file_location("attnlab_config_file", path)
-    if module_spec is None or module_spec.loader is None:
-        raise ConfigError(f"--config: {path_text} is not a Python file (.py)")
-    module = importlib.util.module_from_spec(module_spec)
+    tree = _read_json(path, arg) if path.suffix == ".json" else _run_file(path, arg)
+    if not isinstance(tree, dict):
+        raise ConfigError(f"--config: {path} gives {show(tree)}; expected a tree of keys (ConfigDict or dict)")
+    return tree
+
+
+def _read_json(path: pathlib.Path, arg: str) -> Any:
+    if arg:
+        raise ConfigError(f"--config: {path} is a run's config, which takes no arguments ({arg!r})")
     try:
-        module_spec.loader.exec_module(module)
-    except (SyntaxError, ImportError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config: {path_text} cannot be run: {error}") from None
-    if not hasattr(module, "get_config"):
-        raise ConfigError(f"--config: {path_text} defines no get_config(arg)")
-    return _plain(module.get_config(arg or None))
+        return json.loads(path.read_bytes())["config"]
+    except OSError as error:
+        raise ConfigError(f"--config: {path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ConfigError(f"--config: {path} is not a run's config.json") from None
+
+
+def _run_file(path: pathlib.Path, arg: str) -> Any:
+    if path.suffix != ".py":
+        raise ConfigError(f"--config: {path} is not a Python file (.py), nor a run's config.json")
+    module = types.ModuleType("attnlab_config_file")
+    module.__file__ = str(path)
+    try:
+        exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
+        if not callable(getattr(module, "get_config", None)):
+            raise ConfigError(f"--config: {path} defines no function get_config(arg)")
+        return _plain(module.get_config(arg or None))
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as error:  # a config file is code, and may raise anything
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        where = f", line {lines[-1]}" if lines else ""
+        message = " ".join(str(error).split())[:200]
+        raise ConfigError(f"--config: {path}{where}: {type(error).__name__}: {message}") from None
 
 
 def _plain(tree: Any) -> Any:
@@ -289,19 +330,23 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
     """Lays `any.field=value` texts over a tree; whether the key exists is for `build` to say.
 
     Raises:
-      ConfigError: not of the form key=value, or a key below something that holds no keys.
+      ConfigError: not of the form key=value, given twice, or a key below something that holds no keys.
     """
+    seen: dict[str, str] = {}
     for item in overrides:
         key, equals, text = item.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"--config.{item}: expected --config.any.field=value")
         *parents, last = key.split(".")
+        if not equals or not all((*parents, last)):
+            raise ConfigError(f"--config.{item}: expected --config.any.field=value, e.g. --config.train.steps=200")
+        if key in seen:
+            raise ConfigError(f"--config.{key} is given twice: {seen[key]!r} and {text!r}")
+        seen[key] = text
         here = tree
         for i, name in enumerate(parents):
             child = here.setdefault(name, {})
             if not isinstance(child, dict):
                 where = ".".join(parents[: i + 1])
-                raise ConfigError(f"unknown key {key!r} (value {text!r}): {where} is a single value, {child!r}")
+                raise ConfigError(f"unknown key {key!r} (value {text!r}): {where} is a single value, {show(child)}")
             here = child
         if isinstance(here.get(last), dict) and "name" in here[last]:
             here[last]["name"] = Override(text)  # `optimizer=lion` picks the thing and keeps its other keys

@@ -10,7 +10,7 @@ from attnlab import config
 
 # layers, width, heads, length, batch, learning rate, steps
 SIZES = {
-    "nano": (4, 128, 4, 256, 16, 4e-3, 1000),
+    "nano": (4, 128, 4, 256, 16, 4e-3, 800),
     "micro": (6, 256, 4, 512, 8, 2e-3, 2000),
     "60m": (8, 512, 8, 1024, 256, 2e-3, 6_000),
     "125m": (12, 768, 12, 2048, 256, 1e-3, 10_000),
@@ -24,6 +24,7 @@ BYTES = ("nano", "micro")  # these read bytes; the others need a tokenizer of up
 def get_config(arg=None):
     a = config.parse_arg(arg, mixer="softmax", size="nano", pattern="M")
     config.require_choice("size", a.size, list(SIZES))
+    config.require(bool(a.pattern) and set(a.pattern) <= set("MSW"), "pattern", a.pattern, "one or more of M, S and W")
     layers, width, heads, length, batch, rate, steps = SIZES[a.size]
     small = a.size in BYTES
     letters = {

@@ -72,6 +72,17 @@ def generate(
       prompts: ids of each prompt, one or more; a document starts with the end-of-document id.
       sampling: how to draw.
     """
+    started = time.perf_counter()
+    run = compiled(merge, params, prompts, sampling)
+    compiled_at = time.perf_counter()
+    tokens = run(params)
+    return Generated(tokens, compiled_at - started, time.perf_counter() - compiled_at)
+
+
+def compiled(
+    merge: Callable[[Any], LanguageModel], params: Any, prompts: Sequence[np.ndarray], sampling: Sampling
+) -> Callable[[Any], list[np.ndarray]]:
+    """What `generate` runs, from parameters to the new ids of each prompt; arguments as there."""
     if any(len(p) == 0 for p in prompts) or not prompts:
         raise ValueError("every prompt needs at least one token")
     length = -(-max(map(len, prompts)) // _BUCKET) * _BUCKET
@@ -81,16 +92,17 @@ def generate(
         tokens[row, length - len(prompt) :] = prompt
         segments[row, length - len(prompt) :] = 1
 
-    def run(params: Any, tokens: jax.Array, segments: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def program(params: Any, tokens: jax.Array, segments: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
         return decode(merge(params), tokens, segments, keys, sampling)
 
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(sampling.seed), i))(jnp.arange(len(prompts)))
-    started = time.perf_counter()
-    compiled = jax.jit(run).lower(params, tokens, segments, keys).compile()
-    compiled_at = time.perf_counter()
-    out, counts = jax.device_get(compiled(params, tokens, segments, keys))
-    seconds = time.perf_counter() - compiled_at
-    return Generated([row[:n] for row, n in zip(out, counts)], compiled_at - started, seconds)
+    executable = jax.jit(program).lower(params, tokens, segments, keys).compile()
+
+    def run(params: Any) -> list[np.ndarray]:
+        out, counts = jax.device_get(executable(params, tokens, segments, keys))
+        return [row[:n] for row, n in zip(out, counts)]
+
+    return run
 
 
 def decode(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
 
 _M_MMAP_MAX, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -4, -1, -8  # malloc.h
 
@@ -17,6 +18,11 @@ def configure() -> None:
     flight at once can starve each other where several CPU devices are simulated).
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's information, not its errors
+    simulated = re.search(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    if simulated:
+        # Simulated devices wait for each other in threads of one pool, by default one per core: with more devices than
+        # cores, those that wait can keep those they wait for from running, and XLA aborts after 40 s.
+        os.environ.setdefault("PJRT_NPROC", str(max(os.cpu_count() or 1, 8 * int(simulated[1]))))
     import jax
 
     platforms = jax.config.jax_platforms

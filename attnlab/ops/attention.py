@@ -1,4 +1,4 @@
-"""Softmax attention as one op: `attention(q, k, v, mask)`, its definition, and the choice of implementation."""
+"""Softmax attention as one op: its definition, and the choice of implementation."""
 
 import dataclasses
 
@@ -34,10 +34,8 @@ class AttentionSpec:
         features = [name for name in ("causal", "intervals", "soft_cap", "sinks") if getattr(self, name)]
         if self.window is not None:
             features.append(f"window={self.window}")
-        return " ".join(
-            [f"B{self.batch} T{self.queries} S{self.keys} H{self.heads} K{self.kv_heads} d{width} {self.dtype}"]
-            + features
-        )
+        shape = f"B{self.batch} T{self.queries} S{self.keys} H{self.heads} K{self.kv_heads} d{width}"
+        return " ".join([shape, self.dtype, *features])
 
 
 def definition(
@@ -92,27 +90,31 @@ def attention(
     sinks_H: jax.Array | None = None,
     impl: str = "auto",
 ) -> jax.Array:
-    """Softmax attention, `o[t] = sum_s p[t, s] v[s]` with `p = softmax_s(scale * q[t] . k[s])` over the visible keys.
+    """Softmax attention, `o[t] = sum_s p[t, s] v[s]` with `p = softmax_s(scale * q[t] . k[s])` over the
+    visible keys.
 
-    q_BTHd: queries. k_BSKd, v_BSKe: keys and values, the width `e` of a value head free. `H % K == 0`: query head `h`
-        reads key head `h // (H / K)` (K = H multi-head, K = 1 multi-query, between them grouped-query; Ainslie et al.
-        2023, arXiv:2305.13245).
-    mask: which keys each row sees (`attnlab.ops.Mask`). A row that sees none gives exactly 0, with zero gradients.
+    q_BTHd: queries. k_BSKd, v_BSKe: keys and values, the width `e` of a value head free. `H % K == 0`:
+        query head `h` reads key head `h // (H / K)` (K = H multi-head, K = 1 multi-query, between them
+        grouped-query; Ainslie et al. 2023, arXiv:2305.13245).
+    mask: which keys each row sees (`attnlab.ops.Mask`). A row that sees none gives exactly 0, with zero
+        gradients.
     scale: default `d ** -0.5`.
     soft_cap: logits become `soft_cap * tanh(logits / soft_cap)` before masking (Gemma 2, arXiv:2408.00118).
-    sinks_H: one learned logit per query head that adds to the softmax denominator only (gpt-oss, arXiv:2508.10925).
+    sinks_H: one learned logit per query head that adds to the softmax denominator only (gpt-oss,
+        arXiv:2508.10925).
     impl: "auto", or a name in `IMPLEMENTATIONS`; `attnlab.ops.choices()` tells what "auto" picked.
 
     Returns o_BTHe in the dtype of q. Scores and softmax statistics are float32 (float64 for float64 inputs).
-    Differentiable (reverse mode) in q, k, v and sinks. Changing any position after t leaves o[:, :t + 1] bitwise the
-    same under a causal mask. Raises UserError for shapes that do not fit, an unknown `impl`, or one that cannot serve.
+    Differentiable (reverse mode) in q, k, v and sinks. Changing any position after t leaves o[:, :t + 1]
+    bitwise the same under a causal mask. Raises UserError for shapes that do not fit, an unknown `impl`, or
+    one that cannot serve.
     """
     _check_shapes(q_BTHd, k_BSKd, v_BSKe, mask, soft_cap, sinks_H)
     B, T, H, d = q_BTHd.shape
     S, K, e = v_BSKe.shape[1:]
     spec = AttentionSpec(
-        B, T, S, H, K, d, e, str(q_BTHd.dtype), mask.causal, mask.window, mask.dynamic(), soft_cap is not None,
-        sinks_H is not None,
+        B, T, S, H, K, d, e, str(q_BTHd.dtype), mask.causal, mask.window, mask.dynamic(),
+        soft_cap is not None, sinks_H is not None,
     )  # fmt: skip
     chosen = choose("attention", impl, IMPLEMENTATIONS, spec, _PREFERENCE)
     scale = d**-0.5 if scale is None else float(scale)
@@ -121,19 +123,23 @@ def attention(
 
 def _check_shapes(q, k, v, mask: Mask, soft_cap, sinks) -> None:
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
-        raise UserError(f"attention: q {q.shape}, k {k.shape}, v {v.shape}; each must be [batch, length, heads, width]")
+        raise UserError(
+            f"attention: q {q.shape}, k {k.shape}, v {v.shape}; each must be [batch, length, heads, width]"
+        )
     if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise UserError(
             f"attention: q {q.shape}, k {k.shape}, v {v.shape} do not fit; "
             "expected q [B, T, H, d], k [B, S, K, d], v [B, S, K, e]"
         )
     if q.shape[2] % k.shape[2]:
-        raise UserError(f"attention: {q.shape[2]} query heads over {k.shape[2]} kv heads; H must be a multiple of K")
+        raise UserError(
+            f"attention: {q.shape[2]} query heads over {k.shape[2]} kv heads; H must be a multiple of K"
+        )
     if not (q.dtype == k.dtype == v.dtype):
         raise UserError(f"attention: q {q.dtype}, k {k.dtype}, v {v.dtype}; all three must have one dtype")
     for name, bound in (("k_start", mask.k_start), ("k_end", mask.k_end)):
-        if bound is not None and (bound.ndim != 2 or bound.shape[0] not in (1, q.shape[0]) or bound.shape[1] != q.shape[1]):
-            raise UserError(f"attention: mask {name} {bound.shape}, expected [{q.shape[0]} or 1, {q.shape[1]}]")
+        if bound is not None and bound.shape not in ((1, q.shape[1]), q.shape[:2]):
+            raise UserError(f"attention: mask {name} {bound.shape}, expected {q.shape[:2]} or 1 row")
     if sinks is not None and sinks.shape != (q.shape[2],):
         raise UserError(f"attention: sinks {sinks.shape}, expected [{q.shape[2]}], one per query head")
     if soft_cap is not None and not soft_cap > 0:

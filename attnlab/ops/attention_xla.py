@@ -1,8 +1,9 @@
 """Softmax attention in plain XLA, blockwise: never more than one block of query rows' scores at a time.
 
-Forward and backward follow FlashAttention (Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691): the backward
-recomputes the scores of each block from the saved log-sum-exp. Key ranges that the static part of the mask rules out are
-never emitted. Scores are kept in the log2 domain, `exp2` being the cheaper exponential.
+Forward and backward follow FlashAttention (Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691):
+the backward recomputes the scores of each block from the saved log-sum-exp. Key ranges that the static part
+of the mask rules out are never emitted. Scores are kept in the log2 domain, `exp2` being the cheaper
+exponential.
 """
 
 import dataclasses
@@ -15,21 +16,26 @@ from jax.ad_checkpoint import checkpoint_name
 
 from attnlab.ops.masks import Mask
 
-# Finite stand-ins for minus infinity: a hidden score, and the smallest running maximum. exp2(_HIDDEN - anything that
-# can be a maximum) is exactly 0, for rows that see nothing too.
+# Finite stand-ins for minus infinity: a hidden score, and the smallest running maximum. exp2(_HIDDEN -
+# anything that can be a maximum) is exactly 0, for rows that see nothing too.
 _HIDDEN = -1e30
 _LOWEST = -1e20
 _LOG2E = math.log2(math.e)
 
 _ROWS = 256  # query rows in a block, counted over the heads that share a key head
-# Bodies emitted, whatever T, which bounds the compile time: groups of query blocks with a key range of their own, or,
-# where ranges are known at run time only, lengths of key range to choose from (each a multiple of _LEAST_KEYS).
+# Bodies emitted, whatever T, which bounds the compile time: groups of query blocks with a key range of their
+# own, or, where ranges are known at run time only, lengths of key range to choose from (each a multiple of
+# _LEAST_KEYS).
 _BODIES = 8
 _LEAST_KEYS = 128
-# At most this many columns (queries times heads) are scored at once against a cache read in place, this many keys a time.
+# At most this many columns (queries times heads) are scored at once against a cache read in place, this many
+# keys a time.
 _FEW = 128
 _CHUNK = 512
 _ALIGN = 64  # key ranges begin at multiples of this: products and reductions over ragged rows are much slower
+
+
+_Span = tuple[int | jax.Array, int]  # first (may be traced), size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +50,17 @@ class Blocks:
     origin: int
     step: int
 
+    def rows_of(self, i) -> _Span:
+        return self.first + i * self.rows, self.rows
+
+    def origin_of(self, i, keys: int):
+        return jnp.clip(self.origin + i * self.step, 0, keys - self.keys) if self.step else self.origin
+
 
 def plan_blocks(length: int, keys: int, mask: Mask, rows: int, groups: int) -> list[Blocks]:
-    """Cut `length` queries into blocks, each with a key range of static length that covers what the static part of the
-    mask lets its rows see. Neighbouring blocks share a range where more than `groups` of them would differ."""
+    """Cut `length` queries into blocks, each with a key range of static length that covers what the static
+    part of the mask lets its rows see. Neighbouring blocks share a range where more than `groups` of them
+    would differ."""
 
     def key_range(first: int, last: int) -> tuple[int, int]:
         low, high = mask.static_range(first, last, keys)
@@ -75,9 +88,6 @@ def plan_blocks(length: int, keys: int, mask: Mask, rows: int, groups: int) -> l
     return plan
 
 
-_Span = tuple[int | jax.Array, int]  # first (may be traced), size
-
-
 @dataclasses.dataclass(frozen=True)
 class _Config:
     """Everything static that the two passes need (hashable: a nondifferentiable argument)."""
@@ -88,10 +98,21 @@ class _Config:
     skip: bool = False  # choose each block's key range at run time, from its rows' intervals
 
 
-def attention(q_BTHd, k_BSKd, v_BSKe, mask: Mask, *, scale: float, soft_cap: float | None, sinks_H) -> jax.Array:
+def attention(
+    q_BTHd: jax.Array,
+    k_BSKd: jax.Array,
+    v_BSKe: jax.Array,
+    mask: Mask,
+    *,
+    scale: float,
+    soft_cap: float | None,
+    sinks_H: jax.Array | None,
+) -> jax.Array:
     """See `attnlab.ops.attention.attention`."""
     config = _Config(Mask(causal=mask.causal, window=mask.window), scale, soft_cap)
-    return _attention(config, q_BTHd, k_BSKd, v_BSKe, sinks_H, (mask.k_start, mask.k_end))
+    arrays = (q_BTHd, k_BSKd, v_BSKe, sinks_H)
+    # Gradients come out varying over every mesh axis; what is cast here is summed back to its own axes.
+    return _attention(config, *_varying(arrays, (arrays, mask)), (mask.k_start, mask.k_end))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -143,8 +164,8 @@ def _grouped(x_BTHd, K: int):
 
 
 def _over_heads(head, config: _Config, q, k, v, rest, sinks_H, intervals, out: tuple[_Part, ...]):
-    """Run `head`, written for one key head, over batch and key heads: one after the other on CPU, where a plain matrix
-    product is several times faster than a batched one, and all together elsewhere."""
+    """Run `head`, written for one key head, over batch and key heads: one after the other on CPU, where a
+    plain matrix product is several times faster than a batched one, and all together elsewhere."""
     B, T, H, _ = q.shape
     S, K = k.shape[1:3]
     start, end = dataclasses.replace(config.mask, k_start=intervals[0], k_end=intervals[1]).bounds(T, S)
@@ -175,11 +196,14 @@ def _over_heads(head, config: _Config, q, k, v, rest, sinks_H, intervals, out: t
                 new.append(jax.lax.dynamic_update_slice(whole, part, at))
             return tuple(new)
 
-        return jax.lax.fori_loop(0, B * K, body, tuple(jnp.zeros(p.shape, p.dtype) for p in out))
+        carry = _varying([jnp.zeros(p.shape, p.dtype) for p in out], (arrays, sinks, start, end))
+        return jax.lax.fori_loop(0, B * K, body, tuple(carry))
 
     def few_queries(arrays, sinks, start, end):
         bounds = [None if x is None else jnp.broadcast_to(x, (B, T)) for x in (start, end)]
-        return tuple(x.astype(p.dtype) for x, p in zip(_few_queries(config, *arrays, sinks, bounds), out, strict=True))
+        results = _few_queries(config, *arrays, sinks, bounds)
+        results = tuple(x.astype(p.dtype) for x, p in zip(results, out, strict=True))
+        return _varying(results, (arrays, sinks, start, end))
 
     def together(arrays, sinks, start, end):
         def of_head(arrays, sinks, bounds):
@@ -188,7 +212,8 @@ def _over_heads(head, config: _Config, q, k, v, rest, sinks_H, intervals, out: t
 
         bounds = [None if x is None else jnp.broadcast_to(x, (B, T)) for x in (start, end)]
         inner = jax.vmap(of_head, ([a - 1 for a in axes], 0, None), tuple(p.axis - 1 for p in out))
-        return jax.vmap(inner, (0, None, 0))(list(arrays), sinks, bounds)
+        results = jax.vmap(inner, (0, None, 0))(list(arrays), sinks, bounds)
+        return _varying(results, (arrays, sinks, start, end))
 
     arrays = (_grouped(q, K), k, v, *rest)
     on_cpu = few_queries if head is _forward_head and T * H <= _FEW else one_by_one
@@ -222,6 +247,7 @@ def _forward_head(config: _Config, q_TGd, k_Sd, v_Se, *, sinks, bounds):
         return _put(o_GTe, o / total[..., None], rows), _put(lse_GT, highest + jnp.log2(total), rows)
 
     carry = jnp.zeros((G, T, v_Se.shape[1]), stat), jnp.zeros((G, T), stat)
+    carry = _varying(carry, (q_TGd, k_Sd, v_Se, sinks, bounds))
     o_GTe, lse_GT = _over_tiles(config, G, T, k_Sd.shape[0], bounds, tile, carry)
     return o_GTe.swapaxes(0, 1), lse_GT
 
@@ -253,6 +279,7 @@ def _backward_head(config: _Config, q_TGd, k_Sd, v_Se, o_TGe, do_TGe, lse_GT, *,
         return _put(dq_GTd, _matmul(dscores, k).reshape(q.shape), rows), dk_dS, dv_eS
 
     carry = tuple(jnp.zeros(shape, stat) for shape in ((G, T, d), (d, S), (e, S)))
+    carry = _varying(carry, (q_TGd, k_Sd, v_Se, do_TGe, sinks, bounds))
     dq_GTd, dk_dS, dv_eS = _over_tiles(config, G, T, S, bounds, tile, carry)
     dsinks = jnp.zeros((G,), stat)
     if sinks is not None:
@@ -261,11 +288,12 @@ def _backward_head(config: _Config, q_TGd, k_Sd, v_Se, o_TGe, do_TGe, lse_GT, *,
 
 
 def _few_queries(config: _Config, q_BTKGd, k_BSKd, v_BSKe, sinks_KG, bounds):
-    """Decoding on CPU: few queries against a long cache, of which only the visible part is read, once and in place.
+    """Decoding on CPU: few queries against a long cache, of which only the visible part is read, once and in
+    place.
 
-    All heads are scored by one product per chunk of keys, k_[C, K d] @ [K d, T K G], the queries of a key head standing
-    in that head's rows and zeros elsewhere: K times the arithmetic, but reading the cache is what takes the time.
-    Returns o_BTKGe and lse_BKGT.
+    All heads are scored by one product per chunk of keys, k_[C, K d] @ [K d, T K G], the queries of a key
+    head standing in that head's rows and zeros elsewhere: K times the arithmetic, but reading the cache is
+    what takes the time. Returns o_BTKGe and lse_BKGT.
     """
     B, T, K, G, d = q_BTKGd.shape
     S, e = k_BSKd.shape[1], v_BSKe.shape[3]
@@ -300,6 +328,7 @@ def _few_queries(config: _Config, q_BTKGd, k_BSKd, v_BSKe, sinks_KG, bounds):
             highest = jnp.tile(sinks_KG.astype(stat).reshape(-1) * _LOG2E, T)
             total = jnp.ones_like(highest)
         carry = highest, total, jnp.zeros((T, K, G, e), stat)
+        carry = _varying(carry, (q, k_SKd, v_SKe, sinks_KG, start, end))
         highest, total, o = jax.lax.fori_loop(low // C, -(-high // C), chunk, carry)
         total = jnp.maximum(total, jnp.finfo(stat).tiny)
         lse_TKG = (highest + jnp.log2(total)).reshape(T, K, G)
@@ -309,7 +338,7 @@ def _few_queries(config: _Config, q_BTKGd, k_BSKd, v_BSKe, sinks_KG, bounds):
 
 
 def _in_log2(config: _Config, products, done):
-    """q . k, already multiplied by `done`, to scores in log2 units, and the soft-cap's slope (None without one)."""
+    """q . k, already multiplied by `done`, to scores in log2 units, and the soft-cap's slope if any."""
     if config.soft_cap is None:
         return products * (config.scale * _LOG2E / done), None
     capped = jnp.tanh(products * (config.scale / config.soft_cap / done))
@@ -319,7 +348,8 @@ def _in_log2(config: _Config, products, done):
 def _scores(config: _Config, q_Grd, k_Ld, bounds, rows: _Span, keys: _Span):
     """Scores in log2 units, hidden ones `_HIDDEN`, and the soft-cap's slope (None without one)."""
     G, r, d = q_Grd.shape
-    # The factor goes into q, which is small, where that loses nothing; products of low precision are scaled after.
+    # The factor goes into q, which is small, where that loses nothing; products of low precision are scaled
+    # after.
     factor = config.scale * (_LOG2E if config.soft_cap is None else 1 / config.soft_cap)
     factor = factor if jnp.finfo(q_Grd.dtype).bits >= 32 else 1.0
     products = _matmul((q_Grd * factor).reshape(G * r, d), k_Ld.T).reshape(G, r, -1)
@@ -341,48 +371,42 @@ def _matmul(a, b):
 
 
 def _over_tiles(config: _Config, G: int, T: int, S: int, bounds, tile, carry):
-    """Fold `carry = tile(rows, keys, carry)` over all blocks of query rows, each with its range of keys: the static
-    one, or within it, with `config.skip`, the shortest of a few lengths that holds every key its rows see."""
-    for blocks in plan_blocks(T, S, config.mask, max(_ROWS // G, 64), 1 if config.skip else _BODIES):
-
-        def static_span(i, blocks=blocks):
-            origin = blocks.origin
-            if blocks.step:
-                origin = jnp.clip(origin + i * blocks.step, 0, S - blocks.keys)
-            return origin
-
-        def rows(i, blocks=blocks) -> _Span:
-            return blocks.first + i * blocks.rows, blocks.rows
+    """Fold `carry = tile(rows, keys, carry)` over all blocks of query rows, each with its range of keys: the
+    static one, or within it, with `config.skip`, the shortest of a few lengths that holds every key its rows
+    see."""
+    rows = max(_ROWS // G, min(_ROWS, 64))
+    for blocks in plan_blocks(T, S, config.mask, rows, 1 if config.skip else _BODIES):
 
         unit = -(-blocks.keys // (_BODIES * _LEAST_KEYS)) * _LEAST_KEYS
         lengths = [min(n, blocks.keys) for n in range(unit, blocks.keys + unit, unit)]
         if config.skip and len(lengths) > 1:
             low, choice = _run_time_ranges(blocks, bounds, S, unit)
-            # One loop for each length, over its blocks only. A conditional inside one loop over all blocks would copy
-            # the accumulators at every turn.
+            # One loop for each length, over its blocks only. A conditional inside one loop over all blocks
+            # would copy the accumulators at every turn.
             order = jnp.argsort(choice)
             for n, keys in enumerate(lengths):
 
-                def body(j, carry, keys=keys, order=order, low=low, blocks=blocks, rows=rows, origin=static_span):
+                def body(j, carry, blocks=blocks, keys=keys, order=order, low=low):
                     i = order[j]
-                    first = jnp.clip(low[i], origin(i), origin(i) + blocks.keys - keys)
-                    return tile(rows(i), (first, keys), carry)
+                    origin = blocks.origin_of(i, S)
+                    first = jnp.clip(low[i], origin, origin + blocks.keys - keys)
+                    return tile(blocks.rows_of(i), (first, keys), carry)
 
                 first, last = (choice < n).sum(dtype=jnp.int32), (choice <= n).sum(dtype=jnp.int32)
                 carry = jax.lax.fori_loop(first, last, body, carry)
         elif blocks.count == 1:
-            carry = tile(rows(0), (static_span(0), blocks.keys), carry)
+            carry = tile(blocks.rows_of(0), (blocks.origin, blocks.keys), carry)
         else:
 
-            def body(i, carry, blocks=blocks, rows=rows, origin=static_span):
-                return tile(rows(i), (origin(i), blocks.keys), carry)
+            def body(i, carry, blocks=blocks):
+                return tile(blocks.rows_of(i), (blocks.origin_of(i, S), blocks.keys), carry)
 
             carry = jax.lax.fori_loop(0, blocks.count, body, carry)
     return carry
 
 
-def _run_time_ranges(blocks: Blocks, bounds, S: int, unit: int):
-    """For each block its first visible key, and how many units of keys it needs, less one: both int32 `[count]`."""
+def _run_time_ranges(blocks: Blocks, bounds, S: int, unit: int) -> tuple[jax.Array, jax.Array]:
+    """For each block its first visible key, and how many units of keys it needs, less one."""
     rows = (blocks.first, blocks.count * blocks.rows)
     of_block = [None if x is None else _take(x, rows, 0).reshape(blocks.count, blocks.rows) for x in bounds]
     start = 0 if of_block[0] is None else of_block[0]
@@ -390,6 +414,23 @@ def _run_time_ranges(blocks: Blocks, bounds, S: int, unit: int):
     low = jnp.where(start < end, start, S).min(1)
     high = jnp.where(start < end, end, 0).max(1)
     return low, jnp.clip((high - low - 1) // unit, 0, -(-blocks.keys // unit) - 1)
+
+
+def _varying(tree, like):
+    """Inside `shard_map`, what a loop begins with must vary over the mesh axes that its results vary over."""
+
+    def axes(x) -> frozenset[str]:
+        kind = jax.typeof(x)
+        # The name depends on the version of jax.
+        return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
+
+    wanted = frozenset().union(*map(axes, jax.tree.leaves(like)))
+
+    def vary(x):
+        missing = tuple(sorted(wanted - axes(x)))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(vary, tree)
 
 
 def _take(x, span: _Span, axis: int):

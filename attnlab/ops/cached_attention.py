@@ -18,7 +18,7 @@ def cached_attention(
     sinks_H: jax.Array | None = None,
     impl: str = "auto",
 ) -> jax.Array:
-    """`attnlab.ops.attention` over keys and values laid out as a cache: key head `k` of sequence `b` in row `b * K + k`.
+    """`attnlab.ops.attention` over keys and values laid out as a cache: head `k` of sequence `b` is row `b * K + k`.
 
     A single query (T = 1) takes all its scores at once, unless `impl` names an implementation; more queries go through
     `attention`. See there for the arguments, the result o_BTHe, and what is raised.

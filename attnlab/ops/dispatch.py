@@ -12,7 +12,7 @@ class Implementation:
     """One way to compute an op.
 
     run: the function itself; its arguments are the op's own.
-    supports: from the op's spec (static facts: shapes, dtypes, features) to None, or the reason why it cannot serve.
+    supports: from the op's spec (static facts: shapes, dtypes, features) to None, or why it cannot serve.
     """
 
     run: Callable[..., Any]
@@ -23,7 +23,7 @@ _CHOICES: dict[str, dict[str, str]] = {}
 
 
 def choices() -> dict[str, dict[str, str]]:
-    """What was chosen so far in this process: `{op: {spec as text: implementation}}`. A copy, ready for JSON."""
+    """What was chosen so far in this process, `{op: {spec as text: implementation}}`: a copy."""
     return {op: dict(picked) for op, picked in _CHOICES.items()}
 
 
@@ -35,7 +35,8 @@ def clear_choices() -> None:
 def choose(
     op: str, impl: str, implementations: Mapping[str, Implementation], spec: Any, preference: Sequence[str]
 ) -> Implementation:
-    """The implementation called `impl`, or for "auto" the first of `preference` that supports `spec`; recorded.
+    """The implementation called `impl`, or for "auto" the first of `preference` that supports `spec`.
+    The choice is recorded.
 
     Raises UserError for an unknown name, and for a named implementation that cannot serve, with its reason.
     """

@@ -1,8 +1,8 @@
 """The one form of mask: every query row sees an interval of keys, `[k_start, k_end)`.
 
-Causal attention, sliding windows, packed documents, bidirectional documents and queries appended to a cache are all
-intervals. What is known before tracing (`causal`, `window`) is kept static beside them, so that tiles that no row can
-see are never emitted.
+Causal attention, sliding windows, packed documents, bidirectional documents and queries appended to a cache
+are all intervals. What is known before tracing (`causal`, `window`) is kept static beside them, so that
+tiles that no row can see are never emitted.
 
 Shapes: `B` batch, `T` query positions, `S` key positions.
 """
@@ -20,11 +20,11 @@ from attnlab.errors import UserError
 class Mask:
     """Query row `t` of batch element `b` sees the keys `s` with `k_start[b, t] <= s < k_end[b, t]`.
 
-    k_start, k_end: int32 `[B, T]` (or `[1, T]`, the same for every batch element), or None where the static part says
-        it all. An empty interval is allowed: such a row's output is exactly 0, with zero gradients.
+    k_start, k_end: int32 `[B, T]` (or `[1, T]`, the same for every batch element), or None where the static
+        part says it all. An empty interval is allowed: such a row's output is exactly 0, with zero gradients.
     causal: query `t` is key `t` and sees no later key. Static; narrows every interval to `k_end <= t + 1`.
-    window: query `t` is key `t` and sees only the keys `s` with `|t - s| < window`: exactly `window` keys, itself
-        included, when causal; `2 * window - 1` (symmetric) when not. Static; narrows every interval.
+    window: query `t` is key `t` and sees only the keys `s` with `|t - s| < window`: exactly `window` keys,
+        itself included, when causal; `2 * window - 1` (symmetric) when not. Static; narrows every interval.
 
     Queries that are not keys of the same index (appended to a cache) must leave both static parts unset: see
     `mask_for_extension`.
@@ -43,8 +43,8 @@ class Mask:
         return self.k_start is not None or self.k_end is not None
 
     def bounds(self, length: int, keys: int) -> tuple[jax.Array | None, jax.Array | None]:
-        """`k_start`, `k_end` (`[B, T]` or `[1, T]`, int32) of `length` queries over `keys` keys, the static part
-        folded in. None where it bounds nothing: a start of 0, or an end of `keys`."""
+        """`k_start`, `k_end` (`[B, T]` or `[1, T]`, int32) of `length` queries over `keys` keys, the static
+        part folded in. None where it bounds nothing: a start of 0, or an end of `keys`."""
         t = jnp.arange(length, dtype=jnp.int32)[None]
         starts = [] if self.k_start is None else [self.k_start.astype(jnp.int32)]
         ends = [] if self.k_end is None else [self.k_end.astype(jnp.int32)]
@@ -56,14 +56,14 @@ class Mask:
             ends.append(t + self.window)
         start = None
         for s in starts:
-            start = s if start is None else jnp.maximum(start, s)
+            start = jnp.maximum(0 if start is None else start, s)
         end = None
         for e in ends:
             end = e if end is None else jnp.minimum(end, e)
         return start, end
 
     def visible(self, length: int, keys: int) -> jax.Array:
-        """The mask written out, bool `[B, T, S]` (`[1, T, S]` when the same for the whole batch). For definitions."""
+        """The mask written out for definitions, bool `[B, T, S]` (`[1, T, S]` when all rows agree)."""
         start, end = self.bounds(length, keys)
         s = jnp.arange(keys, dtype=jnp.int32)
         out = jnp.ones((1, length, keys), bool)
@@ -74,7 +74,7 @@ class Mask:
         return out
 
     def static_range(self, first: int, last: int, keys: int) -> tuple[int, int]:
-        """A key interval `[low, high)`, known while tracing, outside which no query in `[first, last)` sees a key."""
+        """Keys `[low, high)` outside which no query in `[first, last)` sees any, as known while tracing."""
         low, high = 0, keys
         if self.window is not None:
             low = max(0, first - self.window + 1)
@@ -89,11 +89,12 @@ def mask_from_segments(
 ) -> Mask:
     """Mask for self-attention over whole rows of packed documents.
 
-    segments_BT: int `[B, T]` document ids, or None for one document a row. A document is a run of equal ids; 0 is
-        padding, whose rows see nothing and which nobody sees. Documents never see each other.
+    segments_BT: int `[B, T]` document ids, or None for one document a row. A document is a run of equal ids;
+        0 is padding, whose rows see nothing and which nobody sees. Documents never see each other.
     length: T, checked against `segments_BT`.
     causal: each position sees itself and what came before; otherwise the whole document.
-    window: keys further than `window - 1` from the query are hidden (see `Mask`), on both sides when not causal.
+    window: keys further than `window - 1` from the query are hidden (see `Mask`), on both sides when not
+        causal.
 
     Raises UserError for a window below 1 or segments of another shape.
     """
@@ -106,7 +107,7 @@ def mask_from_segments(
     changed = segments_BT[:, 1:] != segments_BT[:, :-1]
     edge = jnp.ones_like(changed, shape=(segments_BT.shape[0], 1))
     start = jax.lax.cummax(jnp.where(jnp.concatenate([edge, changed], 1), t, 0), axis=1)
-    # A padding row's interval is empty and lies at the row itself, so that it never widens a tile's key range.
+    # A padding row's interval is empty, also where the static part gives the end.
     start = jnp.where(segments_BT == 0, t + 1, start)
     if causal:
         return Mask(start, None, causal=True, window=window)
@@ -125,15 +126,15 @@ def mask_for_extension(
 
     first: int32 scalar, or `[B]`: how many keys stood in the cache before; may be traced.
     length: T, the number of appended queries.
-    document_start_BT: int `[B, T]`, the cache index at which each query's document begins (None: 0). A start beyond the
-        query itself marks a padding row, which sees nothing.
+    document_start_BT: int `[B, T]`, the cache index at which each query's document begins (None: 0). A start
+        beyond the query itself marks a padding row, which sees nothing.
     window: exactly `window` keys, the query's own included.
 
     All of it is dynamic (`causal` and `window` of the result are unset, because query `t` is not key `t`).
     Raises UserError for a window below 1 or a document start of another shape.
     """
     _check_window(window)
-    if document_start_BT is not None and (document_start_BT.ndim != 2 or document_start_BT.shape[1] != length):
+    if document_start_BT is not None and document_start_BT.shape[1:] != (length,):
         raise UserError(f"document start: shape {document_start_BT.shape}, expected [batch, {length}]")
     position = jnp.reshape(jnp.asarray(first, jnp.int32), (-1, 1)) + jnp.arange(length, dtype=jnp.int32)[None]
     start = jnp.zeros_like(position)
@@ -146,4 +147,4 @@ def mask_for_extension(
 
 def _check_window(window: int | None) -> None:
     if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
-        raise UserError(f"window: {window!r} is not allowed; allowed: None or an int >= 1 (keys seen, own included)")
+        raise UserError(f"window: {window!r} is not allowed; allowed: None or an int >= 1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import pathlib
 import shutil
@@ -16,6 +17,7 @@ from attnlab.errors import UserError
 from attnlab.train.state import TrainState
 
 _METRIC = "heldout_loss"
+_SIZES = "sizes.json"
 
 
 class Checkpoints:
@@ -47,6 +49,7 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
         self._open: ocp.CheckpointManager | None = None
+        self._saving: int | None = None
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, in order; needs no orbax."""
@@ -56,6 +59,8 @@ class Checkpoints:
 
     def save(self, step: int, state: TrainState, host: dict[str, Any], heldout_loss: float | None) -> None:
         """Copies the state and writes it in the background; an error of the last write is raised here."""
+        self.wait()
+        self._saving = step
         self._manager.save(
             step,
             args=ocp.args.Composite(state=ocp.args.StandardSave(_plain(state)), host=ocp.args.JsonSave(host)),
@@ -64,7 +69,17 @@ class Checkpoints:
         )
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The state and the host's JSON of a step; `like` has ShapeDtypeStructs with the shardings to restore to."""
+        """The state and the host's JSON of a step.
+
+        Args:
+          step: one of `steps()`.
+          like: ShapeDtypeStructs with the shardings to restore to.
+
+        Raises:
+          UserError: a file is missing or of another size than when it was written.
+          Exception: whatever orbax raises on other damage.
+        """
+        self._check_files(step)
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(state=ocp.args.StandardRestore(_plain(like)), host=ocp.args.JsonRestore()),
@@ -105,19 +120,47 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """The step with the lowest held-out loss among those kept; None if none was evaluated."""
-        infos = [i for i in self._manager.checkpoints_info() if i.metrics and _METRIC in i.metrics]
-        return min(infos, key=lambda i: i.metrics[_METRIC]).step if infos else None
+        losses = {step: (self._manager.metrics(step) or {}).get(_METRIC) for step in self.steps()}
+        losses = {step: loss for step, loss in losses.items() if loss is not None}
+        return min(losses, key=losses.__getitem__) if losses else None
 
     def wait(self) -> None:
         """Until the last save is on disk; raises what it raised."""
         if self._open is not None:
             self._open.wait_until_finished()
+            self.poll()
 
     def close(self) -> None:
         """Waits and lets go of the directory."""
         if self._open is not None:
+            self.wait()
             self._open.close()
             self._open = None
+
+    def poll(self) -> None:
+        """If a save has just been completed, writes down the size of its files: orbax does not notice every cut."""
+        if self._saving is None or self._manager.is_saving_in_progress():
+            return
+        directory = self.directory / str(self._saving)
+        sizes = {str(p.relative_to(directory)): p.stat().st_size for p in directory.rglob("*") if p.is_file()}
+        new = directory / f"{_SIZES}.new"
+        new.write_text(json.dumps(sizes))
+        new.replace(directory / _SIZES)
+        self._saving = None
+
+    def _check_files(self, step: int) -> None:
+        directory = self.directory / str(step)
+        try:
+            sizes = json.loads((directory / _SIZES).read_text())
+        except FileNotFoundError:  # killed between the last write and the list: what is there is complete
+            return
+        except ValueError:
+            raise UserError(f"{_SIZES} is cut off") from None
+        for name, size in sizes.items():
+            path = directory / name
+            found = path.stat().st_size if path.is_file() else None
+            if found != size:
+                raise UserError(f"{name} has {found if found is not None else 'no'} bytes instead of {size}")
 
     @property
     def _manager(self) -> ocp.CheckpointManager:

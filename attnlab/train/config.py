@@ -66,6 +66,10 @@ class TrainConfig:
         if self.profile is not None:
             ok = re.fullmatch(r"\d+:\d+", self.profile) and 1 <= self.profile_steps[0] <= self.profile_steps[1]
             config_lib.require(bool(ok), "train.profile", self.profile, "FIRST:LAST, steps counted from 1, e.g. 10:15")
+            first = self.profile_steps[0]
+            config_lib.require(
+                first <= self.steps, "train.profile", self.profile, f"a first step within train.steps ({self.steps})"
+            )
 
     @property
     def profile_steps(self) -> tuple[int, int] | None:
@@ -79,6 +83,8 @@ class TrainConfig:
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Sizes of the device mesh's axes; -1, for one of them: all devices that the others leave.
+
+    Sizes that are all given and multiply to fewer devices than there are use the first ones.
 
     Attributes:
       data: copies of the model, each on its share of the batch.

@@ -20,7 +20,7 @@ _PEAK_BF16 = {
 }
 
 
-def peak_flops() -> float | None:
-    """Peak bf16 FLOP/s of all devices together; None where the chip's peak is not known (a CPU, a new chip)."""
+def peak_flops(devices: int) -> float | None:
+    """Peak bf16 FLOP/s of so many devices together; None where the chip's peak is not known (a CPU, a new chip)."""
     peak = _PEAK_BF16.get(jax.devices()[0].device_kind)
-    return None if peak is None else peak * jax.device_count()
+    return None if peak is None else peak * devices

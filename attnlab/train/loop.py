@@ -138,14 +138,17 @@ class _Run:
             donate_argnums=0,
             out_shardings=(self.shardings, None),
         )
+        # Simulated devices share one pool of threads: collectives of two programs, or a program that waits for a save to
+        # let go of its arrays, can keep each other from running until XLA gives up.
+        self._serial = jax.default_backend() == "cpu" and self.mesh.size > 1
         self._eval_step = jax.jit(make_eval_step(self.model, c.train, self.tokenizer.byte_lengths()))
         cost = model_cost(c.model, c.data.length)
         self._flops_per_token = 3 * cost.total_flops
-        self._peak = peak_flops()
+        self._peak = peak_flops(self.mesh.size)
         self._describe()
         self._say(
             f"{cost.parameters:,} parameters, {self._flops_per_token / 1e6:,.1f} MFLOPs per token, "
-            f"{jax.device_count()} x {jax.devices()[0].device_kind}, "
+            f"{self.mesh.size} of {jax.device_count()} x {jax.devices()[0].device_kind}, "
             f"{c.data.batch} x {c.data.length} tokens a step; everything goes to {path}"
         )
 
@@ -167,10 +170,13 @@ class _Run:
                 with self._profiled(step):
                     batch = sharding.put_batch(next(self.loader), self.mesh)
                     self.state, metrics = self._train_step(self.state, batch)
+                    if self._serial:
+                        jax.block_until_ready(self.state)
                     # The metrics of a step are fetched while the next one runs: the host never makes the device wait.
                     if pending is not None:
                         self._finish(*pending)
                     pending = (step, metrics)
+                self.checkpoints.poll()
                 if step == first:
                     self._first_step_done(step, metrics)
                 evaluating = self.heldout is not None and (step % c.eval_every == 0 or step == c.steps)
@@ -249,6 +255,8 @@ class _Run:
     def _save(self, step: int, evaluation: Evaluation | None) -> None:
         host = {"tokens": self.tokens, "data": self.loader.get_state()}
         self.checkpoints.save(step, self.state, host, None if evaluation is None else evaluation.loss)
+        if self._serial:
+            self.checkpoints.wait()
 
     def _write_samples(self) -> None:
         count = self.config.train.sample_tokens

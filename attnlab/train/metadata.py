@@ -16,8 +16,10 @@ import jax
 
 from attnlab import config as config_lib
 from attnlab import ops
-from attnlab.errors import UserError
+from attnlab.errors import ConfigError, UserError
+from attnlab.train import optimizers
 from attnlab.train.config import FREE_KEYS, RunConfig
+from attnlab.train.state import Model, init_state
 
 _PACKAGES = ("attnlab", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
 
@@ -78,27 +80,63 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
     """The resolved config of the run in a workdir; None if there is no run.
 
     Raises:
-      UserError: config.json is there and is not one.
+      UserError: config.json is there and is not one, or the workdir is a file.
     """
     path = workdir / "config.json"
-    if not path.exists():
-        return None
     try:
-        return json.loads(path.read_text())["config"]
-    except (ValueError, KeyError, TypeError) as error:
+        tree = json.loads(path.read_bytes())["config"]
+        if not isinstance(tree, dict):
+            raise TypeError("its config is no object")
+        return tree
+    except FileNotFoundError:
+        return None
+    except NotADirectoryError:
+        raise UserError(f"--workdir {workdir} is a file, not a directory") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except KeyError:
+        raise UserError(f"{path} is damaged (no key 'config'); restore it or use another --workdir") from None
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); restore it or use another --workdir") from None
 
 
 def check_same(workdir: pathlib.Path, old: dict[str, Any], new: RunConfig) -> None:
-    """Raises UserError if the workdir's run has another config, unless the config says to continue."""
+    """Raises UserError if the workdir's run has another config, unless it is told to go on, and can."""
     changed = [
-        f"{key}: {a!r} -> {b!r}"
+        (key, f"{key}: {config_lib.show(a)} -> {config_lib.show(b)}")
         for key, a, b in config_lib.difference(old, config_lib.to_dict(new))
         if key not in FREE_KEYS
     ]
     if changed and new.train.on_config_change == "stop":
-        shown = "; ".join(changed[:6]) + (f"; and {len(changed) - 6} more" if len(changed) > 6 else "")
+        shown = "; ".join(text for _, text in changed[:6])
+        shown += f"; and {len(changed) - 6} more" if len(changed) > 6 else ""
         raise UserError(
             f"{workdir} holds a run of another config: {shown}\n"
             "use another --workdir, or go on under the new config with --config.train.on_config_change=continue"
         )
+    if any(key.startswith(("model.", "optimizer.")) for key, _ in changed):
+        require_same_arrays(workdir, old, new)
+
+
+def require_same_arrays(workdir: pathlib.Path, old: dict[str, Any], new: RunConfig) -> None:
+    """Raises UserError unless `new` has the parameters and optimizer state that the run of config `old` saved."""
+    try:
+        before = _arrays(config_lib.build(RunConfig, old))
+    except ConfigError as error:
+        raise UserError(f"the config.json of {workdir} is of another version of attnlab: {error}") from None
+    after = _arrays(new)
+    differing = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
+    if differing:
+        key = differing[0]
+        raise UserError(
+            f"the checkpoints of {workdir} do not fit this model and optimizer: "
+            f"{key} was {before.get(key, 'not there')}, is {after.get(key, 'not there')} ({len(differing)} differ)\n"
+            "undo the changes to model.* and optimizer.*, or use another --workdir"
+        )
+
+
+def _arrays(config: RunConfig) -> dict[str, str]:
+    model = Model.of(config.model)
+    tx = optimizers.build(config.optimizer, config.train.steps, model.axes)
+    leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(lambda: init_state(model, tx, config.seed)))
+    return {jax.tree_util.keystr(p, simple=True, separator="."): f"{x.dtype}{list(x.shape)}" for p, x in leaves}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import pathlib
 from typing import Any
@@ -42,8 +43,15 @@ def read_run(path: pathlib.Path, overrides: list[str]) -> RunConfig:
     """
     tree = metadata.read_config(path)
     if tree is None:
-        raise UserError(f"--workdir {path} holds no run (no config.json); train one with: attnlab train --config ... --workdir {path}")
-    return config_lib.build(RunConfig, config_lib.apply_overrides(tree, overrides))
+        raise UserError(
+            f"--workdir {path} holds no run (no config.json); "
+            f"train one with: attnlab train --config ... --workdir {path}"
+        )
+    old = copy.deepcopy(tree)  # overrides are laid over the tree itself
+    config = config_lib.build(RunConfig, config_lib.apply_overrides(tree, overrides))
+    if any(o.startswith(("model.", "optimizer")) for o in overrides):
+        metadata.require_same_arrays(path, old, config)
+    return config
 
 
 def load(path: pathlib.Path, which: str = "best", overrides: list[str] | None = None) -> Trained:
@@ -68,7 +76,7 @@ def load(path: pathlib.Path, which: str = "best", overrides: list[str] | None = 
     elif which == "best":
         best = checkpoints.best_step()
         step = steps[-1] if best is None else best
-    elif which.isdigit() and int(which) in steps:
+    elif which.isdecimal() and int(which) in steps:
         step = int(which)
     else:
         raise UserError(f"--checkpoint {which!r} is not there; allowed: best, latest, {', '.join(map(str, steps))}")

@@ -21,29 +21,35 @@ BATCH_AXES = ("data", "fsdp")
 
 
 def make_mesh(config: MeshConfig, batch: int) -> Mesh:
-    """The mesh of all devices.
+    """The mesh of all devices, or where every axis has a size of its own, of the first so many.
 
     Args:
       config: sizes of the axes.
       batch: sequences that are processed at a time, over all devices.
 
     Raises:
-      ConfigError: the sizes do not multiply to the number of devices, or do not divide the batch.
+      ConfigError: there are not so many devices, or they cannot be shared out, or the batch cannot.
     """
-    devices = jax.device_count()
+    devices = jax.devices()
     sizes = [getattr(config, axis) for axis in MESH_AXES]
     fixed = math.prod(s for s in sizes if s != -1)
-    sizes = [devices // fixed if s == -1 else s for s in sizes]
-    shown = ", ".join(f"mesh.{a} = {getattr(config, a)}" for a in MESH_AXES)
-    if math.prod(sizes) != devices:
-        raise ConfigError(f"{shown} do not multiply to the number of devices; allowed: a product of {devices}")
+    shown = ", ".join(f"mesh.{axis} = {size}" for axis, size in zip(MESH_AXES, sizes))
+    if fixed > len(devices) or (-1 in sizes and len(devices) % fixed):
+        allowed = f"a divisor of {len(devices)}" if -1 in sizes else f"at most {len(devices)}"
+        raise ConfigError(f"{shown} ask for {fixed} of {len(devices)} devices; allowed: a product of {allowed}")
+    sizes = [len(devices) // fixed if s == -1 else s for s in sizes]
     shards = sizes[0] * sizes[1]
     if batch % shards:
         raise ConfigError(
             f"data.batch / train.accumulate = {batch} sequences cannot be split over {shards} devices "
             f"({shown}); allowed: multiples of {shards}"
         )
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(sizes))
+    return jax.make_mesh(
+        tuple(sizes),
+        MESH_AXES,
+        axis_types=(jax.sharding.AxisType.Auto,) * len(sizes),
+        devices=devices[: math.prod(sizes)],
+    )
 
 
 def logical_axes(params: nnx.State) -> Any:

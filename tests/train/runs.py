@@ -35,7 +35,7 @@ def tree(source: str, **overrides: Any) -> dict[str, Any]:
         "model": {"vocab": 260, "width": 16, "layers": 2, "mixers": {"M": {"name": "softmax", "heads": 2}}},
         "optimizer": {"name": "adamw", "learning_rate": 1e-2, "warmup": 2},
         "train": {"steps": 12, "log_every": 1, "eval_every": 6, "eval_batches": 2, "save_every": 4, "sample_tokens": 8},
-        "mesh": {"data": 1, "fsdp": -1},
+        "mesh": {"data": 1},
     }
     for key, value in overrides.items():
         *parents, last = key.split("__")

@@ -114,30 +114,19 @@ def test_truncated_checkpoint_is_reported_and_stepped_over(finished, source, tmp
     assert runs.lines(tmp_path) == runs.lines(finished[0])
 
 
-@pytest.mark.slow
-def test_any_truncated_file_is_harmless_or_reported(source, tmp_path):
-    """Cutting any one file of a checkpoint either changes nothing that is restored, or is noticed."""
-    import shutil
-
-    import jax
-    import numpy as np
-
-    workdir = tmp_path / "whole"
-    runs.run(runs.config(source, train__steps=4, train__eval_every=0, train__sample_tokens=0), workdir)
-    whole = jax.tree.leaves(restore.load(workdir).params)
-    for file in files_of_checkpoint(workdir, 4):
-        copy = tmp_path / "cut"
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(workdir, copy)
-        cut = copy / file.relative_to(workdir)
-        os.truncate(cut, cut.stat().st_size // 2)
-        try:
-            params = jax.tree.leaves(restore.load(copy).params)
-        except UserError as error:
-            assert "cannot be read" in str(error) or "none of the checkpoints" in str(error)
-        else:
-            for a, b in zip(params, whole, strict=True):
-                np.testing.assert_array_equal(a, b)
+def test_any_truncated_or_missing_file_is_noticed(source, tmp_path):
+    """Cutting or removing any one file of a checkpoint is an error that names what is wrong."""
+    runs.run(runs.config(source, train__steps=4, train__eval_every=0, train__sample_tokens=0), tmp_path)
+    restore.load(tmp_path)
+    for file in files_of_checkpoint(tmp_path, 4):
+        content = file.read_bytes()
+        for damage in (lambda: os.truncate(file, len(content) // 2), file.unlink):
+            if file.name == "sizes.json" and damage == file.unlink:
+                continue  # a kill may come before it is written
+            damage()
+            with pytest.raises(UserError, match="checkpoint 4 .* cannot be read"):
+                restore.load(tmp_path)
+            file.write_bytes(content)
 
 
 def test_changed_config_stops_and_says_what_changed(finished, source):

@@ -150,14 +150,20 @@ def test_eval_step_sums_by_position():
 @pytest.mark.parametrize(
     "mesh, batch, message",
     [
-        ({"data": 3}, 8, "product of 8"),
-        ({"data": -1, "fsdp": 3}, 8, "product of 8"),
+        ({"data": 16}, 16, "mesh.data = 16, .* ask for 16 of 8 devices; allowed: a product of at most 8"),
+        ({"data": -1, "fsdp": 3}, 8, "allowed: a product of a divisor of 8"),
         ({"data": 8}, 12, "multiples of 8"),
     ],
 )
 def test_impossible_meshes(mesh, batch, message):
     with pytest.raises(ConfigError, match=message):
         sharding.make_mesh(MeshConfig(**mesh), batch)
+
+
+def test_smaller_mesh_takes_the_first_devices():
+    """Sizes that are all given may leave devices unused."""
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=1), 8)
+    assert list(mesh.devices.flat) == jax.devices()[:4]
 
 
 def test_mesh_that_does_not_divide_a_parameter():

@@ -1,0 +1,60 @@
+"""Attention over a cache against attention's definition, values and gradients."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab.ops.attention import attention
+from attnlab.ops.cached_attention import cached_attention
+from attnlab.ops.masks import Mask, mask_for_extension
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("batch, heads, kv_heads", [(1, 3, 3), (2, 4, 2), (1, 3, 1)])
+@pytest.mark.parametrize("extras", [{}, {"soft_cap": 2.0, "sinks": True, "scale": 0.3}])
+def test_equals_the_definition(batch, heads, kv_heads, queries, extras):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        S, d, e = 11, 6, 5
+        normal = lambda *shape: jnp.asarray(rng.normal(size=shape))
+        q, k, v = normal(batch, queries, heads, d), normal(batch, S, kv_heads, d), normal(batch, S, kv_heads, e)
+        sinks = normal(heads) if extras.get("sinks") else None
+        options = {name: value for name, value in extras.items() if name != "sinks"}
+        start = jnp.asarray(rng.integers(0, 5, (batch, queries)), jnp.int32)
+        mask = mask_for_extension(4, queries, start, window=4)
+        weights = normal(batch, queries, heads, e)
+        rows = lambda x: x.swapaxes(1, 2).reshape(-1, S, x.shape[-1])
+
+        def cached(q, k, v, sinks):
+            return cached_attention(q, rows(k), rows(v), mask, sinks_H=sinks, **options)
+
+        def definition(q, k, v, sinks):
+            return attention(q, k, v, mask, sinks_H=sinks, impl="definition", **options)
+
+        over = (0, 1, 2) if sinks is None else (0, 1, 2, 3)
+        both = []
+        for f in (cached, definition):
+            o = f(q, k, v, sinks)
+            both.append((o, jax.grad(lambda *a, f=f: jnp.sum(f(*a) * weights), over)(q, k, v, sinks)))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), *both)
+
+
+def test_a_query_that_sees_nothing_gives_zero():
+    q, kv = jnp.full((1, 1, 2, 4), 1e4), jnp.full((2, 5, 4), 1e4)
+    nothing = Mask(jnp.full((1, 1), 5, jnp.int32), jnp.full((1, 1), 5, jnp.int32))
+    f = lambda q, k, v: jnp.sum(cached_attention(q, k, v, nothing))
+    value, grads = jax.value_and_grad(f, (0, 1, 2))(q, kv, kv)
+    assert value == 0 and all(jnp.all(g == 0) for g in grads)
+
+
+def test_low_precision_keeps_its_type():
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((1, 1, 2, 8), (2, 7, 8), (2, 7, 8)))
+    mask = mask_for_extension(6, 1)
+    o = cached_attention(q, k, v, mask)
+    wide = cached_attention(*(x.astype(jnp.float32) for x in (q, k, v)), mask)
+    assert o.dtype == jnp.bfloat16
+    np.testing.assert_allclose(o.astype(jnp.float32), wide, atol=0.02)
