@@ -29,6 +29,7 @@ class Sampling:
       top_p: only the likeliest tokens that together have this probability; 1: all.
       seed: each prompt of a batch draws from its own stream of it.
       stop: token id that ends a sample, kept as its last; none: no token does.
+      vocab: ids below it are drawn: a model may have more than its tokenizer; none: all.
     """
 
     tokens: int = 256
@@ -37,6 +38,7 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
     stop: int | None = None
+    vocab: int | None = None
 
     def __post_init__(self) -> None:
         need = config_lib.require
@@ -152,6 +154,8 @@ def decode(
 
 def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Array:
     """Draws a token per row from logits; top-k first, then top-p of what is left."""
+    if sampling.vocab is not None:
+        logits_BV = logits_BV[:, : sampling.vocab]
     if sampling.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     logits = logits_BV / sampling.temperature

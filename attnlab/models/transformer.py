@@ -22,7 +22,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float
 _POLICIES = jax.checkpoint_policies
 REMAT = {
     "none": None,  # keep every activation
-    "attention": _POLICIES.save_only_these_names("attention_out", "attention_lse"),  # all but attention runs twice
+    "attention": _POLICIES.save_only_these_names("attention_o", "attention_lse"),  # all but attention runs twice
     "minimal": _POLICIES.dots_with_no_batch_dims_saveable,  # keep the products with weights
     "full": _POLICIES.nothing_saveable,  # keep a block's input only
 }

@@ -32,8 +32,8 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: pathlib.Path, keep: int = 1):
-        # Orbax reports each save at length; what matters to people is said by the loop.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # Orbax reports each save, and each failure with its whole stack; what matters to people is said by the loop.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.directory = workdir.absolute() / "checkpoints"
         policy = checkpoint_managers
         self._options = ocp.CheckpointManagerOptions(
@@ -53,8 +53,10 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, in order; needs no orbax."""
-        if not self.directory.is_dir():
+        if not self.directory.exists():
             return []
+        if not self.directory.is_dir():
+            raise UserError(f"{self.directory} is a file, not a directory of checkpoints; use another --workdir")
         return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdigit())
 
     def save(self, step: int, state: TrainState, host: dict[str, Any], heldout_loss: float | None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import math
 import pathlib
 import signal
@@ -38,20 +37,15 @@ def train(config: RunConfig, path: pathlib.Path, console: rich.console.Console) 
       UserError: the config, the data or the workdir cannot be used; nothing was overwritten.
       TrainingFailed: gradients were not finite too many steps in a row.
     """
-    try:
-        with workdir.hold(path):
-            old = metadata.read_config(path)
-            if old is not None:
-                metadata.check_same(path, old, config)
-            last = max(Checkpoints(path).steps(), default=0)
-            if last >= config.train.steps:
-                console.print(f"the run in {path} is complete: {last} of {config.train.steps} steps", highlight=False)
-                return
-            _Run(config, path, console).run()
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES):
-            raise UserError(f"--workdir {path}: {error.strerror}; the last complete checkpoint is kept") from None
-        raise
+    with workdir.hold(path):
+        old = metadata.read_config(path)
+        if old is not None:
+            metadata.check_same(path, old, config)
+        last = max(Checkpoints(path).steps(), default=0)
+        if last >= config.train.steps:
+            console.print(f"the run in {path} is complete: {last} of {config.train.steps} steps", highlight=False)
+            return
+        _Run(config, path, console).run()
 
 
 def load_tokenizer(config: RunConfig) -> data_lib.Tokenizer:
@@ -132,6 +126,7 @@ class _Run:
             init = jax.jit(lambda: init_state(self.model, self.tx, c.seed), out_shardings=self.shardings)
             self.state = init()
 
+        self._tracing = False
         ops.clear_choices()
         self._train_step = jax.jit(
             make_train_step(self.model, self.tx, c.train, self.rate),
@@ -268,7 +263,10 @@ class _Run:
             document = tokens[segments == 1]
             if len(document):
                 prompts.append(document[: min(len(document), 64)])
-        sampling = Sampling(tokens=count, temperature=0.8, top_p=0.95, seed=self.config.seed, stop=self.tokenizer.eod_id)
+        sampling = Sampling(
+            count, temperature=0.8, top_p=0.95, seed=self.config.seed,
+            stop=self.tokenizer.eod_id, vocab=self.tokenizer.vocab_size,
+        )  # fmt: skip
         out = generate(self.model.merge, jax.device_get(self.state.params), prompts, sampling)
         with (self.path / "samples.txt").open("a", encoding="utf-8") as file:
             for prompt, new in zip(prompts, out.tokens):
@@ -279,11 +277,13 @@ class _Run:
     def _profiled(self, step: int) -> Iterator[None]:
         """Starts the profile before its first step and ends it after its last is computed."""
         window = self.config.train.profile_steps
-        if window and step == window[0]:
+        if window and window[0] <= step <= window[1] and not self._tracing:  # also when resuming between the two
             jax.profiler.start_trace(str(self.path / "profile"))
+            self._tracing = True
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             yield
-        if window and window[0] <= step and step == min(window[1], self.config.train.steps):
+        if self._tracing and step == min(window[1], self.config.train.steps):
             jax.block_until_ready(self.state)
             jax.profiler.stop_trace()
+            self._tracing = False
             self._say(f"profile of steps {window[0]} to {step}: {self.path / 'profile'}")

@@ -132,4 +132,4 @@ def prepare_prompts(
         stop_id = int(ids[0])
     start = np.asarray([tokenizer.eod_id], np.int32)
     ids = [np.concatenate([start, tokenizer.encode(p)]) for p in prompts for _ in range(samples)]
-    return dataclasses.replace(sampling, stop=stop_id), ids
+    return dataclasses.replace(sampling, stop=stop_id, vocab=tokenizer.vocab_size), ids
