@@ -4,4 +4,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/venv.sh
 use_venv test "[test]"
-exec python -m pytest "$@"
+# A process per core: most of the time goes into tracing and compiling, which use one.
+exec python -m pytest --numprocesses=auto --dist=worksteal "$@"

@@ -137,10 +137,11 @@ def test_help_of_every_verb(attnlab, verb):
         ("data.tokenizer=/no/such.json", ["/no/such.json", "'bytes'"]),
         ("data.heldout=0", ["data.heldout"]),
         ("data.batch=64000", ["64000", "data.batch"]),
-        ("mesh.data=3", ["mesh.data = 3", "a product of 8"]),
-        ("mesh.data=16", ["mesh.data = 16", "a product of 8"]),
-        ("data.batch=4", ["multiples of 8"]),
-        ("train.accumulate=4", ["train.accumulate = 2 sequences", "multiples of 8"]),
+        ("mesh.data=3", ["mesh.data = 3", "multiples of 3"]),
+        ("mesh.data=16", ["mesh.data = 16", "at most 8"]),
+        ("mesh.data=-1 mesh.fsdp=3", ["mesh.fsdp = 3", "a divisor of 8"]),
+        ("data.batch=4 mesh.data=8", ["multiples of 8"]),
+        ("train.accumulate=4 mesh.data=8", ["train.accumulate = 2 sequences", "multiples of 8"]),
         ("mesh.tensor=8 mesh.fsdp=1 model.mlp_width=12", ["mesh.tensor = 8", "divisors of"]),
         ("model.width=1e6", ["MB free", "--config.train.keep"]),
     ],
@@ -265,7 +266,7 @@ def test_workdir_of_another_config(refused, finished, config, args, parts):
         (["--checkpoint", "²"], ["--checkpoint '²'", "best, latest, "]),
         (["--config.model.width=32"], ["do not fit", "float32[260, 32]"]),
         (["--config.data.tokenizer=/no/such.json"], ["/no/such.json"]),
-        (["--config.mesh.data=3"], ["a product of 8"]),
+        (["--config.mesh.data=3"], ["multiples of 3"]),
     ],
 )
 def test_bad_generate(refused, finished, args, parts):
@@ -365,7 +366,7 @@ def test_a_finished_run_is_left_alone(attnlab, finished, config):
     before = snapshot(finished)
     for spec in (config, finished / "config.json"):
         code, out, _ = attnlab("train", "--config", spec, "--workdir", finished)
-        assert code == 0 and "complete: 4 of 4" in out
+        assert code == 0 and "complete: step 4 of 4" in out
     assert snapshot(finished) == before
 
 

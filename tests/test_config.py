@@ -90,7 +90,6 @@ REFUSED = [
     ("train.profile=13:15", ["train.profile = '13:15'", "train.steps (12)"]),
     ("train.on_config_change=go", ["train.on_config_change = 'go'", "stop, continue"]),
     ("mesh.data=0", ["mesh.data = 0", "-1 for the rest"]),
-    ("mesh.data=-1", ["-1 for one axis only"]),
     ("seed=-1", ["seed = -1", "0 to 2^31 - 1"]),
     *[
         (text, [f"--config.{text}: expected --config.any.field=value"])
@@ -105,6 +104,11 @@ def test_refused_with_key_value_and_what_is_allowed(override, parts):
     message = refused(override)
     for part in parts:
         assert part in message, message
+
+
+def test_one_axis_takes_the_rest():
+    """Two axes cannot both be all that is left."""
+    assert "-1 for one axis only" in refused("mesh.data=-1", "mesh.fsdp=-1")
 
 
 def test_an_override_given_twice_is_refused():

@@ -28,10 +28,6 @@ _ROWS = 256  # query rows in a block, counted over the heads that share a key he
 # _LEAST_KEYS).
 _BODIES = 8
 _LEAST_KEYS = 128
-# At most this many columns (queries times heads) are scored at once against a cache read in place, this many
-# keys a time.
-_FEW = 128
-_CHUNK = 512
 _ALIGN = 64  # key ranges begin at multiples of this: products and reductions over ragged rows are much slower
 
 
@@ -199,12 +195,6 @@ def _over_heads(head, config: _Config, q, k, v, rest, sinks_H, intervals, out: t
         carry = _varying([jnp.zeros(p.shape, p.dtype) for p in out], (arrays, sinks, start, end))
         return jax.lax.fori_loop(0, B * K, body, tuple(carry))
 
-    def few_queries(arrays, sinks, start, end):
-        bounds = [None if x is None else jnp.broadcast_to(x, (B, T)) for x in (start, end)]
-        results = _few_queries(config, *arrays, sinks, bounds)
-        results = tuple(x.astype(p.dtype) for x, p in zip(results, out, strict=True))
-        return _varying(results, (arrays, sinks, start, end))
-
     def together(arrays, sinks, start, end):
         def of_head(arrays, sinks, bounds):
             parts = head(config, *arrays, sinks=sinks, bounds=bounds)
@@ -216,8 +206,7 @@ def _over_heads(head, config: _Config, q, k, v, rest, sinks_H, intervals, out: t
         return _varying(results, (arrays, sinks, start, end))
 
     arrays = (_grouped(q, K), k, v, *rest)
-    on_cpu = few_queries if head is _forward_head and T * H <= _FEW else one_by_one
-    return jax.lax.platform_dependent(arrays, sinks_KG, start, end, cpu=on_cpu, default=together)
+    return jax.lax.platform_dependent(arrays, sinks_KG, start, end, cpu=one_by_one, default=together)
 
 
 def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
@@ -285,56 +274,6 @@ def _backward_head(config: _Config, q_TGd, k_Sd, v_Se, o_TGe, do_TGe, lse_GT, *,
     if sinks is not None:
         dsinks = -(jnp.exp2(sinks.astype(stat)[:, None] * _LOG2E - lse_GT) * delta_GT).sum(-1)
     return dq_GTd.swapaxes(0, 1) * config.scale, dk_dS.T * config.scale, dv_eS.T, dsinks
-
-
-def _few_queries(config: _Config, q_BTKGd, k_BSKd, v_BSKe, sinks_KG, bounds):
-    """Decoding on CPU: few queries against a long cache, of which only the visible part is read, once and in
-    place.
-
-    All heads are scored by one product per chunk of keys, k_[C, K d] @ [K d, T K G], the queries of a key
-    head standing in that head's rows and zeros elsewhere: K times the arithmetic, but reading the cache is
-    what takes the time. Returns o_BTKGe and lse_BKGT.
-    """
-    B, T, K, G, d = q_BTKGd.shape
-    S, e = k_BSKd.shape[1], v_BSKe.shape[3]
-    C = min(S, _CHUNK)
-    stat = jnp.promote_types(q_BTKGd.dtype, jnp.float32)
-    own = jnp.eye(K, dtype=stat)
-
-    def of_row(args):
-        q_TKGd, k_SKd, v_SKe, start, end = args
-        start_T = jnp.zeros((T,), jnp.int32) if start is None else jnp.maximum(start, 0)
-        end_T = jnp.full((T,), S, jnp.int32) if end is None else jnp.minimum(end, S)
-        seen = start_T < end_T
-        low, high = jnp.where(seen, start_T, S).min(), jnp.where(seen, end_T, 0).max()
-        q = (q_TKGd.astype(stat)[..., None, :] * own[:, None, :, None]).reshape(T * K * G, K * d).T
-
-        def chunk(c, carry):
-            highest, total, o = carry
-            first = jnp.minimum(c * C, S - C)  # the last chunk reaches back where C does not divide S
-            k, v = (_slice(x, first, C, 0).astype(stat).reshape(C, -1) for x in (k_SKd, v_SKe))
-            scores, _ = _in_log2(config, _matmul(k, q), 1.0)
-            key = first + jnp.arange(C, dtype=jnp.int32)[:, None]
-            visible = (key >= jnp.maximum(start_T, c * C)) & (key < end_T)
-            scores = jnp.where(jnp.repeat(visible, K * G, axis=1), scores, _HIDDEN)
-            new = jnp.maximum(highest, scores.max(0))
-            weights = jnp.exp2(scores - new)
-            fade = jnp.exp2(highest - new)
-            update = jnp.einsum("tkgke->tkge", _matmul(weights.T, v).reshape(T, K, G, K, e))
-            return new, total * fade + weights.sum(0), o * fade.reshape(T, K, G, 1) + update
-
-        highest, total = jnp.full((T * K * G,), _LOWEST, stat), jnp.zeros((T * K * G,), stat)
-        if sinks_KG is not None:
-            highest = jnp.tile(sinks_KG.astype(stat).reshape(-1) * _LOG2E, T)
-            total = jnp.ones_like(highest)
-        carry = highest, total, jnp.zeros((T, K, G, e), stat)
-        carry = _varying(carry, (q, k_SKd, v_SKe, sinks_KG, start, end))
-        highest, total, o = jax.lax.fori_loop(low // C, -(-high // C), chunk, carry)
-        total = jnp.maximum(total, jnp.finfo(stat).tiny)
-        lse_TKG = (highest + jnp.log2(total)).reshape(T, K, G)
-        return o / total.reshape(T, K, G, 1), lse_TKG.transpose(1, 2, 0)
-
-    return jax.lax.map(of_row, (q_BTKGd, k_BSKd, v_BSKe, *bounds))
 
 
 def _in_log2(config: _Config, products, done):

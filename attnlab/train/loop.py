@@ -43,7 +43,7 @@ def train(config: RunConfig, path: pathlib.Path, console: rich.console.Console) 
             metadata.check_same(path, old, config)
         last = max(Checkpoints(path).steps(), default=0)
         if last >= config.train.steps:
-            console.print(f"the run in {path} is complete: {last} of {config.train.steps} steps", highlight=False)
+            console.print(f"the run in {path} is complete: step {last} of {config.train.steps}", highlight=False, soft_wrap=True)
             return
         _Run(config, path, console).run()
 

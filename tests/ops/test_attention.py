@@ -39,7 +39,7 @@ def float64():
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles so small that a short sequence meets every kind of block."""
-    sizes = {"_ROWS": 16, "_BODIES": 3, "_LEAST_KEYS": 8, "_ALIGN": 4, "_FEW": 12, "_CHUNK": 16}
+    sizes = {"_ROWS": 16, "_BODIES": 3, "_LEAST_KEYS": 8, "_ALIGN": 4}
     for name, value in sizes.items():
         monkeypatch.setattr(attention_xla, name, value)
 
@@ -371,7 +371,7 @@ def test_under_shard_map_equals_one_device(form):
         pytest.skip("needs 4 devices")
     P = jax.sharding.PartitionSpec
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    for length in (10, 70):  # few queries, and blocks
+    for length in (10, 70):
         q, k, v = arrays(T=length, K=2)
         sinks = jnp.asarray([0.5, -1.0, 0.0, 1.0])
         mask = mask_from_segments(jnp.ones((2, length), jnp.int32), length, causal=True)

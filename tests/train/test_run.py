@@ -53,7 +53,7 @@ def test_second_call_says_complete(finished, source):
     """The same command on a finished run does nothing and says so."""
     workdir, _ = finished
     before = (workdir / "metrics.jsonl").read_bytes()
-    assert "complete: 12 of 12 steps" in runs.run(runs.config(source), workdir)
+    assert "complete: step 12 of 12" in runs.run(runs.config(source), workdir)
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
