@@ -25,9 +25,8 @@ def configure() -> None:
         os.environ.setdefault("PJRT_NPROC", str(max(os.cpu_count() or 1, 8 * int(simulated[1]))))
     import jax
 
-    platforms = jax.config.jax_platforms
-    if platforms == "cpu" or (not platforms and jax.default_backend() == "cpu"):
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # read when the CPU's client is made
+    if jax.default_backend() == "cpu":
         _keep_freed_memory()
 
 
