@@ -102,7 +102,7 @@ class Gated(Softmax):
     Config = GatedConfig
     paper = "Qiu et al. 2025, Gated Attention for Large Language Models, NeurIPS 2025"
     variants = (
-        {"kv_heads": 2, "position": "G2", "granularity": "headwise", "sharing": "shared"},
+        {"kv_heads": 2, "window": 4, "sinks": True, "position": "G2", "granularity": "headwise", "sharing": "shared"},
         {"kv_heads": 1, "position": "G4", "operation": "additive", "activation": "silu", "qk_norm": True},
     )
 

@@ -12,7 +12,6 @@ import pytest
 from flax import nnx
 
 from attnlab import mixers
-from attnlab.errors import ConfigError
 
 WIDTH, LENGTH = 16, 11
 
@@ -25,11 +24,14 @@ DOCUMENTS = [(0, 0, 4), (0, 4, 9), (1, 2, 11)]  # row, first, end
 def configs(name: str) -> dict[str, tuple[Any, bool]]:
     """Every config to try, by a readable id, and whether it belongs to the everyday tests.
 
-    The default, each other value of each knob alone, and the combinations that the mixer names.
+    The default, each other value of each knob alone, and the combinations that the mixer names. Knobs inherited from
+    another mixer's Config are tried there.
     """
     cls = mixers.get(name)
     found = {"default": (cls.Config(), True)}
     for field in dataclasses.fields(cls.Config):
+        if any(field.name in getattr(base, "__dataclass_fields__", ()) for base in cls.Config.__mro__[1:]):
+            continue
         for value in field.metadata["other"]:
             found[f"{field.name}={value}"] = (cls.Config(**{field.name: value}), False)
     for fields in cls.variants:
@@ -66,12 +68,3 @@ def inputs(dtype: Any, seed: int = 0) -> tuple[jax.Array, mixers.Sequence]:
 def split(module: mixers.Mixer) -> tuple[Any, Any]:
     """graphdef and parameters."""
     return nnx.split(module, nnx.Param)
-
-
-def rejects(build: Any) -> bool:
-    """Whether a config is refused at construction."""
-    try:
-        build()
-    except ConfigError:
-        return True
-    return False
