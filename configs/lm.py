@@ -1,4 +1,4 @@
-"""Language models. `--config configs/lm.py:mixer=NAME,size=SIZE,pattern=LETTERS`
+"""Language models. `--config configs/lm.py:mixer=NAME,size=SIZE,pattern=LETTERS,optimizer=NAME`
 
 Letters of a pattern: M is the mixer, S softmax attention, W softmax attention over a window of 128 keys.
 `pattern=MMMS` puts softmax attention in every fourth layer.
@@ -6,7 +6,7 @@ Letters of a pattern: M is the mixer, S softmax attention, W softmax attention o
 
 from ml_collections import ConfigDict
 
-from attnlab import config
+from attnlab import config, mixers
 
 # layers, width, heads, length, batch, learning rate, steps
 SIZES = {
@@ -21,14 +21,23 @@ SIZES = {
 BYTES = ("nano", "micro")  # these read bytes; the others need a tokenizer of up to 32,768 tokens
 
 
+RATES = {"adamw": 1.0, "muon": 1.0, "lion": 0.1, "adafactor": 3.0}  # learning rates against AdamW's
+
+
+def with_heads(mixer, heads):
+    """A mixer's node, with the size's number of heads if it has heads."""
+    known = mixer in mixers.names() and "heads" in mixers.get(mixer).Config.__dataclass_fields__
+    return {"name": mixer, "heads": heads} if known else {"name": mixer}
+
+
 def get_config(arg=None):
-    a = config.parse_arg(arg, mixer="softmax", size="nano", pattern="M")
+    a = config.parse_arg(arg, mixer="softmax", size="nano", pattern="M", optimizer="adamw")
     config.require_choice("size", a.size, list(SIZES))
     config.require(bool(a.pattern) and set(a.pattern) <= set("MSW"), "pattern", a.pattern, "one or more of M, S and W")
     layers, width, heads, length, batch, rate, steps = SIZES[a.size]
     small = a.size in BYTES
     letters = {
-        "M": {"name": a.mixer, "heads": heads},
+        "M": with_heads(a.mixer, heads),
         "S": {"name": "softmax", "heads": heads},
         "W": {"name": "softmax", "heads": heads, "window": 128},
     }
@@ -46,12 +55,18 @@ def get_config(arg=None):
         "remat": "none" if small else "minimal",
         "tied": False,
     }
-    c.optimizer = {"name": "adamw", "learning_rate": rate, "schedule": "cosine", "warmup": max(steps // 50, 20)}
+    config.require_choice("optimizer", a.optimizer, list(RATES))
+    c.optimizer = {
+        "name": a.optimizer,
+        "learning_rate": rate * RATES[a.optimizer],
+        "schedule": "cosine",
+        "warmup": max(steps // 50, 20),
+    }
     c.train = {
         "steps": steps,
         "accumulate": 1,
         "log_every": 10,
-        "eval_every": steps // 4,
+        "eval_every": min(steps // 4, 1000),
         "save_every": 100 if small else 500,
     }
     c.mesh = {"data": -1, "fsdp": 1, "tensor": 1} if small else {"data": 1, "fsdp": -1, "tensor": 1}

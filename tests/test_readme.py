@@ -1,4 +1,4 @@
-"""The README's example mixer is real: it passes the contract battery and trains through the command line's path."""
+"""The README's example mixer is real: it passes the contract battery and is the formula that it says."""
 
 from __future__ import annotations
 

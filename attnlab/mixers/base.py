@@ -122,6 +122,7 @@ class Mixer(nnx.Module):
       name: the registered name.
       paper: title, authors' year and identifier of the source.
       extension: what here is ours and not in the paper; empty if nothing.
+      implementations: values of the Config's `impl` by name, `definition` among them; each is held to the definition.
       variants: combinations of knobs that the contract battery must try besides each knob alone.
     """
 
@@ -130,6 +131,7 @@ class Mixer(nnx.Module):
     name: ClassVar[str]
     paper: ClassVar[str]
     extension: ClassVar[str] = ""
+    implementations: ClassVar[tuple[str, ...]]
     variants: ClassVar[tuple[dict[str, Any], ...]] = ()
 
     def __init__(self, config: Any, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):

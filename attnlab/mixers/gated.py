@@ -54,6 +54,8 @@ class GatedConfig(SoftmaxConfig):
         if self.position == "G5":
             need(self.granularity == "elementwise", "granularity", self.granularity, "elementwise at G5: it has no heads")
             need(self.sharing == "specific", "sharing", self.sharing, "specific at G5: it has no heads")
+        groups = self.kv_heads if self.position in ("G2", "G3") and self.kv_heads else self.heads
+        need(groups > 1 or self.sharing == "specific", "sharing", self.sharing, "specific where one head is gated")
         if self.position in ("G3", "G4") and self.qk_norm and self.operation == "multiplicative":
             need(
                 self.granularity == "elementwise",
@@ -160,9 +162,9 @@ def fuse_query_gate(q_kernel: jax.Array, gate_kernel: jax.Array, heads: int, kv_
       split over key/value heads keeps the gates with their heads.
     """
     width = q_kernel.shape[0]
-    parts = [kernel.reshape(width, kv_heads, -1) for kernel in (q_kernel, gate_kernel)]
     if q_kernel.shape[1] % heads or gate_kernel.shape[1] % heads or heads % kv_heads:
         raise ValueError(f"kernels {q_kernel.shape}, {gate_kernel.shape} do not hold {heads} heads in {kv_heads} groups")
+    parts = [kernel.reshape(width, kv_heads, -1) for kernel in (q_kernel, gate_kernel)]
     return jnp.concatenate(parts, axis=2).reshape(width, -1)
 
 

@@ -14,19 +14,18 @@ from attnlab.ops.norm import rms_norm
 
 
 class Linear(nnx.Module):
-    """`x @ kernel`, without bias; the kernel [in, out] is fp32, normal with standard deviation gain / sqrt(in).
+    """`x @ kernel`, without bias; the kernel [in, out] is fp32, normal with standard deviation 1 / sqrt(in).
 
     Args:
       fan_in, fan_out: widths.
       axes: logical axes of the kernel, e.g. ("embed", "heads").
-      gain: scale of the initial weights.
       dtype: of the product.
     """
 
     def __init__(
-        self, fan_in: int, fan_out: int, axes: tuple[str, str], *, rngs: nnx.Rngs, dtype: Any, gain: float = 1.0
+        self, fan_in: int, fan_out: int, axes: tuple[str, str], *, rngs: nnx.Rngs, dtype: Any
     ):
-        init = jax.nn.initializers.normal(gain / math.sqrt(fan_in))
+        init = jax.nn.initializers.normal(1 / math.sqrt(fan_in))
         self.kernel = nnx.Param(init(rngs.params(), (fan_in, fan_out), param_dtype(dtype)), axes=axes)
         self.dtype = dtype
 

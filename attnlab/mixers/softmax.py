@@ -98,6 +98,7 @@ class Softmax(Mixer):
     Config = SoftmaxConfig
     capabilities = Capabilities(causal=True, bidirectional=True, streaming=True)
     paper = "Vaswani et al. 2017, Attention Is All You Need, arXiv:1706.03762"
+    implementations = tuple(IMPLEMENTATIONS)
     variants = (
         {"kv_heads": 2, "window": 4, "sinks": True, "soft_cap": 3.0, "qk_norm": True},
         {"kv_heads": 1, "causal": False, "sinks": True},

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.ops.attention import attention
+from attnlab.ops.dispatch import Implementation, choose
 from attnlab.ops.masks import Mask
 
 
@@ -24,6 +25,8 @@ def cached_attention(
     `attention`. See there for the arguments, the result o_BTHe, and what is raised.
     """
     if q_BTHd.shape[1] == 1 and impl == "auto":
+        spec = f"one query, cache {list(k_NSd.shape)} {k_NSd.dtype}"
+        choose("cached_attention", impl, {"xla": Implementation(_one_query)}, spec, ("xla",))
         scale = q_BTHd.shape[-1] ** -0.5 if scale is None else scale
         return _one_query(q_BTHd[:, 0], k_NSd, v_NSe, mask, scale, soft_cap, sinks_H)[:, None]
     k_BSKd, v_BSKe = (x.reshape(q_BTHd.shape[0], -1, *x.shape[1:]).swapaxes(1, 2) for x in (k_NSd, v_NSe))

@@ -40,6 +40,8 @@ def _logits(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _forward(hidden, kernel, targets, weights, chunk):
+    used = weights != 0
+    hidden = jnp.where(used[:, None], hidden, 0)  # nothing of an unused row, not even NaN, reaches the kernel's gradient
     n, dtype = hidden.shape[0], jnp.promote_types(hidden.dtype, jnp.float32)
     peak = jnp.full((n,), -jnp.inf, dtype)
     total = jnp.zeros((n,), dtype)
@@ -52,7 +54,6 @@ def _forward(hidden, kernel, targets, weights, chunk):
         here = jnp.arange(lo, hi) == targets[:, None]
         right = right + jnp.sum(jnp.where(here, logits, 0), axis=1)
     lse = peak + jnp.log(total)
-    used = weights != 0
     outputs = (jnp.where(used, weights * (lse - right), 0), jnp.where(used, weights * lse, 0))
     return outputs, (hidden, kernel, targets, weights, lse)
 

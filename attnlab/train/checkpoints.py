@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import pathlib
@@ -29,9 +30,10 @@ class Checkpoints:
     Args:
       workdir: of the run.
       keep: newest checkpoints that are kept, besides the one with the lowest held-out loss.
+      read_only: never clean up or write, as another process may be saving there.
     """
 
-    def __init__(self, workdir: pathlib.Path, keep: int = 1):
+    def __init__(self, workdir: pathlib.Path, keep: int = 1, *, read_only: bool = False):
         # Orbax reports each save, and each failure with its whole stack; what matters to people is said by the loop.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.directory = workdir.absolute() / "checkpoints"
@@ -45,8 +47,13 @@ class Checkpoints:
                     ),
                 ]
             ),
+            # Without this orbax would not write the metrics down, and a resumed run would not know its best; with it, it
+            # reads those of every checkpoint, which a reader of one does not need.
+            best_fn=None if read_only else lambda metrics: metrics[_METRIC],
+            best_mode="min",
             enable_async_checkpointing=True,
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
         )
         self._open: ocp.CheckpointManager | None = None
         self._saving: int | None = None
@@ -79,9 +86,10 @@ class Checkpoints:
 
         Raises:
           UserError: a file is missing or of another size than when it was written.
-          Exception: whatever orbax raises on other damage.
+          Exception: whatever orbax raises where arrays do not fit.
         """
-        self._check_files(step)
+        if (reason := self._damage(step)) is not None:
+            raise UserError(reason)
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(state=ocp.args.StandardRestore(_plain(like)), host=ocp.args.JsonRestore()),
@@ -93,37 +101,50 @@ class Checkpoints:
     ) -> tuple[int, TrainState, dict[str, Any]] | None:
         """The newest checkpoint that can be read; None if there is none at all.
 
-        A damaged one is reported and moved to `damaged_checkpoints`, so that its step can be saved again.
+        A damaged one is reported, and moved to `damaged_checkpoints` where an older one serves, so that its step can be
+        saved again.
 
         Raises:
-          UserError: there are checkpoints, and none can be read.
+          UserError: there are checkpoints and none is whole, or a whole one does not fit; nothing is moved then.
         """
         steps = self.steps()
-        for step in reversed(steps):
-            try:
-                state, host = self.restore(step, like)
-                jax.block_until_ready(state.params)
-                return step, state, host
-            except Exception as error:  # orbax and tensorstore raise whatever the damage leads to
-                self.close()
-                bin_ = self.directory.parent / "damaged_checkpoints"
-                bin_.mkdir(exist_ok=True)
-                target = bin_ / str(step)
-                shutil.rmtree(target, ignore_errors=True)
-                shutil.move(self.directory / str(step), target)
-                reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-                report(f"checkpoint {step} is damaged ({reason}); moved to {target}, going back to the one before")
-        if steps:
+        damaged = {step: reason for step in steps if (reason := self._damage(step)) is not None}
+        if steps and len(damaged) == len(steps):
             raise UserError(
-                f"none of the checkpoints {', '.join(map(str, steps))} in {self.directory} can be read; "
-                f"they are in {self.directory.parent / 'damaged_checkpoints'}\nstart again with another --workdir"
+                f"none of the checkpoints {', '.join(map(str, steps))} in {self.directory} is whole: "
+                f"{damaged[steps[-1]]}\nrestore them, or start again with another --workdir"
             )
-        return None
+        for step, reason in damaged.items():
+            report(f"checkpoint {step} is damaged ({reason}); moved to {self._set_aside(step)}")
+        whole = [step for step in steps if step not in damaged]
+        if not whole:
+            return None
+        if damaged:
+            report(f"going back to checkpoint {whole[-1]}")
+        try:
+            state, host = self.restore(whole[-1], like)
+            jax.block_until_ready(state.params)
+        except Exception as error:  # orbax and tensorstore raise whatever does not fit
+            raise UserError(
+                f"checkpoint {whole[-1]} in {self.directory} cannot be restored, though its files are whole: "
+                f"{first_line(error)}\nif the model's code has changed, undo that or use another --workdir"
+            ) from error
+        return whole[-1], state, host
+
+    def _set_aside(self, step: int) -> pathlib.Path:
+        bin_ = self.directory.parent / "damaged_checkpoints"
+        bin_.mkdir(exist_ok=True)
+        target = next(t for i in itertools.count() if not (t := bin_ / (f"{step}-{i}" if i else str(step))).exists())
+        shutil.move(self.directory / str(step), target)
+        return target
 
     def best_step(self) -> int | None:
-        """The step with the lowest held-out loss among those kept; None if none was evaluated."""
-        losses = {step: (self._manager.metrics(step) or {}).get(_METRIC) for step in self.steps()}
-        losses = {step: loss for step, loss in losses.items() if loss is not None}
+        """The step with the lowest held-out loss among those kept and whole; None if none was evaluated."""
+        losses = {}
+        for step in self.steps():
+            file = self.directory / str(step) / "metrics" / "metrics"
+            if self._damage(step) is None and file.is_file():
+                losses[step] = json.loads(file.read_text())[_METRIC]
         return min(losses, key=losses.__getitem__) if losses else None
 
     def wait(self) -> None:
@@ -150,19 +171,21 @@ class Checkpoints:
         new.replace(directory / _SIZES)
         self._saving = None
 
-    def _check_files(self, step: int) -> None:
+    def _damage(self, step: int) -> str | None:
+        """Which file of a checkpoint is not as it was written; None if all are."""
         directory = self.directory / str(step)
         try:
             sizes = json.loads((directory / _SIZES).read_text())
-        except FileNotFoundError:  # killed between the last write and the list: what is there is complete
-            return
+        except FileNotFoundError:  # killed between the last write and the list: what has its final name is complete
+            return None
         except ValueError:
-            raise UserError(f"{_SIZES} is cut off") from None
+            return f"{_SIZES} is cut off"
         for name, size in sizes.items():
             path = directory / name
             found = path.stat().st_size if path.is_file() else None
             if found != size:
-                raise UserError(f"{name} has {found if found is not None else 'no'} bytes instead of {size}")
+                return f"{name} has {found if found is not None else 'no'} bytes instead of {size}"
+        return None
 
     @property
     def _manager(self) -> ocp.CheckpointManager:
@@ -173,3 +196,9 @@ class Checkpoints:
 
 def _plain(state: TrainState) -> dict[str, Any]:
     return {name: getattr(state, name) for name in TrainState.__dataclass_fields__}
+
+
+def first_line(error: BaseException) -> str:
+    """The start of an exception's message, for a message of ours."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -25,8 +25,9 @@ class TrainConfig:
       eval_every: steps between evaluations on held-out data, and one after the last step; 0: never.
       eval_batches: held-out batches of an evaluation; 0: all of them.
       save_every: steps between checkpoints, and one after the last step; 0: only that one.
-      keep: newest checkpoints that are kept; the best by held-out loss is kept besides.
-      sample_tokens: tokens of each sample that is written to samples.txt after the last step; 0: no samples.
+      keep: newest checkpoints that are kept; of those saved at an evaluation, the best by held-out loss is kept besides.
+      sample_tokens: tokens of each sample that is written to samples.txt after the last step; 0, or without
+        evaluation: no samples.
       max_nonfinite: steps in a row with non-finite gradients after which the run stops; such a step updates nothing.
       profile: FIRST:LAST, steps that a profile is written of; none: no profile.
       on_config_change: stop or continue, when the workdir holds a run of another config.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import pathlib
 import signal
@@ -39,9 +40,9 @@ def train(config: RunConfig, path: pathlib.Path, console: rich.console.Console) 
     """
     with workdir.hold(path):
         old = metadata.read_config(path)
-        if old is not None:
-            metadata.check_same(path, old, config)
         last = max(Checkpoints(path).steps(), default=0)
+        if old is not None:
+            metadata.check_same(path, old, config, saved=last > 0)
         if last >= config.train.steps:
             console.print(f"the run in {path} is complete: step {last} of {config.train.steps}", highlight=False, soft_wrap=True)
             return
@@ -61,6 +62,11 @@ def load_tokenizer(config: RunConfig) -> data_lib.Tokenizer:
             f"{config.data.tokenizer!r}; allowed: {tokenizer.vocab_size} or more"
         )
     return tokenizer
+
+
+def micro_batches(config: RunConfig) -> data_lib.DataConfig:
+    """The data config whose batches are micro-batches: what evaluation, like training, holds at a time."""
+    return dataclasses.replace(config.data, batch=config.data.batch // config.train.accumulate)
 
 
 class _StopSignals:
@@ -98,14 +104,15 @@ class _Run:
         self.shardings = state_shardings(self.mesh, self.model, self.tx)
         shapes = jax.eval_shape(lambda: init_state(self.model, self.tx, c.seed))
         size = sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(shapes))
-        workdir.require_space(path, size * (c.train.keep + 2))
+        saved = len(Checkpoints(path).steps())
+        workdir.require_space(path, size * max(c.train.keep + 2 - saved, 1))
 
         processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
         self.loader = data_lib.train_loader(c.data, self.tokenizer, seed=c.seed, **processes)
         self.heldout = None
         if c.train.eval_every:
             self.heldout = data_lib.heldout_loader(
-                c.data, self.tokenizer, batches=c.train.eval_batches or None, **processes
+                micro_batches(c), self.tokenizer, batches=c.train.eval_batches * c.train.accumulate or None, **processes
             )
         self._report = Report(console, path)
         self._say = self._report.say
@@ -155,6 +162,7 @@ class _Run:
             stack.callback(self.checkpoints.close)
             stack.callback(self.log.close)
             stack.callback(self.loader.close)
+            stack.callback(self._stop_profile)
             self.progress = stack.enter_context(Progress(self._report, c.steps, self.step))
             signals = stack.enter_context(_StopSignals())
             self._clock = time.perf_counter()
@@ -175,19 +183,20 @@ class _Run:
                 if step == first:
                     self._first_step_done(step, metrics)
                 evaluating = self.heldout is not None and (step % c.eval_every == 0 or step == c.steps)
-                saving = step == c.steps or (c.save_every and step % c.save_every == 0) or signals.name is not None
+                stopping = signals.name  # read once: what comes later acts at the next step
+                saving = step == c.steps or (c.save_every and step % c.save_every == 0) or stopping is not None
                 if evaluating or saving:
                     evaluation = self._finish(*pending, evaluating=evaluating)
                     pending = None
                     if saving:
                         self._save(step, evaluation)
                     self._clock, self._clock_step = time.perf_counter(), step
-                if signals.name is not None and step < c.steps:
+                if stopping is not None and step < c.steps:
                     self.checkpoints.wait()
-                    self._say(f"{signals.name}: saved step {step}; resume with the same command (--workdir {self.path})")
+                    self._say(f"{stopping}: saved step {step}; resume with the same command (--workdir {self.path})")
                     return
-            self._write_samples()
             self.checkpoints.wait()
+            self._write_samples()
             self._say(f"done: step {c.steps}, {self.tokens:,} tokens; checkpoints and metrics are in {self.path}")
 
     def _first_step_done(self, step: int, metrics: Any) -> None:
@@ -267,7 +276,7 @@ class _Run:
             count, temperature=0.8, top_p=0.95, seed=self.config.seed,
             stop=self.tokenizer.eod_id, vocab=self.tokenizer.vocab_size,
         )  # fmt: skip
-        out = generate(self.model.merge, jax.device_get(self.state.params), prompts, sampling)
+        out = generate(self.model.merge, self.state.params, prompts, sampling)
         with (self.path / "samples.txt").open("a", encoding="utf-8") as file:
             for prompt, new in zip(prompts, out.tokens):
                 text = f"=== step {self.config.train.steps} · prompt ===\n{self.tokenizer.decode(prompt)}\n"
@@ -284,6 +293,10 @@ class _Run:
             yield
         if self._tracing and step == min(window[1], self.config.train.steps):
             jax.block_until_ready(self.state)
+            self._stop_profile()
+
+    def _stop_profile(self) -> None:
+        if self._tracing:
             jax.profiler.stop_trace()
             self._tracing = False
-            self._say(f"profile of steps {window[0]} to {step}: {self.path / 'profile'}")
+            self._say(f"wrote a profile to {self.path / 'profile'}")

@@ -100,8 +100,15 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
         raise UserError(f"{path} is damaged ({error}); restore it or use another --workdir") from None
 
 
-def check_same(workdir: pathlib.Path, old: dict[str, Any], new: RunConfig) -> None:
-    """Raises UserError if the workdir's run has another config, unless it is told to go on, and can."""
+def check_same(workdir: pathlib.Path, old: dict[str, Any], new: RunConfig, *, saved: bool) -> None:
+    """Raises UserError if the workdir's run has another config, unless it is told to go on, and can.
+
+    Args:
+      workdir: of the run.
+      old: the config in its config.json.
+      new: the config asked for.
+      saved: whether there is a checkpoint that `new` would have to fit.
+    """
     changed = [
         (key, f"{key}: {config_lib.show(a)} -> {config_lib.show(b)}")
         for key, a, b in config_lib.difference(old, config_lib.to_dict(new))
@@ -114,7 +121,7 @@ def check_same(workdir: pathlib.Path, old: dict[str, Any], new: RunConfig) -> No
             f"{workdir} holds a run of another config: {shown}\n"
             "use another --workdir, or go on under the new config with --config.train.on_config_change=continue"
         )
-    if any(key.startswith(("model.", "optimizer.")) for key, _ in changed):
+    if saved and any(key.startswith(("model.", "optimizer.")) for key, _ in changed):
         require_same_arrays(workdir, old, new)
 
 

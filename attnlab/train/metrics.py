@@ -28,7 +28,7 @@ class MetricLog:
         self._drop_after(step)
         self._file = self.path.open("a", buffering=1)
         self._tensorboard = SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=step + 1 if step else None, flush_secs=10
+            str(workdir / "tensorboard"), purge_step=step + 1, flush_secs=10
         )
 
     def write(self, record: dict[str, Any]) -> None:

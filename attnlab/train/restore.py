@@ -16,9 +16,9 @@ from attnlab.errors import UserError
 from attnlab.evaluate.generate import Sampling
 from attnlab.evaluate.perplexity import Evaluation, evaluate
 from attnlab.train import metadata, optimizers, sharding
-from attnlab.train.checkpoints import Checkpoints
+from attnlab.train.checkpoints import Checkpoints, first_line
 from attnlab.train.config import RunConfig
-from attnlab.train.loop import load_tokenizer
+from attnlab.train.loop import load_tokenizer, micro_batches
 from attnlab.train.state import Model, init_state, state_shardings
 from attnlab.train.step import make_eval_step
 
@@ -67,7 +67,7 @@ def load(path: pathlib.Path, which: str = "best", overrides: list[str] | None = 
     """
     config = read_run(path, overrides or [])
     tokenizer = load_tokenizer(config)
-    checkpoints = Checkpoints(path)
+    checkpoints = Checkpoints(path, read_only=True)
     steps = checkpoints.steps()
     if not steps:
         raise UserError(f"--workdir {path} has no checkpoint yet; let the run go on to its first train.save_every")
@@ -81,7 +81,7 @@ def load(path: pathlib.Path, which: str = "best", overrides: list[str] | None = 
     else:
         raise UserError(f"--checkpoint {which!r} is not there; allowed: best, latest, {', '.join(map(str, steps))}")
 
-    mesh = sharding.make_mesh(config.mesh, config.data.batch)
+    mesh = sharding.make_mesh(config.mesh, config.data.batch // config.train.accumulate)
     model = Model.of(config.model)
     tx = optimizers.build(config.optimizer, config.train.steps, model.axes)
     shapes = jax.eval_shape(lambda: init_state(model, tx, config.seed))
@@ -91,9 +91,8 @@ def load(path: pathlib.Path, which: str = "best", overrides: list[str] | None = 
     try:
         state, _ = checkpoints.restore(step, like)
     except Exception as error:  # orbax and tensorstore raise whatever the damage leads to
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"checkpoint {step} in {path} cannot be read: {reason}\n"
+            f"checkpoint {step} in {path} cannot be read: {first_line(error)}\n"
             f"choose another with --checkpoint: {', '.join(str(s) for s in steps if s != step) or 'there is none'}"
         ) from None
     finally:
@@ -104,7 +103,7 @@ def load(path: pathlib.Path, which: str = "best", overrides: list[str] | None = 
 def evaluate_heldout(trained: Trained, batches: int | None = None) -> Evaluation:
     """Held-out loss over all of the data's held-out batches, or the first `batches`."""
     config = trained.config
-    loader = data_lib.heldout_loader(config.data, trained.tokenizer, batches=batches)
+    loader = data_lib.heldout_loader(micro_batches(config), trained.tokenizer, batches=batches)
     step = jax.jit(make_eval_step(trained.model, config.train, trained.tokenizer.byte_lengths()))
     return evaluate(
         lambda batch: step(trained.params, batch), (sharding.put_batch(b, trained.mesh) for b in loader)

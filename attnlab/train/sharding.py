@@ -87,12 +87,20 @@ def parameter_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
 
 def optimizer_shardings(mesh: Mesh, tx: optax.GradientTransformation, shapes: Any, shardings: Any) -> Any:
     """Shardings of `tx.init(params)`: moments like their parameter, the rest (and factored moments) on every device."""
+    # By path: an optimizer's moments end in the path of their parameter, whatever wraps them.
     replicated = NamedSharding(mesh, PartitionSpec())
-    state = jax.eval_shape(tx.init, shapes)
-    like = lambda leaf, shape, sharding: sharding if leaf.shape == shape.shape else replicated
-    return optax.tree.map_params(
-        tx, like, state, shapes, shardings, transform_non_params=lambda _: replicated
-    )
+    leaves = jax.tree_util.tree_leaves_with_path
+    of_parameter = {
+        path: (leaf.shape, sharding)
+        for (path, leaf), sharding in zip(leaves(shapes), jax.tree.leaves(shardings), strict=True)
+    }
+
+    def one(path: Any, leaf: Any) -> NamedSharding:
+        tails = (path[i:] for i in range(len(path)))
+        shape, sharding = next((of_parameter[tail] for tail in tails if tail in of_parameter), (None, replicated))
+        return sharding if leaf.shape == shape else replicated
+
+    return jax.tree_util.tree_map_with_path(one, jax.eval_shape(tx.init, shapes))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -17,6 +17,12 @@ from attnlab.train.state import Model, TrainState
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
+# What a step and the loop report themselves.
+_RESERVED = (
+    "step", "loss", "z_loss", "tokens", "step_tokens", "tokens_per_second", "step_seconds", "mfu", "grad_norm",
+    "learning_rate", "nonfinite", "skipped", "heldout_loss", "heldout_bits_per_byte",
+)  # fmt: skip
+
 
 def make_train_step(
     model: Model, tx: optax.GradientTransformation, config: TrainConfig, rate: optax.Schedule
@@ -40,9 +46,12 @@ def make_train_step(
         sums = {"loss": jnp.sum(nll)}
         if config.z_loss:
             sums["z_loss"] = config.z_loss * jnp.sum(lse * lse)
+        names = [*_RESERVED, *out.losses, *out.metrics]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"mixers' losses and metrics need names of their own; taken: {', '.join(twice)}")
+        total = sums["loss"] + sums.get("z_loss", 0) + tokens * sum(out.losses.values())
         for group in (out.losses, out.metrics):
             sums |= {name: tokens * value.astype(nll.dtype) for name, value in group.items()}
-        total = sums["loss"] + sums.get("z_loss", 0) + sum(sums[name] for name in out.losses)
         return total, sums | {"tokens": tokens}
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -75,7 +84,7 @@ def make_train_step(
         )
         metrics |= {
             "grad_norm": norm,
-            "learning_rate": jnp.asarray(rate(state.step)),
+            "learning_rate": jnp.asarray(rate(state.step - state.skipped)),  # skipped steps are not steps of the optimizer
             "step_tokens": tokens,
             "nonfinite": new_state.nonfinite,
             "skipped": new_state.skipped,

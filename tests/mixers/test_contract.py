@@ -74,8 +74,11 @@ def test_definition(config, x64):
 
 
 def implementations(config):
-    field = next(f for f in dataclasses.fields(config) if f.name == "impl")
-    return ["definition", *(v for v in (field.default, *field.metadata["other"]) if v != "definition")]
+    """`auto` or the like, and every implementation by its name, forced."""
+    cls = mixers.get(config.node_name)
+    default = next(f for f in dataclasses.fields(config) if f.name == "impl").default
+    assert "definition" in cls.implementations
+    return dict.fromkeys([default, *cls.implementations])
 
 
 @every_config

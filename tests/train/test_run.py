@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -10,11 +11,15 @@ import subprocess
 import sys
 import time
 
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from attnlab import data as data_lib
 from attnlab.errors import TrainingFailed, UserError
-from attnlab.train import restore
+from attnlab.mixers.softmax import Softmax
+from attnlab.train import loop, optimizers, restore
+from attnlab.train.checkpoints import Checkpoints
 from tests.train import runs
 
 
@@ -110,13 +115,14 @@ def test_truncated_checkpoint_is_reported_and_stepped_over(finished, source, tmp
     largest = max(files_of_checkpoint(tmp_path, 8), key=lambda p: p.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
     printed = runs.run(runs.config(source), tmp_path)
-    assert "checkpoint 8 is damaged" in printed and "at step 4" in printed
+    assert "checkpoint 8 is damaged" in printed and "going back to checkpoint 4" in printed
+    assert (tmp_path / "damaged_checkpoints" / "8").is_dir()
     assert runs.lines(tmp_path) == runs.lines(finished[0])
 
 
 def test_any_truncated_or_missing_file_is_noticed(source, tmp_path):
     """Cutting or removing any one file of a checkpoint is an error that names what is wrong."""
-    runs.run(runs.config(source, train__steps=4, train__eval_every=0, train__sample_tokens=0), tmp_path)
+    runs.run(runs.config(source, train__steps=4, train__eval_every=4, train__sample_tokens=0), tmp_path)
     restore.load(tmp_path)
     for file in files_of_checkpoint(tmp_path, 4):
         content = file.read_bytes()
@@ -126,7 +132,84 @@ def test_any_truncated_or_missing_file_is_noticed(source, tmp_path):
             damage()
             with pytest.raises(UserError, match="checkpoint 4 .* cannot be read"):
                 restore.load(tmp_path)
+            with pytest.raises(UserError, match="none of the checkpoints 4 .* is whole"):
+                runs.run(runs.config(source, train__steps=5, train__on_config_change="continue"), tmp_path)
             file.write_bytes(content)
+
+
+def losses_at_evaluations(monkeypatch, losses):
+    """Evaluations report these losses, one after the other."""
+    left = iter(losses)
+    evaluated = loop.evaluate
+
+    def rigged(*args):
+        result = evaluated(*args)
+        return dataclasses.replace(result, nll_T=next(left) * result.tokens_T)
+
+    monkeypatch.setattr(loop, "evaluate", rigged)
+
+
+def test_the_best_checkpoint_outlives_newer_ones_and_a_resume(source, tmp_path, monkeypatch):
+    """The lowest held-out loss decides what `best` is, however often the run is continued."""
+    each = {"train__eval_every": 1, "train__save_every": 1, "train__keep": 1, "train__sample_tokens": 0}
+    with monkeypatch.context() as patch:
+        losses_at_evaluations(patch, [3.0, 1.0, 2.0, 2.5])
+        runs.run(runs.config(source, train__steps=4, **each), tmp_path)
+    with monkeypatch.context() as patch:
+        losses_at_evaluations(patch, [2.2, 2.1])
+        runs.run(runs.config(source, train__steps=6, train__on_config_change="continue", **each), tmp_path)
+    assert Checkpoints(tmp_path, read_only=True).steps() == [2, 6]
+    assert restore.load(tmp_path).step == 2 and restore.load(tmp_path, "latest").step == 6
+
+
+def test_other_code_moves_no_checkpoint(source, tmp_path, monkeypatch):
+    """A checkpoint that is whole but does not fit the model's code is an error, not damage."""
+    runs.run(runs.config(source, train__steps=4), tmp_path)
+    original = Softmax.__init__
+
+    def with_one_more(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.extra = nnx.Param(jnp.zeros(3), axes=("embed",))
+
+    monkeypatch.setattr(Softmax, "__init__", with_one_more)
+    config = runs.config(source, train__steps=6, train__on_config_change="continue")
+    for _ in range(2):
+        with pytest.raises(UserError, match="checkpoint 4 .* cannot be restored, though its files are whole"):
+            runs.run(config, tmp_path)
+    assert Checkpoints(tmp_path).steps() == [4]
+
+
+def test_reading_disturbs_no_writer(source, tmp_path):
+    """Evaluating a run that is saving leaves its unfinished checkpoint alone."""
+    runs.run(runs.config(source, train__steps=4), tmp_path)
+    unfinished = tmp_path / "checkpoints" / "8.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    restore.load(tmp_path)
+    assert unfinished.is_dir()
+
+
+def test_signal_during_evaluation_is_heeded_with_a_save(source, tmp_path, monkeypatch):
+    """A signal that comes while evaluating acts at the next step, and what is said to be saved is."""
+    evaluated = loop.evaluate
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluated(*args)
+
+    monkeypatch.setattr(loop, "evaluate", interrupted)
+    printed = runs.run(runs.config(source, train__save_every=0, train__eval_every=3), tmp_path)
+    assert "SIGTERM: saved step 4" in printed
+    assert Checkpoints(tmp_path).steps() == [4]
+
+
+@pytest.mark.parametrize("name", list(optimizers.CONFIGS))
+def test_every_optimizer_trains(source, tmp_path, name):
+    """Each optimizer's state is placed, saved, restored and goes on."""
+    short = {"optimizer__name": name, "train__eval_every": 0, "train__on_config_change": "continue"}
+    runs.run(runs.config(source, train__steps=3, **short), tmp_path)
+    runs.run(runs.config(source, train__steps=6, **short), tmp_path)
+    losses = [line["loss"] for line in runs.lines(tmp_path)]
+    assert len(losses) == 6 and losses[-1] < losses[0]
 
 
 def test_changed_config_stops_and_says_what_changed(finished, source):
@@ -155,7 +238,7 @@ def test_other_data_is_refused(finished, source, tmp_path):
 
 
 def test_non_finite_gradients_stop_the_run_with_the_step(source, tmp_path):
-    """A learning rate that destroys the model ends the run, naming the step; the parameters stay finite."""
+    """A learning rate that destroys the model ends the run, naming the step."""
     config = runs.config(
         source, optimizer__name="lion", optimizer__learning_rate=1e30, optimizer__warmup=0, optimizer__clip=None,
         train__max_nonfinite=3, train__eval_every=0,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from attnlab.errors import ConfigError
+from attnlab.mixers.softmax import Softmax
 from attnlab.train import optimizers, sharding
 from attnlab.train.config import MeshConfig
 from attnlab.train.state import Model, init_state, state_shardings
@@ -112,6 +115,7 @@ def test_non_finite_gradients_update_nothing(whole):
     after.params["norm"]["scale"] = jnp.ones_like(bad)
     healed, metrics = step(after, ragged_batch())
     assert metrics["nonfinite"] == 0 and healed.skipped == 2
+    assert metrics["learning_rate"] == whole[1][0]["learning_rate"]  # it is the optimizer's first step
 
 
 def test_z_loss_is_added_and_reported():
@@ -124,6 +128,29 @@ def test_z_loss_is_added_and_reported():
     np.testing.assert_allclose(metrics[0]["z_loss"], expected, rtol=1e-5)
     np.testing.assert_allclose(metrics[0]["loss"], plain[1][0]["loss"], rtol=1e-6)
     assert metrics[0]["grad_norm"] != plain[1][0]["grad_norm"]
+
+
+@pytest.mark.parametrize("reported", [{"losses": {"balance": 1.0}, "metrics": {"balance": 3.0}}, {"metrics": {"loss": 3.0}}])
+def test_mixers_names_are_their_own(monkeypatch, reported):
+    """A mixer cannot report under a name that something else has."""
+    call = Softmax.__call__
+    fields = {k: {name: jnp.float32(v) for name, v in group.items()} for k, group in reported.items()}
+    monkeypatch.setattr(Softmax, "__call__", lambda *a: dataclasses.replace(call(*a), **fields))
+    with pytest.raises(ValueError, match="names of their own; taken: (balance|loss)"):
+        run(steps=1)
+
+
+def test_mixers_losses_are_added(monkeypatch, whole):
+    """What a mixer reports as a loss moves the gradients, and is logged as it is."""
+    call = Softmax.__call__
+
+    def with_loss(self, x, seq):
+        return dataclasses.replace(call(self, x, seq), losses={"size": 0.1 * jnp.mean(x**2)})
+
+    monkeypatch.setattr(Softmax, "__call__", with_loss)
+    _, metrics = run(steps=1)
+    np.testing.assert_allclose(metrics[0]["size"], 0.1, rtol=0.05)  # the input is normalised
+    np.testing.assert_allclose(metrics[0]["loss"], whole[1][0]["loss"], rtol=1e-6)
 
 
 def test_dropout_draws_anew_each_step():
