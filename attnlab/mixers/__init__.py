@@ -6,6 +6,7 @@ import pkgutil
 from attnlab.mixers.base import (
     Capabilities,
     Cost,
+    HeadMixer,
     Mixer,
     MixerConfig,
     MixerOutput,
@@ -21,6 +22,7 @@ from attnlab.mixers.base import (
 __all__ = [
     "Capabilities",
     "Cost",
+    "HeadMixer",
     "Mixer",
     "MixerConfig",
     "MixerOutput",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -30,11 +31,14 @@ class Sequence:
       segments: [B, T] int32 or None. Documents packed in one row carry different ids and are contiguous; 0 is padding.
         None says that every row is one document without padding.
       context: [B, S, D] or None, what cross-attention reads.
+      grid: rows and columns of an image whose pixels or patches, row by row, are the last positions of every row of the
+        batch; those before them (a class token) are not of the image. None where there is no image.
     """
 
     positions: jax.Array
     segments: jax.Array | None = None
     context: jax.Array | None = None
+    grid: tuple[int, int] | None = dataclasses.field(default=None, metadata={"static": True})
 
     @classmethod
     def whole(cls, batch: int, length: int) -> Sequence:
@@ -95,15 +99,19 @@ class Cost:
         return sum(self.flops.values())
 
 
-def knob(default: Any, doc: str, *, other: tuple[Any, ...] = ()) -> Any:
+def knob(
+    default: Any, doc: str, *, other: tuple[Any, ...] = (), build: Callable[[Any, str], Any] | None = None
+) -> Any:
     """A documented field of a mixer's Config.
 
     Args:
       default: the field's default.
       doc: what it does, with units; `attnlab list NAME` prints it.
       other: values that differ from the default and must make a difference; the contract battery tries each of them.
+      build: `(tree, path)` to the value, where a config node stands here; None: the value is of the annotated type.
     """
-    return dataclasses.field(default=default, metadata={"doc": doc, "other": other})
+    metadata = {"doc": doc, "other": other} | ({"build": build} if build else {})
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 class MixerConfig:
@@ -124,6 +132,7 @@ class Mixer(nnx.Module):
       extension: what here is ours and not in the paper; empty if nothing.
       implementations: values of the Config's `impl` by name, `definition` among them; each is held to the definition.
       variants: combinations of knobs that the contract battery must try besides each knob alone.
+      counted: the implementation whose matrix products `flops` declares.
     """
 
     Config: ClassVar[type[MixerConfig]]
@@ -133,6 +142,7 @@ class Mixer(nnx.Module):
     extension: ClassVar[str] = ""
     implementations: ClassVar[tuple[str, ...]]
     variants: ClassVar[tuple[dict[str, Any], ...]] = ()
+    counted: ClassVar[str] = "definition"
 
     def __init__(self, config: Any, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         raise NotImplementedError
@@ -177,6 +187,35 @@ class Mixer(nnx.Module):
         ):
             if asked and not able:
                 raise UnsupportedPattern(f"mixer {self.name!r} does not support {what}")
+
+
+class HeadMixer(Mixer):
+    """A mixer that is a sum over heads: `heads` computes each head's output, `combine` projects and adds them.
+
+    What stands between the heads and their sum (MoH's gates) then works on any of them.
+    """
+
+    def heads(self, x: jax.Array, seq: Sequence, state: State = None) -> MixerOutput:
+        """Each head's output, `y` [B, T, H, e], ready to be projected: norms and gates on it are applied.
+
+        With a state the positions are the next T >= 1 of a stream and the output holds the new state; without, they
+        are whole sequences.
+        """
+        raise NotImplementedError
+
+    def combine(self, o_BTHe: jax.Array, x: jax.Array) -> jax.Array:
+        """The layer's output [B, T, D] from the heads' outputs: a projection, linear in them."""
+        raise NotImplementedError
+
+    def __call__(self, x: jax.Array, seq: Sequence) -> MixerOutput:
+        self.require(seq, causal=self.config.causal)
+        out = self.heads(x, seq)
+        return dataclasses.replace(out, y=self.combine(out.y, x), state=None)
+
+    def extend(self, x: jax.Array, seq: Sequence, state: State) -> MixerOutput:
+        self.require(seq, causal=True)
+        out = self.heads(x, seq, state)
+        return dataclasses.replace(out, y=self.combine(out.y, x))
 
 
 _REGISTRY: dict[str, type[Mixer]] = {}

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnlab import config as config_lib
-from attnlab.mixers.base import knob, register
+from attnlab.mixers.base import MixerOutput, Sequence, knob, register
 from attnlab.mixers.parts import Linear, param_dtype
-from attnlab.mixers.softmax import Softmax, SoftmaxConfig
+from attnlab.mixers.softmax import KVCache, Softmax, SoftmaxConfig
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "sigmoid": jax.nn.sigmoid,
@@ -124,10 +124,12 @@ class Gated(Softmax):
             q = self.gate.apply(q, x)
         return q, k, v
 
-    def combine(self, o_BTHd: jax.Array, x: jax.Array) -> jax.Array:
-        if self.config.position == "G1":
-            o_BTHd = self.gate.apply(o_BTHd, x)
-        y = super().combine(o_BTHd, x)
+    def heads(self, x: jax.Array, seq: Sequence, state: KVCache | None = None) -> MixerOutput:
+        out = super().heads(x, seq, state)
+        return dataclasses.replace(out, y=self.gate.apply(out.y, x)) if self.config.position == "G1" else out
+
+    def combine(self, o_BTHe: jax.Array, x: jax.Array) -> jax.Array:
+        y = super().combine(o_BTHe, x)
         return self.gate.apply(y[..., None, :], x)[..., 0, :] if self.config.position == "G5" else y
 
     @classmethod

@@ -12,7 +12,7 @@ from flax import nnx
 
 from attnlab import config as config_lib
 from attnlab.errors import ConfigError, UnsupportedPattern
-from attnlab.mixers.base import Capabilities, Mixer, MixerConfig, MixerOutput, Sequence, knob, register
+from attnlab.mixers.base import Capabilities, HeadMixer, MixerConfig, MixerOutput, Sequence, knob, register
 from attnlab.mixers.parts import Linear, RMSNorm, param_dtype
 from attnlab.ops.attention import IMPLEMENTATIONS, attention
 from attnlab.ops.cached_attention import cached_attention
@@ -92,7 +92,7 @@ class KVCache:
 
 
 @register("softmax")
-class Softmax(Mixer):
+class Softmax(HeadMixer):
     """`softmax(q k^T / sqrt(d)) v` per head, then a projection (Vaswani et al. 2017, eq. 1 and section 3.2.2)."""
 
     Config = SoftmaxConfig
@@ -126,18 +126,28 @@ class Softmax(Mixer):
         heads = lambda y: y.reshape(*x.shape[:2], -1, self.head_dim)
         return heads(self.q(x)), heads(self.k(x)), heads(self.v(x))
 
-    def combine(self, o_BTHd: jax.Array, x: jax.Array) -> jax.Array:
-        """The layer's output [B, T, D] from the heads' outputs."""
-        return self.out(o_BTHd.reshape(*x.shape[:2], -1))
+    def attend(
+        self, op: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, x: jax.Array
+    ) -> MixerOutput:
+        """Heads' outputs [B, T, H, d] from positioned q, k and v, and x [B, T, D]; `op` is `attention` or
+        `cached_attention`."""
+        c = self.config
+        sinks = self.sinks[...] if c.sinks else None
+        return MixerOutput(op(q, k, v, mask, soft_cap=c.soft_cap, sinks_H=sinks, impl=c.impl))
+
+    def combine(self, o_BTHe: jax.Array, x: jax.Array) -> jax.Array:
+        return self.out(o_BTHe.reshape(*x.shape[:2], -1))
 
     # The contract.
 
-    def __call__(self, x: jax.Array, seq: Sequence) -> MixerOutput:
+    def heads(self, x: jax.Array, seq: Sequence, state: KVCache | None = None) -> MixerOutput:
+        """As in the contract. More positions than the cache has room for give NaN, as jit can raise nothing."""
+        q, k, v = self.positioned(x, seq)
+        if state is not None:
+            return self._extended(q, k, v, x, seq, state)
         c = self.config
-        self.require(seq, causal=c.causal)
-        q, k, v = self._positioned(x, seq)
         mask = mask_from_segments(seq.segments, x.shape[1], causal=c.causal, window=c.window)
-        return MixerOutput(self.combine(self._attend(attention, q, k, v, mask), x))
+        return self.attend(attention, q, k, v, mask, x)
 
     def init_state(self, batch: int, max_length: int, dtype: Any = jnp.float32) -> KVCache:
         if not self.config.causal:
@@ -152,13 +162,31 @@ class Softmax(Mixer):
             segment=jnp.full((batch,), -1, jnp.int32),
         )
 
-    def extend(self, x: jax.Array, seq: Sequence, state: KVCache) -> MixerOutput:
-        """As in the contract. More positions than the cache has room for give NaN, as jit can raise nothing."""
-        c = self.config
-        self.require(seq, causal=True)
+    @classmethod
+    def flops(cls, config: SoftmaxConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:
+        d, kv_heads = config.head_dim(width), config.kv_heads or config.heads
+        span = mean_span(length, config.causal, config.window)
+        return {
+            "projections": 2.0 * width * d * (2 * config.heads + 2 * kv_heads),
+            "attention": 4.0 * config.heads * d * span,
+        }, span
+
+    def positioned(self, x: jax.Array, seq: Sequence) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """`project`, then QK-norm and RoPE."""
+        q, k, v = self.project(x)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.config.rope_base is not None:
+            q, k = (rope(y, seq.positions, self.config.rope_base) for y in (q, k))
+        return q, k, v
+
+    # Inside.
+
+    def _extended(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, x: jax.Array, seq: Sequence, state: KVCache
+    ) -> MixerOutput:
         batch, new = x.shape[:2]
         slots = state.k.shape[1]
-        q, k, v = self._positioned(x, seq)
         index_T = state.length + jnp.arange(new, dtype=jnp.int32)
         segments = jnp.ones((batch, new), jnp.int32) if seq.segments is None else seq.segments
         start = _document_starts(segments, index_T, state)
@@ -176,38 +204,13 @@ class Softmax(Mixer):
             first = state.length
         # Slots are counted from the first key at hand; a padding row sees nothing.
         own_start = jnp.where(segments == 0, index_T + 1, start) - (state.length - first)
-        mask = mask_for_extension(first, new, own_start, window=c.window)
-        o = self._attend(cached_attention, q, keys.astype(q.dtype), values.astype(q.dtype), mask)
+        mask = mask_for_extension(first, new, own_start, window=self.config.window)
+        out = self.attend(cached_attention, q, keys.astype(q.dtype), values.astype(q.dtype), mask, x)
+        o = out.y
         if not rolling:
             o = jnp.where(state.length + new <= slots, o, jnp.nan)
         cache = KVCache(k_cache, v_cache, state.length + new, start[:, -1], segments[:, -1])
-        return MixerOutput(self.combine(o, x), state=cache)
-
-    @classmethod
-    def flops(cls, config: SoftmaxConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:
-        d, kv_heads = config.head_dim(width), config.kv_heads or config.heads
-        span = mean_span(length, config.causal, config.window)
-        return {
-            "projections": 2.0 * width * d * (2 * config.heads + 2 * kv_heads),
-            "attention": 4.0 * config.heads * d * span,
-        }, span
-
-    # Inside.
-
-    def _positioned(self, x: jax.Array, seq: Sequence) -> tuple[jax.Array, jax.Array, jax.Array]:
-        q, k, v = self.project(x)
-        if self.config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.config.rope_base is not None:
-            q, k = (rope(y, seq.positions, self.config.rope_base) for y in (q, k))
-        return q, k, v
-
-    def _attend(
-        self, op: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask
-    ) -> jax.Array:
-        c = self.config
-        sinks = self.sinks[...] if c.sinks else None
-        return op(q, k, v, mask, soft_cap=c.soft_cap, sinks_H=sinks, impl=c.impl)
+        return dataclasses.replace(out, y=o, state=cache)
 
     def _rolling_slots(self, max_length: int) -> int | None:
         window = self.config.window

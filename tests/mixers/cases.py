@@ -35,7 +35,7 @@ def configs(name: str) -> dict[str, tuple[Any, bool]]:
         for value in field.metadata["other"]:
             found[f"{field.name}={value}"] = (cls.Config(**{field.name: value}), False)
     for fields in cls.variants:
-        found[",".join(f"{k}={v}" for k, v in fields.items())] = (cls.Config(**fields), True)
+        found[",".join(f"{k}={v}" for k, v in fields.items())] = (cls.Config(**fields), False)
     return found
 
 

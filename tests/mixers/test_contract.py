@@ -32,15 +32,17 @@ def call(graphdef, params, x, seq):
     return nnx.merge(graphdef, params)(x, seq).y
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def value_and_gradients(graphdef, params, x, seq):
-    """y, and gradients of a scalar that depends on every visible position, for parameters and x."""
+@functools.partial(jax.jit, static_argnums=0, static_argnames="losses")
+def value_and_gradients(graphdef, params, x, seq, losses=True):
+    """y and losses, and gradients of a scalar of every visible position and every loss, for parameters and x."""
 
     def scalar(params, x):
-        y = call(graphdef, params, x, seq)
+        out = nnx.merge(graphdef, params)(x, seq)
+        y = out.y
         used = jnp.ones(y.shape[:2]) if seq.segments is None else seq.segments > 0
         weights = jnp.cos(jnp.arange(y.size).reshape(y.shape)) * used[..., None]
-        return jnp.sum(weights * y), y
+        added = sum(out.losses.values()) if losses else 0
+        return jnp.sum(weights * y) + added, (y, out.losses)
 
     (_, y), gradients = jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True)(params, x)
     return y, gradients
@@ -127,7 +129,8 @@ def test_packing(config, x64):
     """Law 4: packed documents give what each gives alone, gradients too; padding changes nothing and stays finite."""
     graphdef, params = cases.split(cases.module(config, jnp.float64))
     x, seq = cases.inputs(jnp.float64)
-    y, gradients = value_and_gradients(graphdef, params, x, seq)
+    # The losses are of the whole batch, which documents share.
+    (y, losses), gradients = value_and_gradients(graphdef, params, x, seq, losses=False)
 
     def alone(params, x):
         weights = jnp.cos(jnp.arange(y.size).reshape(y.shape))
@@ -141,7 +144,9 @@ def test_packing(config, x64):
     assert_close(gradients, expected, 1e-9)
 
     padding = (seq.segments == 0)[..., None]
-    changed, changed_gradients = value_and_gradients(graphdef, params, jnp.where(padding, 1e4 * x, x), seq)
+    loud = jnp.where(padding, 1e4 * x, x)
+    (changed, changed_losses), changed_gradients = value_and_gradients(graphdef, params, loud, seq, losses=False)
+    assert_close(changed_losses, losses, 1e-12)
     assert np.all(np.isfinite(changed))
     used = np.asarray(seq.segments) > 0
     np.testing.assert_array_equal(np.asarray(changed)[used], np.asarray(y)[used])
@@ -197,7 +202,7 @@ def test_bfloat16(config):
     low, _ = cases.split(cases.module(config, jnp.bfloat16))
     x, seq = cases.inputs(jnp.float32)
     expected = np.asarray(call(graphdef, params, x, seq))
-    y, gradients = value_and_gradients(low, params, x.astype(jnp.bfloat16), seq)
+    (y, _), gradients = value_and_gradients(low, params, x.astype(jnp.bfloat16), seq)
     assert y.dtype == jnp.bfloat16
     error = np.abs(np.asarray(y, np.float32) - expected).max() / np.abs(expected).max()
     assert error < 0.05
@@ -208,15 +213,15 @@ def test_bfloat16(config):
 
 @every_config
 def test_cost(config):
-    """Law 9: declared FLOPs are those of the traced definition, parameters and state bytes those of the arrays."""
+    """Law 9: declared FLOPs are those of the program traced, parameters and state bytes those of the arrays."""
     cls = mixers.get(config.node_name)
     cost = cls.cost(config, cases.WIDTH, cases.LENGTH)
-    graphdef, params = cases.split(cases.module(dataclasses.replace(config, impl="definition"), jnp.float32))
+    graphdef, params = cases.split(cases.module(dataclasses.replace(config, impl=cls.counted), jnp.float32))
     assert cost.parameters == sum(p.size for p in jax.tree.leaves(params))
     x, _ = cases.inputs(jnp.float32)
     seq = mixers.Sequence.whole(*x.shape[:2])
     counted = flops.count(lambda p, x: call(graphdef, p, x, seq), params, x) / (2 * cases.LENGTH)
-    # The definition computes all pairs; the declaration counts those that the mask lets through.
+    # Where pairs are counted, the program computes all and the declaration those that the mask lets through.
     declared = dict(cost.flops)
     if cost.span is not None:
         declared["attention"] *= cases.LENGTH / cost.span
