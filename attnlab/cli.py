@@ -177,6 +177,8 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = verb("list", "the mixers; with a name, its knobs", machine=True)
     sub.add_argument("name", nargs="?", metavar="MIXER")
+    sub.add_argument("--length", type=int, metavar="T", help="positions at which state and FLOPs are told (4096)")
+    sub.add_argument("--width", type=int, metavar="D", help="model width at which they are told (512)")
 
     sub = verb("cost", "parameters, FLOPs per token and state of a config", config=True, machine=True)
     sub.add_argument("--length", type=int, metavar="T", help="sequence length; default: data.length")
@@ -306,12 +308,14 @@ def _list(args: argparse.Namespace, _: list[str]) -> int:
         _table("knobs", ["key", "default", "meaning"],
                [[k["key"], str(k["default"]), k["doc"]] for k in described["knobs"]])  # fmt: skip
         return 0
-    rows = describe.all_mixers()
+    width = describe.WIDTH if args.width is None else args.width
+    length = describe.LENGTH if args.length is None else args.length
+    rows = describe.all_mixers(width, length)
     if args.json:
         _print_json(rows)
         return 0
-    _table(f"mixers, width {describe.WIDTH}, at T = {describe.LENGTH}",
-           ["name", "paper", "can", "state bytes", "FLOPs / softmax", "ours"],
+    _table(f"one layer with default knobs, width {width}, at T = {length}",
+           ["name", "paper", "can", f"state bytes at {length}", "FLOPs / softmax", "extension, not in the paper"],
            [[r["name"], r["paper"], ", ".join(r["capabilities"]), f"{r['state_bytes']:,}",
              f"{r['relative_flops']:.2f}", r["extension"] or "-"] for r in rows])  # fmt: skip
     return 0

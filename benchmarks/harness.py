@@ -154,7 +154,12 @@ def machine() -> dict[str, Any]:
             cpu = next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "torch", "numpy")}
+    versions = {}
+    for name in ("jax", "jaxlib", "flax", "torch", "numpy"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            pass  # torch is only needed where it is compared with
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),
@@ -176,6 +181,16 @@ def print_rates(title: str, unit: str, rows: list[tuple[str, dict[str, Any], dic
             cells += [f"{r['median']:,.{digits}f}", f"{r['lowest']:,.{digits}f} to {r['highest']:,.{digits}f}"]
         table.add_row(name, *cells)
     rich.console.Console(highlight=False, width=120).print(table)
+
+
+def print_table(columns: list[str], rows: list[list[str]], title: str | None = None) -> None:
+    """Rows of text; the first column to the left, the others to the right."""
+    table = rich.table.Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*row)
+    rich.console.Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def print_machine(facts: dict[str, Any], undisturbed: bool) -> None:

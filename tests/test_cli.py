@@ -93,6 +93,8 @@ def refused(attnlab):
         (["list", "--config.train.steps=3"], ["--config.train.steps=3"]),
         (["list", "gatd"], ["'gatd'", "did you mean 'gated'", "softmax"]),
         (["list", "--jsn"], ["did you mean '--json'"]),
+        (["list", "--length", "0"], ["length = 0", "1 or more"]),
+        (["list", "--width", "6"], ["width = 6", "heads"]),
         (["cost", "--config", LM, "--length", "0"], ["--length 0", "1 or more"]),
         (["cost", "--config", LM, "--length", "x"], ["--length", "'x'"]),
         (["cost", "--config", f"{LM}:mixer=sofmax"], ["did you mean 'softmax'"]),

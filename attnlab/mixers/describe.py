@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from attnlab import config as config_lib
 from attnlab.mixers import base
 
-WIDTH, LENGTH = 512, 4096
+WIDTH, LENGTH = 512, 4096  # of the table, unless asked for others
 
 
 def mixer(name: str) -> dict[str, Any]:
@@ -20,17 +21,27 @@ def mixer(name: str) -> dict[str, Any]:
     return {"name": name, "summary": summary, "paper": cls.paper, "extension": cls.extension, "knobs": knobs}
 
 
-def all_mixers() -> list[dict[str, Any]]:
-    """Every mixer: source, capabilities, state and FLOPs per token of one layer of `WIDTH` at `LENGTH` positions.
+def all_mixers(width: int = WIDTH, length: int = LENGTH) -> list[dict[str, Any]]:
+    """Every mixer with its default knobs: source, capabilities, state and FLOPs per token of one layer.
 
-    `relative_flops` is against softmax attention of the same width and length.
+    Args:
+      width: D, a multiple of what the default heads need.
+      length: T, positions of a sequence.
+
+    Returns:
+      A row per mixer; `relative_flops` is against softmax attention of the same width and length.
+
+    Raises:
+      ConfigError: a width that a mixer cannot have.
     """
+    config_lib.require(length >= 1, "length", length, "1 or more")
+    config_lib.require(width >= 1, "width", width, "1 or more")
     reference = base.get("softmax")
-    softmax = reference.cost(reference.Config(), WIDTH, LENGTH).total_flops
+    softmax = reference.cost(reference.Config(), width, length).total_flops
     rows = []
     for name in base.names():
         cls = base.get(name)
-        cost = cls.cost(cls.Config(), WIDTH, LENGTH)
+        cost = cls.cost(cls.Config(), width, length)
         rows.append(
             {
                 "name": name,

@@ -32,17 +32,16 @@ def call(graphdef, params, x, seq):
     return nnx.merge(graphdef, params)(x, seq).y
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="losses")
-def value_and_gradients(graphdef, params, x, seq, losses=True):
-    """y and losses, and gradients of a scalar of every visible position and every loss, for parameters and x."""
+@functools.partial(jax.jit, static_argnums=0)
+def value_and_gradients(graphdef, params, x, seq, share=1.0):
+    """y and losses, and gradients of a scalar of every visible position and `share` of every loss, for parameters and x."""
 
     def scalar(params, x):
         out = nnx.merge(graphdef, params)(x, seq)
         y = out.y
         used = jnp.ones(y.shape[:2]) if seq.segments is None else seq.segments > 0
         weights = jnp.cos(jnp.arange(y.size).reshape(y.shape)) * used[..., None]
-        added = sum(out.losses.values()) if losses else 0
-        return jnp.sum(weights * y) + added, (y, out.losses)
+        return jnp.sum(weights * y) + share * sum(out.losses.values()), (y, out.losses)
 
     (_, y), gradients = jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True)(params, x)
     return y, gradients
@@ -130,7 +129,7 @@ def test_packing(config, x64):
     graphdef, params = cases.split(cases.module(config, jnp.float64))
     x, seq = cases.inputs(jnp.float64)
     # The losses are of the whole batch, which documents share.
-    (y, losses), gradients = value_and_gradients(graphdef, params, x, seq, losses=False)
+    (y, losses), gradients = value_and_gradients(graphdef, params, x, seq, share=0.0)
 
     def alone(params, x):
         weights = jnp.cos(jnp.arange(y.size).reshape(y.shape))
@@ -145,7 +144,7 @@ def test_packing(config, x64):
 
     padding = (seq.segments == 0)[..., None]
     loud = jnp.where(padding, 1e4 * x, x)
-    (changed, changed_losses), changed_gradients = value_and_gradients(graphdef, params, loud, seq, losses=False)
+    (changed, changed_losses), changed_gradients = value_and_gradients(graphdef, params, loud, seq, share=0.0)
     assert_close(changed_losses, losses, 1e-12)
     assert np.all(np.isfinite(changed))
     used = np.asarray(seq.segments) > 0
