@@ -138,6 +138,7 @@ def test_stream_equals_whole(reference):
     np.testing.assert_allclose(np.asarray(stream)[used], np.asarray(whole)[used], atol=1e-10)
 
 
+@pytest.mark.slow
 def test_tied_embedding_serves_both_ends():
     """With tied weights there is one matrix, and its gradient has both parts."""
     untied, tied = (LanguageModel(config(tied=t), rngs=nnx.Rngs(0)) for t in (False, True))

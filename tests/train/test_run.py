@@ -120,6 +120,7 @@ def test_truncated_checkpoint_is_reported_and_stepped_over(finished, source, tmp
     assert runs.lines(tmp_path) == runs.lines(finished[0])
 
 
+@pytest.mark.slow
 def test_any_truncated_or_missing_file_is_noticed(source, tmp_path):
     """Cutting or removing any one file of a checkpoint is an error that names what is wrong."""
     runs.run(runs.config(source, train__steps=4, train__eval_every=4, train__sample_tokens=0), tmp_path)
@@ -202,7 +203,9 @@ def test_signal_during_evaluation_is_heeded_with_a_save(source, tmp_path, monkey
     assert Checkpoints(tmp_path).steps() == [4]
 
 
-@pytest.mark.parametrize("name", list(optimizers.CONFIGS))
+@pytest.mark.parametrize(
+    "name", [n if n == "adamw" else pytest.param(n, marks=pytest.mark.slow) for n in optimizers.CONFIGS]
+)
 def test_every_optimizer_trains(source, tmp_path, name):
     """Each optimizer's state is placed, saved, restored and goes on."""
     short = {"optimizer__name": name, "train__eval_every": 0, "train__on_config_change": "continue"}
@@ -269,7 +272,7 @@ def wait_for_step(workdir, step, process, timeout=120):
     raise AssertionError(f"step {step} never came: {process.communicate(timeout=5)[0]}")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_signals_save_and_exit_with_zero(source, tmp_path, number):
     """SIGTERM and SIGINT save, say how to resume, and end with 0."""
     workdir = tmp_path / "run"

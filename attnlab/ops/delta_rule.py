@@ -1,0 +1,222 @@
+"""The gated delta rule: a linear memory that decays, and that corrects what it holds at a key before it writes there.
+
+With `a_t = exp(log_decay_t)`, for every head
+
+    S_t = a_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T,      o_t = S_t q_t.
+
+Source: Yang et al. 2024, Gated Delta Networks: Improving Mamba2 with Delta Rule, arXiv:2412.06464, eq. 10; without
+decay it is the delta rule of Schlag et al. 2021, arXiv:2102.11174, in parallel form of Yang et al. 2024,
+arXiv:2406.06484. States here are transposed, [d, e], so that keys index rows.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from attnlab.errors import UserError
+from attnlab.ops.dispatch import Implementation, choose
+
+_BASE = 8  # triangular blocks of this size are inverted by a power series, larger ones from their quarters
+
+
+def definition(q_BTHd, k_BTHd, v_BTHe, log_decay_BTH, beta_BTH, documents_BT, state_BHde, chunk):
+    """The recurrence, position by position; `chunk` plays no part."""
+    before = jnp.concatenate([jnp.zeros_like(documents_BT[:, :1]), documents_BT[:, :-1]], axis=1)
+    same_BT = documents_BT == before
+
+    def step(state, inputs):
+        q, k, v, log_decay, beta, same = inputs
+        return _step(jnp.where(same[:, None, None, None], state, 0), q, k, v, log_decay, beta)
+
+    by_time = [jnp.moveaxis(x, 1, 0) for x in (q_BTHd, k_BTHd, v_BTHe, log_decay_BTH, beta_BTH, same_BT)]
+    state, o = jax.lax.scan(step, state_BHde, tuple(by_time))
+    return jnp.moveaxis(o, 0, 1), state
+
+
+def chunked(q_BTHd, k_BTHd, v_BTHe, log_decay_BTH, beta_BTH, documents_BT, state_BHde, chunk):
+    """Chunks of up to `chunk` positions by matrix products, the state carried from one to the next.
+
+    Inside a chunk the rule writes `M_t = a_t M_{t-1} + k_t u_t^T` with `u_t = beta_t (v_t - a_t M_{t-1}^T k_t)`: a unit
+    triangular system in the u, whose inverse (the WY or UT transform) does not depend on the state. All that does not is
+    computed for all chunks at once. Decays enter as exp of differences of sums, never as quotients.
+    """
+    T = q_BTHd.shape[1]
+    if T == 1:
+        carried = jnp.where((documents_BT[:, 0] == 0)[:, None, None, None], state_BHde, 0)
+        inputs = (x[:, 0] for x in (q_BTHd, k_BTHd, v_BTHe, log_decay_BTH, beta_BTH))
+        state, o = _step(carried, *inputs)
+        return o[:, None], state
+    C = min(chunk, T)
+    # Padded positions write nothing and let nothing decay; they are of the last document, whose state is kept.
+    q, k, v, log_decay, beta = (_in_chunks(x, C) for x in (q_BTHd, k_BTHd, v_BTHe, log_decay_BTH, beta_BTH))
+    documents = jnp.pad(documents_BT, ((0, 0), (0, -T % C)), mode="edge")
+    documents = jnp.moveaxis(documents.reshape(documents.shape[0], -1, C), 1, 0)[:, :, None]  # [N, B, 1, C]
+    last = documents[..., -1:]
+    before = jnp.concatenate([jnp.zeros_like(last[:1]), last[:-1]])
+
+    # [N, B, H, C] and [N, B, H, C, C], N chunks.
+    total = jnp.cumsum(log_decay, axis=-1)
+    seen = jnp.tril(jnp.ones((C, C), bool)) & (documents[..., :, None] == documents[..., None, :])
+    decay = jnp.where(seen, jnp.exp(jnp.where(seen, total[..., :, None] - total[..., None, :], 0)), 0)
+    from_state = jnp.where(documents == before, jnp.exp(total), 0)
+    to_state = jnp.where(documents == last, jnp.exp(total[..., -1:] - total), 0)
+    kept = from_state[..., -1, None, None]
+
+    products = jnp.concatenate([q, k], axis=-2) @ jnp.swapaxes(k, -1, -2)
+    q_weights, overlap = products[..., :C, :] * decay, products[..., C:, :] * decay
+    inverse = invert_unit_triangular(jnp.tril(beta[..., None] * overlap, -1))
+    written = inverse @ (jnp.concatenate([v, k * from_state[..., None]], axis=-1) * beta[..., None])
+    v_width = v.shape[-1]
+    own, read = written[..., :v_width], written[..., v_width:]
+    readers = jnp.concatenate([read, q * from_state[..., None]], axis=-2)
+
+    def carry_over(state, inputs):
+        readers, own, k_end, kept = inputs
+        seen = readers @ state
+        u = own - seen[..., :C, :]
+        return kept * state + jnp.swapaxes(k_end, -1, -2) @ u, (u, seen[..., C:, :])
+
+    state, (u, o) = jax.lax.scan(carry_over, state_BHde, (readers, own, k * to_state[..., None], kept))
+    o = jnp.moveaxis(o + q_weights @ u, (0, 3), (1, 2))  # [B, N, C, H, e]
+    return o.reshape(o.shape[0], -1, *o.shape[3:])[:, :T], state
+
+
+IMPLEMENTATIONS = {"definition": Implementation(definition), "chunked": Implementation(chunked)}
+
+
+def delta_rule(
+    q_BTHd: jax.Array,
+    k_BTHd: jax.Array,
+    v_BTHe: jax.Array,
+    log_decay_BTH: jax.Array,
+    beta_BTH: jax.Array,
+    *,
+    documents_BT: jax.Array | None = None,
+    state_BHde: jax.Array | None = None,
+    chunk: int = 64,
+    impl: str = "auto",
+) -> tuple[jax.Array, jax.Array]:
+    """The gated delta rule, each position reading after it wrote.
+
+    Args:
+      q_BTHd, k_BTHd: queries and keys; for `0 <= beta <= 2` the rule is stable where keys are of length 1 or less.
+      v_BTHe: values.
+      log_decay_BTH: logarithms of the decays, 0 or less.
+      beta_BTH: strengths of writing.
+      documents_BT: of `attnlab.ops.documents.document_index`; None: all positions continue one document.
+      state_BHde: the state before the first position, of document 0; None: zero.
+      chunk: most positions computed at once by "chunked".
+      impl: "auto", or a name in `IMPLEMENTATIONS`.
+
+    Returns:
+      o_BTHe in the dtype of v, and the state after the last position. All is computed in fp32, fp64 for fp64 inputs.
+
+    Raises:
+      UserError: shapes do not fit, `chunk` is below 1, `impl` is unknown.
+    """
+    _check(q_BTHd, k_BTHd, v_BTHe, log_decay_BTH, beta_BTH, chunk)
+    B, T, H, d = q_BTHd.shape
+    e = v_BTHe.shape[-1]
+    dtype = jnp.promote_types(v_BTHe.dtype, jnp.float32)
+    if documents_BT is None:
+        documents_BT = jnp.zeros((B, T), jnp.int32)
+    if state_BHde is None:
+        state_BHde = jnp.zeros((B, H, d, e), dtype)
+    spec = f"B{B} T{T} H{H} d{d}/{e} {dtype}"
+    chosen = choose("delta_rule", impl, IMPLEMENTATIONS, spec, ("chunked",))
+    arrays = (x.astype(dtype) for x in (q_BTHd, k_BTHd, v_BTHe, log_decay_BTH, beta_BTH))
+    o, state = chosen.run(*arrays, documents_BT, state_BHde.astype(dtype), chunk)
+    return o.astype(v_BTHe.dtype), state
+
+
+def chunked_flops(chunk: int, length: int, d: int, e: int) -> float:
+    """FLOPs of the matrix products of "chunked" for one head and sequence, those of the filled-up last chunk included."""
+    if length == 1:
+        return 4.0 * d * e
+    C = min(chunk, length)
+    a_chunk = 2 * (2 * C) * d * C + 2 * C * C * (d + e) + 2 * (2 * C) * d * e + 2 * C * d * e + 2 * C * C * e
+    return -(-length // C) * (a_chunk + _inverse_flops(C))
+
+
+@jax.custom_vjp
+def invert_unit_triangular(lower: jax.Array) -> jax.Array:
+    """`(I + lower)^-1` of strictly lower triangular matrices [..., C, C], by matrix products alone.
+
+    Blocks on the diagonal are inverted by `(I - L)(I + L^2)(I + L^4)`, exact where L^8 = 0, then joined two by two. The
+    backward takes two products with the inverse.
+    """
+    C = lower.shape[-1]
+    size = _padded(C)
+    padded = jnp.pad(lower, [(0, 0)] * (lower.ndim - 2) + [(0, size - C)] * 2)
+    return _invert(padded)[..., :C, :C]
+
+
+def _invert_forward(lower):
+    inverse = invert_unit_triangular(lower)
+    return inverse, inverse
+
+
+def _invert_backward(inverse, cotangent):
+    transposed = jnp.swapaxes(inverse, -1, -2)
+    return (-jnp.matmul(transposed, cotangent @ transposed, precision="highest"),)
+
+
+invert_unit_triangular.defvjp(_invert_forward, _invert_backward)
+
+
+def _padded(C: int) -> int:
+    """The least `_BASE * 2^n` that holds C."""
+    return _BASE * 2 ** max(0, math.ceil(math.log2(C / _BASE)))
+
+
+def _invert(lower):
+    C = lower.shape[-1]
+    product = lambda a, b: jnp.matmul(a, b, precision="highest")
+    if C == _BASE:
+        square = product(lower, lower)
+        inverse = jnp.eye(C, dtype=lower.dtype) - lower
+        inverse += product(inverse, square)
+        return inverse + product(inverse, product(square, square))
+    h = C // 2
+    first, second = _invert(jnp.stack([lower[..., :h, :h], lower[..., h:, h:]]))
+    below = -product(second, product(lower[..., h:, :h], first))
+    above = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
+    return jnp.concatenate([above, jnp.concatenate([below, second], axis=-1)], axis=-2)
+
+
+def _inverse_flops(C: int) -> float:
+    size = _padded(C)
+    flops, h = 4 * 2.0 * _BASE**3 * (size // _BASE), _BASE
+    while h < size:
+        flops += 2 * 2 * h**3 * (size // (2 * h))
+        h *= 2
+    return flops
+
+
+def _step(state_BHde, q_BHd, k_BHd, v_BHe, log_decay_BH, beta_BH):
+    """One position: the new state and o_BHe."""
+    state = jnp.exp(log_decay_BH)[..., None, None] * state_BHde
+    error = v_BHe - jnp.einsum("bhd,bhde->bhe", k_BHd, state)
+    state += k_BHd[..., :, None] * (beta_BH[..., None] * error)[..., None, :]
+    return state, jnp.einsum("bhd,bhde->bhe", q_BHd, state)
+
+
+def _in_chunks(x_BTH, C: int):
+    """[B, T, H, ...] to [N, B, H, C, ...], filled up with zeros."""
+    B, T, H, *rest = x_BTH.shape
+    x = jnp.pad(x_BTH, [(0, 0), (0, -T % C)] + [(0, 0)] * (x_BTH.ndim - 2))
+    x = x.reshape(B, -1, C, H, *rest)
+    return jnp.moveaxis(x, (1, 3), (0, 2))
+
+
+def _check(q, k, v, log_decay, beta, chunk) -> None:
+    if q.ndim != 4 or q.shape != k.shape or v.ndim != 4 or v.shape[:3] != q.shape[:3]:
+        raise UserError(
+            f"delta_rule: q {q.shape}, k {k.shape}, v {v.shape} do not fit; expected q, k [B, T, H, d], v [B, T, H, e]"
+        )
+    for name, x in (("log_decay", log_decay), ("beta", beta)):
+        if x.shape != q.shape[:3]:
+            raise UserError(f"delta_rule: {name} {x.shape}; expected [B, T, H] = {q.shape[:3]}")
+    if chunk < 1:
+        raise UserError(f"delta_rule: chunk = {chunk}; allowed: 1 or more")

@@ -1,0 +1,40 @@
+"""docs/mixers.md tells of every mixer and every knob, and names tests that exist."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import re
+
+import pytest
+
+from attnlab import mixers
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SECTIONS = dict(re.findall(r"^## (\S+)\n(.*?)(?=^## |\Z)", (ROOT / "docs/mixers.md").read_text(), re.DOTALL | re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", mixers.names())
+def test_every_knob_is_told(name):
+    """A mixer's section names each knob that its Config adds to those of the Config it derives from."""
+    config = mixers.get(name).Config
+    inherited = {key for base in config.__mro__[1:] for key in getattr(base, "__dataclass_fields__", ())}
+    for field in dataclasses.fields(config):
+        if field.name not in inherited:
+            assert f"`{field.name}`" in SECTIONS[name], f"docs/mixers.md does not tell of {name}.{field.name}"
+
+
+def test_sections_are_of_mixers():
+    """No section is of something that is not there, and an extension is called one."""
+    assert sorted(SECTIONS) == mixers.names()
+    for name, text in SECTIONS.items():
+        assert bool(mixers.get(name).extension) <= ("xtension" in text), name
+
+
+def test_identities_are_tests():
+    """What is named as a test is one."""
+    defined = set()
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        defined |= set(re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE))
+    named = set(re.findall(r"`(test_\w+)`", "".join(SECTIONS.values())))
+    assert named and named <= defined, sorted(named - defined)
