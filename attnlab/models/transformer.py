@@ -16,6 +16,7 @@ from attnlab import config as config_lib
 from attnlab import mixers
 from attnlab.errors import ConfigError
 from attnlab.mixers.parts import Linear, RMSNorm
+from attnlab.ops import partition
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
 
@@ -121,7 +122,8 @@ class SwiGLU(nnx.Module):
         self.down = Linear(hidden, width, ("mlp", "embed"), rngs=rngs, dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        hidden = jax.nn.silu(self.gate(x)) * self.up(x)
+        return self.down(partition.constrain(hidden, "batch", "seq", "mlp"))
 
 
 class Block(nnx.Module):
@@ -139,12 +141,13 @@ class Block(nnx.Module):
         self, x: jax.Array, seq: mixers.Sequence, state: Any = None, key: jax.Array | None = None
     ) -> mixers.MixerOutput:
         """x [B, T, D]; with a state the positions are the next ones of a stream."""
+        x = partition.constrain(x, "batch", "seq", None)
         h = self.mixer_norm(x)
         out = self.mixer(h, seq) if state is None else self.mixer.extend(h, seq, state)
         keys = (None, None) if key is None else jax.random.split(key)
         x = x + self._drop(out.y, keys[0])
         x = x + self._drop(self.mlp(self.mlp_norm(x)), keys[1])
-        return dataclasses.replace(out, y=x)
+        return dataclasses.replace(out, y=partition.constrain(x, "batch", "seq", None))
 
     def _drop(self, y: jax.Array, key: jax.Array | None) -> jax.Array:
         if key is None or self.dropout == 0:
@@ -209,7 +212,7 @@ class Transformer(nnx.Module):
     def _unroll(self) -> int:
         if self.config.unroll:
             return min(self.config.unroll, self.repeats)
-        return self.repeats if jax.default_backend() == "cpu" else 1
+        return self.repeats if partition.platform() == "cpu" else 1
 
 
 def extend(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.errors import UserError
-from attnlab.ops import attention_xla
+from attnlab.ops import attention_xla, partition
 from attnlab.ops.dispatch import Implementation, choose
 from attnlab.ops.masks import Mask
 
@@ -118,7 +118,18 @@ def attention(
     )  # fmt: skip
     chosen = choose("attention", impl, IMPLEMENTATIONS, spec, _PREFERENCE)
     scale = d**-0.5 if scale is None else float(scale)
-    return chosen.run(q_BTHd, k_BSKd, v_BSKe, mask, scale=scale, soft_cap=soft_cap, sinks_H=sinks_H)
+
+    def run(q, k, v, sinks, k_start, k_end):
+        part = dataclasses.replace(mask, k_start=k_start, k_end=k_end)
+        return chosen.run(q, k, v, part, scale=scale, soft_cap=soft_cap, sinks_H=sinks)
+
+    arrays = (q_BTHd, k_BSKd, v_BSKe, sinks_H, mask.k_start, mask.k_end)
+    # Groups of query heads stay with their key head: both are split alike, or neither.
+    q_axes, kv_axes = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
+    if K % partition.ways("heads") or H % partition.ways("heads"):
+        q_axes = kv_axes = ("batch", None, None, None)
+    rows = ("batch", None)
+    return partition.local(run, arrays, (q_axes, kv_axes, kv_axes, (q_axes[2],), rows, rows), q_axes)
 
 
 def _check_shapes(q, k, v, mask: Mask, soft_cap, sinks) -> None:

@@ -2,6 +2,8 @@
 
 import jax
 
+from attnlab.ops import partition
+
 
 def linear(x: jax.Array, w_IO: jax.Array) -> jax.Array:
     """`x @ w` for x [..., I], in the dtype of x.
@@ -10,7 +12,7 @@ def linear(x: jax.Array, w_IO: jax.Array) -> jax.Array:
     activations of three axes for the backward products, and takes a slow path for one row. Elsewhere the axes stay
     apart, so that each can be sharded.
     """
-    if jax.default_backend() != "cpu":
+    if partition.platform() != "cpu":
         return x @ w_IO
     rows = x.reshape(-1) if x.size == w_IO.shape[0] else x.reshape(-1, w_IO.shape[0])
     return (rows @ w_IO).reshape(*x.shape[:-1], w_IO.shape[1])

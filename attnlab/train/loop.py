@@ -136,14 +136,14 @@ class _Run:
         self._tracing = False
         ops.clear_choices()
         self._train_step = jax.jit(
-            make_train_step(self.model, self.tx, c.train, self.rate),
+            make_train_step(self.model, self.tx, c.train, self.rate, self.mesh),
             donate_argnums=0,
             out_shardings=(self.shardings, None),
         )
         # Simulated devices share one pool of threads: collectives of two programs, or a program that waits for a save to
         # let go of its arrays, can keep each other from running until XLA gives up.
         self._serial = jax.default_backend() == "cpu" and self.mesh.size > 1
-        self._eval_step = jax.jit(make_eval_step(self.model, c.train, self.tokenizer.byte_lengths()))
+        self._eval_step = jax.jit(make_eval_step(self.model, c.train, self.tokenizer.byte_lengths(), self.mesh))
         cost = model_cost(c.model, c.data.length)
         self._flops_per_token = 3 * cost.total_flops
         self._peak = peak_flops(self.mesh.size)

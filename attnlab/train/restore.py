@@ -104,7 +104,8 @@ def evaluate_heldout(trained: Trained, batches: int | None = None) -> Evaluation
     """Held-out loss over all of the data's held-out batches, or the first `batches`."""
     config = trained.config
     loader = data_lib.heldout_loader(micro_batches(config), trained.tokenizer, batches=batches)
-    step = jax.jit(make_eval_step(trained.model, config.train, trained.tokenizer.byte_lengths()))
+    lengths = trained.tokenizer.byte_lengths()
+    step = jax.jit(make_eval_step(trained.model, config.train, lengths, trained.mesh))
     return evaluate(
         lambda batch: step(trained.params, batch), (sharding.put_batch(b, trained.mesh) for b in loader)
     )

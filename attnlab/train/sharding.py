@@ -19,6 +19,9 @@ MESH_AXES = ("data", "fsdp", "tensor")
 PARAMETER_RULES = {"embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
 BATCH_AXES = ("data", "fsdp")
 
+# Logical axis of an activation -> mesh axes.
+ACTIVATION_RULES = {"batch": BATCH_AXES, "heads": ("tensor",), "kv_heads": ("tensor",), "mlp": ("tensor",)}
+
 
 def make_mesh(config: MeshConfig, batch: int) -> Mesh:
     """The mesh of all devices, or where every axis has a size of its own, of the first so many.

@@ -10,7 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
+from attnlab.ops import partition
+from attnlab.train import sharding
 from attnlab.train.config import TrainConfig
 from attnlab.train.state import Model, TrainState
 
@@ -25,7 +28,11 @@ _RESERVED = (
 
 
 def make_train_step(
-    model: Model, tx: optax.GradientTransformation, config: TrainConfig, rate: optax.Schedule
+    model: Model,
+    tx: optax.GradientTransformation,
+    config: TrainConfig,
+    rate: optax.Schedule,
+    mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The step `(state, batch) -> (state, metrics)`.
 
@@ -37,6 +44,7 @@ def make_train_step(
       tx: the optimizer; its first part may clip.
       config: of the training.
       rate: learning rate by step, for the metrics.
+      mesh: where it runs; None: on one device.
     """
 
     def micro_loss(params: Any, micro: Batch, key: jax.Array | None) -> tuple[jax.Array, Metrics]:
@@ -91,7 +99,7 @@ def make_train_step(
         }
         return new_state, metrics
 
-    return train_step
+    return partition.traced(train_step, mesh, sharding.ACTIVATION_RULES)
 
 
 def _accumulate(gradient: Any, params: Any, batch: Batch, key: jax.Array | None, parts: int) -> tuple[Any, Metrics]:
@@ -112,13 +120,16 @@ def _accumulate(gradient: Any, params: Any, batch: Batch, key: jax.Array | None,
     return total
 
 
-def make_eval_step(model: Model, config: TrainConfig, byte_lengths: np.ndarray) -> Callable[[Any, Batch], Metrics]:
+def make_eval_step(
+    model: Model, config: TrainConfig, byte_lengths: np.ndarray, mesh: Mesh | None = None
+) -> Callable[[Any, Batch], Metrics]:
     """The step `(params, batch) -> sums`.
 
     Args:
       model: the model.
       config: of the training.
       byte_lengths: bytes of text that each token of the tokenizer stands for.
+      mesh: where it runs; None: on one device.
 
     Returns:
       Sums over the batch: `nll` [T] by position in the row's document, `tokens` [T], `bytes` scalar.
@@ -139,4 +150,4 @@ def make_eval_step(model: Model, config: TrainConfig, byte_lengths: np.ndarray) 
             "bytes": jnp.sum(jnp.where(used, jnp.asarray(bytes_V)[batch["targets"]], 0)),
         }
 
-    return eval_step
+    return partition.traced(eval_step, mesh, sharding.ACTIVATION_RULES)

@@ -88,8 +88,9 @@ def test_micro_batches_weigh_by_tokens():
 @pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
 def test_meshes_change_nothing(whole, mesh):
     """Law 6 for the whole step: losses of three steps on 8 devices are those of one."""
-    config, model, tx, step = make()
+    config, model, tx, _ = make()
     devices = sharding.make_mesh(MeshConfig(**mesh), 8)
+    step = make_train_step(model, tx, config.train, optimizers.schedule(config.optimizer, config.train.steps), devices)
     shardings = state_shardings(devices, model, tx)
     state = jax.jit(lambda: init_state(model, tx, 0), out_shardings=shardings)()
     step = jax.jit(step, out_shardings=(shardings, None))

@@ -1,0 +1,54 @@
+"""Laying activations over a mesh: the same numbers, on the devices that the rules say."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab.ops import Mask, attention, partition
+from attnlab.train import sharding
+from attnlab.train.config import MeshConfig
+
+
+def mesh(**sizes):
+    return sharding.make_mesh(MeshConfig(**sizes), 8)
+
+
+def test_outside_a_mesh_nothing_is_laid_out():
+    """Without `use`, arrays stay as they are and the platform is jax's."""
+    x = jnp.ones((2, 3))
+    assert partition.constrain(x, "batch", None) is x
+    assert partition.platform() == jax.default_backend() and partition.ways("heads") == 1
+
+
+def test_constrain_follows_the_rules():
+    """An axis is split over what the rules name, and stays whole where the mesh does not divide it."""
+
+    def f(x):
+        return partition.constrain(x, "batch", None, "heads"), partition.constrain(x[:, :, :3], None, None, "heads")
+
+    run = jax.jit(partition.traced(f, mesh(data=2, fsdp=2, tensor=2), sharding.ACTIVATION_RULES))
+    split, whole = run(jnp.zeros((8, 5, 4)))
+    assert split.sharding.spec == jax.sharding.PartitionSpec(("data", "fsdp"), None, "tensor")
+    assert split.addressable_shards[0].data.shape == (2, 5, 2)
+    assert whole.sharding.is_fully_replicated
+
+
+@pytest.mark.parametrize("kv_heads", [4, 1])
+def test_attention_runs_on_each_devices_part(kv_heads):
+    """Values and gradients are those of one device; no device gathers a batch or a head."""
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.standard_normal((8, 13, 4, 6)), jnp.float32)
+    k, v = (jnp.asarray(rng.standard_normal((8, 13, kv_heads, 6)), jnp.float32) for _ in range(2))
+    sinks = jnp.linspace(-1, 1, 4)
+
+    def f(q, k, v, sinks):
+        weights = jnp.cos(jnp.arange(q.size).reshape(q.shape))
+        return jnp.sum(weights * attention(q, k, v, Mask(causal=True), sinks_H=sinks))
+
+    gradient = jax.value_and_grad(f, argnums=(0, 1, 2, 3))
+    run = jax.jit(partition.traced(gradient, mesh(data=4, tensor=2), sharding.ACTIVATION_RULES))
+    placed = jax.device_put((q, k, v), sharding.batch_sharding(mesh(data=4, tensor=2)))
+    for a, b in zip(jax.tree.leaves(run(*placed, sinks)), jax.tree.leaves(gradient(q, k, v, sinks)), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    assert "all-gather" not in run.lower(*placed, sinks).compile().as_text() or kv_heads == 1
