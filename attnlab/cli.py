@@ -45,6 +45,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         from attnlab.launch import runtime
 
+        if args.verb == "train":  # before anything touches a device
+            from attnlab.launch import cluster
+
+            cluster.start(args.config, overrides)
         runtime.configure()
         return _VERBS[args.verb](args, overrides) or 0
     except UserError as error:

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: `use_venv NAME EXTRAS` makes .venv/NAME with attnlab and its extras, or reuses it.
 
 use_venv() {

@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from attnlab.errors import UserError
+from attnlab.train.processes import Processes
 from attnlab.train.state import TrainState
 
 _METRIC = "heldout_loss"
@@ -31,9 +32,18 @@ class Checkpoints:
       workdir: of the run.
       keep: newest checkpoints that are kept, besides the one with the lowest held-out loss.
       read_only: never clean up or write, as another process may be saving there.
+      processes: those of the run, which all save and restore together; None: there is one.
     """
 
-    def __init__(self, workdir: pathlib.Path, keep: int = 1, *, read_only: bool = False):
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        keep: int = 1,
+        *,
+        read_only: bool = False,
+        processes: Processes | None = None,
+    ):
+        self._processes = processes
         # Orbax reports each save, and each failure with its whole stack; what matters to people is said by the loop.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.directory = workdir.absolute() / "checkpoints"
@@ -114,8 +124,11 @@ class Checkpoints:
                 f"none of the checkpoints {', '.join(map(str, steps))} in {self.directory} is whole: "
                 f"{damaged[steps[-1]]}\nrestore them, or start again with another --workdir"
             )
+        self._together()  # all have looked
         for step, reason in damaged.items():
-            report(f"checkpoint {step} is damaged ({reason}); moved to {self._set_aside(step)}")
+            moved = self._set_aside(step) if self._first else "damaged_checkpoints"
+            report(f"checkpoint {step} is damaged ({reason}); moved to {moved}")
+        self._together()
         whole = [step for step in steps if step not in damaged]
         if not whole:
             return None
@@ -164,6 +177,9 @@ class Checkpoints:
         """If a save has just been completed, writes down the size of its files: orbax does not notice every cut."""
         if self._saving is None or self._manager.is_saving_in_progress():
             return
+        if not self._first:
+            self._saving = None
+            return
         directory = self.directory / str(self._saving)
         sizes = {str(p.relative_to(directory)): p.stat().st_size for p in directory.rglob("*") if p.is_file()}
         new = directory / f"{_SIZES}.new"
@@ -186,6 +202,14 @@ class Checkpoints:
             if found != size:
                 return f"{name} has {found if found is not None else 'no'} bytes instead of {size}"
         return None
+
+    @property
+    def _first(self) -> bool:
+        return self._processes is None or self._processes.first
+
+    def _together(self) -> None:
+        if self._processes is not None:
+            self._processes.barrier()
 
     @property
     def _manager(self) -> ocp.CheckpointManager:

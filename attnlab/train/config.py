@@ -106,12 +106,49 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ClusterConfig:
+    """The processes that train together, one per host; without any of it they are found, or there is one.
+
+    Attributes:
+      coordinator: `host:port` of process 0, which listens there.
+      processes: how many there are.
+      index: which of them this one is, from 0.
+      find: `auto` looks for a TPU pod, SLURM, Kubernetes or Open MPI where `coordinator` is not given; `none` does not.
+      start_timeout: seconds in which all processes must have come.
+      timeout: seconds without a sign of life of a process after which the others end.
+      step_timeout: seconds without a step after which all end, compilation apart; 0: never.
+    """
+
+    coordinator: str | None = None
+    processes: int | None = None
+    index: int | None = None
+    find: str = "auto"
+    start_timeout: int = 300
+    timeout: int = 30
+    step_timeout: int = 1800
+
+    def __post_init__(self) -> None:
+        need = config_lib.require
+        config_lib.require_choice("cluster.find", self.find, ["auto", "none"])
+        given = [k for k in ("coordinator", "processes", "index") if getattr(self, k) is not None]
+        need(len(given) in (0, 3), "cluster", ", ".join(given), "coordinator, processes and index together, or none of them")
+        if self.coordinator is not None:
+            need(
+                re.fullmatch(r".+:\d+", self.coordinator) is not None, "cluster.coordinator", self.coordinator, "host:port"
+            )
+            need(self.processes >= 1, "cluster.processes", self.processes, "1 or more")
+            need(0 <= self.index < self.processes, "cluster.index", self.index, f"0 to {self.processes - 1}")
+        for key, least in (("start_timeout", 1), ("timeout", 5), ("step_timeout", 0)):
+            need(getattr(self, key) >= least, f"cluster.{key}", getattr(self, key), f"{least} or more")
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """A whole run.
 
     Attributes:
       seed: of parameters, data order and dropout.
-      data, model, optimizer, train, mesh: see their classes.
+      data, model, optimizer, train, mesh, cluster: see their classes.
     """
 
     data: DataConfig
@@ -119,6 +156,7 @@ class RunConfig:
     optimizer: Any = config_lib.node(optimizers.config_from_node)
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
+    cluster: ClusterConfig = ClusterConfig()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -141,6 +179,7 @@ FREE_KEYS = (
     "train.on_config_change",
     "data.workers",
     "data.cache",
+    *(f"cluster.{f.name}" for f in dataclasses.fields(ClusterConfig)),
 )
 
 

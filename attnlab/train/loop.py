@@ -25,6 +25,7 @@ from attnlab.train.checkpoints import Checkpoints
 from attnlab.train.config import RunConfig
 from attnlab.train.hardware import peak_flops
 from attnlab.train.metrics import MetricLog, Progress, Report
+from attnlab.train.processes import Processes
 from attnlab.train.state import Model, TrainState, init_state, state_shardings
 from attnlab.train.step import make_eval_step, make_train_step
 
@@ -32,21 +33,33 @@ from attnlab.train.step import make_eval_step, make_train_step
 def train(config: RunConfig, path: pathlib.Path, console: rich.console.Console) -> None:
     """Trains in the workdir `path` from its newest checkpoint, or from the start, to `train.steps`.
 
-    SIGTERM and SIGINT save a checkpoint and return.
+    SIGTERM and SIGINT save a checkpoint and return; of several processes, to any one of them.
 
     Raises:
       UserError: the config, the data or the workdir cannot be used; nothing was overwritten.
       TrainingFailed: gradients were not finite too many steps in a row.
     """
-    with workdir.hold(path):
-        old = metadata.read_config(path)
-        last = max(Checkpoints(path).steps(), default=0)
-        if old is not None:
-            metadata.check_same(path, old, config, saved=last > 0)
-        if last >= config.train.steps:
-            console.print(f"the run in {path} is complete: step {last} of {config.train.steps}", highlight=False, soft_wrap=True)
-            return
-        _Run(config, path, console).run()
+    processes = Processes(config.cluster)
+    try:
+        with workdir.hold(path) if processes.first else contextlib.nullcontext():
+            processes.barrier()  # the first one has made the workdir, and none has written to it
+            old = metadata.read_config(path)
+            last = max(Checkpoints(path).steps(), default=0)
+            processes.barrier()
+            if old is not None:
+                metadata.check_same(path, old, config, saved=last > 0)
+            if last < config.train.steps:
+                _Run(config, path, console, processes).run()
+            elif processes.first:
+                console.print(
+                    f"the run in {path} is complete: step {last} of {config.train.steps}", highlight=False, soft_wrap=True
+                )
+            processes.barrier()
+    except BaseException as error:
+        processes.failed(error)
+        raise
+    finally:
+        processes.close()
 
 
 def load_tokenizer(config: RunConfig) -> data_lib.Tokenizer:
@@ -93,8 +106,8 @@ class _StopSignals:
 class _Run:
     """One process's part of a run. `__init__` makes everything that can fail early; `run` steps."""
 
-    def __init__(self, config: RunConfig, path: pathlib.Path, console: rich.console.Console):
-        self.config, self.path = config, path
+    def __init__(self, config: RunConfig, path: pathlib.Path, console: rich.console.Console, processes: Processes):
+        self.config, self.path, self.processes = config, path, processes
         c = config
         self.tokenizer = load_tokenizer(c)
         self.mesh = sharding.make_mesh(c.mesh, c.data.batch // c.train.accumulate)
@@ -105,20 +118,21 @@ class _Run:
         shapes = jax.eval_shape(lambda: init_state(self.model, self.tx, c.seed))
         size = sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(shapes))
         saved = len(Checkpoints(path).steps())
-        workdir.require_space(path, size * max(c.train.keep + 2 - saved, 1))
+        if processes.first:
+            workdir.require_space(path, size * max(c.train.keep + 2 - saved, 1))
 
-        processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-        self.loader = data_lib.train_loader(c.data, self.tokenizer, seed=c.seed, **processes)
+        share = {"process_index": processes.index, "process_count": processes.count}
+        self.loader = data_lib.train_loader(c.data, self.tokenizer, seed=c.seed, **share)
         self.heldout = None
         if c.train.eval_every:
             self.heldout = data_lib.heldout_loader(
-                micro_batches(c), self.tokenizer, batches=c.train.eval_batches * c.train.accumulate or None, **processes
+                micro_batches(c), self.tokenizer, batches=c.train.eval_batches * c.train.accumulate or None, **share
             )
-        self._report = Report(console, path)
+        self._report = Report(console, path if processes.first else None)
         self._say = self._report.say
         self._say(data_lib.describe(self.loader.summary()))
 
-        self.checkpoints = Checkpoints(path, c.train.keep)
+        self.checkpoints = Checkpoints(path, c.train.keep, processes=processes)
         self.step, self.tokens, self.state = 0, 0, None
         like = jax.tree.map(
             lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, self.shardings
@@ -157,10 +171,11 @@ class _Run:
     def run(self) -> None:
         """Steps to the end, or to a signal."""
         c = self.config.train
-        self.log = MetricLog(self.path, self.step)
+        self.log = MetricLog(self.path, self.step) if self.processes.first else None
         with contextlib.ExitStack() as stack:
             stack.callback(self.checkpoints.close)
-            stack.callback(self.log.close)
+            if self.log is not None:
+                stack.callback(self.log.close)
             stack.callback(self.loader.close)
             stack.callback(self._stop_profile)
             self.progress = stack.enter_context(Progress(self._report, c.steps, self.step))
@@ -170,6 +185,7 @@ class _Run:
             pending: tuple[int, Any] | None = None
             first = self.step + 1
             for step in range(first, c.steps + 1):
+                self.processes.at_step(step)
                 with self._profiled(step):
                     batch = sharding.put_batch(next(self.loader), self.mesh)
                     self.state, metrics = self._train_step(self.state, batch)
@@ -183,7 +199,8 @@ class _Run:
                 if step == first:
                     self._first_step_done(step, metrics)
                 evaluating = self.heldout is not None and (step % c.eval_every == 0 or step == c.steps)
-                stopping = signals.name  # read once: what comes later acts at the next step
+                # Asked once: what comes later acts at the next step.
+                stopping = self.processes.agree_to_stop(step, signals.name)
                 saving = step == c.steps or (c.save_every and step % c.save_every == 0) or stopping is not None
                 if evaluating or saving:
                     evaluation = self._finish(*pending, evaluating=evaluating)
@@ -207,6 +224,8 @@ class _Run:
         self._clock, self._clock_step = time.perf_counter(), step
 
     def _describe(self) -> None:
+        if not self.processes.first:
+            return
         more = {"data": self.loader.summary(), "mesh": dict(self.mesh.shape), "resumed_at": self.step}
         metadata.write_json(self.path / "config.json", metadata.describe_run(self.config, **more))
 
@@ -247,7 +266,8 @@ class _Run:
                 f"step {step}: held-out loss {evaluation.loss:.4f}, "
                 f"{evaluation.bits_per_byte:.4f} bits per byte on {evaluation.tokens:,} tokens"
             )
-        self.log.write(record)
+        if self.log is not None:
+            self.log.write(record)
         self.progress.update(step, record)
         return evaluation
 
@@ -277,6 +297,8 @@ class _Run:
             stop=self.tokenizer.eod_id, vocab=self.tokenizer.vocab_size,
         )  # fmt: skip
         out = generate(self.model.merge, self.state.params, prompts, sampling)
+        if not self.processes.first:
+            return
         with (self.path / "samples.txt").open("a", encoding="utf-8") as file:
             for prompt, new in zip(prompts, out.tokens):
                 text = f"=== step {self.config.train.steps} · prompt ===\n{self.tokenizer.decode(prompt)}\n"

@@ -70,11 +70,12 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 class Report:
-    """What a run tells people: on the console, and with the time in log.txt."""
+    """What a run tells people: on the console, and with the time in log.txt; nothing where there is no workdir."""
 
-    def __init__(self, console: rich.console.Console, workdir: pathlib.Path):
+    def __init__(self, console: rich.console.Console, workdir: pathlib.Path | None):
         self.console = console
-        self._file = (workdir / "log.txt").open("a", buffering=1, encoding="utf-8")
+        self.console.quiet = console.quiet or workdir is None
+        self._file = None if workdir is None else (workdir / "log.txt").open("a", buffering=1, encoding="utf-8")
 
     def say(self, text: str) -> None:
         """Prints and logs."""
@@ -83,7 +84,8 @@ class Report:
 
     def log(self, text: str) -> None:
         """Only logs."""
-        self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        if self._file is not None:
+            self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
 
 class Progress:

@@ -1,0 +1,171 @@
+"""The processes of one run watch each other: a process that is lost, hangs or fails ends the others, and is named.
+
+Signs of life and agreements go through the key-value store of jax's coordination service, which process 0 serves. A
+process alone has none of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from attnlab.train.config import ClusterConfig
+
+_POLL = 2.0  # seconds between signs of life
+_PREFIX = "attnlab"
+
+
+class Processes:
+    """This process among those of its run.
+
+    Args:
+      config: how long to wait for the others.
+      end: called with the reason when the run cannot go on; ends this process. A test may watch instead.
+    """
+
+    def __init__(self, config: ClusterConfig, end: Callable[[str], Any] | None = None):
+        self.index, self.count = jax.process_index(), jax.process_count()
+        self._config, self._end = config, end or _end
+        self._client = _client() if self.count > 1 else None
+        self._step, self._moved = -1, time.monotonic()
+        self._done = threading.Event()
+        self._stop_step: int | None = None
+        self._barriers = 0
+        if self._client is not None:
+            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread.start()
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.index == 0
+
+    def barrier(self) -> None:
+        """Waits until every process is here; every process must come here as often."""
+        if self._client is not None:
+            self._barriers += 1
+            self._client.wait_at_barrier(f"{_PREFIX}/{self._barriers}", 1000 * 24 * 3600)  # the watch ends it earlier
+
+    def at_step(self, step: int) -> None:
+        """Tells the others that this process begins a step."""
+        self._step, self._moved = step, time.monotonic()
+
+    def agree_to_stop(self, step: int, wanted: str | None) -> str | None:
+        """Whether this is the last step, and why; the same step in every process.
+
+        A signal reaches one process at one step. It names a step that no process has begun: none can be two ahead, as each
+        waits for the metrics of the step before last, which need all of them.
+
+        Args:
+          step: about to be run.
+          wanted: the name of the signal that this process got, or None.
+        """
+        if self._client is None:
+            return wanted
+        if self._stop_step is None:
+            if wanted is not None:
+                self._put("stop", json.dumps({"step": step + 3, "why": f"{wanted} on process {self.index}"}), once=True)
+            found = self._get("stop")
+            if found is None:
+                return None
+            self._stop = json.loads(found)
+            self._stop_step = self._stop["step"]
+        return self._stop["why"] if step >= self._stop_step else None
+
+    def failed(self, error: BaseException) -> None:
+        """Tells the others why this process ends. After an error of a collective, waits for the watch to say whose fault it was."""
+        if self._client is None:
+            return
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            time.sleep(self._config.timeout + 4 * _POLL)
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        self._put("verdict", f"{self._name(self.index)} failed: {reason[0][:300]}", once=True)
+
+    def close(self) -> None:
+        """Ends the watch; the run is over."""
+        self._done.set()
+
+    # Inside.
+
+    def _watch(self) -> None:
+        beat, unreachable_since = 0, None
+        seen: dict[str, tuple[Any, float]] = {}
+        while not self._done.wait(_POLL):
+            beat += 1
+            life = {"beat": beat, "step": self._step, "idle": time.monotonic() - self._moved, "host": socket.gethostname()}
+            if not self._put(f"life/{self.index}", json.dumps(life)):
+                unreachable_since = unreachable_since or time.monotonic()
+                if time.monotonic() - unreachable_since > self._config.timeout / 2:
+                    self._end(f"process 0 of {self.count}, the coordinator, cannot be reached")
+                    return
+                continue
+            unreachable_since = None
+            verdict = self._get("verdict")
+            if verdict is None and self.first:
+                verdict = self._judge(seen)
+                if verdict is not None:
+                    self._put("verdict", verdict, once=True)
+                    time.sleep(2 * _POLL)  # the others read it while the coordinator is still there
+            if verdict is not None and not self._done.is_set():
+                self._end(verdict)
+                return
+
+    def _judge(self, seen: dict[str, tuple[Any, float]]) -> str | None:
+        """Process 0 looks at everybody's signs of life; the reason to end, if there is one."""
+        now, config = time.monotonic(), self._config
+        lives = {key.rsplit("/", 1)[1]: json.loads(value) for key, value in self._all("life/")}
+        for index, life in lives.items():
+            if index not in seen or seen[index][0]["beat"] != life["beat"]:
+                seen[index] = (life, now)
+            elif now - seen[index][1] > config.timeout:
+                where = f"process {index} of {self.count} on {life['host']}"
+                return f"{where} gave no sign of life for {now - seen[index][1]:.0f} s; its last step was {life['step']}"
+        begun = {i: life for i, life in lives.items() if life["step"] >= 0}
+        if config.step_timeout and len(begun) == self.count:
+            if all(life["idle"] > config.step_timeout for life in begun.values()):
+                least = min(life["step"] for life in begun.values())
+                late = ", ".join(f"{i} on {life['host']}" for i, life in begun.items() if life["step"] == least)
+                return f"no step for {config.step_timeout} s; the last at step {least}: process {late}"
+        return None
+
+    def _name(self, index: int) -> str:
+        return f"process {index} of {self.count} on {socket.gethostname()}"
+
+    def _put(self, key: str, value: str, once: bool = False) -> bool:
+        try:
+            self._client.key_value_set(f"{_PREFIX}/{key}", value, allow_overwrite=not once)
+        except jax.errors.JaxRuntimeError as error:
+            return "ALREADY_EXISTS" in str(error)
+        return True
+
+    def _get(self, key: str) -> str | None:
+        try:
+            return self._client.key_value_try_get(f"{_PREFIX}/{key}")
+        except jax.errors.JaxRuntimeError:
+            return None
+
+    def _all(self, prefix: str) -> list[tuple[str, str]]:
+        try:
+            return self._client.key_value_dir_get(f"{_PREFIX}/{prefix}")
+        except jax.errors.JaxRuntimeError:
+            return []
+
+
+def _client() -> Any:
+    from jax._src import distributed  # jax 0.10 and 0.11 have no public name for it; orbax takes it from here too
+
+    return distributed.global_state.client
+
+
+def _end(reason: str) -> None:
+    """A collective that waits for a lost process cannot be interrupted, so the process ends where it stands."""
+    print(f"attnlab train: {reason}", file=sys.stderr, flush=True)
+    os._exit(1)
