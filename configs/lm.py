@@ -25,9 +25,10 @@ RATES = {"adamw": 1.0, "muon": 1.0, "lion": 0.1, "adafactor": 3.0}  # learning r
 
 
 def with_heads(mixer, heads):
-    """A mixer's node, with the size's number of heads if it has heads."""
-    known = mixer in mixers.names() and "heads" in mixers.get(mixer).Config.__dataclass_fields__
-    return {"name": mixer, "heads": heads} if known else {"name": mixer}
+    """A mixer's node, with the size's number of heads if it has heads, and its core as a node whose keys can be set."""
+    fields = mixers.get(mixer).Config.__dataclass_fields__ if mixer in mixers.names() else {}
+    node = {"name": mixer} | ({"heads": heads} if "heads" in fields else {})
+    return node | ({"core": {"name": fields["core"].default}} if "core" in fields else {})
 
 
 def get_config(arg=None):

@@ -39,12 +39,17 @@ def configs(name: str) -> dict[str, tuple[Any, bool]]:
     return found
 
 
-def parameters() -> list[Any]:
-    """pytest parameters `config` for all mixers."""
+def parameters(knobs_alone: bool = True) -> list[Any]:
+    """pytest parameters `config` for all mixers.
+
+    Args:
+      knobs_alone: whether each other value of a knob by itself is tried, too, or only the default and the combinations.
+    """
     return [
         pytest.param(config, id=f"{name}-{label}", marks=() if everyday else pytest.mark.slow)
         for name in mixers.names()
         for label, (config, everyday) in configs(name).items()
+        if knobs_alone or label == "default" or config in [mixers.get(name).Config(**v) for v in mixers.get(name).variants]
     ]
 
 

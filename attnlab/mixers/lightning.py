@@ -1,0 +1,179 @@
+"""Lightning attention: linear attention whose heads forget at fixed rates, normalised after the sum, gated."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attnlab import config as config_lib
+from attnlab.mixers.base import Capabilities, HeadMixer, MixerConfig, MixerOutput, Sequence, knob, register
+from attnlab.mixers.parts import Linear, param_dtype
+from attnlab.ops.documents import document_index
+from attnlab.ops.linear_recurrence import IMPLEMENTATIONS, flops_per_token, linear_recurrence
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"silu": jax.nn.silu, "identity": lambda z: z}
+NORMS = {
+    "srmsnorm": "x / rms(x)",
+    "rmsnorm": "x / rms(x), times a learned scale",
+    "layernorm": "(x - mean(x)) / std(x), times a learned scale, plus a learned bias",
+}
+_IMPLS = ("auto", *IMPLEMENTATIONS)
+_EPSILON = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class LightningConfig(MixerConfig):
+    """Knobs of lightning attention."""
+
+    heads: int = knob(4, "heads H", other=(2,))
+    head_width: int | None = knob(None, "head width d; none: width / heads", other=(3,))
+    decay_scale: float = knob(
+        1.0, "c in the decay exp(-c * 2^(-8 (h + 1) / H)) per position of head h = 0 .. H - 1; 0: nothing decays. "
+        "TransNormerLLM's layer l of L has c = 1 - l / (L - 1) + 1e-5", other=(0.0,)
+    )  # fmt: skip
+    activation: str = knob("silu", f"of queries, keys and values: {', '.join(ACTIVATIONS)}", other=("identity",))
+    norm: str = knob("srmsnorm", f"of the output; {'; '.join(f'{k}: {v}' for k, v in NORMS.items())}",
+                     other=("rmsnorm", "layernorm"))  # fmt: skip
+    norm_over: str = knob("layer", "layer: over all heads' channels; head: over each head's own", other=("head",))
+    gate_rank: int | None = knob(None, "r in the output's gate sigmoid(x W [D, r] W [r, H d]); none: d", other=(2,))
+    chunk: int = knob(64, "positions computed as one product; changes only speed and memory", other=(4,))
+    impl: str = knob("auto", f"implementation of the op: {', '.join(_IMPLS)}", other=("definition",))
+
+    def __post_init__(self) -> None:
+        need, choice = config_lib.require, config_lib.require_choice
+        for name in ("heads", "chunk"):
+            need(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        for name in ("head_width", "gate_rank"):
+            value = getattr(self, name)
+            need(value is None or value >= 1, name, value, "1 or more, or none")
+        need(0 <= self.decay_scale < float("inf"), "decay_scale", self.decay_scale, "0 or more")
+        choice("activation", self.activation, list(ACTIVATIONS))
+        choice("norm", self.norm, list(NORMS))
+        choice("norm_over", self.norm_over, ["layer", "head"])
+        choice("impl", self.impl, _IMPLS)
+
+    def head_dim(self, width: int) -> int:
+        """Head width d in a model of the given width; ConfigError if the heads do not divide it."""
+        if self.head_width is None:
+            allowed = f"divisors of the width {width}, or any with head_width set"
+            config_lib.require(width % self.heads == 0, "heads", self.heads, allowed)
+        return self.head_width or width // self.heads
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RecurrentState:
+    """What a linear recurrence remembers.
+
+    Attributes:
+      memory: [B, H, d, e] fp32 (fp64), the sum of key-value products of the current document.
+      segment: [B] int32, id of the current document, -1 before the first position.
+    """
+
+    memory: jax.Array
+    segment: jax.Array
+
+    @classmethod
+    def empty(cls, batch: int, heads: int, width: int, value_width: int, dtype: Any) -> RecurrentState:
+        """The state before the first position."""
+        memory = jnp.zeros((batch, heads, width, value_width), param_dtype(dtype))
+        return cls(memory, jnp.full((batch,), -1, jnp.int32))
+
+
+def recur(
+    q: jax.Array, k: jax.Array, u: jax.Array, seq: Sequence, state: RecurrentState | None, **options: Any
+) -> tuple[jax.Array, RecurrentState]:
+    """`linear_recurrence` from the state on, or of whole sequences, restarted at every document of `seq`."""
+    batch, length = q.shape[:2]
+    segments = jnp.ones((batch, length), jnp.int32) if seq.segments is None else seq.segments
+    whole = seq.segments is None and state is None
+    documents = None if whole else document_index(segments, None if state is None else state.segment)
+    memory = None if state is None else state.memory
+    o, memory = linear_recurrence(q, k, u, documents_BT=documents, state_BHde=memory, **options)
+    return o, RecurrentState(memory, segments[:, -1])
+
+
+def slopes(heads: int) -> jax.Array:
+    """ALiBi's slopes, 2^(-8 (h + 1) / H) for h = 0 .. H - 1 (Press et al. 2022, arXiv:2108.12409)."""
+    return jnp.exp2(-8 * (jnp.arange(heads) + 1) / heads)
+
+
+@register("lightning")
+class Lightning(HeadMixer):
+    """`o_t = sum_{s <= t} exp(-slope (t - s)) (q_t . k_s) v_s` per head; `Norm(o) * sigmoid(x W_d W_u)`, projected.
+
+    The layer is that of TransNormerLLM's released code, with neither scale nor denominator; the chunked computation is
+    Lightning Attention-2's (section 3.2). It has no position encoding other than the decay.
+    """
+
+    Config = LightningConfig
+    capabilities = Capabilities(fixed_state=True)
+    paper = "Qin et al. 2024, Lightning Attention-2, arXiv:2401.04658; TransNormerLLM, arXiv:2307.14995"
+    extension = "norm_over=head (the paper's norm is over the layer's width), a gate_rank other than the head width"
+    implementations = tuple(IMPLEMENTATIONS)
+    counted = "chunked"
+    variants = ({"heads": 2, "chunk": 3, "norm": "layernorm", "norm_over": "head", "decay_scale": 2.5},)
+
+    def __init__(self, config: LightningConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+        self.config, self.dtype = config, dtype
+        self.head_dim = config.head_dim(width)
+        inner, rank = config.heads * self.head_dim, config.gate_rank or self.head_dim
+        linear = lambda fan_in, fan_out, *axes: Linear(fan_in, fan_out, axes, rngs=rngs, dtype=dtype)
+        self.q = linear(width, inner, "embed", "heads")
+        self.k = linear(width, inner, "embed", "heads")
+        self.v = linear(width, inner, "embed", "heads")
+        self.gate_down = linear(width, rank, "embed", "gates")
+        self.gate_up = linear(rank, inner, "gates", "heads")
+        self.out = linear(inner, width, "heads", "embed")
+        if config.norm != "srmsnorm":
+            self.scale = nnx.Param(jnp.ones((inner,), param_dtype(dtype)), axes=("heads",))
+        if config.norm == "layernorm":
+            self.bias = nnx.Param(jnp.zeros((inner,), param_dtype(dtype)), axes=("heads",))
+
+    def heads(self, x: jax.Array, seq: Sequence, state: RecurrentState | None = None) -> MixerOutput:
+        c = self.config
+        decay = None if c.decay_scale == 0 else -c.decay_scale * slopes(c.heads)
+        q, k, v = (self._split(self._activated(linear(x))) for linear in (self.q, self.k, self.v))
+        o, state = recur(q, k, v, seq, state, log_decay=decay, chunk=c.chunk, impl=c.impl)
+        gate = self._split(self.gate_up(self.gate_down(x)))
+        o = self.normed(o) * jax.nn.sigmoid(gate.astype(param_dtype(self.dtype)))
+        return MixerOutput(o.astype(self.dtype), state)
+
+    def combine(self, o_BTHe: jax.Array, x: jax.Array) -> jax.Array:
+        return self.out(o_BTHe.reshape(*x.shape[:2], -1))
+
+    def init_state(self, batch: int, max_length: int, dtype: Any = jnp.float32) -> RecurrentState:
+        return RecurrentState.empty(batch, self.config.heads, self.head_dim, self.head_dim, dtype)
+
+    @classmethod
+    def flops(cls, config: LightningConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:
+        d = config.head_dim(width)
+        inner, rank = config.heads * d, config.gate_rank or d
+        return {
+            "projections": 8.0 * width * inner,
+            "gate": 2.0 * rank * (width + inner),
+            "recurrence": config.heads * flops_per_token(length, config.chunk, d, d),
+        }, None
+
+    def normed(self, o_BTHe: jax.Array) -> jax.Array:
+        """The norm of the heads' outputs, in fp32 (fp64)."""
+        c = self.config
+        over = (-2, -1) if c.norm_over == "layer" else -1
+        y = o_BTHe.astype(param_dtype(self.dtype))
+        if c.norm == "layernorm":
+            y -= jnp.mean(y, over, keepdims=True)
+        y *= jax.lax.rsqrt(jnp.mean(y * y, over, keepdims=True) + _EPSILON)
+        if c.norm != "srmsnorm":
+            y *= self.scale[...].reshape(c.heads, -1)
+        return y + self.bias[...].reshape(c.heads, -1) if c.norm == "layernorm" else y
+
+    def _activated(self, z: jax.Array) -> jax.Array:
+        return ACTIVATIONS[self.config.activation](z.astype(param_dtype(self.dtype))).astype(self.dtype)
+
+    def _split(self, y: jax.Array) -> jax.Array:
+        return y.reshape(*y.shape[:2], self.config.heads, self.head_dim)

@@ -1,0 +1,355 @@
+"""MoH: heads that each token routes to, over the heads of any other mixer."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from attnlab import config as config_lib
+from attnlab.mixers import base
+from attnlab.mixers.base import Capabilities, HeadMixer, MixerConfig, MixerOutput, Sequence, State, knob, register
+from attnlab.mixers.parts import Linear, param_dtype
+from attnlab.ops import partition
+from attnlab.ops import router as route
+from attnlab.ops.cached_attention import cached_attention
+from attnlab.ops.dispatch import Implementation, choose
+from attnlab.ops.gathered_attention import gathered_attention, interleaved, selected_cached_attention, take_heads
+
+_IMPLS = ("auto", "dense", "gather", "definition")
+_ROUTERS = {
+    "learned": "scores of x, two-stage weights",
+    "norm": "the queries' norms, weights 0 or 1, gradient straight through to the heads taken",
+    "norm_dense": "as norm, gradient to all heads",
+}
+# Cores whose attention is one call of the op for all heads: what `gather`, and a router that reads queries, stand on.
+_SOFTMAX_CORES = ("gated", "softmax")
+
+
+def _core_node(tree: Any, path: str) -> Any:
+    """The node as it was given: what it holds is checked when the number of heads is known."""
+    del path
+    return tree
+
+
+@dataclasses.dataclass(frozen=True)
+class MoHConfig(MixerConfig):
+    """Knobs of mixture-of-head attention. H heads: h_s shared, always on, and E = H - h_s routed, K of them on."""
+
+    heads: int = knob(4, "heads H, shared and routed together; handed to the core", other=(2,))
+    shared: int | None = knob(None, "shared heads h_s; none: a quarter of H", other=(0,))
+    active: int | None = knob(None, "routed heads K that a token takes; none: three quarters of H are on", other=(1,))
+    router: str = knob("learned", "; ".join(f"{k}: {v}" for k, v in _ROUTERS.items()), other=("norm",))
+    gate_norm: str = knob("code", "code: as released, the weights of the heads that are on are 1 in the mean and the "
+                          "loss is K when balanced; paper: eq. 5 to 8, weights that sum to 1 or less, loss K / E",
+                          other=("paper",))  # fmt: skip
+    balance: float = knob(0.01, "coefficient of the load-balance loss; 0: none", other=(0.0,))
+    causal: bool = knob(True, "handed to the core", other=(False,))
+    core: Any = knob("softmax", "node of the mixer whose heads these are", other=("gated",), build=_core_node)
+    impl: str = knob("auto", "dense: every head, the weight may be 0; gather: only the heads that are on (cores "
+                     f"{' and '.join(_SOFTMAX_CORES)}); definition; auto: gather on CPU where it serves, else dense",
+                     other=("dense",))  # fmt: skip
+
+    def __post_init__(self) -> None:
+        need, choice = config_lib.require, config_lib.require_choice
+        need(self.heads >= 1, "heads", self.heads, "1 or more")
+        need(self.shared is None or 0 <= self.shared <= self.heads, "shared", self.shared, f"0 to heads ({self.heads})")
+        E = self.routed
+        if self.active is not None:
+            need(min(E, 1) <= self.active <= E, "active", self.active, f"{min(E, 1)} to heads - shared ({E})")
+        choice("router", self.router, list(_ROUTERS))
+        choice("gate_norm", self.gate_norm, ["code", "paper"])
+        choice("impl", self.impl, list(_IMPLS))
+        need(self.balance >= 0, "balance", self.balance, "0 or more")
+        object.__setattr__(self, "core", self._typed_core())
+        if self.reads_queries:
+            where, cores = f"where router is {self.router}", ", ".join(_SOFTMAX_CORES)
+            need(self.core.node_name in _SOFTMAX_CORES, "router", self.router, f"learned, or a core of {cores}")
+            need(E != 1, "shared", self.shared, f"all heads, or at least two less, {where}: one norm has no spread")
+            need(not self.core.qk_norm, "core.qk_norm", True, f"false {where}, which reads norms")
+            need(self.gate_norm == "code", "gate_norm", self.gate_norm, f"code {where}: weights are 0 or 1")
+        if self.impl == "gather":
+            reason = _no_gather(self)
+            need(reason is None, "impl", self.impl, f"auto, dense or definition: {reason}")
+
+    @property
+    def always(self) -> int:
+        """h_s."""
+        return self.heads // 4 if self.shared is None else self.shared
+
+    @property
+    def routed(self) -> int:
+        """E."""
+        return self.heads - self.always
+
+    @property
+    def taken(self) -> int:
+        """K."""
+        if self.active is not None:
+            return self.active
+        return min(self.routed, max(1, 3 * self.heads // 4 - self.always))
+
+    @property
+    def reads_queries(self) -> bool:
+        """Whether the router reads the core's queries."""
+        return self.router != "learned" and self.routed > 0
+
+    def _typed_core(self) -> MixerConfig:
+        core = self.core
+        if not isinstance(core, MixerConfig):
+            known = [n for n in base.names() if issubclass(base.get(n), HeadMixer) and n != "moh"]
+            node = {"name": "softmax", **core} if isinstance(core, Mapping) else core
+            name, fields = config_lib.split_name(node, "core", known)
+            allowed = base.get(name).Config.__dataclass_fields__
+            handed = {k: getattr(self, k) for k in ("heads", "causal") if k in allowed}
+            core = config_lib.build(base.get(name).Config, handed | fields, "core")
+        for key in ("heads", "causal"):
+            mine, its = getattr(self, key), getattr(core, key)
+            config_lib.require(its == mine, f"core.{key}", its, f"{mine}, as {key} is; the core is handed it")
+        return core
+
+
+class Router(nnx.Module):
+    """Weights of all heads from x [..., D], section 3 of the paper; logits and weights are fp32.
+
+    W_r [D, E] scores the routed heads, W_s [D, h_s] the shared ones, W_h [D, 2] shares weight between both. A part that
+    has one choice only has no weights.
+    """
+
+    def __init__(self, config: MoHConfig, width: int, *, rngs: nnx.Rngs, dtype: Any):
+        self.config = config
+        make = lambda n: Linear(width, n, ("embed", "gates"), rngs=rngs, dtype=param_dtype(dtype))
+        if config.routed:
+            self.routed = make(config.routed)
+        if config.always > 1:
+            self.shared = make(config.always)
+        if config.routed and config.always:
+            self.both = make(2)
+
+    def __call__(self, x: jax.Array) -> Routing:
+        """Weights of the shared heads and of the routed ones, and how these were taken."""
+        c = self.config
+        code = c.gate_norm == "code"
+        shared = jnp.ones((*x.shape[:-1], c.always), jnp.promote_types(x.dtype, jnp.float32))
+        if c.always > 1:
+            shared = route.softmax(self.shared(x)) * (c.always if code else 1)
+        if not c.routed:
+            return Routing(shared, shared[..., :0], None, None)
+        logits = self.routed(x)
+        p = route.softmax(logits)
+        taken = _top_k(logits, c)
+        routed = route.renormalised(p, taken) if code else jnp.where(taken, p, 0)
+        if c.always:
+            both = route.softmax(self.both(x)) * (2 if code else 1)
+            shared, routed = shared * both[..., :1], routed * both[..., 1:]
+        return Routing(shared, routed, p, taken)
+
+
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """How tokens were routed.
+
+    Attributes:
+      shared, routed: weights [..., h_s] and [..., E].
+      p, taken: probabilities and choices [..., E] of the routed heads; None if there are none.
+    """
+
+    shared: jax.Array
+    routed: jax.Array
+    p: jax.Array | None
+    taken: jax.Array | None
+
+
+def norm_routing(q_BTEd: jax.Array, config: MoHConfig) -> Routing:
+    """The router without parameters: the K routed heads of largest |q| are on (eq. 9 and 10, and the released code)."""
+    logits = route.norm_logits(q_BTEd)
+    p, taken = route.softmax(logits), _top_k(logits, config)
+    shared = jnp.ones((*p.shape[:-1], config.always), p.dtype)
+    return Routing(shared, route.straight_through(p, taken, dense=config.router == "norm_dense"), p, taken)
+
+
+@register("moh")
+class MoH(HeadMixer):
+    """Mixture of heads: `y = sum_i g_i(x) H_i W_O^i`, some heads shared and of the others the top K of each token.
+
+    The heads H_i are those of the mixer `core`. Its keys and values are all computed; what is routed are its queries.
+    """
+
+    Config = MoHConfig
+    capabilities = Capabilities(causal=True, bidirectional=True, streaming=True)
+    paper = "Jin et al. 2024, MoH: Multi-Head Attention as Mixture-of-Head Attention, arXiv:2410.11842"
+    extension = (
+        "any mixer with heads as the core; shared heads spread among the routed ones; padding is not counted in the "
+        "load-balance loss; an epsilon in the norm router's deviation; no head's work is done where it is off (gather)"
+    )
+    implementations = ("definition", "dense", "gather")
+    variants = (
+        {"shared": 4, "core": {"name": "softmax", "kv_heads": 2, "window": 3}},
+        {"shared": 2, "router": "norm", "core": {"name": "gated", "kv_heads": 2, "sinks": True, "soft_cap": 3.0}},
+    )
+
+    def __init__(self, config: MoHConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+        self.config, self.dtype = config, dtype
+        core = dataclasses.replace(config.core, impl="definition") if config.impl == "definition" else config.core
+        self.core = base.build(core, width=width, rngs=rngs, dtype=dtype)
+        if not config.reads_queries:
+            self.router = Router(config, width, rngs=rngs, dtype=dtype)
+
+    def require(self, seq: Sequence, *, causal: bool) -> None:
+        super().require(seq, causal=causal)
+        self.core.require(seq, causal=causal)
+
+    def init_state(self, batch: int, max_length: int, dtype: Any = jnp.float32) -> State:
+        return self.core.init_state(batch, max_length, dtype)
+
+    def heads(self, x: jax.Array, seq: Sequence, state: State = None) -> MixerOutput:
+        used = None if seq.segments is None else seq.segments > 0
+        out, routing = self._routed_heads(x, seq, state, used)
+        shared, routed = shared_and_routed(self.config)
+        gates = interleaved(routing.shared[..., None], routing.routed[..., None], shared, routed)
+        out = dataclasses.replace(out, y=(out.y * gates).astype(out.y.dtype))
+        if state is not None or routing.p is None:
+            return out
+        losses, metrics = self._balance(routing, used)
+        return dataclasses.replace(out, losses=out.losses | losses, metrics=out.metrics | metrics)
+
+    def combine(self, o_BTHe: jax.Array, x: jax.Array) -> jax.Array:
+        return self.core.combine(o_BTHe, x)
+
+    @classmethod
+    def flops(cls, config: MoHConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:
+        core = base.get(config.core.node_name)
+        flops, span = core.flops(config.core, width, length)
+        if not config.reads_queries:
+            E, shared = config.routed, config.always
+            flops["router"] = 2.0 * width * (E + (shared if shared > 1 else 0) + (2 if E and shared else 0))
+        if _implementation(config) == "gather":
+            # Pairs of a query and a head that is off are left out as those are that the mask hides.
+            share = (config.always + config.taken) / config.heads
+            flops["attention"], span = flops["attention"] * share, span * share
+        return flops, span
+
+    # Inside.
+
+    def _routed_heads(
+        self, x: jax.Array, seq: Sequence, state: State, used: jax.Array | None
+    ) -> tuple[MixerOutput, Routing]:
+        """The core's heads, before their weights, and the weights; with `gather` a head that is off is left out."""
+        c = self.config
+        routing = None if c.reads_queries else self.router(x)
+        gather = c.routed > 0 and _implementation(c) == "gather"
+        if not (gather or c.reads_queries):
+            return self.core.heads(x, seq, state), routing
+        routings = [routing]
+
+        def op_of(op: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+            def run(q: jax.Array, k: jax.Array, v: jax.Array, mask: Any, **kwargs: Any) -> jax.Array:
+                if c.reads_queries:  # RoPE, which they have behind them, keeps norms
+                    routings[0] = norm_routing(take_heads(q, shared_and_routed(c)[1]), c)
+                if not gather:
+                    return op(q, k, v, mask, **kwargs)
+                return self._selected(op, routings[0].taken, used, q, k, v, mask, kwargs)
+
+            return run
+
+        out = with_op(self.core, op_of).heads(x, seq, state)
+        return out, routings[0]
+
+    def _selected(self, op, taken_BTE, used_BT, q_BTHd, k, v, mask, kwargs) -> jax.Array:
+        """`op` for the heads that are on."""
+        c = self.config
+        shared, routed = shared_and_routed(c)
+        if op is not cached_attention:
+            wanted = taken_BTE if used_BT is None else taken_BTE & used_BT[..., None]
+            return gathered_attention(q_BTHd, k, v, mask, wanted, chosen=routed, active=c.taken, **kwargs)
+        K = k.shape[0] // q_BTHd.shape[0]
+        reads = key_heads_read(c)
+        if q_BTHd.shape[1] > 1 or reads == K or kwargs["sinks_H"] is not None:
+            return op(q_BTHd, k, v, mask, **kwargs)
+        on = interleaved(jnp.ones((len(q_BTHd), 1, c.always, 1), bool), taken_BTE[..., None], shared, routed)
+        return selected_cached_attention(
+            q_BTHd, k, v, mask, on.reshape(-1, K, c.heads // K).any(-1), reads=reads,
+            soft_cap=kwargs["soft_cap"], impl=kwargs["impl"],
+        )  # fmt: skip
+
+    def _balance(self, routing: Routing, used: jax.Array | None) -> tuple[dict, dict]:
+        c = self.config
+        shares = route.load(routing.taken, used)
+        metrics = {f"moh_load_{e}": shares[e] for e in range(c.routed)}
+        metrics |= {"moh_load_max": jnp.max(shares), "moh_load_min": jnp.min(shares)}
+        loss = route.load_balance(routing.p, routing.taken, used)
+        metrics["moh_balance"] = jax.lax.stop_gradient(loss)
+        if not c.balance:
+            return {}, metrics
+        return {"moh_balance_loss": c.balance / (1 if c.gate_norm == "code" else c.routed) * loss}, metrics
+
+
+@functools.cache
+def shared_and_routed(config: MoHConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Which of the core's heads are shared and which are routed, each ascending: the latter's order is the router's.
+
+    Shared heads fill whole groups of those that share a key head, so that the other groups' keys need not be read
+    where no head of theirs is on; these groups, and heads within a group, are spread evenly, so that devices which hold
+    neighbouring heads have as many of each.
+    """
+    K = getattr(config.core, "kv_heads", None) or config.heads
+    G = config.heads // K
+    full, rest = divmod(config.always, G)
+    groups = [h for h in range(K) if _evenly(h, full + (rest > 0), K)]
+    last = groups[-1] if rest else None
+    shared = [h for h in range(config.heads) if h // G in groups and (h // G != last or _evenly(h % G, rest, G))]
+    return tuple(shared), tuple(h for h in range(config.heads) if h not in shared)
+
+
+def _evenly(i: int, n: int, of: int) -> bool:
+    """Whether the i-th of `of` places is one of n spread evenly."""
+    return (i + 1) * n // of > i * n // of
+
+
+def key_heads_read(config: MoHConfig) -> int:
+    """Most key heads that one token's heads read: those of the shared heads, and one for every routed head taken."""
+    K = getattr(config.core, "kv_heads", None) or config.heads
+    always = len({h * K // config.heads for h in shared_and_routed(config)[0]})
+    return always + min(K - always, config.taken)
+
+
+def with_op(core: HeadMixer, wrap: Callable[[Callable], Callable]) -> HeadMixer:
+    """`core` (of the softmax family) computing with `wrap(op)` for the attention op: a view with its parameters."""
+    view = copy.copy(core)
+    # Past nnx, which would take this for a change of the core's own state.
+    object.__setattr__(view, "attend", lambda op, *args: type(core).attend(core, wrap(op), *args))
+    return view
+
+
+def _top_k(logits: jax.Array, config: MoHConfig) -> jax.Array:
+    if config.impl != "definition":
+        return route.top_k_mask(logits, config.taken)
+    _, indices = jax.lax.top_k(logits, config.taken)
+    return jnp.any(jax.nn.one_hot(indices, config.routed, dtype=bool), axis=-2)
+
+
+def _no_gather(config: MoHConfig) -> str | None:
+    """Why `gather` cannot serve; None where it can."""
+    if config.core.node_name not in _SOFTMAX_CORES:
+        return f"gather needs a core of {', '.join(_SOFTMAX_CORES)}"
+    if config.router == "norm_dense":
+        return "router norm_dense needs the outputs of heads that are off"
+    return None
+
+
+def _implementation(config: MoHConfig) -> str:
+    """What `impl` stands for here; `auto` is recorded."""
+    if config.impl != "auto":
+        return config.impl
+    serves = config.taken < config.routed and partition.platform() == "cpu"
+    pick = "gather" if serves and _no_gather(config) is None else "dense"
+    spec = f"H{config.heads} shared {config.always} active {config.taken} core {config.core.node_name}"
+    choose("moh", pick, {pick: Implementation(lambda: None)}, spec, ())
+    return pick

@@ -1,0 +1,252 @@
+"""The recurrence `S_t = a_t S_{t-1} + k_t u_t^T`, `o_t = q_t S_t`, of every mixer whose state has a fixed size.
+
+Chunkwise: pairs within a chunk are one masked product, what comes from before it is read from the state at its start.
+Lin et al. 2022 (arXiv:2202.10447) and Qin et al. 2024 (arXiv:2401.04658, section 3) describe the form.
+
+Shapes: `B` batch, `T` positions, `H` heads, `d` key width, `e` value width, `N` chunks, `C` positions in a chunk.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from attnlab.errors import UserError
+from attnlab.ops.dispatch import Implementation, choose
+
+
+@dataclasses.dataclass(frozen=True)
+class RecurrenceSpec:
+    """The static facts by which an implementation is chosen. Lengths and widths as in `linear_recurrence`."""
+
+    batch: int
+    positions: int
+    heads: int
+    width: int
+    value_width: int
+    dtype: str
+    chunk: int
+    decay: str  # none, constant, data
+    packed: bool
+
+    def __str__(self) -> str:
+        shape = f"B{self.batch} T{self.positions} H{self.heads} d{self.width}/{self.value_width} C{self.chunk}"
+        return " ".join([shape, self.dtype, f"decay={self.decay}", *(["packed"] if self.packed else [])])
+
+
+class Weights(NamedTuple):
+    """How much positions of a chunk take from each other and from the states around them; None: all of it.
+
+    The axes are of chunked arrays, of size 1 where the weights are the same along them.
+
+    Attributes:
+      pairs: [B, H, N, C, C], of the key in the last axis for the query in the one before; 0 for later keys.
+      read: [B, H, N, C], of the state before the chunk for a query.
+      write: [B, H, N, C], of a key in the state after the chunk.
+      carry: [B, H, N], of the state before in the state after the chunk.
+    """
+
+    pairs: jax.Array
+    read: jax.Array | None
+    write: jax.Array | None
+    carry: jax.Array | None
+
+
+def definition(
+    q: jax.Array,
+    k: jax.Array,
+    u: jax.Array,
+    log_decay: jax.Array | None,
+    documents: jax.Array | None,
+    state: jax.Array | None,
+    chunk: int,
+) -> tuple[jax.Array, jax.Array]:
+    """`o_t = sum_{s <= t} exp(sum of log_decay over s + 1 .. t) (q_t . k_s) u_s`, with all T x T pairs."""
+    del chunk
+    B, T, H, _ = q.shape
+    logs = jnp.zeros((H,), q.dtype) if log_decay is None else log_decay
+    total = jnp.moveaxis(jnp.cumsum(jnp.broadcast_to(logs, (B, T, H)), axis=1), 2, 1)
+    documents = jnp.zeros((1, T), jnp.int32) if documents is None else documents
+    seen = jnp.tril(jnp.ones((T, T), bool)) & (documents[:, None, :, None] == documents[:, None, None, :])
+    weights = jnp.where(seen, jnp.exp(jnp.where(seen, total[..., None] - total[..., None, :], 0)), 0)
+    scores = jnp.einsum("bthd,bshd->bhts", q, k, precision="highest") * weights
+    o = jnp.einsum("bhts,bshe->bthe", scores, u, precision="highest")
+    after = jnp.einsum("bhs,bshd,bshe->bhde", weights[:, :, -1], k, u, precision="highest")
+    if state is not None:
+        kept = jnp.where(documents[:, None] == 0, jnp.exp(total), 0)
+        o += jnp.einsum("bht,bthd,bhde->bthe", kept, q, state, precision="highest")
+        after += kept[:, :, -1, None, None] * state
+    return o, after
+
+
+def chunked(
+    q: jax.Array,
+    k: jax.Array,
+    u: jax.Array,
+    log_decay: jax.Array | None,
+    documents: jax.Array | None,
+    state: jax.Array | None,
+    chunk: int,
+) -> tuple[jax.Array, jax.Array]:
+    """The same in memory and time linear in T. Products are batched over chunks, as only the states need a loop."""
+    T = q.shape[1]
+    C = min(chunk, T)
+    q, k, u = (_in_chunks(x, C) for x in (q, k, u))
+    if log_decay is not None and log_decay.ndim == 3:
+        log_decay = _in_chunks(log_decay, C)
+    if documents is not None:
+        documents = _in_chunks(documents[..., None], C, mode="edge")
+    weights = chunk_weights(log_decay, documents, T, C, q.dtype)
+    written = jnp.einsum("bhnsd,bhnse->bhnde", _scaled(k, weights.write), u)
+    before, state = _states(written, weights.carry, state)
+    scores = jnp.einsum("bhncd,bhnsd->bhncs", q, k) * weights.pairs
+    o = jnp.einsum("bhncs,bhnse->bhnce", scores, u)
+    if before is not None:
+        o += jnp.einsum("bhncd,bhnde->bhnce", _scaled(q, weights.read), before)
+    B, H, N, _, e = o.shape
+    return jnp.moveaxis(o, 1, 3).reshape(B, N * C, H, e)[:, :T], state
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "definition": Implementation(definition),
+    "chunked": Implementation(chunked),
+}
+_PREFERENCE = ("chunked",)
+
+
+def linear_recurrence(
+    q_BTHd: jax.Array,
+    k_BTHd: jax.Array,
+    u_BTHe: jax.Array,
+    *,
+    log_decay: jax.Array | None = None,
+    documents_BT: jax.Array | None = None,
+    state_BHde: jax.Array | None = None,
+    chunk: int = 64,
+    impl: str = "auto",
+) -> tuple[jax.Array, jax.Array]:
+    """`S_t = exp(log_decay_t) S_{t-1} + k_t u_t^T`, `o_t = q_t S_t`: a query reads what its own position wrote too.
+
+    Args:
+      q_BTHd, k_BTHd, u_BTHe: queries, keys and what is written. There is no scale and no denominator: for a sum of
+        weights append a column of ones to u.
+      log_decay: at most 0; None: nothing decays; [H]: the same at all positions; [B, T, H]. A decay below the
+        smallest normal number of its dtype counts as that number.
+      documents_BT: of `attnlab.ops.documents.document_index`; None: all positions continue one document.
+      state_BHde: the state before the first position, read by document 0 only; None: nothing.
+      chunk: positions in a chunk, changes only time and memory.
+      impl: "auto", or a name in `IMPLEMENTATIONS`.
+
+    Returns:
+      o_BTHe in the dtype of q, and the state after the last position [B, H, d, e] in fp32 (fp64 for fp64 inputs): what
+      the last position's document wrote, all earlier ones forgotten. All sums are in that dtype.
+
+    Raises:
+      UserError: shapes that do not fit, or an unknown `impl`.
+    """
+    _check_shapes(q_BTHd, k_BTHd, u_BTHe, log_decay, documents_BT, state_BHde, chunk)
+    B, T, H, d = q_BTHd.shape
+    decay = "none" if log_decay is None else "constant" if log_decay.ndim == 1 else "data"
+    packed = documents_BT is not None
+    spec = RecurrenceSpec(B, T, H, d, u_BTHe.shape[3], str(q_BTHd.dtype), chunk, decay, packed)
+    chosen = choose("linear_recurrence", impl, IMPLEMENTATIONS, spec, _PREFERENCE)
+    wide = jnp.promote_types(q_BTHd.dtype, jnp.float32)
+    q, k, u = (x.astype(wide) for x in (q_BTHd, k_BTHd, u_BTHe))
+    if log_decay is not None:
+        log_decay = jnp.maximum(log_decay.astype(wide), jnp.log(jnp.finfo(wide).tiny))  # differences stay finite
+    state = None if state_BHde is None else state_BHde.astype(wide)
+    o, state = chosen.run(q, k, u, log_decay, documents_BT, state, chunk)
+    return o.astype(q_BTHd.dtype), state
+
+
+def flops_per_token(length: int, chunk: int, width: int, value_width: int) -> float:
+    """FLOPs of the matrix products of `chunked` per position and head, all pairs of a chunk counted."""
+    C = min(chunk, length)
+    chunks = -(-length // C)
+    pairs, states = 2.0 * C * (width + value_width), 2.0 * width * value_width
+    return (pairs + states * (2 if chunks > 1 else 1)) * chunks * C / length
+
+
+def chunk_weights(
+    log_decay: jax.Array | None, documents_B1NC: jax.Array | None, length: int, chunk: int, dtype: jnp.dtype
+) -> Weights:
+    """The weights of `length` positions in chunks, the last one filled up with positions that write nothing.
+
+    Args:
+      log_decay: None, [H], or [B, H, N, C].
+      documents_B1NC: None, or as in `linear_recurrence`.
+    """
+    row = jnp.arange(chunk)
+    seen = row[:, None] >= row
+    pairs, read, write, carry = seen.astype(dtype), None, None, None
+    if log_decay is not None and log_decay.ndim == 1:
+        # Filled-up positions decay nothing: the last chunk ends with its last position.
+        starts = jnp.arange(0, length, chunk)[:, None] if length % chunk else jnp.zeros((1, 1), int)
+        left = jnp.minimum(length - starts, chunk)
+        power = lambda steps: jnp.exp(jnp.maximum(steps, 0) * log_decay[(slice(None),) + (None,) * steps.ndim])[None]
+        pairs = jnp.where(seen, power(row[:, None] - row)[:, :, None], 0)
+        read, write, carry = power(row[None] + 1), power(left - 1 - row), power(left[:, 0])
+    elif log_decay is not None:
+        total = jnp.cumsum(log_decay, axis=-1)
+        pairs = jnp.where(seen, jnp.exp(jnp.where(seen, total[..., None] - total[..., None, :], 0)), 0)
+        read, write, carry = jnp.exp(total), jnp.exp(total[..., -1:] - total), jnp.exp(total[..., -1])
+    if documents_B1NC is not None:
+        last = documents_B1NC[..., -1]
+        before = jnp.pad(last[..., :-1], ((0, 0), (0, 0), (1, 0)))
+        pairs = jnp.where(documents_B1NC[..., None] == documents_B1NC[..., None, :], pairs, 0)
+        kept = lambda own, weight: own.astype(dtype) if weight is None else jnp.where(own, weight, 0)
+        read = kept(documents_B1NC == before[..., None], read)
+        write = kept(documents_B1NC == last[..., None], write)
+        carry = kept(last == before, carry)
+    return Weights(pairs, read, write, carry)
+
+
+def _in_chunks(x_BTHw: jax.Array, chunk: int, mode: str = "constant") -> jax.Array:
+    """[B, H, N, C, w], zeros or the last position behind the end; [B, H, N, C] from [B, T, H]."""
+    T = x_BTHw.shape[1]
+    x = jnp.pad(x_BTHw, [(0, 0), (0, -T % chunk)] + [(0, 0)] * (x_BTHw.ndim - 2), mode=mode) if T % chunk else x_BTHw
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 3, 1)
+
+
+def _scaled(x: jax.Array, weight: jax.Array | None) -> jax.Array:
+    return x if weight is None else x * weight[..., None]
+
+
+def _states(
+    written_BHNde: jax.Array, carry_BHN: jax.Array | None, state_BHde: jax.Array | None
+) -> tuple[jax.Array | None, jax.Array]:
+    """The states before each chunk [B, H, N, d, e], None where all are zero, and the one after the last."""
+    B, H, N, d, e = written_BHNde.shape
+    carry = jnp.ones((), written_BHNde.dtype) if carry_BHN is None else carry_BHN
+    carry = jnp.moveaxis(jnp.broadcast_to(carry, (B, H, N)), 2, 0)[..., None, None]
+    written = jnp.moveaxis(written_BHNde, 2, 0)
+    first = written[0] if state_BHde is None else carry[0] * state_BHde + written[0]
+    if N == 1:
+        return None if state_BHde is None else state_BHde[:, :, None], first
+
+    def step(state, chunk):
+        kept, new = chunk
+        return kept * state + new, state
+
+    last, between = jax.lax.scan(step, first, (carry[1:], written[1:]))
+    start = jnp.zeros_like(first) if state_BHde is None else state_BHde
+    return jnp.moveaxis(jnp.concatenate([start[None], between]), 0, 2), last
+
+
+def _check_shapes(q, k, u, log_decay, documents, state, chunk: int) -> None:
+    if q.ndim != 4 or q.shape != k.shape or u.ndim != 4 or u.shape[:3] != q.shape[:3]:
+        raise UserError(
+            f"linear_recurrence: q {q.shape}, k {k.shape}, u {u.shape} do not fit; "
+            "expected q, k [B, T, H, d], u [B, T, H, e]"
+        )
+    B, T, H, d = q.shape
+    for name, x, allowed in (
+        ("log_decay", log_decay, [(H,), (B, T, H)]),
+        ("documents_BT", documents, [(B, T)]),
+        ("state_BHde", state, [(B, H, d, u.shape[3])]),
+    ):
+        if x is not None and x.shape not in allowed:
+            raise UserError(f"linear_recurrence: {name} {x.shape}; expected {' or '.join(map(str, allowed))}")
+    if chunk < 1:
+        raise UserError(f"linear_recurrence: chunk={chunk} is not allowed; allowed: 1 or more")

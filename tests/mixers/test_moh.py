@@ -1,0 +1,358 @@
+"""The identities of mixture-of-head attention (Jin et al. 2024), in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from attnlab import config as config_lib
+from attnlab import mixers
+from attnlab.errors import ConfigError, UnsupportedPattern
+from attnlab.mixers import moh
+from attnlab.ops import router as route
+from tests.mixers import cases
+
+
+@pytest.fixture(autouse=True)
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def make(**fields):
+    return cases.module(mixers.get("moh").Config(**fields), jnp.float64)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(graphdef, params, x, seq):
+    return nnx.merge(graphdef, params)(x, seq)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_heads(graphdef, params, x, seq):
+    return nnx.merge(graphdef, params).heads(x, seq).y
+
+
+def run(module, x, seq):
+    return _run(*cases.split(module), x, seq)
+
+
+def heads_of(module, x, seq):
+    return _run_heads(*cases.split(module), x, seq)
+
+
+def packed():
+    return cases.inputs(jnp.float64)
+
+
+def gates_of(module, x):
+    routing = module.router(x)
+    gates = np.concatenate([routing.shared, routing.routed], axis=-1)
+    return gates[..., np.argsort(np.concatenate(moh.shared_and_routed(module.config)))]
+
+
+def zero_router(module):
+    for part in ("routed", "shared", "both"):
+        if hasattr(module.router, part):
+            kernel = getattr(module.router, part).kernel
+            kernel[...] = jnp.zeros_like(kernel[...])
+
+
+def assert_used_close(a, b, seq, atol=1e-12):
+    used = np.asarray(seq.segments) > 0
+    np.testing.assert_allclose(np.asarray(a)[used], np.asarray(b)[used], atol=atol)
+
+
+@pytest.mark.parametrize("shared", [0, 1, 4])
+def test_neutral_router_with_all_heads_on_is_the_core(shared):
+    """W = 0 and K = E: every weight is 1."""
+    module = make(shared=shared, active=4 - shared, impl="dense")
+    zero_router(module)
+    x, seq = packed()
+    assert_used_close(run(module, x, seq).y, run(module.core, x, seq).y, seq, atol=1e-13)
+
+
+@pytest.mark.parametrize("shared, active", [(2, 1), (1, 2), (0, 3)])
+def test_sums_and_zeros_of_the_weights(shared, active):
+    """sum of weights = h_s a_1 + K a_2; h_s + K are not 0, and the others are 0 exactly."""
+    module = make(shared=shared, active=active)
+    x, _ = packed()
+    gates = gates_of(module, x)
+    both = 2 * np.asarray(jax.nn.softmax(module.router.both(x), axis=-1)) if shared else np.array([0.0, 1.0])
+    np.testing.assert_allclose(gates.sum(-1), shared * both[..., 0] + active * both[..., 1], atol=1e-12)
+    np.testing.assert_array_equal((gates != 0).sum(-1), shared + active)
+
+
+def test_weights_of_the_paper():
+    """Eq. 5 and 6: no renormalisation, no factors."""
+    module = make(shared=2, active=1, gate_norm="paper")
+    x, _ = packed()
+    p = np.asarray(jax.nn.softmax(module.router.routed(x), axis=-1))
+    both = np.asarray(jax.nn.softmax(module.router.both(x), axis=-1))
+    routing = module.router(x)
+    expected = np.where(p == p.max(-1, keepdims=True), p, 0) * both[..., 1:]
+    np.testing.assert_allclose(routing.routed, expected, atol=1e-14)
+    shared = np.asarray(jax.nn.softmax(module.router.shared(x), axis=-1)) * both[..., :1]
+    np.testing.assert_allclose(routing.shared, shared, atol=1e-14)
+
+
+def test_one_shared_head_has_no_scores_of_its_own():
+    """h_s = 1: s = 1, and no W_s (the released DiT code reads one that it does not make)."""
+    module = make(shared=1)
+    assert not hasattr(module.router, "shared")
+    x, _ = packed()
+    both = 2 * jax.nn.softmax(module.router.both(x), axis=-1)
+    np.testing.assert_allclose(module.router(x).shared, both[..., :1], atol=1e-14)
+
+
+def test_no_routed_heads_is_a_weighted_sum():
+    """K = 0: weights h_s softmax(x W_s), neither 1 nor a load-balance loss."""
+    module = make(shared=4)
+    x, seq = packed()
+    out = run(module, x, seq)
+    weights = 4 * jax.nn.softmax(module.router.shared(x), axis=-1)
+    expected = module.core.combine(heads_of(module.core, x, seq) * weights[..., None], x)
+    assert_used_close(out.y, expected, seq)
+    assert not out.losses and not out.metrics
+
+
+def test_permuting_routed_heads_changes_nothing():
+    """Their weights and the router's columns permuted together leave y."""
+    module = make(shared=1, active=2)
+    x, seq = packed()
+    before = run(module, x, seq).y
+    _, routed = moh.shared_and_routed(module.config)
+    order = np.arange(4)
+    order[list(routed)] = np.roll(routed, 1)
+    d = module.core.head_dim
+    for name in ("q", "k", "v"):
+        kernel = getattr(module.core, name).kernel
+        kernel[...] = kernel[...].reshape(16, 4, d)[:, order].reshape(16, -1)
+    module.core.out.kernel[...] = module.core.out.kernel[...].reshape(4, d, 16)[order].reshape(-1, 16)
+    columns = module.router.routed.kernel
+    columns[...] = jnp.roll(columns[...], 1, axis=1)
+    assert_used_close(run(module, x, seq).y, before, seq)
+
+
+@pytest.mark.parametrize("core", [{"name": "softmax"}, {"name": "gated", "kv_heads": 2, "operation": "additive"}])
+def test_gather_is_dense(core):
+    """Also where every token takes the same heads: nothing overflows."""
+    dense = make(impl="dense", core=core)
+    gather = make(impl="gather", core=core)
+    x, seq = packed()
+    for module in (dense, gather):
+        columns = module.router.routed.kernel
+        columns[...] = columns[...].at[:, 0].set(0.0)
+    same = jnp.broadcast_to(x[:1, :1], x.shape)
+    for inputs in (x, same):
+        assert_used_close(run(gather, inputs, seq).y, run(dense, inputs, seq).y, seq)
+
+
+@pytest.mark.parametrize("impl", ["dense", "gather"])
+def test_head_that_no_token_takes_has_no_gradient(impl):
+    """Rows of W_O of a head that is off are exactly 0 in the gradient, and those of the others are not."""
+    module = make(shared=1, active=2, impl=impl)
+    x, seq = packed()
+    x = jnp.abs(x)
+    kernel = module.router.routed.kernel
+    kernel[...] = kernel[...].at[:, 1].set(-50.0)  # x is positive: never among the two
+    graphdef, params = cases.split(module)
+    gradient = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(nnx.merge(graphdef, p)(x, seq).y))))(params)
+    rows = np.asarray(gradient["core"]["out"]["kernel"][...]).reshape(4, -1)
+    off = moh.shared_and_routed(module.config)[1][1]
+    np.testing.assert_array_equal(rows[off], 0.0)
+    assert np.all(np.abs(np.delete(rows, off, axis=0)).max(-1) > 1e-3)
+
+
+@pytest.mark.parametrize("router, impl", [("norm", "gather"), ("norm", "dense"), ("norm_dense", "dense")])
+def test_norm_router_zeroes_heads_and_passes_gradients_straight_through(router, impl):
+    """Forward the core with heads set to 0; backward the gradient of the weights p, of all heads or of those taken."""
+    module = make(shared=1, active=2, router=router, impl=impl)
+    x, _ = packed()
+    seq = mixers.Sequence.whole(*x.shape[:2])
+    shared, routed = moh.shared_and_routed(module.config)
+    norm = jnp.linalg.norm(module.core.project(x)[0][:, :, np.asarray(routed)], axis=-1)  # before RoPE
+    taken = route.top_k_mask(norm, 2)
+    mask = jnp.ones((2, cases.LENGTH, 4)).at[:, :, np.asarray(routed)].set(taken)
+    heads = heads_of(module.core, x, seq)
+    np.testing.assert_allclose(run(module, x, seq).y, module.core.combine(heads * mask[..., None], x), atol=1e-12)
+
+    graphdef, params = cases.split(module)
+    upstream = jnp.cos(jnp.arange(x.size, dtype=jnp.float64)).reshape(x.shape)
+    got = jax.jit(jax.grad(lambda p: jnp.sum(upstream * nnx.merge(graphdef, p)(x, seq).y)))(params)
+
+    def expected(p):
+        """The heads on are weighted by p for the gradient of p, and by their mask for that of all else."""
+        m = nnx.merge(graphdef, p)
+        norm = jnp.linalg.norm(m.core.project(x)[0][:, :, np.asarray(routed)], axis=-1)
+        prob = jax.nn.softmax(norm / jnp.std(norm, axis=-1, ddof=1, keepdims=True), axis=-1)
+        o = m.core.heads(x, seq).y
+        through = jnp.sum(jax.lax.stop_gradient(_to_heads(m, upstream)) * jax.lax.stop_gradient(o), axis=-1)
+        through = through[:, :, np.asarray(routed)]
+        if router == "norm":
+            through = jnp.where(taken, through, 0)
+        return jnp.sum(upstream * m.core.combine(o * mask[..., None], x)) + jnp.sum(through * prob)
+
+    want = jax.jit(jax.grad(expected))(params)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-7)  # no epsilon there
+
+
+def _to_heads(module, dy):
+    """Gradient of the heads' outputs, given that of y."""
+    kernel = module.core.out.kernel[...]
+    return (dy @ kernel.T).reshape(*dy.shape[:2], module.config.heads, -1)
+
+
+def test_norm_router_does_not_see_positions():
+    """RoPE keeps norms: other positions, the same heads on."""
+    module = make(shared=1, active=2, router="norm")
+    x, _ = packed()
+    seq = mixers.Sequence.whole(*x.shape[:2])
+    graphdef, params = cases.split(module)
+
+    @jax.jit
+    def routing(seq):
+        found = nnx.merge(graphdef, params)._routed_heads(x, seq, None, None)[1]
+        return found.p, found.taken
+
+    still, moved = (routing(mixers.Sequence(p)) for p in (seq.positions, 7 * seq.positions + 1000))
+    np.testing.assert_allclose(still[0], moved[0], atol=1e-12)
+    np.testing.assert_array_equal(still[1], moved[1])
+
+
+@pytest.mark.parametrize("K", [1, 3])
+def test_load_balance_of_uniform_and_of_collapsed_routing(K):
+    """Uniform probabilities and loads give K; the same K heads with p = 1 / K each give E."""
+    E = 6
+    turns = jnp.stack([jnp.roll(jnp.arange(E) < K, t) for t in range(E)])[None]
+    uniform = jnp.full((1, E, E), 1 / E)
+    np.testing.assert_allclose(route.load_balance(uniform, turns), K, atol=1e-14)
+    same = jnp.broadcast_to(jnp.arange(E) < K, (1, E, E))
+    np.testing.assert_allclose(route.load_balance(same / K, same), E, atol=1e-14)
+
+
+@pytest.mark.parametrize("norm, factor", [("code", 1), ("paper", 1 / 3)])
+def test_loss_and_metrics_are_of_used_positions(norm, factor):
+    module = make(balance=0.5, gate_norm=norm)
+    x, seq = packed()
+    out = run(module, x, seq)
+    used = np.asarray(seq.segments) > 0
+    routing = module.router(x)
+    loads = np.asarray(routing.taken)[used].mean(0)
+    expected = 3 * np.sum(loads * np.asarray(routing.p)[used].mean(0))
+    np.testing.assert_allclose(out.losses["moh_balance_loss"], 0.5 * factor * expected, atol=1e-14)
+    np.testing.assert_allclose([out.metrics[f"moh_load_{e}"] for e in range(3)], loads, atol=1e-14)
+    np.testing.assert_allclose(out.metrics["moh_load_max"], loads.max(), atol=1e-14)
+    assert not run(make(balance=0.0), x, seq).losses
+
+
+@pytest.mark.parametrize("kv_heads, shared, reads", [(None, 2, 4), (4, 2, 3), (2, 4, 2)])
+def test_decoding_reads_the_key_heads_that_are_on(kv_heads, shared, reads):
+    """A step's output does not change when the values of key heads that it has no use for are NaN."""
+    config = mixers.get("moh").Config(heads=8, shared=shared, active=2, core={"kv_heads": kv_heads, "head_width": 2})
+    assert moh.key_heads_read(config) == reads
+    module = cases.module(config, jnp.float64)
+    x, _ = packed()
+    seq = mixers.Sequence.whole(2, cases.LENGTH)
+    whole = run(module, x, seq).y
+    first = mixers.Sequence(seq.positions[:, :-1])
+    graphdef, params = cases.split(module)
+    extend = jax.jit(lambda x, seq, state: nnx.merge(graphdef, params).extend(x, seq, state))
+    state = extend(x[:, :-1], first, module.init_state(2, cases.LENGTH, jnp.float64)).state
+    K = kv_heads or 8
+    on = (gates_of(module, x[:, -1:]) != 0).reshape(2, K, -1).any(-1)
+    v = state.v.reshape(2, K, *state.v.shape[1:])
+    if reads < K:
+        assert not on.all()
+    # Only where the fixed number of reads is that of the heads on: a key head too many may be read besides.
+    spare = reads - on.sum(-1)
+    off = ~on & (spare == 0)[:, None]
+    state = dataclasses.replace(state, v=jnp.where(off[..., None, None], jnp.nan, v).reshape(state.v.shape))
+    last = mixers.Sequence(seq.positions[:, -1:])
+    np.testing.assert_allclose(extend(x[:, -1:], last, state).y[:, 0], whole[:, -1], atol=1e-12)
+    assert off.any() or reads == K
+
+
+@pytest.mark.parametrize("heads, shared, kv_heads", [(8, 2, None), (16, 4, None), (32, 16, 8), (8, 4, 2), (12, 3, 1)])
+def test_shared_heads_are_spread(heads, shared, kv_heads):
+    """Devices that hold neighbouring key heads hold as many shared heads each, where the numbers allow it."""
+    config = mixers.get("moh").Config(heads=heads, shared=shared, core={"kv_heads": kv_heads})
+    always, routed = moh.shared_and_routed(config)
+    assert len(always) == shared and sorted((*always, *routed)) == list(range(heads))
+    K = kv_heads or heads
+    G = heads // K
+    for devices in (2, 4):
+        if K % devices == 0 and shared % (devices * G) == 0:
+            counts = np.bincount(np.asarray(always) * devices // heads, minlength=devices)
+            np.testing.assert_array_equal(counts, shared // devices)
+    assert len({h // G for h in always}) == -(-shared // G)
+
+
+def test_defaults_have_three_quarters_on():
+    for heads in (4, 8, 12, 16, 32):
+        config = mixers.get("moh").Config(heads=heads)
+        assert (config.always, config.always + config.taken) == (heads // 4, 3 * heads // 4)
+
+
+def test_declared_cost_counts_the_heads_that_are_on():
+    cls = mixers.get("moh")
+    fields = {"heads": 8, "shared": 2, "active": 2}
+    dense, gather = (cls.cost(cls.Config(impl=impl, **fields), 64, 128) for impl in ("dense", "gather"))
+    assert gather.flops["attention"] == dense.flops["attention"] / 2 and gather.span == dense.span / 2
+    assert dense.flops["router"] == 2 * 64 * (6 + 2 + 2)
+
+
+def test_any_core_with_heads():
+    """What has heads can be a core; only softmax's family can be gathered."""
+    names = [n for n in mixers.names() if issubclass(mixers.get(n), mixers.HeadMixer) and n != "moh"]
+    assert {"softmax", "gated"} <= set(names)
+    for name in names:
+        config = mixers.get("moh").Config(core=name)
+        assert config.core.node_name == name and config.core.heads == 4
+
+
+def test_core_from_nodes_and_the_command_line():
+    """Overrides reach the core; a config written down is read back the same."""
+    tree = {"mixer": {"name": "moh", "heads": 8}}
+    config_lib.apply_overrides(tree, ["mixer.core.kv_heads=2", "mixer.core.name=gated"])
+    config = mixers.config_from_node(tree["mixer"])
+    assert (config.core.node_name, config.core.kv_heads, config.core.heads) == ("gated", 2, 8)
+    assert mixers.config_from_node(config_lib.to_dict(config)) == config
+    tree = {"mixer": {"name": "moh"}}
+    config_lib.apply_overrides(tree, ["mixer.core=gated"])
+    assert mixers.config_from_node(tree["mixer"]).core.node_name == "gated"
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"shared": 5}, "shared = 5.*0 to heads"),
+        ({"shared": 2, "active": 3}, "active = 3.*1 to heads - shared"),
+        ({"active": 0}, "active = 0"),
+        ({"shared": 4, "active": 1}, "active = 1"),
+        ({"core": {"heads": 2}}, "core.heads = 2"),
+        ({"core": "moh"}, "core.name = 'moh'"),
+        ({"core": {"kv_heads": 3}}, "core.kv_heads = 3"),
+        ({"core": {"windo": 3}}, "did you mean 'window'"),
+        ({"router": "norm", "shared": 3}, "one norm has no spread"),
+        ({"router": "norm", "core": {"qk_norm": True}}, "qk_norm"),
+        ({"router": "norm", "gate_norm": "paper"}, "gate_norm"),
+        ({"router": "norm_dense", "impl": "gather"}, "impl = 'gather'.*heads that are off"),
+        ({"impl": "sparse"}, "auto, dense, gather"),
+    ],
+)
+def test_impossible_configs(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        mixers.config_from_node({"name": "moh", **fields})
+
+
+def test_bidirectional_does_not_stream():
+    with pytest.raises(UnsupportedPattern, match="does not stream"):
+        make(causal=False).init_state(1, 4)

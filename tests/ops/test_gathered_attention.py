@@ -1,0 +1,149 @@
+"""Attention of the wanted (query, head) pairs against attention of all, in float64, values and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab.ops import Mask, attention, gathered_attention, mask_from_segments, router
+from tests.mixers import flops
+
+T = 45
+SEGMENTS = np.array([[1] * 14 + [2] * 3 + [3] * 21 + [0] * 7, [0] * 2 + [4] * 27 + [5] * 16])
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def small_segments(monkeypatch):
+    """Segments so short that there are several, and one that is not whole."""
+    monkeypatch.setattr(gathered_attention, "_SEGMENT", 16)
+
+
+@pytest.fixture(params=["cpu", "accelerator"])
+def form(request, monkeypatch):
+    if request.param == "accelerator":
+        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+
+
+def cpu_form(monkeypatch):
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: cpu(*args))
+
+
+CASES = {
+    "all heads": (4, 4, (0, 1, 2, 3), 2, {"causal": True}, {}),
+    "groups": (8, 2, (1, 3, 4, 5, 6, 7), 3, {"causal": True}, {"soft_cap": 2.0}),
+    "window and sinks": (4, 4, (1, 3), 1, {"causal": True, "window": 9}, {"sinks": True}),
+    "both ways": (4, 2, (2, 3), 1, {"causal": False}, {}),
+}
+
+
+def arrays(H, K, dtype=jnp.float64, d=4):
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.standard_normal((2, T, n, d)), dtype) for n in (H, K, K, H)]
+
+
+def wanted(E, active, skewed=False):
+    """The routing; skewed: all tokens of a row want the same heads."""
+    scores = np.random.default_rng(1).standard_normal((2, 1 if skewed else T, E))
+    return router.top_k_mask(jnp.broadcast_to(jnp.asarray(scores), (2, T, E)), active) & (SEGMENTS > 0)[..., None]
+
+
+def both(case, skewed):
+    """Value and gradients of gathered attention, and of the definition with the unwanted pairs set to 0."""
+    H, K, chosen, active, mask_fields, options = CASES[case]
+    q, k, v, do = arrays(H, K)
+    sinks = jnp.linspace(-1.0, 1.0, H) if options.get("sinks") else None
+    options = {key: value for key, value in options.items() if key != "sinks"}
+    mask = mask_from_segments(jnp.asarray(SEGMENTS), T, **mask_fields)
+    want = wanted(len(chosen), active, skewed)
+    on = jnp.ones((2, T, H), bool).at[:, :, np.asarray(chosen)].set(want)
+
+    def gathered(q, k, v, sinks):
+        return gathered_attention.gathered_attention(
+            q, k, v, mask, want, chosen=chosen, active=active, sinks_H=sinks, **options
+        )
+
+    def expected(q, k, v, sinks):
+        return jnp.where(on[..., None], attention(q, k, v, mask, sinks_H=sinks, impl="definition", **options), 0)
+
+    def run(f):
+        o, back = jax.vjp(f, q, k, v, sinks)
+        return jax.tree.leaves((o, back(do)))
+
+    return jax.jit(lambda: (run(gathered), run(expected)))()
+
+
+@pytest.mark.parametrize("case", ["groups", *(pytest.param(c, marks=pytest.mark.slow) for c in CASES if c != "groups")])
+def test_equals_definition(case, x64, small_segments, form):
+    for a, b in zip(*both(case, skewed=False), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_nothing_overflows(x64, small_segments):
+    """Every token of a row wanting the same heads is as exact as balanced heads."""
+    for a, b in zip(*both("all heads", skewed=True), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_table_holds_every_wanted_pair_once(seed):
+    """Rows of a block are of its key head, ascending in position, and of its segment."""
+    rng = np.random.default_rng(seed)
+    chosen, group = (0, 1, 3, 4, 5), (0, 0, 1, 2, 2)
+    plan = gathered_attention._Plan(Mask(causal=True), 1.0, None, chosen, group, (0, 1, 2), 2, 600, 600)
+    want = np.asarray(router.top_k_mask(jnp.asarray(rng.standard_normal((1, 600, 5)) + 3 * rng.standard_normal(5)), 2))
+    table = jax.tree.map(np.asarray, jax.jit(lambda w: gathered_attention._table(plan, w, 6))(want))
+    pairs = table.pair_Br[0]
+    t, e = np.nonzero(want[0])
+    np.testing.assert_array_equal(np.sort(pairs[pairs >= 0]), np.sort(t * 6 + np.asarray(plan.chosen)[e]))
+    np.testing.assert_array_equal(pairs[table.row_BTE[0, t, e]], t * 6 + np.asarray(plan.chosen)[e])
+    row = block = 0
+    for first, N, L in plan.segments():
+        I, R = plan.blocks(L)
+        for n in range(N):
+            for i in range(I):
+                held = pairs[row : row + R]
+                held = held[held >= 0]
+                assert np.all((held // 6 >= first + n * L) & (held // 6 < first + (n + 1) * L))
+                assert np.all(np.diff(held) > 0)
+                assert np.all((held % 6) // 2 == plan.key_heads[table.group_Bi[0, block]])
+                row, block = row + R, block + 1
+    assert row == len(pairs)
+
+
+@pytest.mark.parametrize("length", [1024, 2048, 4096])
+@pytest.mark.parametrize("chosen, active", [((0, 1, 2, 4, 5, 6), 2), (tuple(range(8)), 4)])
+def test_half_the_heads_cost_at_most_0_6(length, chosen, active, monkeypatch):
+    """Products of the traced programs, causal, 4 of 8 heads on: gathered against dense, which leaves out hidden tiles
+    too. No branch, no loop of unknown length: what is counted is what runs."""
+    cpu_form(monkeypatch)
+    x = jnp.zeros((1, length, 8, 16))
+    want = jnp.zeros((1, length, len(chosen)), bool)
+
+    def gathered(q, k, v):
+        return gathered_attention.gathered_attention(q, k, v, Mask(causal=True), want, chosen=chosen, active=active)
+
+    def gradients(f):
+        return lambda q, k, v: jax.vjp(f, q, k, v)[1](q)
+
+    dense = lambda q, k, v: attention(q, k, v, Mask(causal=True))
+    assert flops.count(gathered, x, x, x) <= 0.6 * flops.count(dense, x, x, x)
+    assert flops.count(gradients(gathered), x, x, x) <= 0.6 * flops.count(gradients(dense), x, x, x)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float32, marks=pytest.mark.slow)])
+def test_low_precision(dtype, small_segments, form):
+    """fp32 statistics in low precision, the dtype of q kept."""
+    q, k, v, _ = arrays(4, 4, jnp.float32)
+    want = wanted(4, 2)
+    run = lambda *x: gathered_attention.gathered_attention(*x, Mask(causal=True), want, chosen=(0, 1, 2, 3), active=2)
+    low = jax.jit(run)(*(x.astype(dtype) for x in (q, k, v)))
+    exact = jnp.where(want[..., None], attention(q, k, v, Mask(causal=True), impl="definition"), 0)
+    assert low.dtype == dtype
+    np.testing.assert_allclose(np.asarray(low, np.float32), exact, atol=1e-5 if dtype == jnp.float32 else 0.05)

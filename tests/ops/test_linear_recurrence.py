@@ -1,0 +1,195 @@
+"""The linear recurrence: chunked, over all pairs and run step by step, in float64."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab.errors import UserError
+from attnlab.ops.documents import document_index
+from attnlab.ops.linear_recurrence import flops_per_token, linear_recurrence
+from tests.mixers import flops
+
+B, T, H, D, E = 2, 11, 3, 4, 5
+# The first row goes on with a document that began before, the second ends on its first position of one.
+DOCUMENTS = np.array([[0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2], [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2]], np.int32)
+DECAYS = ["none", "constant", "data"]
+
+
+@pytest.fixture(autouse=True)
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def inputs(decay, length=T, seed=0):
+    """q, k, u, log_decay and state."""
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape))
+    log_decay = {"none": None, "constant": -jnp.abs(normal(H)), "data": -jnp.abs(normal(B, length, H))}[decay]
+    return normal(B, length, H, D), normal(B, length, H, D), normal(B, length, H, E), log_decay, normal(B, H, D, E)
+
+
+def stepwise(q, k, u, log_decay, state, documents):
+    """The recurrence itself, in NumPy."""
+    q, k, u, state = (np.asarray(x) for x in (q, k, u, state))
+    length = q.shape[1]
+    log_decay = np.broadcast_to(0.0 if log_decay is None else np.asarray(log_decay), (B, length, H))
+    o, after = np.zeros(u.shape), np.zeros(state.shape)
+    for b in range(B):
+        S, before = state[b], 0
+        for t in range(length):
+            if documents is not None and documents[b, t] != before:
+                S, before = np.zeros_like(S), documents[b, t]
+            S = np.exp(log_decay[b, t])[:, None, None] * S + k[b, t][:, :, None] * u[b, t][:, None, :]
+            o[b, t] = np.einsum("hd,hde->he", q[b, t], S)
+        after[b] = S
+    return o, after
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def value_and_gradients(impl, chunk, documents, *arrays):
+    """(o, state), and gradients for q, k, u, log_decay and state of a scalar of both."""
+
+    def scalar(arrays):
+        q, k, u, log_decay, state = arrays
+        o, after = linear_recurrence(
+            q, k, u, log_decay=log_decay, documents_BT=documents, state_BHde=state, chunk=chunk, impl=impl
+        )
+        weigh = lambda y, by: jnp.sum(y * by(jnp.arange(y.size).reshape(y.shape)))
+        return weigh(o, jnp.cos) + weigh(after, jnp.sin), (o, after)
+
+    (_, values), gradients = jax.value_and_grad(scalar, has_aux=True)(arrays)
+    return values, gradients
+
+
+def assert_close(a, b, atol=1e-12):
+    for p, q in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert np.all(np.isfinite(p))
+        np.testing.assert_allclose(p, q, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("decay", DECAYS)
+def test_definition_is_the_recurrence(decay, packed):
+    """The sum over pairs, and the chunked form, are the recurrence run step by step."""
+    documents = DOCUMENTS if packed else None
+    arrays = inputs(decay)
+    expected = stepwise(*arrays, documents)
+    for impl, chunk in (("definition", 1), ("chunked", 4)):
+        assert_close(value_and_gradients(impl, chunk, documents, *arrays)[0], expected)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("decay", DECAYS)
+def test_chunked_is_the_definition(decay, packed):
+    """Values and all gradients, for chunks of one, with a rest and longer than the whole."""
+    documents = jnp.asarray(DOCUMENTS) if packed else None
+    *arrays, state = inputs(decay)
+    expected = value_and_gradients("definition", 1, documents, *arrays, state)
+    for chunk in (1, 4, 64):
+        assert_close(value_and_gradients("chunked", chunk, documents, *arrays, state), expected)
+
+
+def test_no_state_is_a_state_of_zeros():
+    """Whole sequences, in one chunk and several."""
+    *arrays, state = inputs("data")
+    expected, by_zeros = value_and_gradients("definition", 1, None, *arrays, jnp.zeros_like(state))
+    for chunk in (4, 64):
+        values, gradients = value_and_gradients("chunked", chunk, None, *arrays, None)
+        assert_close(values, expected)
+        assert_close(gradients[:4], by_zeros[:4])
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_cut_anywhere(decay):
+    """Any pieces, each from the state after the one before, give the whole."""
+    segments = jnp.asarray([[5, 5, 5, 1, 1, 0, 0, 2, 2, 2, 2], [0, 7, 7, 7, 7, 7, 7, 7, 7, 7, 8]])
+    q, k, u, log_decay, _ = inputs(decay)
+    run = jax.jit(lambda *a: linear_recurrence(*a[:3], log_decay=a[3], documents_BT=a[4], state_BHde=a[5], chunk=4))
+    expected = run(q, k, u, log_decay, document_index(segments), None)
+    for cut in ([1] * T, [3, 1, 5, 2]):
+        state, before, first, parts = jnp.zeros((B, H, D, E)), jnp.full((B,), -1), 0, []
+        for n in cut:
+            piece = slice(first, first + n)
+            logs = log_decay[:, piece] if decay == "data" else log_decay
+            index = document_index(segments[:, piece], before)
+            o, state = run(q[:, piece], k[:, piece], u[:, piece], logs, index, state)
+            parts.append(o)
+            before, first = segments[:, first + n - 1], first + n
+        assert_close((jnp.concatenate(parts, axis=1), state), expected)
+
+
+@pytest.mark.parametrize("value", [0.0, -50.0, -1e6, -np.inf])
+def test_extreme_decays(value):
+    """No decay, a large one and complete forgetting, at all positions or some, are exact and finite in float32 too."""
+    q, k, u, log_decay, state = inputs("data")
+    some = jnp.where(jnp.arange(T)[:, None] % 3 == 1, value, log_decay)
+    for logs in (jnp.full((H,), value), jnp.full((B, T, H), value), some):
+        expected = stepwise(q, k, u, logs, state, None)
+        values, gradients = value_and_gradients("chunked", 4, None, q, k, u, logs, state)
+        assert_close(values, expected)
+        _, expected_gradients = value_and_gradients("definition", 1, None, q, k, u, logs, state)
+        assert_close(gradients, expected_gradients, 1e-11)
+        single = value_and_gradients("chunked", 4, None, *(x.astype(jnp.float32) for x in (q, k, u, logs, state)))
+        assert_close(single[0], expected, 1e-4)
+        assert_close(single[1], expected_gradients, 1e-3)
+
+
+def test_constant_is_data_dependent_with_one_value():
+    """Both forms of log_decay, and the gradient of the one as the sum of the other's."""
+    q, k, u, log_decay, state = inputs("constant")
+    everywhere = jnp.broadcast_to(log_decay, (B, T, H))
+    constant, by_constant = value_and_gradients("chunked", 4, None, q, k, u, log_decay, state)
+    data, by_data = value_and_gradients("chunked", 4, None, q, k, u, everywhere, state)
+    assert_close(constant, data)
+    assert_close(by_constant[3], by_data[3].sum((0, 1)))
+
+
+def test_causality_is_bitwise():
+    """What comes later changes nothing before, to the last bit."""
+    q, k, u, log_decay, state = (x.astype(jnp.float32) for x in inputs("data"))
+    run = jax.jit(lambda *a: linear_recurrence(*a[:3], log_decay=a[3], state_BHde=a[4], chunk=4)[0])
+    before = run(q, k, u, log_decay, state)
+    for t in (1, 5, 10):
+        later = [x.at[:, t:].set(-3 * jnp.abs(x[:, t:])) for x in (q, k, u, log_decay)]
+        np.testing.assert_array_equal(run(*later, state)[:, :t], before[:, :t])
+
+
+def test_bfloat16_sums_are_float32():
+    """A long sum of bfloat16 inputs has float32's error: the state is float32, the output rounded once."""
+    q, k, u, _, _ = inputs("none", length=1000, seed=1)
+    q, k, u = (jnp.abs(x).astype(jnp.bfloat16) for x in (q, k, u))
+    o, state = linear_recurrence(q, k, u)
+    assert o.dtype == jnp.bfloat16 and state.dtype == jnp.float32
+    exact, exact_state = linear_recurrence(*(x.astype(jnp.float64) for x in (q, k, u)), impl="definition")
+    np.testing.assert_allclose(state, exact_state, rtol=1e-5)
+    np.testing.assert_allclose(o.astype(jnp.float64), exact, rtol=2**-8)
+
+
+@pytest.mark.parametrize("chunk", [4, 11, 64])
+def test_flops(chunk):
+    """The declared products are those of the program."""
+    q, k, u, _, _ = inputs("none")
+    counted = flops.count(lambda *a: linear_recurrence(*a, chunk=chunk)[0], q, k, u) / (B * T * H)
+    assert counted == pytest.approx(flops_per_token(T, chunk, D, E))
+
+
+def test_refused():
+    """Shapes that do not fit and unknown implementations are refused by name."""
+    q, k, u, log_decay, state = inputs("data")
+    for arguments, message in (
+        ({"log_decay": log_decay[:, :3]}, "log_decay"),
+        ({"documents_BT": DOCUMENTS[:, :3]}, "documents_BT"),
+        ({"state_BHde": state.swapaxes(2, 3)}, "state_BHde"),
+        ({"chunk": 0}, "chunk=0"),
+        ({"impl": "fast"}, "unknown impl 'fast'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            linear_recurrence(q, k, u, **arguments)
+    with pytest.raises(UserError, match="do not fit"):
+        linear_recurrence(q, k[:, :3], u)
