@@ -1,0 +1,306 @@
+"""Agent attention: few agents gather from the keys and hand out to the queries; both ways, and causal in two forms."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attnlab import config as config_lib
+from attnlab.errors import UnsupportedPattern
+from attnlab.mixers.base import Capabilities, HeadMixer, MixerConfig, MixerOutput, Sequence, knob, register
+from attnlab.mixers.parts import Linear, param_dtype
+from attnlab.ops import agent_attention as bidirectional_ops
+from attnlab.ops import agent_causal as causal_ops
+from attnlab.ops.causal_conv import causal_conv
+from attnlab.ops.dispatch import Implementation, choose
+from attnlab.ops.documents import document_index
+
+_IMPLS = ("definition", "chunked")
+_FORMS = ("learned", "pooled")
+_TAPS = 3  # of the convolution, along each axis
+_TABLE = 7  # rows and columns of the biases' tables
+
+
+@dataclasses.dataclass(frozen=True)
+class AgentConfig(MixerConfig):
+    """Knobs of agent attention."""
+
+    heads: int = knob(4, "heads H", other=(2,))
+    head_width: int | None = knob(None, "head width d; none: width / heads", other=(6,))
+    agents: int = knob(16, "agents m; a square number for images", other=(4,))
+    causal: bool | None = knob(None, "whether a position sees only itself and those before; none: true without a grid",
+                               other=(False,))  # fmt: skip
+    form: str | None = knob(None, "learned: agents are parameters, the state is of fixed size; pooled: means of "
+                            "queries, where causal of the chunk before; none: learned where causal, else pooled",
+                            other=("pooled",))  # fmt: skip
+    grid: tuple[int, ...] | None = knob(None, "rows and columns of the images that biases are for; none: no biases",
+                                        other=((2, 3),))  # fmt: skip
+    conv: bool = knob(True, "add a depthwise convolution of the values, 3 wide", other=(False,))
+    chunk: int = knob(64, "where causal: positions computed together (learned), or between refreshes of the agents, a "
+                      "multiple of agents (pooled)", other=(4,))  # fmt: skip
+    impl: str = knob("auto", f"implementation: auto, {', '.join(_IMPLS)}", other=("definition",))
+
+    def __post_init__(self) -> None:
+        need = config_lib.require
+        if self.causal is None:
+            object.__setattr__(self, "causal", self.grid is None)
+        need(self.heads >= 1, "heads", self.heads, "1 or more")
+        need(self.head_width is None or self.head_width >= 1, "head_width", self.head_width, "1 or more, or none")
+        need(self.agents >= 1, "agents", self.agents, "1 or more")
+        need(self.chunk >= 1, "chunk", self.chunk, "1 or more")
+        if self.form is not None:
+            config_lib.require_choice("form", self.form, _FORMS)
+            need(self.causal or self.form == "pooled", "form", self.form, "pooled, or none, where causal is false")
+        if self.grid is not None:
+            need(len(self.grid) == 2 and min(self.grid) >= 1, "grid", self.grid, "two numbers, 1 or more, or none")
+            need(not self.causal, "grid", self.grid, "none where causal is true")
+            need(_is_square(self.agents), "agents", self.agents, "square numbers where there is a grid")
+        if self.refreshed:
+            need(self.chunk % self.agents == 0, "chunk", self.chunk, f"multiples of agents ({self.agents})")
+        config_lib.require_choice("impl", self.impl, ("auto", *_IMPLS))
+
+    @property
+    def refreshed(self) -> bool:
+        """Whether the layer is causal with agents made of queries."""
+        return bool(self.causal) and self.form == "pooled"
+
+    def head_dim(self, width: int) -> int:
+        """Head width d in a model of the given width; ConfigError if the heads do not divide it."""
+        if self.head_width is not None:
+            return self.head_width
+        allowed = f"divisors of the width {width}, or head_width set"
+        config_lib.require(width % self.heads == 0, "heads", self.heads, allowed)
+        return width // self.heads
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AgentState:
+    """What a causal layer carries along the sequence.
+
+    Attributes:
+      seen: `Averages` of fixed agents (learned), or `Stream` (pooled).
+      tail: [B, 2, H * d], the last values of the current document, for the convolution; None without one.
+      segment: [B] int32, id of the current document, -1 before the first position.
+    """
+
+    seen: causal_ops.Averages | causal_ops.Stream
+    tail: jax.Array | None
+    segment: jax.Array
+
+
+class PositionBias(nnx.Module):
+    """Biases [H, m, T] of agents and the positions of an image: a coarse table, one per row, one per column.
+
+    The table of 7 x 7 is resized to the grid bilinearly, at half-pixel centres, without antialiasing; those of rows and
+    columns are made for `config.grid` and resized so to another. Positions before the image share one bias.
+    """
+
+    def __init__(self, config: AgentConfig, *, rngs: nnx.Rngs, dtype: Any):
+        rows, columns = config.grid
+        init, kind = jax.nn.initializers.truncated_normal(0.02), param_dtype(dtype)
+        shape, axes = (config.heads, config.agents), ("heads", "agents")
+        self.table = nnx.Param(init(rngs.params(), (*shape, _TABLE, _TABLE), kind), axes=(*axes, "rows", "columns"))
+        self.row = nnx.Param(init(rngs.params(), (*shape, rows), kind), axes=(*axes, "rows"))
+        self.column = nnx.Param(init(rngs.params(), (*shape, columns), kind), axes=(*axes, "columns"))
+        self.leading = nnx.Param(init(rngs.params(), shape, kind), axes=axes)
+
+    def __call__(self, grid: tuple[int, int], length: int) -> jax.Array:
+        row, column = (resize(x[...], (n,)) for x, n in zip((self.row, self.column), grid))
+        image = resize(self.table[...], grid) + row[..., :, None] + column[..., None, :]
+        image = image.reshape(*image.shape[:2], -1)
+        leading = jnp.broadcast_to(self.leading[...][..., None], (*image.shape[:2], length - image.shape[2]))
+        return jnp.concatenate([leading, image], axis=-1)
+
+
+def resize(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The last axes of x resized linearly to `shape`, at half-pixel centres, without antialiasing."""
+    return jax.image.resize(x, (*x.shape[: x.ndim - len(shape)], *shape), "linear", antialias=False)
+
+
+@register("agent")
+class Agent(HeadMixer):
+    """`softmax(Q A^T / sqrt(d)) softmax(A K^T / sqrt(d)) V` by few agents A, plus a depthwise convolution of V.
+
+    The paper's layer is the bidirectional one on an image (`Sequence.grid`), with biases and convolution: A is Q pooled
+    to a square of m cells. What is pooled, where the biases stand and how they are resized follow the authors' code.
+    """
+
+    Config = AgentConfig
+    capabilities = Capabilities(causal=True, bidirectional=True, streaming=True)
+    paper = (
+        "Han et al. 2023, Agent Attention: On the Integration of Softmax and Linear Attention, arXiv:2312.08874"
+    )
+    extension = (
+        "causal forms: learned agents (running averages), and agents pooled from the queries of the chunk before, both "
+        "with a causal convolution of the values; bidirectional sequences without a grid: min(m, n) agents pooled along "
+        "each document of n positions, and a convolution along it; one bias for all positions before an image"
+    )
+    implementations = _IMPLS
+    counted = "chunked"
+    variants = (
+        {"form": "pooled", "agents": 2, "chunk": 4},
+        {"causal": False, "agents": 3, "heads": 2},
+    )
+
+    def __init__(self, config: AgentConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+        self.config, self.dtype = config, dtype
+        self.head_dim = config.head_dim(width)
+        inner, kind = config.heads * self.head_dim, param_dtype(dtype)
+        self.q, self.k, self.v = (
+            Linear(width, inner, ("embed", "heads"), rngs=rngs, dtype=dtype) for _ in range(3)
+        )
+        self.out = Linear(inner, width, ("heads", "embed"), rngs=rngs, dtype=dtype)
+        if config.causal:
+            shape = (config.heads, config.agents, self.head_dim)
+            agents = jax.nn.initializers.normal(1.0)(rngs.params(), shape, kind)  # as queries are at first
+            self.agents = nnx.Param(agents, axes=("heads", "agents", "head"))
+        if config.grid is not None:
+            self.bias_in = PositionBias(config, rngs=rngs, dtype=dtype)
+            self.bias_out = PositionBias(config, rngs=rngs, dtype=dtype)
+        if config.conv:
+            taps = (_TAPS,) if config.causal else (_TAPS, _TAPS)
+            init = jax.nn.initializers.normal(1 / math.sqrt(math.prod(taps)))
+            axes = ("taps",) * len(taps)
+            self.conv_kernel = nnx.Param(init(rngs.params(), (*taps, inner), kind), axes=(*axes, "heads"))
+            self.conv_bias = nnx.Param(jnp.zeros((inner,), kind), axes=("heads",))
+
+    # The contract.
+
+    def heads(self, x: jax.Array, seq: Sequence, state: AgentState | None = None) -> MixerOutput:
+        """As in the contract. With pooled agents, more positions than the state has room for give NaN."""
+        q, k, v = (y(x).reshape(*x.shape[:2], -1, self.head_dim) for y in (self.q, self.k, self.v))
+        if not self.config.causal:
+            return MixerOutput(self._bidirectional(q, k, v, seq))
+        segments, documents = seq.segments, None
+        if state is not None and segments is None:
+            segments = jnp.ones(x.shape[:2], jnp.int32)
+        if segments is not None:
+            documents = document_index(segments, None if state is None else state.segment)
+        o, seen = self._causal(q, k, v, documents, state)
+        if self.config.conv:
+            added, tail = causal_conv(
+                v.reshape(*x.shape[:2], -1), self.conv_kernel[...], documents, None if state is None else state.tail
+            )
+            o = self._add(o, added)
+        if segments is not None:
+            o = jnp.where((segments == 0)[..., None, None], 0, o)
+        if state is None:
+            return MixerOutput(o)
+        tail = tail.astype(state.tail.dtype) if self.config.conv else None
+        return MixerOutput(o, AgentState(seen, tail, segments[:, -1]))
+
+    def combine(self, o_BTHe: jax.Array, x: jax.Array) -> jax.Array:
+        return self.out(o_BTHe.reshape(*x.shape[:2], -1))
+
+    def init_state(self, batch: int, max_length: int, dtype: Any = jnp.float32) -> AgentState:
+        c = self.config
+        if not c.causal:
+            raise UnsupportedPattern(f"mixer {self.name!r} with causal=False does not stream")
+        if c.refreshed:
+            seen = causal_ops.Stream.empty(batch, c.heads, c.agents, self.head_dim, max_length, dtype)
+        else:
+            seen = causal_ops.Averages.empty(batch, c.heads, c.agents, self.head_dim, param_dtype(dtype))
+        tail = jnp.zeros((batch, _TAPS - 1, c.heads * self.head_dim), dtype) if c.conv else None
+        return AgentState(seen, tail, jnp.full((batch,), -1, jnp.int32))
+
+    @classmethod
+    def flops(cls, config: AgentConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:
+        """Without a grid; of the chunked program, what it computes of pairs that are not seen included."""
+        c, d = config, config.head_dim(width)
+        parts = {"projections": 8.0 * width * c.heads * d}
+        if not c.causal:
+            return parts | {"agents": 8.0 * c.heads * min(c.agents, length) * d}, None
+        if not c.refreshed:
+            return parts | {"agents": c.heads * _fixed_flops(c.agents, d, length, c.chunk) / length}, None
+        refreshes = (length - 1) // c.chunk
+        agents = _fixed_flops(c.agents, d, min(c.chunk, length), causal_ops.CHUNK)
+        agents += refreshes * _fixed_flops(c.agents, d, c.chunk, causal_ops.CHUNK)
+        parts["agents"] = c.heads * agents / length
+        if refreshes:
+            parts["refreshes"] = 4.0 * c.heads * c.agents * d * refreshes
+        return parts, None
+
+    # Inside.
+
+    def _causal(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, documents: jax.Array | None, state: AgentState | None
+    ) -> tuple[jax.Array, Any]:
+        c, agents = self.config, self.agents[...].astype(q.dtype)
+        before = None if state is None else state.seen
+        if state is None and self._chosen(q) == "definition":
+            documents = jnp.zeros(q.shape[:2], jnp.int32) if documents is None else documents
+            if c.refreshed:
+                own = causal_ops.definition_refreshed_agents(q, agents, documents, c.chunk)
+            else:
+                own = agents[None, None]
+            t = jnp.arange(q.shape[1])
+            visible = (documents[:, :, None] == documents[:, None]) & (t[:, None] >= t)
+            return bidirectional_ops.definition(q, k, v, own, visible), None
+        if c.refreshed:
+            return causal_ops.refreshed_agent_attention(q, k, v, agents, documents, before, chunk=c.chunk)
+        return causal_ops.fixed_agent_attention(q, k, v, agents[None], documents, before, chunk=c.chunk)
+
+    def _bidirectional(self, q: jax.Array, k: jax.Array, v: jax.Array, seq: Sequence) -> jax.Array:
+        grid, B, T = seq.grid, *q.shape[:2]
+        if grid is not None:
+            self._check_image(seq, T)
+        documents = None if seq.segments is None else document_index(seq.segments)
+        biases = (None, None)
+        if grid is not None and self.config.grid is not None:
+            biases = self.bias_in(grid, T), self.bias_out(grid, T)
+        m = self.config.agents
+        if self._chosen(q) == "definition":
+            segments = jnp.ones((B, T), jnp.int32) if seq.segments is None else seq.segments
+            agents, visible, used = bidirectional_ops.definition_pooled_agents(q, segments, m)
+            if grid is not None:
+                agents, used = bidirectional_ops.definition_grid_agents(q, grid, m), None
+            o = bidirectional_ops.definition(q, k, v, agents, visible, used, *biases)
+        elif seq.segments is not None:
+            o = bidirectional_ops.packed_agent_attention(q, k, v, seq.segments, m)
+        else:
+            if grid is not None:
+                agents = bidirectional_ops.grid_agents(q, grid, m)
+            else:
+                agents = bidirectional_ops.adaptive_pool(q, 1, min(m, T))
+            o = bidirectional_ops.agent_attention(q, k, v, agents, *biases)
+        if self.config.conv:
+            image = v.reshape(B, T, -1)
+            added = bidirectional_ops.depthwise_conv(image, self.conv_kernel[...], grid, documents)
+            o = self._add(o, added, 0 if grid is None else T - grid[0] * grid[1])
+        return o if seq.segments is None else jnp.where((seq.segments == 0)[..., None, None], 0, o)
+
+    def _add(self, o_BTHe: jax.Array, convolved_BTC: jax.Array, before: int = 0) -> jax.Array:
+        """Heads' outputs plus convolved values and their bias, which positions `before` the image have not."""
+        bias = jnp.where(jnp.arange(o_BTHe.shape[1])[:, None] >= before, self.conv_bias[...].astype(o_BTHe.dtype), 0)
+        return o_BTHe + (convolved_BTC + bias).reshape(o_BTHe.shape)
+
+    def _check_image(self, seq: Sequence, length: int) -> None:
+        rows, columns = seq.grid
+        if seq.segments is not None:
+            raise UnsupportedPattern(f"mixer {self.name!r} does not support packed documents with a grid")
+        if rows * columns > length:
+            raise UnsupportedPattern(f"mixer {self.name!r}: {length} positions do not hold a {rows} x {columns} grid")
+        config_lib.require(_is_square(self.config.agents), "agents", self.config.agents, "square numbers for images")
+
+    def _chosen(self, q: jax.Array) -> str:
+        """The implementation, by name; the choice is recorded."""
+        names = {name: Implementation(lambda name=name: name) for name in _IMPLS}
+        spec = f"{list(q.shape)} {q.dtype} m{self.config.agents}"
+        return choose("agent_attention", self.config.impl, names, spec, ("chunked",)).run()
+
+
+def _is_square(n: int) -> bool:
+    return math.isqrt(n) ** 2 == n
+
+
+def _fixed_flops(m: int, d: int, length: int, chunk: int) -> float:
+    """FLOPs of one head's `fixed_agent_attention` over `length` positions: logits, pairs, and through the averages."""
+    size, block = causal_ops.chunk_sizes(length, chunk)
+    per_position = 2.0 * size * d + 4.0 * m * d + (2.0 * size * m if size > block else 0)
+    return 4.0 * length * m * d + -(-length // size) * size * per_position
