@@ -1,0 +1,422 @@
+"""Flow attention: linear attention in which sinks (queries) and sources (keys) compete for a conserved flow.
+
+Wu et al. 2022, Flowformer (arXiv:2202.06258), section 3; the causal form is that of the authors' code, where every sum
+runs over the positions so far. It is computed in chunks and carries a state whose size does not grow with the length.
+
+Shapes: `B` batch, `T` sinks, `S` sources, `H` heads, `d` key width, `e` value width, `N` chunks, `C` positions in a
+chunk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from attnlab.errors import UserError
+from attnlab.ops.dispatch import Implementation, choose
+from attnlab.ops.flow_definition import (
+    FlowOutput,
+    FlowRule,
+    FlowState,
+    bidirectional_definition,
+    causal_definition,
+    clipped,
+    dot,
+)
+from attnlab.ops.linear_recurrence import chunk_weights, linear_recurrence
+
+# --- linear time ---
+
+
+def causal_chunked(q, k, v, documents, state: FlowState | None, rule: FlowRule, chunk: int) -> FlowOutput:
+    """The same in chunks. The four flows share one product of queries and keys within a chunk.
+
+    Sums of a call are taken from zero and then joined to the state's, so that sums and averages differ only there.
+    """
+    eps = rule.epsilon
+    places = _Places.of(documents, state, q.shape[1], rule)
+    N = places.count.astype(q.dtype)[..., None]
+    share, total = (1, N) if rule.averages else (N, 1)  # inflow * total is I; N / I is share / inflow
+    running = _RunningFlows(q, k, documents, chunk, eps)
+
+    def flow(local_BTH, x_BTHd, before_BHd):
+        """(x + eps) . (sum + eps), with the state's part of the sum."""
+        y = local_BTH + eps * (x_BTHd.sum(-1) + eps * x_BTHd.shape[-1])
+        if state is not None:
+            y += places.weight * jnp.einsum("bthd,bhd->bth", x_BTHd + eps, before_BHd)
+        return y
+
+    past = state or FlowState(*[None] * len(dataclasses.fields(FlowState)))
+    after = {"count": jnp.broadcast_to(places.count[:, -1], q.shape[:1])}
+
+    local, after["sources"] = running.received(None)
+    inflow = flow(local, q, past.sources) / total
+    allocation, u, outgoing = 1.0, v, None
+    if rule.allocation:
+        local, after["sinks"] = running.sent(None)
+        outflow = flow(local, k, past.sinks) / total
+        local, after["emitted"] = running.received(share / outflow)
+        allocation = jax.nn.sigmoid(flow(local, q, past.emitted) / N)
+    if rule.competition:
+        local, after["absorbed"] = running.sent(share / inflow)
+        outgoing = flow(local, k, past.absorbed) / N
+        weights, after["rivals"], after["peak"] = _running_softmax(outgoing, running, past, places, rule)
+        u = v * weights[..., None]
+    o, after["pairs"] = linear_recurrence(q, k, u, documents_BT=documents, chunk=chunk)
+    if state is not None:
+        o += places.weight[..., None] * jnp.einsum("bthd,bhde->bthe", q, past.pairs)
+    o = o * (allocation / (inflow * total))[..., None]
+    for name in ("sources", "sinks", "emitted", "absorbed", "pairs"):
+        after[name] = places.join(getattr(past, name), after.get(name), rule)
+    return FlowOutput(o, FlowState(**{"rivals": None, "peak": None} | after), outgoing)
+
+
+def bidirectional_linear(q, k, v, documents, rule: FlowRule, chunk: int) -> FlowOutput:
+    """The same in linear time: sums over all positions, or of packed documents in both directions, each in chunks."""
+    n, m, eps = q.shape[1], k.shape[1], rule.epsilon
+    sums = _Totals(q, k, eps) if documents is None else _DocumentFlows(q, k, documents, chunk, eps)
+    flow = lambda y_BTH, x_BTHd: y_BTH + eps * (x_BTHd.sum(-1) + eps * x_BTHd.shape[-1])
+    inflow = flow(sums.received(None), q)
+    allocation, u, outgoing = 1.0, v, None
+    if rule.allocation:
+        outflow = flow(sums.sent(None), k)
+        allocation = jax.nn.sigmoid(flow(sums.received(1 / outflow), q) * (n / m))
+    if rule.competition:
+        outgoing = flow(sums.sent(1 / inflow), k)
+        u = v * sums.softmax(clipped(outgoing, rule), rule)[..., None]
+    return FlowOutput(sums.mix(u) * (allocation / inflow)[..., None], None, outgoing)
+
+
+class _RunningFlows:
+    """Running sums from zero over the positions of a document, of sources as sinks see them and the other way round.
+
+    Products of pairs within a chunk, and vectors at the chunks' starts: nothing of size T x T or T x d x e.
+    """
+
+    def __init__(self, q, k, documents, chunk: int, epsilon: float):
+        self.length, self.epsilon = q.shape[1], epsilon
+        C = min(chunk, self.length)
+        self.chunk = C
+        self.q, self.k = self._chunks(q), self._chunks(k)
+        if documents is not None:
+            documents = self._chunks(documents[..., None], "edge")
+        self.weights = chunk_weights(None, documents, self.length, C, q.dtype)
+        products = jnp.einsum("bhncd,bhnsd->bhncs", self.q, self.k)
+        # (q + eps) . k = q . k + eps sum(k): one product serves both directions.
+        self.to_sinks = (products + epsilon * self.k.sum(-1)[..., None, :]) * self.weights.pairs
+        self.to_sources = (products + epsilon * self.q.sum(-1)[..., None]) * self.weights.pairs.swapaxes(-1, -2)
+
+    def received(self, weights_BTH):
+        """`sum_{j <= i} weights_j (q_i + eps) . k_j` [B, T, H], and `sum weights_j k_j` [B, H, d] at the end."""
+        return self._run(self.q, self.k, self.to_sinks, "bhncs,bhns->bhnc", -1, weights_BTH)
+
+    def sent(self, weights_BTH):
+        """`sum_{i <= j} weights_i (k_j + eps) . q_i` [B, T, H], and `sum weights_i q_i` [B, H, d] at the end."""
+        return self._run(self.k, self.q, self.to_sources, "bhncs,bhnc->bhns", -2, weights_BTH)
+
+    def exp_sums(self, scores_BTH, rule: FlowRule):
+        """Running sums of exp(score) [B, T, H] as (peak, sum of exp(score - peak)): where scores are not clipped their
+        exp may overflow."""
+        scores, w = self._chunks(scores_BTH), self.weights
+        if rule.clip is not None:
+            rivals = jnp.exp(scores)
+            local = (w.pairs * rivals[..., None, :]).sum(-1)
+            before, _ = _carried(_times(rivals, w.write).sum(-1)[..., None], w.carry)
+            total = local if before is None else local + _times(before, w.read)
+            return jnp.zeros_like(scores_BTH), self._rows(total)
+        seen = lambda x, weight: x if weight is None else jnp.where(weight > 0, x, -jnp.inf)
+        total = jax.nn.logsumexp(seen(scores[..., None, :], w.pairs), axis=-1)
+        before = _carried_logs(jax.nn.logsumexp(seen(scores, w.write), axis=-1), w.carry)
+        if before is not None:
+            total = jnp.logaddexp(total, seen(jnp.broadcast_to(before[..., None], total.shape), w.read))
+        total = self._rows(total)
+        peak = jax.lax.stop_gradient(total)
+        return peak, jnp.exp(total - peak)
+
+    def _run(self, here, there, products, contraction: str, axis: int, weights_BTH):
+        if weights_BTH is None:
+            flow, written = products.sum(axis), there
+        else:
+            weights = self._chunks(weights_BTH)
+            flow, written = jnp.einsum(contraction, products, weights), there * weights[..., None]
+        if self.weights.write is not None:
+            written = written * self.weights.write[..., None]
+        before, last = _carried(written.sum(-2), self.weights.carry)
+        if before is not None:
+            flow += _times(jnp.einsum("bhncd,bhnd->bhnc", here + self.epsilon, before), self.weights.read)
+        return self._rows(flow), last
+
+    def _chunks(self, x_BTHw, mode: str = "constant"):
+        """[B, H, N, C, w] of [B, T, H, w], filled up behind the end."""
+        fill = -self.length % self.chunk
+        if fill:
+            x_BTHw = jnp.pad(x_BTHw, [(0, 0), (0, fill)] + [(0, 0)] * (x_BTHw.ndim - 2), mode=mode)
+        return jnp.moveaxis(x_BTHw.reshape(x_BTHw.shape[0], -1, self.chunk, *x_BTHw.shape[2:]), 3, 1)
+
+    def _rows(self, x_BHNC):
+        x = jnp.moveaxis(x_BHNC, 1, 3)
+        return x.reshape(x.shape[0], -1, x.shape[3])[:, : self.length]
+
+
+def _carried(written_BHNd, carry_BHN):
+    """Sums before each chunk (None where there is one chunk: zero) and after the last.
+
+    A tree of sums over chunks: no difference of long sums, in which late documents of a row would lose their digits.
+    """
+    if written_BHNd.shape[2] == 1:
+        return None, written_BHNd[:, :, 0]
+    if carry_BHN is None:
+        after = jnp.cumsum(written_BHNd, axis=2)
+    else:
+        join = lambda a, b: (a[0] * b[0], b[0] * a[1] + b[1])
+        _, after = jax.lax.associative_scan(join, (carry_BHN[..., None], written_BHNd), axis=2)
+    return jnp.pad(after[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0))), after[:, :, -1]
+
+
+def _carried_logs(written_BHN, carry_BHN):
+    """Logarithms of the sums before each chunk, from those of what each chunk writes; None where there is one chunk."""
+    if written_BHN.shape[2] == 1:
+        return None
+    if carry_BHN is None:
+        after = jax.lax.cumlogsumexp(written_BHN, axis=2)
+    else:
+        join = lambda a, b: (a[0] & b[0], jnp.where(b[0], jnp.logaddexp(a[1], b[1]), b[1]))
+        carry = jnp.broadcast_to(carry_BHN > 0, written_BHN.shape)
+        _, after = jax.lax.associative_scan(join, (carry, written_BHN), axis=2)
+    return jnp.pad(after[:, :, :-1], ((0, 0), (0, 0), (1, 0)), constant_values=-jnp.inf)
+
+
+def _times(x, weight):
+    return x if weight is None else x * weight
+
+
+@dataclasses.dataclass(frozen=True)
+class _Places:
+    """Where positions stand in their documents.
+
+    Attributes:
+      count: [B or 1, T] int32, N: positions of the document up to and with this one, those of the state too.
+      own: [B or 1, T, 1], whether the position continues the state's document; None without a state.
+      weight: [B, T, 1], by which what the state holds counts at a position; None without a state.
+    """
+
+    count: jax.Array
+    own: jax.Array | None
+    weight: jax.Array | None
+    here: jax.Array
+
+    @classmethod
+    def of(cls, documents, state: FlowState | None, length: int, rule: FlowRule) -> _Places:
+        here = _places(documents, length)[0]
+        if state is None:
+            return cls(here, None, None, here[:, -1])
+        own = (jnp.zeros((1, length), jnp.int32) if documents is None else documents) == 0
+        count = here + own * state.count[:, None]
+        weight = (own * state.count[:, None] if rule.averages else own).astype(state.sources.dtype)
+        return cls(count, own[..., None], weight[..., None], here[:, -1])
+
+    def join(self, before, here, rule: FlowRule):
+        """The state's sums or averages after the last position, from those before and the sums of the call."""
+        if here is None:
+            return None
+        per_row = lambda x: x.reshape(-1, *[1] * (here.ndim - 1))
+        N, added = (per_row(x).astype(here.dtype) for x in (self.count[:, -1], self.here))
+        if before is None:
+            return here / N if rule.averages else here
+        before = jnp.where(per_row(self.own[:, -1]), before, 0)
+        # As a change of the average, which stays where it is when N is too large for the change to be seen.
+        return before + (here - added * before) / N if rule.averages else before + here
+
+
+def _places(documents, length: int):
+    """[B or 1, T] int32: positions of the document up to and with each, and the index of the document's last."""
+    index = jnp.arange(length, dtype=jnp.int32)[None]
+    if documents is None:
+        return index + 1, jnp.full_like(index, length - 1)
+    new = documents[:, 1:] != documents[:, :-1]
+    starts = jnp.where(jnp.pad(new, ((0, 0), (1, 0)), constant_values=True), index, 0)
+    ends = jnp.where(jnp.pad(new, ((0, 0), (0, 1)), constant_values=True), index, length - 1)
+    return index - jax.lax.cummax(starts, axis=1) + 1, jax.lax.cummin(ends, axis=1, reverse=True)
+
+
+def _running_softmax(outgoing_BTH, running: _RunningFlows, past: FlowState, places: _Places, rule: FlowRule):
+    """`N exp(score) / (running sum of exp(score))` [B, T, H], and the state's rivals and peak at the end."""
+    scores = clipped(outgoing_BTH, rule)
+    local_peak, local = running.exp_sums(scores, rule)
+    peak, local_scale, total = local_peak, 1.0, local
+    before = None
+    if past.rivals is not None:
+        past_peak = jnp.zeros_like(past.rivals) if past.peak is None else past.peak
+        if rule.clip is None:
+            peak = jnp.maximum(local_peak, jnp.where(places.own, past_peak[:, None], -jnp.inf))
+            local_scale = jnp.exp(local_peak - peak)
+        before = past.rivals[:, None] * jnp.exp(jnp.minimum(past_peak[:, None] - peak, 0))
+        local = local * local_scale
+        total = local + places.weight * before
+    N = places.count.astype(scores.dtype)[..., None]
+    weights = jnp.exp(scores - peak) * (N / total)
+    rivals = places.join(None if before is None else before[:, -1], local[:, -1], rule)
+    return weights, rivals, peak[:, -1] if rule.clip is None else None
+
+
+class _Totals:
+    """Sums over all sinks and all sources of a row."""
+
+    def __init__(self, q, k, epsilon: float):
+        self.q, self.k, self.epsilon = q, k, epsilon
+
+    def received(self, weights_BSH):
+        return self._read(self.q, self.k, weights_BSH)
+
+    def sent(self, weights_BTH):
+        return self._read(self.k, self.q, weights_BTH)
+
+    def softmax(self, scores_BSH, rule: FlowRule):
+        return scores_BSH.shape[1] * jax.nn.softmax(scores_BSH, axis=1)
+
+    def mix(self, u_BSHe):
+        return jnp.einsum("bthd,bhde->bthe", self.q, jnp.einsum("bshd,bshe->bhde", self.k, u_BSHe))
+
+    def _read(self, here, there, weights):
+        total = there.sum(1) if weights is None else jnp.einsum("bshd,bsh->bhd", there, weights)
+        return jnp.einsum("bthd,bhd->bth", here + self.epsilon, total)
+
+
+class _DocumentFlows:
+    """Sums over the document of each position: those up to it and those from it on, less itself."""
+
+    def __init__(self, q, k, documents, chunk: int, epsilon: float):
+        self.q, self.k, self.documents, self.chunk, self.epsilon = q, k, documents, chunk, epsilon
+        self.forward = _RunningFlows(q, k, documents, chunk, epsilon)
+        self.backward = _RunningFlows(*(jnp.flip(x, 1) for x in (q, k, documents)), chunk, epsilon)
+
+    def received(self, weights_BTH):
+        return self._both("received", self.q, self.k, weights_BTH)
+
+    def sent(self, weights_BTH):
+        return self._both("sent", self.k, self.q, weights_BTH)
+
+    def softmax(self, scores_BTH, rule: FlowRule):
+        count, last = _places(self.documents, scores_BTH.shape[1])
+        at_end = lambda x: jnp.take_along_axis(x, last[..., None], axis=1)
+        peak, total = map(at_end, self.forward.exp_sums(scores_BTH, rule))
+        return at_end(count[..., None]) * jnp.exp(scores_BTH - peak) / total
+
+    def mix(self, u_BTHe):
+        recurrence = lambda *x, documents: linear_recurrence(*x, documents_BT=documents, chunk=self.chunk)[0]
+        o = recurrence(self.q, self.k, u_BTHe, documents=self.documents)
+        flipped = (jnp.flip(x, 1) for x in (self.q, self.k, u_BTHe))
+        o += jnp.flip(recurrence(*flipped, documents=jnp.flip(self.documents, 1)), 1)
+        return o - dot(self.q, self.k)[..., None] * u_BTHe
+
+    def _both(self, name: str, here, there, weights):
+        flipped = None if weights is None else jnp.flip(weights, 1)
+        sums = getattr(self.forward, name)(weights)[0] + jnp.flip(getattr(self.backward, name)(flipped)[0], 1)
+        own = dot(here + self.epsilon, there)
+        return sums - (own if weights is None else weights * own)
+
+
+# --- the op ---
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowSpec:
+    """The static facts by which an implementation is chosen. Lengths and widths as in `flow_attention`."""
+
+    batch: int
+    sinks: int
+    sources: int
+    heads: int
+    width: int
+    value_width: int
+    dtype: str
+    causal: bool
+    packed: bool
+    chunk: int
+
+    def __str__(self) -> str:
+        shape = f"B{self.batch} T{self.sinks} S{self.sources} H{self.heads} d{self.width}/{self.value_width}"
+        features = [name for name in ("causal", "packed") if getattr(self, name)]
+        return " ".join([shape, f"C{self.chunk}", self.dtype, *features])
+
+
+_CAUSAL = {"definition": Implementation(causal_definition), "chunked": Implementation(causal_chunked)}
+_BIDIRECTIONAL = {
+    "definition": Implementation(bidirectional_definition),
+    "chunked": Implementation(bidirectional_linear),
+}
+IMPLEMENTATIONS = tuple(_CAUSAL)
+_PREFERENCE = ("chunked",)
+
+
+def flow_attention(
+    q_BTHd: jax.Array,
+    k_BSHd: jax.Array,
+    v_BSHe: jax.Array,
+    rule: FlowRule,
+    *,
+    causal: bool,
+    documents: jax.Array | None = None,
+    state: FlowState | None = None,
+    chunk: int = 64,
+    impl: str = "auto",
+) -> FlowOutput:
+    """Flow attention of features that are at least 0; the formulas are in the definitions' docstrings.
+
+    Args:
+      q_BTHd, k_BSHd, v_BSHe: features of sinks and sources, and values.
+      rule: what is computed.
+      causal: whether a position sees only itself and those before; then T == S.
+      documents: [B, T] of `attnlab.ops.documents.document_index`; None: all positions continue one document.
+      state: before the first position (causal only), for positions of document 0; None: nothing.
+      chunk: positions in a chunk, changes only time and memory.
+      impl: "auto", or a name in `IMPLEMENTATIONS`.
+
+    Returns:
+      FlowOutput: o_BTHe in the dtype of v, and sums in fp32 (fp64 for fp64 inputs).
+
+    Raises:
+      UserError: shapes that do not fit, or an unknown `impl`.
+    """
+    _check_shapes(q_BTHd, k_BSHd, v_BSHe, causal, documents, state, chunk)
+    B, T, H, d = q_BTHd.shape
+    S, e = v_BSHe.shape[1], v_BSHe.shape[3]
+    spec = FlowSpec(B, T, S, H, d, e, str(v_BSHe.dtype), causal, documents is not None, chunk)
+    chosen = choose("flow_attention", impl, _CAUSAL if causal else _BIDIRECTIONAL, spec, _PREFERENCE)
+    wide = jnp.promote_types(v_BSHe.dtype, jnp.float32)
+    q, k, v = (x.astype(wide) for x in (q_BTHd, k_BSHd, v_BSHe))
+    streamed = (state,) if causal else ()
+    out = chosen.run(q, k, v, documents, *streamed, rule, chunk)
+    return out._replace(o=out.o.astype(v_BSHe.dtype))
+
+
+def _check_shapes(q, k, v, causal: bool, documents, state, chunk: int) -> None:
+    def need(condition: bool, message: str) -> None:
+        if not condition:
+            raise UserError(f"flow_attention: {message}")
+
+    shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
+    fit = q.ndim == k.ndim == v.ndim == 4 and q.shape[::2] == k.shape[::2] and q.shape[3] == k.shape[3]
+    fit = fit and k.shape[:3] == v.shape[:3]
+    need(fit, f"{shapes} do not fit; expected q [B, T, H, d], k [B, S, H, d], v [B, S, H, e]")
+    same = not causal and documents is None
+    need(same or q.shape[1] == k.shape[1], f"{shapes}; T and S may differ only where nothing is causal or packed")
+    need(documents is None or documents.shape == q.shape[:2], f"documents of shape {getattr(documents, 'shape', None)}")
+    need(causal or state is None, "a state needs causal=True")
+    need(chunk >= 1, f"chunk={chunk} is not allowed; allowed: 1 or more")
+
+
+def matrix_flops(rule: FlowRule, causal: bool, length: int, width: int, value_width: int, chunk: int) -> float:
+    """Forward FLOPs per token and head of the matrix products of the chunked form on unpacked self-attention."""
+    d, e = width, value_width
+    twice = rule.allocation + rule.competition  # flows of weighted sums
+    flows = 1 + rule.allocation + twice
+    if not causal:
+        return 2.0 * d * (flows + twice) + 4.0 * d * e
+    C = min(chunk, length)
+    padded = -(-length // C) * C / length
+    several = length > C
+    recurrence = 2 * C * (d + e) + 2 * d * e + several * 2 * d * e
+    return float(padded * (recurrence + 2 * C * d + 2 * C * twice + several * 2 * d * flows))
