@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.errors import UserError
-from attnlab.ops import attention_xla, partition
+from attnlab.ops import attention_splash, attention_xla, partition
 from attnlab.ops.dispatch import Implementation, choose
 from attnlab.ops.masks import Mask
 
@@ -28,10 +28,11 @@ class AttentionSpec:
     intervals: bool
     soft_cap: bool
     sinks: bool
+    documents: bool = False
 
     def __str__(self) -> str:
         width = str(self.width) if self.width == self.value_width else f"{self.width}/{self.value_width}"
-        features = [name for name in ("causal", "intervals", "soft_cap", "sinks") if getattr(self, name)]
+        features = [name for name in ("causal", "intervals", "documents", "soft_cap", "sinks") if getattr(self, name)]
         if self.window is not None:
             features.append(f"window={self.window}")
         shape = f"B{self.batch} T{self.queries} S{self.keys} H{self.heads} K{self.kv_heads} d{width}"
@@ -49,6 +50,20 @@ def definition(
     sinks_H: jax.Array | None,
 ) -> jax.Array:
     """The formula, with all T x S scores. Statistics in float32, or float64 for float64 inputs."""
+    return definition_with_lse(q_BTHd, k_BSKd, v_BSKe, mask, scale=scale, soft_cap=soft_cap, sinks_H=sinks_H)[0]
+
+
+def definition_with_lse(
+    q_BTHd: jax.Array,
+    k_BSKd: jax.Array,
+    v_BSKe: jax.Array,
+    mask: Mask,
+    *,
+    scale: float,
+    soft_cap: float | None,
+    sinks_H: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """`definition`, and the log-sum-exp of `attention_with_lse`."""
     dtype = jnp.promote_types(q_BTHd.dtype, jnp.float32)
     B, T, H, _ = q_BTHd.shape
     S, K = k_BSKd.shape[1:3]
@@ -68,15 +83,26 @@ def definition(
     total = weights.sum(-1, keepdims=True)
     if sinks_H is not None:
         total += jnp.exp(sinks - highest)
-    weights /= jnp.where(total > 0, total, 1)
-    return jnp.einsum("bhts,bshe->bthe", weights, v, precision="highest").astype(q_BTHd.dtype)
+    some = total > 0
+    total = jnp.where(some, total, 1)
+    lse = jnp.where(some, highest + jnp.log(total), _LOWEST)[..., 0]
+    o = jnp.einsum("bhts,bshe->bthe", weights / total, v, precision="highest").astype(q_BTHd.dtype)
+    return o, lse.swapaxes(1, 2)
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "definition": Implementation(definition),
     "xla": Implementation(attention_xla.attention),
 }
-_PREFERENCE = ("xla",)
+KERNELS: dict[str, Implementation] = {  # of one platform
+    "splash": Implementation(attention_splash.attention, attention_splash.unsupported),
+}
+LSE_IMPLEMENTATIONS: dict[str, Implementation] = {
+    "definition": Implementation(definition_with_lse),
+    "xla": Implementation(attention_xla.attention_with_lse),
+}
+_PREFERENCE = (*KERNELS, "xla")
+_LOWEST = -1e20  # the log-sum-exp of no keys, finite so that differences are
 
 
 def attention(
@@ -102,21 +128,48 @@ def attention(
     soft_cap: logits become `soft_cap * tanh(logits / soft_cap)` before masking (Gemma 2, arXiv:2408.00118).
     sinks_H: one learned logit per query head that adds to the softmax denominator only (gpt-oss,
         arXiv:2508.10925).
-    impl: "auto", or a name in `IMPLEMENTATIONS`; `attnlab.ops.choices()` tells what "auto" picked.
+    impl: "auto", or a name in `IMPLEMENTATIONS` or `KERNELS`; `attnlab.ops.choices()` tells what "auto" picked.
 
     Returns o_BTHe in the dtype of q. Scores and softmax statistics are float32 (float64 for float64 inputs).
     Differentiable (reverse mode) in q, k, v and sinks. Changing any position after t leaves o[:, :t + 1]
     bitwise the same under a causal mask. Raises UserError for shapes that do not fit, an unknown `impl`, or
     one that cannot serve.
     """
+    options = {"scale": scale, "soft_cap": soft_cap, "sinks_H": sinks_H}
+    return _run("attention", {**IMPLEMENTATIONS, **KERNELS}, impl, q_BTHd, k_BSKd, v_BSKe, mask, **options)
+
+
+def attention_with_lse(
+    q_BTHd: jax.Array,
+    k_BSKd: jax.Array,
+    v_BSKe: jax.Array,
+    mask: Mask,
+    *,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    sinks_H: jax.Array | None = None,
+    impl: str = "auto",
+) -> tuple[jax.Array, jax.Array]:
+    """`attention`, and what is needed to merge it with attention over other keys; see there for the arguments.
+
+    Returns o_BTHe, and lse_BTH, the natural logarithm of the softmax denominator `sum_s exp(logit[t, s])` (with the
+    sinks), float32 (float64 for float64 inputs). Differentiable in both. A row that sees no key has o = 0 and an lse
+    below -1e19, finite. Of two disjoint sets of keys the second has the weight `sigmoid(lse_2 - lse_1)`.
+    """
+    options = {"scale": scale, "soft_cap": soft_cap, "sinks_H": sinks_H}
+    return _run("attention_with_lse", LSE_IMPLEMENTATIONS, impl, q_BTHd, k_BSKd, v_BSKe, mask, **options)
+
+
+def _run(op: str, implementations, impl: str, q_BTHd, k_BSKd, v_BSKe, mask: Mask, *, scale, soft_cap, sinks_H):
     _check_shapes(q_BTHd, k_BSKd, v_BSKe, mask, soft_cap, sinks_H)
     B, T, H, d = q_BTHd.shape
     S, K, e = v_BSKe.shape[1:]
     spec = AttentionSpec(
         B, T, S, H, K, d, e, str(q_BTHd.dtype), mask.causal, mask.window, mask.dynamic(),
-        soft_cap is not None, sinks_H is not None,
+        soft_cap is not None, sinks_H is not None, mask.documents,
     )  # fmt: skip
-    chosen = choose("attention", impl, IMPLEMENTATIONS, spec, _PREFERENCE)
+    preference = [name for name in _PREFERENCE if name in implementations]
+    chosen = choose(op, impl, implementations, spec, preference)
     scale = d**-0.5 if scale is None else float(scale)
 
     def run(q, k, v, sinks, k_start, k_end):
@@ -129,7 +182,8 @@ def attention(
     if K % partition.ways("heads") or H % partition.ways("heads"):
         q_axes = kv_axes = ("batch", None, None, None)
     rows = ("batch", None)
-    return partition.local(run, arrays, (q_axes, kv_axes, kv_axes, (q_axes[2],), rows, rows), q_axes)
+    out_axes = [q_axes, q_axes[:3]] if implementations is LSE_IMPLEMENTATIONS else q_axes
+    return partition.local(run, arrays, (q_axes, kv_axes, kv_axes, (q_axes[2],), rows, rows), out_axes)
 
 
 def _check_shapes(q, k, v, mask: Mask, soft_cap, sinks) -> None:

@@ -111,6 +111,24 @@ def attention(
     return _attention(config, *_varying(arrays, (arrays, mask)), (mask.k_start, mask.k_end))
 
 
+def attention_with_lse(
+    q_BTHd: jax.Array,
+    k_BSKd: jax.Array,
+    v_BSKe: jax.Array,
+    mask: Mask,
+    *,
+    scale: float,
+    soft_cap: float | None,
+    sinks_H: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """See `attnlab.ops.attention.attention_with_lse`."""
+    config = _Config(Mask(causal=mask.causal, window=mask.window), scale, soft_cap)
+    arrays = (q_BTHd, k_BSKd, v_BSKe, sinks_H)
+    o, lse_BKGT = _attention_with_lse(config, *_varying(arrays, (arrays, mask)), (mask.k_start, mask.k_end))
+    B, T, H, _ = q_BTHd.shape
+    return o, jnp.moveaxis(lse_BKGT.reshape(B, H, T), 1, 2) / _LOG2E
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(config: _Config, q, k, v, sinks, intervals):
     return _attention_forward(config, q, k, v, sinks, intervals)[0]
@@ -126,7 +144,8 @@ def _attention_forward(config: _Config, q, k, v, sinks, intervals):
     return o, (q, k, v, sinks, intervals, o, checkpoint_name(lse, "attention_lse"))
 
 
-def _attention_backward(config: _Config, residuals, do):
+def _attention_backward(config: _Config, residuals, do, dlse=None):
+    """`dlse` [B, K, G, T] is the gradient of the log-sum-exp in log2 units, None where only o is used."""
     q, k, v, sinks, intervals, o, lse = residuals
     B, T, H, d = q.shape
     K = k.shape[2]
@@ -136,13 +155,29 @@ def _attention_backward(config: _Config, residuals, do):
         _Part(v.shape, v.dtype, 2),
         _Part((B, K, H // K), lse.dtype, 1),
     )
-    rest = (_grouped(o, K), _grouped(do, K), lse)
+    rest = (_grouped(o, K), _grouped(do, K), lse, *(() if dlse is None else (dlse,)))
     dq, dk, dv, dsinks = _over_heads(_backward_head, config, q, k, v, rest, sinks, intervals, out)
     dsinks = None if sinks is None else dsinks.sum(0).reshape(H).astype(sinks.dtype)
     return dq.reshape(q.shape), dk, dv, dsinks, (None, None)
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention_with_lse(config: _Config, q, k, v, sinks, intervals):
+    return _attention_with_lse_forward(config, q, k, v, sinks, intervals)[0]
+
+
+def _attention_with_lse_forward(config: _Config, q, k, v, sinks, intervals):
+    o, residuals = _attention_forward(config, q, k, v, sinks, intervals)
+    return (o, residuals[-1]), residuals
+
+
+_attention_with_lse.defvjp(
+    _attention_with_lse_forward,
+    lambda config, residuals, cotangents: _attention_backward(config, residuals, *cotangents),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,13 +276,15 @@ def _forward_head(config: _Config, q_TGd, k_Sd, v_Se, *, sinks, bounds):
     return o_GTe.swapaxes(0, 1), lse_GT
 
 
-def _backward_head(config: _Config, q_TGd, k_Sd, v_Se, o_TGe, do_TGe, lse_GT, *, sinks, bounds):
+def _backward_head(config: _Config, q_TGd, k_Sd, v_Se, o_TGe, do_TGe, lse_GT, dlse_GT=None, *, sinks, bounds):
     """One key head: dq_TGd, dk_Sd, dv_Se and dsinks_G (zeros without sinks)."""
     T, G, d = q_TGd.shape
     S, e = v_Se.shape
     stat = lse_GT.dtype
     q_GTd, do_GTe = q_TGd.swapaxes(0, 1), do_TGe.swapaxes(0, 1)
     delta_GT = (o_TGe.astype(stat) * do_TGe.astype(stat)).sum(-1).T
+    if dlse_GT is not None:
+        delta_GT -= dlse_GT * _LOG2E  # d lse / d score is the weight, as for a value of 1
 
     def tile(rows: _Span, keys: _Span, carry):
         dq_GTd, dk_dS, dv_eS = carry

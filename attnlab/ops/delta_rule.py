@@ -4,7 +4,7 @@ With `a_t = exp(log_decay_t)`, for every head
 
     S_t = a_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T,      o_t = S_t q_t.
 
-Source: Yang et al. 2024, Gated Delta Networks: Improving Mamba2 with Delta Rule, arXiv:2412.06464, eq. 10; without
+Source: Yang et al. 2024, Gated Delta Networks: Improving Mamba2 with Delta Rule, arXiv:2412.06464, section 3; without
 decay it is the delta rule of Schlag et al. 2021, arXiv:2102.11174, in parallel form of Yang et al. 2024,
 arXiv:2406.06484. States here are transposed, [d, e], so that keys index rows.
 """
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.errors import UserError
+from attnlab.ops import partition
 from attnlab.ops.dispatch import Implementation, choose
 
 _BASE = 8  # triangular blocks of this size are inverted by a power series, larger ones from their quarters
@@ -22,12 +23,12 @@ _BASE = 8  # triangular blocks of this size are inverted by a power series, larg
 
 def definition(q_BTHd, k_BTHd, v_BTHe, log_decay_BTH, beta_BTH, documents_BT, state_BHde, chunk):
     """The recurrence, position by position; `chunk` plays no part."""
-    before = jnp.concatenate([jnp.zeros_like(documents_BT[:, :1]), documents_BT[:, :-1]], axis=1)
-    same_BT = documents_BT == before
+    same_BT = jnp.ones(q_BTHd.shape[:2], bool)
+    if documents_BT is not None:
+        same_BT = documents_BT == jnp.pad(documents_BT, ((0, 0), (1, 0)))[:, :-1]
 
     def step(state, inputs):
-        q, k, v, log_decay, beta, same = inputs
-        return _step(jnp.where(same[:, None, None, None], state, 0), q, k, v, log_decay, beta)
+        return _step(state, *inputs)
 
     by_time = [jnp.moveaxis(x, 1, 0) for x in (q_BTHd, k_BTHd, v_BTHe, log_decay_BTH, beta_BTH, same_BT)]
     state, o = jax.lax.scan(step, state_BHde, tuple(by_time))
@@ -38,29 +39,32 @@ def chunked(q_BTHd, k_BTHd, v_BTHe, log_decay_BTH, beta_BTH, documents_BT, state
     """Chunks of up to `chunk` positions by matrix products, the state carried from one to the next.
 
     Inside a chunk the rule writes `M_t = a_t M_{t-1} + k_t u_t^T` with `u_t = beta_t (v_t - a_t M_{t-1}^T k_t)`: a unit
-    triangular system in the u, whose inverse (the WY or UT transform) does not depend on the state. All that does not is
-    computed for all chunks at once. Decays enter as exp of differences of sums, never as quotients.
+    triangular system in the u, whose inverse (the WY or UT transform) does not depend on the state. All that does not
+    is computed for all chunks at once. Decays enter as exp of differences of sums, never as quotients.
     """
     T = q_BTHd.shape[1]
     if T == 1:
-        carried = jnp.where((documents_BT[:, 0] == 0)[:, None, None, None], state_BHde, 0)
+        same_B = None if documents_BT is None else documents_BT[:, 0] == 0
         inputs = (x[:, 0] for x in (q_BTHd, k_BTHd, v_BTHe, log_decay_BTH, beta_BTH))
-        state, o = _step(carried, *inputs)
+        state, o = _step(state_BHde, *inputs, same_B)
         return o[:, None], state
     C = min(chunk, T)
     # Padded positions write nothing and let nothing decay; they are of the last document, whose state is kept.
     q, k, v, log_decay, beta = (_in_chunks(x, C) for x in (q_BTHd, k_BTHd, v_BTHe, log_decay_BTH, beta_BTH))
-    documents = jnp.pad(documents_BT, ((0, 0), (0, -T % C)), mode="edge")
-    documents = jnp.moveaxis(documents.reshape(documents.shape[0], -1, C), 1, 0)[:, :, None]  # [N, B, 1, C]
-    last = documents[..., -1:]
-    before = jnp.concatenate([jnp.zeros_like(last[:1]), last[:-1]])
+    seen = jnp.tril(jnp.ones((C, C), bool))
+    follows = True  # whether a position's document began before the chunk
+    if documents_BT is not None:
+        documents = jnp.pad(documents_BT, ((0, 0), (0, -T % C)), mode="edge")
+        documents = jnp.moveaxis(documents.reshape(documents.shape[0], -1, C), 1, 0)[:, :, None]
+        seen &= documents[..., :, None] == documents[..., None, :]
+        last = documents[..., -1:]
+        follows = documents == jnp.concatenate([jnp.zeros_like(last[:1]), last[:-1]])
 
-    # [N, B, H, C] and [N, B, H, C, C], N chunks.
-    total = jnp.cumsum(log_decay, axis=-1)
-    seen = jnp.tril(jnp.ones((C, C), bool)) & (documents[..., :, None] == documents[..., None, :])
+    # [N, B, H, C] and [N, B, H, C, C], N chunks. Sums begin anew with a document, whose bits no other then changes.
+    total = jnp.sum(jnp.where(seen, log_decay[..., None, :], 0), axis=-1)
     decay = jnp.where(seen, jnp.exp(jnp.where(seen, total[..., :, None] - total[..., None, :], 0)), 0)
-    from_state = jnp.where(documents == before, jnp.exp(total), 0)
-    to_state = jnp.where(documents == last, jnp.exp(total[..., -1:] - total), 0)
+    from_state = jnp.where(follows, jnp.exp(total), 0)
+    to_state = decay[..., -1, :]
     kept = from_state[..., -1, None, None]
 
     products = jnp.concatenate([q, k], axis=-2) @ jnp.swapaxes(k, -1, -2)
@@ -119,19 +123,25 @@ def delta_rule(
     B, T, H, d = q_BTHd.shape
     e = v_BTHe.shape[-1]
     dtype = jnp.promote_types(v_BTHe.dtype, jnp.float32)
-    if documents_BT is None:
-        documents_BT = jnp.zeros((B, T), jnp.int32)
     if state_BHde is None:
         state_BHde = jnp.zeros((B, H, d, e), dtype)
     spec = f"B{B} T{T} H{H} d{d}/{e} {dtype}"
     chosen = choose("delta_rule", impl, IMPLEMENTATIONS, spec, ("chunked",))
-    arrays = (x.astype(dtype) for x in (q_BTHd, k_BTHd, v_BTHe, log_decay_BTH, beta_BTH))
-    o, state = chosen.run(*arrays, documents_BT, state_BHde.astype(dtype), chunk)
+    arrays = [x.astype(dtype) for x in (q_BTHd, k_BTHd, v_BTHe, log_decay_BTH, beta_BTH)]
+    heads = None if H % partition.ways("heads") else "heads"
+    wide, narrow = ("batch", None, heads, None), ("batch", None, heads)
+    state_axes = ("batch", heads, None, None)
+    o, state = partition.local(
+        lambda *xs: chosen.run(*xs, chunk),
+        (*arrays, documents_BT, state_BHde.astype(dtype)),
+        (wide, wide, wide, narrow, narrow, ("batch", None), state_axes),
+        [wide, state_axes],
+    )
     return o.astype(v_BTHe.dtype), state
 
 
 def chunked_flops(chunk: int, length: int, d: int, e: int) -> float:
-    """FLOPs of the matrix products of "chunked" for one head and sequence, those of the filled-up last chunk included."""
+    """FLOPs of the matrix products of "chunked" for one head and sequence, the filled-up last chunk counted whole."""
     if length == 1:
         return 4.0 * d * e
     C = min(chunk, length)
@@ -194,9 +204,12 @@ def _inverse_flops(C: int) -> float:
     return flops
 
 
-def _step(state_BHde, q_BHd, k_BHd, v_BHe, log_decay_BH, beta_BH):
-    """One position: the new state and o_BHe."""
-    state = jnp.exp(log_decay_BH)[..., None, None] * state_BHde
+def _step(state_BHde, q_BHd, k_BHd, v_BHe, log_decay_BH, beta_BH, same_B):
+    """One position: the new state and o_BHe. Where `same_B` is false a document begins; None: nowhere."""
+    decay_BH = jnp.exp(log_decay_BH)
+    if same_B is not None:
+        decay_BH = jnp.where(same_B[:, None], decay_BH, 0)
+    state = decay_BH[..., None, None] * state_BHde
     error = v_BHe - jnp.einsum("bhd,bhde->bhe", k_BHd, state)
     state += k_BHd[..., :, None] * (beta_BH[..., None] * error)[..., None, :]
     return state, jnp.einsum("bhd,bhde->bhe", q_BHd, state)

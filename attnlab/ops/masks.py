@@ -25,6 +25,8 @@ class Mask:
     causal: query `t` is key `t` and sees no later key. Static; narrows every interval to `k_end <= t + 1`.
     window: query `t` is key `t` and sees only the keys `s` with `|t - s| < window`: exactly `window` keys,
         itself included, when causal; `2 * window - 1` (symmetric) when not. Static; narrows every interval.
+    documents: the intervals are those of packed documents (`mask_from_segments`): rows that see something and share
+        `k_start` are one document, rows with `k_start > t` see nothing. Static; narrows nothing.
 
     Queries that are not keys of the same index (appended to a cache) must leave both static parts unset: see
     `mask_for_extension`.
@@ -34,6 +36,7 @@ class Mask:
     k_end: jax.Array | None = None
     causal: bool = dataclasses.field(default=False, metadata={"static": True})
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
+    documents: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def __post_init__(self):
         _check_window(self.window)
@@ -110,9 +113,9 @@ def mask_from_segments(
     # A padding row's interval is empty, also where the static part gives the end.
     start = jnp.where(segments_BT == 0, t + 1, start)
     if causal:
-        return Mask(start, None, causal=True, window=window)
+        return Mask(start, None, causal=True, window=window, documents=True)
     end = jax.lax.cummin(jnp.where(jnp.concatenate([changed, edge], 1), t + 1, length), axis=1, reverse=True)
-    return Mask(start, jnp.where(segments_BT == 0, t + 1, end), causal=False, window=window)
+    return Mask(start, jnp.where(segments_BT == 0, t + 1, end), causal=False, window=window, documents=True)
 
 
 def mask_for_extension(

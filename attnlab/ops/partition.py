@@ -91,14 +91,15 @@ def local(fn: Callable[..., Any], arrays: tuple[Any, ...], axes: tuple[Any, ...]
     partition = _current.get()
     if partition is None:
         return fn(*arrays)
-    whole = {
-        axis
-        for array, names in zip(arrays, axes, strict=True)
-        if array is not None
-        for axis, part in zip(names, partition.spec(array.shape, names))
-        if axis is not None and part is None and array.shape[names.index(axis)] != 1
-    }
-    kept = Partition(partition.mesh, {k: v for k, v in partition.rules.items() if k not in whole})
+    whole, split = set(), set()
+    for array, names in zip(arrays, axes, strict=True):
+        if array is not None:
+            for axis, size, part in zip(names, array.shape, partition.spec(array.shape, names)):
+                if part is not None:
+                    split.add(axis)
+                elif size != 1:  # what has one element is the same for all parts of the others
+                    whole.add(axis)
+    kept = Partition(partition.mesh, {k: v for k, v in partition.rules.items() if k in split - whole})
     given = [(a, n) for a, n in zip(arrays, axes, strict=True) if a is not None]
     in_specs = tuple(kept.spec(a.shape, n) for a, n in given)
 

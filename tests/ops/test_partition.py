@@ -52,3 +52,13 @@ def test_attention_runs_on_each_devices_part(kv_heads):
     for a, b in zip(jax.tree.leaves(run(*placed, sinks)), jax.tree.leaves(gradient(q, k, v, sinks)), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
     assert "all-gather" not in run.lower(*placed, sinks).compile().as_text() or kv_heads == 1
+
+
+def test_one_element_is_not_split():
+    """Where every array has one element along an axis, the output has one, too."""
+
+    def f(x):
+        return partition.local(lambda x: 2 * x, (x,), (("batch", None),), ("batch", None))
+
+    run = jax.jit(partition.traced(f, mesh(data=8), sharding.ACTIVATION_RULES))
+    np.testing.assert_array_equal(run(jnp.ones((1, 3))), 2 * np.ones((1, 3)))

@@ -1,0 +1,292 @@
+"""RAT: a gated linear RNN inside chunks, softmax attention over the chunks."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attnlab import config as config_lib
+from attnlab.errors import ConfigError
+from attnlab.mixers.base import Capabilities, HeadMixer, MixerConfig, MixerOutput, Sequence, knob, register
+from attnlab.mixers.parts import Linear, param_dtype
+from attnlab.ops import segmented_ema
+from attnlab.ops.attention import attention_with_lse
+from attnlab.ops.cached_attention import cached_attention
+from attnlab.ops.documents import document_index
+from attnlab.ops.masks import Mask
+from attnlab.ops.rope import rope
+
+_IMPLS = ("auto", "definition", "chunked")
+
+
+@dataclasses.dataclass(frozen=True)
+class RATConfig(MixerConfig):
+    """Knobs of RAT."""
+
+    heads: int = knob(4, "heads H", other=(2,))
+    head_width: int | None = knob(None, "head width d, even; none: width / heads", other=(6,))
+    chunk: int = knob(16, "positions in a chunk, L; 1: attention over all; the length: no attention", other=(3, 1))
+    groups: int = knob(2, "projections of queries and of keys; head h has number h mod groups", other=(1,))
+    rope_base: float | None = knob(10_000.0, "base of the rotary embedding of chunks; none: none", other=(None,))
+    impl: str = knob("auto", f"{', '.join(_IMPLS)}; auto: chunked", other=("definition",))
+
+    def __post_init__(self) -> None:
+        need = config_lib.require
+        for name in ("heads", "chunk"):
+            need(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        if self.head_width is not None:
+            need(self.head_width >= 2 and self.head_width % 2 == 0, "head_width", self.head_width, "even, 2 or more")
+        shared = self.groups >= 1 and self.heads % self.groups == 0
+        need(shared, "groups", self.groups, f"divisors of heads ({self.heads})")
+        if self.rope_base is not None:
+            need(self.rope_base > 1, "rope_base", self.rope_base, "above 1, or none")
+        config_lib.require_choice("impl", self.impl, _IMPLS)
+
+    def head_dim(self, width: int) -> int:
+        """Head width d in a model of the given width; ConfigError if the heads do not divide it."""
+        if self.head_width is not None:
+            return self.head_width
+        if width % self.heads or (width // self.heads) % 2:
+            raise ConfigError(
+                f"heads = {self.heads} does not divide width = {width} into even head widths; "
+                "allowed: another number of heads, or head_width set"
+            )
+        return width // self.heads
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RATState:
+    """Entries of chunks, and the running averages.
+
+    Attributes:
+      k, v: [B * H, S, d], head h of sequence b in row b * H + h; the last entries of complete chunks, of all documents
+        one after the other.
+      running: [B, 2, H * d], averages of values and of keys at the last position, fp32 (fp64 in a float64 model).
+      entries: [B] int32, chunks completed so far.
+      position: [B] int32, positions of the current document so far.
+      segment: [B] int32, id of the current document, -1 before the first position.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    running: jax.Array
+    entries: jax.Array
+    position: jax.Array
+    segment: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _Places:
+    """Where positions stand among chunks, int32 [B, T] ([1, T] for whole rows); chunks count from a document's start.
+
+    Attributes:
+      position: within the document.
+      chunk: within the document.
+      entry: chunks of all documents that were complete before the position: the index that its own chunk's entry gets.
+      ends: whether the position is the last of its chunk.
+    """
+
+    position: jax.Array
+    chunk: jax.Array
+    entry: jax.Array
+    ends: jax.Array
+
+    def mask(self) -> Mask:
+        """Each position sees the entries of its document's complete chunks."""
+        return Mask(self.entry - self.chunk, self.entry)
+
+
+@register("rat")
+class RAT(HeadMixer):
+    """Queries attend to one entry of each chunk before theirs, and to their own chunk so far, in one softmax.
+
+    Inside a chunk of L positions, for values and keys with the same gate `g = sigmoid(x W_g + b)` per channel,
+
+        v~_t = g_t v~_{t-1} + (1 - g_t) v_t,      k~_t = g_t k~_{t-1} + (1 - g_t) k_t,      both 0 before the chunk,
+
+    and `y_t = sum_j softmax_j(q_t . k~_j / sqrt(d)) v~_j` over j = the last positions of the t // L chunks before, and
+    t itself; the output is `W_O (sigmoid(x W_z) * y)`. Queries and k~ are rotated by the index of their chunk. With
+    L = 1 the averages are (1 - g_t) v_t and (1 - g_t) k_t, not v_t and k_t.
+
+    Chunks and their indices are counted from the start of each document, whatever `Sequence.positions` says.
+    """
+
+    Config = RATConfig
+    capabilities = Capabilities()
+    paper = (
+        "Wei et al. 2025, RAT: Bridging RNN Efficiency and Attention Accuracy via Chunk-based Sequence Modeling, "
+        "arXiv:2507.04416"
+    )
+    extension = (
+        "lengths that L does not divide, and chunks that begin anew with each packed document; b = 0 where L is 1, "
+        "which the paper leaves open"
+    )
+    implementations = ("definition", "chunked")
+    variants = ({"heads": 2, "chunk": 2, "head_width": 4, "rope_base": 100.0},)
+
+    def __init__(self, config: RATConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+        self.config, self.dtype = config, dtype
+        self.head_dim = config.head_dim(width)
+        inner, shared = config.heads * self.head_dim, config.groups * self.head_dim
+        linear = lambda fan_out, axis: Linear(width, fan_out, ("embed", axis), rngs=rngs, dtype=dtype)
+        self.z, self.v, self.g = linear(inner, "heads"), linear(inner, "heads"), linear(inner, "heads")
+        self.q, self.k = linear(shared, "kv_heads"), linear(shared, "kv_heads")
+        # exp(b) is uniform in [1, L - 1]: averages reach back over about so many positions.
+        longest = max(config.chunk - 1, 1)
+        bias = jnp.log(jax.random.uniform(rngs.params(), (inner,), param_dtype(dtype), 1.0, longest))
+        self.gate_bias = nnx.Param(bias, axes=("heads",))
+        self.out = Linear(inner, width, ("heads", "embed"), rngs=rngs, dtype=dtype)
+
+    def heads(self, x: jax.Array, seq: Sequence, state: RATState | None = None) -> MixerOutput:
+        """As in the contract. More chunks than the state has room for give NaN, as jit can raise nothing."""
+        places, documents = self._places(seq, state, x.shape[1])
+        running = self._averages(x, places, state)
+        q, k, v = self._positioned(x, running, places)
+        if state is not None:
+            o, cache = self._extended(q, k, v, places, state)
+        elif self.config.impl == "definition":
+            o = self._all_pairs(q, k, v, places, documents)
+        else:
+            o = self._over_chunks(q, k, v, places, whole=seq.segments is None)
+        z = jax.nn.sigmoid(self.z(x))
+        o = o * z.reshape(o.shape)
+        if state is None:
+            return MixerOutput(o)
+        segment = jnp.ones_like(state.segment) if seq.segments is None else seq.segments[:, -1]
+        after = places.entry[:, -1] + places.ends[:, -1]
+        return MixerOutput(o, RATState(*cache, running[:, -1], after, places.position[:, -1] + 1, segment))
+
+    def combine(self, o_BTHe: jax.Array, x: jax.Array) -> jax.Array:
+        return self.out(o_BTHe.reshape(*x.shape[:2], -1))
+
+    def init_state(self, batch: int, max_length: int, dtype: Any = jnp.float32) -> RATState:
+        H, d, L = self.config.heads, self.head_dim, self.config.chunk
+        entries = jnp.zeros((batch * H, -(-max_length // L), d), dtype)
+        return RATState(
+            k=entries,
+            v=entries,
+            running=jnp.zeros((batch, 2, H * d), param_dtype(self.dtype)),
+            entries=jnp.zeros((batch,), jnp.int32),
+            position=jnp.zeros((batch,), jnp.int32),
+            segment=jnp.full((batch,), -1, jnp.int32),
+        )
+
+    @classmethod
+    def flops(cls, config: RATConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:
+        d, L = config.head_dim(width), config.chunk
+        full, rest = divmod(length, L)
+        span = (L * full * (full + 1) / 2 + rest * (full + 1)) / length
+        return {
+            "projections": 2.0 * width * d * (4 * config.heads + 2 * config.groups),
+            "attention": 4.0 * config.heads * d * span,
+        }, span
+
+    # Inside.
+
+    def _places(self, seq: Sequence, state: RATState | None, length: int) -> tuple[_Places, jax.Array | None]:
+        """The places, and the documents' indices, None for whole rows without a state."""
+        L, documents, done = self.config.chunk, None, 0
+        position = jnp.arange(length, dtype=jnp.int32)[None]
+        if state is not None or seq.segments is not None:
+            segments = jnp.ones(seq.positions.shape, jnp.int32) if seq.segments is None else seq.segments
+            documents = document_index(segments, None if state is None else state.segment)
+            begins = documents != jnp.pad(documents, ((0, 0), (1, 0)))[:, :-1]
+            before = 0 if state is None else state.position[:, None]
+            position = position - jax.lax.cummax(jnp.where(begins, position, -before), axis=1)
+            done = 0 if state is None else state.entries[:, None]
+        ends = position % L == L - 1
+        entry = done + jnp.cumsum(ends, axis=1, dtype=jnp.int32) - ends
+        return _Places(position, position // L, entry, ends), documents
+
+    def _averages(self, x: jax.Array, places: _Places, state: RATState | None) -> jax.Array:
+        """Averages of values and of keys, [B, T, 2, H * d], in fp32 or wider."""
+        c, (B, T, _) = self.config, x.shape
+        wide = param_dtype(self.dtype)
+        g = jax.nn.sigmoid(self.g(x).astype(wide) + self.gate_bias[...])
+        keys = jnp.tile(self.k(x), (1, 1, c.heads // c.groups))
+        inputs = (1 - g)[:, :, None] * jnp.stack([self.v(x), keys], axis=2).astype(wide)
+        decay = jnp.where((places.position % c.chunk == 0)[..., None], 0, g)
+        start = jnp.zeros((B, 2, inputs.shape[-1]), wide) if state is None else state.running
+        average = segmented_ema.definition if c.impl == "definition" else segmented_ema.segmented_ema
+        return average(decay, inputs, start)
+
+    def _positioned(
+        self, x: jax.Array, running_BT2I: jax.Array, places: _Places
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """q, k~ and v~ [B, T, H, d], rotated."""
+        c = self.config
+        heads = lambda y: y.astype(self.dtype).reshape(*x.shape[:2], -1, self.head_dim)
+        q = heads(jnp.tile(self.q(x), (1, 1, c.heads // c.groups)))
+        v, k = heads(running_BT2I[:, :, 0]), heads(running_BT2I[:, :, 1])
+        if c.rope_base is not None:
+            q, k = (rope(y, places.chunk, c.rope_base) for y in (q, k))
+        return q, k, v
+
+    def _all_pairs(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, places: _Places, documents: jax.Array | None
+    ) -> jax.Array:
+        """The definition: a softmax over all pairs, of which most are hidden."""
+        T = q.shape[1]
+        dtype = jnp.promote_types(q.dtype, jnp.float32)
+        visible = places.ends[:, None] & (places.chunk[:, None] < places.chunk[:, :, None])
+        visible = (visible & jnp.tril(jnp.ones((T, T), bool))) | jnp.eye(T, dtype=bool)
+        if documents is not None:
+            visible &= documents[:, None] == documents[:, :, None]
+        logits = jnp.einsum("bthd,bshd->bhts", q.astype(dtype), k.astype(dtype), precision="highest")
+        weights = jax.nn.softmax(jnp.where(visible[:, None], logits * self.head_dim**-0.5, -jnp.inf), axis=-1)
+        return jnp.einsum("bhts,bshe->bthe", weights, v.astype(dtype), precision="highest").astype(q.dtype)
+
+    def _over_chunks(self, q: jax.Array, k: jax.Array, v: jax.Array, places: _Places, *, whole: bool) -> jax.Array:
+        """Attention over the gathered entries, merged with each position's own."""
+        (B, T), L = q.shape[:2], self.config.chunk
+        slots = (T - 1) // L  # the most entries that a later position of their document can see
+        if slots == 0:
+            return v
+        if whole:
+            entries = [y[:, L - 1 : slots * L : L] for y in (k, v)]
+        else:
+            slot = jnp.where(places.ends, places.entry, slots)
+            rows = jnp.arange(B)[:, None]
+            at = jnp.zeros((B, slots), jnp.int32).at[rows, slot].set(jnp.arange(T, dtype=jnp.int32), mode="drop")
+            entries = [y[rows, at] for y in (k, v)]
+        return _merged(q, k, v, *entries, places.mask(), "auto")
+
+    def _extended(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, places: _Places, state: RATState
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """Heads' outputs of the next positions, and the entries after them."""
+        B, T, H, d = q.shape
+        slots = state.k.shape[1]
+        impl = "definition" if self.config.impl == "definition" else "auto"
+        # A lone position is written whether it ends its chunk or not, and is then one of the entries that it reads.
+        slot = places.entry if T == 1 else jnp.where(places.ends, places.entry, slots)
+        slot = jnp.repeat(slot, H, axis=0)
+        rows = jnp.arange(B * H)[:, None]
+        by_head = lambda y: y.swapaxes(1, 2).reshape(B * H, T, d)
+        cache = tuple(
+            old.at[rows, slot].set(by_head(y).astype(old.dtype), mode="drop")
+            for old, y in ((state.k, k), (state.v, v))
+        )
+        keys, values = (y.astype(q.dtype) for y in cache)
+        if T == 1:
+            seen = Mask(places.entry - places.chunk, places.entry + 1)
+            o = cached_attention(q, keys, values, seen, impl=impl)
+        else:
+            keys, values = (y.reshape(B, H, slots, d).swapaxes(1, 2) for y in (keys, values))
+            o = _merged(q, k, v, keys, values, places.mask(), impl)
+        return jnp.where((places.entry < slots)[..., None, None], o, jnp.nan), cache
+
+
+def _merged(
+    q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, mask: Mask, impl: str
+) -> jax.Array:
+    """One softmax over the keys that `mask` shows and each position's own k and v, [B, T, H, d]."""
+    o, lse_BTH = attention_with_lse(q, keys, values, mask, impl=impl)
+    own_BTH = jnp.sum(q.astype(lse_BTH.dtype) * k, axis=-1) * q.shape[-1] ** -0.5
+    weight = jax.nn.sigmoid(own_BTH - lse_BTH)[..., None]
+    return ((1 - weight) * o + weight * v).astype(q.dtype)

@@ -1,0 +1,241 @@
+"""The identities of Gated DeltaNet (Yang et al. 2024), in float64."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from attnlab import mixers
+from attnlab.errors import ConfigError
+from attnlab.mixers.gated_deltanet import GatedDeltaNetConfig, unit
+from attnlab.ops.delta_rule import delta_rule
+from attnlab.train import config as run_config
+from tests.mixers import cases
+
+B, T, H, D, E = 2, 9, 3, 4, 5
+LM = pathlib.Path(__file__).parents[2] / "configs" / "lm.py"
+
+
+@pytest.fixture(autouse=True)
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def make(**fields):
+    return cases.module(GatedDeltaNetConfig(**fields), jnp.float64)
+
+
+rule = jax.jit(delta_rule, static_argnames=("chunk", "impl"))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def compiled(graphdef, params, x, seq):
+    return nnx.merge(graphdef, params)(x, seq).y
+
+
+def call(module, x, seq):
+    return compiled(*cases.split(module), x, seq)
+
+
+def arrays(length=T):
+    """q, k, v [B, T, H, .] with unit keys, decays a and strengths beta [B, T, H]."""
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape))
+    q, k, v = normal(B, length, H, D), unit(normal(B, length, H, D)), normal(B, length, H, E)
+    return q, k, v, jnp.asarray(rng.random((B, length, H))), jnp.asarray(rng.random((B, length, H)))
+
+
+def scan_heads(step, q, k, v, *rest):
+    """Runs `S, o = step(S, q, k, v, *rest)` over the positions of every head, from S = 0 [e, d]: o [B, T, H, e]."""
+
+    def head(q, k, v, *rest):
+        _, o = jax.lax.scan(lambda S, inputs: step(S, *inputs), jnp.zeros((v.shape[-1], q.shape[-1])), (q, k, v, *rest))
+        return o
+
+    return jax.vmap(jax.vmap(head, in_axes=1, out_axes=1))(q, k, v, *rest)
+
+
+@pytest.mark.parametrize("impl", ["definition", "chunked"])
+def test_no_decay_is_deltanet(impl):
+    """a = 1: S + beta (v - S k) k^T, the delta rule of Schlag et al. 2021."""
+    q, k, v, _, beta = arrays()
+
+    def deltanet(S, q, k, v, beta):
+        S = S + beta * jnp.outer(v - S @ k, k)
+        return S, S @ q
+
+    o, _ = rule(q, k, v, jnp.zeros_like(beta), beta, chunk=4, impl=impl)
+    np.testing.assert_allclose(o, scan_heads(deltanet, q, k, v, beta), atol=1e-13)
+
+
+@pytest.mark.parametrize("impl", ["definition", "chunked"])
+def test_gradient_at_the_decayed_state(impl):
+    """Equals one step of gradient descent on |W k - v|^2 / 2, taken at the decayed memory; not at the one before it."""
+    q, k, v, a, beta = arrays()
+    loss = lambda W, k, v: jnp.sum((W @ k - v) ** 2) / 2
+
+    def descent(W, q, k, v, a, beta, decayed):
+        at = a * W if decayed else W
+        W = a * W - beta * jax.grad(loss)(at, k, v)
+        return W, W @ q
+
+    o, _ = rule(q, k, v, jnp.log(a), beta, chunk=4, impl=impl)
+    at = {which: scan_heads(lambda *xs: descent(*xs, which), q, k, v, a, beta) for which in (True, False)}
+    np.testing.assert_allclose(o, at[True], atol=1e-13)
+    assert np.abs(o - at[False]).max() > 0.01
+
+
+def test_strength_of_zero_keeps():
+    """beta = 0: the memory only decays, whatever the keys and values."""
+    q, k, v, a, beta = arrays()
+    state = jnp.asarray(np.random.default_rng(1).standard_normal((B, H, D, E)))
+    for impl in ("definition", "chunked"):
+        o, end = rule(q, k, 1e3 * v, jnp.log(a), 0 * beta, state_BHde=state, chunk=4, impl=impl)
+        np.testing.assert_allclose(end, state * jnp.prod(a, axis=1)[..., None, None], atol=1e-13)
+        want = jnp.cumprod(a, axis=1)[..., None] * jnp.einsum("bthd,bhde->bthe", q, state)
+        np.testing.assert_allclose(o, want, atol=1e-12)
+        _, same = rule(q, k, v, 0 * a, 0 * beta, state_BHde=state, chunk=4, impl=impl)
+        np.testing.assert_array_equal(same, state)
+
+
+def test_one_write_stores_exactly():
+    """a = 1, beta = 1 and one unit key again and again: each read returns the newest value, whatever stood there."""
+    _, k, v, _, _ = arrays()
+    k = jnp.broadcast_to(k[:, :1], k.shape)
+    state = jnp.asarray(np.random.default_rng(1).standard_normal((B, H, D, E)))
+    zero, one = jnp.zeros((B, T, H)), jnp.ones((B, T, H))
+    k = k / jnp.linalg.norm(k, axis=-1, keepdims=True)
+    for impl in ("definition", "chunked"):
+        o, _ = rule(k, k, v, zero, one, state_BHde=state, chunk=4, impl=impl)
+        np.testing.assert_allclose(o, v, atol=1e-12)
+
+
+def naive(module, x):
+    """The layer on one whole sequence [T, D], position by position in numpy."""
+    c, (length, _) = module.config, x.shape
+    silu = lambda z: z / (1 + np.exp(-z))
+    split = lambda y: y.reshape(length, c.heads, -1)
+    weight = lambda linear: np.asarray(linear.kernel[...])
+    filters = np.asarray(module.filters[...]).reshape(c.conv, c.heads, -1)
+    rows = np.concatenate([split(x @ weight(y)) for y in (module.q, module.k, module.v)], axis=-1)
+    padded = np.concatenate([np.zeros((c.conv - 1, *rows.shape[1:])), rows])
+    rows = silu(sum(filters[i] * padded[i : i + length] for i in range(c.conv)))
+    d = module.key_dim
+    q, k, v = rows[..., :d], rows[..., d : 2 * d], rows[..., 2 * d :]
+    q, k = (y / np.sqrt((y * y).sum(-1, keepdims=True) + 1e-6) for y in (q, k))
+    beta = 1 / (1 + np.exp(-x @ weight(module.beta)))
+    steps = np.log1p(np.exp(x @ weight(module.log_decay.linear) + np.asarray(module.log_decay.dt_bias[...])))
+    a = np.exp(-np.exp(np.asarray(module.log_decay.a_log[...])) * steps)
+    S, o = np.zeros((c.heads, v.shape[-1], d)), np.zeros_like(v)
+    for t in range(length):
+        for h in range(c.heads):
+            kk = k[t, h]
+            S[h] = a[t, h] * S[h] @ (np.eye(d) - beta[t, h] * np.outer(kk, kk)) + beta[t, h] * np.outer(v[t, h], kk)
+            o[t, h] = S[h] @ q[t, h]
+    o = o / np.sqrt((o * o).mean(-1, keepdims=True) + 1e-6) * np.asarray(module.norm.scale[...])
+    gate = silu(split(x @ weight(module.gate)))
+    return (o * gate).reshape(length, -1) @ weight(module.out)
+
+
+@pytest.mark.parametrize("impl", ["definition", "chunked"])
+def test_layer_is_the_formula(impl):
+    """The whole layer written out, with values wider than keys, chunks that do not divide the length."""
+    module = make(expand=2.0, chunk=4, impl=impl)
+    x, _ = cases.inputs(jnp.float64)
+    y = call(module, x, mixers.Sequence.whole(*x.shape[:2]))
+    for row in range(2):
+        np.testing.assert_allclose(y[row], naive(module, np.asarray(x[row])), atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk", [3, 64])
+def test_chunk_and_step_agree(chunk):
+    """The training form equals one position at a time, the memory after it too."""
+    module = make(chunk=chunk)
+    x, seq = cases.inputs(jnp.float64)
+    step = jax.jit(module.extend)
+    state, parts = module.init_state(2, cases.LENGTH, jnp.float64), []
+    whole = step(x, seq, state)
+    for t in range(cases.LENGTH):
+        at = slice(t, t + 1)
+        out = step(x[:, at], mixers.Sequence(seq.positions[:, at], seq.segments[:, at]), state)
+        state, parts = out.state, [*parts, out.y]
+    used = np.asarray(seq.segments) > 0
+    np.testing.assert_allclose(np.concatenate(parts, axis=1)[used], call(module, x, seq)[used], atol=1e-11)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(whole.state), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-11)
+
+
+def test_padded_batch_is_unpadded():
+    """Padding before or behind a document leaves its outputs as they are: it does not enter the memory."""
+    module = make(chunk=4)
+    x, _ = cases.inputs(jnp.float64)
+    n = 6
+    want = call(module, x[:, :n], mixers.Sequence.whole(2, n))
+    for first in (0, 2, 5):
+        at = np.arange(cases.LENGTH)
+        inside = (at >= first) & (at < first + n)
+        seq = mixers.Sequence(
+            jnp.broadcast_to(jnp.where(inside, at - first, 0), (2, cases.LENGTH)),
+            jnp.broadcast_to(jnp.asarray(inside, jnp.int32), (2, cases.LENGTH)),
+        )
+        loud = jnp.full((2, cases.LENGTH, cases.WIDTH), 1e3).at[:, first : first + n].set(x[:, :n])
+        np.testing.assert_allclose(call(module, loud, seq)[:, first : first + n], want, atol=1e-12)
+
+
+def test_state_is_the_memory_and_the_tail():
+    """H * d * e numbers in fp32, at any length, and conv - 1 inputs of the convolution."""
+    module = make(heads=2, head_width=6, expand=1.5, conv=3)
+    for length in (1, 1000):
+        state = module.init_state(1, length, jnp.float32)
+        assert state.memory.shape == (1, 2, 6, 9) and state.tail.shape == (1, 2, 2 * (6 + 6 + 9))
+    low = mixers.build({"name": "gated_deltanet"}, width=16, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+    state = low.init_state(1, 10, jnp.bfloat16)
+    assert (state.memory.dtype, state.tail.dtype) == (jnp.float32, jnp.bfloat16)
+    assert state.memory.nbytes == 4 * 4 * 4 * 4
+
+
+def test_initial_decays():
+    """At first, for x = 0: softplus(dt_bias) in [0.001, 0.1] and A in (0, 16]."""
+    module = mixers.build({"name": "gated_deltanet", "heads": 256, "head_width": 1}, width=16, rngs=nnx.Rngs(0))
+    steps = np.log1p(np.exp(np.asarray(module.log_decay.dt_bias[...])))
+    assert 0.999e-3 < steps.min() < 2e-3 and 0.05 < steps.max() < 0.1001
+    assert np.median(steps) == pytest.approx(0.01, rel=0.4)  # log-uniform
+    A = np.exp(np.asarray(module.log_decay.a_log[...]))
+    assert 0 < A.min() < 1 and 15 < A.max() <= 16.001
+
+
+def test_hybrid_of_windows_and_memories():
+    """InfiniteVL's pattern, one layer over a window and three memories, is `pattern=WMMM`, its state sizes too."""
+    sizes = ["model.mixers.M.head_width=8", "model.mixers.M.expand=2"]
+    config = run_config.load(f"{LM}:mixer=gated_deltanet,pattern=WMMM", sizes).model
+    assert config.pattern == "WMMM"
+    built = [config.mixers[letter] for letter in config.pattern]
+    assert [c.node_name for c in built] == ["softmax"] + 3 * ["gated_deltanet"]
+    cost = {length: [mixers.get(c.node_name).cost(c, config.width, length) for c in built] for length in (512, 4096)}
+    # keys and values of 127 positions before, in 4 heads of 32, and length, start and segment
+    assert cost[512][0].state_bytes == cost[4096][0].state_bytes == 4 * (2 * 127 * 128 + 3)
+    memory, tail, segment = 4 * 8 * 16, 3 * 4 * (8 + 8 + 16), 1
+    assert all(c.state_bytes == 4 * (memory + tail + segment) for length in cost for c in cost[length][1:])
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"heads": 3}, "heads = 3 does not divide width = 16"),
+        ({"expand": 0.3}, "multiples of 1 / 4"),
+        ({"expand": 0.0}, "expand = 0.0"),
+        ({"conv": 0}, "conv = 0"),
+        ({"chunk": 0}, "chunk = 0"),
+        ({"impl": "xla"}, "impl = 'xla'"),
+    ],
+)
+def test_impossible_configs(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        mixers.build({"name": "gated_deltanet", **fields}, width=16, rngs=nnx.Rngs(0))
