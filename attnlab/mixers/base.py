@@ -7,6 +7,7 @@ A mixer mixes information across positions. Adding one is one file in this packa
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -229,6 +230,8 @@ def register(name: str):
             raise ValueError(f"two mixers are called {name!r}")
         cls.name = name
         cls.Config.node_name = name
+        if cls.extension:  # said once, read in the docstring, in `attnlab list` and in docs/mixers.md
+            cls.__doc__ = f"{inspect.cleandoc(cls.__doc__ or '')}\n\nExtension, not in the paper: {cls.extension}."
         _REGISTRY[name] = cls
         return cls
 
