@@ -1,0 +1,118 @@
+"""Local linear attention: softmax attention's local average replaced by a local linear regression."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attnlab import config as config_lib
+from attnlab.mixers.base import MixerOutput, knob, register
+from attnlab.mixers.parts import Linear, param_dtype
+from attnlab.mixers.softmax import Softmax, SoftmaxConfig, mean_span
+from attnlab.ops.cached_attention import cached_attention
+from attnlab.ops.local_linear import IMPLEMENTATIONS, local_linear
+from attnlab.ops.masks import Mask
+
+_IMPLS = ("auto", *IMPLEMENTATIONS)
+_LEAST_RIDGE = 1e-3  # below it float32 loses the output
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalLinearConfig(SoftmaxConfig):
+    """Knobs of local linear attention: those of softmax attention but sinks and soft_cap, and the regression's."""
+
+    # No knobs here: with sinks the weights would not sum to 1, and the paper caps no logits.
+    sinks: ClassVar[bool] = False
+    soft_cap: ClassVar[None] = None
+
+    qk_norm: bool = knob(True, "RMSNorm over each head of queries and keys, before RoPE: they must share one space",
+                         other=(False,))  # fmt: skip
+    ridge: float | None = knob(
+        None, "ridge, on weights that sum to 1; none: learned per head and position, softplus(w x + b) + ridge_min, "
+        "1 at first where x = 0", other=(0.3,)
+    )  # fmt: skip
+    ridge_min: float = knob(0.01, f"least learned ridge, {_LEAST_RIDGE} or more", other=(0.1,))
+    iterations: int = knob(16, "turns of conjugate gradients at most", other=(6,))
+    tolerance: float | None = knob(None, "residual, relative, at which a solve is done; none: 1e-5, in float64 1e-13",
+                                   other=(1e-14,))  # fmt: skip
+    impl: str = knob("auto", f"{', '.join(_IMPLS)}; cg stops when a block of rows is done, cg_fixed never",
+                     other=("definition",))  # fmt: skip
+
+    def __post_init__(self) -> None:
+        own = ("sinks", "soft_cap", "impl")
+        SoftmaxConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(SoftmaxConfig) if f.name not in own})
+        need = config_lib.require
+        need(_LEAST_RIDGE <= self.ridge_min < 1, "ridge_min", self.ridge_min, f"{_LEAST_RIDGE} or more, below 1")
+        if self.ridge is not None:
+            need(self.ridge >= _LEAST_RIDGE, "ridge", self.ridge, f"{_LEAST_RIDGE} or more, or none")
+        need(self.iterations >= 1, "iterations", self.iterations, "1 or more")
+        if self.tolerance is not None:
+            need(0 < self.tolerance < 1, "tolerance", self.tolerance, "between 0 and 1, or none")
+        config_lib.require_choice("impl", self.impl, _IMPLS)
+
+
+@register("local_linear")
+class LocalLinear(Softmax):
+    """The value at the query of the affine map of keys that fits the values best, weighted by softmax attention.
+
+    `attnlab.ops.local_linear` has the formula. Metrics are means over heads and positions: the relative residual of the
+    solves, and their turns.
+    """
+
+    Config = LocalLinearConfig
+    paper = "Zuo et al. 2025, Local Linear Attention, arXiv:2510.01450"
+    extension = (
+        "The ridge is learned per head and position; queries and keys are normalised; sums are centred at the mean key"
+    )
+    implementations = tuple(IMPLEMENTATIONS)
+    counted = "cg_fixed"
+    variants = (
+        {"kv_heads": 2, "window": 4, "rope_base": None, "head_width": 6},
+        {"kv_heads": 1, "causal": False, "qk_norm": False},
+    )
+
+    def __init__(self, config: LocalLinearConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+        super().__init__(config, width=width, rngs=rngs, dtype=dtype)
+        if config.ridge is None:
+            self.ridge = Linear(width, config.heads, ("embed", "heads"), rngs=rngs, dtype=dtype)
+            bias = math.log(math.expm1(1 - config.ridge_min))
+            self.ridge_bias = nnx.Param(jnp.full((config.heads,), bias, param_dtype(dtype)), axes=("heads",))
+
+    def attend(
+        self, op: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, x: jax.Array
+    ) -> MixerOutput:
+        c = self.config
+        if op is cached_attention:
+            k, v = (y.reshape(q.shape[0], -1, *y.shape[1:]).swapaxes(1, 2) for y in (k, v))
+        o, solves = local_linear(
+            q, k, v, mask, self.ridge_of(x), iterations=c.iterations, tolerance=c.tolerance, impl=c.impl
+        )
+        metrics = {
+            "local_linear_residual": solves.residual_BTH.mean(),
+            "local_linear_iterations": solves.iterations_BTH.mean(),
+        }
+        return MixerOutput(o, metrics=metrics)
+
+    def ridge_of(self, x: jax.Array) -> jax.Array:
+        """Ridge [B, T, H] of x [B, T, D], or a scalar where it is given; in fp32."""
+        if self.config.ridge is not None:
+            return jnp.asarray(self.config.ridge, param_dtype(self.dtype))
+        logits = self.ridge(x).astype(param_dtype(self.dtype)) + self.ridge_bias[...]
+        return jax.nn.softplus(logits) + self.config.ridge_min
+
+    @classmethod
+    def flops(cls, config: LocalLinearConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:
+        """Solves at their cap of iterations; what an early exit saves is known only at run time."""
+        flops, _ = super().flops(config, width, length)
+        d, span = config.head_dim(width), mean_span(length, config.causal, config.window)
+        if config.ridge is None:
+            flops["ridge"] = 2.0 * width * config.heads
+        # Scores, mean key, twice the keys a turn, the fit at the keys, values.
+        flops["attention"] = 2.0 * config.heads * d * span * (4 + 2 * config.iterations)
+        return flops, span

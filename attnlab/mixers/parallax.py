@@ -1,0 +1,77 @@
+"""Parallax: local linear attention whose solved vector is a learned projection instead."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attnlab.mixers.base import MixerOutput, Sequence, knob, register
+from attnlab.mixers.parts import Linear, RMSNorm
+from attnlab.mixers.softmax import Softmax, SoftmaxConfig
+from attnlab.ops.cached_attention import cached_attention
+from attnlab.ops.masks import Mask
+from attnlab.ops.parallax import IMPLEMENTATIONS, parallax
+from attnlab.ops.rope import rope
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallaxConfig(SoftmaxConfig):
+    """Knobs of Parallax: those of softmax attention but sinks and soft_cap."""
+
+    sinks: ClassVar[bool] = False
+    soft_cap: ClassVar[None] = None
+    qk_norm: bool = knob(True, "RMSNorm over each head of queries, probes and keys, before RoPE", other=(False,))
+
+
+@register("parallax")
+class Parallax(Softmax):
+    """Softmax attention with a correction along a projected probe; without the probe it is softmax attention.
+
+    `attnlab.ops.parallax` has the formula. Where queries and keys are rotated by RoPE, so are the probes.
+    """
+
+    Config = ParallaxConfig
+    paper = "Zuo et al. 2026, Parallax: Parameterized Local Linear Attention for Language Modeling, arXiv:2605.29157"
+    extension = "RoPE, where it is on, turns the probes as it turns the queries"
+    implementations = tuple(IMPLEMENTATIONS)
+    variants = (
+        {"kv_heads": 2, "window": 4, "qk_norm": False},
+        {"kv_heads": 1, "causal": False, "rope_base": None},
+    )
+
+    def __init__(self, config: ParallaxConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+        super().__init__(config, width=width, rngs=rngs, dtype=dtype)
+        self.r = Linear(width, config.heads * self.head_dim, ("embed", "heads"), rngs=rngs, dtype=dtype)
+        if config.qk_norm:
+            self.r_norm = RMSNorm(self.head_dim, ("head",), dtype=dtype)
+
+    def positioned(self, x: jax.Array, seq: Sequence) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries with their probes behind them, [B, T, H, 2 d], keys and values."""
+        q, k, v = super().positioned(x, seq)
+        r = self.r(x).reshape(q.shape)
+        if self.config.qk_norm:
+            r = self.r_norm(r)
+        if self.config.rope_base is not None:
+            r = rope(r, seq.positions, self.config.rope_base)
+        return jnp.concatenate([q, r], axis=-1), k, v
+
+    def attend(
+        self, op: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, x: jax.Array
+    ) -> MixerOutput:
+        if op is cached_attention:
+            k, v = (y.reshape(q.shape[0], -1, *y.shape[1:]).swapaxes(1, 2) for y in (k, v))
+        q, r = jnp.split(q, 2, axis=-1)
+        return MixerOutput(parallax(q, r, k, v, mask, impl=self.config.impl))
+
+    @classmethod
+    def flops(cls, config: ParallaxConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:
+        flops, span = super().flops(config, width, length)
+        inner = config.heads * config.head_dim(width)
+        flops["probes"] = 2.0 * width * inner
+        flops["attention"] += 2.0 * inner * span
+        return flops, span
