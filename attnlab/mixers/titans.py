@@ -1,0 +1,242 @@
+"""Titans: a network per head that learns the sequence by gradient descent as it reads it, alone or with attention."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attnlab import config as config_lib
+from attnlab.errors import ConfigError
+from attnlab.mixers.base import Capabilities, HeadMixer, MixerConfig, MixerOutput, Sequence, knob, register
+from attnlab.mixers.parts import Linear, RMSNorm
+from attnlab.mixers.softmax import mean_span
+from attnlab.mixers.titans_attention import Attention
+from attnlab.mixers.titans_memory import Memory, memory_flops
+from attnlab.mixers.titans_segments import SegmentedMemory, SegmentState, segment_flops
+from attnlab.ops.documents import document_index
+from attnlab.ops.neural_memory import IMPLEMENTATIONS, MemoryState, neural_memory
+from attnlab.ops.turns import positions_in_documents
+
+VARIANTS = {
+    "lmm": "the memory alone",
+    "mal": "attention over what the memory gives",
+    "mag": "attention, gated by the memory",
+    "mac": "attention over segments and what the memory holds of those before",
+}
+_IMPLS = ("auto", *IMPLEMENTATIONS)
+
+
+@dataclasses.dataclass(frozen=True)
+class TitansConfig(MixerConfig):
+    """Knobs of Titans."""
+
+    variant: str = knob("mag", "; ".join(f"{k}: {v}" for k, v in VARIANTS.items()), other=("lmm",))
+    heads: int = knob(4, "heads H, of the memory and of attention", other=(2,))
+    head_width: int | None = knob(None, "head width d, even; none: width / heads", other=(6,))
+    depth: int = knob(2, "layers of the memory, 1 (a matrix) to 4", other=(1,))
+    expansion: int = knob(4, "width of the memory's hidden layers, in head widths", other=(2,))
+    residual_norm: bool | None = knob(None, "memory is k + LN(net(k)); none: from depth 2 on", other=(False,))
+    chunk: int = knob(16, "positions whose gradients are taken at the same weights", other=(3,))
+    momentum: bool = knob(True, "whether steps add up, decaying by eta", other=(False,))
+    forgetting: bool = knob(True, "whether weights decay, by 1 - alpha", other=(False,))
+    grad_at: str = knob("prev", "prev: gradients at the chunk's first weights; decayed: at what is left of them",
+                        other=("decayed",))  # fmt: skip
+    read_after_write: bool = knob(True, "whether a position reads the weights that have learned it", other=(False,))
+    stability: str = knob("bound", "bound: theta is divided so that a chunk's steps add up to theta_max at most; none",
+                          other=("none",))  # fmt: skip
+    theta_max: float = knob(1.0, "largest step size theta", other=(0.5,))
+    conv: int = knob(4, "width of the causal convolution of the memory's q, k, v; 0: none", other=(0,))
+    persistent: int = knob(0, "learned keys and values that every query sees (mal, mag, mac)", other=(3,))
+    window: int = knob(256, "mal, mag: keys that a query sees; mac: positions of a segment, a multiple of chunk",
+                       other=(3,))  # fmt: skip
+    rope_base: float | None = knob(10_000.0, "base of attention's rotary embedding; none: no positions", other=(None,))
+    impl: str = knob("chunked", f"implementation of the memory: {', '.join(_IMPLS)}", other=("definition",))
+
+    def __post_init__(self) -> None:
+        need, choice = config_lib.require, config_lib.require_choice
+        choice("variant", self.variant, list(VARIANTS))
+        need(self.heads >= 1, "heads", self.heads, "1 or more")
+        if self.head_width is not None:
+            need(self.head_width >= 2 and self.head_width % 2 == 0, "head_width", self.head_width, "even, 2 or more")
+        need(1 <= self.depth <= 4, "depth", self.depth, "1 to 4")
+        need(self.expansion >= 1, "expansion", self.expansion, "1 or more")
+        need(self.chunk >= 1, "chunk", self.chunk, "1 or more")
+        choice("grad_at", self.grad_at, ["prev", "decayed"])
+        need(self.forgetting or self.grad_at == "prev", "grad_at", self.grad_at, "prev without forgetting")
+        choice("stability", self.stability, ["bound", "none"])
+        need(self.theta_max > 0, "theta_max", self.theta_max, "above 0")
+        need(self.conv == 0 or self.conv >= 2, "conv", self.conv, "0, or 2 or more")
+        need(self.persistent >= 0, "persistent", self.persistent, "0 or more")
+        need(self.variant != "lmm" or self.persistent == 0, "persistent", self.persistent, "0 in lmm: nothing attends")
+        need(self.window >= 1, "window", self.window, "1 or more")
+        if self.variant == "mac":
+            need(self.window % self.chunk == 0, "window", self.window, f"multiples of chunk ({self.chunk}) in mac")
+        if self.rope_base is not None:
+            need(self.rope_base > 1, "rope_base", self.rope_base, "above 1, or none")
+        choice("impl", self.impl, _IMPLS)
+
+    def head_dim(self, width: int) -> int:
+        """Head width d in a model of the given width; ConfigError if the heads do not divide it."""
+        if self.head_width is not None:
+            return self.head_width
+        if width % self.heads or (width // self.heads) % 2:
+            raise ConfigError(
+                f"heads = {self.heads} does not divide width = {width} into even head widths; "
+                "allowed: another number of heads, or head_width set"
+            )
+        return width // self.heads
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TitansState:
+    """A stream's state; its size does not depend on the length.
+
+    Attributes:
+      memory: of the memory; in mac with the segment's keys, values and reader.
+      tail: [B, J, 3 H d], the last inputs of the memory's convolution; None in mac, where `memory` has them.
+      cache: the newest window - 1 keys and values of attention (mal, mag).
+      segment: [B] int32, id of the current document, -1 before the first position.
+    """
+
+    memory: MemoryState | SegmentState
+    tail: jax.Array | None
+    cache: tuple[jax.Array, jax.Array] | None
+    segment: jax.Array
+
+
+@register("titans")
+class Titans(HeadMixer):
+    """Neural memory (`attnlab.ops.neural_memory`) in the four places of the paper's section 4.
+
+    Memory: q, k, v are projected, convolved, passed through SiLU; q and k have length 1. Heads' outputs o by variant:
+    lmm: `o = RMSNorm(m) * sigmoid(x W)`. mal: the same, projected to the width, then window attention on it.
+    mag: window attention y and memory m of x, `o = RMSNorm(y) * sigmoid(RMSNorm(m))`. mac: see `titans_segments`; o as
+    in mag.
+    """
+
+    Config = TitansConfig
+    capabilities = Capabilities(fixed_state=True)
+    paper = "Behrouz et al. 2025, Titans: Learning to Memorize at Test Time, arXiv:2501.00663"
+    extension = (
+        "grad_at=decayed; stability=bound: theta is multiplied by (1 - eta) / chunk, and each layer's step by "
+        "1 / (depth * inputs of a hidden layer); one memory per head with gates per head and position; gates are "
+        "sigmoids; initial weights are learned; o = RMSNorm(y) * sigmoid(RMSNorm(m)); persistent tokens are keys and "
+        "values of attention and are not written to the memory; mac is strictly causal: r_j is seen from j on, outputs "
+        "read the memory of their own position, and r has key and value projections of its own"
+    )
+    implementations = tuple(IMPLEMENTATIONS)
+    counted = "chunked"
+    variants = (
+        {"variant": "mal", "depth": 1, "window": 4, "chunk": 4, "persistent": 2},
+        {"variant": "mac", "depth": 1, "window": 4, "chunk": 2, "persistent": 2},
+        {"variant": "lmm", "depth": 1, "chunk": 4, "grad_at": "decayed", "read_after_write": False},
+    )
+
+    def __init__(self, config: TitansConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+        self.config, self.dtype = config, dtype
+        self.head_dim = d = config.head_dim(width)
+        total, variant = config.heads * d, config.variant
+        if variant == "mac":
+            self.mixed = SegmentedMemory(config, width, d, rngs=rngs, dtype=dtype)
+        else:
+            self.memory = Memory(config, width, ("embed", "heads"), d, rngs=rngs, dtype=dtype)
+        if variant in ("mal", "mag"):
+            self.attention = Attention(config, width, d, rngs=rngs, dtype=dtype)
+        self.memory_norm = RMSNorm(d, ("head",), dtype=dtype)
+        if variant in ("lmm", "mal"):
+            self.gate = Linear(width, total, ("embed", "heads"), rngs=rngs, dtype=dtype)
+        else:
+            self.attention_norm = RMSNorm(d, ("head",), dtype=dtype)
+        if variant == "mal":
+            self.between = Linear(total, width, ("heads", "embed"), rngs=rngs, dtype=dtype)
+        self.out = Linear(total, width, ("heads", "embed"), rngs=rngs, dtype=dtype)
+
+    def heads(self, x: jax.Array, seq: Sequence, state: TitansState | None = None) -> MixerOutput:
+        documents = segment = None
+        if state is not None or seq.segments is not None:
+            segments = jnp.ones(x.shape[:2], jnp.int32) if seq.segments is None else seq.segments
+            documents = document_index(segments, None if state is None else state.segment)
+            segment = segments[:, -1]
+        if self.config.variant == "mac":
+            before = self.mixed.init_state(x.shape[0], self.dtype) if state is None else state.memory
+            y, m, memory = self.mixed(x, seq, documents, before)
+            after = TitansState(memory, None, None, segment)
+            return MixerOutput(self._gated(y, m), after)
+
+        m, memory, tail = self._memory(x, seq, documents, state)
+        if self.config.variant == "lmm":
+            return MixerOutput(self._gated_by_input(m, x), TitansState(memory, tail, None, segment))
+        read = x
+        if self.config.variant == "mal":
+            read = self.between(self._gated_by_input(m, x).reshape(*x.shape[:2], -1))
+        cache = None
+        if state is None:
+            y = self.attention.whole(read, seq)
+        else:
+            position_BT = positions_in_documents(documents, state.memory.position_B)
+            y, cache = self.attention.extended(read, seq, position_BT, state.cache)
+        o = self._gated(y, m) if self.config.variant == "mag" else y
+        return MixerOutput(o, TitansState(memory, tail, cache, segment))
+
+    def combine(self, o_BTHe: jax.Array, x: jax.Array) -> jax.Array:
+        return self.out(o_BTHe.reshape(*x.shape[:2], -1))
+
+    def init_state(self, batch: int, max_length: int, dtype: Any = jnp.float32) -> TitansState:
+        segment = jnp.full((batch,), -1, jnp.int32)
+        if self.config.variant == "mac":
+            return TitansState(self.mixed.init_state(batch, dtype), None, None, segment)
+        memory = self.memory.blank(batch)
+        cache = None if self.config.variant == "lmm" else self.attention.cache(batch, dtype)
+        return TitansState(memory, self.memory.tail(batch, dtype), cache, segment)
+
+    @classmethod
+    def flops(cls, config: TitansConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:
+        d, heads = config.head_dim(width), config.heads
+        total, gates = heads * d, heads * (1 + config.momentum + config.forgetting)
+        flops = {"memory": memory_flops(config, d, length)}
+        if config.variant == "mac":
+            chunk = min(config.chunk, length)
+            padded = -(-length // chunk) * chunk / length
+            widths = [d, *[config.expansion * d] * (config.depth - 1), d]
+            flops["projections"] = 2.0 * total * (5 * width + padded * (5 * total + gates))
+            flops["retrieval"] = padded * 2.0 * heads * sum(a * b for a, b in zip(widths[:-1], widths[1:]))
+            flops["segments"] = segment_flops(config, d, length)
+            return flops, None
+        projections = {"lmm": 5, "mag": 7, "mal": 9}[config.variant] * total
+        flops["projections"] = 2.0 * width * (projections + gates)
+        if config.variant == "lmm":
+            return flops, None
+        span = mean_span(length, True, config.window)
+        flops["attention"] = 4.0 * heads * (d + (config.persistent > 0)) * span
+        flops["persistent"] = 4.0 * heads * d * config.persistent
+        return flops, span
+
+    # Inside.
+
+    def _memory(
+        self, x: jax.Array, seq: Sequence, documents: jax.Array | None, state: TitansState | None
+    ) -> tuple[jax.Array, MemoryState, jax.Array | None]:
+        """m [B, T, H, d], and the state and the convolution's tail after."""
+        padding = None if seq.segments is None else seq.segments == 0
+        inputs, tail = self.memory.inputs(x, documents, None if state is None else state.tail, padding)
+        m, memory = neural_memory(
+            *inputs,
+            self.memory.initial(),
+            self.memory.spec,
+            documents_BT=documents,
+            state=None if state is None else state.memory,
+            impl=self.config.impl,
+        )
+        return m.astype(self.dtype), memory, tail
+
+    def _gated(self, y: jax.Array, m: jax.Array) -> jax.Array:
+        gate = jax.nn.sigmoid(self.memory_norm(m))
+        return (self.attention_norm(y) * gate).astype(self.dtype)
+
+    def _gated_by_input(self, m: jax.Array, x: jax.Array) -> jax.Array:
+        return self.memory_norm(m) * jax.nn.sigmoid(self.gate(x).reshape(m.shape))

@@ -1,0 +1,157 @@
+"""Memory as context (MAC): attention within segments that reads the memory, and a memory that learns what it gives.
+
+For a segment of a document, with P the persistent rows and M the memory at the segment's beginning:
+
+    r_j = M(query_j)      y_i = attention of i to P, and to r_j and x_j for j <= i in its segment      m_i = M_i(y_i)
+
+where M_i has learned y up to i. The paper writes the segment as one block, [P | r | x] -> y -> M; read so, position i
+would see r_j of later j, and its output a memory that has learned them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attnlab.mixers.base import Sequence
+from attnlab.mixers.parts import Linear, param_dtype
+from attnlab.mixers.titans_attention import Attention
+from attnlab.mixers.titans_memory import Memory, unit
+from attnlab.ops.causal_conv import causal_conv
+from attnlab.ops.neural_memory import Layers, MemoryState, chunk_step, definition_step, forward
+from attnlab.ops.turns import Turn, choose_rows, positions_in_documents, scan_aligned, scan_turns
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SegmentState:
+    """What a segment's next positions need.
+
+    Attributes:
+      memory: the memory now.
+      reader: its weights at the segment's beginning.
+      tail: [B, J, 3 H d], the memory's convolution.
+      keys, values: [B, window, 2, H, d], of the segment's positions so far and of what each read.
+    """
+
+    memory: MemoryState
+    reader: Layers
+    tail: jax.Array
+    keys: jax.Array
+    values: jax.Array
+
+
+class SegmentedMemory(nnx.Module):
+    """Attention and memory of the variant `mac`."""
+
+    def __init__(self, config: Any, width: int, head_dim: int, *, rngs: nnx.Rngs, dtype: Any):
+        self.config, self.head_dim, self.dtype = config, head_dim, dtype
+        total = config.heads * head_dim
+        self.attention = Attention(config, width, head_dim, rngs=rngs, dtype=dtype)
+        self.memory = Memory(config, total, ("heads", "memory"), head_dim, rngs=rngs, dtype=dtype)
+        self.query = Linear(width, total, ("embed", "heads"), rngs=rngs, dtype=dtype)
+        self.retrieved = Linear(total, 2 * total, ("heads", "memory"), rngs=rngs, dtype=dtype)
+
+    def init_state(self, batch: int, dtype: Any) -> SegmentState:
+        """Before the first position."""
+        memory = self.memory.blank(batch)
+        empty = jnp.zeros((batch, self.config.window, 2, self.config.heads, self.head_dim), dtype)
+        return SegmentState(memory, memory.weights, self.memory.tail(batch, dtype), empty, empty)
+
+    def __call__(
+        self, x: jax.Array, seq: Sequence, documents: jax.Array | None, state: SegmentState
+    ) -> tuple[jax.Array, jax.Array, SegmentState]:
+        """y and m [B, T, H, d], and the state after; documents None: whole rows from a document's beginning."""
+        q, k, v = self.attention.positioned(x, seq.positions)
+        wide = param_dtype(self.dtype)
+        query = unit(jax.nn.silu(self.query(x).astype(wide)).reshape(q.shape))
+        padding = jnp.zeros(x.shape[:2], bool) if seq.segments is None else seq.segments == 0
+        inputs = (q, k, v, query, seq.positions, padding)
+        chunk = 1 if self.config.impl == "definition" else self.config.chunk
+        if documents is None:
+            state, (y, m) = scan_aligned(self._turn, state, inputs, chunk)
+        else:
+            position_BT = positions_in_documents(documents, state.memory.position_B)
+            state, (y, m) = scan_turns(self._turn, state, inputs, chunk, documents, position_BT)
+        return y, m, state
+
+    def _turn(self, state: SegmentState, inputs: tuple, turn: Turn) -> tuple[SegmentState, Any]:
+        q, k, v, query, positions, padding = inputs
+        first_B = turn.position_BC[:, 0] % self.config.window
+        initial = self.memory.initial()
+        reader = choose_rows(first_B == 0, state.memory.weights, state.reader)
+        reader = choose_rows(turn.fresh_B, initial.weights, reader)
+
+        read = forward(reader, query.swapaxes(1, 2), self.memory.spec.residual_norm).swapaxes(1, 2)
+        k_read, v_read = jnp.split(self.retrieved(read.reshape(*read.shape[:2], -1)), 2, axis=-1)
+        k_read = self.attention.turned(k_read.reshape(k.shape), positions)
+        keys = jnp.stack([k, k_read], axis=2).astype(state.keys.dtype)
+        values = jnp.stack([v, v_read.reshape(v.shape)], axis=2).astype(state.values.dtype)
+        y = self._attend(q, keys, values, state, jnp.where(turn.fresh_B, 0, first_B), turn)
+
+        flat = y.reshape(*y.shape[:2], -1)
+        projected = self.memory.qkv(flat)
+        convolved, tail = self._convolved(projected, state.tail, turn)
+        written = self.memory.gated(flat, convolved, padding)
+        if self.config.impl == "definition":
+            one = jax.tree.map(lambda a: a[:, 0], written)
+            memory, m = definition_step(self.memory.spec, initial, state.memory, one, turn.fresh_B)
+            m = m[:, None]
+        else:
+            memory, m = chunk_step(self.memory.spec, initial, state.memory, written, turn)
+        keys, values = self._kept(keys, state.keys, turn), self._kept(values, state.values, turn)
+        after = SegmentState(memory, reader, tail, keys, values)
+        return choose_rows(turn.taken_B, after, state), (y, m.astype(y.dtype))
+
+    def _attend(
+        self, q: jax.Array, keys: jax.Array, values: jax.Array, state: SegmentState, before_B: jax.Array, turn: Turn
+    ) -> jax.Array:
+        """y [B, C, H, d]: one softmax over persistent rows, the segment before the turn and the turn itself."""
+        wide, B, slots = param_dtype(q.dtype), q.shape[0], state.keys.shape[1]
+        old = jnp.arange(slots) < before_B[:, None]
+        seen = jnp.concatenate([jnp.broadcast_to(old[:, None], (B, q.shape[1], slots)), turn.seen()], axis=-1)
+        seen = jnp.repeat(seen, 2, axis=-1)
+        rows = lambda a, b: jnp.concatenate([a, b], axis=1).reshape(B, -1, *q.shape[2:]).astype(wide)
+        keys, values = rows(state.keys, keys), rows(state.values, values)
+        if self.config.persistent:
+            prefix = [jnp.broadcast_to(p, (B, *p.shape)).astype(wide) for p in self.attention.persistent[...]]
+            keys, values = (jnp.concatenate(pair, axis=1) for pair in zip(prefix, (keys, values)))
+            seen = jnp.pad(seen, ((0, 0), (0, 0), (self.config.persistent, 0)), constant_values=True)
+        logits = jnp.einsum("bchd,bshd->bhcs", q.astype(wide), keys) * self.head_dim**-0.5
+        weights = jax.nn.softmax(jnp.where(seen[:, None], logits, jnp.finfo(wide).min), axis=-1)
+        return jnp.einsum("bhcs,bshd->bchd", weights, values).astype(q.dtype)
+
+    def _convolved(self, projected: jax.Array, tail: jax.Array, turn: Turn) -> tuple[jax.Array, jax.Array]:
+        if not self.config.conv:
+            return projected, tail
+        documents = turn.documents_BC - turn.documents_BC[:, :1] + turn.fresh_B[:, None]  # 0: that of the tail
+        convolved, _ = causal_conv(projected, self.memory.kernel[...], documents, tail)
+        J = tail.shape[1]
+        index = turn.last_B[:, None] + 1 + jnp.arange(J)
+        pick = lambda a: jax.vmap(lambda row, i: row[i])(a, index)
+        own = pick(jnp.pad(documents, ((0, 0), (J, 0)))) == jnp.take_along_axis(documents, turn.last_B[:, None], 1)
+        inputs = jnp.concatenate([tail.astype(projected.dtype), projected], axis=1)
+        return convolved, jnp.where(own[..., None], pick(inputs), 0).astype(tail.dtype)
+
+    def _kept(self, new: jax.Array, old: jax.Array, turn: Turn) -> jax.Array:
+        """The segment's rows after the turn; those that are not of it are never seen."""
+        last = turn.last_B[:, None]
+        at_last = lambda a: jnp.take_along_axis(a, last, axis=1)
+        slot = jnp.arange(old.shape[1]) - at_last(turn.position_BC) % self.config.window + last
+        inside = (slot >= 0) & (slot <= last)
+        slot = jnp.clip(slot, 0, new.shape[1] - 1)
+        inside &= jnp.take_along_axis(turn.documents_BC, slot, axis=1) == at_last(turn.documents_BC)
+        picked = jax.vmap(lambda rows, i: rows[i])(new, slot)
+        return jnp.where(inside[..., None, None, None], picked, old)
+
+
+def segment_flops(config: Any, head_dim: int, length: int) -> float:
+    """Matrix-product FLOPs per position of reading the memory and of attention, in whole chunks, all pairs counted."""
+    chunk = min(config.chunk, length)
+    padded = -(-length // chunk) * chunk / length
+    keys = config.persistent + 2 * (config.window + chunk)
+    return padded * 4.0 * config.heads * head_dim * keys

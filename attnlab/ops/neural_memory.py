@@ -1,0 +1,326 @@
+"""Neural memory: a small network per head that is trained by gradient descent along the sequence, and read.
+
+The memory M_W with layers W^1 .. W^L is trained on `1/2 |M_W(k_t) - v_t|^2`:
+
+    S_t = eta_t S_{t-1} - theta_t grad(W_{t'}; k_t, v_t)        W_t = keep_t W_{t-1} + S_t        y_t = M_{W_t}(q_t)
+
+where t' is the last step of the chunk before: steps of a chunk, counted from the document's beginning, take their
+gradients at the same weights, and so can be taken at once.
+
+Source: Behrouz et al. 2025, Titans, arXiv:2501.00663, eq. 8 to 15 and section 3.2.
+
+Shapes: B batch, T positions, C chunk, H heads, d width of a head, i and o widths of a layer's input and output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from attnlab.errors import UserError
+from attnlab.ops.dispatch import Implementation, choose
+from attnlab.ops.turns import Turn, choose_rows, positions_in_documents, scan_aligned, scan_turns
+from attnlab.ops.two_stage import TwoStage, before, two_stage
+
+Layers = tuple[jax.Array, ...]  # one array per layer of the memory, [..., i, o]
+
+EPSILON = 1e-6  # added to the variance in the memory's layer norm
+_GELU = math.sqrt(2 / math.pi)
+
+
+@dataclasses.dataclass(frozen=True)
+class MemorySpec:
+    """What the memory is and how it learns.
+
+    Attributes:
+      chunk: steps whose gradients are taken at the same weights.
+      residual_norm: M(x) = x + LN(net(x)) instead of net(x); LN without learned parameters.
+      rates: step of each layer relative to theta.
+      grad_at: "prev": gradients are taken at W_{t'}; "decayed": at keep_{t'+1} ... keep_t W_{t'}, what forgetting has
+        left of it.
+      read_after_write: y_t reads W_t; else W_{t-1}.
+    """
+
+    chunk: int
+    residual_norm: bool
+    rates: tuple[float, ...]
+    grad_at: str = "prev"
+    read_after_write: bool = True
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MemoryState:
+    """The memory after some positions.
+
+    Attributes:
+      weights, momentum: W and S, [B, H, i, o] per layer; momentum is empty where there is none.
+      start: the weights at which the present chunk takes its gradients.
+      log_keep_BH: log of what forgetting has left of `start`.
+      position_B: int32, positions of the document so far.
+    """
+
+    weights: Layers
+    momentum: Layers
+    start: Layers
+    log_keep_BH: jax.Array
+    position_B: jax.Array
+
+    def restarted(self, initial: MemoryState, where_B: jax.Array) -> MemoryState:
+        """`initial` in the rows named, else as it is."""
+        return choose_rows(where_B, initial, self)
+
+
+def initial_state(weights: Layers, batch: int, momentum: bool) -> MemoryState:
+    """The state before a document, from the initial weights [H, i, o]."""
+    start = tuple(jnp.broadcast_to(w, (batch, *w.shape)) for w in weights)
+    heads = weights[0].shape[0]
+    return MemoryState(
+        weights=start,
+        momentum=tuple(jnp.zeros_like(w) for w in start) if momentum else (),
+        start=start,
+        log_keep_BH=jnp.zeros((batch, heads), start[0].dtype),
+        position_B=jnp.zeros((batch,), jnp.int32),
+    )
+
+
+# The network.
+
+
+def forward(weights: Layers, x: jax.Array, residual_norm: bool) -> jax.Array:
+    """M_W(x) for x [..., d] and weights [..., i, o]: GELU between the layers."""
+    z = x
+    for index, w in enumerate(weights):
+        z = (gelu(z) if index else z) @ w
+    return x + normalized(z)[0] if residual_norm else z
+
+
+def gradients(
+    weights: Layers, k: jax.Array, v: jax.Array, residual_norm: bool, scale: jax.Array | None = None
+) -> tuple[Layers, Layers]:
+    """Inputs a and deltas of every layer: the gradient of `1/2 |M(k_t) - v_t|^2` is `a_t^T delta_t` for each step t.
+
+    Args:
+      weights: [..., i, o]; k, v: [..., C, d].
+      scale: [..., C], the gradient of step t is taken at scale_t times the weights; None: 1.
+    """
+    wide = 1.0 if scale is None else scale[..., None]
+    inputs, slopes, z = [], [], k
+    for index, w in enumerate(weights):
+        if index:
+            slopes.append(gelu_slope(z))
+            z = gelu(z)
+        inputs.append(z)
+        z = wide * (z @ w)
+    if residual_norm:
+        y, deviation = normalized(z)
+        error = k + y - v
+        delta = error - jnp.mean(error, -1, keepdims=True) - y * jnp.mean(error * y, -1, keepdims=True)
+        delta = delta / deviation
+    else:
+        delta = z - v
+    deltas = [delta]
+    for w, slope in zip(weights[:0:-1], reversed(slopes)):
+        delta = wide * (delta @ jnp.swapaxes(w, -1, -2)) * slope
+        deltas.append(delta)
+    return tuple(inputs), tuple(reversed(deltas))
+
+
+def normalized(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(z - mean) / deviation over the last axis, and the deviation."""
+    centred = z - jnp.mean(z, axis=-1, keepdims=True)
+    deviation = jnp.sqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + EPSILON)
+    return centred / deviation, deviation
+
+
+def gelu(z: jax.Array) -> jax.Array:
+    """GELU in its tanh form (Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2)."""
+    return 0.5 * z * (1 + jnp.tanh(_GELU * (z + 0.044715 * z**3)))
+
+
+def gelu_slope(z: jax.Array) -> jax.Array:
+    """The derivative of `gelu`."""
+    t = jnp.tanh(_GELU * (z + 0.044715 * z**3))
+    return 0.5 * (1 + t) + 0.5 * _GELU * z * (1 - t * t) * (1 + 3 * 0.044715 * z * z)
+
+
+# A chunk at once.
+
+
+def chunk_step(
+    spec: MemorySpec, initial: MemoryState, state: MemoryState, inputs: tuple, turn: Turn
+) -> tuple[MemoryState, jax.Array]:
+    """One turn: writes its positions and reads y [B, C, H, d].
+
+    Args:
+      initial: the state at which a document begins; rows [1, ...] or [B, ...].
+      inputs: q, k, v [B, C, H, d], log_keep and log_eta [B, C, H] or None, theta [B, C, H].
+    """
+    q, k, v, log_keep, log_eta, theta = (None if x is None else jnp.swapaxes(x, 1, 2) for x in inputs)
+    theta = jnp.where(turn.kept()[:, None], theta, 0)
+    seen = turn.seen()[:, None]
+    log_keep = jnp.zeros_like(theta) if log_keep is None else log_keep
+    stage = two_stage(log_keep, log_eta, seen)
+
+    base = state.restarted(initial, turn.fresh_B)
+    begins_B = turn.position_BC[:, 0] % spec.chunk == 0
+    start = choose_rows(begins_B, base.weights, base.start)
+    log_kept_BH = jnp.where(begins_B[:, None], 0, base.log_keep_BH)
+    scale = jnp.exp(log_kept_BH[..., None] + stage.log_keep_C) if spec.grad_at == "decayed" else None
+    inner, deltas = gradients(start, k, v, spec.residual_norm, scale)
+    steps = tuple(rate * theta[..., None] * delta for rate, delta in zip(spec.rates, deltas))
+
+    read = stage if spec.read_after_write else before(stage, seen)
+    y = _read(read, base, inner, steps, q, spec.residual_norm)
+
+    weights, momentum = _write(stage, base, inner, steps, turn)
+    after = MemoryState(
+        weights=weights,
+        momentum=momentum,
+        start=start,
+        log_keep_BH=log_kept_BH + turn.at_last(stage.log_keep_C),
+        position_B=jnp.take_along_axis(turn.position_BC, turn.last_B[:, None], axis=1)[:, 0] + 1,
+    )
+    return choose_rows(turn.taken_B, after, state), jnp.swapaxes(y, 1, 2)
+
+
+def _read(
+    stage: TwoStage, base: MemoryState, inner: Layers, steps: Layers, q: jax.Array, residual_norm: bool
+) -> jax.Array:
+    """M_{W_t}(q_t) without W_t: each layer's weights are W, S and the chunk's steps, weighted by the coefficients."""
+    z = q
+    for index, (w, a, step) in enumerate(zip(base.weights, inner, steps)):
+        z = gelu(z) if index else z
+        change = (stage.kappa_CC * (z @ jnp.swapaxes(a, -1, -2))) @ step
+        if base.momentum:
+            kept, moved = jnp.split(z @ jnp.concatenate([w, base.momentum[index]], axis=-1), 2, axis=-1)
+            z = stage.beta_C[..., None] * kept + stage.rho_C[..., None] * moved - change
+        else:
+            z = stage.beta_C[..., None] * (z @ w) - change
+    return q + normalized(z)[0] if residual_norm else z
+
+
+def _write(stage: TwoStage, base: MemoryState, inner: Layers, steps: Layers, turn: Turn) -> tuple[Layers, Layers]:
+    """W and S after the turn's last step."""
+    last = jax.tree.map(turn.at_last, stage)
+    wide = lambda row: row[..., None, None]
+    weights, momentum = [], []
+    for index, (w, a, step) in enumerate(zip(base.weights, inner, steps)):
+        change = last.kappa_CC[..., None] * step
+        if base.momentum:
+            change = jnp.concatenate([change, last.momentum_CC[..., None] * step], axis=-1)
+        change = jnp.swapaxes(a, -1, -2) @ change
+        w = wide(last.beta_C) * w
+        if base.momentum:
+            s = base.momentum[index]
+            change, moved = jnp.split(change, 2, axis=-1)
+            w += wide(last.rho_C) * s
+            momentum.append(wide(last.h_C) * s - moved)
+        weights.append(w - change)
+    return tuple(weights), tuple(momentum)
+
+
+# The op.
+
+
+def _chunked(spec, initial, state, inputs, documents_BT):
+    body = lambda state, inputs, turn: chunk_step(spec, initial, state, inputs, turn)
+    if documents_BT is None:
+        return scan_aligned(body, state, inputs, spec.chunk)
+    position_BT = positions_in_documents(documents_BT, state.position_B)
+    return scan_turns(body, state, inputs, spec.chunk, documents_BT, position_BT)
+
+
+def definition_step(
+    spec: MemorySpec, initial: MemoryState, state: MemoryState, inputs: tuple, new_B: jax.Array
+) -> tuple[MemoryState, jax.Array]:
+    """One position, as the recurrence says it; inputs as in `chunk_step` without C, `new_B` where a document begins."""
+    q, k, v, log_keep, log_eta, theta = inputs
+    state = state.restarted(initial, new_B)
+    begins_B = state.position_B % spec.chunk == 0
+    start = choose_rows(begins_B, state.weights, state.start)
+    keep = jnp.ones_like(theta) if log_keep is None else jnp.exp(log_keep)
+    log_kept = jnp.where(begins_B[:, None], 0, state.log_keep_BH) + jnp.log(keep)
+    wide = lambda x: x[..., None, None]
+    at = tuple(wide(jnp.exp(log_kept)) * w for w in start) if spec.grad_at == "decayed" else start
+
+    def loss(weights, k, v):
+        return 0.5 * jnp.sum((forward(weights, k, spec.residual_norm) - v) ** 2)
+
+    slopes = jax.vmap(jax.vmap(jax.grad(loss)))(at, k, v)
+    steps = [rate * wide(theta) * slope for rate, slope in zip(spec.rates, slopes)]
+    surprise = [-step for step in steps]
+    if log_eta is not None:
+        surprise = [wide(jnp.exp(log_eta)) * s + new for s, new in zip(state.momentum, surprise)]
+    weights = tuple(wide(keep) * w + s for w, s in zip(state.weights, surprise))
+    read = weights if spec.read_after_write else state.weights
+    y = forward(read, q[..., None, :], spec.residual_norm)[..., 0, :]
+    momentum = tuple(surprise) if log_eta is not None else ()
+    return MemoryState(weights, momentum, start, log_kept, state.position_B + 1), y
+
+
+def _definition(spec, initial, state, inputs, documents_BT):
+    if documents_BT is None:
+        documents_BT = jnp.ones(jax.tree.leaves(inputs)[0].shape[:2], jnp.int32)
+    new_BT = positions_in_documents(documents_BT, state.position_B) == 0
+
+    def step(state, x):
+        return definition_step(spec, initial, state, *x)
+
+    state, y_TBHd = jax.lax.scan(step, state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (inputs, new_BT)))
+    return state, jnp.moveaxis(y_TBHd, 0, 1)
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "definition": Implementation(_definition),
+    "chunked": Implementation(_chunked),
+}
+
+
+def neural_memory(
+    q_BTHd: jax.Array,
+    k_BTHd: jax.Array,
+    v_BTHd: jax.Array,
+    log_keep_BTH: jax.Array | None,
+    log_eta_BTH: jax.Array | None,
+    theta_BTH: jax.Array,
+    initial: MemoryState,
+    spec: MemorySpec,
+    *,
+    documents_BT: jax.Array | None = None,
+    state: MemoryState | None = None,
+    impl: str = "auto",
+) -> tuple[jax.Array, MemoryState]:
+    """Trains the memory on the keys and values, position by position, and reads it with the queries.
+
+    Args:
+      q_BTHd, k_BTHd, v_BTHd: queries, keys (of length at most about 1) and values.
+      log_keep_BTH: log(1 - alpha), what is not forgotten; None: nothing is.
+      log_eta_BTH: log of what remains of the momentum; None: no momentum.
+      theta_BTH: step size.
+      initial: where every document begins, with rows [1, ...] or [B, ...] and `position_B` 0; see `initial_state`.
+      spec: what the memory is.
+      documents_BT: of `attnlab.ops.documents.document_index`; None: every row is one document.
+      state: after the positions before, where they are of document 0; None: there are none.
+      impl: "definition": one position after another, the inner gradient by `jax.grad`; "chunked": in matrix products
+        over chunks, exact; "auto".
+
+    Returns:
+      y_BTHd and the state after the last position, both in float32 (float64 where q is): all of it is computed there.
+      Reverse-mode differentiable in every array. Linear in T in memory: chunks are computed again in the backward pass.
+    """
+    dtype = jnp.promote_types(q_BTHd.dtype, jnp.float32)
+    inputs = (q_BTHd, k_BTHd, v_BTHd, log_keep_BTH, log_eta_BTH, theta_BTH)
+    inputs = jax.tree.map(lambda x: x.astype(dtype), inputs)
+    rows = lambda x: jnp.broadcast_to(x, (q_BTHd.shape[0], *x.shape[1:]))
+    if state is not None and documents_BT is None:
+        raise UserError("neural_memory: a state is given, but not which positions continue its document")
+    state = jax.tree.map(rows, initial) if state is None else state
+    shapes = "x".join(str(w.shape[-1]) for w in initial.weights)
+    described = f"{list(q_BTHd.shape)} layers {shapes} chunk {spec.chunk}"
+    chosen = choose("neural_memory", impl, IMPLEMENTATIONS, described, ("chunked",))
+    state, y = chosen.run(spec, initial, state, inputs, documents_BT)
+    return y, state
