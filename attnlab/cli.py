@@ -49,6 +49,10 @@ def main(argv: list[str] | None = None) -> int:
             from attnlab.launch import cluster
 
             cluster.start(args.config, overrides)
+        if args.verb == "compile":
+            from attnlab.launch import compile as compile_lib
+
+            compile_lib.prepare()
         runtime.configure()
         return _VERBS[args.verb](args, overrides) or 0
     except UserError as error:
@@ -186,6 +190,16 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = verb("cost", "parameters, FLOPs per token and state of a config", config=True, machine=True)
     sub.add_argument("--length", type=int, metavar="T", help="sequence length; default: data.length")
+
+    sub = verb("compile", "compile a run's train step for TPUs that are not here", config=True, machine=True,
+               more="\n\nSays what each chip holds, computes and sends, and how long a step takes at least. Needs no TPU, but\n"
+                    "the package libtpu. FLOPs, bytes and collectives in loops are counted as often as the loops run.")  # fmt: skip
+    sub.add_argument("--topology", required=True, metavar="CHIP:SHAPE",
+                     help="e.g. v5e:16x16, v5p:4x4x4, v6e:16x16, v4:4x4x4, tpu7x:4x4x4")  # fmt: skip
+    sub.add_argument("--search", action="store_true",
+                     help="try meshes, train.accumulate and model.remat, and rank those that fit")  # fmt: skip
+    sub.add_argument("--count", type=int, default=12, metavar="N", help="compiles of a search, at most (12)")
+    sub.add_argument("--minutes", type=_finite, default=60, metavar="M", help="a search starts none later (60)")
 
     tokenizer = verbs.add_parser(
         "tokenizer",
@@ -354,6 +368,31 @@ def _cost(args: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
+def _compile(args: argparse.Namespace, overrides: list[str]) -> int:
+    from attnlab.launch import compile as compile_lib
+    from attnlab.launch import describe, search
+    from attnlab.train import config as run_config
+
+    if args.count < 1 or args.minutes <= 0:
+        raise UserError("--count and --minutes must be above 0")
+    config = run_config.load(args.config, overrides)
+    target = compile_lib.Target.of(args.topology)
+    if not args.search:
+        report = compile_lib.compile_step(config, target)
+        if args.json:
+            _print_json(report)
+        else:
+            print("\n".join(describe.program(report)))
+        return 0 if report["memory"]["fits"] else 1
+    say = lambda line: print(line, file=sys.stderr, flush=True)
+    reports = search.search(config, target, seconds=60 * args.minutes, count=args.count, say=say)
+    if args.json:
+        _print_json(reports)
+    else:
+        _table(f"{args.topology}: the fastest first, by the slowest floor", *describe.ranking(reports))
+    return 0 if reports and reports[0]["memory"]["fits"] else 1
+
+
 def _tokenizer(args: argparse.Namespace, overrides: list[str]) -> int:
     from attnlab import data
     from attnlab.train import config as run_config
@@ -407,5 +446,6 @@ _VERBS = {
     "generate": _generate,
     "list": _list,
     "cost": _cost,
+    "compile": _compile,
     "tokenizer": _tokenizer,
 }

@@ -117,7 +117,7 @@ def test_no_command_prints_the_help(attnlab):
     assert code == 2 and not out and "examples:" in err and "generate" in err
 
 
-@pytest.mark.parametrize("verb", ["", "train", "eval", "generate", "list", "cost", "tokenizer", "tokenizer apply"])
+@pytest.mark.parametrize("verb", ["", "train", "eval", "generate", "list", "cost", "compile", "tokenizer", "tokenizer apply"])
 def test_help_of_every_verb(attnlab, verb):
     """Every option is explained; verbs that read a config explain overrides."""
     verb = verb.split()

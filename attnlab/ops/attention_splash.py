@@ -28,8 +28,9 @@ def unsupported(spec: Any, interpret: bool = False) -> str | None:
       spec: what is asked for.
       interpret: the kernel will be interpreted, which any platform can.
     """
+    platform = partition.platform()
     reasons = (
-        (not interpret and partition.platform() != "tpu", f"it is a TPU kernel; the platform is {partition.platform()}"),
+        (not interpret and platform != "tpu", f"it is a TPU kernel; the platform is {platform}"),
         (spec.dtype not in ("bfloat16", "float32"), f"it computes bfloat16 and float32, not {spec.dtype}"),
         (spec.sinks, "it has no sinks here"),
         (spec.intervals and not spec.documents, "its masks are static, or packed documents"),
@@ -56,8 +57,8 @@ def attention(
 ) -> jax.Array:
     """See `attnlab.ops.attention.attention`; `interpret` runs the kernel as plain XLA, on any platform.
 
-    Scores and statistics are fp32, products bf16 for bf16 inputs. Backward recomputes the scores, from the output and the
-    log-sum-exp, which carry the checkpoint name "attention_o".
+    Scores and statistics are fp32, products bf16 for bf16 inputs. Backward recomputes the scores, from the output and
+    the log-sum-exp, which carry the checkpoint name "attention_o".
     """
     del sinks_H  # `unsupported` refuses them
     T, H = q_BTHd.shape[1:3]
@@ -86,7 +87,11 @@ def _kernel(length: int, heads: int, causal: bool, window: int | None, soft_cap:
     )  # fmt: skip
     mask = splash_masks.MultiHeadMask([_static_mask(length, causal, window)] * heads)
     return splash.make_splash_mha_single_device(
-        mask, block_sizes=sizes, attn_logits_soft_cap=soft_cap, residual_checkpoint_name="attention_o", interpret=interpret
+        mask,
+        block_sizes=sizes,
+        attn_logits_soft_cap=soft_cap,
+        residual_checkpoint_name="attention_o",
+        interpret=interpret,
     )
 
 

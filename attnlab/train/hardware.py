@@ -1,26 +1,64 @@
-"""Published peak rates of chips, for model FLOPs utilisation."""
+"""Published figures of chips: what utilisation is measured against, and what a step cannot be faster than."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 
-# Dense bf16 peak per jax device, FLOP/s, by `device_kind`; from the makers' data sheets. A v4 or v5p device is a chip.
-_PEAK_BF16 = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Figures of one chip, from its maker.
+
+    TPUs: the pages "TPU v4", "v5e", "v5p", "v6e" and "TPU7x" of docs.cloud.google.com/tpu/docs. NVIDIA: the data sheets
+    of A100, H100 SXM and H200.
+
+    Attributes:
+      peak: dense bf16 FLOP/s.
+      hbm: bytes of memory.
+      bandwidth: bytes/s of memory.
+      interconnect: bytes/s that the chip can send to its neighbours, all links together and one way: half of what is
+        published as bidirectional (ICI for TPUs, NVLink for GPUs).
+    """
+
+    peak: float
+    hbm: float
+    bandwidth: float
+    interconnect: float
+
+
+_GIB = 2.0**30
+CHIPS = {
+    "v4": Chip(275e12, 32 * _GIB, 1228e9, 300e9),
+    "v5e": Chip(197e12, 16 * _GIB, 819e9, 200e9),
+    "v5p": Chip(459e12, 95 * _GIB, 2765e9, 600e9),
+    "v6e": Chip(918e12, 32 * _GIB, 1638e9, 400e9),
+    "tpu7x": Chip(2307e12, 192 * _GIB, 7380e9, 600e9),
+    "a100-40": Chip(312e12, 40e9, 1555e9, 300e9),
+    "a100-80": Chip(312e12, 80e9, 2039e9, 300e9),
+    "h100": Chip(989e12, 80e9, 3350e9, 450e9),
+    "h200": Chip(989e12, 141e9, 4800e9, 450e9),
+}
+
+# What jax calls a device: of which chip it is, and how many such devices a chip has.
+_KINDS = {
+    "TPU v4": ("v4", 1),
+    "TPU v5 lite": ("v5e", 1),
+    "TPU v5e": ("v5e", 1),
+    "TPU v5": ("v5p", 1),
+    "TPU v5p": ("v5p", 1),
+    "TPU v6 lite": ("v6e", 1),
+    "TPU v6e": ("v6e", 1),
+    "TPU7x": ("tpu7x", 2),
+    "NVIDIA A100-SXM4-40GB": ("a100-40", 1),
+    "NVIDIA A100-SXM4-80GB": ("a100-80", 1),
+    "NVIDIA H100 80GB HBM3": ("h100", 1),
+    "NVIDIA H200": ("h200", 1),
 }
 
 
 def peak_flops(devices: int) -> float | None:
     """Peak bf16 FLOP/s of so many devices together; None where the chip's peak is not known (a CPU, a new chip)."""
-    peak = _PEAK_BF16.get(jax.devices()[0].device_kind)
-    return None if peak is None else peak * devices
+    kind = _KINDS.get(jax.devices()[0].device_kind)
+    return None if kind is None else CHIPS[kind[0]].peak / kind[1] * devices

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,17 +24,18 @@ BATCH_AXES = ("data", "fsdp")
 ACTIVATION_RULES = {"batch": BATCH_AXES, "heads": ("tensor",), "kv_heads": ("tensor",), "mlp": ("tensor",)}
 
 
-def make_mesh(config: MeshConfig, batch: int) -> Mesh:
+def make_mesh(config: MeshConfig, batch: int, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of all devices, or where every axis has a size of its own, of the first so many.
 
     Args:
       config: sizes of the axes.
       batch: sequences that are processed at a time, over all devices.
+      devices: those to use; None: all that this program runs on.
 
     Raises:
       ConfigError: there are not so many devices, or they cannot be shared out, or the batch cannot.
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     sizes = [getattr(config, axis) for axis in MESH_AXES]
     fixed = math.prod(s for s in sizes if s != -1)
     shown = ", ".join(f"mesh.{axis} = {size}" for axis, size in zip(MESH_AXES, sizes))

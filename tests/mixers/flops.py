@@ -23,6 +23,9 @@ def _count(jaxpr: Any) -> float:
             continue
         if eqn.primitive.name == "while":
             raise ValueError("a while loop has no static number of turns")
+        if eqn.primitive.name == "cond":  # one branch runs: the dearest
+            total += max(_count(branch.jaxpr) for branch in eqn.params["branches"])
+            continue
         times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
         for value in eqn.params.values():
             for inner in value if isinstance(value, (tuple, list)) else (value,):

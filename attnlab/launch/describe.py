@@ -1,0 +1,68 @@
+"""Reports of `attnlab.launch.compile` in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_GIB = 2**30
+
+
+def program(report: dict[str, Any]) -> list[str]:
+    """The lines that `attnlab compile` prints."""
+    r, memory = report, report["memory"]
+    mesh = " x ".join(f"{axis} {size}" for axis, size in r["mesh"].items())
+    lines = [
+        f"{r['topology']}: {r['devices']} devices, {mesh}; {r['parameters']:,} parameters",
+        f"step: {r['sequences']} sequences of {r['length']} in {r['accumulate']} parts, remat {r['remat']}; "
+        f"traced in {r['trace_seconds']:.0f} s, compiled in {r['compile_seconds']:.0f} s",
+    ]
+    for op, chosen in r["implementations"].items():
+        lines += [f"{op}: {name} for {spec}" for spec, name in chosen.items()]
+    if memory["total"] is None:
+        needed = "" if memory["peak"] is None else f": {_gib(memory['peak'])} of {_gib(memory['hbm'])}"
+        return [*lines, f"does not fit, the compiler refuses it{needed}"]
+    names = ("arguments", "temporaries", "outputs", "aliased", "code")
+    parts = ", ".join(f"{name} {_gib(memory[name])}" for name in names)
+    peak = "" if memory["peak"] is None else f", peak {_gib(memory['peak'])}"
+    spare = memory["spare"]
+    verdict = f"fits, {_gib(spare)} to spare" if memory["fits"] else f"does not fit, by {_gib(-spare)}"
+    flops = r["flops"]
+    lines += [
+        f"memory per device: {parts}; total {_gib(memory['total'])}{peak}; {verdict} of {_gib(memory['hbm'])}",
+        f"FLOPs per device: {flops['declared']:.4g} declared; {flops['compiler']:.4g} in the program's products "
+        f"({flops['compiler_loops_once'] or 0:.4g} by the compiler, loops once) and {flops['kernels']:.4g} in kernels",
+    ]
+    for kind, c in r["collectives"].items():
+        lines.append(f"{kind}: {c['count']:,}, {_gib(c['bytes'])}, of which a device sends {_gib(c['sent'])}")
+    floors = ", ".join(f"{name} {1e3 * value:.4g} ms" for name, value in r["floor_seconds"].items())
+    lines += [
+        f"HBM traffic {_gib(r['hbm_bytes'])}, interconnect {_gib(r['ici_bytes'])}",
+        f"a step takes at least: {floors}; bound by {r['bound']}",
+        f"so at most {r['tokens_per_second_at_most']:,.0f} tokens/s, MFU {100 * r['mfu_at_most']:.1f} %",
+    ]
+    if r["unknown_loops"]:
+        lines.append(f"{r['unknown_loops']} loops run as often as the data says: counted once")
+    return lines
+
+
+def ranking(reports: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the table that a search prints."""
+    rows = []
+    for r in reports:
+        memory = r["memory"]
+        needed = memory["peak"] or memory["total"]
+        seconds = r["floor_seconds"][r["bound"]] if "bound" in r else None
+        rows.append([
+            r["overrides"],
+            "-" if needed is None else _gib(needed),
+            "yes" if memory["fits"] else "no",
+            "-" if seconds is None else f"{seconds:.4g}",
+            r.get("bound", "-"),
+            "-" if seconds is None else f"{100 * r['mfu_at_most']:.1f} %",
+            f"{r['compile_seconds']:.0f}",
+        ])  # fmt: skip
+    return ["overrides", "memory", "fits", "step s", "bound", "MFU at most", "compile s"], rows
+
+
+def _gib(count: float) -> str:
+    return f"{count / _GIB:.2f} GiB" if count >= _GIB / 100 else f"{count / 2**20:.2f} MiB"

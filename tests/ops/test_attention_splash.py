@@ -1,0 +1,85 @@
+"""The TPU kernel of softmax attention, interpreted: against the definition, documents included."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab.errors import UserError
+from attnlab.ops import Mask, attention, attention_splash, mask_from_segments, partition
+from attnlab.ops.attention import AttentionSpec
+
+T, H, K, WIDTH = 256, 4, 2, 64
+# Three documents, one of a single position, padding between and after them; a row that begins with padding.
+SEGMENTS = np.array([[1] * 130 + [2] + [0] * 9 + [3] * 100 + [0] * 16, [0] * 3 + [4] * 253])
+MASKS = {
+    "causal": lambda: (Mask(causal=True), None),
+    "packed, capped": lambda: (mask_from_segments(jnp.asarray(SEGMENTS), T, causal=True), 5.0),
+    "packed window": lambda: (mask_from_segments(jnp.asarray(SEGMENTS), T, causal=True, window=40), None),
+    "packed both ways": lambda: (mask_from_segments(jnp.asarray(SEGMENTS), T, causal=False), None),
+}
+
+
+@functools.cache
+def arrays():
+    rng = np.random.default_rng(0)
+    shapes = (2, T, H, WIDTH), (2, T, K, WIDTH), (2, T, K, WIDTH), (2, T, H, WIDTH)
+    return [jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes]
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_values_and_gradients(name):
+    """Those of the definition; padding gives 0 and takes no gradient."""
+    mask, cap = MASKS[name]()
+    q, k, v, do = arrays()
+
+    def run(op):
+        o, vjp = jax.vjp(op, q, k, v)
+        return o, *vjp(do)
+
+    scale = WIDTH**-0.5
+    kernel = functools.partial(attention_splash.attention, scale=scale, soft_cap=cap, sinks_H=None, interpret=True)
+    results = jax.jit(lambda: run(lambda q, k, v: kernel(q, k, v, mask)))()
+    expected = jax.jit(lambda: run(lambda q, k, v: attention(q, k, v, mask, soft_cap=cap, impl="definition")))()
+    for a, b in zip(results, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=5e-6)
+    if name.startswith("packed"):
+        for x in results:
+            assert not np.any(np.asarray(x)[SEGMENTS == 0])
+
+
+def spec(**changes):
+    facts = dict(batch=2, queries=T, keys=T, heads=H, kv_heads=K, width=64, value_width=64, dtype="bfloat16",
+                 causal=True, window=None, intervals=False, soft_cap=False, sinks=False)  # fmt: skip
+    return AttentionSpec(**(facts | changes))
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"dtype": "float64"}, "float64"),
+        ({"sinks": True}, "sinks"),
+        ({"intervals": True}, "packed documents"),
+        ({"keys": 2 * T}, "same positions"),
+        ({"queries": 100, "keys": 100}, "multiple of 128"),
+        ({"width": 40, "value_width": 40}, "head widths"),
+    ],
+)
+def test_what_it_cannot_serve(changes, reason):
+    """Each with its reason; packed documents are intervals that it can."""
+    assert reason in attention_splash.unsupported(spec(**changes), interpret=True)
+    assert attention_splash.unsupported(spec(intervals=True, documents=True), interpret=True) is None
+
+
+def test_elsewhere_than_on_tpu():
+    """Forced, it raises and says why; auto takes another. For a TPU mesh auto takes it."""
+    q, k, v, _ = (x[:1] for x in arrays())
+    with pytest.raises(UserError, match="impl='splash' cannot serve .* the platform is cpu"):
+        attention(q, k, v, Mask(causal=True), impl="splash")
+    token = partition._platform.set("tpu")
+    try:
+        assert attention_splash.unsupported(spec()) is None
+    finally:
+        partition._platform.reset(token)
