@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.errors import UserError
+from attnlab.ops import partition
 from attnlab.ops.dispatch import Implementation, choose
 from attnlab.ops.turns import Turn, choose_rows, positions_in_documents, scan_aligned, scan_turns
 from attnlab.ops.two_stage import TwoStage, before, two_stage
@@ -227,6 +228,36 @@ def _write(stage: TwoStage, base: MemoryState, inner: Layers, steps: Layers, tur
 
 
 def _chunked(spec, initial, state, inputs, documents_BT):
+    # On CPU plain matrix products are many times faster than batched ones.
+    one_by_one = partition.platform() == "cpu" and inputs[0].shape[1] > 1
+    return (_one_by_one if one_by_one else _together)(spec, initial, state, inputs, documents_BT)
+
+
+def _one_by_one(spec, initial, state, inputs, documents_BT):
+    """`_together` for one head of one row after the other."""
+    B, T, H, _ = inputs[0].shape
+    rows = lambda x: jnp.broadcast_to(x, (B, *x.shape[1:]))
+
+    def flat(x):  # [B H, ...], each with rows and heads of its own
+        return x.reshape(B * H, 1, 1, *x.shape[2:])
+
+    def states(state):
+        heads = jax.tree.map(lambda x: flat(rows(x)), (state.weights, state.momentum, state.start))
+        return MemoryState(*heads, flat(rows(state.log_keep_BH)), jnp.repeat(rows(state.position_B), H)[:, None])
+
+    def of_head(x):
+        return _together(spec, *x)
+
+    inputs = jax.tree.map(lambda x: jnp.swapaxes(flat(jnp.swapaxes(x, 1, 2)), 2, 3), inputs)  # [B H, 1, T, 1, ...]
+    documents = None if documents_BT is None else jnp.repeat(documents_BT, H, axis=0)[:, None]
+    after, y = jax.lax.map(of_head, (states(initial), states(state), inputs, documents))
+    whole = lambda x: x.reshape(B, H, *x.shape[3:])
+    weights, momentum, start = jax.tree.map(whole, (after.weights, after.momentum, after.start))
+    after = MemoryState(weights, momentum, start, whole(after.log_keep_BH), after.position_B.reshape(B, H)[:, 0])
+    return after, jnp.swapaxes(y.reshape(B, H, T, -1), 1, 2)
+
+
+def _together(spec, initial, state, inputs, documents_BT):
     body = lambda state, inputs, turn: chunk_step(spec, initial, state, inputs, turn)
     if documents_BT is None:
         return scan_aligned(body, state, inputs, spec.chunk)

@@ -39,17 +39,22 @@ def configs(name: str) -> dict[str, tuple[Any, bool]]:
     return found
 
 
+def _combinations(name: str) -> list[Any]:
+    return [mixers.get(name).Config(**fields) for fields in mixers.get(name).variants]
+
+
 def parameters(knobs_alone: bool = True) -> list[Any]:
     """pytest parameters `config` for all mixers.
 
     Args:
-      knobs_alone: whether each other value of a knob by itself is tried, too, or only the default and the combinations.
+      knobs_alone: whether each other value of a knob by itself is tried, too, or only the default, the combinations that
+        the mixer names, and the other direction.
     """
     return [
         pytest.param(config, id=f"{name}-{label}", marks=() if everyday else pytest.mark.slow)
         for name in mixers.names()
         for label, (config, everyday) in configs(name).items()
-        if knobs_alone or label == "default" or config in [mixers.get(name).Config(**v) for v in mixers.get(name).variants]
+        if knobs_alone or everyday or label.startswith("causal=") or config in _combinations(name)
     ]
 
 
