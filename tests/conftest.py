@@ -12,6 +12,21 @@ from attnlab.launch import runtime  # noqa: E402
 runtime.configure()
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(autouse=True)
+def few_programs():
+    """Drops compiled programs before they are too many: each is memory maps, and Linux ends a process that has 65,530."""
+    yield
+    global _tests
+    _tests += 1
+    maps = pathlib.Path("/proc/self/maps")
+    if _tests % 10 == 0 and maps.exists() and maps.read_bytes().count(b"\n") > 15_000:
+        jax.clear_caches()
+
+
+_tests = 0

@@ -39,8 +39,11 @@ def configs(name: str) -> dict[str, tuple[Any, bool]]:
     return found
 
 
-def _combinations(name: str) -> list[Any]:
-    return [mixers.get(name).Config(**fields) for fields in mixers.get(name).variants]
+def alone(config: Any) -> bool:
+    """Whether the config is another value of one knob, the direction apart: not the default nor a named combination."""
+    cls = mixers.get(config.node_name)
+    named = [cls.Config(), *(cls.Config(**fields) for fields in cls.variants)]
+    return config not in named and config.causal == named[0].causal
 
 
 def parameters(knobs_alone: bool = True) -> list[Any]:
@@ -54,7 +57,7 @@ def parameters(knobs_alone: bool = True) -> list[Any]:
         pytest.param(config, id=f"{name}-{label}", marks=() if everyday else pytest.mark.slow)
         for name in mixers.names()
         for label, (config, everyday) in configs(name).items()
-        if knobs_alone or everyday or label.startswith("causal=") or config in _combinations(name)
+        if knobs_alone or everyday or not alone(config)
     ]
 
 
