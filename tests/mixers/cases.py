@@ -46,18 +46,19 @@ def alone(config: Any) -> bool:
     return config not in named and config.causal == named[0].causal
 
 
-def parameters(knobs_alone: bool = True) -> list[Any]:
+def parameters(knobs_alone: bool = True, combinations: bool = True) -> list[Any]:
     """pytest parameters `config` for all mixers.
 
     Args:
       knobs_alone: whether each other value of a knob by itself is tried, too, or only the default, the combinations that
         the mixer names, and the other direction.
+      combinations: whether these combinations are tried.
     """
     return [
         pytest.param(config, id=f"{name}-{label}", marks=() if everyday else pytest.mark.slow)
         for name in mixers.names()
         for label, (config, everyday) in configs(name).items()
-        if knobs_alone or everyday or not alone(config)
+        if knobs_alone or everyday or (not alone(config) and (combinations or label.startswith("causal=")))
     ]
 
 

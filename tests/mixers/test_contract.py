@@ -17,10 +17,11 @@ from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
 from tests.mixers import cases, flops
 
-# A knob alone is held to the definition, on packed documents; all else is tried in the default, the combinations and both
-# directions.
+# A knob alone is held to the definition, on packed documents; most else is tried in the default, the combinations and both
+# directions; what no combination decides, in both directions.
 every_config = pytest.mark.parametrize("config", cases.parameters())
 some_configs = pytest.mark.parametrize("config", cases.parameters(knobs_alone=False))
+few_configs = pytest.mark.parametrize("config", cases.parameters(knobs_alone=False, combinations=False))
 CUTS = ([1] * cases.LENGTH, [3, 1, 5, 2])  # few lengths: each is compiled once
 
 
@@ -178,7 +179,7 @@ def test_every_knob_turns(name):
             assert not same, f"{name}.{field.name} = {value!r} changes nothing"
 
 
-@some_configs
+@few_configs
 def test_sharding(config):
     """Law 6: the same numbers on 1 device and on 8, split over batch, parameters and heads."""
     assert jax.device_count() == 8
@@ -198,7 +199,7 @@ def test_sharding(config):
     assert_close(result, expected, 1e-5)
 
 
-@some_configs
+@few_configs
 def test_bfloat16(config):
     """Law 8: bf16 activations stay finite and near fp32, for large inputs too."""
     graphdef, params = cases.split(cases.module(config, jnp.float32))
