@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from attnlab import config as config_lib
+from attnlab import mixers
 from attnlab.config import Override
 from attnlab.errors import ConfigError
 from attnlab.train import config as run_config
@@ -32,7 +33,7 @@ def refused(*overrides: str) -> str:
 
 # Override, and what its message must hold: the key, the value, what is allowed or the nearest key.
 REFUSED = [
-    ("trian.steps=3", ["'trian'", "did you mean 'train'", "data, model, optimizer, train, mesh, seed"]),
+    ("trian.steps=3", ["'trian'", "did you mean 'train'", "data, model, optimizer, train, mesh, cluster, seed"]),
     ("data.lenght=3", ["'data.lenght'", "'3'", "did you mean 'length'", "allowed in data:"]),
     ("model.widht=3", ["'model.widht'", "did you mean 'width'", "allowed in model:"]),
     ("model.mixers.M.haeds=2", ["'model.mixers.M.haeds'", "did you mean 'heads'", "allowed in model.mixers.M:"]),
@@ -40,7 +41,7 @@ REFUSED = [
     ("train.step=3", ["'train.step'", "did you mean 'steps'", "allowed in train:"]),
     ("mesh.dat=2", ["'mesh.dat'", "did you mean 'data'", "data, fsdp, tensor"]),
     ("model.mixers.M=gatd", ["model.mixers.M.name = 'gatd'", "did you mean 'gated'"]),
-    ("model.mixers.M.name=", ["model.mixers.M.name = ''", "gated, softmax"]),
+    ("model.mixers.M.name=", ["model.mixers.M.name = ''", ", ".join(mixers.names())]),
     ("model.mixers=softmax", ["model.mixers = 'softmax'", "letters"]),
     ("model.mixers.QQ=softmax", ["model.mixers.QQ", "one letter"]),
     ("model.mixers.Q=softmax", ["model.mixers.Q", "'M' does not name it"]),
