@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing import util
 from typing import Any
 
@@ -38,31 +38,27 @@ class Batches:
     """The batches of one process by step: a pure function of the seed and the step, for grain to read.
 
     The rows of epoch 0 in a permutation drawn from the seed, then of epoch 1 in another, and so on, form one
-    stream; batch s is its entries s B to (s + 1) B, of which process p of P has the p-th of P equal runs.
+    stream; batch s is its entries s B to (s + 1) B, of which this process reads those of `entries`.
     """
 
-    def __init__(
-        self, rows: PackedRows, config: DataConfig, seed: int, process_index: int, process_count: int
-    ):
+    def __init__(self, rows: PackedRows, config: DataConfig, seed: int, entries: Sequence[int]):
         self._rows = rows
         self._batch = config.batch
-        self._local = config.batch // process_count
-        self._offset = process_index * self._local
+        self._entries = entries
         self._shuffle = config.shuffle
         self._seed = seed
 
     @property
     def ahead(self) -> int:
         """How many batches to read ahead."""
-        size = 4 * 4 * self._local * self._rows.length
+        size = 4 * 4 * len(self._entries) * self._rows.length
         return max(2, min(_BATCHES_AHEAD, _BYTES_AHEAD // size))
 
     def __len__(self) -> int:
         return sys.maxsize // self._batch
 
     def __getitem__(self, step: int) -> Arrays:
-        first = step * self._batch + self._offset
-        return self._rows.pack([self.row_index(i) for i in range(first, first + self._local)])
+        return self._rows.pack([self.row_index(step * self._batch + i) for i in self._entries])
 
     def row_index(self, entry: int) -> int:
         """The row at an entry of the stream."""
@@ -77,7 +73,7 @@ class Batches:
 
 
 class Loader(Iterator[Arrays]):
-    """Batches without end: dicts of int32 [B / process_count, T], see `packing.PackedRows`.
+    """Batches without end: dicts of int32 [rows of a batch that this process reads, T], see `packing.PackedRows`.
 
     The batch at a step is that of `Batches`, whatever the number of workers. Not for several threads at once.
     """
@@ -190,14 +186,12 @@ class HeldoutLoader:
         summary: dict[str, Any],
         *,
         batches: int | None,
-        process_index: int,
-        process_count: int,
+        entries: Sequence[int],
     ):
         self._rows = rows
         self._summary = summary
         self._batch = config.batch
-        self._local = config.batch // process_count
-        self._first = process_index * self._local
+        self._entries = entries
         full = -(-len(rows) // config.batch)
         self._batches = full if batches is None else min(batches, full)
 
@@ -206,8 +200,7 @@ class HeldoutLoader:
 
     def __iter__(self) -> Iterator[Arrays]:
         for batch in range(self._batches):
-            first = batch * self._batch + self._first
-            yield self._rows.pack(range(first, first + self._local))
+            yield self._rows.pack([batch * self._batch + i for i in self._entries])
 
     def summary(self) -> dict[str, Any]:
         """Figures of the corpus, see `summarise`."""
@@ -221,6 +214,7 @@ def train_loader(
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
+    rows: Sequence[int] | None = None,
     progress: ProgressFn | None = None,
 ) -> Loader:
     """The training batches of one process; tokenises the source first if that has not been done.
@@ -228,19 +222,21 @@ def train_loader(
     Args:
       seed: draws the order of rows; any integer of at least 0.
       process_index, process_count: of every B rows this process gets [p B/P, (p + 1) B/P).
+      rows: which of every B rows this process gets instead, in ascending order; every process that is given the same
+        row reads the same.
       progress: called with bytes read and bytes in all while tokenising; None shows a bar on stderr.
 
     Raises:
-      ConfigError: data.batch is no multiple of process_count.
+      ConfigError: data.batch is no multiple of process_count, or has no such rows.
       UserError: the source cannot be read, or holds less than one batch.
     """
     if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or seed < 0:
         raise ConfigError(f"seed = {seed!r} is not allowed: it must be an integer of at least 0.")
-    _check_processes(config, process_index, process_count)
+    entries = _entries(config, process_index, process_count, rows)
     store = open_store(config, tokenizer, progress)
     train, heldout = split_documents(store.corpus, config)
-    rows = PackedRows(store, train, config.length, tokenizer.eod_id)
-    require_rows(rows, config, "train", len(store.corpus.lengths))
+    packed = PackedRows(store, train, config.length, tokenizer.eod_id)
+    require_rows(packed, config, "train", len(store.corpus.lengths))
     identity = {
         "seed": int(seed),
         "batch": config.batch,
@@ -250,7 +246,7 @@ def train_loader(
         "tokenizer": tokenizer.fingerprint(),
         "data": store.corpus.digest,
     }
-    batches = Batches(rows, config, int(seed), process_index, process_count)
+    batches = Batches(packed, config, int(seed), entries)
     return Loader(batches, config.workers, identity, summarise(store, config, tokenizer, train, heldout))
 
 
@@ -261,6 +257,7 @@ def heldout_loader(
     batches: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
+    rows: Sequence[int] | None = None,
     progress: ProgressFn | None = None,
 ) -> HeldoutLoader:
     """The held-out batches of one process: all, or the first `batches`.
@@ -271,19 +268,13 @@ def heldout_loader(
         raise ConfigError(
             f"batches = {batches!r} is not allowed: it must be an integer of at least 1, or None."
         )
-    _check_processes(config, process_index, process_count)
+    entries = _entries(config, process_index, process_count, rows)
     store = open_store(config, tokenizer, progress)
     train, heldout = split_documents(store.corpus, config)
-    rows = PackedRows(store, heldout, config.length, tokenizer.eod_id)
-    require_rows(rows, config, "heldout", len(store.corpus.lengths))
-    return HeldoutLoader(
-        config,
-        rows,
-        summarise(store, config, tokenizer, train, heldout),
-        batches=batches,
-        process_index=process_index,
-        process_count=process_count,
-    )
+    packed = PackedRows(store, heldout, config.length, tokenizer.eod_id)
+    require_rows(packed, config, "heldout", len(store.corpus.lengths))
+    summary = summarise(store, config, tokenizer, train, heldout)
+    return HeldoutLoader(config, packed, summary, batches=batches, entries=entries)
 
 
 def open_store(config: DataConfig, tokenizer: Tokenizer, progress: ProgressFn | None = None) -> Store:
@@ -325,10 +316,20 @@ def describe(summary: dict[str, Any]) -> str:
     return line + (f"; SKIPPED {summary['skipped']:,} bad records" if summary["skipped"] else "")
 
 
-def _check_processes(config: DataConfig, index: int, count: int) -> None:
+def _entries(config: DataConfig, index: int, count: int, rows: Sequence[int] | None) -> list[int]:
+    """Which of every B rows a process reads."""
     if not 0 <= index < count:
         raise ConfigError(f"process_index = {index} is not allowed: it must be from 0 to {count - 1}.")
     if config.batch % count:
         raise ConfigError(
             f"data.batch = {config.batch} is not allowed: it must be a multiple of the {count} processes."
         )
+    if rows is None:
+        local = config.batch // count
+        return list(range(index * local, (index + 1) * local))
+    chosen = [int(row) for row in rows]
+    if not chosen or chosen != sorted(set(chosen)) or not 0 <= chosen[0] <= chosen[-1] < config.batch:
+        raise ConfigError(
+            f"rows = {chosen} is not allowed: it must be ascending, from 0 to data.batch - 1 = {config.batch - 1}."
+        )
+    return chosen

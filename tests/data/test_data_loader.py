@@ -82,13 +82,13 @@ def test_every_epoch_visits_every_row_once(shuffle):
     store = store_of([[1] * 50] * 7)
     config = data.DataConfig(length=5, batch=3, shuffle=shuffle)
     rows = PackedRows(store, np.arange(7), 5, 256)
-    batches = Batches(rows, config, 7, 0, 1)
+    batches = Batches(rows, config, 7, range(3))
     count = len(rows)
     epochs = [[batches.row_index(i) for i in range(e * count, (e + 1) * count)] for e in range(4)]
     assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
     assert all((epochs[0] == epoch) != shuffle for epoch in epochs[1:])
     # The epochs of one seed are not those of the next.
-    other = Batches(rows, config, 8, 0, 1)
+    other = Batches(rows, config, 8, range(3))
     assert ([other.row_index(i) for i in range(count)] in epochs) != shuffle
     # Batches run on from one epoch into the next.
     entries = [i for step in range(count) for i in range(step * 3, step * 3 + 3)]
@@ -112,6 +112,20 @@ def test_batches_do_not_depend_on_the_number_of_processes(corpus, processes):
         (a["tokens"] != b["tokens"]).any()
         for a, b in zip(whole, take(data.train_loader(config, BYTES, seed=4), 20), strict=True)
     )
+
+
+def test_rows_of_a_batch_are_read_by_those_who_hold_them(corpus):
+    """Devices of a pod lie in the mesh by its wiring: a host may hold any rows, and several hosts the same ones."""
+    config = data.DataConfig(source=corpus, length=32, batch=8, heldout=0.4)
+    whole, heldout = take(data.train_loader(config, BYTES, seed=3), 5), list(data.heldout_loader(config, BYTES))
+    for rows in ([0, 1, 4, 5], [7], range(8)):
+        part = take(data.train_loader(config, BYTES, seed=3, rows=rows), 5)
+        for loaded, expected in ((part, whole), (list(data.heldout_loader(config, BYTES, rows=rows)), heldout)):
+            for a, b in zip(loaded, expected, strict=True):
+                assert_equal(a, {name: array[list(rows)] for name, array in b.items()})
+    for rows in ([], [1, 1], [2, 1], [-1, 0], [8]):
+        with pytest.raises(ConfigError, match="rows = .* from 0 to data.batch - 1 = 7"):
+            data.train_loader(config, BYTES, seed=3, rows=rows)
 
 
 def test_batches_do_not_depend_on_the_number_of_workers(corpus):
