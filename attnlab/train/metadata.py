@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import os
 import pathlib
 import platform
@@ -21,6 +22,10 @@ from attnlab.train import optimizers
 from attnlab.train.config import FREE_KEYS, RunConfig
 from attnlab.train.state import Model, init_state
 
+log = logging.getLogger(__name__)
+
+# Where and how a run is computed, which is for whoever has the devices to say: its numbers change by rounding only.
+_PLACE = ("mesh.", "model.remat", "model.unroll")
 _PACKAGES = ("attnlab", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
 
 
@@ -103,6 +108,8 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
 def check_same(workdir: pathlib.Path, old: dict[str, Any], new: RunConfig, *, saved: bool) -> None:
     """Raises UserError if the workdir's run has another config, unless it is told to go on, and can.
 
+    What changes only where the run is computed (the mesh, remat) is allowed, and logged.
+
     Args:
       workdir: of the run.
       old: the config in its config.json.
@@ -114,6 +121,10 @@ def check_same(workdir: pathlib.Path, old: dict[str, Any], new: RunConfig, *, sa
         for key, a, b in config_lib.difference(old, config_lib.to_dict(new))
         if key not in FREE_KEYS
     ]
+    moved = [text for key, text in changed if key.startswith(_PLACE)]
+    changed = [(key, text) for key, text in changed if not key.startswith(_PLACE)]
+    if moved and saved and jax.process_index() == 0:
+        log.info("%s goes on with %s: the same examples, and losses that differ by rounding", workdir, "; ".join(moved))
     if changed and new.train.on_config_change == "stop":
         shown = "; ".join(text for _, text in changed[:6])
         shown += f"; and {len(changed) - 6} more" if len(changed) > 6 else ""
