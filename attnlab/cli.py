@@ -50,9 +50,9 @@ def main(argv: list[str] | None = None) -> int:
 
             cluster.start(args.config, overrides)
         if args.verb == "compile":
-            from attnlab.launch import compile as compile_lib
+            from attnlab.launch import targets
 
-            compile_lib.prepare()
+            targets.prepare()
         runtime.configure()
         return _VERBS[args.verb](args, overrides) or 0
     except UserError as error:
@@ -191,11 +191,13 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("cost", "parameters, FLOPs per token and state of a config", config=True, machine=True)
     sub.add_argument("--length", type=int, metavar="T", help="sequence length; default: data.length")
 
-    sub = verb("compile", "compile a run's train step for TPUs that are not here", config=True, machine=True,
-               more="\n\nSays what each chip holds, computes and sends, and how long a step takes at least. Needs no TPU, but\n"
-                    "the package libtpu. FLOPs, bytes and collectives in loops are counted as often as the loops run.")  # fmt: skip
+    sub = verb("compile", "compile a run's train step for TPUs or GPUs that are not here", config=True, machine=True,
+               more="\n\nSays what each chip holds, computes and sends, and how long a step takes at least. Needs none of the\n"
+                    "chips, but a compiler: attnlab[compile] for TPUs, attnlab[compile-cuda] for NVIDIA's Hopper. FLOPs,\n"
+                    "bytes and collectives in loops are counted as often as the loops run. Exit code 1: it does not fit.")  # fmt: skip
     sub.add_argument("--topology", required=True, metavar="CHIP:SHAPE",
-                     help="e.g. v5e:16x16, v5p:4x4x4, v6e:16x16, v4:4x4x4, tpu7x:4x4x4")  # fmt: skip
+                     help="TPUs: v5e:16x16, v5p:4x4x4, v6e:16x16, v4:4x4x4, tpu7x:4x4x4, two slices 2*v5p:4x4x4; GPUs: "
+                          "h100:8 (one host), h100:4x8 (four hosts), h200:8")  # fmt: skip
     sub.add_argument("--search", action="store_true",
                      help="try meshes, train.accumulate and model.remat, and rank those that fit")  # fmt: skip
     sub.add_argument("--count", type=int, default=12, metavar="N", help="compiles of a search, at most (12)")
@@ -370,13 +372,13 @@ def _cost(args: argparse.Namespace, overrides: list[str]) -> int:
 
 def _compile(args: argparse.Namespace, overrides: list[str]) -> int:
     from attnlab.launch import compile as compile_lib
-    from attnlab.launch import describe, search
+    from attnlab.launch import describe, search, targets
     from attnlab.train import config as run_config
 
     if args.count < 1 or args.minutes <= 0:
         raise UserError("--count and --minutes must be above 0")
     config = run_config.load(args.config, overrides)
-    target = compile_lib.Target.of(args.topology)
+    target = targets.Target.of(args.topology)
     if not args.search:
         report = compile_lib.compile_step(config, target)
         if args.json:

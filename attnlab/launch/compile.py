@@ -1,14 +1,7 @@
-"""Compiles a run's train step for chips that are not here, and says what it will take: `attnlab compile`.
-
-The TPU compiler itself comes with the package libtpu; it needs no TPU to compile for one.
-"""
+"""Compiles a run's train step for chips that are not here, and says what it will take: `attnlab compile`."""
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.util
-import math
-import os
 import re
 import time
 from typing import Any
@@ -17,17 +10,16 @@ import jax
 import jax.numpy as jnp
 
 from attnlab import mixers, ops
-from attnlab.errors import UserError
 from attnlab.launch import hlo
+from attnlab.launch.targets import Target
 from attnlab.mixers.softmax import Softmax
 from attnlab.models.cost import model_cost
 from attnlab.train import optimizers, sharding
 from attnlab.train.config import RunConfig
-from attnlab.train.hardware import CHIPS, Chip
+from attnlab.train.hardware import Chip
 from attnlab.train.state import Model, init_state, state_shardings
 from attnlab.train.step import make_train_step
 
-_EXAMPLES = "v5e:16x16, v5p:4x4x4, v6e:16x16, v4:4x4x4, tpu7x:4x4x4"
 # Matrix products of each kernel of splash attention, against the two of a forward pass.
 _KERNEL_WORK = {"_fwd": 1.0, "_dq": 1.5, "_dkv": 2.0}
 # What the compiler says of a program that needs more memory than a chip has: what it needs, and what there is.
@@ -35,57 +27,6 @@ _REFUSED = (
     re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm"),
     re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)"),
 )
-
-
-def prepare() -> None:
-    """Lets libtpu be loaded with no TPU; call it before jax looks for devices."""
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    # What libtpu would ask a TPU host for, and warns about; the topology's name says what is compiled for.
-    host = {"TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
-    for name, value in (host | {"TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3"}).items():
-        os.environ.setdefault(name, value)
-    jax.config.update("jax_platforms", "cpu")
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """Chips to compile for.
-
-    Attributes:
-      name: as in `v5p:4x4x4`.
-      devices: jax's descriptions of them.
-      chip: its published figures, those of one jax device: a share where a chip is several.
-    """
-
-    name: str
-    devices: tuple[Any, ...]
-    chip: Chip
-
-    @classmethod
-    def of(cls, name: str) -> Target:
-        """The target of a topology's name.
-
-        Raises:
-          UserError: the name is no topology, or the compiler is not installed.
-        """
-        kind, _, shape = name.partition(":")
-        if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
-            raise UserError(f"topology {name!r} is unknown; allowed: TPUs by chip and shape, e.g. {_EXAMPLES}")
-        if importlib.util.find_spec("libtpu") is None:
-            raise UserError("the TPU compiler is missing; it is a package: pip install libtpu (or attnlab[compile])")
-        from jax.experimental import topologies
-
-        sizes = [int(n) for n in shape.split("x")]
-        # A host has four chips; what is smaller than that is one host.
-        small = {"chips_per_host_bounds": tuple(sizes + [1] * (3 - len(sizes)))} if math.prod(sizes) < 4 else {}
-        try:
-            devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **small).devices
-        except jax.errors.JaxRuntimeError as error:
-            reason = str(error).splitlines()[0].partition(": ")[2]
-            raise UserError(f"topology {name!r} is not possible: {reason}; e.g. {_EXAMPLES}") from None
-        share = math.prod(sizes) / len(devices)
-        figures = {field: value * share for field, value in dataclasses.asdict(CHIPS[kind]).items()}
-        return cls(name, tuple(devices), Chip(**figures))
 
 
 def compile_step(config: RunConfig, target: Target) -> dict[str, Any]:
@@ -99,7 +40,9 @@ def compile_step(config: RunConfig, target: Target) -> dict[str, Any]:
     Raises:
       UserError: the config does not fit the target.
     """
-    mesh = sharding.make_mesh(config.mesh, config.data.batch // config.train.accumulate, target.devices)
+    mesh = sharding.make_mesh(
+        config.mesh, config.data.batch // config.train.accumulate, target.devices, length=config.data.length
+    )
     model = Model.of(config.model)
     cost = model_cost(config.model, config.data.length)
     tokens = config.data.batch * config.data.length / mesh.size
@@ -118,17 +61,19 @@ def compile_step(config: RunConfig, target: Target) -> dict[str, Any]:
     lowered = _lower(config, model, mesh)
     report["trace_seconds"] = time.perf_counter() - started
     report["implementations"] = ops.choices()
-    started = time.perf_counter()
+    started, started_cpu = time.perf_counter(), time.process_time()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        report["compile_seconds"] = time.perf_counter() - started
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return report | {"memory": _refused(str(error), target.chip)}
+        compiled, refused = None, str(error)
     report["compile_seconds"] = time.perf_counter() - started
+    report["compile_cpu_seconds"] = time.process_time() - started_cpu
+    if compiled is None:
+        return report | {"memory": _refused(refused, target.chip)}
     report["memory"] = _memory(compiled, target.chip)
-    costs = hlo.analyse(compiled.as_text())
+    costs = hlo.analyse(compiled.as_text(), target.domains(list(mesh.devices.flat)))
     counted_once = compiled.cost_analysis() or {}
     flops = {
         "declared": 3 * cost.total_flops * tokens,
@@ -136,20 +81,26 @@ def compile_step(config: RunConfig, target: Target) -> dict[str, Any]:
         "kernels": _kernel_flops(config, costs.kernels, cost.flops, tokens),
         "compiler_loops_once": counted_once.get("flops"),
     }
-    kinds = {k: {"count": n, "bytes": costs.payload[k], "sent": costs.sent[k]} for k, n in sorted(costs.count.items())}
-    sent = sum(costs.sent.values())
+    kinds = {
+        kind: {"count": n, "bytes": costs.payload[kind], "sent": costs.sent[kind], "crossing": costs.crossing[kind]}
+        for kind, n in sorted(costs.count.items())
+    }
+    sent, crossing = sum(costs.sent.values()), sum(costs.crossing.values())
     floors = {
         "compute": (flops["compiler"] + flops["kernels"]) / target.chip.peak,
         "memory": costs.bytes / target.chip.bandwidth,
         "interconnect": sent / target.chip.interconnect,
     }
+    if crossing and target.chip.network:
+        floors["network"] = crossing / target.chip.network
     slowest = max(floors, key=lambda name: floors[name])
     return report | {
         "flops": flops,
         "kernels": dict(costs.kernels),
         "collectives": kinds,
         "hbm_bytes": costs.bytes,
-        "ici_bytes": sent,
+        "interconnect_bytes": sent,
+        "network_bytes": crossing,
         "floor_seconds": floors,
         "bound": slowest,
         "mfu_at_most": flops["declared"] / target.chip.peak / floors[slowest],

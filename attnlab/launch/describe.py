@@ -14,7 +14,8 @@ def program(report: dict[str, Any]) -> list[str]:
     lines = [
         f"{r['topology']}: {r['devices']} devices, {mesh}; {r['parameters']:,} parameters",
         f"step: {r['sequences']} sequences of {r['length']} in {r['accumulate']} parts, remat {r['remat']}; "
-        f"traced in {r['trace_seconds']:.0f} s, compiled in {r['compile_seconds']:.0f} s",
+        f"traced in {r['trace_seconds']:.0f} s, compiled in {r['compile_seconds']:.0f} s "
+        f"({r['compile_cpu_seconds']:.0f} s of CPU)",
     ]
     for op, chosen in r["implementations"].items():
         lines += [f"{op}: {name} for {spec}" for spec, name in chosen.items()]
@@ -27,16 +28,22 @@ def program(report: dict[str, Any]) -> list[str]:
     spare = memory["spare"]
     verdict = f"fits, {_gib(spare)} to spare" if memory["fits"] else f"does not fit, by {_gib(-spare)}"
     flops = r["flops"]
+    once = flops["compiler_loops_once"]
+    once = "the compiler has no count of its own" if once is None else f"{once:.4g} by the compiler, loops once"
     lines += [
         f"memory per device: {parts}; total {_gib(memory['total'])}{peak}; {verdict} of {_gib(memory['hbm'])}",
         f"FLOPs per device: {flops['declared']:.4g} declared; {flops['compiler']:.4g} in the program's products "
-        f"({flops['compiler_loops_once'] or 0:.4g} by the compiler, loops once) and {flops['kernels']:.4g} in kernels",
+        f"({once}) and {flops['kernels']:.4g} in kernels",
     ]
     for kind, c in r["collectives"].items():
         lines.append(f"{kind}: {c['count']:,}, {_gib(c['bytes'])}, of which a device sends {_gib(c['sent'])}")
     floors = ", ".join(f"{name} {1e3 * value:.4g} ms" for name, value in r["floor_seconds"].items())
+    network = ""
+    if r["network_bytes"]:
+        network = f", of which {_gib(r['network_bytes'])} over the network"
+        network += "" if "network" in r["floor_seconds"] else " (its speed is not published: no floor)"
     lines += [
-        f"HBM traffic {_gib(r['hbm_bytes'])}, interconnect {_gib(r['ici_bytes'])}",
+        f"HBM traffic {_gib(r['hbm_bytes'])}, interconnect {_gib(r['interconnect_bytes'])}{network}",
         f"a step takes at least: {floors}; bound by {r['bound']}",
         f"so at most {r['tokens_per_second_at_most']:,.0f} tokens/s, MFU {100 * r['mfu_at_most']:.1f} %",
     ]

@@ -12,60 +12,15 @@ import itertools
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 
-_WIDTHS = {"pred": 1, "s4": 0.5, "u4": 0.5, "f8": 1, "bf16": 2, "token": 0, "opaque": 0, "c64": 8, "c128": 16}
+from attnlab.launch.hlo_text import Array, Body, Instruction, computations, groups, product_flops
+
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
                "collective-broadcast")  # fmt: skip
 # These move nothing: they name, or group, what is there.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "iota",
          "after-all", "partition-id", "replica-id", "opt-barrier", "broadcast"}  # fmt: skip
-_ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
-_INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*)$", re.DOTALL)
-_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
-
-
-@dataclasses.dataclass(frozen=True)
-class Array:
-    """An array's shape; `hbm` is false for one that lives in a chip's fast memory."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    hbm: bool = True
-
-    @property
-    def bytes(self) -> float:
-        """Size without padding."""
-        kind = self.dtype
-        width = _WIDTHS.get(kind) or _WIDTHS.get(kind[:2]) if kind[:2] == "f8" or kind in _WIDTHS else None
-        if width is None:
-            width = int(re.sub(r"\D", "", kind) or 0) / 8
-        return width * math.prod(self.shape)
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """One line of the text.
-
-    Attributes:
-      name, opcode: as written.
-      arrays: of the result; several for a tuple.
-      operands: names.
-      attributes: the text after the operands.
-      literal: what stands in the brackets of a constant or a parameter.
-    """
-
-    name: str
-    opcode: str
-    arrays: tuple[Array, ...]
-    operands: tuple[str, ...]
-    attributes: str
-    literal: str
-    root: bool
-
-    def attribute(self, key: str) -> str | None:
-        """The name or the word that an attribute holds."""
-        found = re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes)
-        return found and found[1]
 
 
 @dataclasses.dataclass
@@ -78,6 +33,8 @@ class Costs:
       count: collectives by kind.
       payload: bytes of their results by kind (of its operand, for a reduce-scatter).
       sent: bytes that a device sends for them by kind, over rings.
+      crossing: those of them that leave what the fast interconnect joins, shared by the devices of a group that are in
+        the same place. Between TPU slices they are of this sum alone.
       kernels: custom kernels by name: nothing of their inside is in `flops`.
       unknown_loops: loops whose number of turns is not in the text; their bodies are counted once.
     """
@@ -87,6 +44,7 @@ class Costs:
     count: Counter[str] = dataclasses.field(default_factory=Counter)
     payload: Counter[str] = dataclasses.field(default_factory=Counter)
     sent: Counter[str] = dataclasses.field(default_factory=Counter)
+    crossing: Counter[str] = dataclasses.field(default_factory=Counter)
     kernels: Counter[str] = dataclasses.field(default_factory=Counter)
     unknown_loops: list[str] = dataclasses.field(default_factory=list)
 
@@ -94,85 +52,32 @@ class Costs:
         """Adds what runs `times` times."""
         self.flops += times * other.flops
         self.bytes += times * other.bytes
-        for name in ("count", "payload", "sent", "kernels"):
+        for name in ("count", "payload", "sent", "crossing", "kernels"):
             mine = getattr(self, name)
             for key, value in getattr(other, name).items():
                 mine[key] += times * value
         self.unknown_loops += other.unknown_loops
 
 
-def analyse(text: str) -> Costs:
-    """Costs of a program, from `compiled.as_text()`."""
-    return _Program(text).costs()
+def analyse(text: str, domains: Sequence[int] = ()) -> Costs:
+    """Costs of a program.
 
-
-def _arrays(text: str) -> tuple[Array, ...]:
-    return tuple(
-        Array(dtype, tuple(int(re.sub(r"\D", "", n)) for n in dims.split(",") if n), "S(1)" not in (layout or ""))
-        for dtype, dims, layout in _ARRAY.findall(text)
-    )
-
-
-def _matching(text: str, start: int) -> int:
-    """Index after the bracket that closes the one at `start`."""
-    depth = 0
-    for i in range(start, len(text)):
-        if text[i] == "(":
-            depth += 1
-        elif text[i] == ")":
-            depth -= 1
-            if depth == 0:
-                return i + 1
-    return len(text)
-
-
-def _parse(line: str) -> Instruction | None:
-    found = _INSTRUCTION.match(line)
-    if not found:
-        return None
-    root, name, rest = found.groups()
-    if rest.startswith("("):
-        end = _matching(rest, 0)
-    else:
-        end = rest.index(" ")
-    kind, rest = rest[:end], rest[end:].lstrip()
-    opcode, bracket, _ = rest.partition("(")
-    if not bracket:
-        return None
-    close = _matching(rest, len(opcode))
-    inside = rest[len(opcode) + 1 : close - 1]
-    operands = tuple(re.findall(r"%([\w.\-]+)", inside))
-    return Instruction(name, opcode, _arrays(kind), operands, rest[close:], inside, root is not None)
+    Args:
+      text: of `compiled.as_text()`.
+      domains: for each device of the program's mesh, which group of devices with a fast interconnect it is in; none: all
+        in one.
+    """
+    return _Program(text, domains).costs()
 
 
 class _Program:
     """The computations of a module, by name."""
 
-    def __init__(self, text: str):
-        self.computations: dict[str, dict[str, Instruction]] = {}
-        self.entry = ""
-        current: dict[str, Instruction] | None = None
-        pending = ""
-        for line in text.splitlines():
-            header = _HEADER.match(line)
-            if header and not line.startswith(" "):
-                current = self.computations.setdefault(header[2], {})
-                self.entry = header[2] if header[1] else self.entry
-                continue
-            if current is None:
-                continue
-            starts = _INSTRUCTION.match(line)
-            if pending and (starts or line == "}"):
-                parsed = _parse(pending)
-                if parsed is not None:
-                    current[parsed.name] = parsed
-                pending = ""
-            if line == "}":
-                current = None
-            elif starts:
-                pending = line
-            elif pending:  # attributes may hold line breaks
-                pending += "\n" + line
+    def __init__(self, text: str, domains: Sequence[int]):
+        self.computations, self.entry = computations(text)
+        partitions = re.search(r"\bnum_partitions=(\d+)", text.partition("\n")[0])
+        self.devices = int(partitions[1]) if partitions else 1
+        self.domains = domains
         self._of = functools.cache(self._computation)
 
     def costs(self) -> Costs:
@@ -186,7 +91,7 @@ class _Program:
             self._count(instruction, body, total, seen)
         return total
 
-    def _count(self, op: Instruction, body: dict[str, Instruction], total: Costs, seen: set[str]) -> None:
+    def _count(self, op: Instruction, body: Body, total: Costs, seen: set[str]) -> None:
         """Adds what an instruction costs; `seen` holds the channels of this computation's collectives."""
         code = op.opcode
         if code == "while":
@@ -209,6 +114,8 @@ class _Program:
             if channel is None or channel not in seen:
                 self._collective(kind, op, body, total)
             seen.add(channel or "")
+        elif code == "send" and "_xla_megascale_transfer_type" in op.attributes:
+            self._between_slices(op, body, total)
         elif code == "fusion":
             inside = Costs()
             fused = self.computations[op.attribute("calls")]
@@ -218,14 +125,14 @@ class _Program:
             total.bytes += self._fusion_bytes(op, body)
         elif code not in _FREE and not code.endswith("-done"):
             if code in ("dot", "convolution"):
-                total.flops += _product_flops(op, body)
+                total.flops += product_flops(op, body)
             if code == "custom-call" and 'custom_call_target="tpu_custom_call"' in op.attributes:
                 total.kernels[re.sub(r"[.\d]+$", "", op.name)] += 1
             total.bytes += self._moved(op, body)
 
     # Loops.
 
-    def _turns(self, op: Instruction, body: dict[str, Instruction]) -> int | None:
+    def _turns(self, op: Instruction, body: Body) -> int | None:
         known = re.search(r'known_trip_count":\{"n":"(\d+)"', op.attributes)
         if known:
             return int(known[1])
@@ -241,7 +148,7 @@ class _Program:
         last = {"LT": bound, "LE": bound + 1, "GT": bound, "GE": bound - 1, "NE": bound}.get(direction)
         return None if last is None else max(0, math.ceil((last - first) / step))
 
-    def _comparison(self, condition: dict[str, Instruction]) -> tuple[int, int, str] | None:
+    def _comparison(self, condition: Body) -> tuple[int, int, str] | None:
         """Which element of the loop's state its condition compares, with what, and how."""
         root = next((i for i in condition.values() if i.root), None)
         if root is None:
@@ -274,14 +181,14 @@ class _Program:
             return None
         return sides[0][1], sides[1][1], compare.attribute("direction")
 
-    def _element(self, body: dict[str, Instruction], name: str, index: int) -> str | None:
+    def _element(self, body: Body, name: str, index: int) -> str | None:
         """The name of a tuple's element, where the tuple is made in this computation."""
         tuple_ = body.get(name)
         if tuple_ is None or tuple_.opcode != "tuple":
             return None
         return tuple_.operands[index]
 
-    def _constant(self, body: dict[str, Instruction], name: str | None) -> int | None:
+    def _constant(self, body: Body, name: str | None) -> int | None:
         op = body.get(name or "")
         while op is not None and op.opcode in ("copy", "bitcast", "convert") and op.operands:
             op = body.get(op.operands[0])
@@ -315,13 +222,13 @@ class _Program:
 
     # Collectives.
 
-    def _collective(self, kind: str, op: Instruction, body: dict[str, Instruction], total: Costs) -> None:
+    def _collective(self, kind: str, op: Instruction, body: Body, total: Costs) -> None:
         inputs = sum(a.bytes for name in op.operands for a in self._result(body, name))
         outputs = sum(a.bytes for a in op.arrays)
         if op.opcode.endswith("-start") and kind != "all-reduce":  # (operands, results, and contexts)
             half = len(op.operands)
             outputs = sum(a.bytes for a in op.arrays[half : 2 * half])
-        n = _group_size(op.attributes)
+        n, places = self._spread(op.attributes, pairs=kind == "collective-permute")
         share = (n - 1) / n
         sent = {
             "all-gather": outputs * share,
@@ -333,16 +240,36 @@ class _Program:
         total.count[kind] += 1
         total.payload[kind] += inputs if kind == "reduce-scatter" else outputs
         total.sent[kind] += sent
+        if places > 1:
+            total.crossing[kind] += sent * places / n
+
+    def _between_slices(self, op: Instruction, body: Body, total: Costs) -> None:
+        """A collective over TPU slices: the compiler leaves it to the hosts, as a send and a receive."""
+        kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', op.attributes)[1].lower().replace("_", "-")
+        slices = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', op.attributes)
+        first, _, last = slices[1].partition(":") if slices else ("1", "", "2")
+        n = int(last) - int(first) + 1 if last else len(first.split(","))
+        inputs = sum(a.bytes for a in self._result(body, op.operands[0]))
+        share = (n - 1) / n
+        total.count[kind] += 1
+        total.payload[kind] += inputs * (n if kind == "all-gather" else 1)
+        total.crossing[kind] += inputs * {"all-reduce": 2 * share, "all-gather": n - 1.0}.get(kind, share)
+
+    def _spread(self, attributes: str, *, pairs: bool) -> tuple[int, int]:
+        """Devices in a group of a collective, and in how many places they are."""
+        found = groups(attributes) or (tuple(range(self.devices)),)
+        places = max(len({self.domains[i] for i in group}) for group in found) if self.domains else 1
+        return (places, places) if pairs else (max(map(len, found)), places)
 
     # Bytes.
 
-    def _result(self, body: dict[str, Instruction], name: str) -> tuple[Array, ...]:
+    def _result(self, body: Body, name: str) -> tuple[Array, ...]:
         return body[name].arrays if name in body else ()
 
     def _hbm(self, arrays: tuple[Array, ...]) -> float:
         return sum(a.bytes for a in arrays if a.hbm)
 
-    def _moved(self, op: Instruction, body: dict[str, Instruction]) -> float:
+    def _moved(self, op: Instruction, body: Body) -> float:
         arrays = op.arrays
         if op.opcode in ("copy-start", "slice-start"):  # (result, operand, context)
             arrays = arrays[:1]
@@ -353,7 +280,7 @@ class _Program:
             return 2 * self._hbm(self._result(body, op.operands[1]))
         return self._hbm(arrays) + sum(self._hbm(self._result(body, name)) for name in op.operands)
 
-    def _fusion_bytes(self, op: Instruction, body: dict[str, Instruction]) -> float:
+    def _fusion_bytes(self, op: Instruction, body: Body) -> float:
         """Operands and results in HBM; of what is only sliced, or updated in place, the slice."""
         inside = self.computations[op.attribute("calls")]
         collectives = [i for i in inside.values() if i.opcode in COLLECTIVES]
@@ -383,7 +310,7 @@ class _Program:
                 moved += min(self._hbm(arrays), self._read(inside, parameter.name))
         return moved
 
-    def _read(self, inside: dict[str, Instruction], name: str) -> float:
+    def _read(self, inside: Body, name: str) -> float:
         """Bytes of a value that the instructions of a fusion read: of what is only sliced, the slices."""
         read = 0.0
         for user in inside.values():
@@ -402,85 +329,7 @@ class _Program:
                     read += sum(a.bytes for a in inside[name].arrays)
         return read
 
-    def _source(self, inside: dict[str, Instruction], name: str) -> str:
+    def _source(self, inside: Body, name: str) -> str:
         while inside[name].opcode == "bitcast":
             name = inside[name].operands[0]
         return name
-
-
-def _group_size(attributes: str) -> int:
-    """Devices in a group of a collective, from any of XLA's ways to write it."""
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes)
-    if named:
-        sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
-        return math.prod(int(sizes.get(axis, 1)) for axis in re.findall(r"'([^']+)'", named[2]))
-    iota = re.search(r"replica_groups=\[([\d,]+)\]<=", attributes)
-    if iota:
-        return int(iota[1].split(",")[-1])
-    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
-    if listed:
-        return len(listed[1].split(","))
-    return 2  # a permutation has pairs, not groups
-
-
-# Products.
-
-
-def _product_flops(op: Instruction, body: dict[str, Instruction]) -> float:
-    left, right = (body[name].arrays[0].shape for name in op.operands[:2])
-    if op.opcode == "dot":
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.attributes)
-        dims = [int(i) for i in contracted[1].split(",") if i] if contracted else []
-        return 2.0 * math.prod(op.arrays[0].shape) * math.prod(left[i] for i in dims)
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.attributes)
-    assert labels, op.attributes
-    of_left, of_right, of_out = labels.groups()
-    out = op.arrays[0].shape
-    # Multiply-adds: every output feature of every output batch element, for each input feature of the kernel, at all
-    # pairs of output position and window position that fall on an element and not on padding.
-    size = out[of_out.index("b")] * out[of_out.index("f")] * right[of_right.index("i")]
-    for i, window in _windows(op.attributes, of_left, of_right, left, right).items():
-        size *= _pairs(out[of_out.index(i)], left[of_left.index(i)], window)
-    return 2.0 * size
-
-
-@dataclasses.dataclass(frozen=True)
-class _Window:
-    size: int
-    stride: int = 1
-    low: int = 0
-    base: int = 1
-    dilation: int = 1
-
-
-def _windows(attributes: str, of_left: str, of_right: str, left, right) -> dict[str, _Window]:
-    spatial = [c for c in of_right if c.isdigit()]
-    found = re.search(r"window=\{([^}]*)\}", attributes)
-    fields = dict(part.split("=") for part in found[1].split()) if found else {}
-
-    def values(key: str, default: str) -> list[str]:
-        return fields[key].split("x") if key in fields else [default] * len(spatial)
-
-    out = {}
-    for name in spatial:
-        n = int(name)
-        size = right[of_right.index(name)]
-        out[name] = _Window(
-            size,
-            int(values("stride", "1")[n]),
-            int(values("pad", "0_0")[n].split("_")[0]),
-            int(values("lhs_dilate", "1")[n]),
-            int(values("rhs_dilate", "1")[n]),
-        )
-    return out
-
-
-def _pairs(outputs: int, inputs: int, window: _Window) -> int:
-    """Pairs of output and window position that read an element of the input."""
-    reach = (inputs - 1) * window.base + 1
-    count = 0
-    for k in range(window.size):
-        for position in range(outputs):
-            at = position * window.stride + k * window.dilation - window.low
-            count += 0 <= at < reach and at % window.base == 0
-    return count

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import time
 from collections.abc import Callable
 from typing import Any
 
 from attnlab.errors import UserError
-from attnlab.launch.compile import Target, compile_step
+from attnlab.launch.compile import compile_step
+from attnlab.launch.targets import Target
 from attnlab.models.cost import model_cost
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig, RunConfig
@@ -18,7 +20,7 @@ from attnlab.train.state import Model
 # From the least memory to the most.
 _REMAT = ("full", "attention", "minimal", "none")
 _PARAMETER_BYTES = 4  # moments come on top, by the optimizer
-_MOST_TENSOR = 16  # activations are exchanged in every layer: beyond a few chips that is all that they do
+_MOST_WITHIN = 16  # tensor and context exchange activations in every layer: beyond a few chips that is all that they do
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +42,7 @@ class Candidate:
 
     def overrides(self) -> str:
         """What to put on the command line."""
-        sizes = dataclasses.asdict(self.mesh)
-        mesh = " ".join(f"--config.mesh.{axis}={size}" for axis, size in sizes.items())
+        mesh = " ".join(f"--config.mesh.{axis}={size}" for axis, size in self.mesh.sizes().items())
         return f"{mesh} --config.train.accumulate={self.accumulate} --config.model.remat={self.remat}"
 
 
@@ -78,7 +79,12 @@ def search(
                 if len(reports) >= count or spent > seconds:
                     say(f"stopped after {len(reports)} compiles, {spent:.0f} s")
                     return rank(reports)
-                report = compile_step(candidate.apply(config), target) | {"overrides": candidate.overrides()}
+                try:
+                    report = compile_step(candidate.apply(config), target) | {"overrides": candidate.overrides()}
+                except UserError as error:  # a mixer that cannot be split so
+                    say(f"{_name(candidate)}: not possible: {error}")
+                    refused.append(Candidate(mesh, rows, _REMAT[0]))
+                    break
                 reports.append(report)
                 say(f"{_name(candidate)}: {_outcome(report)}")
                 if report["memory"]["fits"]:
@@ -102,18 +108,21 @@ def _meshes(config: RunConfig, target: Target) -> list[MeshConfig]:
     devices, shapes = len(target.devices), Model.of(config.model)
     parameters = model_cost(config.model, config.data.length).parameters * _PARAMETER_BYTES
     sizes = [n for n in range(1, devices + 1) if devices % n == 0]
+    within = [axis for axis in config.mesh.sizes() if axis not in sharding.BATCH_AXES]
+    few = [n for n in sizes if n <= _MOST_WITHIN]
     meshes = []
-    for fsdp, tensor in itertools.product(sizes, [n for n in sizes if n <= _MOST_TENSOR]):
-        if devices % (fsdp * tensor) or parameters / (fsdp * tensor) > target.chip.hbm:
+    for fsdp, *inner in itertools.product(sizes, *(few for _ in within)):
+        split = fsdp * math.prod(inner)
+        if devices % split or parameters / split > target.chip.hbm:
             continue
-        mesh = MeshConfig(data=devices // (fsdp * tensor), fsdp=fsdp, tensor=tensor)
+        mesh = dataclasses.replace(config.mesh, data=devices // split, fsdp=fsdp, **dict(zip(within, inner, strict=True)))
         try:
-            made = sharding.make_mesh(mesh, config.data.batch, target.devices)
+            made = sharding.make_mesh(mesh, config.data.batch, target.devices, length=config.data.length)
             sharding.parameter_shardings(made, shapes.axes, shapes.pure_shapes)
         except UserError:
             continue
         meshes.append(mesh)
-    return sorted(meshes, key=lambda m: (m.tensor, m.data))
+    return sorted(meshes, key=lambda m: (devices // (m.data * m.fsdp), m.tensor, m.data))
 
 
 def _smaller(known: Candidate, candidate: Candidate) -> bool:
@@ -123,7 +132,7 @@ def _smaller(known: Candidate, candidate: Candidate) -> bool:
 
 
 def _name(candidate: Candidate) -> str:
-    sizes = ", ".join(f"{axis} {size}" for axis, size in dataclasses.asdict(candidate.mesh).items() if size > 1)
+    sizes = ", ".join(f"{axis} {size}" for axis, size in candidate.mesh.sizes().items() if size > 1)
     return f"{sizes or 'one device'}, accumulate {candidate.accumulate}, remat {candidate.remat}"
 
 

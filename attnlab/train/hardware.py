@@ -12,7 +12,7 @@ class Chip:
     """Figures of one chip, from its maker.
 
     TPUs: the pages "TPU v4", "v5e", "v5p", "v6e" and "TPU7x" of docs.cloud.google.com/tpu/docs. NVIDIA: the data sheets
-    of A100, H100 SXM and H200.
+    of A100, H100 SXM and H200, and for their network that of DGX H100.
 
     Attributes:
       peak: dense bf16 FLOP/s.
@@ -20,25 +20,33 @@ class Chip:
       bandwidth: bytes/s of memory.
       interconnect: bytes/s that the chip can send to its neighbours, all links together and one way: half of what is
         published as bidirectional (ICI for TPUs, NVLink for GPUs).
+      network: bytes/s that it can send beyond those: to other slices (DCN for TPUs), to other hosts (InfiniBand for
+        GPUs); None where it is not published.
     """
 
     peak: float
     hbm: float
     bandwidth: float
     interconnect: float
+    network: float | None = None
+
+    def times(self, share: float) -> Chip:
+        """The figures of a share of a chip."""
+        figures = dataclasses.asdict(self)
+        return Chip(**{field: None if value is None else value * share for field, value in figures.items()})
 
 
 _GIB = 2.0**30
 CHIPS = {
     "v4": Chip(275e12, 32 * _GIB, 1228e9, 300e9),
-    "v5e": Chip(197e12, 16 * _GIB, 819e9, 200e9),
-    "v5p": Chip(459e12, 95 * _GIB, 2765e9, 600e9),
-    "v6e": Chip(918e12, 32 * _GIB, 1638e9, 400e9),
+    "v5e": Chip(197e12, 16 * _GIB, 819e9, 200e9, 3.125e9),
+    "v5p": Chip(459e12, 95 * _GIB, 2765e9, 600e9, 6.25e9),
+    "v6e": Chip(918e12, 32 * _GIB, 1638e9, 400e9, 12.5e9),
     "tpu7x": Chip(2307e12, 192 * _GIB, 7380e9, 600e9),
     "a100-40": Chip(312e12, 40e9, 1555e9, 300e9),
     "a100-80": Chip(312e12, 80e9, 2039e9, 300e9),
-    "h100": Chip(989e12, 80e9, 3350e9, 450e9),
-    "h200": Chip(989e12, 141e9, 4800e9, 450e9),
+    "h100": Chip(989e12, 80e9, 3350e9, 450e9, 50e9),
+    "h200": Chip(989e12, 141e9, 4800e9, 450e9, 50e9),
 }
 
 # What jax calls a device: of which chip it is, and how many such devices a chip has.

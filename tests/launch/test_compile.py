@@ -1,20 +1,22 @@
-"""Compiling for TPUs that are not here: the whole report on a tiny run, and what is refused."""
+"""Compiling for TPUs and GPUs that are not here: the whole report on a tiny run, and what is refused."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import json
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import pytest
 from jax.sharding import SingleDeviceSharding
 
 from attnlab import config as config_lib
 from attnlab.errors import ConfigError, UserError
 from attnlab.launch import compile as compile_lib
-from attnlab.launch import describe, search
+from attnlab.launch import describe, search, targets
 from attnlab.models.cost import model_cost
 from attnlab.ops import Mask, attention, mask_from_segments, partition
 from attnlab.train import sharding
@@ -24,6 +26,7 @@ from tests.train import runs
 
 # The suite keeps compiled programs, and those for absent devices cannot be read back.
 pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent")
+needs_cuda = pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="no CUDA compiler here")
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 
 
@@ -42,8 +45,8 @@ def config(**overrides) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def target():
-    compile_lib.prepare()
-    return compile_lib.Target.of("v5e:2x2")
+    targets.prepare()
+    return targets.Target.of("v5e:2x2")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +59,7 @@ def test_report_of_a_tiny_run(report):
     """Memory is that of the sharded state, attention runs in the kernel, and the weights are gathered."""
     c = config()
     cost = model_cost(c.model, c.data.length)
-    assert report["devices"] == 4 and report["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
+    assert report["devices"] == 4 and report["mesh"] == c.mesh.sizes() | {"fsdp": 4}
     assert report["parameters"] == cost.parameters
     memory = report["memory"]
     # Parameters and two moments in fp32, a quarter each; the rest is the batch, scalars and padding.
@@ -105,19 +108,84 @@ def test_a_program_that_does_not_fit(target):
 
 
 @needs_libtpu
-@pytest.mark.parametrize("name", ["v5e", "v5e:3x3", "v5e:banana", "h100:8", "v9:2x2", "cpu:8"])
+@pytest.mark.parametrize("name", ["v5e", "v5e:8", "v5e:3x3", "v5e:banana", "0*v5e:2x2", "v9:2x2", "cpu:8", "a100-80:8"])
 def test_unknown_topologies_are_refused(name):
     """The message says what is allowed."""
-    compile_lib.prepare()
+    targets.prepare()
     with pytest.raises(UserError, match=r"v5p:4x4x4"):
-        compile_lib.Target.of(name)
+        targets.Target.of(name)
 
 
 def test_without_the_compiler_it_is_named(monkeypatch):
-    """A missing libtpu is said, with what to install."""
+    """A missing compiler is said, with what to install."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install libtpu"):
-        compile_lib.Target.of("v5e:2x2")
+        targets.Target.of("v5e:2x2")
+
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    with pytest.raises(UserError, match=f"pip install jax-cuda13-plugin=={jaxlib.__version__}"):
+        targets.Target.of("h100:8")
+
+
+def test_a_compiler_of_another_version_is_refused(monkeypatch):
+    """jax's CUDA plugin goes with one jaxlib."""
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1.0")
+    with pytest.raises(UserError, match=rf"0\.1\.0 does not go with jaxlib {jaxlib.__version__}"):
+        targets.Target.of("h100:8")
+
+
+@pytest.mark.parametrize("name", ["h100:16", "h100:2x16", "h100:0x8", "h200:2x2x2", "2*h100:8"])
+def test_gpus_that_cannot_be_are_refused(name):
+    """More on a host than NVLink joins, none, or a TPU's words."""
+    with pytest.raises(UserError, match=r"1 to 8 GPUs a host, e.g. h100:8"):
+        targets.Target.of(name)
+
+
+@needs_cuda
+@pytest.mark.parametrize("name, hosts, each", [("h100:8", 1, 8), ("h100:4x8", 4, 8), ("h200:3", 1, 3)])
+def test_gpus_by_host(name, hosts, each):
+    """As many devices as the name says, each on its host."""
+    targets.prepare()
+    target = targets.Target.of(name)
+    assert target.domains(list(target.devices)) == [i // each for i in range(hosts * each)]
+    assert {d.platform for d in target.devices} == {"gpu"}
+
+
+@needs_cuda
+def test_report_for_gpus():
+    """The same fields as for a TPU; what hosts exchange has a floor of its own."""
+    targets.prepare()
+    c = config(model__layers=2)
+    report = compile_lib.compile_step(c, targets.Target.of("h100:2x2"))
+    cost = model_cost(c.model, c.data.length)
+    assert report["devices"] == 4 and report["parameters"] == cost.parameters
+    assert 0.95 < report["memory"]["arguments"] / (12 * cost.parameters / 4) < 1.3
+    assert set(report["implementations"]["attention"].values()) == {"xla"}
+    # Weights are gathered over both hosts: each of a host's two devices sends half of what leaves the host.
+    assert 0 < report["network_bytes"] == pytest.approx(report["interconnect_bytes"] / 2, rel=0.01)
+    assert report["floor_seconds"]["network"] == report["network_bytes"] / CHIPS["h100"].network
+    # Without rematerialisation: three forward passes; the attention's products are of whole blocks, masked ones too.
+    tokens = c.data.batch * c.data.length / 4
+    products = {k: 3 * tokens * v for k, v in cost.flops.items()}
+    attention = products.pop("softmax.attention")
+    assert sum(products.values()) + attention < report["flops"]["compiler"] < sum(products.values()) + 3.5 * attention
+    assert report["unknown_loops"] == 0
+    assert "the compiler has no count of its own" in "\n".join(describe.program(report))
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_slices_are_domains(target):
+    """What goes from slice to slice is counted apart: the gradients' sums, with one copy of the model on each."""
+    two = targets.Target.of("2*v5e:2x2")
+    report = compile_lib.compile_step(config(mesh={"data": 2, "fsdp": 4}), two)
+    assert two.domains(list(two.devices)) == [0] * 4 + [1] * 4
+    # A device's quarter of the gradients, bf16 or fp32, is sent and comes back summed by halves.
+    assert 2 < report["network_bytes"] / (report["parameters"] / 4) < 4.2
+    assert report["floor_seconds"]["network"] == report["network_bytes"] / CHIPS["v5e"].network
 
 
 @needs_libtpu
@@ -128,8 +196,8 @@ def test_a_mesh_that_does_not_fit_the_topology(target):
 
 @needs_libtpu
 def test_figures_of_a_device_that_is_half_a_chip():
-    compile_lib.prepare()
-    target = compile_lib.Target.of("tpu7x:2x2x1")
+    targets.prepare()
+    target = targets.Target.of("tpu7x:2x2x1")
     assert len(target.devices) == 8 and target.chip.peak == CHIPS["tpu7x"].peak / 2
 
 
@@ -179,7 +247,7 @@ def fake_search(monkeypatch, **kwargs):
 
     monkeypatch.setattr(search, "compile_step", compiled)
     chip = dataclasses.replace(CHIPS["v5e"], hbm=8 * 2.0**30)
-    target = compile_lib.Target("fake", tuple(jax.devices()[:2]), chip)
+    target = targets.Target("fake", tuple(jax.devices()[:2]), chip)
     lines = []
     reports = search.search(config(), target, **({"seconds": 60, "count": 99} | kwargs), say=lines.append)
     return tried, reports, lines

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from attnlab.launch import hlo
+from attnlab.launch import hlo, hlo_text
 
 
 def analyse(f, *shapes, dtype=jnp.float32):
@@ -142,3 +142,38 @@ def test_text_of_the_tpu_compiler():
     each_turn = 2 * 2 * 8 * 4 + 2 * 2 * 8 * 4
     index = 3 * 4
     assert costs.bytes == fusion + 3 * (each_turn + index)
+
+
+@pytest.mark.parametrize(
+    "written, expected",
+    [
+        ("replica_groups={{0,1},{2,3}}", ((0, 1), (2, 3))),
+        ("replica_groups=[2,2]<=[4]", ((0, 1), (2, 3))),
+        ("replica_groups=[2,2]<=[2,2]T(1,0)", ((0, 2), (1, 3))),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a'}", ((0, 2), (1, 3))),
+        ("replica_groups=mesh['a'=2,'b'=1,'c'=2] {'a','c'}", ((0, 1, 2, 3),)),
+        ("source_target_pairs={{0,1},{1,0}}", ((0, 1), (1, 0))),
+        ("replica_groups={}", ()),
+    ],
+)
+def test_groups_of_devices(written, expected):
+    """All ways to write them."""
+    assert hlo_text.groups(f", channel_id=1, {written}, dimensions={{0}}") == expected
+
+
+@pytest.mark.parametrize(
+    "domains, crossing",
+    [
+        ([0] * 8, 0),
+        ([0, 0, 0, 0, 1, 1, 1, 1], 2 * 4096 * 7 / 8 / 4),  # four devices share what leaves their host
+        ([0, 1, 2, 3, 4, 5, 6, 7], 2 * 4096 * 7 / 8),
+    ],
+)
+def test_what_leaves_a_host(domains, crossing):
+    """A ring over all devices leaves each host once; a host's devices share it."""
+    mesh = Mesh(np.array(jax.devices()), "i")
+    spec = PartitionSpec("i")
+    f = jax.shard_map(lambda x: jax.lax.psum(x, "i"), mesh=mesh, in_specs=spec, out_specs=PartitionSpec())
+    text = jax.jit(f).lower(jax.ShapeDtypeStruct((8 * 1024,), jnp.float32)).compile().as_text()
+    costs = hlo.analyse(text, domains)
+    assert costs.sent["all-reduce"] == 2 * 4096 * 7 / 8 and costs.crossing["all-reduce"] == crossing
