@@ -21,6 +21,7 @@ from attnlab.mixers.base import Sequence
 from attnlab.mixers.parts import Linear, param_dtype
 from attnlab.mixers.titans_attention import Attention
 from attnlab.mixers.titans_memory import Memory, unit
+from attnlab.ops import context, partition
 from attnlab.ops.causal_conv import causal_conv
 from attnlab.ops.neural_memory import Layers, MemoryState, chunk_step, definition_step, forward
 from attnlab.ops.turns import Turn, choose_rows, positions_in_documents, scan_aligned, scan_turns
@@ -71,13 +72,40 @@ class SegmentedMemory(nnx.Module):
         query = unit(jax.nn.silu(self.query(x).astype(wide)).reshape(q.shape))
         padding = jnp.zeros(x.shape[:2], bool) if seq.segments is None else seq.segments == 0
         inputs = (q, k, v, query, seq.positions, padding)
+        if context.split(x.shape[1]):
+            state, (y, m) = self._on_parts(state, inputs, documents)
+        else:
+            state, (y, m) = self._scan(state, inputs, documents)
+        return y, m, state
+
+    def _scan(self, state: SegmentState, inputs: tuple, documents: jax.Array | None) -> tuple[SegmentState, Any]:
         chunk = 1 if self.config.impl == "definition" else self.config.chunk
         if documents is None:
-            state, (y, m) = scan_aligned(self._turn, state, inputs, chunk)
-        else:
-            position_BT = positions_in_documents(documents, state.memory.position_B)
-            state, (y, m) = scan_turns(self._turn, state, inputs, chunk, documents, position_BT)
-        return y, m, state
+            return scan_aligned(self._turn, state, inputs, chunk)
+        position_BT = positions_in_documents(documents, state.memory.position_B)
+        return scan_turns(self._turn, state, inputs, chunk, documents, position_BT)
+
+    def _on_parts(self, state: SegmentState, inputs: tuple, documents: jax.Array | None) -> tuple[SegmentState, Any]:
+        """Rows and positions are split over devices, heads are not: the memory of each reads all of them."""
+        if documents is None:
+            documents = jnp.ones(inputs[0].shape[:2], jnp.int32)
+        graphdef, params = nnx.split(self)
+        leaves, kind = jax.tree.flatten((params, state, inputs, documents))
+        results = jax.tree.structure((state, inputs[:2]))  # y and m are like q and k
+
+        def on_device(*leaves):
+            params, state, inputs, documents = jax.tree.unflatten(kind, leaves)
+            module, ours = nnx.merge(graphdef, params), context.parts()
+            step = lambda state, x: module._scan(state, *x)
+            return tuple(jax.tree.leaves(ours.handed_on(step, state, (inputs, ours.documents(documents)))))
+
+        whole = lambda x: (None,) * x.ndim
+        of_rows = lambda x: ("batch", *whole(x)[1:])
+        of_positions = lambda x: ("batch", "seq", *whole(x)[2:])
+        axes = [*map(whole, jax.tree.leaves(params)), *map(of_rows, jax.tree.leaves(state))]
+        axes += map(of_positions, (*inputs, documents))
+        out_axes = [*map(of_rows, jax.tree.leaves(state)), *map(of_positions, inputs[:2])]
+        return jax.tree.unflatten(results, partition.local(on_device, tuple(leaves), tuple(axes), out_axes))
 
     def _turn(self, state: SegmentState, inputs: tuple, turn: Turn) -> tuple[SegmentState, Any]:
         q, k, v, query, positions, padding = inputs

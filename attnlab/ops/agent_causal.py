@@ -19,6 +19,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from attnlab.ops import context, partition
+
 CHUNK = 64  # positions computed together, unless said otherwise
 _LOWEST = -1e30  # stands for a maximum over nothing: exp(-inf - _LOWEST) is 0 and not NaN
 
@@ -79,6 +81,53 @@ def fixed_agent_attention(
     Returns:
       o_BTHe in the dtype of q, and the averages after the last position, of its document.
     """
+    run = functools.partial(_fixed, chunk=chunk)
+    arrays = (q_BTHd, k_BTHd, v_BTHe, agents_BHmd, documents_BT, valid_BT)
+    if before is not None or not context.split(q_BTHd.shape[1]):
+        return run(*arrays, before)
+    heads = None if q_BTHd.shape[2] % partition.ways("heads") else "heads"
+    rows, averages = ("batch", "seq", heads, None), ("batch", heads, None, None)
+    axes = (rows, rows, rows, averages, rows[:2], rows[:2])
+
+    def on_device(*arrays):
+        o, after = _on_parts(run, *arrays)
+        return o, *jax.tree.leaves(after)
+
+    o, *after = partition.local(on_device, arrays, axes, [rows, averages[:3], averages[:3], averages])
+    return o, Averages(*after)
+
+
+def _on_parts(run, q, k, v, agents, documents, valid):
+    """Each device averages over its own keys first, and begins with what those before it found."""
+    ours, (B, T), (H, m) = context.parts(), q.shape[:2], agents.shape[1:3]
+    documents = jnp.zeros((B, T), jnp.int32) if documents is None else ours.documents(documents)
+    last = jnp.broadcast_to(documents, (B, T)) == documents[:, -1:]
+    last = last if valid is None else last & valid
+    one = jnp.zeros((B, 1), jnp.int32)
+    sets = jnp.broadcast_to(agents, (B, *agents.shape[1:])).astype(q.dtype)[:, None]
+    own = _averages_of(sets, k.swapaxes(1, 2), v.swapaxes(1, 2), one, one + T, None, last)
+    own = jax.tree.map(lambda x: x[:, 0], own)
+
+    def join(before, part):
+        own, goes_on = part
+        old_highest = jnp.where(goes_on[:, None, None], before.highest_BHm, _LOWEST)
+        highest = jnp.maximum(old_highest, own.highest_BHm)
+        old = jnp.where(goes_on[:, None, None], jnp.exp(old_highest - highest), 0)
+        new = jnp.exp(own.highest_BHm - highest)
+        return Averages(
+            highest,
+            old * before.total_BHm + new * own.total_BHm,
+            old[..., None] * before.values_BHme + new[..., None] * own.values_BHme,
+        )
+
+    start = Averages.empty(B, H, m, v.shape[-1], own.total_BHm.dtype)
+    before, _ = ours.running(join, (own, documents[:, -1] == 0), start)
+    o, after = run(q, k, v, agents, documents, valid, before)
+    return o, ours.of_last(after)
+
+
+def _fixed(q_BTHd, k_BTHd, v_BTHe, agents_BHmd, documents_BT, valid_BT, before, *, chunk: int):
+    """`fixed_agent_attention` on one device."""
     B, T, H, d = q_BTHd.shape
     m, e = agents_BHmd.shape[2], v_BTHe.shape[-1]
     dtype = jnp.promote_types(q_BTHd.dtype, jnp.float32)
@@ -409,8 +458,11 @@ def _begun_sums(q_BTHd, place_BT, documents_BT, stream: Stream, chunk: int, m: i
     return total + jnp.where(same[:, None, None, None], stream.sums, 0)
 
 
-def _averages_of(agents_BEHmd, k_BHSd, v_BHSe, start_BE, end_BE, real_BE: jax.Array | None) -> Averages:
-    """Averages [B, E, ...] of each set of agents over its keys start <= j < end; a set that is not real sees none.
+def _averages_of(
+    agents_BEHmd, k_BHSd, v_BHSe, start_BE, end_BE, real_BE: jax.Array | None, valid_BS: jax.Array | None = None
+) -> Averages:
+    """Averages [B, E, ...] of each set of agents over its keys start <= j < end, those that are valid; a set that is not
+    real sees none.
 
     One set at a time, and again in the backward pass, so that memory stays of order S.
     """
@@ -422,7 +474,8 @@ def _averages_of(agents_BEHmd, k_BHSd, v_BHSe, start_BE, end_BE, real_BE: jax.Ar
     def one(inputs):
         agents, start, end = inputs
         logits = jnp.einsum("bhmd,bhsd->bhms", agents, k_BHSd, preferred_element_type=dtype) * scale
-        seen = ((key >= start[:, None]) & (key < end[:, None]))[:, None, None]
+        seen = (key >= start[:, None]) & (key < end[:, None])
+        seen = (seen if valid_BS is None else seen & valid_BS)[:, None, None]
         logits = jnp.where(seen, logits, -jnp.inf)
         highest = jax.lax.stop_gradient(jnp.maximum(logits.max(-1), _LOWEST))
         weights = jnp.exp(logits - highest[..., None])

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.errors import UserError
-from attnlab.ops import attention_splash, attention_xla, partition
+from attnlab.ops import attention_splash, attention_xla, context
 from attnlab.ops.dispatch import Implementation, choose
 from attnlab.ops.masks import Mask
 
@@ -164,6 +164,8 @@ def _run(op: str, implementations, impl: str, q_BTHd, k_BSKd, v_BSKe, mask: Mask
     _check_shapes(q_BTHd, k_BSKd, v_BSKe, mask, soft_cap, sinks_H)
     B, T, H, d = q_BTHd.shape
     S, K, e = v_BSKe.shape[1:]
+    balance = mask.causal and mask.window is None
+    mask = context.intervals(mask, T, S)
     spec = AttentionSpec(
         B, T, S, H, K, d, e, str(q_BTHd.dtype), mask.causal, mask.window, mask.dynamic(),
         soft_cap is not None, sinks_H is not None, mask.documents,
@@ -171,19 +173,15 @@ def _run(op: str, implementations, impl: str, q_BTHd, k_BSKd, v_BSKe, mask: Mask
     preference = [name for name in _PREFERENCE if name in implementations]
     chosen = choose(op, impl, implementations, spec, preference)
     scale = d**-0.5 if scale is None else float(scale)
+    both = implementations is LSE_IMPLEMENTATIONS
 
-    def run(q, k, v, sinks, k_start, k_end):
-        part = dataclasses.replace(mask, k_start=k_start, k_end=k_end)
-        return chosen.run(q, k, v, part, scale=scale, soft_cap=soft_cap, sinks_H=sinks)
+    def run(queries, keys, sinks, part):
+        out = chosen.run(*queries, *keys, part, scale=scale, soft_cap=soft_cap, sinks_H=sinks)
+        return out if both else (out,)
 
-    arrays = (q_BTHd, k_BSKd, v_BSKe, sinks_H, mask.k_start, mask.k_end)
-    # Groups of query heads stay with their key head: both are split alike, or neither.
-    q_axes, kv_axes = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
-    if K % partition.ways("heads") or H % partition.ways("heads"):
-        q_axes = kv_axes = ("batch", None, None, None)
-    rows = ("batch", None)
-    out_axes = [q_axes, q_axes[:3]] if implementations is LSE_IMPLEMENTATIONS else q_axes
-    return partition.local(run, arrays, (q_axes, kv_axes, kv_axes, (q_axes[2],), rows, rows), out_axes)
+    ranks = (4, 3) if both else (4,)
+    out = context.attend(run, (q_BTHd,), (k_BSKd, v_BSKe), sinks_H, mask, balance=balance, ranks=ranks)
+    return out if both else out[0]
 
 
 def _check_shapes(q, k, v, mask: Mask, soft_cap, sinks) -> None:

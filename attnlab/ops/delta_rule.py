@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.errors import UserError
-from attnlab.ops import partition
+from attnlab.ops import context, partition
 from attnlab.ops.dispatch import Implementation, choose
 
 _BASE = 8  # triangular blocks of this size are inverted by a power series, larger ones from their quarters
@@ -129,15 +129,37 @@ def delta_rule(
     chosen = choose("delta_rule", impl, IMPLEMENTATIONS, spec, ("chunked",))
     arrays = [x.astype(dtype) for x in (q_BTHd, k_BTHd, v_BTHe, log_decay_BTH, beta_BTH)]
     heads = None if H % partition.ways("heads") else "heads"
-    wide, narrow = ("batch", None, heads, None), ("batch", None, heads)
+    seq = "seq" if context.split(T) else None
+
+    def on_device(*arrays):
+        return _on_parts(chosen.run, *arrays, chunk) if seq else chosen.run(*arrays, chunk)
+
+    wide, narrow = ("batch", seq, heads, None), ("batch", seq, heads)
     state_axes = ("batch", heads, None, None)
     o, state = partition.local(
-        lambda *xs: chosen.run(*xs, chunk),
+        on_device,
         (*arrays, documents_BT, state_BHde.astype(dtype)),
-        (wide, wide, wide, narrow, narrow, ("batch", None), state_axes),
+        (wide, wide, wide, narrow, narrow, ("batch", seq), state_axes),
         [wide, state_axes],
     )
     return o.astype(v_BTHe.dtype), state
+
+
+def _on_parts(run, q, k, v, log_decay, beta, documents, state, chunk: int):
+    """Each device runs its positions from nothing, and adds what the state of those before gives: it is linear in it.
+
+    What it gives is what the rule reads where it begins from the identity and all values are 0: d more value columns.
+    """
+    ours = context.parts()
+    B, T, H, d = q.shape
+    documents = None if documents is None else ours.documents(documents)
+    e = v.shape[-1]
+    columns = jnp.concatenate([v, jnp.zeros((B, T, H, d), v.dtype)], axis=-1)
+    start = jnp.broadcast_to(jnp.eye(d, e + d, k=e, dtype=v.dtype), (B, H, d, e + d))
+    o, end = run(q, k, columns, log_decay, beta, documents, start, chunk)
+    join = lambda before, own: own[..., e:] @ before + own[..., :e]
+    before, after = ours.running(join, end, state)
+    return o[..., :e] + jnp.einsum("bthd,bhde->bthe", o[..., e:], before), after
 
 
 def chunked_flops(chunk: int, length: int, d: int, e: int) -> float:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.errors import UserError
+from attnlab.ops import context, partition
 from attnlab.ops.dispatch import Implementation, choose
 from attnlab.ops.flow_definition import (
     FlowOutput,
@@ -24,6 +25,7 @@ from attnlab.ops.flow_definition import (
     causal_definition,
     clipped,
     dot,
+    empty_state,
 )
 from attnlab.ops.linear_recurrence import chunk_weights, linear_recurrence
 
@@ -33,44 +35,99 @@ from attnlab.ops.linear_recurrence import chunk_weights, linear_recurrence
 def causal_chunked(q, k, v, documents, state: FlowState | None, rule: FlowRule, chunk: int) -> FlowOutput:
     """The same in chunks. The four flows share one product of queries and keys within a chunk.
 
-    Sums of a call are taken from zero and then joined to the state's, so that sums and averages differ only there.
+    Sums of a call are taken from zero and then joined to those before it, so that sums and averages differ only there.
     """
-    eps = rule.epsilon
-    places = _Places.of(documents, state, q.shape[1], rule)
+    eps, ours = rule.epsilon, context.parts()
+    if ours is not None and documents is not None:
+        documents = ours.documents(documents)
+    earlier = _Earlier(state, ours, documents, q.shape[:2], rule)
+    places = _Places.of(documents, earlier.count, q.shape[1], rule, q.dtype)
     N = places.count.astype(q.dtype)[..., None]
     share, total = (1, N) if rule.averages else (N, 1)  # inflow * total is I; N / I is share / inflow
     running = _RunningFlows(q, k, documents, chunk, eps)
-
-    def flow(local_BTH, x_BTHd, before_BHd):
-        """(x + eps) . (sum + eps), with the state's part of the sum."""
-        y = local_BTH + eps * (x_BTHd.sum(-1) + eps * x_BTHd.shape[-1])
-        if state is not None:
-            y += places.weight * jnp.einsum("bthd,bhd->bth", x_BTHd + eps, before_BHd)
-        return y
-
-    past = state or FlowState(*[None] * len(dataclasses.fields(FlowState)))
     after = {"count": jnp.broadcast_to(places.count[:, -1], q.shape[:1])}
 
-    local, after["sources"] = running.received(None)
-    inflow = flow(local, q, past.sources) / total
+    def flow(name, x_BTHd, local_BTH, own_BHd):
+        """(x + eps) . (sum + eps), the sum being the call's own and what came before."""
+        y = local_BTH + eps * (x_BTHd.sum(-1) + eps * x_BTHd.shape[-1])
+        before = earlier.sum(name, own_BHd)
+        if before is not None:
+            y += places.weight * jnp.einsum("bthd,bhd->bth", x_BTHd + eps, before)
+        after[name] = places.join(before, own_BHd, rule)
+        return y
+
+    inflow = flow("sources", q, *running.received(None)) / total
     allocation, u, outgoing = 1.0, v, None
     if rule.allocation:
-        local, after["sinks"] = running.sent(None)
-        outflow = flow(local, k, past.sinks) / total
-        local, after["emitted"] = running.received(share / outflow)
-        allocation = jax.nn.sigmoid(flow(local, q, past.emitted) / N)
+        outflow = flow("sinks", k, *running.sent(None)) / total
+        allocation = jax.nn.sigmoid(flow("emitted", q, *running.received(share / outflow)) / N)
     if rule.competition:
-        local, after["absorbed"] = running.sent(share / inflow)
-        outgoing = flow(local, k, past.absorbed) / N
-        weights, after["rivals"], after["peak"] = _running_softmax(outgoing, running, past, places, rule)
+        outgoing = flow("absorbed", k, *running.sent(share / inflow)) / N
+        weights, after["rivals"], after["peak"] = _running_softmax(outgoing, running, earlier, places, rule)
         u = v * weights[..., None]
-    o, after["pairs"] = linear_recurrence(q, k, u, documents_BT=documents, chunk=chunk)
-    if state is not None:
-        o += places.weight[..., None] * jnp.einsum("bthd,bhde->bthe", q, past.pairs)
+    o, own = linear_recurrence(q, k, u, documents_BT=documents, chunk=chunk)
+    before = earlier.sum("pairs", own)
+    if before is not None:
+        o += places.weight[..., None] * jnp.einsum("bthd,bhde->bthe", q, before)
+    after["pairs"] = places.join(before, own, rule)
     o = o * (allocation / (inflow * total))[..., None]
-    for name in ("sources", "sinks", "emitted", "absorbed", "pairs"):
-        after[name] = places.join(getattr(past, name), after.get(name), rule)
-    return FlowOutput(o, FlowState(**{"rivals": None, "peak": None} | after), outgoing)
+    names = [f.name for f in dataclasses.fields(FlowState)]
+    after = FlowState(**(dict.fromkeys(names) | after))
+    return FlowOutput(o, after if ours is None else ours.of_last(after), outgoing)
+
+
+class _Earlier:
+    """What stands before the first position: a stream's state, or what the devices before this one hold.
+
+    Each sum is asked for when the call's own is known: the three that depend on each other are three exchanges.
+
+    Attributes:
+      count: [B] int32, positions of the document so far; None: nothing stands before.
+    """
+
+    def __init__(self, state: FlowState | None, ours: context.Parts | None, documents, shape, rule: FlowRule):
+        self.state, self.ours, self.rule = state, ours, rule
+        self.count = None if state is None else state.count
+        if ours is not None:
+            self.goes_on = jnp.ones(shape[:1], bool) if documents is None else documents[:, -1] == 0
+            here = jnp.broadcast_to(_places(documents, shape[1])[0][:, -1], shape[:1])
+            self.count = self._running(here)
+
+    def sum(self, name: str, own: jax.Array) -> jax.Array | None:
+        """The state's entry `name`, or what adds up to it; `own` is what the call adds."""
+        if self.ours is None:
+            return None if self.state is None else getattr(self.state, name)
+        return self._averaged(self._running(own))
+
+    def rivals(self, peak_BH: jax.Array, own_BH: jax.Array) -> tuple[jax.Array, jax.Array] | None:
+        """The running sum of exponentials and the peak that they are relative to."""
+        if self.ours is None:
+            if self.state is None or self.state.rivals is None:
+                return None
+            peak = jnp.zeros_like(self.state.rivals) if self.state.peak is None else self.state.peak
+            return self.state.rivals, peak
+
+        def join(before, part):
+            own_peak, own, goes_on = part
+            old_peak = jnp.where(goes_on[:, None], before[0], -jnp.inf)
+            peak = jnp.maximum(old_peak, own_peak)
+            return peak, before[1] * jnp.exp(old_peak - peak) + own * jnp.exp(own_peak - peak)
+
+        start = jnp.full_like(own_BH, -jnp.inf), jnp.zeros_like(own_BH)
+        (peak, before), _ = self.ours.running(join, (peak_BH, own_BH, self.goes_on), start)
+        return self._averaged(before), peak
+
+    def _running(self, own: jax.Array) -> jax.Array:
+        def join(before, part):
+            own, goes_on = part
+            return jnp.where(goes_on.reshape(-1, *[1] * (own.ndim - 1)), before, 0) + own
+
+        return self.ours.running(join, (own, self.goes_on), jnp.zeros_like(own))[0]
+
+    def _averaged(self, total: jax.Array) -> jax.Array:
+        if not self.rule.averages:
+            return total
+        return total / jnp.maximum(self.count, 1).reshape(-1, *[1] * (total.ndim - 1)).astype(total.dtype)
 
 
 def bidirectional_linear(q, k, v, documents, rule: FlowRule, chunk: int) -> FlowOutput:
@@ -208,13 +265,13 @@ class _Places:
     here: jax.Array
 
     @classmethod
-    def of(cls, documents, state: FlowState | None, length: int, rule: FlowRule) -> _Places:
+    def of(cls, documents, before_B: jax.Array | None, length: int, rule: FlowRule, dtype: jnp.dtype) -> _Places:
         here = _places(documents, length)[0]
-        if state is None:
+        if before_B is None:
             return cls(here, None, None, here[:, -1])
         own = (jnp.zeros((1, length), jnp.int32) if documents is None else documents) == 0
-        count = here + own * state.count[:, None]
-        weight = (own * state.count[:, None] if rule.averages else own).astype(state.sources.dtype)
+        count = here + own * before_B[:, None]
+        weight = (own * before_B[:, None] if rule.averages else own).astype(dtype)
         return cls(count, own[..., None], weight[..., None], here[:, -1])
 
     def join(self, before, here, rule: FlowRule):
@@ -241,19 +298,18 @@ def _places(documents, length: int):
     return index - jax.lax.cummax(starts, axis=1) + 1, jax.lax.cummin(ends, axis=1, reverse=True)
 
 
-def _running_softmax(outgoing_BTH, running: _RunningFlows, past: FlowState, places: _Places, rule: FlowRule):
+def _running_softmax(outgoing_BTH, running: _RunningFlows, earlier: _Earlier, places: _Places, rule: FlowRule):
     """`N exp(score) / (running sum of exp(score))` [B, T, H], and the state's rivals and peak at the end."""
     scores = clipped(outgoing_BTH, rule)
     local_peak, local = running.exp_sums(scores, rule)
-    peak, local_scale, total = local_peak, 1.0, local
-    before = None
-    if past.rivals is not None:
-        past_peak = jnp.zeros_like(past.rivals) if past.peak is None else past.peak
+    peak, total = local_peak, local
+    past, before = earlier.rivals(local_peak[:, -1], local[:, -1]), None
+    if past is not None:
+        rivals, past_peak = past
         if rule.clip is None:
             peak = jnp.maximum(local_peak, jnp.where(places.own, past_peak[:, None], -jnp.inf))
-            local_scale = jnp.exp(local_peak - peak)
-        before = past.rivals[:, None] * jnp.exp(jnp.minimum(past_peak[:, None] - peak, 0))
-        local = local * local_scale
+            local = local * jnp.exp(local_peak - peak)
+        before = rivals[:, None] * jnp.exp(jnp.minimum(past_peak[:, None] - peak, 0))
         total = local + places.weight * before
     N = places.count.astype(scores.dtype)[..., None]
     weights = jnp.exp(scores - peak) * (N / total)
@@ -388,8 +444,32 @@ def flow_attention(
     wide = jnp.promote_types(v_BSHe.dtype, jnp.float32)
     q, k, v = (x.astype(wide) for x in (q_BTHd, k_BSHd, v_BSHe))
     streamed = (state,) if causal else ()
-    out = chosen.run(q, k, v, documents, *streamed, rule, chunk)
+    run = lambda q, k, v, documents: chosen.run(q, k, v, documents, *streamed, rule, chunk)
+    if chosen.run is causal_chunked and state is None and context.split(T):
+        out = _on_parts(run, q, k, v, documents, rule)
+    else:
+        out = run(q, k, v, documents)
     return out._replace(o=out.o.astype(v_BSHe.dtype))
+
+
+def _on_parts(run, q, k, v, documents, rule: FlowRule) -> FlowOutput:
+    """`run` on each device's own batch, heads and positions."""
+    B, T, H, d = q.shape
+    heads = None if H % partition.ways("heads") else "heads"
+    rows = ("batch", "seq", heads, None)
+    like = empty_state(rule, B, H, d, v.shape[3], q.dtype)
+    states, kind = jax.tree.flatten(like)
+    has_outgoing = rule.competition
+
+    def on_device(*arrays):
+        out = run(*arrays)
+        return (out.o, *([out.outgoing] if has_outgoing else []), *jax.tree.leaves(out.state))
+
+    of_states = [("batch", *(heads, None, None)[: x.ndim - 1]) for x in states]
+    out_axes = [rows, *([rows[:3]] if has_outgoing else []), *of_states]
+    o, *rest = partition.local(on_device, (q, k, v, documents), (rows, rows, rows, rows[:2]), out_axes)
+    outgoing = rest.pop(0) if has_outgoing else None
+    return FlowOutput(o, jax.tree.unflatten(kind, rest), outgoing)
 
 
 def _check_shapes(q, k, v, causal: bool, documents, state, chunk: int) -> None:

@@ -9,10 +9,10 @@ def linear(x: jax.Array, w_IO: jax.Array) -> jax.Array:
     """`x @ w` for x [..., I], in the dtype of x.
 
     On CPU the product is of a matrix of rows, or of a vector where there is one row: XLA there transposes and copies
-    activations of three axes for the backward products, and takes a slow path for one row. Elsewhere the axes stay
-    apart, so that each can be sharded.
+    activations of three axes for the backward products, and takes a slow path for one row. Elsewhere, and where both
+    axes of the rows are split over devices, they stay apart.
     """
-    if partition.platform() != "cpu":
+    if partition.platform() != "cpu" or partition.ways("seq") > 1:
         return x @ w_IO
     rows = x.reshape(-1) if x.size == w_IO.shape[0] else x.reshape(-1, w_IO.shape[0])
     return (rows @ w_IO).reshape(*x.shape[:-1], w_IO.shape[1])

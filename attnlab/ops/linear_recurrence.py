@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.errors import UserError
+from attnlab.ops import context, partition
 from attnlab.ops.dispatch import Implementation, choose
 
 
@@ -156,8 +157,38 @@ def linear_recurrence(
     if log_decay is not None:
         log_decay = jnp.maximum(log_decay.astype(wide), jnp.log(jnp.finfo(wide).tiny))  # differences stay finite
     state = None if state_BHde is None else state_BHde.astype(wide)
-    o, state = chosen.run(q, k, u, log_decay, documents_BT, state, chunk)
+
+    heads = None if H % partition.ways("heads") else "heads"
+    seq = "seq" if context.split(T) else None
+
+    def on_device(*arrays):
+        return _on_parts(chosen.run, *arrays, chunk) if seq else chosen.run(*arrays, chunk)
+
+    rows, states = ("batch", seq, heads, None), ("batch", heads, None, None)
+    decays = (heads,) if decay == "constant" else rows[:3]
+    o, state = partition.local(
+        on_device,
+        (q, k, u, log_decay, documents_BT, state),
+        (rows, rows, rows, decays, rows[:2], states),
+        [rows, states],
+    )
     return o.astype(q_BTHd.dtype), state
+
+
+def _on_parts(run, q, k, u, log_decay, documents, state, chunk: int):
+    """Each device runs its positions from nothing, and adds what the state of those before gives: it is linear in it."""
+    ours = context.parts()
+    B, T, H, d = q.shape
+    documents = None if documents is None else ours.documents(documents)
+    o, written = run(q, k, u, log_decay, documents, None, chunk)
+    logs = jnp.zeros((B, T, H), q.dtype) if log_decay is None else jnp.broadcast_to(log_decay, (B, T, H))
+    kept = jnp.exp(jnp.cumsum(logs, axis=1))
+    if documents is not None:
+        kept = jnp.where((documents == 0)[..., None], kept, 0)
+    start = jnp.zeros((B, H, d, u.shape[3]), q.dtype) if state is None else state
+    join = lambda before, own: own[0][..., None, None] * before + own[1]
+    before, after = ours.running(join, (kept[:, -1], written), start)
+    return o + jnp.einsum("bth,bthd,bhde->bthe", kept, q, before), after
 
 
 def flops_per_token(length: int, chunk: int, width: int, value_width: int) -> float:

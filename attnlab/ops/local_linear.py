@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.errors import UserError
-from attnlab.ops import local_linear_xla, partition
+from attnlab.ops import context, local_linear_xla
 from attnlab.ops.attention import AttentionSpec, _check_shapes
 from attnlab.ops.dispatch import Implementation, choose
 from attnlab.ops.masks import Mask
@@ -120,26 +120,19 @@ def local_linear(
         raise UserError(f"local_linear: ridge {ridge.shape}, expected a scalar, [{H}] or [{B}, {T}, {H}]")
     if iterations < 1:
         raise UserError(f"local_linear: iterations={iterations} is not allowed; allowed: 1 or more")
+    balance = mask.causal and mask.window is None
+    mask = context.intervals(mask, T, S)
     spec = AttentionSpec(
         B, T, S, H, K, d, e, str(q_BTHd.dtype), mask.causal, mask.window, mask.dynamic(), False, False
     )
     chosen = choose("local_linear", impl, IMPLEMENTATIONS, spec, _PREFERENCE)
     scale = d**-0.5 if scale is None else float(scale)
 
-    def run(q, k, v, ridge, k_start, k_end):
-        part = dataclasses.replace(mask, k_start=k_start, k_end=k_end)
-        return chosen.run(q, k, v, part, ridge, scale=scale, iterations=iterations, tolerance=tolerance)
+    def run(queries, keys, _, part):
+        q, ridge = queries
+        return chosen.run(q, *keys, part, ridge, scale=scale, iterations=iterations, tolerance=tolerance)
 
-    arrays = (q_BTHd, k_BSKd, v_BSKe, jnp.broadcast_to(ridge, (B, T, H)), mask.k_start, mask.k_end)
-    q_axes, kv_axes = head_axes(H, K)
-    rows, per_query = ("batch", None), q_axes[:3]
-    axes = (q_axes, kv_axes, kv_axes, per_query, rows, rows)
-    o, *facts = partition.local(run, arrays, axes, [q_axes, per_query, per_query])
+    queries = (q_BTHd, jnp.broadcast_to(ridge, (B, T, H)))
+    keys = (k_BSKd, v_BSKe)
+    o, *facts = context.attend(run, queries, keys, None, mask, balance=balance, ranks=(4, 3, 3))
     return o, Solves(*jax.lax.stop_gradient(facts))
-
-
-def head_axes(heads: int, kv_heads: int) -> tuple[partition.Axes, partition.Axes]:
-    """Logical axes of queries and of keys and values: a group of query heads stays with its key head."""
-    if kv_heads % partition.ways("heads") or heads % partition.ways("heads"):
-        return ("batch", None, None, None), ("batch", None, None, None)
-    return ("batch", None, "heads", None), ("batch", None, "kv_heads", None)

@@ -1,13 +1,12 @@
 """Parallax, softmax attention tilted by a second score: its definition, its blockwise form, and the choice."""
 
-import dataclasses
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from attnlab.errors import UserError
-from attnlab.ops import partition
+from attnlab.ops import context
 from attnlab.ops.attention import AttentionSpec, _check_shapes
 from attnlab.ops.attention_xla import (
     _LOWEST,
@@ -23,7 +22,6 @@ from attnlab.ops.attention_xla import (
     _varying,
 )
 from attnlab.ops.dispatch import Implementation, choose
-from attnlab.ops.local_linear import head_axes
 from attnlab.ops.masks import Mask
 
 
@@ -186,15 +184,15 @@ def parallax(
         raise UserError(f"parallax: r {r_BTHd.shape} {r_BTHd.dtype} must be like q {q_BTHd.shape} {q_BTHd.dtype}")
     B, T, H, d = q_BTHd.shape
     S, K, e = v_BSKe.shape[1:]
+    balance = mask.causal and mask.window is None
+    mask = context.intervals(mask, T, S)
     spec = AttentionSpec(
         B, T, S, H, K, d, e, str(q_BTHd.dtype), mask.causal, mask.window, mask.dynamic(), False, False
     )
     chosen = choose("parallax", impl, IMPLEMENTATIONS, spec, _PREFERENCE)
     scale = d**-0.5 if scale is None else float(scale)
 
-    def run(q, r, k, v, k_start, k_end):
-        return chosen.run(q, r, k, v, dataclasses.replace(mask, k_start=k_start, k_end=k_end), scale=scale)
+    def run(queries, keys, _, part):
+        return (chosen.run(*queries, *keys, part, scale=scale),)
 
-    arrays = (q_BTHd, r_BTHd, k_BSKd, v_BSKe, mask.k_start, mask.k_end)
-    (q_axes, kv_axes), rows = head_axes(H, K), ("batch", None)
-    return partition.local(run, arrays, (q_axes, q_axes, kv_axes, kv_axes, rows, rows), q_axes)
+    return context.attend(run, (q_BTHd, r_BTHd), (k_BSKd, v_BSKe), None, mask, balance=balance)[0]

@@ -38,6 +38,7 @@ class Partition:
 
 
 _current: contextvars.ContextVar[Partition | None] = contextvars.ContextVar("partition", default=None)
+_inside: contextvars.ContextVar[Mapping[str, "Split"]] = contextvars.ContextVar("inside", default={})
 _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
 
@@ -79,8 +80,9 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 def local(fn: Callable[..., Any], arrays: tuple[Any, ...], axes: tuple[Any, ...], out_axes: Any) -> Any:
     """`fn(*arrays)`, computed by each device on its own part of the arrays.
 
-    Right only where `fn` treats the split axes one element like another: batch and heads. Kernels, which XLA cannot split
-    itself, and loops, which it splits badly, run so.
+    Right only where `fn` treats the split axes one element like another, as batch and heads, or asks `here` what is split
+    and exchanges what it must (`attnlab.ops.context`). Kernels, which XLA cannot split itself, and loops, which it splits
+    badly, run so.
 
     Args:
       fn: from local arrays to a local array, or a tuple of them.
@@ -108,22 +110,40 @@ def local(fn: Callable[..., Any], arrays: tuple[Any, ...], axes: tuple[Any, ...]
 
     out_specs = tuple(named(n) for n in out_axes) if isinstance(out_axes, list) else named(out_axes)
 
+    over = {axis: tuple(n for n in names if kept.mesh.shape[n] > 1) for axis, names in kept.rules.items()}
+    inside = {axis: Split(names, math.prod(kept.mesh.shape[n] for n in names)) for axis, names in over.items() if names}
+
     def on_device(*parts: Any) -> Any:
         rest = iter(parts)
-        with _alone():
+        with _alone(inside):
             return fn(*(None if a is None else next(rest) for a in arrays))
 
     run = jax.shard_map(on_device, mesh=kept.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
     return run(*(a for a, _ in given))
 
 
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """How a logical axis is split in the arrays that a device has before it: over `count` devices, along mesh axes `names`."""
+
+    names: tuple[str, ...]
+    count: int
+
+
+def here(axis: str) -> Split | None:
+    """Inside `local`: how its arrays are split along a logical axis; None where they are whole."""
+    return _inside.get().get(axis)
+
+
 @contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    token = _current.set(None)
+def _alone(inside: Mapping[str, Split]) -> Iterator[None]:
+    """No mesh is left to lay anything over; what the arrays are parts of is known."""
+    tokens = [(_current, _current.set(None)), (_inside, _inside.set(inside))]
     try:
         yield
     finally:
-        _current.reset(token)
+        for variable, token in reversed(tokens):
+            variable.reset(token)
 
 
 def traced(fn: Callable[..., Any], mesh: Mesh | None, rules: Mapping[str, tuple[str, ...]]) -> Callable[..., Any]:

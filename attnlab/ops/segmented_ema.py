@@ -8,6 +8,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from attnlab.ops import context, partition
+
 
 def definition(decay_BTC: jax.Array, x_BTRC: jax.Array, start_BRC: jax.Array) -> jax.Array:
     """The recurrence, position by position; see `segmented_ema`."""
@@ -21,12 +23,8 @@ def definition(decay_BTC: jax.Array, x_BTRC: jax.Array, start_BRC: jax.Array) ->
     return jnp.moveaxis(h, 0, 1)
 
 
-@jax.custom_vjp
 def segmented_ema(decay_BTC: jax.Array, x_BTRC: jax.Array, start_BRC: jax.Array) -> jax.Array:
     """`h_t = a_t h_{t-1} + x_t` in blocks of about sqrt(T) positions: 2 sqrt(T) steps instead of T.
-
-    Within blocks, all at once, from zero; then over the ends of blocks; the two are added. The backward is the same
-    recurrence from the last position to the first.
 
     Args:
       decay_BTC: a, between 0 and 1; R sequences share it.
@@ -36,12 +34,32 @@ def segmented_ema(decay_BTC: jax.Array, x_BTRC: jax.Array, start_BRC: jax.Array)
     Returns:
       h_BTRC. All four are of one dtype, float32 or wider.
     """
+    seq = "seq" if context.split(x_BTRC.shape[1]) else None
+    run = _on_parts if seq else _in_blocks
+    channels = None if x_BTRC.shape[3] % partition.ways("heads") else "heads"
+    rows = ("batch", seq, None, channels)
+    axes = (("batch", seq, channels), rows, ("batch", None, channels))
+    return partition.local(run, (decay_BTC, x_BTRC, start_BRC), axes, rows)
+
+
+def _on_parts(decay, x, start):
+    """Each device runs its positions from zero, and adds what is left of those before."""
+    h, kept = _in_blocks(decay, x, jnp.zeros_like(start)), jnp.cumprod(decay, axis=1)
+    join = lambda before, own: own[0][:, None] * before + own[1]
+    before, _ = context.parts().running(join, (kept[:, -1], h[:, -1]), start)
+    return h + kept[:, :, None] * before[:, None]
+
+
+@jax.custom_vjp
+def _in_blocks(decay_BTC: jax.Array, x_BTRC: jax.Array, start_BRC: jax.Array) -> jax.Array:
+    """Within blocks, all at once, from zero; then over the ends of blocks; the two are added. The backward is the same
+    recurrence from the last position to the first."""
     B, T, R, C = x_BTRC.shape
     if T == 1:
         return (decay_BTC[:, 0, None] * start_BRC + x_BTRC[:, 0])[:, None]
     size = 2 ** math.ceil(math.log2(T) / 2)
 
-    def in_blocks(x):
+    def cut(x):
         """[size, B, N, ...]: filled up behind the last position, whence nothing comes back."""
         x = jnp.pad(x, [(0, 0), (0, -T % size)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(B, -1, size, *x.shape[2:]), 2, 0)
@@ -52,7 +70,7 @@ def segmented_ema(decay_BTC: jax.Array, x_BTRC: jax.Array, start_BRC: jax.Array)
         h, kept = decay[:, :, None] * h + x, decay * kept
         return (h, kept), (h, kept)
 
-    decays, inputs = in_blocks(decay_BTC), in_blocks(x_BTRC)
+    decays, inputs = cut(decay_BTC), cut(x_BTRC)
     zero = (jnp.zeros_like(inputs[0]), jnp.ones_like(decays[0]))
     (ends, kept_ends), (h, kept) = jax.lax.scan(within, zero, (decays, inputs))
 
@@ -66,7 +84,7 @@ def segmented_ema(decay_BTC: jax.Array, x_BTRC: jax.Array, start_BRC: jax.Array)
 
 
 def _forward(decay, x, start):
-    h = segmented_ema(decay, x, start)
+    h = _in_blocks(decay, x, start)
     return h, (decay, h, start)
 
 
@@ -74,9 +92,9 @@ def _backward(residuals, dh):
     decay, h, start = residuals
     # g_t = dh_t + a_{t+1} g_{t+1}, the gradient of h_t through all later positions, which is also that of x_t.
     later = jnp.concatenate([decay[:, 1:], jnp.zeros_like(decay[:, :1])], axis=1)
-    g = segmented_ema(later[:, ::-1], dh[:, ::-1], jnp.zeros_like(start))[:, ::-1]
+    g = _in_blocks(later[:, ::-1], dh[:, ::-1], jnp.zeros_like(start))[:, ::-1]
     before = jnp.concatenate([start[:, None], h[:, :-1]], axis=1)
     return (g * before).sum(2), g, decay[:, 0, None] * g[:, 0]
 
 
-segmented_ema.defvjp(_forward, _backward)
+_in_blocks.defvjp(_forward, _backward)

@@ -81,6 +81,9 @@ class TrainConfig:
         return int(first), int(last)
 
 
+MESH_AXES = ("data", "fsdp", "context", "tensor")
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Sizes of the device mesh's axes; -1, for one of them: all devices that the others leave.
@@ -90,19 +93,28 @@ class MeshConfig:
     Attributes:
       data: copies of the model, each on its share of the batch.
       fsdp: shares of the batch over which parameters and optimizer state are split too.
+      context: splits the positions of every sequence; parameters and optimizer state are split over it, too.
       tensor: splits heads, MLP and vocabulary.
+      slices: the axis that goes over several slices, whose network (DCN) is slower than that within one.
     """
 
     data: int = -1
     fsdp: int = 1
+    context: int = 1
     tensor: int = 1
+    slices: str = "data"
 
     def __post_init__(self) -> None:
-        sizes = dataclasses.asdict(self)
+        sizes = self.sizes()
         for key, value in sizes.items():
             config_lib.require(value >= 1 or value == -1, f"mesh.{key}", value, "1 or more, or -1 for the rest")
         free = [k for k, v in sizes.items() if v == -1]
         config_lib.require(len(free) <= 1, f"mesh.{free[-1] if free else ''}", -1, "-1 for one axis only")
+        config_lib.require_choice("mesh.slices", self.slices, list(sizes))
+
+    def sizes(self) -> dict[str, int]:
+        """Axis to size, -1 for the rest; the outermost axis first."""
+        return {axis: getattr(self, axis) for axis in MESH_AXES}
 
 
 @dataclasses.dataclass(frozen=True)

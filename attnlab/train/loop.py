@@ -110,7 +110,7 @@ class _Run:
         self.config, self.path, self.processes = config, path, processes
         c = config
         self.tokenizer = load_tokenizer(c)
-        self.mesh = sharding.make_mesh(c.mesh, c.data.batch // c.train.accumulate)
+        self.mesh = sharding.make_mesh(c.mesh, c.data.batch // c.train.accumulate, length=c.data.length)
         self.model = Model.of(c.model)
         self.rate = optimizers.schedule(c.optimizer, c.train.steps)
         self.tx = optimizers.build(c.optimizer, c.train.steps, self.model.axes)
@@ -121,7 +121,7 @@ class _Run:
         if processes.first:
             workdir.require_space(path, size * max(c.train.keep + 2 - saved, 1))
 
-        share = {"process_index": processes.index, "process_count": processes.count}
+        share = dict(zip(("process_index", "process_count"), sharding.share_of_rows(self.mesh)))
         self.loader = data_lib.train_loader(c.data, self.tokenizer, seed=c.seed, **share)
         self.heldout = None
         if c.train.eval_every:

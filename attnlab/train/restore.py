@@ -81,7 +81,7 @@ def load(path: pathlib.Path, which: str = "best", overrides: list[str] | None = 
     else:
         raise UserError(f"--checkpoint {which!r} is not there; allowed: best, latest, {', '.join(map(str, steps))}")
 
-    mesh = sharding.make_mesh(config.mesh, config.data.batch // config.train.accumulate)
+    mesh = sharding.make_mesh(config.mesh, config.data.batch // config.train.accumulate, length=config.data.length)
     model = Model.of(config.model)
     tx = optimizers.build(config.optimizer, config.train.steps, model.axes)
     shapes = jax.eval_shape(lambda: init_state(model, tx, config.seed))

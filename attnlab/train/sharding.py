@@ -9,52 +9,103 @@ from typing import Any
 import jax
 import optax
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from attnlab.errors import ConfigError
 from attnlab.train.config import MeshConfig
 
-MESH_AXES = ("data", "fsdp", "tensor")
-
-# Logical axis of a parameter -> mesh axis; what is not named is not split.
-PARAMETER_RULES = {"embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
+# Logical axis of a parameter -> mesh axes; what is not named is not split.
+PARAMETER_RULES: dict[str, tuple[str, ...]] = {
+    "embed": ("fsdp", "context"),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+}
 BATCH_AXES = ("data", "fsdp")
 
 # Logical axis of an activation -> mesh axes.
-ACTIVATION_RULES = {"batch": BATCH_AXES, "heads": ("tensor",), "kv_heads": ("tensor",), "mlp": ("tensor",)}
+ACTIVATION_RULES: dict[str, tuple[str, ...]] = {
+    "batch": BATCH_AXES,
+    "seq": ("context",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+}
 
 
-def make_mesh(config: MeshConfig, batch: int, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, batch: int, devices: Sequence[Any] | None = None, *, length: int = 0) -> Mesh:
     """The mesh of all devices, or where every axis has a size of its own, of the first so many.
 
     Args:
       config: sizes of the axes.
       batch: sequences that are processed at a time, over all devices.
       devices: those to use; None: all that this program runs on.
+      length: positions of a sequence.
 
     Raises:
-      ConfigError: there are not so many devices, or they cannot be shared out, or the batch cannot.
+      ConfigError: there are not so many devices, or they cannot be shared out, or the batch or its positions cannot.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [getattr(config, axis) for axis in MESH_AXES]
-    fixed = math.prod(s for s in sizes if s != -1)
-    shown = ", ".join(f"mesh.{axis} = {size}" for axis, size in zip(MESH_AXES, sizes))
-    if fixed > len(devices) or (-1 in sizes and len(devices) % fixed):
-        allowed = f"a divisor of {len(devices)}" if -1 in sizes else f"at most {len(devices)}"
+    sizes = config.sizes()
+    fixed = math.prod(s for s in sizes.values() if s != -1)
+    shown = ", ".join(f"mesh.{axis} = {size}" for axis, size in sizes.items())
+    free = -1 in sizes.values()
+    if fixed > len(devices) or (free and len(devices) % fixed):
+        allowed = f"a divisor of {len(devices)}" if free else f"at most {len(devices)}"
         raise ConfigError(f"{shown} ask for {fixed} of {len(devices)} devices; allowed: a product of {allowed}")
-    sizes = [len(devices) // fixed if s == -1 else s for s in sizes]
-    shards = sizes[0] * sizes[1]
+    sizes = {axis: len(devices) // fixed if s == -1 else s for axis, s in sizes.items()}
+    shards = math.prod(sizes[axis] for axis in BATCH_AXES)
     if batch % shards:
         raise ConfigError(
             f"data.batch / train.accumulate = {batch} sequences cannot be split over {shards} devices "
             f"({shown}); allowed: multiples of {shards}"
         )
-    return jax.make_mesh(
-        tuple(sizes),
-        MESH_AXES,
-        axis_types=(jax.sharding.AxisType.Auto,) * len(sizes),
-        devices=devices[: math.prod(sizes)],
-    )
+    if length % sizes["context"]:
+        raise ConfigError(
+            f"mesh.context = {sizes['context']} does not divide data.length = {length}; allowed: divisors of it"
+        )
+    devices = devices[: math.prod(sizes.values())]
+    kinds = (jax.sharding.AxisType.Auto,) * len(sizes)
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=devices)
+    if sizes[config.slices] % slices:
+        raise ConfigError(
+            f"mesh.{config.slices} = {sizes[config.slices]} goes over {slices} slices (mesh.slices = {config.slices!r}); "
+            f"allowed: multiples of {slices}, or another axis in mesh.slices"
+        )
+    across = {axis: slices if axis == config.slices else 1 for axis in sizes}
+    within = [sizes[axis] // across[axis] for axis in sizes]
+    order = mesh_utils.create_hybrid_device_mesh(within, list(across.values()), devices)
+    return Mesh(order, tuple(sizes), axis_types=kinds)
+
+
+def share_of_rows(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
+    """Which share of a batch's rows a process's devices hold, and how many shares there are.
+
+    Processes that split positions or heads of the same rows hold the same share.
+
+    Args:
+      mesh: of `make_mesh`.
+      process: its index; None: this one.
+
+    Raises:
+      ConfigError: the processes' shares are not of one size.
+    """
+    process = jax.process_index() if process is None else process
+    held: dict[int, set[int]] = {}
+    rows = mesh.devices.reshape(math.prod(mesh.shape[axis] for axis in BATCH_AXES), -1)
+    for shard, devices in enumerate(rows):
+        for device in devices:
+            held.setdefault(device.process_index, set()).add(shard)
+    shares = sorted({tuple(sorted(shards)) for shards in held.values()})
+    even = len(set(map(len, shares))) == 1 and [s for share in shares for s in share] == list(range(len(rows)))
+    if not even or process not in held:
+        shown = ", ".join(f"mesh.{axis} = {size}" for axis, size in mesh.shape.items())
+        raise ConfigError(f"{shown}: {jax.process_count()} processes cannot share the batch's rows evenly")
+    return shares.index(tuple(sorted(held[process]))), len(shares)
 
 
 def logical_axes(params: nnx.State) -> Any:
@@ -76,15 +127,16 @@ def parameter_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
 
     def one(path: Any, names: tuple[str, ...], leaf: Any) -> NamedSharding:
         stack = len(leaf.shape) - len(names)
-        spec: list[str | None] = [None] * stack
+        spec: list[tuple[str, ...] | None] = [None] * stack
         for name, size in zip(names, leaf.shape[stack:], strict=True):
-            axis = PARAMETER_RULES.get(name)
-            if axis is not None and size % mesh.shape[axis]:
+            over = tuple(axis for axis in PARAMETER_RULES.get(name, ()) if mesh.shape[axis] > 1)
+            ways = math.prod(mesh.shape[axis] for axis in over)
+            if size % ways:
                 raise ConfigError(
-                    f"mesh.{axis} = {mesh.shape[axis]} does not divide {size}, the axis {name!r} of parameter "
-                    f"{jax.tree_util.keystr(path, simple=True, separator='.')}; allowed: divisors of {size}"
+                    f"{' x '.join(f'mesh.{axis}' for axis in over)} = {ways} does not divide {size}, the axis {name!r} of "
+                    f"parameter {jax.tree_util.keystr(path, simple=True, separator='.')}; allowed: divisors of {size}"
                 )
-            spec.append(axis)
+            spec.append(over or None)
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree_util.tree_map_with_path(one, axes, shapes, is_leaf=lambda leaf: isinstance(leaf, tuple))
@@ -110,10 +162,11 @@ def optimizer_shardings(mesh: Mesh, tx: optax.GradientTransformation, shapes: An
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of arrays [B, T]."""
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES, "context"))
 
 
 def put_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """Global arrays from this process's rows."""
-    sharding = batch_sharding(mesh)
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+    """Global arrays from this process's share of the rows, of which it has all positions."""
+    sharding, shares = batch_sharding(mesh), share_of_rows(mesh)[1]
+    whole = lambda v: (v.shape[0] * shares, *v.shape[1:])
+    return {k: jax.make_array_from_process_local_data(sharding, v, whole(v)) for k, v in batch.items()}
