@@ -35,7 +35,7 @@ class Costs:
       sent: bytes that a device sends for them by kind, over rings.
       crossing: those of them that leave what the fast interconnect joins, shared by the devices of a group that are in
         the same place. Between TPU slices they are of this sum alone.
-      kernels: custom kernels by name: nothing of their inside is in `flops`.
+      kernels: custom kernels by name, and calls of NVIDIA's libraries: nothing of their inside is in `flops`.
       unknown_loops: loops whose number of turns is not in the text; their bodies are counted once.
     """
 
@@ -68,6 +68,15 @@ def analyse(text: str, domains: Sequence[int] = ()) -> Costs:
         in one.
     """
     return _Program(text, domains).costs()
+
+
+def _kernel(op: Instruction) -> str | None:
+    """The name of a custom call that computes; None for one that only marks or allocates."""
+    target = re.search(r'custom_call_target="([^"]*)"', op.attributes)
+    name = target[1] if target else ""
+    if name == "tpu_custom_call":
+        return re.sub(r"[.\d]+$", "", op.name)
+    return name if name.startswith(("__cu", "__gpu$", "mosaic_gpu")) else None
 
 
 class _Program:
@@ -126,8 +135,8 @@ class _Program:
         elif code not in _FREE and not code.endswith("-done"):
             if code in ("dot", "convolution"):
                 total.flops += product_flops(op, body)
-            if code == "custom-call" and 'custom_call_target="tpu_custom_call"' in op.attributes:
-                total.kernels[re.sub(r"[.\d]+$", "", op.name)] += 1
+            if code == "custom-call" and (kernel := _kernel(op)):
+                total.kernels[kernel] += 1
             total.bytes += self._moved(op, body)
 
     # Loops.

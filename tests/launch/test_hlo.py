@@ -144,6 +144,19 @@ def test_text_of_the_tpu_compiler():
     assert costs.bytes == fusion + 3 * (each_turn + index)
 
 
+def test_calls_of_libraries_are_named():
+    """What cuDNN computes is not in the products, and is not hidden; an allocation is no kernel."""
+    text = """HloModule jit_f
+
+ENTRY %main (a: f32[4,8]) -> f32[4,8] {
+  %a = f32[4,8]{1,0} parameter(0)
+  %buffer = f32[4,8]{1,0} custom-call(), custom_call_target="AllocateBuffer"
+  ROOT %conv.1 = f32[4,8]{1,0} custom-call(%a), custom_call_target="__cudnn$convForward"
+}
+"""
+    assert hlo.analyse(text).kernels == {"__cudnn$convForward": 1}
+
+
 @pytest.mark.parametrize(
     "written, expected",
     [
