@@ -12,6 +12,7 @@ from typing import Any
 
 from attnlab import config as config_lib
 from attnlab.errors import UserError
+from attnlab.train import processes
 from attnlab.train.config import ClusterConfig
 
 log = logging.getLogger(__name__)
@@ -33,10 +34,17 @@ def start(spec: str, overrides: Sequence[str]) -> None:
         return
     if config.index:
         _reach(config)
-    elif config.index == 0:  # jax ends the process with a stack if they do not come
+    elif config.index == 0:
         log.info("waiting up to %d s for %d processes at %s", config.start_timeout, config.processes, config.coordinator)
     import jax
 
+    # It would take SIGTERM from the start on, and heed it only where a checkpoint is due.
+    jax.config.update("jax_enable_preemption_service", False)
+    # What jax throws out of a thread of its own, where some do not come, ends the process.
+    processes.tell_at_abort(
+        f"not all processes of this run were there in {config.start_timeout} s (cluster.start_timeout); "
+        "those that are missing say why in their own logs"
+    )
     try:
         jax.distributed.initialize(
             **arguments,

@@ -6,8 +6,10 @@ process alone has none of it.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -19,7 +21,6 @@ import jax
 
 from attnlab.train.config import ClusterConfig
 
-_POLL = 2.0  # seconds between signs of life
 _PREFIX = "attnlab"
 
 
@@ -34,14 +35,19 @@ class Processes:
     def __init__(self, config: ClusterConfig, end: Callable[[str], Any] | None = None):
         self.index, self.count = jax.process_index(), jax.process_count()
         self._config, self._end = config, end or _end
-        self._client = _client() if self.count > 1 else None
+        self._client, address = _service() if self.count > 1 else (None, None)
+        self._coordinator = f"process 0 of {self.count} at {address}, the coordinator,"
+        self._poll = min(2.0, config.timeout / 10)  # seconds between signs of life
         self._step, self._moved = -1, time.monotonic()
+        self._reached = time.monotonic()  # when the coordinator last answered
         self._done = threading.Event()
         self._stop_step: int | None = None
         self._barriers = 0
         if self._client is not None:
-            self._thread = threading.Thread(target=self._watch, daemon=True)
-            self._thread.start()
+            if not self.first and end is None:
+                tell_at_abort(f"{self._coordinator} was lost, or ended this process (see above)")
+            for task in (self._watch, self._watch_coordinator):
+                threading.Thread(target=task, daemon=True).start()
 
     @property
     def first(self) -> bool:
@@ -85,7 +91,7 @@ class Processes:
         if self._client is None:
             return
         if isinstance(error, jax.errors.JaxRuntimeError):
-            time.sleep(self._config.timeout + 4 * _POLL)
+            time.sleep(self._config.timeout + 4 * self._poll)
         reason = str(error).strip().splitlines() or [type(error).__name__]
         self._put("verdict", f"{self._name(self.index)} failed: {reason[0][:300]}", once=True)
 
@@ -96,26 +102,30 @@ class Processes:
     # Inside.
 
     def _watch(self) -> None:
-        beat, unreachable_since = 0, None
+        beat = 0
         seen: dict[str, tuple[Any, float]] = {}
-        while not self._done.wait(_POLL):
+        while not self._done.wait(self._poll):
             beat += 1
             life = {"beat": beat, "step": self._step, "idle": time.monotonic() - self._moved, "host": socket.gethostname()}
             if not self._put(f"life/{self.index}", json.dumps(life)):
-                unreachable_since = unreachable_since or time.monotonic()
-                if time.monotonic() - unreachable_since > self._config.timeout / 2:
-                    self._end(f"process 0 of {self.count}, the coordinator, cannot be reached")
-                    return
                 continue
-            unreachable_since = None
             verdict = self._get("verdict")
+            self._reached = time.monotonic()
             if verdict is None and self.first:
                 verdict = self._judge(seen)
                 if verdict is not None:
                     self._put("verdict", verdict, once=True)
-                    time.sleep(2 * _POLL)  # the others read it while the coordinator is still there
+                    time.sleep(2 * self._poll)  # the others read it while the coordinator is still there
             if verdict is not None and not self._done.is_set():
                 self._end(verdict)
+                return
+
+    def _watch_coordinator(self) -> None:
+        """A call to a coordinator that hangs, or whose host is gone, does not return: the time is kept beside it."""
+        while not self._done.wait(self._poll):
+            silent = time.monotonic() - self._reached
+            if silent > self._config.timeout:
+                self._end(f"{self._coordinator} has not answered for {silent:.0f} s")
                 return
 
     def _judge(self, seen: dict[str, tuple[Any, float]]) -> str | None:
@@ -159,10 +169,32 @@ class Processes:
             return []
 
 
-def _client() -> Any:
+def tell_at_abort(reason: str) -> None:
+    """Makes an abort of this process end it with the exit code 1 and a reason as its last line.
+
+    jax ends a process whose coordinator is gone at once, by abort, from a thread of its own: no Python runs after that.
+    """
+    global _at_abort
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)
+    def tell(_: int) -> None:
+        os.write(2, f"attnlab train: {reason}\n".encode())
+        os._exit(1)
+
+    set_handler = ctypes.CDLL(None).signal
+    set_handler.restype, set_handler.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
+    set_handler(signal.SIGABRT, ctypes.cast(tell, ctypes.c_void_p))
+    _at_abort = tell  # it must outlive this call
+
+
+_at_abort: Any = None
+
+
+def _service() -> tuple[Any, str]:
+    """The client of jax's coordination service, and the service's address."""
     from jax._src import distributed  # jax 0.10 and 0.11 have no public name for it; orbax takes it from here too
 
-    return distributed.global_state.client
+    return distributed.global_state.client, distributed.global_state.coordinator_address
 
 
 def _end(reason: str) -> None:

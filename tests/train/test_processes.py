@@ -2,22 +2,49 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
+import jax
 import pytest
 
+from attnlab import data as data_lib
 from attnlab.errors import UserError
 from attnlab.launch import cluster
 from attnlab.train.config import ClusterConfig
+from attnlab.train.processes import Processes
 from tests.train import runs
 
 pytestmark = pytest.mark.timeout(600)
+
+MESH = {"mesh__data": 4, "mesh__fsdp": 2}
+SMALL = {
+    "model__layers": 1, "data__length": 16, "train__eval_every": 0, "train__steps": 12, "train__keep": 3,
+    "optimizer__schedule": "constant",
+}  # fmt: skip
+TIMEOUT = 8  # of a sign of life
+
+# The command line, in a process that writes down which rows of the data it reads.
+RECORDED = """
+import json, sys
+from attnlab.data.packing import PackedRows
+pack = PackedRows.pack
+def recorded(self, indices):
+    batch = pack(self, indices)
+    print(json.dumps([int(i) for i in indices]), file=open(sys.argv[1], "a"))
+    return batch
+PackedRows.pack = recorded
+from attnlab.cli import main
+sys.exit(main(sys.argv[2:]))
+"""
 
 
 class Pair:
@@ -25,8 +52,7 @@ class Pair:
 
     def __init__(self, directory: pathlib.Path, source: str, **more: object):
         self.directory, self.workdir = directory, directory / "run"
-        mesh = {"data__length": 16, "mesh__data": 4, "mesh__fsdp": 2}
-        self.config = runs.write_config(directory / "config.py", source, **mesh, **more)
+        self.config = runs.write_config(directory / "config.py", source, **{**SMALL, **MESH, **more})
         self.processes: list[subprocess.Popen] = []
 
     def start(self, *overrides: str) -> Pair:
@@ -34,13 +60,16 @@ class Pair:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         env = {**os.environ, "PYTHONPATH": str(runs.ROOT), "JAX_PLATFORMS": "cpu"}
-        env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+        env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+        env |= {"JAX_COMPILATION_CACHE_DIR": str(runs.ROOT / ".jax_cache"), "TF_CPP_MIN_LOG_LEVEL": "2"}
+        env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
         self.processes = [
             subprocess.Popen(
                 [
-                    sys.executable, "-m", "attnlab", "train", "--config", self.config, "--workdir", str(self.workdir),
+                    sys.executable, "-c", RECORDED, str(self.directory / f"rows{i}"),
+                    "train", "--config", self.config, "--workdir", str(self.workdir),
                     f"--config.cluster.coordinator=127.0.0.1:{port}", "--config.cluster.processes=2",
-                    f"--config.cluster.index={i}", "--config.cluster.timeout=10", *overrides,
+                    f"--config.cluster.index={i}", f"--config.cluster.timeout={TIMEOUT}", *overrides,
                 ],
                 env=env, stdout=(self.directory / f"out{i}").open("w"), stderr=subprocess.STDOUT, cwd=runs.ROOT,
             )
@@ -51,27 +80,36 @@ class Pair:
     def output(self, index: int) -> str:
         return (self.directory / f"out{index}").read_text()
 
+    def read(self, index: int) -> set[tuple[int, ...]]:
+        """The rows of each batch that a process read."""
+        return {tuple(json.loads(line)) for line in (self.directory / f"rows{index}").read_text().splitlines()}
+
     def wait(self, seconds: float) -> list[int]:
         """Exit codes; the processes are killed if they do not come in time."""
         end = time.monotonic() + seconds
         try:
             return [p.wait(max(end - time.monotonic(), 0.1)) for p in self.processes]
         finally:
-            for p in self.processes:
-                p.kill()
+            self.kill()
+
+    def kill(self) -> None:
+        for p in self.processes:
+            p.kill()
+            p.wait()
+
+    def ends(self, code: int = 0, seconds: float = 300) -> Pair:
+        """Waits until both end, with this code."""
+        assert self.wait(seconds) == [code, code], f"{self.output(0)[-2000:]}\n---\n{self.output(1)[-2000:]}"
+        return self
 
     def at_step(self, step: int, seconds: float = 200) -> Pair:
         """Waits until a step is logged."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            if (self.workdir / "metrics.jsonl").exists() and runs.lines(self.workdir)[-1:] and (
-                runs.lines(self.workdir)[-1]["step"] >= step
-            ):
+        end, metrics = time.monotonic() + seconds, self.workdir / "metrics.jsonl"
+        while time.monotonic() < end and all(p.poll() is None for p in self.processes):
+            if metrics.exists() and any(line["step"] >= step for line in runs.lines(self.workdir)[-1:]):
                 return self
-            if any(p.poll() is not None for p in self.processes):
-                break
-            time.sleep(0.2)
-        self.wait(0)
+            time.sleep(0.05)
+        self.kill()
         raise AssertionError(f"step {step} never came:\n{self.output(0)[-2000:]}\n---\n{self.output(1)[-2000:]}")
 
 
@@ -82,63 +120,124 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(source, tmp_path_factory):
-    """A run of two processes that nothing disturbs."""
-    pair = Pair(tmp_path_factory.mktemp("whole"), source).start()
-    codes = pair.wait(300)
-    assert codes == [0, 0], pair.output(0)[-2000:] + pair.output(1)[-2000:]
-    return pair
+    """A run of two processes that nothing disturbs, and evaluates and samples."""
+    return Pair(tmp_path_factory.mktemp("whole"), source, train__eval_every=6).start().ends()
 
 
-def numbers(pair, keys=("step", "loss", "heldout_loss", "tokens")):
-    return [{k: line[k] for k in keys if k in line} for line in runs.lines(pair.workdir)]
+@pytest.fixture(scope="module")
+def alone(source, tmp_path_factory):
+    """The same run of one process on one device."""
+    workdir = tmp_path_factory.mktemp("alone")
+    runs.run(runs.config(source, **SMALL), workdir)
+    return workdir
+
+
+def numbers(workdir, keys=("step", "loss", "tokens")):
+    return [{k: line[k] for k in keys} for line in runs.lines(workdir)]
+
+
+def assert_same_run(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["step"] == b["step"] and a["tokens"] == b["tokens"] and abs(a["loss"] - b["loss"]) < 1e-5, (a, b)
+
+
+def up_to(step, workdir, copy):
+    """A copy of a finished run as it stood after a step."""
+    shutil.copytree(workdir, copy)
+    for saved in (copy / "checkpoints").iterdir():
+        if int(saved.name) > step:
+            shutil.rmtree(saved)
+    lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (copy / "metrics.jsonl").write_text("".join(lines[:step]))
+    return copy
+
+
+def shares(source, index, first, last):
+    """The rows that a process is to read for each of the steps."""
+    config = runs.config(source, **SMALL)
+    with data_lib.train_loader(config.data, data_lib.load_tokenizer("bytes"), seed=config.seed) as loader:
+        row, batch = loader._batches.row_index, config.data.batch
+        half = range(index * batch // 2, (index + 1) * batch // 2)
+        return {tuple(row((step - 1) * batch + i) for i in half) for step in range(first, last + 1)}
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_run(whole, source, tmp_path):
+def test_two_processes_are_one_run(whole, alone):
     """Losses are those of one process on one device; one process writes, and what it writes is whole."""
-    runs.run(runs.config(source, data__length=16), tmp_path)
-    for ours, alone in zip(numbers(whole), runs.lines(tmp_path), strict=True):
-        assert ours["step"] == alone["step"] and ours["tokens"] == alone["tokens"]
-        assert abs(ours["loss"] - alone["loss"]) < 1e-5
+    assert_same_run(numbers(whole.workdir), numbers(alone))
     assert "step 12/12" in whole.output(0) and "step 12/12" not in whole.output(1)
     assert len((whole.workdir / "samples.txt").read_text()) > 0
 
 
 @pytest.mark.slow
-def test_a_lost_process_ends_the_other_and_is_named(whole, source, tmp_path):
-    """SIGKILL of one ends the other within 60 s, non-zero, with the rank; the run then goes on bit for bit."""
-    pair = Pair(tmp_path, source, train__steps=2000, train__eval_every=0).start()
-    pair.at_step(6)
-    pair.processes[1].kill()
+def test_each_host_reads_its_share(whole, source):
+    """Of every batch, of training and held-out data, each process reads one half, and nothing else of it."""
+    for index in range(2):
+        read, ahead = whole.read(index), 20
+        assert shares(source, index, 1, 12) <= read
+        heldout = {tuple(range(8 * b + 4 * index, 8 * b + 4 * index + 4)) for b in range(2)}
+        assert heldout <= read <= heldout | shares(source, index, 1, 12 + ahead)
+
+
+@pytest.mark.slow
+def test_what_two_processes_saved_one_goes_on_with(whole, source, tmp_path):
+    """Other host counts, down: from step 8 of the two to the end by one process, on its own mesh."""
+    workdir = up_to(8, whole.workdir, tmp_path / "run")
+    mesh = {"mesh__data": 1, "mesh__fsdp": 4, "mesh__tensor": 2}
+    runs.run(runs.config(source, **{**SMALL, "train__eval_every": 6, **mesh}), workdir)
+    assert_same_run(numbers(workdir), numbers(whole.workdir))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [0, 1])
+def test_a_signal_to_one_saves_on_all(alone, source, tmp_path, told):
+    """SIGTERM to one process: both stop at the same step with a checkpoint, and exit with 0.
+
+    Other host counts, up: it began as a run of one process, and the examples and losses are that run's.
+    """
+    up_to(4, alone, tmp_path / "run")
+    pair = Pair(tmp_path, source, train__steps=2000, train__save_every=0, train__on_config_change="continue")
+    pair.start().at_step(8).processes[told].send_signal(signal.SIGTERM)
+    pair.ends(0, 120)
+    assert f"SIGTERM on process {told}" in pair.output(0)
+    saved = max(int(p.name) for p in (pair.workdir / "checkpoints").iterdir() if p.name.isdigit())
+    assert saved == runs.lines(pair.workdir)[-1]["step"]
+    both = min(saved, 12)
+    assert_same_run(numbers(pair.workdir)[:both], numbers(alone)[:both])
+    for index in range(2):
+        read = pair.read(index)
+        assert shares(source, index, 5, saved) <= read and not shares(source, index, 1, 4) & read
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_process_ends_the_other_and_is_named(whole, source, tmp_path, lost):
+    """SIGKILL of one ends the other within 60 s, non-zero, with the rank; started again, the run is bit for bit the same."""
+    pair = Pair(tmp_path, source, train__eval_every=6).start()
+    pair.at_step(5)
+    pair.processes[lost].kill()
     killed = time.monotonic()
     codes = pair.wait(60)
     assert time.monotonic() - killed < 60
-    assert codes[0] not in (0, None) and codes[1] == -signal.SIGKILL
-    assert "process 1 of 2" in pair.output(0)
+    assert codes[lost] == -signal.SIGKILL and codes[1 - lost] not in (0, None)
+    assert f"attnlab train: process {lost} of 2" in pair.output(1 - lost).splitlines()[-1]
+    if lost:
+        pair.start().ends()
+        assert numbers(pair.workdir) == numbers(whole.workdir)
 
 
 @pytest.mark.slow
-def test_killed_and_started_again_is_bit_identical(whole, source, tmp_path):
-    """What a run logs after a kill and a restart is what it would have logged."""
-    pair = Pair(tmp_path, source).start()
-    pair.at_step(5)
-    for p in pair.processes:
-        p.kill()
-    pair.wait(5)
-    assert pair.start().wait(300) == [0, 0], pair.output(0)[-2000:]
-    assert numbers(pair) == numbers(whole)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("told", [1])
-def test_a_signal_to_one_saves_on_all(source, tmp_path, told):
-    """SIGTERM to one process: both stop at the same step with a checkpoint, and exit with 0."""
-    pair = Pair(tmp_path, source, train__steps=2000, train__eval_every=0, train__save_every=0).start()
-    pair.at_step(3).processes[told].send_signal(signal.SIGTERM)
-    assert pair.wait(120) == [0, 0], pair.output(0)[-2000:] + pair.output(1)[-2000:]
-    assert f"SIGTERM on process {told}" in pair.output(0)
-    (saved,) = [int(p.name) for p in (pair.workdir / "checkpoints").iterdir() if p.name.isdigit()]
-    assert saved == runs.lines(pair.workdir)[-1]["step"]
+@pytest.mark.parametrize("hung", [0, 1])
+def test_a_process_that_hangs_ends_the_other_and_is_named(source, tmp_path, hung):
+    """SIGSTOP of one ends the other in the time of cluster.timeout and a little, and itself once it runs again."""
+    pair = Pair(tmp_path, source, train__steps=20000, train__save_every=0).start().at_step(3)
+    pair.processes[hung].send_signal(signal.SIGSTOP)
+    stopped = time.monotonic()
+    assert pair.processes[1 - hung].wait(60) not in (0, None)
+    assert time.monotonic() - stopped < 2.5 * TIMEOUT
+    assert f"attnlab train: process {hung} of 2" in pair.output(1 - hung).splitlines()[-1]
+    pair.processes[hung].send_signal(signal.SIGCONT)
+    assert pair.wait(30)[hung] not in (0, None)
 
 
 @pytest.mark.slow
@@ -151,19 +250,124 @@ def test_what_fails_in_one_is_told_by_the_other(source, tmp_path):
     assert "is a file, not a directory" in pair.output(0) and "process 0 of 2" in pair.output(1)
 
 
+class Store:
+    """The key-value store that processes talk through, in one process; `answers` False: calls hang, as with a lost host."""
+
+    def __init__(self):
+        self.values, self.answers = {}, threading.Event()
+        self.answers.set()
+
+    def key_value_set(self, key, value, allow_overwrite=False):
+        self.answers.wait()
+        if key in self.values and not allow_overwrite:
+            raise jax.errors.JaxRuntimeError(f"ALREADY_EXISTS: {key}")
+        self.values[key] = value
+
+    def key_value_try_get(self, key):
+        self.answers.wait()
+        if key not in self.values:
+            raise jax.errors.JaxRuntimeError(f"NOT_FOUND: {key}")
+        return self.values[key]
+
+    def key_value_dir_get(self, prefix):
+        self.answers.wait()
+        return [(k, v) for k, v in self.values.items() if k.startswith(prefix)]
+
+
+@pytest.fixture
+def three(monkeypatch):
+    """Three watches over one store, a hundred times as fast as real ones; what each ends with, by index."""
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr("attnlab.train.processes._service", lambda: (store, "10.0.0.1:1234"))
+    store, ended, watches = Store(), {}, []
+    config = ClusterConfig(timeout=30, step_timeout=60)
+    object.__setattr__(config, "timeout", 0.3)
+    object.__setattr__(config, "step_timeout", 1)
+    for index in range(3):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        watches.append(Processes(config, lambda reason, index=index: ended.setdefault(index, reason)))
+    yield store, watches, ended
+    store.answers.set()
+    for watch in watches:
+        watch.close()
+
+
+def wait_for(ended, count, seconds=20):
+    end = time.monotonic() + seconds
+    while len(ended) < count and time.monotonic() < end:
+        time.sleep(0.02)
+    return ended
+
+
+def test_the_watch_names_the_silent_one(three):
+    """A process without a sign of life is named, with its last step, by all others."""
+    store, watches, ended = three
+    watches[2].at_step(7)
+    time.sleep(0.2)
+    watches[2].close()
+    assert set(wait_for(ended, 2).values()) == {ended[0]} and set(ended) == {0, 1}
+    assert "process 2 of 3" in ended[0] and "no sign of life" in ended[0] and "last step was 7" in ended[0]
+
+
+def test_the_watch_names_the_late_one(three):
+    """All alive and none gets on: those behind are named. While one gets on, nobody is."""
+    store, watches, ended = three
+    for watch in watches:
+        watch.at_step(4)
+    for _ in range(12):
+        time.sleep(0.1)
+        watches[0].at_step(5)
+    assert not ended
+    watches[1].at_step(5)
+    assert "no step for 1 s; the last at step 4: process 2 on" in wait_for(ended, 3)[1]
+
+
+def test_the_watch_names_the_coordinator(three):
+    """A coordinator that does not answer is what all others end with, though their calls to it never return."""
+    store, watches, ended = three
+    store.answers.clear()
+    assert "process 0 of 3 at 10.0.0.1:1234, the coordinator, has not answered" in wait_for(ended, 3)[1]
+
+
+def test_a_failure_is_told_to_all(three):
+    """The first reason is everybody's, whatever fails afterwards."""
+    store, watches, ended = three
+    watches[1].failed(UserError("the disk is full\nand more"))
+    watches[2].failed(UserError("cancelled"))
+    assert set(wait_for(ended, 3)) == {0, 1, 2}
+    assert all("process 1 of 3" in reason and "failed: the disk is full" in reason for reason in ended.values())
+
+
+def test_all_stop_at_the_same_step(three):
+    """A signal to one stops all at a step that none has begun."""
+    store, watches, ended = three
+    assert [watch.agree_to_stop(4, None) for watch in watches] == [None] * 3
+    assert watches[1].agree_to_stop(5, "SIGTERM") is None
+    stops = [[watch.agree_to_stop(step, None) for step in (6, 7, 8)] for watch in watches]
+    assert stops == [[None, None, "SIGTERM on process 1"]] * 3
+
+
 def test_absent_others_are_told(tmp_path):
-    """A process whose coordinator never comes says so in the time that it was given."""
+    """A process whose coordinator never comes says so in the time that it was given; and a coordinator whose others do not."""
     (tmp_path / "config.py").write_text("def get_config(arg=None):\n    return {}\n")
-    program = (
-        "import sys\nfrom attnlab.launch import cluster\nfrom attnlab.errors import UserError\n"
-        "try:\n    cluster.start(sys.argv[1], ['cluster.coordinator=127.0.0.1:9', 'cluster.processes=2', 'cluster.index=1',"
-        " 'cluster.start_timeout=3'])\nexcept UserError as e:\n    print('TOLD', e)\n    import os; sys.stdout.flush(); os._exit(0)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "config.py")], capture_output=True, text=True, timeout=90,
-        env={**os.environ, "PYTHONPATH": str(runs.ROOT)},
-    )  # fmt: skip
-    assert "did not answer at cluster.coordinator = 127.0.0.1:9 in 3 s" in done.stdout, done.stdout + done.stderr
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    waiting = [
+        subprocess.Popen(
+            [
+                sys.executable, "-m", "attnlab", "train", "--config", tmp_path / "config.py", "--workdir", tmp_path / "run",
+                f"--config.cluster.coordinator=127.0.0.1:{at}", "--config.cluster.processes=2",
+                f"--config.cluster.index={index}", "--config.cluster.start_timeout=2",
+            ],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=runs.ROOT,
+        )
+        for index, at in ((0, port), (1, 9))
+    ]  # fmt: skip
+    first, second = (process.communicate(timeout=90)[0].strip().splitlines()[-1] for process in waiting)
+    assert [process.returncode for process in waiting] == [1, 2]
+    assert first.startswith("attnlab train: not all processes of this run were there in 2 s")
+    assert "process 0 did not answer at cluster.coordinator = 127.0.0.1:9 in 2 s" in second
 
 
 @pytest.mark.parametrize(
