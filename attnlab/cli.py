@@ -325,6 +325,7 @@ def _list(args: argparse.Namespace, _: list[str]) -> int:
         print(f"{described['name']}: {described['summary']}\n{described['paper']}")
         if described["extension"]:
             print(f"extension, not in the paper: {described['extension']}")
+        print(f"positions split over devices (mesh.context): {described['context'] or 'no'}")
         _table("knobs", ["key", "default", "meaning"],
                [[k["key"], str(k["default"]), k["doc"]] for k in described["knobs"]])  # fmt: skip
         return 0

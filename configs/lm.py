@@ -70,5 +70,5 @@ def get_config(arg=None):
         "eval_every": min(steps // 4, 1000),
         "save_every": 100 if small else 500,
     }
-    c.mesh = {"data": -1, "fsdp": 1, "tensor": 1} if small else {"data": 1, "fsdp": -1, "tensor": 1}
+    c.mesh = {"data": -1 if small else 1, "fsdp": 1 if small else -1, "context": 1, "tensor": 1}
     return c

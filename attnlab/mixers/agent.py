@@ -133,6 +133,7 @@ class Agent(HeadMixer):
 
     Config = AgentConfig
     capabilities = Capabilities(causal=True, bidirectional=True, streaming=True)
+    context = "the agents' averages are passed on"
     paper = (
         "Han et al. 2023, Agent Attention: On the Integration of Softmax and Linear Attention, arXiv:2312.08874"
     )
@@ -169,6 +170,11 @@ class Agent(HeadMixer):
             axes = ("taps",) * len(taps)
             self.conv_kernel = nnx.Param(init(rngs.params(), (*taps, inner), kind), axes=(*axes, "heads"))
             self.conv_bias = nnx.Param(jnp.zeros((inner,), kind), axes=("heads",))
+
+    @classmethod
+    def context_of(cls, config: AgentConfig) -> str:
+        """Agents pooled from queries average over all keys anew at every refresh."""
+        return "" if config.refreshed else cls.context
 
     # The contract.
 

@@ -134,6 +134,7 @@ class Mixer(nnx.Module):
       implementations: values of the Config's `impl` by name, `definition` among them; each is held to the definition.
       variants: combinations of knobs that the contract battery must try besides each knob alone.
       counted: the implementation whose matrix products `flops` declares.
+      context: how positions are split over devices (mesh.context), in a few words; empty: they cannot be.
     """
 
     Config: ClassVar[type[MixerConfig]]
@@ -144,6 +145,7 @@ class Mixer(nnx.Module):
     implementations: ClassVar[tuple[str, ...]]
     variants: ClassVar[tuple[dict[str, Any], ...]] = ()
     counted: ClassVar[str] = "definition"
+    context: ClassVar[str] = ""
 
     def __init__(self, config: Any, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         raise NotImplementedError
@@ -176,6 +178,11 @@ class Mixer(nnx.Module):
             state_bytes = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(state))
         flops, span = cls.flops(config, width, length)
         return Cost(parameters, flops, state_bytes, span)
+
+    @classmethod
+    def context_of(cls, config: Any) -> str:
+        """`context`, where it depends on the config."""
+        return cls.context
 
     def require(self, seq: Sequence, *, causal: bool) -> None:
         """Raises UnsupportedPattern for what `capabilities` rules out."""

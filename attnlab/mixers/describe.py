@@ -18,7 +18,9 @@ def mixer(name: str) -> dict[str, Any]:
         {"key": f.name, "default": f.default, "doc": f.metadata["doc"]} for f in dataclasses.fields(cls.Config)
     ]
     summary = (cls.__doc__ or "").strip().splitlines()[0]
-    return {"name": name, "summary": summary, "paper": cls.paper, "extension": cls.extension, "knobs": knobs}
+    context = cls.context_of(cls.Config())
+    described = {"name": name, "summary": summary, "paper": cls.paper, "extension": cls.extension}
+    return described | {"context": context, "knobs": knobs}
 
 
 def all_mixers(width: int = WIDTH, length: int = LENGTH) -> list[dict[str, Any]]:

@@ -202,6 +202,10 @@ class MoH(HeadMixer):
         if not config.reads_queries:
             self.router = Router(config, width, rngs=rngs, dtype=dtype)
 
+    @classmethod
+    def context_of(cls, config: MoHConfig) -> str:
+        return base.get(config.core.node_name).context_of(config.core)
+
     def require(self, seq: Sequence, *, causal: bool) -> None:
         super().require(seq, causal=causal)
         self.core.require(seq, causal=causal)
@@ -348,7 +352,8 @@ def _implementation(config: MoHConfig) -> str:
     """What `impl` stands for here; `auto` is recorded."""
     if config.impl != "auto":
         return config.impl
-    serves = config.taken < config.routed and partition.platform() == "cpu"
+    whole = partition.ways("seq") == partition.ways("heads") == 1
+    serves = config.taken < config.routed and partition.platform() == "cpu" and whole
     pick = "gather" if serves and _no_gather(config) is None else "dense"
     spec = f"H{config.heads} shared {config.always} active {config.taken} core {config.core.node_name}"
     choose("moh", pick, {pick: Implementation(lambda: None)}, spec, ())

@@ -97,6 +97,7 @@ class Softmax(HeadMixer):
 
     Config = SoftmaxConfig
     capabilities = Capabilities(causal=True, bidirectional=True, streaming=True)
+    context = "keys and values are gathered, queries dealt out evenly"
     paper = "Vaswani et al. 2017, Attention Is All You Need, arXiv:1706.03762"
     implementations = tuple(IMPLEMENTATIONS)
     variants = (

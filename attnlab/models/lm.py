@@ -11,6 +11,7 @@ from flax import nnx
 from attnlab import mixers
 from attnlab.mixers.parts import Linear, RMSNorm, param_dtype
 from attnlab.models.transformer import ModelConfig, Transformer, extend
+from attnlab.ops import partition
 from attnlab.ops.cross_entropy import cross_entropy
 
 
@@ -58,11 +59,13 @@ class LanguageModel(nnx.Module):
         out = self.hidden(batch["tokens"], seq, key)
         shape = batch["tokens"].shape
         weights = (batch["segments"] > 0).astype(param_dtype(self.config.compute_dtype))
+        # One axis of rows, unless both are split over devices: that could not be told of one.
+        rows = shape if partition.ways("seq") > 1 else (-1,)
         nll, lse = cross_entropy(
-            out.y.reshape(-1, self.config.width),
+            out.y.reshape(*rows, self.config.width),
             self.output_kernel(),
-            batch["targets"].reshape(-1),
-            weights.reshape(-1),
+            batch["targets"].reshape(rows),
+            weights.reshape(rows),
             chunk,
         )
         return nll.reshape(shape), lse.reshape(shape), out

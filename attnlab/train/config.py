@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from attnlab import config as config_lib
+from attnlab import mixers
 from attnlab.data import DataConfig
 from attnlab.models.transformer import ModelConfig
 from attnlab.train import optimizers
@@ -178,6 +179,12 @@ class RunConfig:
             self.data.batch % split == 0, "train.accumulate", split, f"divisors of data.batch ({self.data.batch})"
         )
         optimizers.schedule(self.optimizer, self.train.steps)
+        for letter, mixer in self.model.mixers.items():
+            if self.mesh.context != 1 and not mixers.get(mixer.node_name).context_of(mixer):
+                raise ConfigError(
+                    f"mesh.context = {self.mesh.context}: model.mixers.{letter} ({mixer.node_name}, as configured) cannot "
+                    "split its positions over devices; allowed: 1"
+                )
 
 
 # What may differ when a run goes on: it changes no number that the run computes.

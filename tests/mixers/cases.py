@@ -73,10 +73,11 @@ def module(config: Any, dtype: Any) -> mixers.Mixer:
     return built
 
 
-def inputs(dtype: Any, seed: int = 0) -> tuple[jax.Array, mixers.Sequence]:
-    """x [2, LENGTH, WIDTH] and the packed sequence."""
+def inputs(dtype: Any, seed: int = 0, behind: int = 0) -> tuple[jax.Array, mixers.Sequence]:
+    """x [2, LENGTH + behind, WIDTH] and the packed sequence, with so much more padding behind."""
     x = np.random.default_rng(seed).standard_normal((2, LENGTH, WIDTH))
-    return jnp.asarray(x, dtype), mixers.Sequence(jnp.asarray(POSITIONS), jnp.asarray(SEGMENTS))
+    more = lambda a: np.pad(a, [(0, 0), (0, behind)] + [(0, 0)] * (a.ndim - 2))
+    return jnp.asarray(more(x), dtype), mixers.Sequence(jnp.asarray(more(POSITIONS)), jnp.asarray(more(SEGMENTS)))
 
 
 def split(module: mixers.Mixer) -> tuple[Any, Any]:

@@ -85,7 +85,15 @@ def test_micro_batches_weigh_by_tokens():
     assert abs(float(np.mean(halves)) - float(nll.sum() / used.sum())) > 1e-3
 
 
-@pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+MESHES = (
+    {"data": 8},
+    {"data": 1, "fsdp": 8},
+    {"data": 2, "context": 4},
+    {"data": 1, "fsdp": 2, "context": 2, "tensor": 2},
+)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_meshes_change_nothing(whole, mesh):
     """Law 6 for the whole step: losses of three steps on 8 devices are those of one."""
     config, model, tx, _ = make()
