@@ -3,15 +3,15 @@
 #
 # Usage: bash scripts/tpu_pod.sh ACTION --name NAME --zone ZONE [options] [-- arguments of `attnlab train`]
 #
-# Actions
+# Actions; each can be repeated
 #   up       create the queued resource, or reuse the one of that name, and wait until it is active
-#   install  copy the committed tree to every worker and install it there
-#   train    start `attnlab train ARGUMENTS` on every worker; it goes on when this terminal closes
+#   install  copy the committed tree to every worker and install it there, unless a run is on
+#   train    start `attnlab train ARGUMENTS` on every worker, unless a run is on; it goes on when this terminal closes
 #   run      up, install, train and follow
-#   follow   print the log of the first worker as it grows (Ctrl-C leaves the run alone)
-#   status   the resource's state, and the last lines of every worker's log
-#   stop     SIGTERM to the run on every worker: it saves a checkpoint and ends
-#   down     delete the slice (and what is on its disks)
+#   follow   print the log of the first worker until the run ends, then its exit code (Ctrl-C leaves the run alone)
+#   status   the resource's state; of every worker whether the run is on, and the last lines of its log
+#   stop     SIGTERM to the run on every worker, and wait until it has saved a checkpoint and ended
+#   down     delete the slice, and what is on its disks. THE SLICE COSTS UNTIL THEN, whether anything runs or not
 #
 # Options
 #   --name NAME          of the queued resource and of its slice
@@ -20,13 +20,17 @@
 #   --type TYPE          accelerator type, e.g. v5litepod-16, v5p-128 (64 chips), v6e-256; for up and run
 #   --version VERSION    software of the workers; default: by the type
 #   --spot               cheaper, and may be taken away at any time
-#   --wait MINUTES       how long `up` waits for the slice (default 60)
+#   --wait MINUTES       how long `up` waits for the slice (default 60); a request that is not met by then expires, so
+#                        that no slice comes, and costs, when nobody waits for it
+#   --down-when-done     `run` and `follow` delete the slice once the run has ended, well or not, if this terminal is
+#                        still open then
 #   --dry-run            print every command instead of running it
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 usage() { sed -n '/^# Usage/,/^set -euo/{/^set -euo/d;s/^# \{0,1\}//;p}' "scripts/tpu_pod.sh"; }
-fail() { echo "tpu_pod.sh: $*" >&2; exit 2; }
+note() { echo "tpu_pod.sh: $*" >&2; }
+fail() { note "$@"; exit 2; }
 
 action=${1:-}
 case $action in
@@ -35,7 +39,7 @@ case $action in
     *) fail "unknown action '${action}'; allowed: up, install, train, run, follow, status, stop, down (--help tells more)" ;;
 esac
 
-name="" zone="" project="" type="" version="" wait_minutes=60 spot=false dry_run=false
+name="" zone="" project="" type="" version="" wait_minutes=60 spot=false down_when_done=false dry_run=false
 train_args=()
 while [ $# -gt 0 ]; do
     case $1 in
@@ -47,6 +51,7 @@ while [ $# -gt 0 ]; do
             esac
             shift 2 ;;
         --spot) spot=true; shift ;;
+        --down-when-done) down_when_done=true; shift ;;
         --dry-run) dry_run=true; shift ;;
         -h | --help) usage; exit 0 ;;
         --) shift; train_args=("$@"); break ;;
@@ -55,27 +60,50 @@ while [ $# -gt 0 ]; do
 done
 [ -n "$name" ] || fail "--name is missing"
 [ -n "$zone" ] || fail "--zone is missing"
-[[ $wait_minutes =~ ^[0-9]+$ ]] || fail "--wait $wait_minutes is no number of minutes"
+[[ $wait_minutes =~ ^[1-9][0-9]*$ ]] || fail "--wait $wait_minutes is no number of minutes"
 case $action in
-    train | run) [ ${#train_args[@]} -gt 0 ] || fail "$action needs the arguments of attnlab train after --" ;;
+    train | run)
+        [ ${#train_args[@]} -gt 0 ] || fail "$action needs the arguments of attnlab train after --"
+        case " ${train_args[*]} " in
+            *" --workdir "* | *" --workdir="*) ;;
+            *) fail "--workdir is missing after --; it must be on a filesystem that all workers share" ;;
+        esac ;;
     *) [ ${#train_args[@]} -eq 0 ] || fail "$action takes no arguments after --" ;;
+esac
+case $action in
+    run | follow) ;;
+    *) ! "$down_when_done" || fail "--down-when-done is for run and follow" ;;
 esac
 
 where=(--zone "$zone")
 [ -z "$project" ] || where+=(--project "$project")
+meter_stops="bash scripts/tpu_pod.sh down --name $name ${where[*]}"
+
+# Words as they could be typed.
+quoted() {
+    local word
+    for word in "$@"; do
+        if [[ $word =~ ^[A-Za-z0-9_./:=@,%+-]+$ ]]; then printf ' %s' "$word"; else printf " '%s'" "${word//\'/\'\\\'\'}"; fi
+    done
+}
 
 # Prints a command as it could be typed, and runs it unless this is a dry run.
 run() {
-    printf '+' >&2
-    printf ' %q' "$@" >&2
-    printf '\n' >&2
+    echo "+$(quoted "$@")" >&2
     "$dry_run" || "$@"
 }
 
 on_workers() { run gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker="$1" --command="$2"; }
 
-state() {
-    gcloud compute tpus queued-resources describe "$name" "${where[@]}" --format='value(state.state)' 2>/dev/null || true
+# A field of the queued resource; nothing if there is none of that name.
+describe() {
+    local out
+    if out=$(gcloud compute tpus queued-resources describe "$name" "${where[@]}" --format="value($1)" 2>&1); then
+        echo "$out"
+    elif [[ $out != *NOT_FOUND* ]]; then
+        note "$out"
+        return 1
+    fi
 }
 
 runtime_version() {
@@ -91,58 +119,120 @@ runtime_version() {
 up() {
     [ -n "$type" ] || fail "--type is missing"
     [ -n "$version" ] || version=$(runtime_version)
-    local found=""
-    "$dry_run" || found=$(state)
+    local found="" found_type
+    "$dry_run" || found=$(describe state.state)
     if [ -z "$found" ]; then
-        local flags=()
+        local flags=(--valid-until-duration "${wait_minutes}m")
         "$spot" && flags+=(--spot)
         run gcloud compute tpus queued-resources create "$name" --node-id "$name" "${where[@]}" \
             --accelerator-type "$type" --runtime-version "$version" "${flags[@]}"
     else
-        echo "reusing $name, which is $found"
+        found_type=$(describe 'tpu.nodeSpec[0].node.acceleratorType')
+        [ -z "$found_type" ] || [ "$found_type" = "$type" ] || fail "$name is there and is a $found_type, not a $type"
+        note "reusing $name, which is $found"
     fi
     "$dry_run" && return
     local deadline=$((SECONDS + 60 * wait_minutes)) now
     while true; do
-        now=$(state)
+        now=$(describe state.state) || now="not known: gcloud failed"
         case $now in
-            ACTIVE) echo "$name is active"; return ;;
-            FAILED | SUSPENDED) fail "$name is $now: delete it with: bash scripts/tpu_pod.sh down --name $name --zone $zone" ;;
+            ACTIVE) note "$name is active, and costs until: $meter_stops"; return ;;
+            FAILED | SUSPENDED | SUSPENDING)
+                note "$name is $now: it was not to be had in time, or was taken away"
+                fail "delete what is left of it, then try again: $meter_stops" ;;
         esac
-        [ $SECONDS -lt $deadline ] || fail "$name is still '$now' after $wait_minutes minutes; it stays queued: run 'up' again to wait on"
-        echo "$name is ${now:-not known yet}; waiting"
-        sleep 20
+        [ $SECONDS -lt $deadline ] || fail "$name is still '$now' after $wait_minutes minutes; 'up' waits on, 'down' deletes it"
+        note "$name is ${now:-not known yet}; waiting"
+        sleep "${POLL_SECONDS:-20}"
     done
 }
 
+# For the workers: `alive` says whether the run of train.pid is on.
+# shellcheck disable=SC2016  # it expands there
+alive='alive() { [ -s train.pid ] && grep -qa attnlab "/proc/$(cat train.pid)/cmdline" 2>/dev/null; }'
+
 install() {
-    local archive=/tmp/attnlab-$name.tar.gz
-    [ -z "$(git status --porcelain)" ] || echo "note: changes that are not committed are not copied" >&2
-    run git archive --format=tar.gz --output "$archive" HEAD
+    local archive=${TMPDIR:-/tmp}/attnlab-$name.tar.gz commit
+    commit=$(git rev-parse HEAD)
+    [ -z "$(git status --porcelain)" ] || note "changes that are not committed are not copied"
+    run git archive --format=tar.gz --output "$archive" "$commit"
     run gcloud compute tpus tpu-vm scp "$archive" "$name":attnlab.tar.gz "${where[@]}" --worker=all
-    on_workers all 'set -e; mkdir -p attnlab; tar -xzf attnlab.tar.gz -C attnlab; cd attnlab
-python3 -m venv .venv/tpu; .venv/tpu/bin/pip install --quiet --upgrade pip; .venv/tpu/bin/pip install --quiet -e ".[tpu]"
-.venv/tpu/bin/python -c "import attnlab, jax; print(\"installed, jax\", jax.__version__)"'
+    on_workers all "set -e; mkdir -p attnlab; cd attnlab; $alive
+if alive; then echo \"\$(hostname): a run is on, nothing installed\"; exit 0; fi
+rm -rf attnlab configs kernels_pallas; tar -xzf ../attnlab.tar.gz; echo $commit >COMMIT
+$(python_on_worker)
+.venv/tpu/bin/python -m pip install --quiet -e '.[tpu]'
+.venv/tpu/bin/python -c 'import attnlab, jax; print(\"installed, jax\", jax.__version__)'"
+}
+
+# The workers' own Python is often older than attnlab needs; uv brings one.
+python_on_worker() {
+    cat <<'SH'
+fits='import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'
+if [ ! -x .venv/tpu/bin/python ]; then
+    for python in python3.13 python3.12 python3.11 python3 none; do "$python" -c "$fits" 2>/dev/null && break; done
+    if [ "$python" != none ]; then "$python" -m venv .venv/tpu
+    else python3 -m pip install --quiet --user uv; python3 -m uv venv --quiet --seed --python 3.12 .venv/tpu; fi
+fi
+SH
 }
 
 train() {
-    local quoted
-    quoted=$(printf ' %q' "${train_args[@]}")
-    # The same command on every worker: each finds the others. A run that is already there is not started twice.
-    on_workers all "cd attnlab; if [ -f train.pid ] && kill -0 \$(cat train.pid) 2>/dev/null; then echo already running; exit 1; fi
-nohup .venv/tpu/bin/attnlab train$quoted >train.log 2>&1 </dev/null &
-echo \$! >train.pid"
+    # Its exit code is kept: `follow` and `status` tell it.
+    local command
+    command=".venv/tpu/bin/attnlab train$(quoted "${train_args[@]}") & echo \$! >train.pid; wait \$!; echo \$? >train.exit"
+    # The same command on every worker: each finds the others.
+    on_workers all "cd attnlab || exit 1; $alive
+if alive; then echo \"\$(hostname): a run is on, not started again\"; exit 0; fi
+rm -f train.pid train.exit train.stop
+nohup bash -c$(quoted "$command") >>train.log 2>&1 </dev/null &
+for i in \$(seq 50); do [ -s train.pid ] && break; sleep 0.1; done"
+}
+
+follow() {
+    local code=0
+    on_workers 0 "cd attnlab || exit 1
+[ -s train.pid ] || { echo 'no run was started here'; exit 1; }
+tail -n 50 -F --pid=\"\$(cat train.pid)\" train.log
+for i in \$(seq 50); do [ -s train.exit ] && break; sleep 0.1; done
+code=\$(cat train.exit) || exit 1
+echo \"the run has ended with exit code \$code\"; exit \"\$code\"" || code=$?
+    if "$down_when_done"; then
+        down
+    else
+        note "$name costs until: $meter_stops"
+    fi
+    return "$code"
+}
+
+stop() {
+    # A second SIGTERM would end the run before it has saved.
+    on_workers all "cd attnlab || exit 1; $alive
+alive || { echo \"\$(hostname): nothing runs\"; exit 0; }
+[ -e train.stop ] || kill -TERM \"\$(cat train.pid)\"; touch train.stop
+for i in \$(seq 600); do alive || { echo \"\$(hostname): ended\"; exit 0; }; sleep 1; done
+echo \"\$(hostname): still running after 600 s\"; exit 1"
+    note "$name costs until: $meter_stops"
+}
+
+status() {
+    run gcloud compute tpus queued-resources describe "$name" "${where[@]}" --format='value(state.state)'
+    on_workers all "hostname; cd attnlab || exit 1; $alive
+if alive; then echo 'the run is on'; elif [ -s train.exit ]; then echo \"the run has ended with exit code \$(cat train.exit)\"
+else echo 'no run is on'; fi; tail -n 3 train.log 2>/dev/null || true"
+}
+
+down() {
+    local found=any
+    "$dry_run" || found=$(describe state.state)
+    if [ -z "$found" ]; then
+        note "there is no $name"
+        return
+    fi
+    run gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet
 }
 
 case $action in
-    up) up ;;
-    install) install ;;
-    train) train ;;
-    run) up; install; train; on_workers 0 'tail -n +1 -F attnlab/train.log' ;;
-    follow) on_workers 0 'tail -n 50 -F attnlab/train.log' ;;
-    status)
-        run gcloud compute tpus queued-resources describe "$name" "${where[@]}" --format='value(state.state)'
-        on_workers all 'hostname; tail -n 3 attnlab/train.log' ;;
-    stop) on_workers all "kill -TERM \$(cat attnlab/train.pid)" ;;
-    down) run gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet ;;
+    run) up; install; train; follow ;;
+    *) "$action" ;;
 esac

@@ -30,8 +30,11 @@ _PACKAGES = ("attnlab", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "g
 
 
 def git_state() -> dict[str, Any]:
-    """Commit of attnlab's checkout and whether it was modified; nulls where it is not a checkout."""
+    """Commit of attnlab's checkout and whether it was modified; of a copy, what its file COMMIT says; else nulls."""
     here = pathlib.Path(__file__).resolve().parent
+    copied = here.parents[1] / "COMMIT"
+    if copied.is_file():
+        return {"commit": copied.read_text().strip(), "modified": None}
 
     def git(*args: str) -> str | None:
         try:
