@@ -9,6 +9,7 @@ from typing import Any
 from attnlab import config as config_lib
 from attnlab import mixers
 from attnlab.data import DataConfig
+from attnlab.errors import ConfigError
 from attnlab.models.transformer import ModelConfig
 from attnlab.train import optimizers
 

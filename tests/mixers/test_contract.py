@@ -183,6 +183,11 @@ def test_every_knob_turns(name):
 @few_configs
 def test_sharding(config, x64):
     """Law 6: the same numbers on 1 device and on 8, split over rows, parameters, heads and, where it can be, positions."""
+    same_on_eight_devices(config)
+
+
+def same_on_eight_devices(config):
+    """Values, losses and gradients."""
     assert jax.device_count() == 8
     graphdef, params = cases.split(cases.module(config, jnp.float64))
     x, seq = cases.inputs(jnp.float64, behind=1)

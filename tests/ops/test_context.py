@@ -1,0 +1,137 @@
+"""Positions split over devices: what a device is given of the others, and that work is shared out evenly."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab import mixers
+from attnlab.errors import ConfigError
+from attnlab.ops import Mask, attention, context, partition
+from attnlab.ops.documents import document_index
+from attnlab.train import sharding
+from attnlab.train.config import MeshConfig
+from tests.mixers import test_contract
+from tests.train import runs
+
+ROWS = ("batch", "seq", None)
+
+
+def mesh(**sizes):
+    return sharding.make_mesh(MeshConfig(**{"data": 1} | sizes), 8, length=16)
+
+
+def on_parts(fn, *arrays, out=ROWS, **sizes):
+    """`fn` on each device's part of arrays [B, T, ...]."""
+    axes = tuple(ROWS[: a.ndim] for a in arrays)
+    run = partition.traced(lambda *xs: partition.local(fn, xs, axes, out), mesh(**sizes), sharding.ACTIVATION_RULES)
+    return jax.jit(run)(*arrays)
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_dealt_queries_are_as_much_causal_work_everywhere(count):
+    """Each device's positions see as many keys in sum as any other's; dealing back restores the order."""
+    T = 16
+    position = jnp.arange(T)[None, :, None]
+
+    def work(x):
+        dealt = context.parts().dealt(x)
+        assert dealt.shape == x.shape
+        return jnp.broadcast_to((dealt + 1).sum(), x.shape)
+
+    seen = np.unique(on_parts(work, position, context=count))
+    assert seen.tolist() == [T * (T + 1) // 2 // count]
+    there_and_back = lambda x: context.parts().dealt(context.parts().dealt(x), back=True)
+    np.testing.assert_array_equal(on_parts(there_and_back, position, context=count), position)
+
+
+def test_running_is_what_stands_before_each_part():
+    """A sum with decay over four parts, from a start."""
+    x = np.random.default_rng(0).random((2, 16, 3))
+    decay = np.array([0.5, 0.25, 2.0, 0.125])
+
+    def before(x):
+        ours = context.parts()
+        own = jnp.asarray(decay)[ours.index()], x.sum(1)
+        join = lambda before, own: own[0] * before + own[1]
+        return jnp.broadcast_to(ours.running(join, own, jnp.ones((x.shape[0], 3)))[0][:, None], x.shape)
+
+    found = np.asarray(on_parts(before, jnp.asarray(x), context=4, data=2))[:, ::4]
+    state = np.ones((2, 3))
+    for part in range(4):
+        np.testing.assert_allclose(found[:, part], state, rtol=1e-6)
+        state = decay[part] * state + x[:, 4 * part : 4 * part + 4].sum(1)
+
+
+def test_documents_are_counted_from_the_one_that_goes_on():
+    """0 where a part continues the document in which the part before ended; documents that begin count from 1."""
+    segments = jnp.asarray([[1, 1, 1, 1, 1, 2, 2, 3, 3, 3, 3, 3, 4, 4, 4, 4]])
+    local = on_parts(lambda d: context.parts().documents(d), document_index(segments), out=ROWS[:2], context=4)
+    np.testing.assert_array_equal(local[0].reshape(4, 4), [[1, 1, 1, 1], [0, 1, 1, 2], [0, 0, 0, 0], [1, 1, 1, 1]])
+
+
+def test_handed_on_is_the_recurrence():
+    """A recurrence in no way linear, over four parts and three rows: values, the last state and gradients."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 16, 2)))
+    states = jnp.ones((3, 2))
+
+    def step(state, x):  # one row's positions
+        def one(h, x):
+            h = jnp.tanh(h * x) + x
+            return h, h
+
+        state, out = jax.lax.scan(one, state, x.swapaxes(0, 1))
+        return state, out.swapaxes(0, 1)
+
+    def whole(x, states):
+        return step(states, x)[::-1]
+
+    def split(x, states):
+        on_device = lambda x, s: context.parts().handed_on(step, s, x)[::-1]
+        axes = ((None, "seq", None), (None, None))
+        return partition.local(on_device, (x, states), axes, list(axes))
+
+    loss = lambda run: lambda *a: sum(jnp.sum(jnp.sin(y + 1)) for y in run(*a))
+    expected = whole(x, states), jax.grad(loss(whole), (0, 1))(x, states)
+    both = lambda *a: (split(*a), jax.grad(loss(split), (0, 1))(*a))
+    found = jax.jit(partition.traced(both, mesh(context=4), sharding.ACTIVATION_RULES))(x, states)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_attention_gathers_keys_and_values_only():
+    """The only arrays that a device collects whole are keys and values; gradients go back to their owners summed."""
+    q, k = jnp.ones((2, 16, 4, 6)), jnp.ones((2, 16, 2, 6))
+    f = lambda q, k, v: attention(q, k, v, Mask(causal=True)).sum()
+    devices = mesh(context=4, data=2)
+    run = jax.jit(partition.traced(jax.grad(f, (0, 1, 2)), devices, sharding.ACTIVATION_RULES))
+    placed = jax.device_put((q, k, k), sharding.batch_sharding(devices))
+    text = run.lower(*placed).compile().as_text()
+    gathered = re.findall(r"= \(?(\w+\[[\d,]*\])\S* all-gather", text)
+    assert gathered and all(shape.endswith("16,2,6]") for shape in gathered), gathered
+    assert "reduce-scatter" in text
+
+
+VARIANTS = (
+    ("titans", {"variant": "mac", "depth": 1, "window": 4, "chunk": 2, "persistent": 2}),
+    ("moh", {"router": "norm", "core": {"name": "gated", "kv_heads": 2, "sinks": True}}),
+    ("flow", {"clip": None, "form": "averages"}),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, fields", VARIANTS, ids=[f"{n}-{i}" for i, (n, _) in enumerate(VARIANTS)])
+def test_variants_that_split_otherwise(name, fields):
+    """Law 6 where the default says nothing: other states are handed on, other sums exchanged."""
+    with jax.enable_x64(True):
+        test_contract.same_on_eight_devices(mixers.config_from_node({"name": name, **fields}))
+
+
+def test_what_cannot_be_split_is_refused_before_anything_runs():
+    """Pooled agents cannot split their positions, and a length must be a multiple of the parts."""
+    with pytest.raises(ConfigError, match="mesh.context = 4: model.mixers.M .agent, as configured. cannot split"):
+        runs.config("stdlib", model__mixers__M={"name": "agent", "form": "pooled", "chunk": 16}, mesh__context=4)
+    with pytest.raises(ConfigError, match="mesh.context = 8 does not divide data.length = 12"):
+        sharding.make_mesh(MeshConfig(data=1, context=8), 8, length=12)
