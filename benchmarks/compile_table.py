@@ -61,7 +61,7 @@ def devices_of(topology: str) -> int:
 
 
 def rows() -> list[Row]:
-    """All rows, those that matter most first."""
+    """All rows, those that matter most first; GPUs need attnlab[compile-cuda]."""
     llama = tuple(_LLAMA.items())
     two_layers = (*llama, ("model.layers", 2), ("model.unroll", 2))
     found = [
@@ -76,6 +76,8 @@ def rows() -> list[Row]:
         for mixer in mixers:
             for topology, sequences in SEQUENCES.items():
                 found.append(Row(f"{size}-{mixer}-{topology}", size, mixer, topology, sequences, "full"))
+    for size, topology in (("1b", "h100:8"), ("7b", "h100:8x8")):
+        found.append(Row(f"hopper-{size}", size, "softmax", topology, 2, "full"))
     return found
 
 
@@ -98,7 +100,7 @@ def run(row: Row, timeout: float) -> dict[str, Any]:
 def table(results: list[dict[str, Any]]) -> list[str]:
     """Rows of a Markdown table, one for each result."""
     columns = ["size", "mixer", "topology", "sequences a device", "remat", "arguments + temporaries, GiB", "peak, GiB",
-               "fits", "products + kernels, FLOPs", "declared", "sent, GiB", "compute / memory / interconnect, s", "bound",
+               "fits", "products + kernels, FLOPs", "declared", "sent, GiB", "compute / memory / interconnect (/ network), s", "bound",
                "compile, s (CPU s)"]  # fmt: skip
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     return lines + ["| " + " | ".join(_cells(r)) + " |" for r in results]
@@ -109,20 +111,20 @@ def _cells(result: dict[str, Any]) -> list[str]:
     report = result.get("report")
     if report is None:
         return [*head, *["-"] * 2, f"no program: {result['failed']}", *["-"] * 6]
-    memory, seconds = report["memory"], f"{report['compile_seconds']:.0f} ({report['compile_cpu_seconds']:.0f})"
+    memory, spent = report["memory"], f"{report['compile_seconds']:.0f} ({report['compile_cpu_seconds']:.0f})"
     if report["compile_cpu_seconds"] > LIMIT:
-        seconds += f": over {LIMIT}"
+        spent += f": over {LIMIT}"
     if memory["total"] is None:  # the compiler refused it
         needed = "-" if memory["peak"] is None else f"{memory['peak'] / GIB:.2f}"
         short = "no" if memory["spare"] is None else f"no, by {-memory['spare'] / GIB:.2f} GiB"
-        return [*head, "-", needed, short, *["-"] * 5, seconds]
+        return [*head, "-", needed, short, *["-"] * 5, spent]
     flops, floors = report["flops"], report["floor_seconds"]
     fits = "yes" if memory["fits"] else f"no, by {-memory['spare'] / GIB:.2f} GiB"
     return [
         *head, f"{(memory['arguments'] + memory['temporaries']) / GIB:.2f}", f"{(memory['peak'] or 0) / GIB:.2f}", fits,
         f"{flops['compiler']:.3g} + {flops['kernels']:.2g}", f"{flops['declared']:.3g}",
         f"{report['interconnect_bytes'] / GIB:.1f}",
-        " / ".join(f"{floors[name]:.2f}" for name in ("compute", "memory", "interconnect")), report["bound"], seconds,
+        " / ".join(f"{seconds:.2f}" for seconds in floors.values()), report["bound"], spent,
     ]  # fmt: skip
 
 
@@ -132,7 +134,7 @@ def unscanned(results: list[dict[str, Any]]) -> list[str]:
     for r in results:
         flops = r["report"]["flops"]
         lines.append(
-            f"| {r['remat']} | {flops['compiler_loops_once']:.4g} | {flops['compiler']:.4g} | {flops['kernels']:.3g} |"
+            f"| {r['remat']} | {flops['compiler_loops_once']:.3g} | {flops['compiler']:.4g} | {flops['kernels']:.3g} |"
         )
     return lines
 
@@ -146,6 +148,7 @@ def write(results: list[dict[str, Any]], path: pathlib.Path) -> None:
         "layers": unscanned([r for r in results if r["name"].startswith("llama-2-layers") and "report" in r]),
         "1b": table([r for r in results if r["name"].startswith("1b-")]),
         "7b": table([r for r in results if r["name"].startswith("7b-")]),
+        "hopper": table([r for r in results if r["name"].startswith("hopper-")]),
     }
     text = path.read_text()
     for name, lines in tables.items():
