@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks import compile_table
 
 MIXERS = ("softmax", "gated", "lightning")
-TOPOLOGIES = {16: "v5p:2x2x4", 64: "v5p:4x4x4", 256: "v5p:4x8x8", 1024: "v5p:8x8x16", 4096: "v5p:16x16x16"}
+TOPOLOGIES = {16: "v5p:2x2x4", 64: "v5p:4x4x4", 256: "v5p:4x4x16", 1024: "v5p:8x8x16", 4096: "v5p:16x16x16"}
 FSDP = 16  # chips that share a copy of the state; the others are copies
 SEQUENCES, LENGTH, SIZE, REMAT = 2, 2048, "1b", "full"
 ALLOWED = 0.05  # growth beyond what the axis implies

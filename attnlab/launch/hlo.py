@@ -127,8 +127,12 @@ class _Program:
             self._between_slices(op, body, total)
         elif code == "fusion":
             inside = Costs()
-            fused = self.computations[op.attribute("calls")]
+            name = op.attribute("calls")
+            fused = self.computations[name]
             for instruction in fused.values():
+                # How the TPU compiler writes a reduce-scatter: an all-reduce and the slice that a device keeps.
+                if name.startswith("all-reduce-scatter") and instruction.opcode == "all-reduce":
+                    instruction = dataclasses.replace(instruction, opcode="reduce-scatter")
                 self._count(instruction, fused, inside, seen)
             total.add(dataclasses.replace(inside, bytes=0.0))
             total.bytes += self._fusion_bytes(op, body)

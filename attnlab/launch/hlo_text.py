@@ -130,20 +130,28 @@ def computations(text: str) -> tuple[dict[str, Body], str]:
 @functools.cache
 def groups(attributes: str) -> tuple[tuple[int, ...], ...]:
     """The groups of devices of a collective, from any of XLA's ways to write them; () where all are one group."""
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes)
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^ ]*)\))?\s*\{([^}]*)\}", attributes)
     if named:
         axes = re.findall(r"'([^']+)'=(\d+)", named[1])
-        over = re.findall(r"'([^']+)'", named[2])
+        over = re.findall(r"'([^']+)'", named[3])
         names, sizes = [name for name, _ in axes], [int(size) for _, size in axes]
-        devices = np.moveaxis(np.arange(math.prod(sizes)).reshape(sizes), [names.index(n) for n in over], range(-len(over), 0))
+        devices = _devices(named[2]) if named[2] else np.arange(math.prod(sizes))
+        devices = np.moveaxis(devices.reshape(sizes), [names.index(n) for n in over], range(-len(over), 0))
         return _rows(devices.reshape(-1, math.prod(sizes[names.index(n)] for n in over)))
-    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes)
     if iota:
-        shape, dims, order = ([int(n) for n in part.split(",")] if part else None for part in iota.groups())
-        devices = np.arange(math.prod(dims)).reshape(dims)
-        return _rows(np.transpose(devices, order).reshape(shape) if order else devices.reshape(shape))
+        return _rows(_devices(iota[2]).reshape([int(n) for n in iota[1].split(",")]))
     listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", attributes)
     return tuple(tuple(map(int, row.split(","))) for row in re.findall(r"\{([\d,]+)\}", listed[1])) if listed else ()
+
+
+def _devices(written: str) -> np.ndarray:
+    """Numbers of devices in an order written as `[4,16]T(1,0)`, or one by one."""
+    found = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", written)
+    if found is None:
+        return np.array([int(n) for n in re.findall(r"\d+", written)])
+    dims, order = ([int(n) for n in part.split(",")] if part else None for part in found.groups())
+    return np.transpose(np.arange(math.prod(dims)).reshape(dims), order).reshape(-1)
 
 
 def _rows(devices: np.ndarray) -> tuple[tuple[int, ...], ...]:

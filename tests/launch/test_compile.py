@@ -195,6 +195,16 @@ def test_a_mesh_that_does_not_fit_the_topology(target):
 
 
 @needs_libtpu
+def test_a_mesh_that_does_not_fit_the_torus():
+    """16 = 4 x 4, but of 4 x 8 x 8 no sides multiply to it."""
+    targets.prepare()
+    large = targets.Target.of("v5p:4x8x8")
+    c = config(data__batch=256, mesh={"data": 16, "fsdp": 16})
+    with pytest.raises(UserError, match=r"mesh.fsdp = 16, .* cannot be laid over v5p:4x8x8; allowed: .* products of sides"):
+        compile_lib.compile_step(c, large)
+
+
+@needs_libtpu
 def test_figures_of_a_device_that_is_half_a_chip():
     targets.prepare()
     target = targets.Target.of("tpu7x:2x2x1")

@@ -144,6 +144,28 @@ def test_text_of_the_tpu_compiler():
     assert costs.bytes == fusion + 3 * (each_turn + index)
 
 
+def test_reduce_scatter_of_the_tpu_compiler():
+    """An all-reduce fused with the slice that a device keeps sends half of what an all-reduce does."""
+    text = """HloModule jit_f, num_partitions=4
+
+%all-reduce-scatter.1 (input: f32[32,8]) -> f32[8,8] {
+  %input = f32[32,8]{1,0} parameter(0)
+  %all-reduce.1 = f32[32,8]{1,0} all-reduce(%input), channel_id=1, replica_groups=[1,4]<=[4], to_apply=%add
+  %constant.1 = u32[] constant(8)
+  ROOT %dynamic-slice.1 = f32[8,8]{1,0} dynamic-slice(%all-reduce.1, %constant.1, %constant.1), dynamic_slice_sizes={8,8}
+}
+
+ENTRY %main (a: f32[32,8]) -> f32[8,8] {
+  %a = f32[32,8]{1,0} parameter(0)
+  ROOT %fusion.1 = f32[8,8]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+    costs = hlo.analyse(text)
+    assert costs.count == {"reduce-scatter": 1} and costs.sent["reduce-scatter"] == 4 * 32 * 8 * 3 / 4
+    plain = hlo.analyse(text.replace("all-reduce-scatter", "fused_computation"))
+    assert plain.count == {"all-reduce": 1} and plain.sent["all-reduce"] == 2 * 4 * 32 * 8 * 3 / 4
+
+
 def test_calls_of_libraries_are_named():
     """What cuDNN computes is not in the products, and is not hidden; an allocation is no kernel."""
     text = """HloModule jit_f
@@ -165,6 +187,8 @@ ENTRY %main (a: f32[4,8]) -> f32[4,8] {
         ("replica_groups=[2,2]<=[2,2]T(1,0)", ((0, 2), (1, 3))),
         ("replica_groups=mesh['a'=2,'b'=2] {'a'}", ((0, 2), (1, 3))),
         ("replica_groups=mesh['a'=2,'b'=1,'c'=2] {'a','c'}", ((0, 1, 2, 3),)),
+        ("replica_groups=mesh['a'=1,'b'=2,'c'=3], device_ids=([3,2]T(1,0)) {'b'}", ((0, 1), (2, 3), (4, 5))),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=(3,1,2,0) {'b'}", ((3, 1), (2, 0))),
         ("source_target_pairs={{0,1},{1,0}}", ((0, 1), (1, 0))),
         ("replica_groups={}", ()),
     ],
