@@ -39,7 +39,7 @@ REFUSED = [
     ("model.mixers.M.haeds=2", ["'model.mixers.M.haeds'", "did you mean 'heads'", "allowed in model.mixers.M:"]),
     ("optimizer.learning_rat=1", ["'optimizer.learning_rat'", "did you mean 'learning_rate'", "allowed in optimizer:"]),
     ("train.step=3", ["'train.step'", "did you mean 'steps'", "allowed in train:"]),
-    ("mesh.dat=2", ["'mesh.dat'", "did you mean 'data'", "data, fsdp, tensor"]),
+    ("mesh.dat=2", ["'mesh.dat'", "did you mean 'data'", "data, fsdp, context, tensor, slices"]),
     ("model.mixers.M=gatd", ["model.mixers.M.name = 'gatd'", "did you mean 'gated'"]),
     ("model.mixers.M.name=", ["model.mixers.M.name = ''", ", ".join(mixers.names())]),
     ("model.mixers=softmax", ["model.mixers = 'softmax'", "letters"]),

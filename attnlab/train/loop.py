@@ -121,13 +121,12 @@ class _Run:
         if processes.first:
             workdir.require_space(path, size * max(c.train.keep + 2 - saved, 1))
 
-        share = dict(zip(("process_index", "process_count"), sharding.share_of_rows(self.mesh)))
-        self.loader = data_lib.train_loader(c.data, self.tokenizer, seed=c.seed, **share)
+        rows = lambda data: sharding.rows_of_process(self.mesh, data.batch)
+        self.loader = data_lib.train_loader(c.data, self.tokenizer, seed=c.seed, rows=rows(c.data))
         self.heldout = None
         if c.train.eval_every:
-            self.heldout = data_lib.heldout_loader(
-                micro_batches(c), self.tokenizer, batches=c.train.eval_batches * c.train.accumulate or None, **share
-            )
+            micro, count = micro_batches(c), c.train.eval_batches * c.train.accumulate or None
+            self.heldout = data_lib.heldout_loader(micro, self.tokenizer, batches=count, rows=rows(micro))
         self._report = Report(console, path if processes.first else None)
         self._say = self._report.say
         self._say(data_lib.describe(self.loader.summary()))

@@ -82,30 +82,30 @@ def make_mesh(config: MeshConfig, batch: int, devices: Sequence[Any] | None = No
     return Mesh(order, tuple(sizes), axis_types=kinds)
 
 
-def share_of_rows(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
-    """Which share of a batch's rows a process's devices hold, and how many shares there are.
+def rows_of_process(mesh: Mesh, batch: int, process: int | None = None) -> list[int]:
+    """Which of a batch's rows a process's devices hold, ascending.
 
-    Processes that split positions or heads of the same rows hold the same share.
+    On a pod they need not be consecutive: the order of chips in the mesh follows their network. Processes that split
+    positions or heads of the same rows hold the same ones.
 
     Args:
       mesh: of `make_mesh`.
+      batch: rows of all processes together.
       process: its index; None: this one.
-
-    Raises:
-      ConfigError: the processes' shares are not of one size.
     """
+    held = _shards_of(mesh, process)
+    size = batch // _shards(mesh)
+    return [row for shard in held for row in range(shard * size, (shard + 1) * size)]
+
+
+def _shards(mesh: Mesh) -> int:
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def _shards_of(mesh: Mesh, process: int | None) -> list[int]:
     process = jax.process_index() if process is None else process
-    held: dict[int, set[int]] = {}
-    rows = mesh.devices.reshape(math.prod(mesh.shape[axis] for axis in BATCH_AXES), -1)
-    for shard, devices in enumerate(rows):
-        for device in devices:
-            held.setdefault(device.process_index, set()).add(shard)
-    shares = sorted({tuple(sorted(shards)) for shards in held.values()})
-    even = len(set(map(len, shares))) == 1 and [s for share in shares for s in share] == list(range(len(rows)))
-    if not even or process not in held:
-        shown = ", ".join(f"mesh.{axis} = {size}" for axis, size in mesh.shape.items())
-        raise ConfigError(f"{shown}: {jax.process_count()} processes cannot share the batch's rows evenly")
-    return shares.index(tuple(sorted(held[process]))), len(shares)
+    by_shard = mesh.devices.reshape(_shards(mesh), -1)
+    return [i for i, devices in enumerate(by_shard) if any(d.process_index == process for d in devices)]
 
 
 def logical_axes(params: nnx.State) -> Any:
@@ -166,7 +166,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def put_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """Global arrays from this process's share of the rows, of which it has all positions."""
-    sharding, shares = batch_sharding(mesh), share_of_rows(mesh)[1]
-    whole = lambda v: (v.shape[0] * shares, *v.shape[1:])
+    """Global arrays from this process's rows (`rows_of_process`), of which it has all positions."""
+    sharding, held = batch_sharding(mesh), len(_shards_of(mesh, None))
+    whole = lambda v: (v.shape[0] // held * _shards(mesh), *v.shape[1:])
     return {k: jax.make_array_from_process_local_data(sharding, v, whole(v)) for k, v in batch.items()}
