@@ -78,7 +78,9 @@ def make_mesh(config: MeshConfig, batch: int, devices: Sequence[Any] | None = No
         )
     across = {axis: slices if axis == config.slices else 1 for axis in sizes}
     within = [sizes[axis] // across[axis] for axis in sizes]
-    order = mesh_utils.create_hybrid_device_mesh(within, list(across.values()), devices)
+    order = mesh_utils.create_hybrid_device_mesh(
+        within, list(across.values()), devices, allow_split_physical_axes=True
+    )
     return Mesh(order, tuple(sizes), axis_types=kinds)
 
 
