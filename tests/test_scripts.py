@@ -14,7 +14,11 @@ import time
 import pytest
 import yaml
 
-SCRIPTS = pathlib.Path(__file__).resolve().parents[1] / "scripts"
+from attnlab import cli
+from attnlab.train.config import load
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SCRIPTS = ROOT / "scripts"
 POD = ["--name", "a", "--zone", "z"]
 TRAIN = ["--config", "configs/lm.py:mixer=moh,size=1b", "--workdir", "/shared/my runs/a"]
 
@@ -301,3 +305,37 @@ def wait_until(condition, seconds=20):
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+# Every command of a page is written down instead of run; the scripts say what they would do.
+RECORDER = r"""
+set -euo pipefail
+cd "$1"
+log=$2
+record() { { printf '%s\0' "$@"; echo; } >>"$log"; }
+for name in attnlab gcloud kubectl pip sbatch scancel ssh-add; do eval "$name() { record $name \"\$@\"; }"; done
+bash() {
+    case $1 in
+        *tpu_pod.sh) command bash "$1" "$2" --dry-run "${@:3}" ;;
+        *) command bash "$1" --dry-run "${@:2}" ;;
+    esac
+    while [ $# -gt 0 ] && [ "$1" != -- ]; do shift; done
+    [ $# = 0 ] || record attnlab train "${@:2}"
+}
+"""
+
+
+def test_the_commands_of_the_page(tmp_path):
+    """docs/pods.md: the scripts take their options, and the configs of all its runs are possible."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "docs/pods.md").read_text(), re.M | re.S)
+    command = ["bash", "-c", RECORDER + "".join(blocks) + "wait\n", "bash", ROOT, tmp_path / "record"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    ran = [line.split("\0") for line in (tmp_path / "record").read_text().split("\0\n") if line]
+    read = [words[1:] for words in ran if words[0] == "attnlab"]
+    read += [["train", *words[3:]] for words in ran if words[0] == "sbatch"]
+    for words in read:
+        args, overrides = cli._parse(words)
+        load(args.config, overrides)
+    verbs = [words[0] for words in read]
+    assert [verbs.count(verb) for verb in ("compile", "tokenizer", "train")] == [3, 2, 8]
