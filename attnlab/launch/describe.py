@@ -36,11 +36,14 @@ def program(report: dict[str, Any]) -> list[str]:
         f"({once}) and {flops['kernels']:.4g} in kernels",
     ]
     for kind, c in r["collectives"].items():
-        lines.append(f"{kind}: {c['count']:,}, {_gib(c['bytes'])}, of which a device sends {_gib(c['sent'])}")
+        crossing = f", {_gib(c['crossing'])} over the network" if c["crossing"] else ""
+        lines.append(f"{kind}: {c['count']:,}, {_gib(c['bytes'])}; a device sends {_gib(c['sent'])}{crossing}")
+    if r["kernels"]:
+        lines.append("kernels: " + ", ".join(f"{name} {count:,}" for name, count in sorted(r["kernels"].items())))
     floors = ", ".join(f"{name} {1e3 * value:.4g} ms" for name, value in r["floor_seconds"].items())
     network = ""
     if r["network_bytes"]:
-        network = f", of which {_gib(r['network_bytes'])} over the network"
+        network = f", network {_gib(r['network_bytes'])}"
         network += "" if "network" in r["floor_seconds"] else " (its speed is not published: no floor)"
     lines += [
         f"HBM traffic {_gib(r['hbm_bytes'])}, interconnect {_gib(r['interconnect_bytes'])}{network}",
