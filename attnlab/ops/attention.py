@@ -1,12 +1,13 @@
 """Softmax attention as one op: its definition, and the choice of implementation."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from attnlab.errors import UserError
-from attnlab.ops import attention_splash, attention_xla, context
+from attnlab.ops import attention_splash, attention_xla, context, partition
 from attnlab.ops.dispatch import Implementation, choose
 from attnlab.ops.masks import Mask
 
@@ -29,12 +30,15 @@ class AttentionSpec:
     soft_cap: bool
     sinks: bool
     documents: bool = False
+    parts: int = 1  # devices over which the queries are split
 
     def __str__(self) -> str:
         width = str(self.width) if self.width == self.value_width else f"{self.width}/{self.value_width}"
         features = [name for name in ("causal", "intervals", "documents", "soft_cap", "sinks") if getattr(self, name)]
         if self.window is not None:
             features.append(f"window={self.window}")
+        if self.parts > 1:
+            features.append(f"parts={self.parts}")
         shape = f"B{self.batch} T{self.queries} S{self.keys} H{self.heads} K{self.kv_heads} d{width}"
         return " ".join([shape, self.dtype, *features])
 
@@ -95,7 +99,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "xla": Implementation(attention_xla.attention),
 }
 KERNELS: dict[str, Implementation] = {  # of one platform
-    "splash": Implementation(attention_splash.attention, attention_splash.unsupported),
+    "splash": Implementation(attention_splash.attention, attention_splash.unsupported, attention_splash.on_parts),
 }
 LSE_IMPLEMENTATIONS: dict[str, Implementation] = {
     "definition": Implementation(definition_with_lse),
@@ -165,22 +169,29 @@ def _run(op: str, implementations, impl: str, q_BTHd, k_BSKd, v_BSKe, mask: Mask
     B, T, H, d = q_BTHd.shape
     S, K, e = v_BSKe.shape[1:]
     balance = mask.causal and mask.window is None
-    mask = context.intervals(mask, T, S)
+    split = context.split(T)
     spec = AttentionSpec(
         B, T, S, H, K, d, e, str(q_BTHd.dtype), mask.causal, mask.window, mask.dynamic(),
-        soft_cap is not None, sinks_H is not None, mask.documents,
+        soft_cap is not None, sinks_H is not None, mask.documents, partition.ways("seq") if split else 1,
     )  # fmt: skip
     preference = [name for name in _PREFERENCE if name in implementations]
     chosen = choose(op, impl, implementations, spec, preference)
     scale = d**-0.5 if scale is None else float(scale)
     both = implementations is LSE_IMPLEMENTATIONS
+    keys, kernel = (k_BSKd, v_BSKe), chosen.run
+    if split and chosen.on_parts is not None:
+        kernel = functools.partial(chosen.on_parts, dealt=balance)
+        if mask.dynamic():
+            keys = (*keys, jnp.broadcast_to(mask.k_start, (B, T)))
+    else:
+        mask = context.intervals(mask, T, S)
 
     def run(queries, keys, sinks, part):
-        out = chosen.run(*queries, *keys, part, scale=scale, soft_cap=soft_cap, sinks_H=sinks)
+        out = kernel(*queries, *keys, part, scale=scale, soft_cap=soft_cap, sinks_H=sinks)
         return out if both else (out,)
 
     ranks = (4, 3) if both else (4,)
-    out = context.attend(run, (q_BTHd,), (k_BSKd, v_BSKe), sinks_H, mask, balance=balance, ranks=ranks)
+    out = context.attend(run, (q_BTHd,), keys, sinks_H, mask, balance=balance, ranks=ranks)
     return out if both else out[0]
 
 

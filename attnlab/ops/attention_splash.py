@@ -11,10 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_masks
 
-from attnlab.ops import partition
+from attnlab.ops import context, partition
 from attnlab.ops.masks import Mask
 
 _LANES = 128
@@ -35,7 +36,7 @@ def unsupported(spec: Any, interpret: bool = False) -> str | None:
         (spec.sinks, "it has no sinks here"),
         (spec.intervals and not spec.documents, "its masks are static, or packed documents"),
         (spec.queries != spec.keys, "queries and keys must be the same positions"),
-        (spec.queries % _LANES != 0, f"T = {spec.queries} is not a multiple of {_LANES}"),
+        (spec.queries % (_LANES * spec.parts) != 0, f"T = {spec.queries} is not a multiple of {_LANES * spec.parts}"),
         (
             any(w not in (64, 96) and w % _LANES for w in (spec.width, spec.value_width)),
             f"head widths must be 64, 96 or a multiple of {_LANES}",
@@ -62,42 +63,109 @@ def attention(
     """
     del sinks_H  # `unsupported` refuses them
     T, H = q_BTHd.shape[1:3]
-    kernel = _kernel(T, H, mask.causal, mask.window, soft_cap, interpret)
-    # The kernel has no scale of its own: it goes into q, rounded once to the type of the products.
-    q = (q_BTHd.astype(jnp.float32) * scale).astype(q_BTHd.dtype)
-    arrays = [x.swapaxes(1, 2) for x in (q, k_BSKd, v_BSKe)]
-    if not mask.dynamic():
-        return jax.vmap(kernel)(*arrays).swapaxes(1, 2)
-    start_BT = jnp.broadcast_to(mask.k_start, q_BTHd.shape[:2])
+    kernel = _kernel((T, T), H, mask.causal, mask.window, soft_cap, interpret)
     position = jnp.arange(T, dtype=jnp.int32)
-    padding = start_BT > position
+    starts = None if not mask.dynamic() else (mask.k_start, mask.k_start)
+    return _run(kernel, (q_BTHd, k_BSKd, v_BSKe), starts, (position, position), scale)
+
+
+def on_parts(
+    q_BTHd: jax.Array,
+    k_BSKd: jax.Array,
+    v_BSKe: jax.Array,
+    *rest: Any,
+    scale: float,
+    soft_cap: float | None,
+    sinks_H: jax.Array | None,
+    dealt: bool,
+    interpret: bool = False,
+) -> jax.Array:
+    """`attention` of a device's queries against all keys, inside `attnlab.ops.context.attend`.
+
+    Args:
+      rest: of packed documents all `k_start` [B, S]; and the mask, whose `k_start` is that of the queries.
+      dealt: whether queries were dealt out where they could be.
+    """
+    del sinks_H
+    *starts, mask = rest
+    ours, (T, H), S = context.parts(), q_BTHd.shape[1:3], k_BSKd.shape[1]
+    order = ours.order(S, dealt and context.can_deal(T))
+    index = ours.index()
+
+    def own(info: Any) -> Any:  # the tiles of this device's rows
+        if info is None:
+            return None
+        cut = lambda x, axis: None if x is None else jax.lax.dynamic_slice_in_dim(
+            x, index * (x.shape[axis] // ours.count), x.shape[axis] // ours.count, axis
+        )  # fmt: skip
+        tiles = {name: cut(getattr(info, name), 1) for name in ("data_next", "mask_next", "block_mask")}
+        return info._replace(**tiles, q_sequence=cut(info.q_sequence, 0))
+
+    if mask.causal or mask.window is not None:
+        kernel = _kernel((S, S), H, mask.causal, mask.window, soft_cap, interpret, tuple(order.tolist()), ours.count)
+        infos = [own(info) for info in (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info)]
+        kernel = splash.SplashAttentionKernel(*infos, **kernel.kwargs)
+    else:
+        kernel = _kernel((T, S), H, False, None, soft_cap, interpret)
+    position = jax.lax.dynamic_slice_in_dim(jnp.asarray(order, jnp.int32), index * T, T)
+    starts = (mask.k_start, starts[0]) if starts else None
+    return _run(kernel, (q_BTHd, k_BSKd, v_BSKe), starts, (position, jnp.arange(S, dtype=jnp.int32)), scale)
+
+
+def _run(kernel: Any, arrays: tuple[jax.Array, ...], starts: Any, positions: tuple[jax.Array, ...], scale: float) -> jax.Array:
+    """The kernel for every sequence; `starts` and `positions` of queries and of keys."""
+    q = arrays[0]
+    # The kernel has no scale of its own: it goes into q, rounded once to the type of the products.
+    arrays = [x.swapaxes(1, 2) for x in ((q.astype(jnp.float32) * scale).astype(q.dtype), *arrays[1:])]
+    if starts is None:
+        return jax.vmap(kernel)(*arrays).swapaxes(1, 2)
+    starts = [jnp.broadcast_to(x, (q.shape[0], x.shape[1])) for x in starts]
+    padding = [start > position for start, position in zip(starts, positions)]
     # A row that sees nothing has no softmax: each padding row is a document of its own, whose output is not used.
-    ids = jnp.where(padding, -1 - position, start_BT)
-    o = jax.vmap(kernel)(*arrays, splash.SegmentIds(ids, ids)).swapaxes(1, 2)
-    return jnp.where(padding[:, :, None, None], 0, o)
+    ids = [jnp.where(pad, -1 - at, start) for pad, at, start in zip(padding, positions, starts)]
+    o = jax.vmap(kernel)(*arrays, splash.SegmentIds(*ids)).swapaxes(1, 2)
+    return jnp.where(padding[0][:, :, None, None], 0, o)
 
 
-def _kernel(length: int, heads: int, causal: bool, window: int | None, soft_cap: float | None, interpret: bool) -> Any:
-    """The kernel for [H, T, d] of one sequence."""
-    block = next(b for b in (_BLOCK, 384, 256, _LANES) if length % b == 0)
+def _kernel(
+    shape: tuple[int, int],
+    heads: int,
+    causal: bool,
+    window: int | None,
+    soft_cap: float | None,
+    interpret: bool,
+    order: tuple[int, ...] | None = None,
+    parts: int = 1,
+) -> Any:
+    """The kernel for so many queries and keys [H, T, d] of one sequence; for its queries in another order, and in parts."""
+    block = next(b for b in (_BLOCK, 384, 256, _LANES) if shape[0] // parts % b == 0)
     sizes = splash.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block,
         block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
         block_q_dq=block, block_kv_dq=block,
     )  # fmt: skip
-    mask = splash_masks.MultiHeadMask([_static_mask(length, causal, window)] * heads)
-    return splash.make_splash_mha_single_device(
+    mask = splash_masks.MultiHeadMask([_static_mask(shape, causal, window, order)] * heads)
+    return splash.make_splash_mha(
         mask,
         block_sizes=sizes,
         attn_logits_soft_cap=soft_cap,
+        head_shards=1,
+        q_seq_shards=parts,
         residual_checkpoint_name="attention_o",
         interpret=interpret,
     )
 
 
 @functools.cache
-def _static_mask(length: int, causal: bool, window: int | None) -> splash_masks.Mask:
-    shape = (length, length)
+def _static_mask(
+    shape: tuple[int, int], causal: bool, window: int | None, order: tuple[int, ...] | None
+) -> splash_masks.Mask:
     if window is not None:
-        return splash_masks.LocalMask(shape, (window - 1, 0 if causal else window - 1), 0)
-    return splash_masks.CausalMask(shape) if causal else splash_masks.FullMask(shape)
+        mask = splash_masks.LocalMask(shape, (window - 1, 0 if causal else window - 1), 0)
+    elif not causal:
+        return splash_masks.FullMask(shape)
+    else:
+        mask = splash_masks.CausalMask(shape)
+    if order is not None:
+        mask.q_sequence = np.array(order, np.int32)
+    return mask

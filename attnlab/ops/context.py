@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attnlab.ops import partition
 from attnlab.ops.masks import Mask
@@ -86,6 +87,15 @@ class Parts:
             moves = [[(b, a) for a, b in pairs] for pairs in moves]
         return jnp.concatenate([jax.lax.ppermute(y, self.name, m) for y, m in zip(halves, moves)], axis=1)
 
+    def order(self, length: int, dealt: bool) -> np.ndarray:
+        """The positions that the devices have, one device after the other: [length]."""
+        runs = np.arange(length).reshape(2 * self.count, -1) if dealt else np.arange(length)
+        if not dealt:
+            return runs
+        # Of each device first the run that came from a first half, as `dealt` leaves them.
+        of_device = [sorted((i, 2 * self.count - 1 - i), key=lambda h: h % 2) for i in range(self.count)]
+        return np.concatenate([runs[h] for pair in of_device for h in pair])
+
     def handed_on(
         self, step: Callable[[Tree, Tree], tuple[Tree, Tree]], state: Tree, inputs: Tree
     ) -> tuple[Tree, Tree]:
@@ -133,6 +143,11 @@ def split(length: int) -> bool:
     return ways > 1 and length % ways == 0
 
 
+def can_deal(length: int) -> bool:
+    """Whether a device's `length` positions can be dealt out."""
+    return length % 2 == 0
+
+
 def intervals(mask: Mask, length: int, keys: int) -> Mask:
     """The mask of `attend` for `length` queries: where these are split, query t of a device is not key t."""
     return Mask(*mask.bounds(length, keys)) if split(length) else mask
@@ -153,7 +168,7 @@ def attend(
     Args:
       run: `(queries, keys, sinks, mask)` to a tuple of arrays [B, T, H, ...] like the queries.
       queries: each [B, T, H, ...].
-      keys: keys, values and the like, each [B, S, K, d].
+      keys: keys, values and the like, each [B, S, K, d] or [B, S].
       sinks_H: one for each query head, or None.
       mask: of `intervals`.
       balance: whether later queries see more keys, so that queries are dealt out.
@@ -165,7 +180,7 @@ def attend(
     whole = K % partition.ways("heads") or H % partition.ways("heads")
     q_heads, kv_heads = (None, None) if whole else ("heads", "kv_heads")
     k_seq = seq if S % partition.ways("seq") == 0 else None
-    of_queries = ("batch", seq, q_heads, None)
+    of_queries, of_keys = ("batch", seq, q_heads, None), ("batch", k_seq, kv_heads, None)
     n = len(queries)
 
     def on_device(*arrays: Any) -> tuple[jax.Array, ...]:
@@ -173,7 +188,7 @@ def attend(
         deal = lambda x, back=False: x
         if k_seq:
             keys = tuple(map(parts().gathered, keys))
-        if seq and balance and queries[0].shape[1] % 2 == 0:
+        if seq and balance and can_deal(queries[0].shape[1]):
             deal = parts().dealt
         bounds = (None if x is None else deal(x) for x in (start, end))
         part = Mask(*bounds, causal=mask.causal, window=mask.window, documents=mask.documents)
@@ -181,5 +196,5 @@ def attend(
 
     arrays = (*queries, *keys, sinks_H, mask.k_start, mask.k_end)
     rows = ("batch", seq)
-    axes = (*(of_queries[: x.ndim] for x in queries), *[("batch", k_seq, kv_heads, None)] * len(keys), (q_heads,), rows, rows)
+    axes = (*(of_queries[: x.ndim] for x in queries), *(of_keys[: x.ndim] for x in keys), (q_heads,), rows, rows)
     return partition.local(on_device, arrays, axes, [of_queries[:rank] for rank in ranks])

@@ -13,10 +13,12 @@ class Implementation:
 
     run: the function itself; its arguments are the op's own.
     supports: from the op's spec (static facts: shapes, dtypes, features) to None, or why it cannot serve.
+    on_parts: what runs instead where positions are split over devices, if that differs.
     """
 
     run: Callable[..., Any]
     supports: Callable[[Any], str | None] = lambda spec: None
+    on_parts: Callable[..., Any] | None = None
 
 
 _CHOICES: dict[str, dict[str, str]] = {}

@@ -1,6 +1,7 @@
 """The TPU kernel of softmax attention, interpreted: against the definition, documents included."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,11 @@ import pytest
 from attnlab.errors import UserError
 from attnlab.ops import Mask, attention, attention_splash, mask_from_segments, partition
 from attnlab.ops.attention import AttentionSpec
+from attnlab.ops.dispatch import Implementation
+from attnlab.train import sharding
+from attnlab.train.config import MeshConfig
+
+attention_module = importlib.import_module("attnlab.ops.attention")  # the package has the function by this name
 
 T, H, K, WIDTH = 256, 4, 2, 64
 # Three documents, one of a single position, padding between and after them; a row that begins with padding.
@@ -48,6 +54,34 @@ def test_values_and_gradients(name):
     if name.startswith("packed"):
         for x in results:
             assert not np.any(np.asarray(x)[SEGMENTS == 0])
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_queries_split_over_devices(name):
+    """The same where each device has a quarter of the queries, those of causal attention dealt out."""
+    mask, cap = MASKS[name]()
+    q, k, v, do = (jnp.concatenate([x, x[:, ::-1]], 1) for x in arrays())
+    if mask.dynamic():
+        twice = jnp.asarray(np.concatenate([SEGMENTS, SEGMENTS], 1))
+        mask = mask_from_segments(twice, 2 * T, causal=mask.causal, window=mask.window)
+    implementations = attention_module.KERNELS | {
+        "splash": Implementation(
+            None, functools.partial(attention_splash.unsupported, interpret=True),
+            functools.partial(attention_splash.on_parts, interpret=True),
+        )
+    }  # fmt: skip
+
+    def run(impl):
+        o, vjp = jax.vjp(lambda q, k, v: attention(q, k, v, mask, soft_cap=cap, impl=impl), q, k, v)
+        return o, *vjp(do)
+
+    devices = sharding.make_mesh(MeshConfig(data=1, context=4), 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_module, "KERNELS", implementations)
+        results = jax.jit(partition.traced(lambda: run("splash"), devices, sharding.ACTIVATION_RULES))()
+    expected = jax.jit(lambda: run("definition"))()
+    for a, b in zip(results, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def spec(**changes):
