@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from attnlab.ops.linear import per_channel
+
 
 def causal_conv(
     x_BTC: jax.Array,
@@ -35,7 +37,7 @@ def causal_conv(
         seen = x[:, row : row + T].astype(dtype)
         if documents is not None and row < J:
             seen = jnp.where((documents[:, row : row + T] == documents_BT)[..., None], seen, 0)
-        y += kernel_KC[row].astype(dtype) * seen
+        y += per_channel(kernel_KC[row].astype(dtype), seen)
     tail = x[:, T:]
     if documents is not None:
         tail = jnp.where((documents[:, T:] == documents[:, -1:])[..., None], tail, 0)

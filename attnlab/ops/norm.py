@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from attnlab.ops.linear import per_channel
+
 
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float = 1e-6) -> jax.Array:
     """`x / sqrt(mean(x^2) + epsilon) * scale` over the last axis, in fp32 (fp64 for fp64 inputs).
@@ -17,4 +19,4 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float = 1e-6) -> jax.Array
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     y = x.astype(dtype)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + epsilon)
-    return (y * scale.astype(dtype)).astype(x.dtype)
+    return per_channel(scale.astype(dtype), y).astype(x.dtype)

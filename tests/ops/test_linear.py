@@ -1,0 +1,23 @@
+"""One weight per channel: the value, and the form of its gradient."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab.ops.linear import per_channel
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 3), (2, 5, 3), (1, 4, 2, 3), (3,)])
+def test_one_weight_per_channel(shape):
+    """w * x; the gradient for w is one sum over all other axes, those of size 1 too, which XLA on CPU needs."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        w, x, dy = (jnp.asarray(rng.standard_normal(s)) for s in (shape[-1:], shape, shape))
+        np.testing.assert_allclose(per_channel(w, x), np.asarray(w) * np.asarray(x), rtol=1e-15)
+        gradient = lambda w: jax.vjp(lambda w: per_channel(w, x), w)[1](dy)[0]
+        np.testing.assert_allclose(gradient(w), (np.asarray(x) * dy).reshape(-1, shape[-1]).sum(0), rtol=1e-12)
+        sums = [e.params["axes"] for e in jax.make_jaxpr(gradient)(w).eqns if e.primitive.name == "reduce_sum"]
+        assert sums == ([tuple(range(len(shape) - 1))] if len(shape) > 1 else [])
