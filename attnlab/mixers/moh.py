@@ -194,6 +194,7 @@ class MoH(HeadMixer):
         {"shared": 4, "core": {"name": "softmax", "kv_heads": 2, "window": 3}},
         {"shared": 2, "router": "norm", "core": {"name": "gated", "kv_heads": 2, "sinks": True, "soft_cap": 3.0}},
     )
+    counted = "dense"  # with it a core computes what it declares
 
     def __init__(self, config: MoHConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         self.config, self.dtype = config, dtype

@@ -17,6 +17,9 @@ from attnlab.errors import ConfigError, UnsupportedPattern
 from attnlab.mixers import moh
 from attnlab.ops import router as route
 from tests.mixers import cases
+from tests.mixers import test_contract as battery
+
+CORES = [n for n in mixers.names() if issubclass(mixers.get(n), mixers.HeadMixer) and n != "moh"]
 
 
 @pytest.fixture(autouse=True)
@@ -309,13 +312,45 @@ def test_declared_cost_counts_the_heads_that_are_on():
     assert dense.flops["router"] == 2 * 64 * (6 + 2 + 2)
 
 
-def test_any_core_with_heads():
-    """What has heads can be a core; only softmax's family can be gathered."""
-    names = [n for n in mixers.names() if issubclass(mixers.get(n), mixers.HeadMixer) and n != "moh"]
-    assert {"softmax", "gated"} <= set(names)
-    for name in names:
-        config = mixers.get("moh").Config(core=name)
-        assert config.core.node_name == name and config.core.heads == 4
+@pytest.mark.slow
+@pytest.mark.parametrize("core", CORES)
+def test_any_core_is_weighted_head_by_head(core):
+    """y = sum of weight times head, whatever the heads are; and a stream of it equals the whole."""
+    module = make(core=core)
+    assert module.core.name == core and module.core.config.heads == 4
+    x, seq = packed()
+    y = run(module, x, seq).y
+    expected = module.core.combine(heads_of(module.core, x, seq) * gates_of(module, x)[..., None], x)
+    assert_used_close(y, expected, seq)
+    assert np.abs(y - run(module.core, x, seq).y).max() > 1e-3
+
+    graphdef, params = cases.split(module)
+    extend = jax.jit(lambda x, seq, state: nnx.merge(graphdef, params).extend(x, seq, state))
+    state, parts = module.init_state(2, cases.LENGTH, jnp.float64), []
+    for piece in (slice(0, 6), slice(6, None)):
+        out = extend(x[:, piece], mixers.Sequence(seq.positions[:, piece], seq.segments[:, piece]), state)
+        state, parts = out.state, [*parts, out.y]
+    assert_used_close(jnp.concatenate(parts, axis=1), y, seq, atol=1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fields", [{"gate_norm": "paper", "core": {"name": "lightning", "norm_over": "head", "chunk": 4}},
+               {"router": "norm_dense"}]
+)  # fmt: skip
+def test_what_cannot_be_gathered_keeps_the_laws(fields):
+    """The battery's laws where `gather` does not serve: a linear core, and gradients of heads that are off."""
+    config = mixers.get("moh").Config(**fields)
+    x, seq = packed()
+    variants = (dataclasses.replace(config, impl=impl) for impl in ("dense", "auto", "definition"))
+    *others, expected = (battery.value_and_gradients(*cases.split(cases.module(c, jnp.float64)), x, seq) for c in variants)
+    for other in others:
+        battery.assert_close(other, expected, 1e-10)
+    battery.test_split_anywhere(config, None)
+    battery.test_packing(config, None)
+    battery.test_causality(config)
+    battery.test_bfloat16(config)
+    battery.test_cost(config)
 
 
 def test_core_from_nodes_and_the_command_line():
