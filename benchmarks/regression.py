@@ -2,6 +2,9 @@
 
     python -m benchmarks.regression [--seeds 5] [--length 512] [--width 8] [--json FILE]
 
+Exits with 1 unless local linear attention is at least as good as linear attention on the linear stream, and better than
+both linear and softmax attention on the piecewise linear ones.
+
 A stream of T pairs (k_t, v_t) is cut into n equal segments (n = 1 is the linear stream, n = 2 and 4 the piecewise
 linear ones). All of it is drawn from the standard normal distribution unless said otherwise:
 
@@ -30,6 +33,7 @@ import functools
 import itertools
 import json
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -154,7 +158,22 @@ def measure(seeds: int, length: int, width: int, segments: tuple[int, ...] = SEG
     return rows
 
 
-def main() -> None:
+def ordering(rows: list[dict[str, Any]]) -> dict[str, bool]:
+    """The claims about the mean squared errors, and whether they hold."""
+    mse = {(row["segments"], row["predictor"]): row["mse"] for row in rows}
+    local = lambda n: mse[n, "local linear attention"]
+    claims = {}
+    for n in dict.fromkeys(row["segments"] for row in rows):
+        if n == 1:
+            claims["1 segment: local linear <= linear"] = local(n) <= mse[n, "linear attention"]
+            continue
+        for other in ("linear attention", "softmax attention"):
+            claims[f"{n} segments: local linear < {other.split()[0]}"] = local(n) < mse[n, other]
+    return claims
+
+
+def main() -> int:
+    """0, or 1 where the ordering is another."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.regression", description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=5, help="streams reported, and as many others to tune on")
     parser.add_argument("--length", type=int, default=512, help="T, a multiple of 4")
@@ -172,10 +191,14 @@ def main() -> None:
         shown += [f"{row[name] or 0:.5f}" for name in ("mse", "deviation", "settled")]
         table.add_row(str(row["segments"]), row["predictor"], *shown, end_section=row["predictor"] == [*PREDICTORS][-1])
     rich.console.Console(width=110, highlight=False).print(table)
+    claims = ordering(rows)
+    for claim, holds in claims.items():
+        print(f"{claim}: {'yes' if holds else 'no'}")
     if args.json:
         facts = {"length": args.length, "width": args.width, "seeds": args.seeds, "jax": jax.__version__}
-        args.json.write_text(json.dumps(facts | {"rows": rows}, indent=1))
+        args.json.write_text(json.dumps(facts | {"ordering": claims, "rows": rows}, indent=1))
+    return int(not all(claims.values()))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -50,9 +50,20 @@ def test_least_squares_is_the_ridge_regression_of_what_was_seen():
 def test_local_linear_attention_has_the_least_error_on_piecewise_linear_streams():
     """And on linear streams less than linear and softmax attention. Reduced: T 128, d 4, 3 seeds, tuned there."""
     rows = regression.measure(seeds=3, length=128, width=4)
+    claims = regression.ordering(rows)
+    assert len(claims) == 5 and all(claims.values())
     mse = {(row["segments"], row["predictor"]): row["mse"] for row in rows}
     for n in (2, 4):
         others = [error for (m, name), error in mse.items() if m == n and name != "local linear attention"]
         assert mse[n, "local linear attention"] < 0.9 * min(others)
     for name in ("linear attention", "softmax attention"):
         assert mse[1, "local linear attention"] < 0.9 * mse[1, name]
+
+
+def test_ordering_is_of_the_errors():
+    """Each claim turns with the errors it is about."""
+    names = ("linear attention", "softmax attention", "local linear attention")
+    rows = lambda *mse: [{"segments": n, "predictor": p, "mse": e} for n in (1, 2) for p, e in zip(names, mse)]
+    assert list(regression.ordering(rows(0.2, 0.3, 0.1)).values()) == [True, True, True]
+    assert list(regression.ordering(rows(0.2, 0.3, 0.25)).values()) == [False, False, True]
+    assert list(regression.ordering(rows(0.3, 0.2, 0.25)).values()) == [True, True, False]
