@@ -212,8 +212,6 @@ def train_loader(
     tokenizer: Tokenizer,
     *,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
     rows: Sequence[int] | None = None,
     progress: ProgressFn | None = None,
 ) -> Loader:
@@ -221,18 +219,17 @@ def train_loader(
 
     Args:
       seed: draws the order of rows; any integer of at least 0.
-      process_index, process_count: of every B rows this process gets [p B/P, (p + 1) B/P).
-      rows: which of every B rows this process gets instead, in ascending order; every process that is given the same
-        row reads the same.
+      rows: which of every B rows this process gets, in ascending order; None: all. Every process that is given the
+        same row reads the same.
       progress: called with bytes read and bytes in all while tokenising; None shows a bar on stderr.
 
     Raises:
-      ConfigError: data.batch is no multiple of process_count, or has no such rows.
+      ConfigError: a batch has no such rows.
       UserError: the source cannot be read, or holds less than one batch.
     """
     if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or seed < 0:
         raise ConfigError(f"seed = {seed!r} is not allowed: it must be an integer of at least 0.")
-    entries = _entries(config, process_index, process_count, rows)
+    entries = _entries(config, rows)
     store = open_store(config, tokenizer, progress)
     train, heldout = split_documents(store.corpus, config)
     packed = PackedRows(store, train, config.length, tokenizer.eod_id)
@@ -255,8 +252,6 @@ def heldout_loader(
     tokenizer: Tokenizer,
     *,
     batches: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
     rows: Sequence[int] | None = None,
     progress: ProgressFn | None = None,
 ) -> HeldoutLoader:
@@ -268,7 +263,7 @@ def heldout_loader(
         raise ConfigError(
             f"batches = {batches!r} is not allowed: it must be an integer of at least 1, or None."
         )
-    entries = _entries(config, process_index, process_count, rows)
+    entries = _entries(config, rows)
     store = open_store(config, tokenizer, progress)
     train, heldout = split_documents(store.corpus, config)
     packed = PackedRows(store, heldout, config.length, tokenizer.eod_id)
@@ -316,18 +311,9 @@ def describe(summary: dict[str, Any]) -> str:
     return line + (f"; SKIPPED {summary['skipped']:,} bad records" if summary["skipped"] else "")
 
 
-def _entries(config: DataConfig, index: int, count: int, rows: Sequence[int] | None) -> list[int]:
+def _entries(config: DataConfig, rows: Sequence[int] | None) -> list[int]:
     """Which of every B rows a process reads."""
-    if not 0 <= index < count:
-        raise ConfigError(f"process_index = {index} is not allowed: it must be from 0 to {count - 1}.")
-    if config.batch % count:
-        raise ConfigError(
-            f"data.batch = {config.batch} is not allowed: it must be a multiple of the {count} processes."
-        )
-    if rows is None:
-        local = config.batch // count
-        return list(range(index * local, (index + 1) * local))
-    chosen = [int(row) for row in rows]
+    chosen = list(range(config.batch)) if rows is None else [int(row) for row in rows]
     if not chosen or chosen != sorted(set(chosen)) or not 0 <= chosen[0] <= chosen[-1] < config.batch:
         raise ConfigError(
             f"rows = {chosen} is not allowed: it must be ascending, from 0 to data.batch - 1 = {config.batch - 1}."
