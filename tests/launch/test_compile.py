@@ -18,6 +18,7 @@ from attnlab.errors import ConfigError, UserError
 from attnlab.launch import compile as compile_lib
 from attnlab.launch import describe, search, targets
 from attnlab.models.cost import model_cost
+from attnlab.models.transformer import REMAT
 from attnlab.ops import Mask, attention, mask_from_segments, partition
 from attnlab.train import sharding
 from attnlab.train.config import RunConfig
@@ -248,11 +249,13 @@ def made_up(config, target):
     }
 
 
-def fake_search(monkeypatch, **kwargs):
+def fake_search(monkeypatch, refuse=lambda mesh: False, **kwargs):
     tried = []
 
     def compiled(c, target):
         tried.append((c.mesh, c.train.accumulate, c.model.remat))
+        if refuse(c.mesh):
+            raise UserError("a mixer cannot")
         return made_up(c, target)
 
     monkeypatch.setattr(search, "compile_step", compiled)
@@ -272,6 +275,21 @@ def test_search_ranks_what_fits(monkeypatch):
     assert times == sorted(times)
     assert len(tried) == len(set(tried))
     assert "--config.model.remat=none" in reports[0]["overrides"]
+
+
+def test_search_goes_over_every_axis(monkeypatch):
+    """Each axis is tried at more than 1, and all policies are."""
+    tried, _, _ = fake_search(monkeypatch)
+    for axis in config().mesh.sizes():
+        assert {mesh.sizes()[axis] for mesh, _, _ in tried} == {1, 2}
+    assert {remat for _, _, remat in tried} == set(search._REMAT) == set(REMAT)
+
+
+def test_search_goes_on_after_a_refusal(monkeypatch):
+    """A mesh that a mixer cannot be split over is tried once, said, and left."""
+    tried, reports, lines = fake_search(monkeypatch, refuse=lambda mesh: mesh.context > 1)
+    assert sum(mesh.context > 1 for mesh, _, _ in tried) == 1 == sum("not possible: a mixer cannot" in s for s in lines)
+    assert reports and not any("mesh.context=2" in r["overrides"] for r in reports)
 
 
 def test_search_stops(monkeypatch):
