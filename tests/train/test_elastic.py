@@ -24,7 +24,7 @@ MESHES = {
     "one device": {"data": 1},
     "fsdp=4": {"data": 1, "fsdp": 4},
     "fsdp=4 x tensor=2": {"data": 1, "fsdp": 4, "tensor": 2},
-    "data=2 x fsdp=2 x tensor=2": {"data": 2, "fsdp": 2, "tensor": 2},
+    "fsdp=2 x context=2 x tensor=2": {"data": 1, "fsdp": 2, "context": 2, "tensor": 2},
 }
 
 
@@ -127,7 +127,7 @@ def test_the_state_is_the_same_on_every_mesh(source, tmp_path, optimizer):
 
 @pytest.mark.parametrize(
     "mesh",
-    ["fsdp=4", *(pytest.param(m, marks=pytest.mark.slow) for m in ("fsdp=4 x tensor=2", "one device"))],
+    ["fsdp=4", *(pytest.param(m, marks=pytest.mark.slow) for m in ("fsdp=2 x context=2 x tensor=2", "one device"))],
 )
 def test_a_run_of_eight_devices_goes_on(whole, source, tmp_path, monkeypatch, mesh):
     """Stopped after step 3 and moved to another mesh, with no word but the mesh."""

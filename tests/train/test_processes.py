@@ -152,13 +152,13 @@ def up_to(step, workdir, copy):
     return copy
 
 
-def shares(source, index, first, last):
-    """The rows that a process is to read for each of the steps."""
+def shares(source, index, first, last, parts=2):
+    """The rows that the index-th of so many parts of each step's batch are."""
     config = runs.config(source, **SMALL)
     with data_lib.train_loader(config.data, data_lib.load_tokenizer("bytes"), seed=config.seed) as loader:
         row, batch = loader._batches.row_index, config.data.batch
-        half = range(index * batch // 2, (index + 1) * batch // 2)
-        return {tuple(row((step - 1) * batch + i) for i in half) for step in range(first, last + 1)}
+        part = range(index * batch // parts, (index + 1) * batch // parts)
+        return {tuple(row((step - 1) * batch + i) for i in part) for step in range(first, last + 1)}
 
 
 @pytest.mark.slow
@@ -189,14 +189,19 @@ def test_what_two_processes_saved_one_goes_on_with(whole, source, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("told", [0, 1])
-def test_a_signal_to_one_saves_on_all(alone, source, tmp_path, told):
+@pytest.mark.parametrize(
+    "told, mesh, parts",
+    [(0, MESH, 2), (1, {"mesh__data": 1, "mesh__fsdp": 1, "mesh__context": 4, "mesh__tensor": 2}, 1)],
+    ids=["0, each with half of the rows", "1, both with all rows"],
+)
+def test_a_signal_to_one_saves_on_all(alone, source, tmp_path, told, mesh, parts):
     """SIGTERM to one process: both stop at the same step with a checkpoint, and exit with 0.
 
-    Other host counts, up: it began as a run of one process, and the examples and losses are that run's.
+    Other host counts, up: it began as a run of one process, and the examples and losses are that run's; also where the
+    mesh splits positions and heads, not rows, over the processes.
     """
     up_to(4, alone, tmp_path / "run")
-    pair = Pair(tmp_path, source, train__steps=2000, train__save_every=0, train__on_config_change="continue")
+    pair = Pair(tmp_path, source, train__steps=2000, train__save_every=0, train__on_config_change="continue", **mesh)
     pair.start().at_step(8).processes[told].send_signal(signal.SIGTERM)
     pair.ends(0, 120)
     assert f"SIGTERM on process {told}" in pair.output(0)
@@ -205,8 +210,8 @@ def test_a_signal_to_one_saves_on_all(alone, source, tmp_path, told):
     both = min(saved, 12)
     assert_same_run(numbers(pair.workdir)[:both], numbers(alone)[:both])
     for index in range(2):
-        read = pair.read(index)
-        assert shares(source, index, 5, saved) <= read and not shares(source, index, 1, 4) & read
+        read, part = pair.read(index), index if parts == 2 else 0
+        assert shares(source, part, 5, saved, parts) <= read and not shares(source, part, 1, 4, parts) & read
 
 
 @pytest.mark.slow
