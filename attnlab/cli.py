@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         from attnlab.launch import runtime
 
+        runtime.quiet()
         if args.verb == "train":  # before anything touches a device
             from attnlab.launch import cluster
 

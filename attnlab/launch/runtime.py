@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import os
 import platform
 import re
 
+_PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds"
 _M_MMAP_MAX, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -4, -1, -8  # malloc.h
+
+
+def quiet() -> None:
+    """Has XLA print errors, not information; call it before jax is imported."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
 def configure() -> None:
@@ -17,11 +24,14 @@ def configure() -> None:
     back and fault in again at every step), and programs are dispatched one after the other (two with collectives in
     flight at once can starve each other where several CPU devices are simulated).
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's information, not its errors
+    quiet()
     simulated = re.search(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
     if simulated:
         # Simulated devices wait for each other in threads of one pool, by default one per core: with more devices than
-        # cores, those that wait can keep those they wait for from running, and XLA aborts after 40 s.
+        # cores, those that wait can keep those they wait for from running, and XLA ends the process after a minute. A
+        # loaded machine is slow, not stuck: it gets ten.
+        if importlib.metadata.version("jaxlib").startswith("0.10.") and _PATIENCE not in os.environ["XLA_FLAGS"]:
+            os.environ["XLA_FLAGS"] += f" {_PATIENCE}=600"  # of other versions XLA might end at a flag that it does not know
         os.environ.setdefault("PJRT_NPROC", str(max(os.cpu_count() or 1, 8 * int(simulated[1]))))
     import jax
 

@@ -64,13 +64,13 @@ def causal_chunked(q, k, v, documents, state: FlowState | None, rule: FlowRule, 
     if rule.competition:
         outgoing = flow("absorbed", k, *running.sent(share / inflow)) / N
         weights, after["rivals"], after["peak"] = _running_softmax(outgoing, running, earlier, places, rule)
-        u = v * weights[..., None]
+        u = _times_rows(v, weights)
     o, own = linear_recurrence(q, k, u, documents_BT=documents, chunk=chunk)
     before = earlier.sum("pairs", own)
     if before is not None:
         o += places.weight[..., None] * jnp.einsum("bthd,bhde->bthe", q, before)
     after["pairs"] = places.join(before, own, rule)
-    o = o * (allocation / (inflow * total))[..., None]
+    o = _times_rows(o, allocation / (inflow * total))
     names = [f.name for f in dataclasses.fields(FlowState)]
     after = FlowState(**(dict.fromkeys(names) | after))
     return FlowOutput(o, after if ours is None else ours.of_last(after), outgoing)
@@ -179,7 +179,7 @@ class _RunningFlows:
         scores, w = self._chunks(scores_BTH), self.weights
         if rule.clip is not None:
             rivals = jnp.exp(scores)
-            local = (w.pairs * rivals[..., None, :]).sum(-1)
+            local = jnp.einsum("...cs,...s->...c", w.pairs, rivals)
             before, _ = _carried(_times(rivals, w.write).sum(-1)[..., None], w.carry)
             total = local if before is None else local + _times(before, w.read)
             return jnp.zeros_like(scores_BTH), self._rows(total)
@@ -197,7 +197,7 @@ class _RunningFlows:
             flow, written = products.sum(axis), there
         else:
             weights = self._chunks(weights_BTH)
-            flow, written = jnp.einsum(contraction, products, weights), there * weights[..., None]
+            flow, written = jnp.einsum(contraction, products, weights), _times_rows(there, weights)
         if self.weights.write is not None:
             written = written * self.weights.write[..., None]
         before, last = _carried(written.sum(-2), self.weights.carry)
@@ -247,6 +247,11 @@ def _carried_logs(written_BHN, carry_BHN):
 
 def _times(x, weight):
     return x if weight is None else x * weight
+
+
+def _times_rows(x, weight):
+    """x [..., e] times weight [...], as rows: beside axes of size 1 XLA on CPU takes 20 times as long for its gradient."""
+    return (x.reshape(-1, x.shape[-1]) * weight.reshape(-1, 1)).reshape(x.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -445,18 +450,16 @@ def flow_attention(
     q, k, v = (x.astype(wide) for x in (q_BTHd, k_BSHd, v_BSHe))
     streamed = (state,) if causal else ()
     run = lambda q, k, v, documents: chosen.run(q, k, v, documents, *streamed, rule, chunk)
-    if chosen.run is causal_chunked and state is None and context.split(T):
-        out = _on_parts(run, q, k, v, documents, rule)
-    else:
-        out = run(q, k, v, documents)
+    local = chosen.run is causal_chunked and state is None
+    out = _on_devices(run, q, k, v, documents, rule) if local else run(q, k, v, documents)
     return out._replace(o=out.o.astype(v_BSHe.dtype))
 
 
-def _on_parts(run, q, k, v, documents, rule: FlowRule) -> FlowOutput:
+def _on_devices(run, q, k, v, documents, rule: FlowRule) -> FlowOutput:
     """`run` on each device's own batch, heads and positions."""
     B, T, H, d = q.shape
     heads = None if H % partition.ways("heads") else "heads"
-    rows = ("batch", "seq", heads, None)
+    rows = ("batch", "seq" if context.split(T) else None, heads, None)
     like = empty_state(rule, B, H, d, v.shape[3], q.dtype)
     states, kind = jax.tree.flatten(like)
     has_outgoing = rule.competition
@@ -499,4 +502,5 @@ def matrix_flops(rule: FlowRule, causal: bool, length: int, width: int, value_wi
     padded = -(-length // C) * C / length
     several = length > C
     recurrence = 2 * C * (d + e) + 2 * d * e + several * 2 * d * e
-    return float(padded * (recurrence + 2 * C * d + 2 * C * twice + several * 2 * d * flows))
+    vectors = twice + (rule.competition and rule.clip is not None)  # each a chunk's pairs times a vector
+    return float(padded * (recurrence + 2 * C * d + 2 * C * vectors + several * 2 * d * flows))

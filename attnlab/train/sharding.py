@@ -70,7 +70,8 @@ def make_mesh(config: MeshConfig, batch: int, devices: Sequence[Any] | None = No
     kinds = (jax.sharding.AxisType.Auto,) * len(sizes)
     slices = len({getattr(d, "slice_index", 0) for d in devices})
     if slices == 1:
-        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=devices)
+        order = mesh_utils.create_device_mesh(list(sizes.values()), devices, allow_split_physical_axes=True)
+        return Mesh(order, tuple(sizes), axis_types=kinds)
     if sizes[config.slices] % slices:
         raise ConfigError(
             f"mesh.{config.slices} = {sizes[config.slices]} goes over {slices} slices (mesh.slices = {config.slices!r}); "
