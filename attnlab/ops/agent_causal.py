@@ -141,14 +141,16 @@ def _fixed(q_BTHd, k_BTHd, v_BTHe, agents_BHmd, documents_BT, valid_BT, before, 
         logits = jnp.where(valid_BT[:, None, :, None], logits, -jnp.inf)
     before = Averages.empty(B, H, m, e, dtype) if before is None else before
 
+    # Rows and heads are one axis, G: beside an axis of size 1 (a batch of one row) XLA on CPU is slow at sums.
+    logits, weights, v, before = (jax.tree.map(lambda x: x.reshape(B * H, *x.shape[2:]), y) for y in (logits, weights, v, before))
     size, block = chunk_sizes(T, chunk)
     count = -(-T // size)
-    cut = functools.partial(_cut, count=count, size=size)
+    cut = functools.partial(_cut, count=count, size=size, axis=1)
     pieces = (
-        cut(logits, axis=2, constant_values=-jnp.inf),
-        cut(weights, axis=2),
-        cut(v, axis=2),
-        None if documents_BT is None else _from_zero(cut(documents_BT, axis=1, mode="edge")),
+        cut(logits, constant_values=-jnp.inf),
+        cut(weights),
+        cut(v),
+        None if documents_BT is None else jnp.repeat(_from_zero(cut(documents_BT, mode="edge")), H, axis=1),
     )
     body = functools.partial(_chunk, block)
     if count == 1:
@@ -156,7 +158,8 @@ def _fixed(q_BTHd, k_BTHd, v_BTHe, agents_BHmd, documents_BT, valid_BT, before, 
         o = o[None]
     else:
         after, o = jax.lax.scan(jax.checkpoint(body), before, pieces)
-    o = jnp.moveaxis(o, 0, 2).reshape(B, H, count * size, e)[:, :, :T]
+    after = jax.tree.map(lambda x: x.reshape(B, H, *x.shape[1:]), after)
+    o = jnp.moveaxis(o, 0, 1).reshape(B, H, count * size, e)[:, :, :T]
     return o.swapaxes(1, 2).astype(q_BTHd.dtype), after
 
 
@@ -180,68 +183,66 @@ def _chunk(block: int, before: Averages, inputs) -> tuple[Averages, jax.Array]:
     For a pair of a position t and an earlier block's key j the exponent splits at r, the largest logit of the document
     up to the position's block: s_j - M_t = (s_j - r) + (r - M_t), neither of which is above 0.
     """
-    logits_BHCm, weights_BHCm, v_BHCe, documents_BC = inputs
-    B, H, C, m = logits_BHCm.shape
+    logits_GCm, weights_GCm, v_GCe, documents_GC = inputs
+    highest_Gm, total_Gm, values_Gme = before.highest_BHm, before.total_BHm, before.values_BHme
+    G, C, m = logits_GCm.shape
     n = C // block
-    dtype = logits_BHCm.dtype
-    blocks = lambda x: x.reshape(B, H, n, block, *x.shape[3:])
-    s_Bm, stop = blocks(logits_BHCm), jax.lax.stop_gradient  # results do not depend on the maxima
+    dtype = logits_GCm.dtype
+    blocks = lambda x: x.reshape(G, n, block, *x.shape[2:])
+    s_Gm, stop = blocks(logits_GCm), jax.lax.stop_gradient  # results do not depend on the maxima
 
-    own, earlier, enters, goes_on = _sight(documents_BC, C, block)
-    highest = jnp.where(own[..., None], stop(s_Bm)[:, :, :, None], -jnp.inf).max(4)
+    own, earlier, enters, goes_on = _sight(documents_GC, C, block)
+    highest = jnp.where(own[..., None], stop(s_Gm)[:, :, None], -jnp.inf).max(3)
     if n > 1:
-        known = jnp.where(earlier[..., None], stop(logits_BHCm)[:, :, None], -jnp.inf).max(3)
+        known = jnp.where(earlier[..., None], stop(logits_GCm)[:, None], -jnp.inf).max(2)
         known = jnp.maximum(known, _LOWEST)
-        highest = jnp.maximum(highest, jnp.where(enters[..., None], known[:, :, :, None], -jnp.inf))
-    carried = jnp.where(goes_on[..., None], stop(before.highest_BHm)[:, :, None], -jnp.inf)
+        highest = jnp.maximum(highest, jnp.where(enters[..., None], known[:, :, None], -jnp.inf))
+    carried = jnp.where(goes_on[..., None], stop(highest_Gm)[:, None], -jnp.inf)
     highest = stop(jnp.maximum(jnp.maximum(highest, blocks(carried)), _LOWEST))
 
-    close = jnp.exp(jnp.where(own[..., None], s_Bm[:, :, :, None] - highest[..., None, :], -jnp.inf))
-    from_before = jnp.exp(carried - highest.reshape(B, H, C, m))
-    total = close.sum(4) + blocks(from_before * before.total_BHm[:, :, None])
+    close = jnp.exp(jnp.where(own[..., None], s_Gm[:, :, None] - highest[..., None, :], -jnp.inf))
+    from_before = jnp.exp(carried - highest.reshape(G, C, m))
+    total = close.sum(3) + blocks(from_before * total_Gm[:, None])
     if n > 1:
-        far = jnp.exp(jnp.where(earlier[..., None], logits_BHCm[:, :, None] - known[:, :, :, None], -jnp.inf))
-        to_far = jnp.exp(jnp.where(enters[..., None], known[:, :, :, None] - highest, -jnp.inf))
-        total += to_far * far.sum(3)[:, :, :, None]
-    shares = blocks(weights_BHCm) / jnp.where(total > 0, total, 1)
+        far = jnp.exp(jnp.where(earlier[..., None], logits_GCm[:, None] - known[:, :, None], -jnp.inf))
+        to_far = jnp.exp(jnp.where(enters[..., None], known[:, :, None] - highest, -jnp.inf))
+        total += to_far * far.sum(2)[:, :, None]
+    shares = blocks(weights_GCm) / jnp.where(total > 0, total, 1)
 
     pairs = (shares[..., None, :] * close).sum(-1)
-    last = close[:, :, -1, -1]
+    last = close[:, -1, -1]
     if n > 1:
-        pairs = pairs[:, :, :, :, None] * jnp.eye(n, dtype=dtype)[:, None, :, None]
-        pairs = pairs.reshape(B, H, n, block, C) + jnp.einsum("bhntm,bhnjm->bhntj", shares * to_far, far)
-        last = jnp.pad(last, ((0, 0), (0, 0), (C - block, 0), (0, 0))) + to_far[:, :, -1, -1:] * far[:, :, -1]
-    o = _product("bhtj,bhje->bhte", pairs.reshape(B, H, C, C), v_BHCe, dtype)
-    o += jnp.einsum("bhtm,bhme->bhte", shares.reshape(B, H, C, m) * from_before, before.values_BHme)
-    values = _product("bhjm,bhje->bhme", last, v_BHCe, dtype)
-    values += from_before[:, :, -1, :, None] * before.values_BHme
-    return Averages(highest[:, :, -1, -1], total[:, :, -1, -1], values), o.astype(v_BHCe.dtype)
+        pairs = pairs[:, :, :, None] * jnp.eye(n, dtype=dtype)[:, None, :, None]
+        pairs = pairs.reshape(G, n, block, C) + jnp.einsum("gntm,gnjm->gntj", shares * to_far, far)
+        last = jnp.pad(last, ((0, 0), (C - block, 0), (0, 0))) + to_far[:, -1, -1:] * far[:, -1]
+    o = _product("gtj,gje->gte", pairs.reshape(G, C, C), v_GCe, dtype)
+    o += jnp.einsum("gtm,gme->gte", shares.reshape(G, C, m) * from_before, values_Gme)
+    values = _product("gjm,gje->gme", last, v_GCe, dtype)
+    values += from_before[:, -1, :, None] * values_Gme
+    return Averages(highest[:, -1, -1], total[:, -1, -1], values), o.astype(v_GCe.dtype)
 
 
-def _sight(documents_BC: jax.Array | None, C: int, block: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+def _sight(documents_GC: jax.Array | None, C: int, block: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """What sees what in a chunk.
 
     Returns:
-      own: [B, 1, n, b, b], keys of the position's block.
-      earlier: [B, 1, n, C], keys of earlier blocks and of the document that enters the block.
-      enters: [B, 1, n, b], positions of that document.
-      goes_on: [B, 1, C], positions that see what came before the chunk.
+      own: [G, n, b, b], keys of the position's block.
+      earlier: [G, n, C], keys of earlier blocks and of the document that enters the block.
+      enters: [G, n, b], positions of that document.
+      goes_on: [G, C], positions that see what came before the chunk.
     """
     n = C // block
     before = jnp.tril(jnp.ones((block, block), bool))
     earlier = jnp.arange(C) < block * jnp.arange(n)[:, None]
-    if documents_BC is None:
+    if documents_GC is None:
         enters = jnp.broadcast_to(jnp.arange(n)[:, None] > 0, (n, block))
-        return (
-            jnp.broadcast_to(before, (1, 1, n, block, block)), earlier[None, None], enters[None, None],
-            jnp.ones((1, 1, C), bool),
-        )  # fmt: skip
-    documents = documents_BC[:, None]
-    blocks = documents.reshape(*documents.shape[:2], n, block)
+        own = jnp.broadcast_to(before, (1, n, block, block))
+        return own, earlier[None], enters[None], jnp.ones((1, C), bool)
+    blocks = documents_GC.reshape(-1, n, block)
     # The first block is entered by what came before the chunk, which is not here.
-    entering = jnp.concatenate([jnp.full_like(blocks[:, :, :1, -1], -1), blocks[:, :, :-1, -1]], axis=2)[..., None]
+    entering = jnp.concatenate([jnp.full_like(blocks[:, :1, -1], -1), blocks[:, :-1, -1]], axis=1)[..., None]
     own = before & (blocks[..., :, None] == blocks[..., None, :])
-    return own, earlier & (documents[:, :, None] == entering), blocks == entering, documents == 0
+    return own, earlier & (documents_GC[:, None] == entering), blocks == entering, documents_GC == 0
 
 
 def _product(spec: str, weights: jax.Array, v: jax.Array, dtype: jnp.dtype) -> jax.Array:

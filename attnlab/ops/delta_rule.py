@@ -42,25 +42,26 @@ def chunked(q_BTHd, k_BTHd, v_BTHe, log_decay_BTH, beta_BTH, documents_BT, state
     triangular system in the u, whose inverse (the WY or UT transform) does not depend on the state. All that does not
     is computed for all chunks at once. Decays enter as exp of differences of sums, never as quotients.
     """
-    T = q_BTHd.shape[1]
+    B, T, H, d = q_BTHd.shape
     if T == 1:
         same_B = None if documents_BT is None else documents_BT[:, 0] == 0
         inputs = (x[:, 0] for x in (q_BTHd, k_BTHd, v_BTHe, log_decay_BTH, beta_BTH))
         state, o = _step(state_BHde, *inputs, same_B)
         return o[:, None], state
     C = min(chunk, T)
-    # Padded positions write nothing and let nothing decay; they are of the last document, whose state is kept.
+    # Rows and heads are one axis, G: beside an axis of size 1 (a batch of one row) XLA on CPU is slow at sums. Padded
+    # positions write nothing and let nothing decay; they are of the last document, whose state is kept.
     q, k, v, log_decay, beta = (_in_chunks(x, C) for x in (q_BTHd, k_BTHd, v_BTHe, log_decay_BTH, beta_BTH))
     seen = jnp.tril(jnp.ones((C, C), bool))
     follows = True  # whether a position's document began before the chunk
     if documents_BT is not None:
         documents = jnp.pad(documents_BT, ((0, 0), (0, -T % C)), mode="edge")
-        documents = jnp.moveaxis(documents.reshape(documents.shape[0], -1, C), 1, 0)[:, :, None]
+        documents = jnp.repeat(jnp.moveaxis(documents.reshape(B, -1, C), 1, 0), H, axis=1)
         seen &= documents[..., :, None] == documents[..., None, :]
         last = documents[..., -1:]
         follows = documents == jnp.concatenate([jnp.zeros_like(last[:1]), last[:-1]])
 
-    # [N, B, H, C] and [N, B, H, C, C], N chunks. Sums begin anew with a document, whose bits no other then changes.
+    # [N, G, C] and [N, G, C, C], N chunks. Sums begin anew with a document, whose bits no other then changes.
     total = jnp.sum(jnp.where(seen, log_decay[..., None, :], 0), axis=-1)
     decay = jnp.where(seen, jnp.exp(jnp.where(seen, total[..., :, None] - total[..., None, :], 0)), 0)
     from_state = jnp.where(follows, jnp.exp(total), 0)
@@ -81,9 +82,10 @@ def chunked(q_BTHd, k_BTHd, v_BTHe, log_decay_BTH, beta_BTH, documents_BT, state
         u = own - seen[..., :C, :]
         return kept * state + jnp.swapaxes(k_end, -1, -2) @ u, (u, seen[..., C:, :])
 
-    state, (u, o) = jax.lax.scan(carry_over, state_BHde, (readers, own, k * to_state[..., None], kept))
-    o = jnp.moveaxis(o + q_weights @ u, (0, 3), (1, 2))  # [B, N, C, H, e]
-    return o.reshape(o.shape[0], -1, *o.shape[3:])[:, :T], state
+    start = state_BHde.reshape(B * H, d, v_width)
+    state, (u, o) = jax.lax.scan(carry_over, start, (readers, own, k * to_state[..., None], kept))
+    o = (o + q_weights @ u).reshape(-1, B, H, C, v_width).transpose(1, 0, 3, 2, 4)
+    return o.reshape(B, -1, H, v_width)[:, :T], state.reshape(state_BHde.shape)
 
 
 IMPLEMENTATIONS = {"definition": Implementation(definition), "chunked": Implementation(chunked)}
@@ -238,11 +240,11 @@ def _step(state_BHde, q_BHd, k_BHd, v_BHe, log_decay_BH, beta_BH, same_B):
 
 
 def _in_chunks(x_BTH, C: int):
-    """[B, T, H, ...] to [N, B, H, C, ...], filled up with zeros."""
+    """[B, T, H, ...] to [N, B H, C, ...], filled up with zeros."""
     B, T, H, *rest = x_BTH.shape
     x = jnp.pad(x_BTH, [(0, 0), (0, -T % C)] + [(0, 0)] * (x_BTH.ndim - 2))
-    x = x.reshape(B, -1, C, H, *rest)
-    return jnp.moveaxis(x, (1, 3), (0, 2))
+    x = jnp.moveaxis(x.reshape(B, -1, C, H, *rest), (1, 3), (0, 2))
+    return x.reshape(-1, B * H, C, *rest)
 
 
 def _check(q, k, v, log_decay, beta, chunk) -> None:
