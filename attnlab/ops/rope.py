@@ -21,7 +21,17 @@ def rope(x_BTHd: jax.Array, positions_BT: jax.Array, base: float = 10_000.0) -> 
     dtype = jnp.promote_types(x_BTHd.dtype, jnp.float32)
     inverse_wavelength_F = base ** (-jnp.arange(0, d, 2, dtype=dtype) / d)
     angle_BTF = positions_BT[..., None].astype(dtype) * inverse_wavelength_F
-    cos_BT1F, sin_BT1F = jnp.cos(angle_BTF)[:, :, None], jnp.sin(angle_BTF)[:, :, None]
-    a, b = jnp.split(x_BTHd.astype(dtype), 2, axis=-1)
-    out = jnp.concatenate([a * cos_BT1F - b * sin_BT1F, b * cos_BT1F + a * sin_BT1F], axis=-1)
-    return out.astype(x_BTHd.dtype)
+    angle_BT1d = jnp.concatenate([angle_BTF, angle_BTF], axis=-1)[:, :, None]
+    return _rotate(x_BTHd, jnp.cos(angle_BT1d), jnp.sin(angle_BT1d))
+
+
+# Pairs are exchanged in the input's own type: XLA for TPU would else keep, and lay out anew, wide copies of q and k. Its
+# transpose would add two rounded halves; the rotation back rounds once.
+@jax.custom_vjp
+def _rotate(x, cos, sin):
+    a, b = jnp.split(x, 2, axis=-1)
+    turned = jnp.concatenate([-b, a], axis=-1)
+    return (x.astype(cos.dtype) * cos + turned.astype(cos.dtype) * sin).astype(x.dtype)
+
+
+_rotate.defvjp(lambda x, cos, sin: (_rotate(x, cos, sin), (cos, sin)), lambda r, g: (_rotate(g, r[0], -r[1]), None, None))
