@@ -178,3 +178,20 @@ def test_points_are_the_chips_they_say(chips):
     settings = dict(a.removeprefix("--config.").split("=") for a in row.command() if a.startswith("--config."))
     assert int(settings["mesh.data"]) * int(settings["mesh.fsdp"]) == chips
     assert int(settings["data.batch"]) == scaling.SEQUENCES * chips
+
+
+@pytest.mark.parametrize("write", ["compile_results", "scaling"])
+def test_committed_tables_are_those_of_the_rows(write, tmp_path):
+    """The documents hold what the commands write from the committed rows; no cost grows more than is allowed."""
+    committed = (DOCS / f"{write}.md").read_text()
+    rows = json.loads((DOCS / f"{write}.json").read_text())
+    if write == "scaling":
+        found = scaling.points(rows)
+        assert {(p.mixer, p.chips) for p in found} == {(m, n) for m in scaling.MIXERS for n in scaling.TOPOLOGIES}
+        assert scaling.judge(found) == []
+        assert compile_table.between_marks(committed, "scaling", scaling.table(found)) == committed
+    else:
+        document = tmp_path / "d.md"
+        document.write_text(committed)
+        compile_table.write(rows, document)
+        assert document.read_text() == committed
