@@ -130,7 +130,7 @@ class ClusterConfig:
       find: `auto` looks for a TPU pod, SLURM, Kubernetes or Open MPI where `coordinator` is not given; `none` does not.
       start_timeout: seconds in which all processes must have come.
       timeout: seconds without a sign of life of a process after which the others end.
-      step_timeout: seconds without a step after which all end, compilation apart; 0: never.
+      step_timeout: seconds without a step after which all end, the compilation of the first included; 0: never.
     """
 
     coordinator: str | None = None
