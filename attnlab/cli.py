@@ -271,7 +271,7 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> int:
         key, _, rest = str(error).partition(" ")
         raise UserError(f"--{key.replace('_', '-')} {rest}") from None
     prompts = _prompts(args)
-    trained = restore.load(args.workdir, args.checkpoint, overrides)
+    trained = restore.load(args.workdir, args.checkpoint, overrides, evaluating=False)
     sampling, ids = restore.prepare_prompts(trained.tokenizer, sampling, prompts, args.samples, args.stop)
     out = generate(trained.model.merge, trained.params, ids, sampling)
     texts = [trained.tokenizer.decode(new) for new in out.tokens]

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from attnlab import mixers, ops
-from attnlab.errors import UserError
 from attnlab.launch import hlo
 from attnlab.launch.targets import Target
 from attnlab.mixers.softmax import Softmax
 from attnlab.models.cost import model_cost
+from attnlab.ops import partition
 from attnlab.train import optimizers, sharding
-from attnlab.train.config import MeshConfig, RunConfig
+from attnlab.train.config import RunConfig
 from attnlab.train.hardware import Chip
 from attnlab.train.state import Model, init_state, state_shardings
 from attnlab.train.step import make_train_step
@@ -42,9 +42,11 @@ def compile_step(config: RunConfig, target: Target) -> dict[str, Any]:
     Raises:
       UserError: the config does not fit the target.
     """
-    mesh = mesh_on(target, config.mesh, config.data.batch // config.train.accumulate, config.data.length)
+    rows = config.data.batch // config.train.accumulate
+    mesh = sharding.make_mesh(config.mesh, rows, target.devices, length=config.data.length)
     model = Model.of(config.model)
-    cost = model_cost(config.model, config.data.length)
+    with partition.use(mesh, sharding.ACTIVATION_RULES):  # which implementation runs depends on where
+        cost = model_cost(config.model, config.data.length)
     tokens = config.data.batch * config.data.length / mesh.size
     report: dict[str, Any] = {
         "topology": target.name,
@@ -109,27 +111,6 @@ def compile_step(config: RunConfig, target: Target) -> dict[str, Any]:
     }
 
 
-def mesh_on(target: Target, mesh: MeshConfig, batch: int, length: int) -> Mesh:
-    """The mesh over a target's devices.
-
-    Args:
-      target: where.
-      mesh: sizes of the axes.
-      batch: sequences that are processed at a time.
-      length: positions of a sequence.
-
-    Raises:
-      UserError: the mesh or the batch does not fit the devices, or the axes do not fit the torus that they are joined in.
-    """
-    try:
-        return sharding.make_mesh(mesh, batch, target.devices, length=length)
-    except NotImplementedError:  # jax says so where it lays axes over a torus
-        sizes = ", ".join(f"mesh.{axis} = {size}" for axis, size in mesh.sizes().items())
-        raise UserError(
-            f"{sizes} cannot be laid over {target.name}; allowed: axes that are products of sides of the topology"
-        ) from None
-
-
 def _lower(config: RunConfig, model: Model, mesh: Mesh) -> Any:
     rate = optimizers.schedule(config.optimizer, config.train.steps)
     tx = optimizers.build(config.optimizer, config.train.steps, model.axes)
@@ -182,7 +163,8 @@ def _kernel_flops(config: RunConfig, kernels: dict[str, int], declared: dict[str
     runs = {part: started(part) for part in _KERNEL_WORK}
     if not runs["_dq"]:
         return 0.0
-    names = {node.node_name for node in config.model.mixers.values()}
-    of_kernels = {f"{name}.attention" for name in names if issubclass(mixers.get(name), Softmax)}
+    core = lambda node: mixers.get(getattr(node, "core", node).node_name)
+    attending = {node.node_name for node in config.model.mixers.values() if issubclass(core(node), Softmax)}
+    of_kernels = {f"{name}.attention" for name in attending}
     forward = sum(value for part, value in declared.items() if part in of_kernels) * tokens
     return forward * sum(_KERNEL_WORK[part] * n for part, n in runs.items()) / runs["_dq"]

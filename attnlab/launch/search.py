@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from attnlab.errors import UserError
-from attnlab.launch.compile import compile_step, mesh_on
+from attnlab.launch.compile import compile_step
 from attnlab.launch.targets import Target
 from attnlab.models.cost import model_cost
 from attnlab.train import sharding
@@ -117,7 +117,7 @@ def _meshes(config: RunConfig, target: Target) -> list[MeshConfig]:
             continue
         mesh = dataclasses.replace(config.mesh, data=devices // split, fsdp=fsdp, **dict(zip(within, inner, strict=True)))
         try:
-            made = mesh_on(target, mesh, config.data.batch, config.data.length)
+            made = sharding.make_mesh(mesh, config.data.batch, target.devices, length=config.data.length)
             sharding.parameter_shardings(made, shapes.axes, shapes.pure_shapes)
         except UserError:
             continue

@@ -173,8 +173,8 @@ class Agent(HeadMixer):
 
     @classmethod
     def context_of(cls, config: AgentConfig) -> str:
-        """Agents pooled from queries average over all keys anew at every refresh."""
-        return "" if config.refreshed else cls.context
+        """Agents pooled from queries see all keys, causal ones anew at every refresh."""
+        return cls.context if config.causal and not config.refreshed else ""
 
     # The contract.
 

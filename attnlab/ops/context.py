@@ -176,9 +176,10 @@ def attend(
     """
     (T, H), (S, K) = queries[0].shape[1:3], keys[0].shape[1:3]
     seq = "seq" if split(T) else None
-    # Groups of query heads stay with their key head: both are split alike, or neither.
-    whole = K % partition.ways("heads") or H % partition.ways("heads")
-    q_heads, kv_heads = (None, None) if whole else ("heads", "kv_heads")
+    # Groups of query heads stay with their key head: both are split alike, or neither; a single key head is everybody's.
+    n_heads = partition.ways("heads")
+    whole = H % n_heads or (K % n_heads and K > 1)
+    q_heads, kv_heads = None if whole else "heads", None if whole or K == 1 else "kv_heads"
     k_seq = seq if S % partition.ways("seq") == 0 else None
     of_queries, of_keys = ("batch", seq, q_heads, None), ("batch", k_seq, kv_heads, None)
     n = len(queries)

@@ -184,7 +184,7 @@ class RunConfig:
             if self.mesh.context != 1 and not mixers.get(mixer.node_name).context_of(mixer):
                 raise ConfigError(
                     f"mesh.context = {self.mesh.context}: model.mixers.{letter} ({mixer.node_name}, as configured) cannot "
-                    "split its positions over devices; allowed: 1"
+                    "split its positions over devices; allowed: 1, as a number"
                 )
 
 

@@ -20,6 +20,7 @@ from attnlab.errors import ConfigError, TrainingFailed, UserError
 from attnlab.evaluate.generate import Sampling, generate
 from attnlab.evaluate.perplexity import Evaluation, evaluate
 from attnlab.models.cost import model_cost
+from attnlab.ops import partition
 from attnlab.train import metadata, optimizers, sharding, workdir
 from attnlab.train.checkpoints import Checkpoints
 from attnlab.train.config import RunConfig
@@ -157,7 +158,8 @@ class _Run:
         # let go of its arrays, can keep each other from running until XLA gives up.
         self._serial = jax.default_backend() == "cpu" and self.mesh.size > 1
         self._eval_step = jax.jit(make_eval_step(self.model, c.train, self.tokenizer.byte_lengths(), self.mesh))
-        cost = model_cost(c.model, c.data.length)
+        with partition.use(self.mesh, sharding.ACTIVATION_RULES):  # which implementation runs depends on where
+            cost = model_cost(c.model, c.data.length)
         self._flops_per_token = 3 * cost.total_flops
         self._peak = peak_flops(self.mesh.size)
         self._describe()
@@ -285,9 +287,12 @@ class _Run:
         count = self.config.train.sample_tokens
         if not count or self.heldout is None:
             return
-        batch = next(iter(self.heldout))
+        # The same prompts in every process: they run one program, whose steps depend on them.
+        micro = micro_batches(self.config)
+        same = data_lib.heldout_loader(micro, self.tokenizer, batches=1, rows=range(min(2, micro.batch)))
+        batch = next(iter(same))
         prompts = []
-        for tokens, segments in list(zip(batch["tokens"], batch["segments"]))[:2]:
+        for tokens, segments in list(zip(batch["tokens"], batch["segments"])):
             document = tokens[segments == 1]
             if len(document):
                 prompts.append(document[: min(len(document), 64)])

@@ -54,13 +54,16 @@ def read_run(path: pathlib.Path, overrides: list[str]) -> RunConfig:
     return config
 
 
-def load(path: pathlib.Path, which: str = "best", overrides: list[str] | None = None) -> Trained:
+def load(
+    path: pathlib.Path, which: str = "best", overrides: list[str] | None = None, *, evaluating: bool = True
+) -> Trained:
     """Restores a model.
 
     Args:
       path: workdir of a run.
       which: `best` (lowest held-out loss; the latest if none was evaluated), `latest`, or a step.
       overrides: `any.field=value`, e.g. other data to evaluate on.
+      evaluating: whether batches of the config's shape will be run, which its mesh must then divide.
 
     Raises:
       UserError: no run, no such checkpoint, or one that cannot be read.
@@ -81,7 +84,8 @@ def load(path: pathlib.Path, which: str = "best", overrides: list[str] | None = 
     else:
         raise UserError(f"--checkpoint {which!r} is not there; allowed: best, latest, {', '.join(map(str, steps))}")
 
-    mesh = sharding.make_mesh(config.mesh, config.data.batch // config.train.accumulate, length=config.data.length)
+    rows, length = (config.data.batch // config.train.accumulate, config.data.length) if evaluating else (0, 0)
+    mesh = sharding.make_mesh(config.mesh, rows, length=length)
     model = Model.of(config.model)
     tx = optimizers.build(config.optimizer, config.train.steps, model.axes)
     shapes = jax.eval_shape(lambda: init_state(model, tx, config.seed))

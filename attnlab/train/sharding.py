@@ -66,7 +66,13 @@ def make_mesh(config: MeshConfig, batch: int, devices: Sequence[Any] | None = No
         raise ConfigError(
             f"mesh.context = {sizes['context']} does not divide data.length = {length}; allowed: divisors of it"
         )
+    without = {d.process_index for d in devices}
     devices = devices[: math.prod(sizes.values())]
+    without -= {d.process_index for d in devices}
+    if without:
+        raise ConfigError(
+            f"{shown} leave no device to process {', '.join(map(str, sorted(without)))}; allowed: all devices of all processes"
+        )
     kinds = (jax.sharding.AxisType.Auto,) * len(sizes)
     slices = len({getattr(d, "slice_index", 0) for d in devices})
     if slices == 1:
