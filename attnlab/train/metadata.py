@@ -126,8 +126,6 @@ def check_same(workdir: pathlib.Path, old: dict[str, Any], new: RunConfig, *, sa
     ]
     moved = [text for key, text in changed if key.startswith(_PLACE)]
     changed = [(key, text) for key, text in changed if not key.startswith(_PLACE)]
-    if moved and saved and jax.process_index() == 0:
-        log.info("%s goes on with %s: the same examples, and losses that differ by rounding", workdir, "; ".join(moved))
     if changed and new.train.on_config_change == "stop":
         shown = "; ".join(text for _, text in changed[:6])
         shown += f"; and {len(changed) - 6} more" if len(changed) > 6 else ""
@@ -137,6 +135,8 @@ def check_same(workdir: pathlib.Path, old: dict[str, Any], new: RunConfig, *, sa
         )
     if saved and any(key.startswith(("model.", "optimizer.")) for key, _ in changed):
         require_same_arrays(workdir, old, new)
+    if moved and saved and jax.process_index() == 0:
+        log.info("%s goes on with %s: the same examples, and losses that differ by rounding", workdir, "; ".join(moved))
 
 
 def require_same_arrays(workdir: pathlib.Path, old: dict[str, Any], new: RunConfig) -> None:

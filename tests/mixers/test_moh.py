@@ -342,14 +342,11 @@ def test_what_cannot_be_gathered_keeps_the_laws(fields):
     """The battery's laws where `gather` does not serve: a linear core, and gradients of heads that are off."""
     config = mixers.get("moh").Config(**fields)
     x, seq = packed()
-    variants = (dataclasses.replace(config, impl=impl) for impl in ("dense", "auto", "definition"))
-    *others, expected = (battery.value_and_gradients(*cases.split(cases.module(c, jnp.float64)), x, seq) for c in variants)
-    for other in others:
-        battery.assert_close(other, expected, 1e-10)
+    variants = (dataclasses.replace(config, impl=impl) for impl in ("dense", "definition"))
+    other, expected = (battery.value_and_gradients(*cases.split(cases.module(c, jnp.float64)), x, seq) for c in variants)
+    battery.assert_close(other, expected, 1e-10)
     battery.test_split_anywhere(config, None)
-    battery.test_packing(config, None)
     battery.test_causality(config)
-    battery.test_bfloat16(config)
     battery.test_cost(config)
 
 
