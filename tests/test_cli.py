@@ -268,7 +268,7 @@ def test_workdir_of_another_config(refused, finished, config, args, parts):
         (["--checkpoint", "²"], ["--checkpoint '²'", "best, latest, "]),
         (["--config.model.width=32"], ["do not fit", "float32[260, 32]"]),
         (["--config.data.tokenizer=/no/such.json"], ["/no/such.json"]),
-        (["--config.mesh.data=3"], ["multiples of 3"]),
+        (["--config.mesh.data=16"], ["mesh.data = 16", "at most 8"]),
     ],
 )
 def test_bad_generate(refused, finished, args, parts):
