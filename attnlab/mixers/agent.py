@@ -16,6 +16,7 @@ from attnlab.mixers.base import Capabilities, HeadMixer, MixerConfig, MixerOutpu
 from attnlab.mixers.parts import Linear, param_dtype
 from attnlab.ops import agent_attention as bidirectional_ops
 from attnlab.ops import agent_causal as causal_ops
+from attnlab.ops import agent_refreshed as refreshed_ops
 from attnlab.ops.causal_conv import causal_conv
 from attnlab.ops.dispatch import Implementation, choose
 from attnlab.ops.documents import document_index
@@ -89,7 +90,7 @@ class AgentState:
       segment: [B] int32, id of the current document, -1 before the first position.
     """
 
-    seen: causal_ops.Averages | causal_ops.Stream
+    seen: causal_ops.Averages | refreshed_ops.Stream
     tail: jax.Array | None
     segment: jax.Array
 
@@ -209,7 +210,7 @@ class Agent(HeadMixer):
         if not c.causal:
             raise UnsupportedPattern(f"mixer {self.name!r} with causal=False does not stream")
         if c.refreshed:
-            seen = causal_ops.Stream.empty(batch, c.heads, c.agents, self.head_dim, max_length, dtype)
+            seen = refreshed_ops.Stream.empty(batch, c.heads, c.agents, self.head_dim, max_length, dtype)
         else:
             seen = causal_ops.Averages.empty(batch, c.heads, c.agents, self.head_dim, param_dtype(dtype))
         tail = jnp.zeros((batch, _TAPS - 1, c.heads * self.head_dim), dtype) if c.conv else None
@@ -242,14 +243,14 @@ class Agent(HeadMixer):
         if state is None and self._chosen(q) == "definition":
             documents = jnp.zeros(q.shape[:2], jnp.int32) if documents is None else documents
             if c.refreshed:
-                own = causal_ops.definition_refreshed_agents(q, agents, documents, c.chunk)
+                own = refreshed_ops.definition_refreshed_agents(q, agents, documents, c.chunk)
             else:
                 own = agents[None, None]
             t = jnp.arange(q.shape[1])
             visible = (documents[:, :, None] == documents[:, None]) & (t[:, None] >= t)
             return bidirectional_ops.definition(q, k, v, own, visible), None
         if c.refreshed:
-            return causal_ops.refreshed_agent_attention(q, k, v, agents, documents, before, chunk=c.chunk)
+            return refreshed_ops.refreshed_agent_attention(q, k, v, agents, documents, before, chunk=c.chunk)
         return causal_ops.fixed_agent_attention(q, k, v, agents[None], documents, before, chunk=c.chunk)
 
     def _bidirectional(self, q: jax.Array, k: jax.Array, v: jax.Array, seq: Sequence) -> jax.Array:

@@ -4,7 +4,8 @@
     O   = softmax(Q A^T / sqrt(d) + bias) V_A      one average of them for every query
 
 Here are the definition (of the causal forms too), the pooling that makes agents of queries, and the form that is linear
-in the length. Source: Han et al. 2023, Agent Attention, arXiv:2312.08874. The causal forms are in `agent_causal.py`.
+in the length. Source: Han et al. 2023, Agent Attention, arXiv:2312.08874. The causal forms are in `agent_causal.py` and
+`agent_refreshed.py`.
 """
 
 from __future__ import annotations

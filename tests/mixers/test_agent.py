@@ -15,6 +15,7 @@ from attnlab.errors import ConfigError, UnsupportedPattern
 from attnlab.mixers.agent import resize
 from attnlab.ops import agent_attention as ops
 from attnlab.ops import agent_causal as causal
+from attnlab.ops import agent_refreshed
 from tests.mixers import cases
 
 FORMS = ("bidirectional", "learned", "pooled")
@@ -46,7 +47,7 @@ def mix(form, q, k, v, agents):
         return ops.agent_attention(q, k, v, jnp.stack([agents.swapaxes(0, 1)] * q.shape[0]))
     if form == "learned":
         return causal.fixed_agent_attention(q, k, v, agents[None], chunk=4)[0]
-    return causal.refreshed_agent_attention(q, k, v, agents, chunk=2 * agents.shape[1])[0]
+    return agent_refreshed.refreshed_agent_attention(q, k, v, agents, chunk=2 * agents.shape[1])[0]
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -9,6 +9,7 @@ import pytest
 
 from attnlab.ops import agent_attention as ops
 from attnlab.ops import agent_causal as causal
+from attnlab.ops import agent_refreshed
 from attnlab.ops.documents import document_index
 
 SEGMENTS = np.array([[1] * 3 + [2] * 13 + [0] * 2 + [4] * 5, [0] * 2 + [3] * 21], np.int32)
@@ -37,7 +38,7 @@ def causal_definition(q, k, v, agents, documents, chunk=None):
     documents = jnp.zeros(q.shape[:2], jnp.int32) if documents is None else documents
     t = jnp.arange(q.shape[1])
     visible = (documents[:, :, None] == documents[:, None]) & (t[:, None] >= t)
-    own = agents[None, None] if chunk is None else causal.definition_refreshed_agents(q, agents, documents, chunk)
+    own = agents[None, None] if chunk is None else agent_refreshed.definition_refreshed_agents(q, agents, documents, chunk)
     return ops.definition(q, k, v, own, visible)
 
 
@@ -131,7 +132,7 @@ def test_fixed_agents_in_more_chunks(chunk, packed):
 def test_refreshed_agents_in_chunks(packed, chunk, agents):
     """Chunks that count from each document's start, by slots, equal the definition; so without documents."""
     documents = document_index(jnp.asarray(SEGMENTS)) if packed else None
-    fast = lambda q, k, v, a: causal.refreshed_agent_attention(q, k, v, a, documents, chunk=chunk)[0]
+    fast = lambda q, k, v, a: agent_refreshed.refreshed_agent_attention(q, k, v, a, documents, chunk=chunk)[0]
     slow = lambda q, k, v, a: causal_definition(q, k, v, a, documents, chunk)
     args = (*inputs(), agents_of(agents))
     assert_same(value_and_gradients(fast, *args), value_and_gradients(slow, *args))
@@ -143,7 +144,7 @@ def test_refreshed_agents_in_chunks(packed, chunk, agents):
 def test_refreshed_agents_in_more_chunks(packed, chunk, agents):
     documents = document_index(jnp.asarray(SEGMENTS)) if packed else None
     q, k, v = inputs()
-    o, _ = causal.refreshed_agent_attention(q, k, v, agents_of(agents), documents, chunk=chunk)
+    o, _ = agent_refreshed.refreshed_agent_attention(q, k, v, agents_of(agents), documents, chunk=chunk)
     assert_same(o, causal_definition(q, k, v, agents_of(agents), documents, chunk))
 
 
@@ -152,8 +153,8 @@ def test_streams_of_refreshed_agents_cut_anywhere():
     q, k, v = inputs(value_width=3)
     agents, segments = agents_of(2), jnp.asarray(SEGMENTS)
     expected = causal_definition(q, k, v, agents, document_index(segments), 4)
-    extend = jax.jit(lambda *args: causal.refreshed_agent_attention(*args, chunk=4))
-    stream, before = causal.Stream.empty(2, 2, 2, 3, T, jnp.float64), jnp.full((2,), -1)
+    extend = jax.jit(lambda *args: agent_refreshed.refreshed_agent_attention(*args, chunk=4))
+    stream, before = agent_refreshed.Stream.empty(2, 2, 2, 3, T, jnp.float64), jnp.full((2,), -1)
     parts, first = [], 0
     for n in (1, 1, 9, 1, 1, 1, 9):
         piece = slice(first, first + n)
@@ -195,7 +196,7 @@ def test_nothing_later_and_no_other_document_is_felt(refreshed):
     @jax.jit
     def run(q, k, v):
         if refreshed:
-            return causal.refreshed_agent_attention(q, k, v, agents, documents, chunk=4)[0]
+            return agent_refreshed.refreshed_agent_attention(q, k, v, agents, documents, chunk=4)[0]
         return causal.fixed_agent_attention(q, k, v, agents[None], documents, chunk=16)[0]
 
     expected = np.asarray(run(q, k, v))
