@@ -206,7 +206,7 @@ class RAT(HeadMixer):
 
     def _averages(self, x: jax.Array, places: _Places, state: RATState | None) -> jax.Array:
         """Averages of values and of keys, [B, T, 2, H * d], in fp32 or wider."""
-        c, (B, T, _) = self.config, x.shape
+        c, B = self.config, x.shape[0]
         wide = param_dtype(self.dtype)
         g = jax.nn.sigmoid(self.g(x).astype(wide) + self.gate_bias[...])
         keys = jnp.tile(self.k(x), (1, 1, c.heads // c.groups))

@@ -140,7 +140,9 @@ def _fixed(q_BTHd, k_BTHd, v_BTHe, agents_BHmd, documents_BT, valid_BT, before, 
     before = Averages.empty(B, H, m, e, dtype) if before is None else before
 
     # Rows and heads are one axis, G: beside an axis of size 1 (a batch of one row) XLA on CPU is slow at sums.
-    logits, weights, v, before = (jax.tree.map(lambda x: x.reshape(B * H, *x.shape[2:]), y) for y in (logits, weights, v, before))
+    logits, weights, v, before = jax.tree.map(
+        lambda x: x.reshape(B * H, *x.shape[2:]), (logits, weights, v, before)
+    )
     size, block = chunk_sizes(T, chunk)
     count = -(-T // size)
     cut = functools.partial(cut_up, count=count, size=size, axis=1)

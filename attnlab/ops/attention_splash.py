@@ -112,7 +112,9 @@ def on_parts(
     return _run(kernel, (q_BTHd, k_BSKd, v_BSKe), starts, (position, jnp.arange(S, dtype=jnp.int32)), scale)
 
 
-def _run(kernel: Any, arrays: tuple[jax.Array, ...], starts: Any, positions: tuple[jax.Array, ...], scale: float) -> jax.Array:
+def _run(
+    kernel: Any, arrays: tuple[jax.Array, ...], starts: Any, positions: tuple[jax.Array, ...], scale: float
+) -> jax.Array:
     """The kernel for every sequence; `starts` and `positions` of queries and of keys."""
     q = arrays[0]
     # The kernel has no scale of its own: it goes into q, rounded once to the type of the products.
@@ -137,7 +139,7 @@ def _kernel(
     order: tuple[int, ...] | None = None,
     parts: int = 1,
 ) -> Any:
-    """The kernel for so many queries and keys [H, T, d] of one sequence; for its queries in another order, and in parts."""
+    """The kernel for so many queries and keys [H, T, d] of one sequence; its queries in another order, and in parts."""
     block = next(b for b in (_BLOCK, 384, 256, _LANES) if shape[0] // parts % b == 0)
     sizes = splash.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block,

@@ -11,6 +11,7 @@ import contextvars
 import dataclasses
 import functools
 import math
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -38,7 +39,7 @@ class Partition:
 
 
 _current: contextvars.ContextVar[Partition | None] = contextvars.ContextVar("partition", default=None)
-_inside: contextvars.ContextVar[Mapping[str, "Split"]] = contextvars.ContextVar("inside", default={})
+_inside: contextvars.ContextVar[Mapping[str, Split]] = contextvars.ContextVar("inside", default=types.MappingProxyType({}))
 _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
 

@@ -16,7 +16,7 @@ import rich.console
 
 from attnlab import data as data_lib
 from attnlab import ops
-from attnlab.errors import ConfigError, TrainingFailed, UserError
+from attnlab.errors import ConfigError, TrainingFailed
 from attnlab.evaluate.generate import Sampling, generate
 from attnlab.evaluate.perplexity import Evaluation, evaluate
 from attnlab.models.cost import model_cost
@@ -27,7 +27,7 @@ from attnlab.train.config import RunConfig
 from attnlab.train.hardware import peak_flops
 from attnlab.train.metrics import MetricLog, Progress, Report
 from attnlab.train.processes import Processes
-from attnlab.train.state import Model, TrainState, init_state, state_shardings
+from attnlab.train.state import Model, init_state, state_shardings
 from attnlab.train.step import make_eval_step, make_train_step
 
 
