@@ -81,23 +81,23 @@ def fixed_agent_attention(
     """
     run = functools.partial(_fixed, chunk=chunk)
     arrays = (q_BTHd, k_BTHd, v_BTHe, agents_BHmd, documents_BT, valid_BT)
-    if before is not None or not context.split(q_BTHd.shape[1]):
+    if before is not None:
         return run(*arrays, before)
-    heads = None if q_BTHd.shape[2] % partition.ways("heads") else "heads"
-    rows, averages = ("batch", "seq", heads, None), ("batch", heads, None, None)
+    rows, averages = ("batch", "seq", "heads", None), ("batch", "heads", None, None)
     axes = (rows, rows, rows, averages, rows[:2], rows[:2])
 
     def on_device(*arrays):
-        o, after = _on_parts(run, *arrays)
+        ours = context.parts()
+        o, after = run(*arrays, None) if ours is None else _on_parts(ours, run, *arrays)
         return o, *jax.tree.leaves(after)
 
     o, *after = partition.local(on_device, arrays, axes, [rows, averages[:3], averages[:3], averages])
     return o, Averages(*after)
 
 
-def _on_parts(run, q, k, v, agents, documents, valid):
+def _on_parts(ours: context.Parts, run, q, k, v, agents, documents, valid):
     """Each device averages over its own keys first, and begins with what those before it found."""
-    ours, (B, T), (H, m) = context.parts(), q.shape[:2], agents.shape[1:3]
+    (B, T), (H, m) = q.shape[:2], agents.shape[1:3]
     documents = jnp.zeros((B, T), jnp.int32) if documents is None else ours.documents(documents)
     last = jnp.broadcast_to(documents, (B, T)) == documents[:, -1:]
     last = last if valid is None else last & valid

@@ -1,7 +1,6 @@
 """Softmax attention as one op: its definition, and the choice of implementation."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -168,7 +167,6 @@ def _run(op: str, implementations, impl: str, q_BTHd, k_BSKd, v_BSKe, mask: Mask
     _check_shapes(q_BTHd, k_BSKd, v_BSKe, mask, soft_cap, sinks_H)
     B, T, H, d = q_BTHd.shape
     S, K, e = v_BSKe.shape[1:]
-    balance = mask.causal and mask.window is None
     split = context.split(T)
     spec = AttentionSpec(
         B, T, S, H, K, d, e, str(q_BTHd.dtype), mask.causal, mask.window, mask.dynamic(),
@@ -179,19 +177,18 @@ def _run(op: str, implementations, impl: str, q_BTHd, k_BSKd, v_BSKe, mask: Mask
     scale = d**-0.5 if scale is None else float(scale)
     both = implementations is LSE_IMPLEMENTATIONS
     keys, kernel = (k_BSKd, v_BSKe), chosen.run
-    if split and chosen.on_parts is not None:
-        kernel = functools.partial(chosen.on_parts, dealt=balance)
+    static = split and chosen.on_parts is not None
+    if static:
+        kernel = chosen.on_parts
         if mask.dynamic():
             keys = (*keys, jnp.broadcast_to(mask.k_start, (B, T)))
-    else:
-        mask = context.intervals(mask, T, S)
 
     def run(queries, keys, sinks, part):
         out = kernel(*queries, *keys, part, scale=scale, soft_cap=soft_cap, sinks_H=sinks)
         return out if both else (out,)
 
     ranks = (4, 3) if both else (4,)
-    out = context.attend(run, (q_BTHd,), keys, sinks_H, mask, balance=balance, ranks=ranks)
+    out = context.attend(run, (q_BTHd,), keys, sinks_H, mask, static=static, ranks=ranks)
     return out if both else out[0]
 
 

@@ -77,19 +77,17 @@ def on_parts(
     scale: float,
     soft_cap: float | None,
     sinks_H: jax.Array | None,
-    dealt: bool,
     interpret: bool = False,
 ) -> jax.Array:
     """`attention` of a device's queries against all keys, inside `attnlab.ops.context.attend`.
 
     Args:
       rest: of packed documents all `k_start` [B, S]; and the mask, whose `k_start` is that of the queries.
-      dealt: whether queries were dealt out where they could be.
     """
     del sinks_H
     *starts, mask = rest
     ours, (T, H), S = context.parts(), q_BTHd.shape[1:3], k_BSKd.shape[1]
-    order = ours.order(S, dealt and context.can_deal(T))
+    order = ours.order(S, context.deals(mask, T))
     index = ours.index()
 
     def own(info: Any) -> Any:  # the tiles of this device's rows

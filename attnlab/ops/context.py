@@ -143,14 +143,9 @@ def split(length: int) -> bool:
     return ways > 1 and length % ways == 0
 
 
-def can_deal(length: int) -> bool:
-    """Whether a device's `length` positions can be dealt out."""
-    return length % 2 == 0
-
-
-def intervals(mask: Mask, length: int, keys: int) -> Mask:
-    """The mask of `attend` for `length` queries: where these are split, query t of a device is not key t."""
-    return Mask(*mask.bounds(length, keys)) if split(length) else mask
+def deals(mask: Mask, length: int) -> bool:
+    """Whether a device's `length` queries are dealt out: those that stand later see more keys."""
+    return mask.causal and mask.window is None and length % 2 == 0
 
 
 def attend(
@@ -160,22 +155,26 @@ def attend(
     sinks_H: jax.Array | None,
     mask: Mask,
     *,
-    balance: bool,
+    static: bool = False,
     ranks: tuple[int, ...] = (4,),
 ) -> tuple[jax.Array, ...]:
     """Attention on each device's own batch, heads and queries, against all keys, which are gathered.
 
     Args:
-      run: `(queries, keys, sinks, mask)` to a tuple of arrays [B, T, H, ...] like the queries.
+      run: `(queries, keys, sinks, mask)` to a tuple of arrays [B, T, H, ...] like the queries. Where these are split, query
+        t of a device is not key t, and the mask is of intervals alone.
       queries: each [B, T, H, ...].
       keys: keys, values and the like, each [B, S, K, d] or [B, S].
       sinks_H: one for each query head, or None.
-      mask: of `intervals`.
-      balance: whether later queries see more keys, so that queries are dealt out.
+      mask: of the whole sequence.
+      static: whether `run` wants the static part of the mask as it is, and finds out itself which queries it has.
       ranks: numbers of axes of what `run` returns.
     """
     (T, H), (S, K) = queries[0].shape[1:3], keys[0].shape[1:3]
     seq = "seq" if split(T) else None
+    dealing = bool(seq) and deals(mask, T // partition.ways("seq"))
+    if seq and not static:
+        mask = Mask(*mask.bounds(T, S))
     # Groups of query heads stay with their key head: both are split alike, or neither; a single key head is everybody's.
     n_heads = partition.ways("heads")
     whole = H % n_heads or (K % n_heads and K > 1)
@@ -189,7 +188,7 @@ def attend(
         deal = lambda x, back=False: x
         if k_seq:
             keys = tuple(map(parts().gathered, keys))
-        if seq and balance and can_deal(queries[0].shape[1]):
+        if dealing:
             deal = parts().dealt
         bounds = (None if x is None else deal(x) for x in (start, end))
         part = Mask(*bounds, causal=mask.causal, window=mask.window, documents=mask.documents)

@@ -130,29 +130,26 @@ def delta_rule(
     spec = f"B{B} T{T} H{H} d{d}/{e} {dtype}"
     chosen = choose("delta_rule", impl, IMPLEMENTATIONS, spec, ("chunked",))
     arrays = [x.astype(dtype) for x in (q_BTHd, k_BTHd, v_BTHe, log_decay_BTH, beta_BTH)]
-    heads = None if H % partition.ways("heads") else "heads"
-    seq = "seq" if context.split(T) else None
-
     def on_device(*arrays):
-        return _on_parts(chosen.run, *arrays, chunk) if seq else chosen.run(*arrays, chunk)
+        ours = context.parts()
+        return chosen.run(*arrays, chunk) if ours is None else _on_parts(ours, chosen.run, *arrays, chunk)
 
-    wide, narrow = ("batch", seq, heads, None), ("batch", seq, heads)
-    state_axes = ("batch", heads, None, None)
+    wide, narrow = ("batch", "seq", "heads", None), ("batch", "seq", "heads")
+    state_axes = ("batch", "heads", None, None)
     o, state = partition.local(
         on_device,
         (*arrays, documents_BT, state_BHde.astype(dtype)),
-        (wide, wide, wide, narrow, narrow, ("batch", seq), state_axes),
+        (wide, wide, wide, narrow, narrow, ("batch", "seq"), state_axes),
         [wide, state_axes],
     )
     return o.astype(v_BTHe.dtype), state
 
 
-def _on_parts(run, q, k, v, log_decay, beta, documents, state, chunk: int):
+def _on_parts(ours: context.Parts, run, q, k, v, log_decay, beta, documents, state, chunk: int):
     """Each device runs its positions from nothing, and adds what the state of those before gives: it is linear in it.
 
     What it gives is what the rule reads where it begins from the identity and all values are 0: d more value columns.
     """
-    ours = context.parts()
     B, T, H, d = q.shape
     documents = None if documents is None else ours.documents(documents)
     e = v.shape[-1]

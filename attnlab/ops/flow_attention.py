@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.errors import UserError
-from attnlab.ops import context, partition
+from attnlab.ops import partition
 from attnlab.ops.dispatch import Implementation, choose
 from attnlab.ops.flow_bidirectional import bidirectional_linear
 from attnlab.ops.flow_causal import causal_chunked
@@ -105,8 +105,7 @@ def flow_attention(
 def _on_devices(run, q, k, v, documents, rule: FlowRule) -> FlowOutput:
     """`run` on each device's own batch, heads and positions."""
     B, T, H, d = q.shape
-    heads = None if H % partition.ways("heads") else "heads"
-    rows = ("batch", "seq" if context.split(T) else None, heads, None)
+    rows = ("batch", "seq", "heads", None)
     like = empty_state(rule, B, H, d, v.shape[3], q.dtype)
     states, kind = jax.tree.flatten(like)
     has_outgoing = rule.competition
@@ -115,7 +114,7 @@ def _on_devices(run, q, k, v, documents, rule: FlowRule) -> FlowOutput:
         out = run(*arrays)
         return (out.o, *([out.outgoing] if has_outgoing else []), *jax.tree.leaves(out.state))
 
-    of_states = [("batch", *(heads, None, None)[: x.ndim - 1]) for x in states]
+    of_states = [("batch", *("heads", None, None)[: x.ndim - 1]) for x in states]
     out_axes = [rows, *([rows[:3]] if has_outgoing else []), *of_states]
     o, *rest = partition.local(on_device, (q, k, v, documents), (rows, rows, rows, rows[:2]), out_axes)
     outgoing = rest.pop(0) if has_outgoing else None

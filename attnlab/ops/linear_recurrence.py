@@ -158,14 +158,12 @@ def linear_recurrence(
         log_decay = jnp.maximum(log_decay.astype(wide), jnp.log(jnp.finfo(wide).tiny))  # differences stay finite
     state = None if state_BHde is None else state_BHde.astype(wide)
 
-    heads = None if H % partition.ways("heads") else "heads"
-    seq = "seq" if context.split(T) else None
-
     def on_device(*arrays):
-        return _on_parts(chosen.run, *arrays, chunk) if seq else chosen.run(*arrays, chunk)
+        ours = context.parts()
+        return chosen.run(*arrays, chunk) if ours is None else _on_parts(ours, chosen.run, *arrays, chunk)
 
-    rows, states = ("batch", seq, heads, None), ("batch", heads, None, None)
-    decays = (heads,) if decay == "constant" else rows[:3]
+    rows, states = ("batch", "seq", "heads", None), ("batch", "heads", None, None)
+    decays = ("heads",) if decay == "constant" else rows[:3]
     o, state = partition.local(
         on_device,
         (q, k, u, log_decay, documents_BT, state),
@@ -175,9 +173,8 @@ def linear_recurrence(
     return o.astype(q_BTHd.dtype), state
 
 
-def _on_parts(run, q, k, u, log_decay, documents, state, chunk: int):
+def _on_parts(ours: context.Parts, run, q, k, u, log_decay, documents, state, chunk: int):
     """Each device runs its positions from nothing, and adds what the state of those before gives: it is linear in it."""
-    ours = context.parts()
     B, T, H, d = q.shape
     documents = None if documents is None else ours.documents(documents)
     o, written = run(q, k, u, log_decay, documents, None, chunk)

@@ -120,8 +120,6 @@ def local_linear(
         raise UserError(f"local_linear: ridge {ridge.shape}, expected a scalar, [{H}] or [{B}, {T}, {H}]")
     if iterations < 1:
         raise UserError(f"local_linear: iterations={iterations} is not allowed; allowed: 1 or more")
-    balance = mask.causal and mask.window is None
-    mask = context.intervals(mask, T, S)
     spec = AttentionSpec(
         B, T, S, H, K, d, e, str(q_BTHd.dtype), mask.causal, mask.window, mask.dynamic(), False, False
     )
@@ -134,5 +132,5 @@ def local_linear(
 
     queries = (q_BTHd, jnp.broadcast_to(ridge, (B, T, H)))
     keys = (k_BSKd, v_BSKe)
-    o, *facts = context.attend(run, queries, keys, None, mask, balance=balance, ranks=(4, 3, 3))
+    o, *facts = context.attend(run, queries, keys, None, mask, ranks=(4, 3, 3))
     return o, Solves(*jax.lax.stop_gradient(facts))

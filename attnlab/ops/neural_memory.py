@@ -354,26 +354,22 @@ def neural_memory(
     shapes = "x".join(str(w.shape[-1]) for w in initial.weights)
     described = f"{list(q_BTHd.shape)} layers {shapes} chunk {spec.chunk}"
     chosen = choose("neural_memory", impl, IMPLEMENTATIONS, described, ("chunked",))
-    H = q_BTHd.shape[2]
-    heads = None if H % partition.ways("heads") else "heads"
-    seq = "seq" if context.split(q_BTHd.shape[1]) else None
-    if seq and documents_BT is None:
-        documents_BT = jnp.ones(q_BTHd.shape[:2], jnp.int32)
     arrays = (initial, state, inputs, documents_BT)
     leaves, kind = jax.tree.flatten(arrays, is_leaf=lambda x: x is None)
 
     def on_device(*leaves):
         initial, state, inputs, documents = jax.tree.unflatten(kind, leaves)
-        if not seq:
+        ours = context.parts()
+        if ours is None:
             state, y = chosen.run(spec, initial, state, inputs, documents)
         else:
-            ours = context.parts()
+            documents = jnp.ones(inputs[0].shape[:2], jnp.int32) if documents is None else documents
             step = lambda state, x: chosen.run(spec, initial, state, *x)
             state, y = ours.handed_on(step, state, (inputs, ours.documents(documents)))
         return y, *jax.tree.leaves(state)
 
-    rows = ("batch", seq, heads, None)
-    of_state = lambda x: ("batch", heads, None, None)[: x.ndim]
+    rows = ("batch", "seq", "heads", None)
+    of_state = lambda x: ("batch", "heads", None, None)[: x.ndim]
     of_inputs = [None if x is None else rows[: x.ndim] for x in inputs]
     axes = [*map(of_state, jax.tree.leaves((initial, state))), *of_inputs, rows[:2]]
     y, *after = partition.local(on_device, tuple(leaves), tuple(axes), [rows, *map(of_state, jax.tree.leaves(state))])

@@ -184,8 +184,6 @@ def parallax(
         raise UserError(f"parallax: r {r_BTHd.shape} {r_BTHd.dtype} must be like q {q_BTHd.shape} {q_BTHd.dtype}")
     B, T, H, d = q_BTHd.shape
     S, K, e = v_BSKe.shape[1:]
-    balance = mask.causal and mask.window is None
-    mask = context.intervals(mask, T, S)
     spec = AttentionSpec(
         B, T, S, H, K, d, e, str(q_BTHd.dtype), mask.causal, mask.window, mask.dynamic(), False, False
     )
@@ -195,4 +193,4 @@ def parallax(
     def run(queries, keys, _, part):
         return (chosen.run(*queries, *keys, part, scale=scale),)
 
-    return context.attend(run, (q_BTHd, r_BTHd), (k_BSKd, v_BSKe), None, mask, balance=balance)[0]
+    return context.attend(run, (q_BTHd, r_BTHd), (k_BSKd, v_BSKe), None, mask)[0]

@@ -34,19 +34,20 @@ def segmented_ema(decay_BTC: jax.Array, x_BTRC: jax.Array, start_BRC: jax.Array)
     Returns:
       h_BTRC. All four are of one dtype, float32 or wider.
     """
-    seq = "seq" if context.split(x_BTRC.shape[1]) else None
-    run = _on_parts if seq else _in_blocks
-    channels = None if x_BTRC.shape[3] % partition.ways("heads") else "heads"
-    rows = ("batch", seq, None, channels)
-    axes = (("batch", seq, channels), rows, ("batch", None, channels))
-    return partition.local(run, (decay_BTC, x_BTRC, start_BRC), axes, rows)
+    def on_device(*arrays):
+        ours = context.parts()
+        return _in_blocks(*arrays) if ours is None else _on_parts(ours, *arrays)
+
+    rows = ("batch", "seq", None, "heads")
+    axes = (("batch", "seq", "heads"), rows, ("batch", None, "heads"))
+    return partition.local(on_device, (decay_BTC, x_BTRC, start_BRC), axes, rows)
 
 
-def _on_parts(decay, x, start):
+def _on_parts(ours: context.Parts, decay, x, start):
     """Each device runs its positions from zero, and adds what is left of those before."""
     h, kept = _in_blocks(decay, x, jnp.zeros_like(start)), jnp.cumprod(decay, axis=1)
     join = lambda before, own: own[0][:, None] * before + own[1]
-    before, _ = context.parts().running(join, (kept[:, -1], h[:, -1]), start)
+    before, _ = ours.running(join, (kept[:, -1], h[:, -1]), start)
     return h + kept[:, :, None] * before[:, None]
 
 
