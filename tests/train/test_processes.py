@@ -171,12 +171,12 @@ def test_two_processes_are_one_run(whole, alone):
 
 @pytest.mark.slow
 def test_each_host_reads_its_share(whole, source):
-    """Of every batch, of training and held-out data, each process reads one half, and nothing else of it."""
+    """Of every batch, of training and held-out data, each process reads one half, and the prompts of samples whole."""
     for index in range(2):
-        read, ahead = whole.read(index), 20
+        read, ahead, prompts = whole.read(index), 20, {(0, 1)}
         assert shares(source, index, 1, 12) <= read
         heldout = {tuple(range(8 * b + 4 * index, 8 * b + 4 * index + 4)) for b in range(2)}
-        assert heldout <= read <= heldout | shares(source, index, 1, 12 + ahead)
+        assert heldout | prompts <= read <= heldout | prompts | shares(source, index, 1, 12 + ahead)
 
 
 @pytest.mark.slow
