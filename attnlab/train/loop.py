@@ -137,6 +137,7 @@ class _Run:
         like = jax.tree.map(
             lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, self.shardings
         )
+        processes.meet()
         restored = self.checkpoints.restore_latest(like, self._say)
         if restored is not None:
             self.step, self.state, host = restored
@@ -275,6 +276,7 @@ class _Run:
     def _heldout_batches(self) -> Iterator[Any]:
         assert self.heldout is not None
         for batch in self.heldout:
+            self.processes.working()
             yield sharding.put_batch(batch, self.mesh)
 
     def _save(self, step: int, evaluation: Evaluation | None) -> None:

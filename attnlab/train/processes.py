@@ -38,7 +38,7 @@ class Processes:
         self._client, address = _service() if self.count > 1 else (None, None)
         self._coordinator = f"process 0 of {self.count} at {address}, the coordinator,"
         self._poll = min(2.0, config.timeout / 10)  # seconds between signs of life
-        self._step, self._moved = -1, time.monotonic()
+        self._step, self._meetings, self._moved = -1, 0, time.monotonic()
         self._reached = time.monotonic()  # when the coordinator last answered
         self._done = threading.Event()
         self._stop_step: int | None = None
@@ -57,12 +57,23 @@ class Processes:
     def barrier(self) -> None:
         """Waits until every process is here; every process must come here as often."""
         if self._client is not None:
+            self.meet()
             self._barriers += 1
             self._client.wait_at_barrier(f"{_PREFIX}/{self._barriers}", 1000 * 24 * 3600)  # the watch ends it earlier
 
+    def meet(self) -> None:
+        """Tells the others that this process has come to where it needs them all; every process must come here as often."""
+        self._meetings += 1
+        self.working()
+
     def at_step(self, step: int) -> None:
         """Tells the others that this process begins a step."""
-        self._step, self._moved = step, time.monotonic()
+        self._step = step
+        self.meet()
+
+    def working(self) -> None:
+        """Tells the others that this process gets on with what takes long."""
+        self._moved = time.monotonic()
 
     def agree_to_stop(self, step: int, wanted: str | None) -> str | None:
         """Whether this is the last step, and why; the same step in every process.
@@ -106,7 +117,10 @@ class Processes:
         seen: dict[str, tuple[Any, float]] = {}
         while not self._done.wait(self._poll):
             beat += 1
-            life = {"beat": beat, "step": self._step, "idle": time.monotonic() - self._moved, "host": socket.gethostname()}
+            life = {
+                "beat": beat, "step": self._step, "meetings": self._meetings, "idle": time.monotonic() - self._moved,
+                "host": socket.gethostname(),
+            }  # fmt: skip
             if not self._put(f"life/{self.index}", json.dumps(life)):
                 continue
             verdict = self._get("verdict")
@@ -138,12 +152,17 @@ class Processes:
             elif now - seen[index][1] > config.timeout:
                 where = f"process {index} of {self.count} on {life['host']}"
                 return f"{where} gave no sign of life for {now - seen[index][1]:.0f} s; its last step was {life['step']}"
-        begun = {i: life for i, life in lives.items() if life["step"] >= 0}
-        if config.step_timeout and len(begun) == self.count:
-            if all(life["idle"] > config.step_timeout for life in begun.values()):
-                least = min(life["step"] for life in begun.values())
-                late = ", ".join(f"{i} on {life['host']}" for i, life in begun.items() if life["step"] == least)
-                return f"no step for {config.step_timeout} s; the last at step {least}: process {late}"
+        if not config.step_timeout or len(lives) < self.count:
+            return None
+        least, most = (f(life["meetings"] for life in lives.values()) for f in (min, max))
+        begun = all(life["step"] >= 0 for life in lives.values())
+        # Before the first step all may be busy with the data; who waits for the others says that they are late.
+        if (begun or least < most) and all(life["idle"] > config.step_timeout for life in lives.values()):
+            late = {i: life for i, life in lives.items() if life["meetings"] == least}
+            names = ", ".join(f"{i} on {life['host']}" for i, life in late.items())
+            last = min(life["step"] for life in late.values())
+            where = f"the last at step {last}" if last >= 0 else "the last on its way to the first"
+            return f"no step for {config.step_timeout} s; {where}: process {names}"
         return None
 
     def _name(self, index: int) -> str:

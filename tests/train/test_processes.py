@@ -327,6 +327,29 @@ def test_the_watch_names_the_late_one(three):
     assert "no step for 1 s; the last at step 4: process 2 on" in wait_for(ended, 3)[1]
 
 
+def test_the_watch_names_the_one_that_never_began(three):
+    """Before the first step all may work as long as they need, until others wait for one of them."""
+    store, watches, ended = three
+    time.sleep(1.5)
+    assert not ended
+    for watch in watches[:2]:
+        watch.at_step(1)
+    watches[2].working()
+    assert "no step for 1 s; the last on its way to the first: process 2 on" in wait_for(ended, 3)[0]
+
+
+def test_long_work_in_a_step_is_no_hang(three):
+    """An evaluation may take longer than a step is given, as long as it gets on."""
+    store, watches, ended = three
+    for watch in watches:
+        watch.at_step(4)
+    for _ in range(15):
+        time.sleep(0.1)
+        watches[1].working()
+    assert not ended
+    assert "the last at step 4: process 0 on" in wait_for(ended, 3)[2]
+
+
 def test_the_watch_names_the_coordinator(three):
     """A coordinator that does not answer is what all others end with, though their calls to it never return."""
     store, watches, ended = three
