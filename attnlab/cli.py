@@ -160,7 +160,8 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     verb("train", "train a model, or go on with a run", config=True, workdir=True,
-         more="\n\nAll is written to the workdir: config.json, metrics.jsonl, tensorboard/, checkpoints/, samples.txt,\n"
+         more="\n\n"
+              "All is written to the workdir: config.json, metrics.jsonl, tensorboard/, checkpoints/, samples.txt,\n"
               "log.txt. Ctrl-C saves and stops; the same command goes on from there.")  # fmt: skip
 
     sub = verb("eval", "held-out loss, perplexity and bits per byte of a run", workdir=True, machine=True)
@@ -192,10 +193,13 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("cost", "parameters, FLOPs per token and state of a config", config=True, machine=True)
     sub.add_argument("--length", type=int, metavar="T", help="sequence length; default: data.length")
 
+    more = (
+        "\n\nSays what each chip holds, computes and sends, and how long a step takes at least. Needs none of the\n"
+        "chips, but a compiler: attnlab[compile] for TPUs, attnlab[compile-cuda] for NVIDIA's Hopper. FLOPs,\n"
+        "bytes and collectives in loops are counted as often as the loops run. Exit code 1: it does not fit."
+    )
     sub = verb("compile", "compile a run's train step for TPUs or GPUs that are not here", config=True, machine=True,
-               more="\n\nSays what each chip holds, computes and sends, and how long a step takes at least. Needs none of the\n"
-                    "chips, but a compiler: attnlab[compile] for TPUs, attnlab[compile-cuda] for NVIDIA's Hopper. FLOPs,\n"
-                    "bytes and collectives in loops are counted as often as the loops run. Exit code 1: it does not fit.")  # fmt: skip
+               more=more)  # fmt: skip
     sub.add_argument("--topology", required=True, metavar="CHIP:SHAPE",
                      help="TPUs: v5e:16x16, v5p:4x4x4, v6e:16x16, v4:4x4x4, tpu7x:4x4x4, two slices 2*v5p:4x4x4; GPUs: "
                           "h100:8 (one host), h100:4x8 (four hosts), h200:8")  # fmt: skip
@@ -215,8 +219,8 @@ def _parser() -> argparse.ArgumentParser:
                        ("apply", "write the config's data as array_record shards of tokens")):  # fmt: skip
         sub = verb(name, text, config=True, machine=True, of=actions)
         sub.add_argument("--out", required=True, type=_directory, metavar="FILE" if name == "train" else "DIR",
-                         help="the tokenizer's JSON file: --config.data.tokenizer=FILE uses it" if name == "train"
-                         else "new directory: --config.data.source=array_record:DIR/*.array_record reads it")  # fmt: skip
+                         help="the tokenizer's JSON file: --config.data.tokenizer=FILE uses it" if name == "train" else
+                         "new directory: --config.data.source=array_record:DIR/*.array_record reads it")  # fmt: skip
         if name == "train":
             sub.add_argument("--vocab", type=int, default=32_768, metavar="V", help="entries (32768)")
         else:

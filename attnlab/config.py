@@ -1,8 +1,8 @@
 """Configs: from a Python file and dotted overrides to typed, checked, frozen dataclasses.
 
-A config file defines `get_config(arg: str) -> ml_collections.ConfigDict` (or any nested mapping). `load` reads it, lays the
-overrides of the command line over it and `build` turns the tree into dataclasses. Every mistake (an unknown key, a wrong
-type, an impossible value) is a `ConfigError` that names the key, the value and what is allowed.
+A config file defines `get_config(arg: str) -> ml_collections.ConfigDict` (or any nested mapping). `load` reads it, lays
+the overrides of the command line over it and `build` turns the tree into dataclasses. Every mistake (an unknown key, a
+wrong type, an impossible value) is a `ConfigError` that names the key, the value and what is allowed.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def require_choice(key: str, value: Any, choices: Sequence[str]) -> None:
         raise ConfigError(f"{key} = {show(value)} is unknown{hint}; allowed: {', '.join(choices)}")
 
 
-# --- trees to dataclasses -------------------------------------------------------------------------------------------------
+# --- trees to dataclasses ---------------------------------------------------------------------------------------------
 
 
 def build(cls: type[T], tree: Any, path: str = "") -> T:
@@ -209,7 +209,7 @@ def _check(kind: Any, value: Any) -> tuple[bool, Any]:
     return isinstance(value, kind), value
 
 
-# --- dataclasses to trees -------------------------------------------------------------------------------------------------
+# --- dataclasses to trees ---------------------------------------------------------------------------------------------
 
 
 def to_dict(config: Any) -> Any:
@@ -242,7 +242,7 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str
     return [(k, a.get(k, "-"), b.get(k, "-")) for k in sorted(a.keys() | b.keys()) if a.get(k, "-") != b.get(k, "-")]
 
 
-# --- files and overrides --------------------------------------------------------------------------------------------------
+# --- files and overrides ----------------------------------------------------------------------------------------------
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> types.SimpleNamespace:

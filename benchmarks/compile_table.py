@@ -44,11 +44,13 @@ class Row:
         """What to run."""
         devices = devices_of(self.topology)
         settings = {
-            "data.length": LENGTH, "data.batch": devices * self.sequences, "model.remat": self.remat, **dict(self.overrides)
+            "data.length": LENGTH, "data.batch": devices * self.sequences, "model.remat": self.remat,
+            **dict(self.overrides),
         }  # fmt: skip
         return [
-            sys.executable, "-m", "attnlab", "compile", "--config", f"configs/lm.py:size={self.size},mixer={self.mixer}",
-            "--topology", self.topology, "--json", *(f"--config.{key}={value}" for key, value in settings.items()),
+            sys.executable, "-m", "attnlab", "compile",
+            "--config", f"configs/lm.py:size={self.size},mixer={self.mixer}", "--topology", self.topology, "--json",
+            *(f"--config.{key}={value}" for key, value in settings.items()),
         ]  # fmt: skip
 
 
@@ -100,8 +102,8 @@ def run(row: Row, timeout: float) -> dict[str, Any]:
 def table(results: list[dict[str, Any]]) -> list[str]:
     """Rows of a Markdown table, one for each result."""
     columns = ["size", "mixer", "topology", "sequences a device", "remat", "arguments + temporaries, GiB", "peak, GiB",
-               "fits", "products + kernels, FLOPs", "declared", "sent, GiB", "compute / memory / interconnect (/ network), s", "bound",
-               "compile, s (CPU s)"]  # fmt: skip
+               "fits", "products + kernels, FLOPs", "declared", "sent, GiB",
+               "compute / memory / interconnect (/ network), s", "bound", "compile, s (CPU s)"]  # fmt: skip
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     return lines + ["| " + " | ".join(_cells(r)) + " |" for r in results]
 
@@ -183,7 +185,9 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.compile_table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.compile_table",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     results, document = map(pathlib.Path, _FILES)
     parser.add_argument("--results", type=pathlib.Path, default=results, help=f"where rows are kept ({results})")

@@ -8,9 +8,9 @@ round, and the figures are medians over the rounds.
     python -m benchmarks.layers --mixers flow,gated --lengths 512,4096 --json
     python -m benchmarks.layers --flat
 
-With --flat instead: whether time per token and memory stay flat as sequences grow. Time, of the mixers whose state is as
-large at any length, at the same number of tokens in ever fewer and longer rows; memory, of all mixers, is what XLA sets aside
-for the temporaries of one row's forward and backward.
+With --flat instead: whether time per token and memory stay flat as sequences grow. Time, of the mixers whose state is
+as large at any length, at the same number of tokens in ever fewer and longer rows; memory, of all mixers, is what XLA
+sets aside for the temporaries of one row's forward and backward.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Does every mixer learn? Each trains a small language model on the quickstart's data, in fp32 and in bf16.
 
 A row tells the held-out loss after the last step against that of a bigram model counted on the same training tokens,
-how many steps had gradients that were not finite, and how far decoding (a prefill, then token by token) is from the full
-forward pass on held-out text. Runs are kept under `--workdir`: the command goes on where it stopped.
+how many steps had gradients that were not finite, and how far decoding (a prefill, then token by token) is from the
+full forward pass on held-out text. Runs are kept under `--workdir`: the command goes on where it stopped.
 
     python -m benchmarks.learning
     python -m benchmarks.learning --mixers flow,titans --dtypes float32 --steps 100 --json
@@ -156,7 +156,9 @@ def _line(row: dict[str, Any]) -> str:
 
 def _print(rows: list[dict[str, Any]], bigram: float | None, args: argparse.Namespace) -> None:
     if bigram is not None:
-        print(f"\n{args.size}, {args.steps} steps; losses in nats per token; a bigram model's held-out loss: {bigram:.3f}")
+        print(
+            f"\n{args.size}, {args.steps} steps; losses in nats per token; a bigram model's held-out loss: {bigram:.3f}"
+        )
     harness.print_table(_COLUMNS, [_cells(row) for row in rows])
     facts = harness.machine()
     print(", ".join(f"{k} {v}" for k, v in facts.items()))

@@ -1,7 +1,7 @@
 """What MoH's gather leaves out: products of the compiled program, half of the heads on, against dense.
 
-One layer in float32, width 256, 8 heads, causal, batch 1; forward, and forward and backward. Products are counted in the
-text of the program that XLA compiled for this machine, loops as often as they run (`attnlab.launch.hlo`). Those of
+One layer in float32, width 256, 8 heads, causal, batch 1; forward, and forward and backward. Products are counted in
+the text of the program that XLA compiled for this machine, loops as often as they run (`attnlab.launch.hlo`). Those of
 attention are the program's less those of the projections and the router, which are the same in both forms.
 
     python -m benchmarks.moh
@@ -52,7 +52,10 @@ def ratios(length: int, shared: int, active: int, backward: bool) -> dict[str, f
     for impl in ("dense", "gather"):
         total[impl], rest = products(length, shared, active, impl, backward)
     attention = {impl: flops - rest for impl, flops in total.items()}
-    return attention | {"ratio": attention["gather"] / attention["dense"], "layer_ratio": total["gather"] / total["dense"]}
+    return attention | {
+        "ratio": attention["gather"] / attention["dense"],
+        "layer_ratio": total["gather"] / total["dense"],
+    }
 
 
 def products(length: int, shared: int, active: int, impl: str, backward: bool) -> tuple[float, float]:

@@ -1,8 +1,8 @@
 """Weak scaling on paper: what one chip computes, holds and sends in a train step on 16 to 4096 chips, by the compiler.
 
 Every chip has the same number of sequences everywhere, so that no cost of a chip should grow but by what the mesh axis
-implies: see docs/scaling.md. Every program is compiled in a process of its own and appended to a JSON file; what is there
-is not compiled again. The table and the plot (attnlab[plot]) are written from the file.
+implies: see docs/scaling.md. Every program is compiled in a process of its own and appended to a JSON file; what is
+there is not compiled again. The table and the plot (attnlab[plot]) are written from the file.
 
     python -m benchmarks.scaling                      # compiles what is missing, then writes table and plot, and judges
     python -m benchmarks.scaling --write              # only writes and judges
@@ -31,7 +31,7 @@ _FILES = tuple(f"docs/scaling.{suffix}" for suffix in ("json", "md", "png"))
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """What a chip of one program has to do: FLOPs, bytes held, bytes sent; and what is implied, from the smallest program."""
+    """What a chip of one program does: FLOPs, bytes held and sent; and what is implied, from the smallest program."""
 
     mixer: str
     chips: int
@@ -48,9 +48,7 @@ class Point:
 def row(mixer: str, chips: int) -> compile_table.Row:
     """The compile of one point."""
     mesh = {"data.length": LENGTH, "mesh.data": chips // FSDP, "mesh.fsdp": FSDP}
-    return compile_table.Row(
-        f"{mixer}-{chips}", SIZE, mixer, TOPOLOGIES[chips], SEQUENCES, REMAT, tuple(mesh.items())
-    )
+    return compile_table.Row(f"{mixer}-{chips}", SIZE, mixer, TOPOLOGIES[chips], SEQUENCES, REMAT, tuple(mesh.items()))
 
 
 def points(results: list[dict[str, Any]]) -> list[Point]:
@@ -88,7 +86,8 @@ def _costs(report: dict[str, Any]) -> dict[str, float]:
 
 def table(found: list[Point]) -> list[str]:
     """Rows of a Markdown table."""
-    lines = ["| mixer | chips | mesh | FLOPs | arguments + temporaries, GiB | sent, GiB | implied, GiB | growth beyond, % |",
+    lines = ["| mixer | chips | mesh | FLOPs | arguments + temporaries, GiB | sent, GiB | implied, GiB "
+             "| growth beyond, % |",
              "|---" * 8 + "|"]  # fmt: skip
     for p in found:
         growth = " / ".join(f"{100 * p.growth()[cost]:+.1f}" for cost in COSTS)

@@ -1,4 +1,4 @@
-"""Does a run on many devices compute what it does on one? Every mixer under every kind of mesh, on eight simulated devices.
+"""Does a run on many devices compute what it does on one? Every mixer, every kind of mesh, on eight simulated devices.
 
 Ten steps of AdamW in float32 on packed, padded documents, each step of two micro-batches; the figure is the largest
 difference of a loss to that of one device. The parameters are placed, and the positions, heads and rows split, as
@@ -49,7 +49,10 @@ def main() -> int:
     if args.json:
         print(json.dumps({"steps": STEPS, "rows": rows, "passed": good}))
     else:
-        print(f"\nlargest difference of a loss in {STEPS} steps to one device; {'all' if good else 'NOT all'} within {MOST:g}")
+        print(
+            f"\nlargest difference of a loss in {STEPS} steps to one device; "
+            f"{'all' if good else 'NOT all'} within {MOST:g}"
+        )
         harness.print_machine(harness.machine(), undisturbed=True)
     return int(not good)
 

@@ -149,15 +149,19 @@ class Trainer:
         self.config, self.clip_norm = config, optimizer.clip_norm
         self.model = build_model(config)
         self.optimizer = self.torch.optim.AdamW(
-            self.model.parameters(), lr=optimizer.learning_rate, betas=(optimizer.b1, optimizer.b2),
-            eps=optimizer.eps, weight_decay=optimizer.weight_decay, fused=True)
+            self.model.parameters(),
+            lr=optimizer.learning_rate,
+            betas=(optimizer.b1, optimizer.b2),
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+            fused=True,
+        )
 
     def step(self, tokens: Any) -> float:
         torch = self.torch
         tokens = torch.as_tensor(tokens, dtype=torch.int64)
         logits = self.model(tokens[:, :-1])
-        loss = torch.nn.functional.cross_entropy(
-            logits.reshape(-1, self.config.vocab_size), tokens[:, 1:].reshape(-1))
+        loss = torch.nn.functional.cross_entropy(logits.reshape(-1, self.config.vocab_size), tokens[:, 1:].reshape(-1))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
@@ -222,8 +226,10 @@ def main() -> None:
             seconds.append(time.perf_counter() - start)
         count, what = args.tokens, f"decode {args.prompt}+{args.tokens}"
     median = statistics.median(seconds[1:])
-    print(f"torch {torch.__version__} threads={torch.get_num_threads()} {what}: "
-          f"{count / median:.0f} tokens/s ({median * 1e3:.1f} ms)")
+    print(
+        f"torch {torch.__version__} threads={torch.get_num_threads()} {what}: "
+        f"{count / median:.0f} tokens/s ({median * 1e3:.1f} ms)"
+    )
 
 
 if __name__ == "__main__":

@@ -146,9 +146,7 @@ def _attnlab_step(mixer: str, shape: str, overrides: list[str]) -> Any:
     shardings = state_shardings(mesh, model, tx)
     state = jax.jit(lambda: init_state(model, tx, c.seed), out_shardings=shardings)()
     rate = optimizers.schedule(c.optimizer, c.train.steps)
-    train_step = jax.jit(
-        make_train_step(model, tx, c.train, rate), donate_argnums=0, out_shardings=(shardings, None)
-    )
+    train_step = jax.jit(make_train_step(model, tx, c.train, rate), donate_argnums=0, out_shardings=(shardings, None))
     tokens = _tokens(shape)
     arrays = {
         "tokens": tokens[:, :-1],

@@ -21,7 +21,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 @pytest.fixture(autouse=True)
 def few_programs():
-    """Drops compiled programs before they are too many: each is memory maps, and Linux ends a process that has 65,530."""
+    """Drops compiled programs before they are too many: each is memory maps, and Linux ends a process with 65,530."""
     yield
     global _tests
     _tests += 1

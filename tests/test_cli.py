@@ -72,7 +72,7 @@ def refused(attnlab):
     return call
 
 
-# --- what is refused ----------------------------------------------------------------------------------------------------
+# --- what is refused --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,9 @@ def test_no_command_prints_the_help(attnlab):
     assert code == 2 and not out and "examples:" in err and "generate" in err
 
 
-@pytest.mark.parametrize("verb", ["", "train", "eval", "generate", "list", "cost", "compile", "tokenizer", "tokenizer apply"])
+@pytest.mark.parametrize(
+    "verb", ["", "train", "eval", "generate", "list", "cost", "compile", "tokenizer", "tokenizer apply"]
+)
 def test_help_of_every_verb(attnlab, verb):
     """Every option is explained; verbs that read a config explain overrides."""
     verb = verb.split()
@@ -151,9 +153,7 @@ def test_help_of_every_verb(attnlab, verb):
 def test_what_only_the_start_of_a_run_can_tell(refused, config, tmp_path, overrides, parts):
     """Data, devices and disk are checked before anything is compiled, and no workdir is left behind."""
     path = tmp_path / "a" / "b"
-    refused(
-        "train", "--config", config, "--workdir", path, *(f"--config.{o}" for o in overrides.split()), parts=parts
-    )
+    refused("train", "--config", config, "--workdir", path, *(f"--config.{o}" for o in overrides.split()), parts=parts)
     assert not list(tmp_path.iterdir())
 
 
@@ -302,7 +302,7 @@ def test_a_run_without_checkpoints(refused, finished, tmp_path):
     refused("eval", "--workdir", tmp_path, parts=["checkpoint 4", "cannot be read"])
 
 
-# --- what works ---------------------------------------------------------------------------------------------------------
+# --- what works -------------------------------------------------------------------------------------------------------
 
 
 def no_constants(name):

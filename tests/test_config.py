@@ -203,7 +203,11 @@ FILES = [
     ("empty.py", "", ["empty.py", "defines no function get_config(arg)"]),
     ("number.py", "get_config = 3\n", ["defines no function get_config(arg)"]),
     ("imports.py", "import no_such_module\n", ["imports.py, line 1", "no_such_module"]),
-    ("raises.py", GET + "raise RuntimeError('one\\ntwo\\nthree\\nfour')\n", ["raises.py, line 2: RuntimeError: one two"]),
+    (
+        "raises.py",
+        GET + "raise RuntimeError('one\\ntwo\\nthree\\nfour')\n",
+        ["raises.py, line 2: RuntimeError: one two"],
+    ),
     ("key.py", GET + "return {}['b']\n", ["key.py, line 2: KeyError: 'b'"]),
     ("divides.py", "1 / 0\n", ["divides.py, line 1: ZeroDivisionError"]),
     ("exits.py", "import sys\nsys.exit(3)\n", ["exits.py, line 2: SystemExit: 3"]),
@@ -221,7 +225,7 @@ FILES = [
 
 @pytest.mark.parametrize("name, text, parts", FILES, ids=[f[0] for f in FILES])
 def test_a_bad_config_file_is_named(tmp_path, name, text, parts):
-    """Whatever a config file does, the message names the file, the line and the exception; nothing is left beside it."""
+    """Whatever a config file does, the message names file, line and exception; nothing is left beside it."""
     path = tmp_path / name
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ConfigError) as info:

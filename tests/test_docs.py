@@ -11,7 +11,9 @@ import pytest
 from attnlab import mixers
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-SECTIONS = dict(re.findall(r"^## (\S+)\n(.*?)(?=^## |\Z)", (ROOT / "docs/mixers.md").read_text(), re.DOTALL | re.MULTILINE))
+SECTIONS = dict(
+    re.findall(r"^## (\S+)\n(.*?)(?=^## |\Z)", (ROOT / "docs/mixers.md").read_text(), re.DOTALL | re.MULTILINE)
+)
 
 
 @pytest.mark.parametrize("name", mixers.names())

@@ -44,7 +44,9 @@ def commands(text):
 def test_shellcheck(script):
     """No script has a finding of shellcheck."""
     tool = pathlib.Path(sys.executable).with_name("shellcheck")
-    done = subprocess.run([tool, "--external-sources", SCRIPTS / script], capture_output=True, text=True, cwd=SCRIPTS.parent)
+    done = subprocess.run(
+        [tool, "--external-sources", SCRIPTS / script], capture_output=True, text=True, cwd=SCRIPTS.parent
+    )
     assert done.returncode == 0, done.stdout
 
 
@@ -99,7 +101,7 @@ def test_pod_refuses(tmp_path, args, says):
     assert code == 2 and says in err
 
 
-# Stands in for Google's: a slice is a directory with its state and a home for each of two workers, which commands run in.
+# Stands in for Google's: a slice is a directory with its state and a home for each of two workers, where commands run.
 GCLOUD = """#!/usr/bin/env bash
 set -u
 cloud=$(dirname "$0")/cloud
@@ -165,7 +167,9 @@ def test_the_life_of_a_slice(pod):
     assert code == 2 and "a is there and is a v5p-128, not a v5p-8" in out
 
     assert pod("install")[0] == 0
-    assert all((pod.worker(i) / "attnlab" / "cli.py").exists() and (pod.worker(i) / "COMMIT").exists() for i in range(2))
+    assert all(
+        (pod.worker(i) / "attnlab" / "cli.py").exists() and (pod.worker(i) / "COMMIT").exists() for i in range(2)
+    )
 
     assert pod("train", "--", *TRAIN)[0] == 0
     logs = [pod.worker(i) / "train.log" for i in range(2)]
@@ -215,12 +219,14 @@ def test_slurm(tmp_path):
     assert run(tmp_path, "slurm.sbatch", "--dry-run", "--config", "x")[0] == 2
 
 
-@pytest.mark.parametrize("told, ends, queued_again", [(True, 0, True), (True, 1, False), (False, 0, False), (False, 3, False)])
+@pytest.mark.parametrize(
+    "told, ends, queued_again", [(True, 0, True), (True, 1, False), (False, 0, False), (False, 3, False)]
+)
 def test_slurm_goes_on_when_its_time_is_up(tmp_path, told, ends, queued_again):
-    """USR1: the run gets SIGTERM, and only if it saved, the job is queued again. Otherwise the job ends as the run does."""
+    """USR1: the run gets SIGTERM, and only if it saved, the job is queued again. Else the job ends as the run does."""
     fakes = {
-        "srun": f"trap 'sleep 0.3; exit {ends}' TERM\necho $$ >{tmp_path}/srun.pid\nfor i in $(seq {50 if told else 3})\n"
-        f"do sleep 0.1; done\nexit {ends}",
+        "srun": f"trap 'sleep 0.3; exit {ends}' TERM\necho $$ >{tmp_path}/srun.pid\n"
+        f"for i in $(seq {50 if told else 3})\ndo sleep 0.1; done\nexit {ends}",
         "scancel": f'kill -TERM "$(cat {tmp_path}/srun.pid)"',
         "scontrol": f"echo $* >{tmp_path}/requeued",
     }
@@ -229,7 +235,12 @@ def test_slurm_goes_on_when_its_time_is_up(tmp_path, told, ends, queued_again):
         (tmp_path / name).chmod(0o755)
     (tmp_path / "venv/bin").mkdir(parents=True)
     (tmp_path / "venv/bin/attnlab").touch(mode=0o755)
-    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "ATTNLAB_VENV": str(tmp_path / "venv"), "SLURM_JOB_ID": "5"}
+    env = {
+        **os.environ,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "ATTNLAB_VENV": str(tmp_path / "venv"),
+        "SLURM_JOB_ID": "5",
+    }
     job = subprocess.Popen(["bash", SCRIPTS / "slurm.sbatch", *TRAIN], env=env, stderr=subprocess.PIPE)
     if told:
         wait_until(lambda: (tmp_path / "srun.pid").exists() and (tmp_path / "srun.pid").read_text())
@@ -261,7 +272,10 @@ def test_jobset(tmp_path):
     }
     assert pod["hostNetwork"] and pod["volumes"][0]["persistentVolumeClaim"] == {"claimName": "c"}
     (container,) = pod["containers"]
-    assert container["resources"]["limits"] == {"google.com/tpu": 4} and container["volumeMounts"][0]["mountPath"] == "/runs"
+    assert (
+        container["resources"]["limits"] == {"google.com/tpu": 4}
+        and container["volumeMounts"][0]["mountPath"] == "/runs"
+    )
     assert container["command"][-len(TRAIN) - 1 :] == [*TRAIN, "--config.a='b c'"]
     _, _, plain = manifest(tmp_path)
     assert "hostNetwork" not in plain and "volumes" not in plain and len(plain["nodeSelector"]) == 2

@@ -43,9 +43,7 @@ def train_tokenizer(
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or vocab_size < _SMALLEST:
-        raise ConfigError(
-            f"vocab_size = {vocab_size!r} is not allowed: it must be an integer of at least {_SMALLEST}."
-        )
+        raise ConfigError(f"vocab_size = {vocab_size!r} is not allowed: it must be an integer of at least {_SMALLEST}.")
     require_text(config)
     source = Source(config)
     out = os.path.abspath(os.path.expanduser(out))
@@ -79,9 +77,7 @@ def train_tokenizer(
             progress = stack.enter_context(stderr_progress(f"training a tokenizer on {config.source}"))
         try:
             os.makedirs(os.path.dirname(out), exist_ok=True)
-            handle, partial = tempfile.mkstemp(
-                prefix=f"{os.path.basename(out)}.partial-", dir=os.path.dirname(out)
-            )
+            handle, partial = tempfile.mkstemp(prefix=f"{os.path.basename(out)}.partial-", dir=os.path.dirname(out))
             os.close(handle)
             stack.callback(lambda: os.path.exists(partial) and os.remove(partial))
             tokenizer.train_from_iterator(texts(progress), trainer)

@@ -50,9 +50,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         for name in ("source", "tokenizer", "field", "on_bad_record"):
-            _require(
-                isinstance(getattr(self, name), str) and getattr(self, name), name, self, "a non-empty string"
-            )
+            _require(isinstance(getattr(self, name), str) and getattr(self, name), name, self, "a non-empty string")
         for name, least in (("length", 1), ("batch", 1), ("workers", 0)):
             value = getattr(self, name)
             integer = isinstance(value, int) and not isinstance(value, bool)

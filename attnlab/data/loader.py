@@ -108,9 +108,7 @@ class Loader(Iterator[Arrays]):
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # grain reads absl flags, which only programs run by absl parse
             batches = batches.mp_prefetch(
-                grain.MultiprocessingOptions(
-                    num_workers=self._workers, per_worker_buffer_size=self._batches.ahead
-                )
+                grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=self._batches.ahead)
             )
         return iter(batches)
 
@@ -163,9 +161,7 @@ def _packed(batch: Arrays) -> tuple[tuple[int, ...], dict[str, bytes]]:
 
 def _unpacked(packed: tuple[tuple[int, ...], dict[str, bytes]]) -> Arrays:
     shape, contents = packed
-    return {
-        name: np.frombuffer(content, np.int32).reshape(shape).copy() for name, content in contents.items()
-    }
+    return {name: np.frombuffer(content, np.int32).reshape(shape).copy() for name, content in contents.items()}
 
 
 def _close(running: list[Any]) -> None:
@@ -260,9 +256,7 @@ def heldout_loader(
     Arguments and errors as `train_loader`; and UserError where nothing is held out.
     """
     if batches is not None and (not isinstance(batches, int) or batches < 1):
-        raise ConfigError(
-            f"batches = {batches!r} is not allowed: it must be an integer of at least 1, or None."
-        )
+        raise ConfigError(f"batches = {batches!r} is not allowed: it must be an integer of at least 1, or None.")
     entries = _entries(config, rows)
     store = open_store(config, tokenizer, progress)
     train, heldout = split_documents(store.corpus, config)

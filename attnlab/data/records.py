@@ -51,9 +51,7 @@ class _ShardWriter:
         tokens = np.concatenate(self._held)
         whole = held if last else held - held % RECORD_TOKENS
         for start in range(0, whole, RECORD_TOKENS):
-            self._writer.write(
-                tokens[start : min(start + RECORD_TOKENS, whole)].astype(self._dtype).tobytes()
-            )
+            self._writer.write(tokens[start : min(start + RECORD_TOKENS, whole)].astype(self._dtype).tobytes())
             self.records += 1
         self._held = [tokens[whole:]]
 
@@ -66,9 +64,7 @@ class _ShardWriter:
         written = reader.num_records()
         reader.close()
         if written != self.records:
-            raise UserError(
-                f"{self.path}: {written} of {self.records} records were written; is the disk full?"
-            )
+            raise UserError(f"{self.path}: {written} of {self.records} records were written; is the disk full?")
         return {
             "name": os.path.basename(self.path),
             "records": self.records,
@@ -105,14 +101,10 @@ def apply_tokenizer(
         raise UserError(f"{out_dir} exists and is not an empty directory; name another, or remove it.")
     with contextlib.ExitStack() as stack:
         if progress is None:
-            progress = stack.enter_context(
-                stderr_progress(f"tokenising {config.source} with {tokenizer.name}")
-            )
+            progress = stack.enter_context(stderr_progress(f"tokenising {config.source} with {tokenizer.name}"))
         try:
             os.makedirs(os.path.dirname(out_dir), exist_ok=True)
-            partial = tempfile.mkdtemp(
-                prefix=f"{os.path.basename(out_dir)}.partial-", dir=os.path.dirname(out_dir)
-            )
+            partial = tempfile.mkdtemp(prefix=f"{os.path.basename(out_dir)}.partial-", dir=os.path.dirname(out_dir))
             stack.callback(shutil.rmtree, partial, ignore_errors=True)
             index = _write(source, tokenizer, partial, shards, progress)
             os.chmod(partial, 0o755)
@@ -138,18 +130,14 @@ def apply_tokenizer(
     }
 
 
-def _write(
-    source: Source, tokenizer: Tokenizer, directory: str, shards: int, progress: ProgressFn
-) -> dict[str, Any]:
+def _write(source: Source, tokenizer: Tokenizer, directory: str, shards: int, progress: ProgressFn) -> dict[str, Any]:
     dtype = token_dtype(tokenizer.vocab_size)
     builder = CorpusBuilder()
     writers: list[_ShardWriter] = []
     document = 0
     for part in tokenised(source, tokenizer, progress):
         if document < shards and document == len(writers):
-            writers.append(
-                _ShardWriter(os.path.join(directory, f"tokens-{document:05d}.array_record"), dtype)
-            )
+            writers.append(_ShardWriter(os.path.join(directory, f"tokens-{document:05d}.array_record"), dtype))
         writers[document % shards].add(part.ids, part.last)
         builder.add(part)
         document += part.last
@@ -206,9 +194,7 @@ class RecordStore:
         order = np.argsort(document_shard, kind="stable")
         self._first = np.empty(len(counts), np.int64)
         self._first[order] = np.cumsum(counts[order]) - counts[order]
-        self._source = ArrayRecordDataSource(
-            [f"{path}[0:{count}]" for path, count in zip(paths, records, strict=True)]
-        )
+        self._source = ArrayRecordDataSource([f"{path}[0:{count}]" for path, count in zip(paths, records, strict=True)])
 
     def read(self, document: int, start: int, stop: int) -> np.ndarray:
         """Entries start to stop of `eod t1 .. tn eod`."""
@@ -282,9 +268,7 @@ def open_records(config: DataConfig, tokenizer: Tokenizer) -> RecordStore:
     )
 
 
-def _read_index(
-    directory: str, names: set[str], tokenizer: Tokenizer
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _read_index(directory: str, names: set[str], tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     again = "Write the directory again with `attnlab tokenizer apply`."
     try:
         with open(os.path.join(directory, _INDEX)) as file:
@@ -304,9 +288,7 @@ def _read_index(
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{directory}: {_INDEX} or {_DOCUMENTS} is damaged ({error}). {again}") from error
     if version != _VERSION:
-        raise UserError(
-            f"{directory} was written in format {version}; this attnlab reads {_VERSION}. {again}"
-        )
+        raise UserError(f"{directory} was written in format {version}; this attnlab reads {_VERSION}. {again}")
     if fingerprint != tokenizer.fingerprint():
         raise UserError(
             f"{directory} was tokenised with {index['tokenizer']!r}, and data.tokenizer is a different"
@@ -319,8 +301,7 @@ def _read_index(
             raise UserError(f"{path} {there}: all {len(shards)} shards of a directory are read together.")
         if os.path.getsize(path) != size:
             raise UserError(
-                f"{path} is {os.path.getsize(path)} bytes, and was written with {size}: truncated or"
-                f" damaged. {again}"
+                f"{path} is {os.path.getsize(path)} bytes, and was written with {size}: truncated or damaged. {again}"
             )
     return index, arrays
 
@@ -329,6 +310,5 @@ def require_text(config: DataConfig) -> None:
     """Raises UserError for a source that holds tokens."""
     if config.kind == "array_record":
         raise UserError(
-            f"data.source = {config.source!r} is tokens already; give the text: stdlib, text:, jsonl: or"
-            " parquet:."
+            f"data.source = {config.source!r} is tokens already; give the text: stdlib, text:, jsonl: or parquet:."
         )

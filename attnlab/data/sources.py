@@ -105,8 +105,7 @@ class Source:
             return
         if self.config.on_bad_record == "raise":
             raise UserError(
-                f"{bad.message}\nRepair or remove it, or count and skip such records with"
-                " data.on_bad_record='skip'."
+                f"{bad.message}\nRepair or remove it, or count and skip such records with data.on_bad_record='skip'."
             )
         self._first_skipped = self._first_skipped if self.skipped else bad.message
         self.skipped += 1
@@ -114,9 +113,7 @@ class Source:
 
 def stable_key(name: str) -> int:
     """64 bits that depend on `name` alone."""
-    return int.from_bytes(
-        hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little"
-    )
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
 
 
 def in_pieces(chunks: Iterable[str]) -> Iterator[str]:
@@ -150,9 +147,7 @@ def matching_files(globs: tuple[str, ...]) -> list[File]:
         for path in paths:
             stat = os.stat(path)
             name = os.path.relpath(path, root or ".").replace(os.sep, "/")
-            found.setdefault(
-                os.path.abspath(path), File(os.path.abspath(path), name, stat.st_size, stat.st_mtime_ns)
-            )
+            found.setdefault(os.path.abspath(path), File(os.path.abspath(path), name, stat.st_size, stat.st_mtime_ns))
     return sorted(found.values(), key=lambda file: (file.name, file.path))
 
 
@@ -168,9 +163,7 @@ def _stdlib_files() -> list[File]:
     root = sysconfig.get_paths()["stdlib"]
     files = []
     for directory, below, names in os.walk(root):
-        below[:] = sorted(
-            name for name in below if name not in _STDLIB_WITHOUT and not name.startswith("config-")
-        )
+        below[:] = sorted(name for name in below if name not in _STDLIB_WITHOUT and not name.startswith("config-"))
         for name in names:
             if name.endswith(".py") and not name.startswith("_sysconfigdata"):
                 path = os.path.join(directory, name)
@@ -200,9 +193,7 @@ def _read_text(file: File, _: str) -> Iterator[Document | BadRecord | None]:
     try:
         for chunk in _decoded(file):
             if "\0" in chunk:
-                yield BadRecord(
-                    f"{file.path} looks binary (it holds NUL bytes); text: reads UTF-8 text files."
-                )
+                yield BadRecord(f"{file.path} looks binary (it holds NUL bytes); text: reads UTF-8 text files.")
                 return
     except UnicodeDecodeError as error:
         yield BadRecord(
@@ -261,9 +252,7 @@ def _json_document(file: File, field: str, number: int, line: bytes) -> Document
     except RecursionError:
         return BadRecord(f"{where} JSON nested too deep.")
     if not isinstance(record, dict):
-        return BadRecord(
-            f"{where} a JSON {type(record).__name__}; each line must be one object with {field!r}."
-        )
+        return BadRecord(f"{where} a JSON {type(record).__name__}; each line must be one object with {field!r}.")
     if field not in record:
         keys = ", ".join(map(repr, list(record)[:6])) or "none"
         return BadRecord(f"{where} no key {field!r} (it has {keys}); data.field names the text.")
@@ -341,9 +330,7 @@ def _read_parquet(file: File, field: str) -> Iterator[Document | BadRecord | Non
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise UserError(
-            "data.source = 'parquet:...' needs pyarrow: pip install 'attnlab[parquet]'."
-        ) from error
+        raise UserError("data.source = 'parquet:...' needs pyarrow: pip install 'attnlab[parquet]'.") from error
     if file.size == 0:
         yield BadRecord(f"{file.path} is empty.")
         return
@@ -358,9 +345,7 @@ def _read_parquet(file: File, field: str) -> Iterator[Document | BadRecord | Non
                 )
             kind = schema.field(field).type
             if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-                raise UserError(
-                    f"{file.path}: column {field!r} is {kind}, not string; data.field must name text."
-                )
+                raise UserError(f"{file.path}: column {field!r} is {kind}, not string; data.field must name text.")
             for batch in table.iter_batches(batch_size=256, columns=[field]):
                 for value in batch.column(0):
                     yield _parquet_document(file, row, value, f"{file.path}, row {row}: {field!r}")

@@ -169,9 +169,7 @@ class CorpusBuilder:
             self._length = self._size = 0
 
     def finish(self, source: Source) -> Corpus:
-        lengths, keys, text_bytes = (
-            np.array(column) for column in (self._lengths, self._keys, self._text_bytes)
-        )
+        lengths, keys, text_bytes = (np.array(column) for column in (self._lengths, self._keys, self._text_bytes))
         self._digest.update(lengths.tobytes() + keys.tobytes())
         if not len(lengths):
             raise UserError(
@@ -279,9 +277,7 @@ def _load_or_build(
         return FlatStore(np.frombuffer(out.getvalue(), dtype), corpus)
 
 
-def _build_on_disk(
-    source: Source, tokenizer: Tokenizer, root: str, path: str, progress: ProgressFn
-) -> FlatStore:
+def _build_on_disk(source: Source, tokenizer: Tokenizer, root: str, path: str, progress: ProgressFn) -> FlatStore:
     os.makedirs(root, exist_ok=True)
     _remove_stale(root)
     dtype = token_dtype(tokenizer.vocab_size)
@@ -345,9 +341,7 @@ def _load(path: str, dtype: np.dtype) -> FlatStore:
         if sha256_of(os.path.join(path, name)) != meta["sha256"][name]:
             raise ValueError(f"{name} is not what was written")
     lengths, keys, text_bytes = (np.load(os.path.join(path, name)) for name in _FILES[1:])
-    corpus = Corpus(
-        lengths, keys, text_bytes, *(meta[name] for name in ("files", "skipped", "empty", "digest"))
-    )
+    corpus = Corpus(lengths, keys, text_bytes, *(meta[name] for name in ("files", "skipped", "empty", "digest")))
     tokens_path = os.path.join(path, "tokens.bin")
     return FlatStore(_mapped(tokens_path, dtype), corpus, tokens_path)
 
@@ -364,8 +358,6 @@ def _remove_stale(root: str) -> None:
         path = os.path.join(root, name)
         with contextlib.suppress(OSError):
             if name.startswith("partial-"):
-                written = max(
-                    os.path.getmtime(inside) for inside in (path, *(e.path for e in os.scandir(path)))
-                )
+                written = max(os.path.getmtime(inside) for inside in (path, *(e.path for e in os.scandir(path))))
                 if time.time() - written > _STALE_SECONDS:
                     shutil.rmtree(path, ignore_errors=True)

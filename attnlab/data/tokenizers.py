@@ -78,9 +78,7 @@ class BytesTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         ids = np.asarray(ids, np.int64).reshape(-1)
         if ids.size and (ids.min() < 0 or ids.max() >= self.vocab_size):
-            raise UserError(
-                f"ids to decode must be from 0 to {self.vocab_size - 1}, not {ids.min()} to {ids.max()}."
-            )
+            raise UserError(f"ids to decode must be from 0 to {self.vocab_size - 1}, not {ids.min()} to {ids.max()}.")
         return ids[ids < 256].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
     def byte_lengths(self) -> np.ndarray:
@@ -167,13 +165,8 @@ class HuggingFaceTokenizer(Tokenizer):
         vocabulary: encoded in parts cut inside every such spelling."""
         head, tail = self.eod[:1], self.eod[1:]
         pieces = text.split(self.eod)
-        parts = [
-            (tail if i else "") + piece + (head if i < len(pieces) - 1 else "")
-            for i, piece in enumerate(pieces)
-        ]
-        encodings = self._backend.encode_batch_fast(
-            [part for part in parts if part], add_special_tokens=False
-        )
+        parts = [(tail if i else "") + piece + (head if i < len(pieces) - 1 else "") for i, piece in enumerate(pieces)]
+        encodings = self._backend.encode_batch_fast([part for part in parts if part], add_special_tokens=False)
         ids = np.array([i for encoding in encodings for i in encoding.ids], np.int32)
         # What is left came from normalisation; one lost id is better than a document that ends early.
         return ids[ids != self.eod_id]
@@ -181,9 +174,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         ids = np.asarray(ids, np.int64).reshape(-1)
         if ids.size and (ids.min() < 0 or ids.max() >= self.vocab_size):
-            raise UserError(
-                f"ids to decode must be from 0 to {self.vocab_size - 1}, not {ids.min()} to {ids.max()}."
-            )
+            raise UserError(f"ids to decode must be from 0 to {self.vocab_size - 1}, not {ids.min()} to {ids.max()}.")
         return self._backend.decode(ids[ids != self.eod_id].tolist(), skip_special_tokens=True)
 
     def byte_lengths(self) -> np.ndarray:

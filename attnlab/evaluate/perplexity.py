@@ -46,7 +46,7 @@ class Evaluation:
         return float(self.nll_T.sum() / math.log(2) / max(self.bytes, 1))
 
     def by_position(self, buckets: int = 8) -> list[dict[str, float]]:
-        """Mean loss over buckets of positions whose bounds double: `{first, last, tokens, loss}`, empty ones left out."""
+        """Mean loss over buckets of positions whose bounds double: `{first, last, tokens, loss}`, no empty ones."""
         length = len(self.nll_T)
         edges = sorted({0, length, *(max(length >> i, 1) for i in range(1, buckets))})
         rows = []

@@ -35,7 +35,9 @@ def start(spec: str, overrides: Sequence[str]) -> None:
     if config.index:
         _reach(config)
     elif config.index == 0:
-        log.info("waiting up to %d s for %d processes at %s", config.start_timeout, config.processes, config.coordinator)
+        log.info(
+            "waiting up to %d s for %d processes at %s", config.start_timeout, config.processes, config.coordinator
+        )
     import jax
 
     # It would take SIGTERM from the start on, and heed it only where a checkpoint is due.
@@ -63,7 +65,7 @@ def start(spec: str, overrides: Sequence[str]) -> None:
 
 
 def _reach(config: ClusterConfig) -> None:
-    """Raises UserError unless process 0 listens in time: jax, whose wait this goes before, ends the process with a stack."""
+    """Raises UserError unless process 0 listens in time; jax, which waits next, would end the process with a stack."""
     host, _, port = config.coordinator.rpartition(":")
     end = time.monotonic() + config.start_timeout
     while True:
@@ -74,7 +76,8 @@ def _reach(config: ClusterConfig) -> None:
             reason = error.strerror or str(error)
         if time.monotonic() > end:
             raise UserError(
-                f"process 0 did not answer at cluster.coordinator = {config.coordinator} in {config.start_timeout} s ({reason}); "
+                f"process 0 did not answer at cluster.coordinator = {config.coordinator} "
+                f"in {config.start_timeout} s ({reason}); "
                 "is it running, and is this an address that every host reaches?"
             )
         time.sleep(0.5)
@@ -101,10 +104,14 @@ def _in_cluster(environment: Any) -> bool:
     several = lambda name: environment.get(name, "1").isdigit() and int(environment.get(name, "1")) > 1
     if several("SLURM_STEP_NUM_TASKS") or several("OMPI_COMM_WORLD_SIZE"):
         return True
-    if "KUBERNETES_SERVICE_HOST" in environment and ("JOBSET_NAME" in environment or "JOB_COMPLETION_INDEX" in environment):
+    if "KUBERNETES_SERVICE_HOST" in environment and (
+        "JOBSET_NAME" in environment or "JOB_COMPLETION_INDEX" in environment
+    ):
         return True
     if "," in environment.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in environment:
         return True
     # A Cloud TPU machine outside Kubernetes tells its pod only through its metadata server, which jax asks.
     on_tpu = os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0")
-    return on_tpu and importlib.util.find_spec("libtpu") is not None and environment.get("JAX_PLATFORMS", "tpu") == "tpu"
+    return (
+        on_tpu and importlib.util.find_spec("libtpu") is not None and environment.get("JAX_PLATFORMS", "tpu") == "tpu"
+    )

@@ -64,8 +64,8 @@ def analyse(text: str, domains: Sequence[int] = ()) -> Costs:
 
     Args:
       text: of `compiled.as_text()`.
-      domains: for each device of the program's mesh, which group of devices with a fast interconnect it is in; none: all
-        in one.
+      domains: for each device of the program's mesh, which group of devices with a fast interconnect it is in; none:
+        all in one.
     """
     return _Program(text, domains).costs()
 

@@ -115,7 +115,9 @@ def _meshes(config: RunConfig, target: Target) -> list[MeshConfig]:
         split = fsdp * math.prod(inner)
         if devices % split or parameters / split > target.chip.hbm:
             continue
-        mesh = dataclasses.replace(config.mesh, data=devices // split, fsdp=fsdp, **dict(zip(within, inner, strict=True)))
+        mesh = dataclasses.replace(
+            config.mesh, data=devices // split, fsdp=fsdp, **dict(zip(within, inner, strict=True))
+        )
         try:
             made = sharding.make_mesh(mesh, config.data.batch, target.devices, length=config.data.length)
             sharding.parameter_shardings(made, shapes.axes, shapes.pure_shapes)

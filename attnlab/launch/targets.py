@@ -116,7 +116,8 @@ class Target:
         hosts, each = sizes if len(sizes) == 2 else (1, *sizes) if len(sizes) == 1 else (0, 0)
         if slices is not None or hosts < 1 or not 1 <= each <= _PER_HOST:
             raise UserError(
-                f"topology {name!r} is not possible; allowed: 1 to {_PER_HOST} GPUs a host, e.g. {', '.join(GPU_EXAMPLES)}"
+                f"topology {name!r} is not possible; "
+                f"allowed: 1 to {_PER_HOST} GPUs a host, e.g. {', '.join(GPU_EXAMPLES)}"
             )
         _require_cuda_compiler()
         import jax._src.xla_bridge  # noqa: F401  registers the plugin

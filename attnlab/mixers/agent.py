@@ -135,13 +135,11 @@ class Agent(HeadMixer):
     Config = AgentConfig
     capabilities = Capabilities(causal=True, bidirectional=True, streaming=True)
     context = "the agents' averages are passed on"
-    paper = (
-        "Han et al. 2023, Agent Attention: On the Integration of Softmax and Linear Attention, arXiv:2312.08874"
-    )
+    paper = "Han et al. 2023, Agent Attention: On the Integration of Softmax and Linear Attention, arXiv:2312.08874"
     extension = (
         "causal forms: learned agents (running averages), and agents pooled from the queries of the chunk before, both "
-        "with a causal convolution of the values; bidirectional sequences without a grid: min(m, n) agents pooled along "
-        "each document of n positions, and a convolution along it; one bias for all positions before an image"
+        "with a causal convolution of the values; bidirectional sequences without a grid: min(m, n) agents pooled "
+        "along each document of n positions, and a convolution along it; one bias for all positions before an image"
     )
     implementations = _IMPLS
     counted = "chunked"
@@ -154,9 +152,7 @@ class Agent(HeadMixer):
         self.config, self.dtype = config, dtype
         self.head_dim = config.head_dim(width)
         inner, kind = config.heads * self.head_dim, param_dtype(dtype)
-        self.q, self.k, self.v = (
-            Linear(width, inner, ("embed", "heads"), rngs=rngs, dtype=dtype) for _ in range(3)
-        )
+        self.q, self.k, self.v = (Linear(width, inner, ("embed", "heads"), rngs=rngs, dtype=dtype) for _ in range(3))
         self.out = Linear(inner, width, ("heads", "embed"), rngs=rngs, dtype=dtype)
         if config.causal:
             shape = (config.heads, config.agents, self.head_dim)

@@ -100,9 +100,7 @@ class Cost:
         return sum(self.flops.values())
 
 
-def knob(
-    default: Any, doc: str, *, other: tuple[Any, ...] = (), build: Callable[[Any, str], Any] | None = None
-) -> Any:
+def knob(default: Any, doc: str, *, other: tuple[Any, ...] = (), build: Callable[[Any, str], Any] | None = None) -> Any:
     """A documented field of a mixer's Config.
 
     Args:

@@ -14,9 +14,7 @@ WIDTH, LENGTH = 512, 4096  # of the table, unless asked for others
 def mixer(name: str) -> dict[str, Any]:
     """One mixer: what it is and its knobs."""
     cls = base.get(name)
-    knobs = [
-        {"key": f.name, "default": f.default, "doc": f.metadata["doc"]} for f in dataclasses.fields(cls.Config)
-    ]
+    knobs = [{"key": f.name, "default": f.default, "doc": f.metadata["doc"]} for f in dataclasses.fields(cls.Config)]
     summary = (cls.__doc__ or "").strip().splitlines()[0]
     context = cls.context_of(cls.Config())
     described = {"name": name, "summary": summary, "paper": cls.paper, "extension": cls.extension}

@@ -36,7 +36,9 @@ class GatedConfig(SoftmaxConfig):
 
     position: str = knob("G1", f"what is gated: {'; '.join(f'{k} {v}' for k, v in POSITIONS.items())}",
                          other=("G2", "G3", "G4", "G5"))  # fmt: skip
-    granularity: str = knob("elementwise", "elementwise: a score per channel; headwise: one per head", other=("headwise",))
+    granularity: str = knob(
+        "elementwise", "elementwise: a score per channel; headwise: one per head", other=("headwise",)
+    )
     sharing: str = knob("specific", "specific: scores of each head; shared: their mean over heads", other=("shared",))
     operation: str = knob("multiplicative", "multiplicative: Y * score; additive: Y + score", other=("additive",))
     activation: str = knob("sigmoid", f"{', '.join(ACTIVATIONS)}", other=("silu", "ns_sigmoid", "identity"))
@@ -52,7 +54,9 @@ class GatedConfig(SoftmaxConfig):
         choice("operation", self.operation, ["multiplicative", "additive"])
         choice("activation", self.activation, list(ACTIVATIONS))
         if self.position == "G5":
-            need(self.granularity == "elementwise", "granularity", self.granularity, "elementwise at G5: it has no heads")
+            need(
+                self.granularity == "elementwise", "granularity", self.granularity, "elementwise at G5: it has no heads"
+            )
             need(self.sharing == "specific", "sharing", self.sharing, "specific at G5: it has no heads")
         groups = self.kv_heads if self.position in ("G2", "G3") and self.kv_heads else self.heads
         need(groups > 1 or self.sharing == "specific", "sharing", self.sharing, "specific where one head is gated")
@@ -165,7 +169,9 @@ def fuse_query_gate(q_kernel: jax.Array, gate_kernel: jax.Array, heads: int, kv_
     """
     width = q_kernel.shape[0]
     if q_kernel.shape[1] % heads or gate_kernel.shape[1] % heads or heads % kv_heads:
-        raise ValueError(f"kernels {q_kernel.shape}, {gate_kernel.shape} do not hold {heads} heads in {kv_heads} groups")
+        raise ValueError(
+            f"kernels {q_kernel.shape}, {gate_kernel.shape} do not hold {heads} heads in {kv_heads} groups"
+        )
     parts = [kernel.reshape(width, kv_heads, -1) for kernel in (q_kernel, gate_kernel)]
     return jnp.concatenate(parts, axis=2).reshape(width, -1)
 

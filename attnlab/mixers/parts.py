@@ -1,4 +1,7 @@
-"""Parameterised pieces that mixers and models share. Parameters carry the logical axes that sharding rules map to a mesh."""
+"""Parameterised pieces that mixers and models share.
+
+Parameters carry the logical axes that sharding rules map to a mesh.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,7 @@ class Linear(nnx.Module):
       dtype: of the product.
     """
 
-    def __init__(
-        self, fan_in: int, fan_out: int, axes: tuple[str, str], *, rngs: nnx.Rngs, dtype: Any
-    ):
+    def __init__(self, fan_in: int, fan_out: int, axes: tuple[str, str], *, rngs: nnx.Rngs, dtype: Any):
         init = jax.nn.initializers.normal(1 / math.sqrt(fan_in))
         self.kernel = nnx.Param(init(rngs.params(), (fan_in, fan_out), param_dtype(dtype)), axes=axes)
         self.dtype = dtype

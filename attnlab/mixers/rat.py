@@ -270,8 +270,7 @@ class RAT(HeadMixer):
         rows = jnp.arange(B * H)[:, None]
         by_head = lambda y: y.swapaxes(1, 2).reshape(B * H, T, d)
         cache = tuple(
-            old.at[rows, slot].set(by_head(y).astype(old.dtype), mode="drop")
-            for old, y in ((state.k, k), (state.v, v))
+            old.at[rows, slot].set(by_head(y).astype(old.dtype), mode="drop") for old, y in ((state.k, k), (state.v, v))
         )
         keys, values = (y.astype(q.dtype) for y in cache)
         if T == 1:

@@ -27,7 +27,9 @@ class SoftmaxConfig(MixerConfig):
     """Knobs of softmax attention."""
 
     heads: int = knob(4, "query heads H", other=(2,))
-    kv_heads: int | None = knob(None, "key/value heads K, a divisor of heads; none: K = H; 1: multi-query", other=(1, 2))
+    kv_heads: int | None = knob(
+        None, "key/value heads K, a divisor of heads; none: K = H; 1: multi-query", other=(1, 2)
+    )
     head_width: int | None = knob(None, "head width d, even; none: width / heads", other=(6,))
     causal: bool = knob(True, "whether a position sees only itself and those before", other=(False,))
     window: int | None = knob(None, "keys that a query sees, itself included; none: all before it", other=(3,))

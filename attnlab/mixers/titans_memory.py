@@ -27,9 +27,7 @@ class Memory(nnx.Module):
       head_dim: width d of a head.
     """
 
-    def __init__(
-        self, config: Any, fan_in: int, axes: tuple[str, str], head_dim: int, *, rngs: nnx.Rngs, dtype: Any
-    ):
+    def __init__(self, config: Any, fan_in: int, axes: tuple[str, str], head_dim: int, *, rngs: nnx.Rngs, dtype: Any):
         self.config, self.head_dim, self.spec = config, head_dim, memory_spec(config, head_dim)
         wide, heads = param_dtype(dtype), config.heads
         self.qkv = Linear(fan_in, 3 * heads * head_dim, axes, rngs=rngs, dtype=dtype)

@@ -35,9 +35,7 @@ class LanguageModel(nnx.Module):
         if not config.tied:
             self.head = Linear(config.width, config.vocab, ("embed", "vocab"), rngs=rngs, dtype=dtype)
 
-    def hidden(
-        self, tokens_BT: jax.Array, seq: mixers.Sequence, key: jax.Array | None = None
-    ) -> mixers.MixerOutput:
+    def hidden(self, tokens_BT: jax.Array, seq: mixers.Sequence, key: jax.Array | None = None) -> mixers.MixerOutput:
         """Normalised final hidden states [B, T, D] of whole sequences; `key` turns dropout on."""
         out = self.transformer(self.embed(tokens_BT), seq, key)
         return mixers.MixerOutput(self.norm(out.y), losses=out.losses, metrics=out.metrics)

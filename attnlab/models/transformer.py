@@ -82,7 +82,9 @@ class ModelConfig:
                 )
         for letter in self.mixers:
             if letter not in self.pattern:
-                raise ConfigError(f"model.mixers.{letter} is in no layer: model.pattern = {self.pattern!r} does not name it")
+                raise ConfigError(
+                    f"model.mixers.{letter} is in no layer: model.pattern = {self.pattern!r} does not name it"
+                )
         need(
             self.layers % len(self.pattern) == 0,
             "model.layers",
@@ -178,7 +180,10 @@ class Transformer(nnx.Module):
         self.periods = stacked(rngs)
 
     def __call__(self, x: jax.Array, seq: mixers.Sequence, key: jax.Array | None = None) -> mixers.MixerOutput:
-        """Whole sequences, x [B, T, D]; `key` turns dropout on. Losses and metrics are means over the layers that have them."""
+        """Whole sequences, x [B, T, D]; `key` turns dropout on.
+
+        Losses and metrics are means over the layers that have them.
+        """
         graphdef, params = nnx.split(self.periods)
         keys = None if key is None else jax.random.split(key, (self.repeats, len(self.config.pattern)))
 
@@ -215,9 +220,7 @@ class Transformer(nnx.Module):
         return self.repeats if partition.platform() == "cpu" else 1
 
 
-def extend(
-    periods: list[Period], x: jax.Array, seq: mixers.Sequence, state: list[Any]
-) -> tuple[jax.Array, list[Any]]:
+def extend(periods: list[Period], x: jax.Array, seq: mixers.Sequence, state: list[Any]) -> tuple[jax.Array, list[Any]]:
     """Runs the next positions, x [B, T, D], through unstacked periods; the new state."""
     new_state = []
     for period, states in zip(periods, state, strict=True):

@@ -47,7 +47,6 @@ class Averages:
         return cls(jnp.full(shape, _LOWEST, dtype), jnp.zeros(shape, dtype), jnp.zeros((*shape, width), dtype))
 
 
-
 def chunk_sizes(length: int, chunk: int) -> tuple[int, int]:
     """Positions computed together, and those of a block in them: the root, which makes the least exponentials."""
     chunk = min(chunk, length)
@@ -140,9 +139,7 @@ def _fixed(q_BTHd, k_BTHd, v_BTHe, agents_BHmd, documents_BT, valid_BT, before, 
     before = Averages.empty(B, H, m, e, dtype) if before is None else before
 
     # Rows and heads are one axis, G: beside an axis of size 1 (a batch of one row) XLA on CPU is slow at sums.
-    logits, weights, v, before = jax.tree.map(
-        lambda x: x.reshape(B * H, *x.shape[2:]), (logits, weights, v, before)
-    )
+    logits, weights, v, before = jax.tree.map(lambda x: x.reshape(B * H, *x.shape[2:]), (logits, weights, v, before))
     size, block = chunk_sizes(T, chunk)
     count = -(-T // size)
     cut = functools.partial(cut_up, count=count, size=size, axis=1)
@@ -252,8 +249,8 @@ def _product(spec: str, weights: jax.Array, v: jax.Array, dtype: jnp.dtype) -> j
 def averages_of(
     agents_BEHmd, k_BHSd, v_BHSe, start_BE, end_BE, real_BE: jax.Array | None, valid_BS: jax.Array | None = None
 ) -> Averages:
-    """Averages [B, E, ...] of each set of agents over its keys start <= j < end, those that are valid; a set that is not
-    real sees none.
+    """Averages [B, E, ...] of each set of agents over its keys start <= j < end, those that are valid; a set that is
+    not real sees none.
 
     One set at a time, and again in the backward pass, so that memory stays of order S.
     """

@@ -194,18 +194,14 @@ def _run(op: str, implementations, impl: str, q_BTHd, k_BSKd, v_BSKe, mask: Mask
 
 def _check_shapes(q, k, v, mask: Mask, soft_cap, sinks) -> None:
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
-        raise UserError(
-            f"attention: q {q.shape}, k {k.shape}, v {v.shape}; each must be [batch, length, heads, width]"
-        )
+        raise UserError(f"attention: q {q.shape}, k {k.shape}, v {v.shape}; each must be [batch, length, heads, width]")
     if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise UserError(
             f"attention: q {q.shape}, k {k.shape}, v {v.shape} do not fit; "
             "expected q [B, T, H, d], k [B, S, K, d], v [B, S, K, e]"
         )
     if q.shape[2] % k.shape[2]:
-        raise UserError(
-            f"attention: {q.shape[2]} query heads over {k.shape[2]} kv heads; H must be a multiple of K"
-        )
+        raise UserError(f"attention: {q.shape[2]} query heads over {k.shape[2]} kv heads; H must be a multiple of K")
     if not (q.dtype == k.dtype == v.dtype):
         raise UserError(f"attention: q {q.dtype}, k {k.dtype}, v {v.dtype}; all three must have one dtype")
     for name, bound in (("k_start", mask.k_start), ("k_end", mask.k_end)):

@@ -212,9 +212,9 @@ def _over_heads(head, config: _Config, q, k, v, rest, sinks_H, intervals, out: t
             b, h = i // K, i % K
             # Products of low precision are slow on CPU: they are done in float32.
             of_head = [
-                _slice(_slice(x, b, 1, 0), h, 1, axis).reshape(_without(x.shape, axis)).astype(
-                    jnp.promote_types(x.dtype, jnp.float32)
-                )
+                _slice(_slice(x, b, 1, 0), h, 1, axis)
+                .reshape(_without(x.shape, axis))
+                .astype(jnp.promote_types(x.dtype, jnp.float32))
                 for x, axis in zip(arrays, axes, strict=True)
             ]
             bounds = [None if x is None else (x[0] if x.shape[0] == 1 else x[b]) for x in (start, end)]
@@ -352,7 +352,6 @@ def _over_tiles(config: _Config, G: int, T: int, S: int, bounds, tile, carry):
     see."""
     rows = max(_ROWS // G, min(_ROWS, 64))
     for blocks in plan_blocks(T, S, config.mask, rows, 1 if config.skip else _BODIES):
-
         unit = -(-blocks.keys // (_BODIES * _LEAST_KEYS)) * _LEAST_KEYS
         lengths = [min(n, blocks.keys) for n in range(unit, blocks.keys + unit, unit)]
         if config.skip and len(lengths) > 1:

@@ -1,8 +1,8 @@
 """Context parallelism: the positions of each sequence split over devices, each device with one run of them.
 
-What a device needs of the others' positions, by the kind of op: all keys and values (`Parts.gathered`), what came before
-as a sum (`Parts.running`), or the state that the device before it ends with (`Parts.handed_on`). All of it is used inside
-`partition.local`, on arrays that it has split along the logical axis "seq".
+What a device needs of the others' positions, by the kind of op: all keys and values (`Parts.gathered`), what came
+before as a sum (`Parts.running`), or the state that the device before it ends with (`Parts.handed_on`). All of it is
+used inside `partition.local`, on arrays that it has split along the logical axis "seq".
 
 Shapes: `B` batch, `T` positions of a device, `P` devices.
 """
@@ -161,8 +161,8 @@ def attend(
     """Attention on each device's own batch, heads and queries, against all keys, which are gathered.
 
     Args:
-      run: `(queries, keys, sinks, mask)` to a tuple of arrays [B, T, H, ...] like the queries. Where these are split, query
-        t of a device is not key t, and the mask is of intervals alone.
+      run: `(queries, keys, sinks, mask)` to a tuple of arrays [B, T, H, ...] like the queries. Where these are split,
+        query t of a device is not key t, and the mask is of intervals alone.
       queries: each [B, T, H, ...].
       keys: keys, values and the like, each [B, S, K, d] or [B, S].
       sinks_H: one for each query head, or None.
@@ -175,7 +175,7 @@ def attend(
     dealing = bool(seq) and deals(mask, T // partition.ways("seq"))
     if seq and not static:
         mask = Mask(*mask.bounds(T, S))
-    # Groups of query heads stay with their key head: both are split alike, or neither; a single key head is everybody's.
+    # Groups of query heads stay with their key head: both are split alike, or neither; a lone key head is everybody's.
     n_heads = partition.ways("heads")
     whole = H % n_heads or (K % n_heads and K > 1)
     q_heads, kv_heads = None if whole else "heads", None if whole or K == 1 else "kv_heads"

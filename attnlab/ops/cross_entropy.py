@@ -41,7 +41,9 @@ def _logits(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def _forward(hidden, kernel, targets, weights, chunk):
     used = weights != 0
-    hidden = jnp.where(used[..., None], hidden, 0)  # nothing of an unused row, not even NaN, reaches the kernel's gradient
+    hidden = jnp.where(
+        used[..., None], hidden, 0
+    )  # nothing of an unused row, not even NaN, reaches the kernel's gradient
     n, dtype = hidden.shape[:-1], jnp.promote_types(hidden.dtype, jnp.float32)
     peak = jnp.full(n, -jnp.inf, dtype)
     total = jnp.zeros(n, dtype)

@@ -130,6 +130,7 @@ def delta_rule(
     spec = f"B{B} T{T} H{H} d{d}/{e} {dtype}"
     chosen = choose("delta_rule", impl, IMPLEMENTATIONS, spec, ("chunked",))
     arrays = [x.astype(dtype) for x in (q_BTHd, k_BTHd, v_BTHe, log_decay_BTH, beta_BTH)]
+
     def on_device(*arrays):
         ours = context.parts()
         return chosen.run(*arrays, chunk) if ours is None else _on_parts(ours, chosen.run, *arrays, chunk)

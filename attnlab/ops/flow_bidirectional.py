@@ -15,7 +15,10 @@ from attnlab.ops.linear_recurrence import linear_recurrence
 
 
 def bidirectional_linear(q, k, v, documents, rule: FlowRule, chunk: int) -> FlowOutput:
-    """`bidirectional_definition` in linear time: sums over all positions, or of packed documents in both directions, each in chunks."""
+    """`bidirectional_definition` in linear time.
+
+    By sums over all positions, or of packed documents in both directions, each in chunks.
+    """
     n, m, eps = q.shape[1], k.shape[1], rule.epsilon
     sums = _Totals(q, k, eps) if documents is None else _DocumentFlows(q, k, documents, chunk, eps)
     flow = lambda y_BTH, x_BTHd: y_BTH + eps * (x_BTHd.sum(-1) + eps * x_BTHd.shape[-1])

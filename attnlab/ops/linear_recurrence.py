@@ -174,7 +174,7 @@ def linear_recurrence(
 
 
 def _on_parts(ours: context.Parts, run, q, k, u, log_decay, documents, state, chunk: int):
-    """Each device runs its positions from nothing, and adds what the state of those before gives: it is linear in it."""
+    """Each device runs its positions from nothing and adds what the state of those before gives: it is linear in it."""
     B, T, H, d = q.shape
     documents = None if documents is None else ours.documents(documents)
     o, written = run(q, k, u, log_decay, documents, None, chunk)

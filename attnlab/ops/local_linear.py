@@ -120,9 +120,7 @@ def local_linear(
         raise UserError(f"local_linear: ridge {ridge.shape}, expected a scalar, [{H}] or [{B}, {T}, {H}]")
     if iterations < 1:
         raise UserError(f"local_linear: iterations={iterations} is not allowed; allowed: 1 or more")
-    spec = AttentionSpec(
-        B, T, S, H, K, d, e, str(q_BTHd.dtype), mask.causal, mask.window, mask.dynamic(), False, False
-    )
+    spec = AttentionSpec(B, T, S, H, K, d, e, str(q_BTHd.dtype), mask.causal, mask.window, mask.dynamic(), False, False)
     chosen = choose("local_linear", impl, IMPLEMENTATIONS, spec, _PREFERENCE)
     scale = d**-0.5 if scale is None else float(scale)
 

@@ -87,9 +87,7 @@ class Mask:
         return min(low, keys), max(high, min(low, keys))
 
 
-def mask_from_segments(
-    segments_BT: jax.Array | None, length: int, *, causal: bool, window: int | None = None
-) -> Mask:
+def mask_from_segments(segments_BT: jax.Array | None, length: int, *, causal: bool, window: int | None = None) -> Mask:
     """Mask for self-attention over whole rows of packed documents.
 
     segments_BT: int `[B, T]` document ids, or None for one document a row. A document is a run of equal ids;

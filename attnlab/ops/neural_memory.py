@@ -332,8 +332,8 @@ def neural_memory(
       log_keep_BTH: log(1 - alpha), what is not forgotten; None: nothing is.
       log_eta_BTH: log of what remains of the momentum; None: no momentum.
       theta_BTH: step size.
-      initial: where every document begins, with rows [1, ...], and `position_B` 0; see `initial_state`. Rows [B, ...] are
-        taken, too, where positions are not split over devices.
+      initial: where every document begins, with rows [1, ...], and `position_B` 0; see `initial_state`. Rows [B, ...]
+        are taken, too, where positions are not split over devices.
       spec: what the memory is.
       documents_BT: of `attnlab.ops.documents.document_index`; None: every row is one document.
       state: after the positions before, where they are of document 0; None: there are none.

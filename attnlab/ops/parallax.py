@@ -184,9 +184,7 @@ def parallax(
         raise UserError(f"parallax: r {r_BTHd.shape} {r_BTHd.dtype} must be like q {q_BTHd.shape} {q_BTHd.dtype}")
     B, T, H, d = q_BTHd.shape
     S, K, e = v_BSKe.shape[1:]
-    spec = AttentionSpec(
-        B, T, S, H, K, d, e, str(q_BTHd.dtype), mask.causal, mask.window, mask.dynamic(), False, False
-    )
+    spec = AttentionSpec(B, T, S, H, K, d, e, str(q_BTHd.dtype), mask.causal, mask.window, mask.dynamic(), False, False)
     chosen = choose("parallax", impl, IMPLEMENTATIONS, spec, _PREFERENCE)
     scale = d**-0.5 if scale is None else float(scale)
 

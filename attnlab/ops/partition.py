@@ -1,7 +1,7 @@
 """Where a program being traced will run: the mesh, which mesh axes split which logical axis, and the platform.
 
-Models, mixers and ops name logical axes; the tables from those to mesh axes are the trainer's (`attnlab.train.sharding`).
-Outside `use` there is no mesh: nothing is constrained and the platform is jax's default.
+Models, mixers and ops name logical axes; the tables from those to mesh axes are the trainer's
+(`attnlab.train.sharding`). Outside `use` there is no mesh: nothing is constrained and the platform is jax's default.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class Partition:
 
 
 _current: contextvars.ContextVar[Partition | None] = contextvars.ContextVar("partition", default=None)
-_inside: contextvars.ContextVar[Mapping[str, Split]] = contextvars.ContextVar("inside", default=types.MappingProxyType({}))
+_inside: contextvars.ContextVar[Mapping[str, Split]] = contextvars.ContextVar(
+    "inside", default=types.MappingProxyType({})
+)
 _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
 
@@ -81,9 +83,9 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 def local(fn: Callable[..., Any], arrays: tuple[Any, ...], axes: tuple[Any, ...], out_axes: Any) -> Any:
     """`fn(*arrays)`, computed by each device on its own part of the arrays.
 
-    Right only where `fn` treats the split axes one element like another, as batch and heads, or asks `here` what is split
-    and exchanges what it must (`attnlab.ops.context`). Kernels, which XLA cannot split itself, and loops, which it splits
-    badly, run so.
+    Right only where `fn` treats the split axes one element like another, as batch and heads, or asks `here` what is
+    split and exchanges what it must (`attnlab.ops.context`). Kernels, which XLA cannot split itself, and loops, which
+    it splits badly, run so.
 
     Args:
       fn: from local arrays to a local array, or a tuple of them.
@@ -126,7 +128,7 @@ def local(fn: Callable[..., Any], arrays: tuple[Any, ...], axes: tuple[Any, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """How a logical axis is split in the arrays that a device has before it: over `count` devices, along mesh axes `names`."""
+    """How a logical axis is split in the arrays that a device sees: over `count` devices, along mesh axes `names`."""
 
     names: tuple[str, ...]
     count: int

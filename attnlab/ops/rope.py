@@ -25,8 +25,8 @@ def rope(x_BTHd: jax.Array, positions_BT: jax.Array, base: float = 10_000.0) -> 
     return _rotate(x_BTHd, jnp.cos(angle_BT1d), jnp.sin(angle_BT1d))
 
 
-# Pairs are exchanged in the input's own type: XLA for TPU would else keep, and lay out anew, wide copies of q and k. Its
-# transpose would add two rounded halves; the rotation back rounds once.
+# Pairs are exchanged in the input's own type: XLA for TPU would else keep, and lay out anew, wide copies of q and k.
+# Its transpose would add two rounded halves; the rotation back rounds once.
 @jax.custom_vjp
 def _rotate(x, cos, sin):
     a, b = jnp.split(x, 2, axis=-1)
@@ -34,4 +34,6 @@ def _rotate(x, cos, sin):
     return (x.astype(cos.dtype) * cos + turned.astype(cos.dtype) * sin).astype(x.dtype)
 
 
-_rotate.defvjp(lambda x, cos, sin: (_rotate(x, cos, sin), (cos, sin)), lambda r, g: (_rotate(g, r[0], -r[1]), None, None))
+_rotate.defvjp(
+    lambda x, cos, sin: (_rotate(x, cos, sin), (cos, sin)), lambda r, g: (_rotate(g, r[0], -r[1]), None, None)
+)

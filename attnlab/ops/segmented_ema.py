@@ -34,6 +34,7 @@ def segmented_ema(decay_BTC: jax.Array, x_BTRC: jax.Array, start_BRC: jax.Array)
     Returns:
       h_BTRC. All four are of one dtype, float32 or wider.
     """
+
     def on_device(*arrays):
         ours = context.parts()
         return _in_blocks(*arrays) if ours is None else _on_parts(ours, *arrays)

@@ -57,8 +57,8 @@ class Checkpoints:
                     ),
                 ]
             ),
-            # Without this orbax would not write the metrics down, and a resumed run would not know its best; with it, it
-            # reads those of every checkpoint, which a reader of one does not need.
+            # Without this orbax would not write the metrics down, and a resumed run would not know its best; with it,
+            # it reads those of every checkpoint, which a reader of one does not need.
             best_fn=None if read_only else lambda metrics: metrics[_METRIC],
             best_mode="min",
             enable_async_checkpointing=True,

@@ -27,7 +27,7 @@ class TrainConfig:
       eval_every: steps between evaluations on held-out data, and one after the last step; 0: never.
       eval_batches: held-out batches of an evaluation; 0: all of them.
       save_every: steps between checkpoints, and one after the last step; 0: only that one.
-      keep: newest checkpoints that are kept; of those saved at an evaluation, the best by held-out loss is kept besides.
+      keep: newest checkpoints that are kept; of those saved at an evaluation, the best by held-out loss is kept, too.
       sample_tokens: tokens of each sample that is written to samples.txt after the last step; 0, or without
         evaluation: no samples.
       max_nonfinite: steps in a row with non-finite gradients after which the run stops; such a step updates nothing.
@@ -145,10 +145,18 @@ class ClusterConfig:
         need = config_lib.require
         config_lib.require_choice("cluster.find", self.find, ["auto", "none"])
         given = [k for k in ("coordinator", "processes", "index") if getattr(self, k) is not None]
-        need(len(given) in (0, 3), "cluster", ", ".join(given), "coordinator, processes and index together, or none of them")
+        need(
+            len(given) in (0, 3),
+            "cluster",
+            ", ".join(given),
+            "coordinator, processes and index together, or none of them",
+        )
         if self.coordinator is not None:
             need(
-                re.fullmatch(r".+:\d+", self.coordinator) is not None, "cluster.coordinator", self.coordinator, "host:port"
+                re.fullmatch(r".+:\d+", self.coordinator) is not None,
+                "cluster.coordinator",
+                self.coordinator,
+                "host:port",
             )
             need(self.processes >= 1, "cluster.processes", self.processes, "1 or more")
             need(0 <= self.index < self.processes, "cluster.index", self.index, f"0 to {self.processes - 1}")
@@ -183,8 +191,8 @@ class RunConfig:
         for letter, mixer in self.model.mixers.items():
             if self.mesh.context != 1 and not mixers.get(mixer.node_name).context_of(mixer):
                 raise ConfigError(
-                    f"mesh.context = {self.mesh.context}: model.mixers.{letter} ({mixer.node_name}, as configured) cannot "
-                    "split its positions over devices; allowed: 1, as a number"
+                    f"mesh.context = {self.mesh.context}: model.mixers.{letter} ({mixer.node_name}, as configured) "
+                    "cannot split its positions over devices; allowed: 1, as a number"
                 )
 
 

@@ -53,7 +53,9 @@ def train(config: RunConfig, path: pathlib.Path, console: rich.console.Console) 
                 _Run(config, path, console, processes).run()
             elif processes.first:
                 console.print(
-                    f"the run in {path} is complete: step {last} of {config.train.steps}", highlight=False, soft_wrap=True
+                    f"the run in {path} is complete: step {last} of {config.train.steps}",
+                    highlight=False,
+                    soft_wrap=True,
                 )
             processes.barrier()
     except BaseException as error:
@@ -134,9 +136,7 @@ class _Run:
 
         self.checkpoints = Checkpoints(path, c.train.keep, processes=processes)
         self.step, self.tokens, self.state = 0, 0, None
-        like = jax.tree.map(
-            lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, self.shardings
-        )
+        like = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, self.shardings)
         processes.meet()
         restored = self.checkpoints.restore_latest(like, self._say)
         if restored is not None:
@@ -155,8 +155,8 @@ class _Run:
             donate_argnums=0,
             out_shardings=(self.shardings, None),
         )
-        # Simulated devices share one pool of threads: collectives of two programs, or a program that waits for a save to
-        # let go of its arrays, can keep each other from running until XLA gives up.
+        # Simulated devices share one pool of threads: collectives of two programs, or a program that waits for a save
+        # to let go of its arrays, can keep each other from running until XLA gives up.
         self._serial = jax.default_backend() == "cpu" and self.mesh.size > 1
         self._eval_step = jax.jit(make_eval_step(self.model, c.train, self.tokenizer.byte_lengths(), self.mesh))
         with partition.use(self.mesh, sharding.ACTIVATION_RULES):  # which implementation runs depends on where

@@ -64,7 +64,11 @@ def describe_run(config: RunConfig, **more: Any) -> dict[str, Any]:
         "config": config_lib.to_dict(config),
         "git": git_state(),
         "versions": versions(),
-        "devices": {"platform": jax.default_backend(), "kind": jax.devices()[0].device_kind, "count": jax.device_count()},
+        "devices": {
+            "platform": jax.default_backend(),
+            "kind": jax.devices()[0].device_kind,
+            "count": jax.device_count(),
+        },
         "processes": jax.process_count(),
         "implementations": ops.choices(),
         "command": sys.argv,

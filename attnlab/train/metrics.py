@@ -27,9 +27,7 @@ class MetricLog:
         self.path = workdir / "metrics.jsonl"
         self._drop_after(step)
         self._file = self.path.open("a", buffering=1)
-        self._tensorboard = SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=step + 1, flush_secs=10
-        )
+        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1, flush_secs=10)
 
     def write(self, record: dict[str, Any]) -> None:
         """Writes one object; `step` is among its keys. A value that is not finite is written as null."""

@@ -62,7 +62,7 @@ class Processes:
             self._client.wait_at_barrier(f"{_PREFIX}/{self._barriers}", 1000 * 24 * 3600)  # the watch ends it earlier
 
     def meet(self) -> None:
-        """Tells the others that this process has come to where it needs them all; every process must come here as often."""
+        """Tells the others that this process is where it needs them all; every process must come here as often."""
         self._meetings += 1
         self.working()
 
@@ -78,8 +78,8 @@ class Processes:
     def agree_to_stop(self, step: int, wanted: str | None) -> str | None:
         """Whether this is the last step, and why; the same step in every process.
 
-        A signal reaches one process at one step. It names a step that no process has begun: none can be two ahead, as each
-        waits for the metrics of the step before last, which need all of them.
+        A signal reaches one process at one step. It names a step that no process has begun: none can be two ahead, as
+        each waits for the metrics of the step before last, which need all of them.
 
         Args:
           step: about to be run.
@@ -98,7 +98,10 @@ class Processes:
         return self._stop["why"] if step >= self._stop_step else None
 
     def failed(self, error: BaseException) -> None:
-        """Tells the others why this process ends. After an error of a collective, waits for the watch to say whose fault it was."""
+        """Tells the others why this process ends.
+
+        After an error of a collective, waits for the watch to say whose fault it was.
+        """
         if self._client is None:
             return
         if isinstance(error, jax.errors.JaxRuntimeError):
@@ -151,7 +154,9 @@ class Processes:
                 seen[index] = (life, now)
             elif now - seen[index][1] > config.timeout:
                 where = f"process {index} of {self.count} on {life['host']}"
-                return f"{where} gave no sign of life for {now - seen[index][1]:.0f} s; its last step was {life['step']}"
+                return (
+                    f"{where} gave no sign of life for {now - seen[index][1]:.0f} s; its last step was {life['step']}"
+                )
         if not config.step_timeout or len(lives) < self.count:
             return None
         least, most = (f(life["meetings"] for life in lives.values()) for f in (min, max))

@@ -110,9 +110,7 @@ def evaluate_heldout(trained: Trained, batches: int | None = None) -> Evaluation
     loader = data_lib.heldout_loader(micro_batches(config), trained.tokenizer, batches=batches)
     lengths = trained.tokenizer.byte_lengths()
     step = jax.jit(make_eval_step(trained.model, config.train, lengths, trained.mesh))
-    return evaluate(
-        lambda batch: step(trained.params, batch), (sharding.put_batch(b, trained.mesh) for b in loader)
-    )
+    return evaluate(lambda batch: step(trained.params, batch), (sharding.put_batch(b, trained.mesh) for b in loader))
 
 
 def prepare_prompts(

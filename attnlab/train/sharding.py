@@ -71,7 +71,8 @@ def make_mesh(config: MeshConfig, batch: int, devices: Sequence[Any] | None = No
     without -= {d.process_index for d in devices}
     if without:
         raise ConfigError(
-            f"{shown} leave no device to process {', '.join(map(str, sorted(without)))}; allowed: all devices of all processes"
+            f"{shown} leave no device to process {', '.join(map(str, sorted(without)))}; "
+            "allowed: all devices of all processes"
         )
     kinds = (jax.sharding.AxisType.Auto,) * len(sizes)
     slices = len({getattr(d, "slice_index", 0) for d in devices})
@@ -80,14 +81,12 @@ def make_mesh(config: MeshConfig, batch: int, devices: Sequence[Any] | None = No
         return Mesh(order, tuple(sizes), axis_types=kinds)
     if sizes[config.slices] % slices:
         raise ConfigError(
-            f"mesh.{config.slices} = {sizes[config.slices]} goes over {slices} slices (mesh.slices = {config.slices!r}); "
-            f"allowed: multiples of {slices}, or another axis in mesh.slices"
+            f"mesh.{config.slices} = {sizes[config.slices]} goes over {slices} slices "
+            f"(mesh.slices = {config.slices!r}); allowed: multiples of {slices}, or another axis in mesh.slices"
         )
     across = {axis: slices if axis == config.slices else 1 for axis in sizes}
     within = [sizes[axis] // across[axis] for axis in sizes]
-    order = mesh_utils.create_hybrid_device_mesh(
-        within, list(across.values()), devices, allow_split_physical_axes=True
-    )
+    order = mesh_utils.create_hybrid_device_mesh(within, list(across.values()), devices, allow_split_physical_axes=True)
     return Mesh(order, tuple(sizes), axis_types=kinds)
 
 
@@ -118,7 +117,7 @@ def _shards_of(mesh: Mesh, process: int | None) -> list[int]:
 
 
 def logical_axes(params: nnx.State) -> Any:
-    """Pure dict like the parameters; each leaf the tuple of the parameter's logical axes, without the stack of layers."""
+    """Pure dict like the parameters; each leaf a tuple of the parameter's logical axes, without the stack of layers."""
     return nnx.to_pure_dict(jax.tree.map(lambda v: v.axes, params, is_leaf=lambda v: isinstance(v, nnx.Variable)))
 
 
@@ -142,8 +141,9 @@ def parameter_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
             ways = math.prod(mesh.shape[axis] for axis in over)
             if size % ways:
                 raise ConfigError(
-                    f"{' x '.join(f'mesh.{axis}' for axis in over)} = {ways} does not divide {size}, the axis {name!r} of "
-                    f"parameter {jax.tree_util.keystr(path, simple=True, separator='.')}; allowed: divisors of {size}"
+                    f"{' x '.join(f'mesh.{axis}' for axis in over)} = {ways} does not divide {size}, "
+                    f"the axis {name!r} of parameter {jax.tree_util.keystr(path, simple=True, separator='.')}; "
+                    f"allowed: divisors of {size}"
                 )
             spec.append(over or None)
         return NamedSharding(mesh, PartitionSpec(*spec))

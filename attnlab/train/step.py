@@ -92,7 +92,9 @@ def make_train_step(
         )
         metrics |= {
             "grad_norm": norm,
-            "learning_rate": jnp.asarray(rate(state.step - state.skipped)),  # skipped steps are not steps of the optimizer
+            "learning_rate": jnp.asarray(
+                rate(state.step - state.skipped)
+            ),  # skipped steps are not steps of the optimizer
             "step_tokens": tokens,
             "nonfinite": new_state.nonfinite,
             "skipped": new_state.skipped,

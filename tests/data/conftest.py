@@ -14,7 +14,5 @@ def corpus(tmp_path):
     for i in range(20):
         path = directory / f"part{i % 3}" / f"{i:02d}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            f"document {i}: " + "naïve café " * (i % 7) + "x" * (i * 13 % 97) + "\n", encoding="utf-8"
-        )
+        path.write_text(f"document {i}: " + "naïve café " * (i % 7) + "x" * (i * 13 % 97) + "\n", encoding="utf-8")
     return f"text:{directory}/**/*.txt"

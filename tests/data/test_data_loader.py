@@ -53,8 +53,7 @@ def test_packing_is_the_stream_of_shifted_documents(length):
     random = np.random.default_rng(length)
     # A document's tokens lie in its own hundred, so that one that leaks is seen.
     documents = [
-        list(random.integers(20 * i, 20 * i + 20, size))
-        for i, size in enumerate([5, 1, 30, 2, 2, 7, 1, 16, 17])
+        list(random.integers(20 * i, 20 * i + 20, size)) for i, size in enumerate([5, 1, 30, 2, 2, 7, 1, 16, 17])
     ]
     order = np.array([3, 0, 8, 1, 2, 7, 5, 4, 6])
     rows = PackedRows(store_of(documents), order, length, 256)
@@ -141,9 +140,7 @@ def test_batches_do_not_depend_on_the_number_of_workers(corpus):
 def test_resume_with_workers(corpus):
     config = data.DataConfig(source=corpus, length=32, batch=4)
     expected = take(data.train_loader(config, BYTES, seed=0), 60)
-    with data.train_loader(
-        dataclasses.replace(config, workers=2), BYTES, seed=0, rows=[2, 3]
-    ) as loader:
+    with data.train_loader(dataclasses.replace(config, workers=2), BYTES, seed=0, rows=[2, 3]) as loader:
         for start in (41, 2):
             loader.set_state({**loader.get_state(), "step": start})
             for step in range(start, start + 5):
@@ -222,13 +219,7 @@ def test_split_is_by_file_and_stays_when_files_are_added(corpus, tmp_path):
         heldout = data.heldout_loader(config, BYTES)
         streams = []
         for loader in (
-            [
-                next(
-                    data.train_loader(
-                        dataclasses.replace(config, shuffle=False, batch=summary["rows"]), BYTES, seed=0
-                    )
-                )
-            ],
+            [next(data.train_loader(dataclasses.replace(config, shuffle=False, batch=summary["rows"]), BYTES, seed=0))],
             heldout,
         ):
             tokens = np.concatenate([batch["targets"][batch["segments"] > 0] for batch in loader])
@@ -257,20 +248,15 @@ def test_split_of_the_tiniest_corpora():
 @pytest.mark.parametrize("processes", [1, 2])
 def test_heldout_loader(corpus, processes):
     config = data.DataConfig(source=corpus, length=16, batch=6, heldout=0.4)
-    loaders = [
-        data.heldout_loader(config, BYTES, rows=rows) for rows in np.array_split(range(6), processes)
-    ]
+    loaders = [data.heldout_loader(config, BYTES, rows=rows) for rows in np.array_split(range(6), processes)]
     summary = loaders[0].summary()
     rows = -(-(summary["heldout_tokens"] + summary["heldout_documents"]) // 16)
     assert rows % 6, "choose a corpus whose last batch is not full"
     for _ in range(2):
         parts = [list(loader) for loader in loaders]
-        assert all(
-            len(part) == len(loader) == -(-rows // 6) for part, loader in zip(parts, loaders, strict=True)
-        )
+        assert all(len(part) == len(loader) == -(-rows // 6) for part, loader in zip(parts, loaders, strict=True))
         batches = [
-            {k: np.concatenate([batch[k] for batch in step]) for k in step[0]}
-            for step in zip(*parts, strict=True)
+            {k: np.concatenate([batch[k] for batch in step]) for k in step[0]} for step in zip(*parts, strict=True)
         ]
         assert all(batch["tokens"].shape == (6, 16) for batch in batches)
         weights = np.concatenate([batch["segments"] for batch in batches]) > 0
@@ -279,8 +265,7 @@ def test_heldout_loader(corpus, processes):
         # Bits per byte divides by the bytes of text, which are those of the targets.
         lengths = BYTES.byte_lengths()
         assert (
-            sum(int((lengths[b["targets"]] * (b["segments"] > 0)).sum()) for b in batches)
-            == summary["heldout_bytes"]
+            sum(int((lengths[b["targets"]] * (b["segments"] > 0)).sum()) for b in batches) == summary["heldout_bytes"]
         )
     assert len(list(data.heldout_loader(config, BYTES, batches=2))) == 2
 

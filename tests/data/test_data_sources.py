@@ -169,9 +169,7 @@ def test_nothing_to_read(tmp_path):
     for name in "bc":
         (tmp_path / f"{name}.txt").write_bytes(b"")
     with pytest.raises(UserError, match=r"no text in its 2 file.*2 skipped"):
-        data.train_loader(
-            data.DataConfig(source=f"text:{tmp_path}/*.txt", on_bad_record="skip"), tokenizer, seed=0
-        )
+        data.train_loader(data.DataConfig(source=f"text:{tmp_path}/*.txt", on_bad_record="skip"), tokenizer, seed=0)
 
 
 def test_skipped_records_are_in_the_summary(tmp_path, caplog):

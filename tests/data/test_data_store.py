@@ -180,9 +180,7 @@ def test_array_record_gives_the_rows_of_the_source(corpus, tmp_path, monkeypatch
     direct = data.DataConfig(source=corpus, length=16, batch=4, heldout=0.2)
     summary = data.apply_tokenizer(direct, str(tmp_path / "out"), shards=shards, progress=lambda *_: None)
     assert summary["shards"] == min(shards, 20) == len(list((tmp_path / "out").glob("*.array_record")))
-    written = data.DataConfig(
-        source=f"array_record:{tmp_path}/out/*.array_record", length=16, batch=4, heldout=0.2
-    )
+    written = data.DataConfig(source=f"array_record:{tmp_path}/out/*.array_record", length=16, batch=4, heldout=0.2)
     assert_same(batches_of(direct, 80), batches_of(written, 80))
     assert_same(*(data.heldout_loader(config, BYTES) for config in (direct, written)))
     left, right = (data.train_loader(config, BYTES, seed=0) for config in (direct, written))
@@ -198,9 +196,7 @@ def test_array_record_with_workers_and_two_directories(corpus, tmp_path):
     for name in ("one", "two"):
         data.apply_tokenizer(config, str(tmp_path / name), shards=2)
     source = ",".join(
-        f"array_record:{tmp_path}/{name}/*.array_record"
-        if name == "one"
-        else f"{tmp_path}/{name}/*.array_record"
+        f"array_record:{tmp_path}/{name}/*.array_record" if name == "one" else f"{tmp_path}/{name}/*.array_record"
         for name in ("one", "two")
     )
     both = data.DataConfig(source=source, length=16, batch=4, workers=1)

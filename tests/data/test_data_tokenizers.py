@@ -153,9 +153,7 @@ def test_byte_lengths_of_other_kinds(tmp_path):
     assert data.load_tokenizer(save(tmp_path, backend)).byte_lengths().tolist() == [1, 4, 2, 0, 5]
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"{}", b"not json", b"\xff\xfe", b"[1]", b'{"model": {"type": "X"}}']
-)
+@pytest.mark.parametrize("content", [b"", b"{}", b"not json", b"\xff\xfe", b"[1]", b'{"model": {"type": "X"}}'])
 def test_files_that_are_no_tokenizer(tmp_path, content):
     path = tmp_path / "a.json"
     path.write_bytes(content)

@@ -25,7 +25,7 @@ def trained():
 
 
 def test_greedy_is_the_argmax_of_the_full_forward(trained):
-    """Prompts of different lengths in one batch: each continues as by running the whole sequence again at every token."""
+    """Prompts of different lengths in one batch: each goes on as by running the whole sequence again at every token."""
     model, params = trained
     out = generate(model.merge, params, PROMPTS, Sampling(tokens=9, temperature=0)).tokens
 

@@ -159,7 +159,7 @@ ENTRY %main (a: f32[32,8]) -> f32[8,8] {
   %a = f32[32,8]{1,0} parameter(0)
   ROOT %fusion.1 = f32[8,8]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1
 }
-"""
+"""  # noqa: E501
     costs = hlo.analyse(text)
     assert costs.count == {"reduce-scatter": 1} and costs.sent["reduce-scatter"] == 4 * 32 * 8 * 3 / 4
     plain = hlo.analyse(text.replace("all-reduce-scatter", "fused_computation"))

@@ -1,4 +1,4 @@
-"""The commands that make the committed tables of compiled programs: what they compile, how they judge, what they write."""
+"""The commands behind the committed tables of compiled programs: what they compile, how they judge, what they write."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def result(name="1b-softmax-v5e:16x16", **changes):
 
 
 def test_all_rows_are_there():
-    """Two sizes, six mixers, three topologies; every config is one that can be built, and its batch can be shared out."""
+    """Two sizes, six mixers, three topologies; every config can be built, and its batch shared out."""
     rows = compile_table.rows()
     assert len({row.name for row in rows}) == len(rows)
     wanted = {(s, m, t) for s in ("1b", "7b") for m in compile_table.MIXERS for t in compile_table.SEQUENCES}
@@ -99,7 +99,9 @@ def test_rows_of_the_table():
 def test_it_goes_on_where_it_stopped(monkeypatch, tmp_path):
     """Rows that are in the file are not compiled again; the tables go between their marks and nothing else changes."""
     results, document = tmp_path / "r.json", tmp_path / "d.md"
-    text = "head\n" + "".join(f"<!-- {n} -->\nold\n<!-- end -->\nand {n}\n" for n in ("llama", "layers", "1b", "7b", "hopper"))
+    text = "head\n" + "".join(
+        f"<!-- {n} -->\nold\n<!-- end -->\nand {n}\n" for n in ("llama", "layers", "1b", "7b", "hopper")
+    )
     document.write_text(text)
     rows = compile_table.rows()
     results.write_text(json.dumps([result(r.name, report=report()) for r in rows[2:]]))

@@ -50,8 +50,8 @@ def parameters(knobs_alone: bool = True, combinations: bool = True) -> list[Any]
     """pytest parameters `config` for all mixers.
 
     Args:
-      knobs_alone: whether each other value of a knob by itself is tried, too, or only the default, the combinations that
-        the mixer names, and the other direction.
+      knobs_alone: whether each other value of a knob by itself is tried, too, or only the default, the combinations
+        that the mixer names, and the other direction.
       combinations: whether these combinations are tried.
     """
     return [

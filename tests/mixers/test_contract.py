@@ -18,8 +18,8 @@ from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
 from tests.mixers import cases, flops
 
-# A knob alone is held to the definition, on packed documents; most else is tried in the default, the combinations and both
-# directions; what no combination decides, in both directions.
+# A knob alone is held to the definition, on packed documents; most else is tried in the default, the combinations and
+# both directions; what no combination decides, in both directions.
 every_config = pytest.mark.parametrize("config", cases.parameters())
 some_configs = pytest.mark.parametrize("config", cases.parameters(knobs_alone=False))
 few_configs = pytest.mark.parametrize("config", cases.parameters(knobs_alone=False, combinations=False))
@@ -39,7 +39,7 @@ def call(graphdef, params, x, seq):
 
 @functools.partial(jax.jit, static_argnums=0)
 def value_and_gradients(graphdef, params, x, seq, share=1.0):
-    """y and losses, and gradients of a scalar of every visible position and `share` of every loss, for parameters and x."""
+    """y and losses; gradients of a scalar of every visible position and `share` of every loss, for parameters and x."""
 
     def scalar(params, x):
         out = nnx.merge(graphdef, params)(x, seq)
@@ -67,7 +67,7 @@ def document(x, seq, row, first, end):
 
 @every_config
 def test_definition(config, x64):
-    """Laws 1 and 7: every implementation equals the definition in float64, value and gradients (a knob alone: value)."""
+    """Laws 1 and 7: each implementation equals the definition in float64, value and gradients (a knob alone: value)."""
     x, seq = cases.inputs(jnp.float64)
     run = call if cases.alone(config) else value_and_gradients
     results = {}
@@ -182,7 +182,7 @@ def test_every_knob_turns(name):
 
 @few_configs
 def test_sharding(config, x64):
-    """Law 6: the same numbers on 1 device and on 8, split over rows, parameters, heads and, where it can be, positions."""
+    """Law 6: the same numbers on 1 and 8 devices, split over rows, parameters, heads and, where possible, positions."""
     same_on_eight_devices(config)
 
 

@@ -27,7 +27,9 @@ def make(**fields):
 def plain(gated):
     """Softmax attention with the gated layer's other weights."""
     c = gated.config
-    softmax = cases.module(mixers.get("softmax").Config(heads=c.heads, kv_heads=c.kv_heads, qk_norm=c.qk_norm), jnp.float64)
+    softmax = cases.module(
+        mixers.get("softmax").Config(heads=c.heads, kv_heads=c.kv_heads, qk_norm=c.qk_norm), jnp.float64
+    )
     for name in ("q", "k", "v", "out"):
         getattr(softmax, name).kernel[...] = getattr(gated, name).kernel[...]
     return softmax
@@ -166,7 +168,7 @@ def test_scale_of_a_head_is_lost_in_qk_norm():
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("granularity", ["elementwise", "headwise"])
 def test_fused_layout_round_trip(kv_heads, granularity):
-    """Fusing queries and gates into one kernel and splitting it gives the kernels, and a group's columns lie together."""
+    """Fusing queries and gates into one kernel and splitting it gives the kernels; a group's columns lie together."""
     gated = make(kv_heads=kv_heads, granularity=granularity)
     q, gate = gated.q.kernel[...], gated.gate.linear.kernel[...]
     fused = fuse_query_gate(q, gate, 4, kv_heads)

@@ -343,7 +343,9 @@ def test_what_cannot_be_gathered_keeps_the_laws(fields):
     config = mixers.get("moh").Config(**fields)
     x, seq = packed()
     variants = (dataclasses.replace(config, impl=impl) for impl in ("dense", "definition"))
-    other, expected = (battery.value_and_gradients(*cases.split(cases.module(c, jnp.float64)), x, seq) for c in variants)
+    other, expected = (
+        battery.value_and_gradients(*cases.split(cases.module(c, jnp.float64)), x, seq) for c in variants
+    )
     battery.assert_close(other, expected, 1e-10)
     battery.test_split_anywhere(config, None)
     battery.test_causality(config)

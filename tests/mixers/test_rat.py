@@ -99,7 +99,7 @@ def test_one_chunk_is_a_gated_linear_rnn(impl):
 
 @pytest.mark.parametrize("groups", [2, 4])
 def test_chunks_of_one_are_softmax_attention(groups):
-    """L = 1: causal softmax attention over (1 - g) k and (1 - g) v, queries and keys shared; over k and v where g = 0."""
+    """L = 1: causal softmax attention over (1 - g) k and (1 - g) v, queries and keys shared; over k and v if g = 0."""
     module = make(chunk=1, groups=groups)
     x, _ = cases.inputs(jnp.float64)
     seq = mixers.Sequence.whole(2, T)
@@ -177,9 +177,7 @@ def test_causality_across_the_boundary_of_a_chunk():
 
 def test_initial_gates():
     """exp(b) is uniform in [1, L - 1]; 1 where L is 1 or 2."""
-    bias = lambda L: np.exp(
-        mixers.build(RATConfig(chunk=L, head_width=64), width=16, rngs=nnx.Rngs(0)).gate_bias[...]
-    )
+    bias = lambda L: np.exp(mixers.build(RATConfig(chunk=L, head_width=64), width=16, rngs=nnx.Rngs(0)).gate_bias[...])
     longest = bias(16)
     assert 1 <= longest.min() < 1.5 and 14.5 < longest.max() <= 15.001 and longest.mean() == pytest.approx(8, abs=1)
     np.testing.assert_array_equal([bias(1), bias(2)], 1.0)

@@ -88,6 +88,7 @@ def segment_by_segment(mixed, x, positions):
     prefix_k, prefix_v = (list(p) for p in np.asarray(mixed.attention.persistent[...]))
     kernel = np.asarray(memory.kernel[...])
     w, s, projected, ys, ms = np.asarray(memory.layer_0[...]), 0.0, [], [], []
+    start = w
     for t in range(x.shape[1]):
         if t % window == 0:
             reader, keys, values = w, prefix_k.copy(), prefix_v.copy()

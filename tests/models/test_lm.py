@@ -71,16 +71,22 @@ def test_cross_entropy_is_the_formula(chunk):
         return jnp.sum(weights * nll * jnp.arange(9)) + jnp.sum((weights * lse) ** 2)
 
     got = jax.value_and_grad(ours, (0, 1))(hidden, kernel)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10), got, jax.value_and_grad(formula, (0, 1))(hidden, kernel))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10),
+        got,
+        jax.value_and_grad(formula, (0, 1))(hidden, kernel),
+    )
 
 
 def test_cross_entropy_holds_no_whole_logits():
     """No fp32 array of the size rows x vocabulary is in the program of value and gradient."""
     spec = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     run = lambda h, k, t, w: jnp.sum(cross_entropy(h, k, t, w, 64)[0])
-    text = jax.jit(jax.grad(run, (0, 1))).lower(
-        spec(40, 8), spec(8, 512), jax.ShapeDtypeStruct((40,), jnp.int32), spec(40)
-    ).as_text()
+    text = (
+        jax.jit(jax.grad(run, (0, 1)))
+        .lower(spec(40, 8), spec(8, 512), jax.ShapeDtypeStruct((40,), jnp.int32), spec(40))
+        .as_text()
+    )
     assert "40x64x" in text and "40x512x" not in text
 
 
@@ -88,8 +94,8 @@ def test_cross_entropy_holds_no_whole_logits():
 def test_remat_and_unroll_change_no_number(reference, change):
     """Every remat policy and every unrolling gives the same loss and gradients."""
     graphdef, params, expected = reference
-    got = jax.jit(jax.value_and_grad(loss), static_argnums=(1, 2))(params, graphdef, config(unroll=1, **change)
-                                                                   if "unroll" not in change else config(**change))  # fmt: skip
+    changed = config(unroll=1, **change) if "unroll" not in change else config(**change)
+    got = jax.jit(jax.value_and_grad(loss), static_argnums=(1, 2))(params, graphdef, changed)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10), got, expected)
 
 
@@ -158,6 +164,7 @@ def test_tied_embedding_serves_both_ends():
 
 def test_dropout_is_a_function_of_the_key():
     """Same key, same masks; another key, others; no key, no dropout."""
+
     def run(rate, seed):
         model = LanguageModel(config(dropout=rate), rngs=nnx.Rngs(0))
         graphdef, params = nnx.split(model, nnx.Param)
@@ -186,5 +193,3 @@ def test_bfloat16_model_keeps_fp32_parameters():
         assert a.dtype == jnp.float32
         assert abs(float(a.sum() - b.sum())) < 0.02 * float(b.sum())
         assert low.hidden(batch()["tokens"], mixers.Sequence(batch()["positions"])).y.dtype == jnp.bfloat16
-
-

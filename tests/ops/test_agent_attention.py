@@ -38,7 +38,11 @@ def causal_definition(q, k, v, agents, documents, chunk=None):
     documents = jnp.zeros(q.shape[:2], jnp.int32) if documents is None else documents
     t = jnp.arange(q.shape[1])
     visible = (documents[:, :, None] == documents[:, None]) & (t[:, None] >= t)
-    own = agents[None, None] if chunk is None else agent_refreshed.definition_refreshed_agents(q, agents, documents, chunk)
+    own = (
+        agents[None, None]
+        if chunk is None
+        else agent_refreshed.definition_refreshed_agents(q, agents, documents, chunk)
+    )
     return ops.definition(q, k, v, own, visible)
 
 

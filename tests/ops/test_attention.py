@@ -95,9 +95,7 @@ def test_definition_is_the_formula():
             for s, w in weight.items():
                 expected[t, h] += w / total * np.asarray(v[0, s, h // 2])
     mask = Mask(jnp.asarray(start), jnp.asarray(end))
-    actual = attention(
-        q, k, v, mask, scale=scale, soft_cap=cap, sinks_H=jnp.asarray(sinks), impl="definition"
-    )
+    actual = attention(q, k, v, mask, scale=scale, soft_cap=cap, sinks_H=jnp.asarray(sinks), impl="definition")
     assert_close([actual[0]], [expected])
 
 

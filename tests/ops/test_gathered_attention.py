@@ -107,7 +107,7 @@ def test_table_holds_every_wanted_pair_once(seed):
     for first, N, L in plan.segments():
         I, R = plan.blocks(L)
         for n in range(N):
-            for i in range(I):
+            for _ in range(I):
                 held = pairs[row : row + R]
                 held = held[held >= 0]
                 assert np.all((held // 6 >= first + n * L) & (held // 6 < first + (n + 1) * L))

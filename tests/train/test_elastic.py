@@ -110,9 +110,7 @@ def test_the_state_is_the_same_on_every_mesh(source, tmp_path, optimizer):
     draw = np.random.default_rng(0)
     for step, (written, read) in enumerate([("data=8", list(MESHES)), ("one device", ["data=8", "fsdp=4 x tensor=2"])]):
         like = placed(config(source, written, optimizer__name=optimizer))
-        state = jax.tree.map(
-            lambda s: jax.device_put(draw.integers(1, 100, s.shape).astype(s.dtype), s.sharding), like
-        )
+        state = jax.tree.map(lambda s: jax.device_put(draw.integers(1, 100, s.shape).astype(s.dtype), s.sharding), like)
         writer = Checkpoints(tmp_path, keep=2)
         writer.save(step, state, {"tokens": 5}, None)
         writer.close()

@@ -23,7 +23,9 @@ def params():
 
 
 def config(name, **fields):
-    return optimizers.config_from_node({"name": name, "warmup": 0, "schedule": "constant", "clip": None, **fields}, "optimizer")
+    return optimizers.config_from_node(
+        {"name": name, "warmup": 0, "schedule": "constant", "clip": None, **fields}, "optimizer"
+    )
 
 
 def updates(c, grads):
@@ -34,7 +36,7 @@ def updates(c, grads):
 
 @pytest.mark.parametrize("name", list(optimizers.CONFIGS))
 def test_decay_is_on_matrices_only(name):
-    """With zero gradients, what moves is the decayed part: every matrix by -rate * decay * w, vectors and embeddings not."""
+    """With zero gradients only decay moves anything: every matrix by -rate * decay * w, vectors and embeddings not."""
     c = config(name, learning_rate=0.5, weight_decay=0.2)
     moved = updates(c, jax.tree.map(jnp.zeros_like, params()))
     np.testing.assert_allclose(moved["w"], -0.1 * params()["w"], rtol=1e-5)
@@ -125,7 +127,9 @@ def test_impossible_nodes(fields, message):
 
 
 def test_warm_up_longer_than_the_run():
-    with pytest.raises(ConfigError, match=r"optimizer.warmup = 100 is not possible; allowed: less than train.steps \(50\)"):
+    with pytest.raises(
+        ConfigError, match=r"optimizer.warmup = 100 is not possible; allowed: less than train.steps \(50\)"
+    ):
         optimizers.schedule(optimizers.AdamWConfig(), 50)
 
 

@@ -217,7 +217,7 @@ def test_a_signal_to_one_saves_on_all(alone, source, tmp_path, told, mesh, parts
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_lost_process_ends_the_other_and_is_named(whole, source, tmp_path, lost):
-    """SIGKILL of one ends the other within 60 s, non-zero, with the rank; started again, the run is bit for bit the same."""
+    """SIGKILL of one ends the other within 60 s, non-zero, with the rank; resumed, the run is bit for bit the same."""
     pair = Pair(tmp_path, source, train__eval_every=6).start()
     pair.at_step(5)
     pair.processes[lost].kill()
@@ -256,7 +256,7 @@ def test_what_fails_in_one_is_told_by_the_other(source, tmp_path):
 
 
 class Store:
-    """The key-value store that processes talk through, in one process; `answers` False: calls hang, as with a lost host."""
+    """The key-value store between processes, in one process; `answers` False: calls hang, as with a lost host."""
 
     def __init__(self):
         self.values, self.answers = {}, threading.Event()
@@ -376,7 +376,7 @@ def test_all_stop_at_the_same_step(three):
 
 
 def test_absent_others_are_told(tmp_path):
-    """A process whose coordinator never comes says so in the time that it was given; and a coordinator whose others do not."""
+    """A process whose coordinator never comes says so in the time given; and a coordinator whose others do not."""
     (tmp_path / "config.py").write_text("def get_config(arg=None):\n    return {}\n")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -384,9 +384,9 @@ def test_absent_others_are_told(tmp_path):
     waiting = [
         subprocess.Popen(
             [
-                sys.executable, "-m", "attnlab", "train", "--config", tmp_path / "config.py", "--workdir", tmp_path / "run",
-                f"--config.cluster.coordinator=127.0.0.1:{at}", "--config.cluster.processes=2",
-                f"--config.cluster.index={index}", "--config.cluster.start_timeout=2",
+                sys.executable, "-m", "attnlab", "train", "--config", tmp_path / "config.py",
+                "--workdir", tmp_path / "run", f"--config.cluster.coordinator=127.0.0.1:{at}",
+                "--config.cluster.processes=2", f"--config.cluster.index={index}", "--config.cluster.start_timeout=2",
             ],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=runs.ROOT,
         )

@@ -37,7 +37,7 @@ def finished(source, tmp_path_factory):
 
 
 def test_what_a_run_leaves(finished):
-    """Every step once, evaluations beside their step, metadata, samples, a log, the newest two checkpoints and the best."""
+    """Every step once, evaluations at their step, metadata, samples, a log, the newest two checkpoints and the best."""
     workdir, printed = finished
     lines = runs.lines(workdir)
     assert [line["step"] for line in lines] == list(range(1, 13))
@@ -288,7 +288,7 @@ def test_signals_save_and_exit_with_zero(source, tmp_path, number):
 
 @pytest.mark.slow
 def test_killed_five_times(source, tmp_path):
-    """SIGKILL at five random moments: the metrics are those of a run that was left alone, no step missing or doubled."""
+    """SIGKILL at five random moments: the metrics are those of a run left alone, no step missing or doubled."""
     steps = {"train__steps": 400, "train__save_every": 50, "train__eval_every": 100}
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     assert start(source, alone, tmp_path, **steps).wait(timeout=300) == 0

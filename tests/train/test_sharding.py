@@ -46,7 +46,9 @@ def test_only_one_axis_crosses_slices(monkeypatch, axis):
 
 
 def test_an_axis_over_slices_is_a_multiple_of_them(monkeypatch):
-    with pytest.raises(ConfigError, match=r"mesh.data = 1 goes over 2 slices \(mesh.slices = 'data'\); allowed: multiples of 2"):
+    with pytest.raises(
+        ConfigError, match=r"mesh.data = 1 goes over 2 slices \(mesh.slices = 'data'\); allowed: multiples of 2"
+    ):
         laid_out(monkeypatch, 2, 8, data=1, fsdp=16)
 
 
@@ -76,7 +78,11 @@ def mesh_of(devices):
 def test_parameters_are_split_over_positions_devices_too():
     """`embed` goes over fsdp and context together: splitting positions costs no copy of the parameters."""
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, context=2, tensor=2), 8)
-    found = sharding.parameter_shardings(mesh, {"w": ("embed", "mlp")}, {"w": jax.ShapeDtypeStruct((3, 8, 6), "float32")})
+    found = sharding.parameter_shardings(
+        mesh, {"w": ("embed", "mlp")}, {"w": jax.ShapeDtypeStruct((3, 8, 6), "float32")}
+    )
     assert found["w"].shard_shape((3, 8, 6)) == (3, 2, 3)
-    with pytest.raises(ConfigError, match="mesh.fsdp x mesh.context = 4 does not divide 6, the axis 'embed' of parameter w"):
+    with pytest.raises(
+        ConfigError, match="mesh.fsdp x mesh.context = 4 does not divide 6, the axis 'embed' of parameter w"
+    ):
         sharding.parameter_shardings(mesh, {"w": ("embed",)}, {"w": jax.ShapeDtypeStruct((6,), "float32")})

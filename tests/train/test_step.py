@@ -110,7 +110,7 @@ def test_meshes_change_nothing(whole, mesh):
 
 
 def test_non_finite_gradients_update_nothing(whole):
-    """A poisoned parameter gives NaN gradients: nothing moves, and the steps are counted; finite ones reset the count."""
+    """A poisoned parameter gives NaN gradients: nothing moves, the steps are counted; finite ones reset the count."""
     config, model, tx, step = make()
     state = init_state(model, tx, 0)
     bad = state.params["norm"]["scale"].at[0].set(jnp.nan)
@@ -139,7 +139,9 @@ def test_z_loss_is_added_and_reported():
     assert metrics[0]["grad_norm"] != plain[1][0]["grad_norm"]
 
 
-@pytest.mark.parametrize("reported", [{"losses": {"balance": 1.0}, "metrics": {"balance": 3.0}}, {"metrics": {"loss": 3.0}}])
+@pytest.mark.parametrize(
+    "reported", [{"losses": {"balance": 1.0}, "metrics": {"balance": 3.0}}, {"metrics": {"loss": 3.0}}]
+)
 def test_mixers_names_are_their_own(monkeypatch, reported):
     """A mixer cannot report under a name that something else has."""
     call = Softmax.__call__
