@@ -148,7 +148,8 @@ def test_refreshed_agents_in_chunks(packed, chunk, agents):
 def test_refreshed_agents_in_more_chunks(packed, chunk, agents):
     documents = document_index(jnp.asarray(SEGMENTS)) if packed else None
     q, k, v = inputs()
-    o, _ = agent_refreshed.refreshed_agent_attention(q, k, v, agents_of(agents), documents, chunk=chunk)
+    run = jax.jit(functools.partial(agent_refreshed.refreshed_agent_attention, chunk=chunk))
+    o, _ = run(q, k, v, agents_of(agents), documents)
     assert_same(o, causal_definition(q, k, v, agents_of(agents), documents, chunk))
 
 
