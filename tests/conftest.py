@@ -1,16 +1,23 @@
-"""Settings of the whole suite: CPU with eight devices, and compiled programs kept between runs."""
+"""Settings of the whole suite: CPU with eight devices, programs that compile fast and are kept between runs."""
 
+import importlib.metadata
 import os
 import pathlib
 
+from attnlab.launch import runtime
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Most of the suite's time is compiling programs that run once: LLVM's optimisations cost more than they give.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
-from attnlab.launch import runtime  # noqa: E402
-
+# Most of the time goes into compiling programs that run once, and most of that into making them fast. XLA reads its
+# flags when the first device is made: processes that tests start do not get these, and run as a user's do.
+_FLAGS = os.environ["XLA_FLAGS"]
+os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones do not know these
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 runtime.configure()
+os.environ["XLA_FLAGS"] = _FLAGS
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -21,7 +28,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 @pytest.fixture(autouse=True)
 def few_programs():
-    """Drops compiled programs before they are too many: each is memory maps, and Linux ends a process with 65,530."""
+    """Drops compiled programs before they are too many: each is memory maps, and Linux ends a process at 65,530."""
     yield
     global _tests
     _tests += 1

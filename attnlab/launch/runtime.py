@@ -29,11 +29,9 @@ def configure() -> None:
     if simulated:
         # Simulated devices wait for each other in threads of one pool, by default one per core: with more devices than
         # cores, those that wait can keep those they wait for from running, and XLA ends the process after a minute. A
-        # loaded machine is slow, not stuck: it gets ten.
+        # loaded machine is slow, not stuck: it gets ten. Other versions' XLA might end at a flag that it does not know.
         if importlib.metadata.version("jaxlib").startswith("0.10.") and _PATIENCE not in os.environ["XLA_FLAGS"]:
-            os.environ["XLA_FLAGS"] += (
-                f" {_PATIENCE}=600"  # of other versions XLA might end at a flag that it does not know
-            )
+            os.environ["XLA_FLAGS"] += f" {_PATIENCE}=600"
         os.environ.setdefault("PJRT_NPROC", str(max(os.cpu_count() or 1, 8 * int(simulated[1]))))
     import jax
 
