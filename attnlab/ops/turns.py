@@ -9,6 +9,7 @@ document; never more than 3 (T // C + 1).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,14 @@ import jax.numpy as jnp
 
 Tree = Any  # a pytree of arrays
 
-_GROUP = 4  # turns between checkpoints: the states between are computed again in the backward pass
+
+def _group(turns: int) -> int:
+    """Turns between checkpoints; the backward pass computes what is between again, one group at a time.
+
+    Kept at once are a state of each group and what the gradients of one group's turns need, about three states a turn:
+    together least for sqrt(turns / 3).
+    """
+    return max(4, math.isqrt(turns // 3))
 
 
 @jax.tree_util.register_dataclass
@@ -89,7 +97,7 @@ def scan_aligned(
         last_B=rows(jnp.minimum(T - 1 - position_NC[:, 0], chunk - 1)),
         taken_B=jnp.ones((turns, B), bool),
     )
-    group = max(g for g in range(1, _GROUP + 1) if turns % g == 0)
+    group = max(g for g in range(1, _group(turns) + 1) if turns % g == 0)
     state, out = _scan(body, state, (jax.tree.map(cut, inputs), order), turns, group)
     return state, jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(B, turns * chunk, *y.shape[3:])[:, :T], out)
 
@@ -135,7 +143,7 @@ def scan_turns(
         taken_B=taken_NB > 0,
     )
     count = jnp.sum(jnp.any(order.taken_B, axis=1))
-    state, out = _scan(body, state, (jax.tree.map(gather, inputs), order), count, _GROUP)
+    state, out = _scan(body, state, (jax.tree.map(gather, inputs), order), count, _group(start_NB.shape[0]))
 
     begins_BT = jax.vmap(lambda s: jnp.zeros((T,), jnp.int32).at[s].add(1, mode="drop"), in_axes=1)(start_NB)
     turn_BT = jnp.cumsum(begins_BT, axis=1) - 1
