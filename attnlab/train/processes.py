@@ -148,7 +148,7 @@ class Processes:
     def _judge(self, seen: dict[str, tuple[Any, float]]) -> str | None:
         """Process 0 looks at everybody's signs of life; the reason to end, if there is one."""
         now, config = time.monotonic(), self._config
-        lives = {key.rsplit("/", 1)[1]: json.loads(value) for key, value in self._all("life/")}
+        lives = {int(key.rsplit("/", 1)[1]): json.loads(value) for key, value in self._all("life/")}
         for index, life in lives.items():
             if index not in seen or seen[index][0]["beat"] != life["beat"]:
                 seen[index] = (life, now)
@@ -163,7 +163,7 @@ class Processes:
         begun = all(life["step"] >= 0 for life in lives.values())
         # Before the first step all may be busy with the data; who waits for the others says that they are late.
         if (begun or least < most) and all(life["idle"] > config.step_timeout for life in lives.values()):
-            late = {i: life for i, life in lives.items() if life["meetings"] == least}
+            late = {i: lives[i] for i in sorted(lives) if lives[i]["meetings"] == least}
             names = ", ".join(f"{i} on {life['host']}" for i, life in late.items())
             last = min(life["step"] for life in late.values())
             where = f"the last at step {last}" if last >= 0 else "the last on its way to the first"

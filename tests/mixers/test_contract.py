@@ -158,6 +158,7 @@ def test_packing(config, x64):
     assert_close(changed_gradients[0], gradients[0], 1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", mixers.names())
 def test_every_knob_turns(name):
     """Law 5: another value of any field changes the parameters, the program or the output, or is refused."""

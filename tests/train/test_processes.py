@@ -375,6 +375,7 @@ def test_all_stop_at_the_same_step(three):
     assert stops == [[None, None, "SIGTERM on process 1"]] * 3
 
 
+@pytest.mark.slow
 def test_absent_others_are_told(tmp_path):
     """A process whose coordinator never comes says so in the time given; and a coordinator whose others do not."""
     (tmp_path / "config.py").write_text("def get_config(arg=None):\n    return {}\n")

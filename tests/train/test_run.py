@@ -80,7 +80,9 @@ def crash_after(monkeypatch, batches):
     monkeypatch.setattr(data_lib.Loader, "__next__", limited)
 
 
-@pytest.mark.parametrize("first, second", [(2, 6), (5, 1), (9, 2)])
+@pytest.mark.parametrize(
+    "first, second", [(2, 6), pytest.param(5, 1, marks=pytest.mark.slow), pytest.param(9, 2, marks=pytest.mark.slow)]
+)
 def test_crash_and_resume_is_bit_identical(finished, source, tmp_path, monkeypatch, first, second):
     """A run that dies twice ends with the very lines of one that never did."""
     for batches in (first, second):
@@ -91,6 +93,7 @@ def test_crash_and_resume_is_bit_identical(finished, source, tmp_path, monkeypat
     assert runs.lines(tmp_path) == runs.lines(finished[0])
 
 
+@pytest.mark.slow
 def test_half_written_line_is_dropped(finished, source, tmp_path, monkeypatch):
     """A line cut off by a kill, and lines after the checkpoint, come again."""
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -150,6 +153,7 @@ def losses_at_evaluations(monkeypatch, losses):
     monkeypatch.setattr(loop, "evaluate", rigged)
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_outlives_newer_ones_and_a_resume(source, tmp_path, monkeypatch):
     """The lowest held-out loss decides what `best` is, however often the run is continued."""
     each = {"train__eval_every": 1, "train__save_every": 1, "train__keep": 1, "train__sample_tokens": 0}
@@ -223,6 +227,7 @@ def test_changed_config_stops_and_says_what_changed(finished, source):
     assert "complete" in runs.run(runs.config(source, train__log_every=3, train__keep=5), workdir)
 
 
+@pytest.mark.slow
 def test_longer_run_continues_when_told(source, tmp_path):
     """`on_config_change=continue` takes a finished run further."""
     runs.run(runs.config(source, train__steps=4), tmp_path)
@@ -272,7 +277,8 @@ def wait_for_step(workdir, step, process, timeout=120):
     raise AssertionError(f"step {step} never came: {process.communicate(timeout=5)[0]}")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_save_and_exit_with_zero(source, tmp_path, number):
     """SIGTERM and SIGINT save, say how to resume, and end with 0."""
     workdir = tmp_path / "run"
