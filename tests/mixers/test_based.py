@@ -95,7 +95,7 @@ def test_packed_is_unpacked_features():
     def run(features):
         graphdef, params = cases.split(make(features=features))
         loss = lambda p, x: jnp.sum(jnp.sin(nnx.merge(graphdef, p)(x, seq).y))
-        return jax.value_and_grad(loss, argnums=(0, 1))(params, x)
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, x)
 
     for a, b in zip(jax.tree.leaves(run("symmetric")), jax.tree.leaves(run("full")), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-11)
