@@ -46,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
         from attnlab.launch import runtime
 
         runtime.quiet()
+        if args.verb in ("list", "cost", "tokenizer"):  # these need no chip, and a TPU serves one process at a time
+            os.environ["JAX_PLATFORMS"] = "cpu"
         if args.verb == "train":  # before anything touches a device
             from attnlab.launch import cluster
 
