@@ -253,12 +253,15 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
     from attnlab.train import restore
 
     trained = restore.load(args.workdir, args.checkpoint, overrides)
-    summary = {"step": trained.step, **restore.evaluate_heldout(trained, args.batches).summary()}
+    evaluation, notes = restore.evaluate_heldout(trained, args.batches)
+    summary = {"step": trained.step, **evaluation.summary(), "notes": notes}
     if args.json:
         _print_json(summary)
         return 0
     print(f"step {summary['step']}: loss {summary['loss']:.4f}, perplexity {summary['perplexity']:.3f}, "
           f"{summary['bits_per_byte']:.4f} bits per byte; {summary['tokens']:,} held-out tokens")  # fmt: skip
+    for note in notes:
+        print(f"note: {note}")
     rows = [[f"{r['first']} to {r['last']}", f"{r['tokens']:,}", f"{r['loss']:.4f}"] for r in summary["by_position"]]
     _table("loss by position in the context", ["positions", "tokens", "loss"], rows)
     return 0
@@ -279,6 +282,9 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> int:
     prompts = _prompts(args)
     trained = restore.load(args.workdir, args.checkpoint, overrides, evaluating=False)
     sampling, ids = restore.prepare_prompts(trained.tokenizer, sampling, prompts, args.samples, args.stop)
+    notes = [*trained.notes, *restore.beyond(trained, max(map(len, ids)) + sampling.tokens)]
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     out = generate(trained.model.merge, trained.params, ids, sampling)
     texts = [trained.tokenizer.decode(new) for new in out.tokens]
     each = [prompt for prompt in prompts for _ in range(args.samples)]
@@ -287,6 +293,7 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> int:
         _print_json({
             "step": trained.step,
             "samples": [{"prompt": p, "text": t, "tokens": n.tolist()} for p, t, n in zip(each, texts, out.tokens)],
+            "notes": notes,
             "compile_seconds": out.compile_seconds,
             "seconds": out.seconds,
             "tokens_per_second": count / out.seconds,

@@ -15,3 +15,7 @@ class UnsupportedPattern(UserError):
 
 class TrainingFailed(Exception):
     """A run cannot go on, though nothing that was asked for was wrong; the command line exits with 1."""
+
+
+class Damaged(UserError):
+    """A file that a run or a corpus left is not what was written: missing, cut off, changed, or of another kind."""

@@ -92,7 +92,7 @@ def _judge(workdir: pathlib.Path, bigram: float) -> dict[str, Any]:
     trained = restore.load(workdir, "latest")
     logged = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in logged if "loss" in row]
-    loss = restore.evaluate_heldout(trained, HELDOUT_BATCHES).loss
+    loss = restore.evaluate_heldout(trained, HELDOUT_BATCHES)[0].loss
     off, scale = decode_difference(trained)
     finite = bool(np.all(np.isfinite(losses))) and logged[-1]["skipped"] == 0
     low = trained.config.model.dtype == "bfloat16"

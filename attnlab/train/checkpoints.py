@@ -1,207 +1,323 @@
-"""Checkpoints by orbax: written in the background, the newest few and the best kept, a damaged one stepped over."""
+"""Checkpoints by orbax: written in the background with digests, the newest few and the best kept, damaged ones stepped
+over."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import itertools
-import json
 import logging
 import pathlib
+import re
 import shutil
-from collections.abc import Callable
-from typing import Any
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
 
-from attnlab.errors import UserError
+from attnlab.errors import Damaged, UserError
+from attnlab.train import digests, files, workdir
 from attnlab.train.processes import Processes
 from attnlab.train.state import TrainState
 
-_METRIC = "heldout_loss"
-_SIZES = "sizes.json"
+T = TypeVar("T")
+
+_TEMPORARY = ".orbax-checkpoint-tmp"
+_HOST = "host/metadata"  # the file of the item `host`
+
+
+@dataclasses.dataclass(frozen=True)
+class Host:
+    """What a checkpoint holds besides arrays.
+
+    Attributes:
+      tokens: trained on so far.
+      data: position in the data and what that depends on, of `Loader.get_state`.
+      config: the run's config, as a tree.
+      heldout_loss: of the evaluation at this step; None if there was none.
+    """
+
+    tokens: int
+    data: dict[str, Any]
+    config: dict[str, Any]
+    heldout_loss: float | None = None
 
 
 class Checkpoints:
     """The checkpoints of a workdir.
 
-    A checkpoint holds the train state and a JSON of what lives on the host (data position, tokens seen). Its directory
-    has its final name only once it is complete.
+    A checkpoint holds the train state, a JSON of what lives on the host (`Host`) and the digests of its files. Its
+    directory has its final name only once it is complete.
 
     Args:
-      workdir: of the run.
+      path: the workdir.
       keep: newest checkpoints that are kept, besides the one with the lowest held-out loss.
-      read_only: never clean up or write, as another process may be saving there.
       processes: those of the run, which all save and restore together; None: there is one.
     """
 
-    def __init__(
-        self,
-        workdir: pathlib.Path,
-        keep: int = 1,
-        *,
-        read_only: bool = False,
-        processes: Processes | None = None,
-    ):
-        self._processes = processes
-        # Orbax reports each save, and each failure with its whole stack; what matters to people is said by the loop.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
-        self.directory = workdir.absolute() / "checkpoints"
-        policy = checkpoint_managers
-        self._options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy.AnyPreservationPolicy(
-                [
-                    policy.LatestN(keep),
-                    policy.BestN(
-                        get_metric_fn=lambda m: m[_METRIC], reverse=True, n=1, keep_checkpoints_without_metrics=False
-                    ),
-                ]
-            ),
-            # Without this orbax would not write the metrics down, and a resumed run would not know its best; with it,
-            # it reads those of every checkpoint, which a reader of one does not need.
-            best_fn=None if read_only else lambda metrics: metrics[_METRIC],
-            best_mode="min",
-            enable_async_checkpointing=True,
-            cleanup_tmp_directories=not read_only,
-            read_only=read_only,
-        )
-        self._open: ocp.CheckpointManager | None = None
+    def __init__(self, path: pathlib.Path, keep: int = 1, *, processes: Processes | None = None):
+        self._processes, self._keep = processes, keep
+        # Orbax reports each failure with its whole stack, asyncio what orbax did not wait for; what matters to people
+        # is said by the loop.
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        self._workdir = path.absolute()
+        self.directory = self._workdir / "checkpoints"
+        self._open: ocp.AsyncCheckpointer | None = None
         self._saving: int | None = None
+        self._removing: threading.Thread | None = None
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, in order; needs no orbax."""
-        if not self.directory.exists():
+        """Steps of the complete checkpoints, in order; needs no orbax.
+
+        Raises:
+          UserError: `checkpoints` is no directory.
+        """
+        if not self.directory.is_symlink() and not self.directory.exists():
             return []
         if not self.directory.is_dir():
-            raise UserError(f"{self.directory} is a file, not a directory of checkpoints; use another --workdir")
-        return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdigit())
+            what = files.kind(self.directory.lstat().st_mode)
+            raise UserError(f"{self.directory} is {what}, not a directory of checkpoints; use another --workdir")
+        return sorted(int(p.name) for p in self.directory.iterdir() if re.fullmatch("0|[1-9][0-9]*", p.name))
 
-    def save(self, step: int, state: TrainState, host: dict[str, Any], heldout_loss: float | None) -> None:
+    # Writing.
+
+    def save(self, step: int, state: TrainState, host: Host) -> None:
         """Copies the state and writes it in the background; an error of the last write is raised here."""
         self.wait()
+        if self._open is None:
+            self._open = self._opened()
         self._saving = step
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(_plain(state)), host=ocp.args.JsonSave(host)),
-            metrics=None if heldout_loss is None else {_METRIC: heldout_loss},
-            force=True,
+        args = {"state": ocp.args.StandardSave(_plain(state)), "host": ocp.args.JsonSave(dataclasses.asdict(host))}
+        with self._fatal(step):
+            self._open.save(self.directory / str(step), args=ocp.args.Composite(**args))
+
+    def poll(self) -> None:
+        """Raises what the save in the background has raised, if anything; tidies up after one that is done.
+
+        Raises:
+          UserError: the save failed.
+        """
+        if self._saving is None or self._open is None:
+            return
+        with self._fatal(self._saving):
+            self._open.check_for_errors()
+        if (self.directory / str(self._saving) / digests.NAME).exists():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the last save is on disk; raises as `poll`."""
+        if self._saving is None or self._open is None:
+            return
+        with self._fatal(self._saving):
+            self._open.wait_until_finished()
+            if not (self.directory / str(self._saving)).is_dir():
+                raise FileNotFoundError("it is not there")
+        self._saving = None
+        if self._first:
+            self._remove(self._superseded())
+
+    def close(self) -> None:
+        """Waits for what is being written and lets go of it. For errors use `wait`: here something else may be one."""
+        with contextlib.suppress(Exception):
+            self.wait()
+        if self._removing is not None:
+            self._removing.join()
+        if self._open is not None:
+            self._open.close()
+            self._open = None
+
+    @contextlib.contextmanager
+    def _fatal(self, step: int) -> Any:
+        try:
+            yield
+        except Exception as error:  # orbax and tensorstore raise whatever the disk leads to
+            self._saving = self._open = None  # nothing is waited for any more
+            good = [s for s in self.steps_or_none() if s != step]
+            kept = f"the newest complete checkpoint is {good[-1]}" if good else "there is no complete checkpoint"
+            raise UserError(
+                f"checkpoint {step} could not be written to {self.directory}: "
+                f"{workdir.disk_trouble(error) or first_line(error)}; {kept}"
+            ) from error
+
+    def steps_or_none(self) -> list[int]:
+        """`steps`, or none where that cannot be told."""
+        with contextlib.suppress(OSError, UserError):
+            return self.steps()
+        return []
+
+    def _opened(self) -> ocp.AsyncCheckpointer:
+        if self._first:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            stale = [p for p in self.directory.iterdir() if re.fullmatch(rf"\d+({_TEMPORARY}.*|\.removed)", p.name)]
+            for path in stale:  # of a process that was killed
+                _delete(path)
+        self._together()
+        return ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler(), host=ocp.JsonCheckpointHandler()),
+            async_options=ocp.options.AsyncOptions(
+                # Made by another thread, a directory that cannot be made leaves others waiting for it for ever.
+                create_directories_asynchronously=False,
+                post_finalization_callback=self._write_digests,
+            ),
         )
 
-    def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The state and the host's JSON of a step.
+    def _write_digests(self) -> None:
+        """Called by orbax's thread when all is written, before the directory gets its final name."""
+        (directory,) = self.directory.glob(f"{self._saving}{_TEMPORARY}*")
+        digests.write(directory)
+
+    def _superseded(self) -> list[int]:
+        steps = self.steps()
+        best = self._by_loss(steps)[:1]
+        return [step for step in steps[: -self._keep] if step not in best]
+
+    def _remove(self, steps: Iterable[int]) -> None:
+        """Removes checkpoints, in the background: renamed first, so that none is ever there in part."""
+        renamed = []
+        for step in steps:
+            target = self.directory / f"{step}.removed"
+            (self.directory / str(step)).rename(target)
+            renamed.append(target)
+        if self._removing is not None:
+            self._removing.join()
+        self._removing = threading.Thread(target=lambda: [_delete(path) for path in renamed], daemon=True)
+        self._removing.start()
+
+    # Reading.
+
+    def host(self, step: int) -> Host:
+        """What a checkpoint holds besides arrays.
+
+        Raises:
+          Damaged: a file of it is missing or of another size, or this one's content is not what was written.
+        """
+        directory = self.directory / str(step)
+        digests.check_sizes(directory)
+        digests.check_file(directory, _HOST)
+        with contextlib.suppress(FileNotFoundError):
+            files.read_json(directory / "_CHECKPOINT_METADATA")
+        try:
+            return Host(**files.read_json(directory / _HOST))
+        except TypeError as error:
+            raise UserError(f"checkpoint {step} in {self.directory} is of another version of attnlab: {error}") from None
+
+    def restore(self, step: int, like: TrainState) -> tuple[TrainState, Host]:
+        """The state of a step and what lives on the host. The content of all files is checked meanwhile.
 
         Args:
           step: one of `steps()`.
           like: ShapeDtypeStructs with the shardings to restore to.
 
         Raises:
-          UserError: a file is missing or of another size than when it was written.
-          Exception: whatever orbax raises where arrays do not fit.
+          Damaged: a file is not what was written.
+          UserError: all are, but the arrays are not those of `like`.
         """
-        if (reason := self._damage(step)) is not None:
-            raise UserError(reason)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(_plain(like)), host=ocp.args.JsonRestore()),
-        )
-        return TrainState(**restored["state"]), restored["host"]
-
-    def restore_latest(
-        self, like: TrainState, report: Callable[[str], None]
-    ) -> tuple[int, TrainState, dict[str, Any]] | None:
-        """The newest checkpoint that can be read; None if there is none at all.
-
-        A damaged one is reported, and moved to `damaged_checkpoints` where an older one serves, so that its step can be
-        saved again.
-
-        Raises:
-          UserError: there are checkpoints and none is whole, or a whole one does not fit; nothing is moved then.
-        """
-        steps = self.steps()
-        damaged = {step: reason for step in steps if (reason := self._damage(step)) is not None}
-        if steps and len(damaged) == len(steps):
-            raise UserError(
-                f"none of the checkpoints {', '.join(map(str, steps))} in {self.directory} is whole: "
-                f"{damaged[steps[-1]]}\nrestore them, or start again with another --workdir"
-            )
-        self._together()  # all have looked
-        for step, reason in damaged.items():
-            moved = self._set_aside(step) if self._first else "damaged_checkpoints"
-            report(f"checkpoint {step} is damaged ({reason}); moved to {moved}")
-        self._together()
-        whole = [step for step in steps if step not in damaged]
-        if not whole:
-            return None
-        if damaged:
-            report(f"going back to checkpoint {whole[-1]}")
+        host, several = self._agreed(lambda: self.host(step)), self._processes is not None and self._processes.count > 1
+        directory = self.directory / str(step)
+        share = slice(self._processes.index, None, self._processes.count) if several else slice(None)
+        outcome = digests.verifying(directory, share)
+        if several:  # none may wait inside orbax for one that found damage
+            self._agreed(lambda: _raise_damage(outcome()))
         try:
-            state, host = self.restore(whole[-1], like)
+            reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler()))
+            restored = reader.restore(directory, args=ocp.args.Composite(state=ocp.args.StandardRestore(_plain(like))))
+            state = TrainState(**restored["state"])
             jax.block_until_ready(state.params)
-        except Exception as error:  # orbax and tensorstore raise whatever does not fit
+        except Exception as error:  # orbax and tensorstore raise whatever the damage, or what does not fit, leads to
+            _raise_damage(outcome())
             raise UserError(
-                f"checkpoint {whole[-1]} in {self.directory} cannot be restored, though its files are whole: "
+                f"checkpoint {step} in {self.directory} cannot be restored, though its files are whole: "
                 f"{first_line(error)}\nif the model's code has changed, undo that or use another --workdir"
             ) from error
-        return whole[-1], state, host
+        _raise_damage(outcome())
+        return state, host
+
+    def first_whole(
+        self, steps: list[int], load: Callable[[int], T], report: Callable[[str], None], *, move: bool = True
+    ) -> tuple[int, T] | None:
+        """The first of `steps` that is whole, and what `load(step)` makes of it; None if there are no steps.
+
+        Damaged ones before it are reported, and moved to `damaged_checkpoints`, so that their step can be saved again.
+
+        Args:
+          steps: the one that is wanted most first.
+          load: raises Damaged where the checkpoint is.
+          report: is told what is stepped over.
+          move: whether this process may; one that only reads may not while another trains.
+
+        Raises:
+          UserError: there are steps and none is whole; nothing is moved then. Whatever else `load` raises.
+        """
+        damaged: dict[int, str] = {}
+        for step in steps:
+            try:
+                loaded = load(step)
+            except Damaged as error:
+                damaged[step] = str(error)
+                continue
+            self._step_over(damaged, report, move)
+            if damaged:
+                report(f"going back to checkpoint {step}")
+            return step, loaded
+        if steps:
+            raise UserError(
+                f"none of the checkpoints {', '.join(map(str, sorted(steps)))} in {self.directory} is whole: "
+                f"{damaged[steps[0]]}\nrestore them, or start again with another --workdir"
+            )
+        return None
+
+    def newest_host(self, report: Callable[[str], None]) -> tuple[int, Host] | None:
+        """The newest step whose files are all there, and what it holds besides arrays; see `newest`."""
+        return self.newest(report, lambda step: self._agreed(lambda: self.host(step)))
+
+    def newest(self, report: Callable[[str], None], load: Callable[[int], T]) -> tuple[int, T] | None:
+        """`first_whole` of all steps, the newest first; older ones whose files are not all there are set aside, too."""
+        steps = self.steps()[::-1]
+        found = self.first_whole(steps, load, report)
+        if found is not None:
+            older = {step: reason for step in steps if step < found[0] and (reason := self._unreadable(step))}
+            self._step_over(older, report, move=True)
+        return found
+
+    def best_first(self) -> list[int]:
+        """Steps by held-out loss, the lowest first; then those that were not evaluated, the newest first."""
+        steps = self.steps()
+        evaluated = self._by_loss(steps)
+        # What cannot be read may be the best: whoever loads it finds the damage, and reports it.
+        unreadable = [step for step in steps[::-1] if self._unreadable(step)]
+        return [*unreadable, *evaluated, *(s for s in steps[::-1] if s not in (*evaluated, *unreadable))]
+
+    def _by_loss(self, steps: list[int]) -> list[int]:
+        losses = {step: self.host(step).heldout_loss for step in steps if not self._unreadable(step)}
+        return sorted((step for step, loss in losses.items() if loss is not None), key=losses.__getitem__)
+
+    def _unreadable(self, step: int) -> str:
+        try:
+            self.host(step)
+        except Damaged as error:
+            return str(error)
+        return ""
+
+    def _step_over(self, damaged: dict[int, str], report: Callable[[str], None], move: bool) -> None:
+        self._together()  # all have looked
+        for step, reason in damaged.items():
+            moved = self._first and move and self._set_aside(step)
+            where = f"; moved to {moved}" if moved else ""
+            report(f"checkpoint {step} is damaged ({reason}){where}")
+        self._together()
 
     def _set_aside(self, step: int) -> pathlib.Path:
-        bin_ = self.directory.parent / "damaged_checkpoints"
+        bin_ = self._workdir / "damaged_checkpoints"
         bin_.mkdir(exist_ok=True)
-        target = next(t for i in itertools.count() if not (t := bin_ / (f"{step}-{i}" if i else str(step))).exists())
+        names = (bin_ / (f"{step}-{i}" if i else str(step)) for i in itertools.count())
+        target = next(t for t in names if not t.is_symlink() and not t.exists())
         shutil.move(self.directory / str(step), target)
         return target
 
-    def best_step(self) -> int | None:
-        """The step with the lowest held-out loss among those kept and whole; None if none was evaluated."""
-        losses = {}
-        for step in self.steps():
-            file = self.directory / str(step) / "metrics" / "metrics"
-            if self._damage(step) is None and file.is_file():
-                losses[step] = json.loads(file.read_text())[_METRIC]
-        return min(losses, key=losses.__getitem__) if losses else None
-
-    def wait(self) -> None:
-        """Until the last save is on disk; raises what it raised."""
-        if self._open is not None:
-            self._open.wait_until_finished()
-            self.poll()
-
-    def close(self) -> None:
-        """Waits and lets go of the directory."""
-        if self._open is not None:
-            self.wait()
-            self._open.close()
-            self._open = None
-
-    def poll(self) -> None:
-        """If a save has just been completed, writes down the size of its files: orbax does not notice every cut."""
-        if self._saving is None or self._manager.is_saving_in_progress():
-            return
-        if not self._first:
-            self._saving = None
-            return
-        directory = self.directory / str(self._saving)
-        sizes = {str(p.relative_to(directory)): p.stat().st_size for p in directory.rglob("*") if p.is_file()}
-        new = directory / f"{_SIZES}.new"
-        new.write_text(json.dumps(sizes))
-        new.replace(directory / _SIZES)
-        self._saving = None
-
-    def _damage(self, step: int) -> str | None:
-        """Which file of a checkpoint is not as it was written; None if all are."""
-        directory = self.directory / str(step)
-        try:
-            sizes = json.loads((directory / _SIZES).read_text())
-        except FileNotFoundError:  # killed between the last write and the list: what has its final name is complete
-            return None
-        except ValueError:
-            return f"{_SIZES} is cut off"
-        for name, size in sizes.items():
-            path = directory / name
-            found = path.stat().st_size if path.is_file() else None
-            if found != size:
-                return f"{name} has {found if found is not None else 'no'} bytes instead of {size}"
-        return None
+    # Several processes.
 
     @property
     def _first(self) -> bool:
@@ -211,11 +327,28 @@ class Checkpoints:
         if self._processes is not None:
             self._processes.barrier()
 
-    @property
-    def _manager(self) -> ocp.CheckpointManager:
-        if self._open is None:
-            self._open = ocp.CheckpointManager(self.directory, options=self._options)
-        return self._open
+    def _agreed(self, read: Callable[[], T]) -> T:
+        """What `read` gives; Damaged in every process where it is raised in one."""
+        found, reason = None, ""
+        try:
+            found = read()
+        except Damaged as error:
+            reason = str(error)
+        reasons = [reason] if self._processes is None else self._processes.gather(reason)
+        _raise_damage(next(filter(None, reasons), ""))
+        return found  # type: ignore[return-value]
+
+
+def _raise_damage(reason: str) -> None:
+    if reason:
+        raise Damaged(reason)
+
+
+def _delete(path: pathlib.Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _plain(state: TrainState) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import rich.console
 
+from attnlab import config as config_lib
 from attnlab import data as data_lib
 from attnlab import ops
 from attnlab.errors import ConfigError, TrainingFailed
@@ -22,7 +23,7 @@ from attnlab.evaluate.perplexity import Evaluation, evaluate
 from attnlab.models.cost import model_cost
 from attnlab.ops import partition
 from attnlab.train import metadata, optimizers, sharding, workdir
-from attnlab.train.checkpoints import Checkpoints
+from attnlab.train.checkpoints import Checkpoints, Host
 from attnlab.train.config import RunConfig
 from attnlab.train.hardware import peak_flops
 from attnlab.train.metrics import MetricLog, Progress, Report
@@ -38,25 +39,25 @@ def train(config: RunConfig, path: pathlib.Path, console: rich.console.Console) 
 
     Raises:
       UserError: the config, the data or the workdir cannot be used; nothing was overwritten.
-      TrainingFailed: gradients were not finite too many steps in a row.
+      TrainingFailed: gradients were not finite too many steps in a row, or the workdir vanished.
     """
     processes = Processes(config.cluster)
     try:
-        with workdir.hold(path) if processes.first else contextlib.nullcontext():
+        with workdir.hold(path) if processes.first else contextlib.nullcontext() as held:
             processes.barrier()  # the first one has made the workdir, and none has written to it
-            old = metadata.read_config(path)
-            last = max(Checkpoints(path).steps(), default=0)
+            checkpoints = Checkpoints(path, config.train.keep, processes=processes)
+            report = Report(console, path if processes.first else None)
+            newest = checkpoints.newest_host(report.say)
+            last, old = newest[0] if newest else 0, metadata.read_config(path)
             processes.barrier()
+            if old is None and newest:  # config.json is lost; what was saved knows it, too
+                old = newest[1].config
             if old is not None:
                 metadata.check_same(path, old, config, saved=last > 0)
             if last < config.train.steps:
-                _Run(config, path, console, processes).run()
+                _Run(config, path, report, processes, checkpoints, held).run()
             elif processes.first:
-                console.print(
-                    f"the run in {path} is complete: step {last} of {config.train.steps}",
-                    highlight=False,
-                    soft_wrap=True,
-                )
+                report.print(f"the run in {path} is complete: step {last} of {config.train.steps}")
             processes.barrier()
     except BaseException as error:
         processes.failed(error)
@@ -109,8 +110,16 @@ class _StopSignals:
 class _Run:
     """One process's part of a run. `__init__` makes everything that can fail early; `run` steps."""
 
-    def __init__(self, config: RunConfig, path: pathlib.Path, console: rich.console.Console, processes: Processes):
-        self.config, self.path, self.processes = config, path, processes
+    def __init__(
+        self,
+        config: RunConfig,
+        path: pathlib.Path,
+        report: Report,
+        processes: Processes,
+        checkpoints: Checkpoints,
+        held: workdir.Held | None,
+    ):
+        self.config, self.path, self.processes, self.checkpoints, self.held = config, path, processes, checkpoints, held
         c = config
         self.tokenizer = load_tokenizer(c)
         self.mesh = sharding.make_mesh(c.mesh, c.data.batch // c.train.accumulate, length=c.data.length)
@@ -120,7 +129,7 @@ class _Run:
         self.shardings = state_shardings(self.mesh, self.model, self.tx)
         shapes = jax.eval_shape(lambda: init_state(self.model, self.tx, c.seed))
         size = sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(shapes))
-        saved = len(Checkpoints(path).steps())
+        saved = len(checkpoints.steps())
         if processes.first:
             workdir.require_space(path, size * max(c.train.keep + 2 - saved, 1))
 
@@ -130,19 +139,17 @@ class _Run:
         if c.train.eval_every:
             micro, count = micro_batches(c), c.train.eval_batches * c.train.accumulate or None
             self.heldout = data_lib.heldout_loader(micro, self.tokenizer, batches=count, rows=rows(micro))
-        self._report = Report(console, path if processes.first else None)
-        self._say = self._report.say
+        self._report, self._say = report, report.say
         self._say(data_lib.describe(self.loader.summary()))
 
-        self.checkpoints = Checkpoints(path, c.train.keep, processes=processes)
         self.step, self.tokens, self.state = 0, 0, None
         like = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, self.shardings)
         processes.meet()
-        restored = self.checkpoints.restore_latest(like, self._say)
+        restored = checkpoints.newest(self._say, lambda step: checkpoints.restore(step, like))
         if restored is not None:
-            self.step, self.state, host = restored
-            self.tokens = host["tokens"]
-            self.loader.set_state(host["data"])
+            self.step, (self.state, host) = restored
+            self.tokens = host.tokens
+            self.loader.set_state(host.data)
             self._say(f"resuming {path} at step {self.step}")
         else:
             init = jax.jit(lambda: init_state(self.model, self.tx, c.seed), out_shardings=self.shardings)
@@ -173,7 +180,7 @@ class _Run:
     def run(self) -> None:
         """Steps to the end, or to a signal."""
         c = self.config.train
-        self.log = MetricLog(self.path, self.step) if self.processes.first else None
+        self.log = MetricLog(self.path, self.step, self._say) if self.processes.first else None
         with contextlib.ExitStack() as stack:
             stack.callback(self.checkpoints.close)
             if self.log is not None:
@@ -212,9 +219,11 @@ class _Run:
                     self._clock, self._clock_step = time.perf_counter(), step
                 if stopping is not None and step < c.steps:
                     self.checkpoints.wait()
+                    self._require_workdir()
                     self._say(f"{stopping}: saved step {step}; resume with the same command (--workdir {self.path})")
                     return
             self.checkpoints.wait()
+            self._require_workdir()
             self._write_samples()
             self._say(f"done: step {c.steps}, {self.tokens:,} tokens; checkpoints and metrics are in {self.path}")
 
@@ -245,6 +254,7 @@ class _Run:
             )
         if not (step % c.log_every == 0 or step in (1, c.steps) or evaluating):
             return None
+        self._require_workdir()
         now = time.perf_counter()
         seconds = (now - self._clock) / max(step - self._clock_step, 1)
         timed = step > self._clock_step
@@ -273,6 +283,10 @@ class _Run:
         self.progress.update(step, record)
         return evaluation
 
+    def _require_workdir(self) -> None:
+        if self.held is not None:
+            self.held.require()
+
     def _heldout_batches(self) -> Iterator[Any]:
         assert self.heldout is not None
         for batch in self.heldout:
@@ -280,8 +294,9 @@ class _Run:
             yield sharding.put_batch(batch, self.mesh)
 
     def _save(self, step: int, evaluation: Evaluation | None) -> None:
-        host = {"tokens": self.tokens, "data": self.loader.get_state()}
-        self.checkpoints.save(step, self.state, host, None if evaluation is None else evaluation.loss)
+        loss = None if evaluation is None else evaluation.loss
+        host = Host(self.tokens, self.loader.get_state(), config_lib.to_dict(self.config), loss)
+        self.checkpoints.save(step, self.state, host)
         if self._serial:
             self.checkpoints.wait()
 

@@ -17,8 +17,8 @@ import jax
 
 from attnlab import config as config_lib
 from attnlab import ops
-from attnlab.errors import ConfigError, UserError
-from attnlab.train import optimizers
+from attnlab.errors import ConfigError, Damaged, UserError
+from attnlab.train import files, optimizers
 from attnlab.train.config import FREE_KEYS, RunConfig
 from attnlab.train.state import Model, init_state
 
@@ -78,14 +78,8 @@ def describe_run(config: RunConfig, **more: Any) -> dict[str, Any]:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Replaces a JSON file in one step, so that a kill leaves the old or the new one."""
-    new = path.with_name(path.name + ".new")
-    with new.open("w") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
+    """Replaces a JSON file in one step."""
+    files.replace(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
@@ -96,20 +90,15 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
     """
     path = workdir / "config.json"
     try:
-        tree = json.loads(path.read_bytes())["config"]
-        if not isinstance(tree, dict):
-            raise TypeError("its config is no object")
+        if not isinstance(tree := files.read_json(path).get("config"), dict):
+            raise Damaged(f"{path} is damaged (no object 'config')")
         return tree
     except FileNotFoundError:
         return None
-    except NotADirectoryError:
-        raise UserError(f"--workdir {workdir} is a file, not a directory") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except KeyError:
-        raise UserError(f"{path} is damaged (no key 'config'); restore it or use another --workdir") from None
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}); restore it or use another --workdir") from None
+    except Damaged as error:
+        if os.path.lexists(workdir) and not os.path.isdir(workdir):
+            raise UserError(f"--workdir {workdir} is a file, not a directory") from None
+        raise UserError(f"{error}; restore it or use another --workdir") from None
 
 
 def check_same(workdir: pathlib.Path, old: dict[str, Any], new: RunConfig, *, saved: bool) -> None:

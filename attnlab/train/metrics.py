@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import pathlib
+import shutil
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import IO, Any
 
 import rich.console
 import rich.progress
 from tensorboardX import SummaryWriter
+
+from attnlab.train import files
 
 
 class MetricLog:
@@ -21,11 +26,13 @@ class MetricLog:
       workdir: of the run.
       step: the step that the run goes on from. Lines of later steps, left by a run that was killed, are dropped: those
         steps come again.
+      say: is told of lines that are none; the file with them is then kept under another name.
     """
 
-    def __init__(self, workdir: pathlib.Path, step: int):
+    def __init__(self, workdir: pathlib.Path, step: int, say: Callable[[str], None]):
         self.path = workdir / "metrics.jsonl"
-        self._drop_after(step)
+        if self.path.exists():
+            self._drop_after(step, say)
         self._file = self.path.open("a", buffering=1)
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1, flush_secs=10)
 
@@ -44,27 +51,38 @@ class MetricLog:
         self._file.close()
         self._tensorboard.close()
 
-    def _drop_after(self, step: int) -> None:
-        if not self.path.exists():
-            return
-        kept = [line for line in read_lines(self.path) if line["step"] <= step]
-        new = self.path.with_suffix(".jsonl.new")
-        with new.open("w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(self.path)
+    def _drop_after(self, step: int, say: Callable[[str], None]) -> None:
+        records, foreign = read_lines(self.path)
+        if foreign:
+            names = (self.path.with_name(f"{self.path.name}.damaged{i or ''}") for i in itertools.count())
+            kept = next(name for name in names if not os.path.lexists(name))
+            shutil.copyfile(self.path, kept)
+            shown = ", ".join(map(str, foreign[:5])) + (", ..." if len(foreign) > 5 else "")
+            say(f"{self.path}: {len(foreign)} line(s) are no metrics (line {shown}) and are left out; all is in {kept}")
+        files.replace(self.path, "".join(json.dumps(record) + "\n" for record in records if record["step"] <= step))
 
 
-def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The objects of a metrics.jsonl; a last line cut off by a kill is left out."""
-    lines = []
-    for text in path.read_text().splitlines():
+def read_lines(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The objects of a metrics.jsonl, and the numbers of the lines that are none, from 1.
+
+    A last line without an end was cut off by a kill, and is in neither.
+
+    Raises:
+      Damaged: it is no file that can be read.
+    """
+    *whole, last = files.read_bytes(path).split(b"\n")
+    records, foreign = [], []
+    for number, text in enumerate([*whole, last], 1):
         try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
-    return lines
+            record = json.loads(text)
+        except (ValueError, RecursionError):
+            record = None
+        step = record.get("step") if isinstance(record, dict) else None
+        if isinstance(step, int) and not isinstance(step, bool):
+            records.append(record)
+        elif number <= len(whole):
+            foreign.append(number)
+    return records, foreign
 
 
 class Report:
@@ -73,16 +91,22 @@ class Report:
     def __init__(self, console: rich.console.Console, workdir: pathlib.Path | None):
         self.console = console
         self.console.quiet = console.quiet or workdir is None
-        self._file = None if workdir is None else (workdir / "log.txt").open("a", buffering=1, encoding="utf-8")
+        self._path = None if workdir is None else workdir / "log.txt"
+        self._file: IO[str] | None = None
+
+    def print(self, text: str) -> None:
+        """Only prints."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
         """Prints and logs."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.print(text)
         self.log(text)
 
     def log(self, text: str) -> None:
         """Only logs."""
-        if self._file is not None:
+        if self._path is not None:
+            self._file = self._file or self._path.open("a", buffering=1, encoding="utf-8")
             self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
 

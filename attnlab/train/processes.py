@@ -42,7 +42,7 @@ class Processes:
         self._reached = time.monotonic()  # when the coordinator last answered
         self._done = threading.Event()
         self._stop_step: int | None = None
-        self._barriers = 0
+        self._barriers = self._gathered = 0
         if self._client is not None:
             if not self.first and end is None:
                 tell_at_abort(f"{self._coordinator} was lost, or ended this process (see above)")
@@ -60,6 +60,16 @@ class Processes:
             self.meet()
             self._barriers += 1
             self._client.wait_at_barrier(f"{_PREFIX}/{self._barriers}", 1000 * 24 * 3600)  # the watch ends it earlier
+
+    def gather(self, value: str) -> list[str]:
+        """What each process gave, in their order; every process must come here as often."""
+        if self._client is None:
+            return [value]
+        self._gathered += 1
+        name = f"gather/{self._gathered}"
+        self._put(f"{name}/{self.index}", value)
+        self.barrier()
+        return [self._client.blocking_key_value_get(f"{_PREFIX}/{name}/{i}", 60_000) for i in range(self.count)]
 
     def meet(self) -> None:
         """Tells the others that this process is where it needs them all; every process must come here as often."""

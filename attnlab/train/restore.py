@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import pathlib
 from typing import Any
 
@@ -12,20 +13,30 @@ import numpy as np
 
 from attnlab import config as config_lib
 from attnlab import data as data_lib
-from attnlab.errors import UserError
+from attnlab.errors import Damaged, UserError
 from attnlab.evaluate.generate import Sampling
 from attnlab.evaluate.perplexity import Evaluation, evaluate
-from attnlab.train import metadata, optimizers, sharding
-from attnlab.train.checkpoints import Checkpoints, first_line
+from attnlab.train import metadata, optimizers, sharding, workdir
+from attnlab.train.checkpoints import Checkpoints
 from attnlab.train.config import RunConfig
 from attnlab.train.loop import load_tokenizer, micro_batches
 from attnlab.train.state import Model, init_state, state_shardings
 from attnlab.train.step import make_eval_step
 
+log = logging.getLogger(__name__)
+
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A run's model at one of its checkpoints."""
+    """A run's model at one of its checkpoints.
+
+    Attributes:
+      config: the run's, as the checkpoint knows it, with the overrides.
+      trained_on: where the loader stood when it was saved: tokenizer, digest and split of the data.
+      trained_length: positions of the rows that it was trained on.
+      named_other_data: whether an override names the data.
+      notes: what whoever reads a figure of it must know.
+    """
 
     config: RunConfig
     model: Model
@@ -33,31 +44,16 @@ class Trained:
     tokenizer: data_lib.Tokenizer
     mesh: jax.sharding.Mesh
     step: int
-
-
-def read_run(path: pathlib.Path, overrides: list[str]) -> RunConfig:
-    """The config of the run in a workdir, with overrides.
-
-    Raises:
-      UserError: there is no run; an override is wrong.
-    """
-    tree = metadata.read_config(path)
-    if tree is None:
-        raise UserError(
-            f"--workdir {path} holds no run (no config.json); "
-            f"train one with: attnlab train --config ... --workdir {path}"
-        )
-    old = copy.deepcopy(tree)  # overrides are laid over the tree itself
-    config = config_lib.build(RunConfig, config_lib.apply_overrides(tree, overrides))
-    if any(o.startswith(("model.", "optimizer")) for o in overrides):
-        metadata.require_same_arrays(path, old, config)
-    return config
+    trained_on: dict[str, Any]
+    trained_length: int
+    named_other_data: bool
+    notes: tuple[str, ...] = ()
 
 
 def load(
     path: pathlib.Path, which: str = "best", overrides: list[str] | None = None, *, evaluating: bool = True
 ) -> Trained:
-    """Restores a model.
+    """Restores a model. A damaged checkpoint is reported and set aside, and the one before it is taken.
 
     Args:
       path: workdir of a run.
@@ -66,23 +62,54 @@ def load(
       evaluating: whether batches of the config's shape will be run, which its mesh must then divide.
 
     Raises:
-      UserError: no run, no such checkpoint, or one that cannot be read.
+      UserError: no run, no such checkpoint, none that can be read, an override that is wrong, or a tokenizer that is
+        not the one it was trained with.
     """
-    config = read_run(path, overrides or [])
-    tokenizer = load_tokenizer(config)
-    checkpoints = Checkpoints(path, read_only=True)
+    overrides = overrides or []
+    if metadata.read_config(path) is None:
+        raise UserError(
+            f"--workdir {path} holds no run (no config.json); "
+            f"train one with: attnlab train --config ... --workdir {path}"
+        )
+    checkpoints = Checkpoints(path)
     steps = checkpoints.steps()
     if not steps:
         raise UserError(f"--workdir {path} has no checkpoint yet; let the run go on to its first train.save_every")
-    if which == "latest":
-        step = steps[-1]
-    elif which == "best":
-        best = checkpoints.best_step()
-        step = steps[-1] if best is None else best
-    elif which.isdecimal() and int(which) in steps:
-        step = int(which)
-    else:
+    read = lambda step: _load(path, checkpoints, step, overrides, evaluating)
+    if which in ("best", "latest"):
+        order = checkpoints.best_first() if which == "best" else steps[::-1]
+        with workdir.held_if_free(path) as free:
+            return checkpoints.first_whole(order, read, log.warning, move=free)[1]
+    if not (which.isdecimal() and int(which) in steps):
         raise UserError(f"--checkpoint {which!r} is not there; allowed: best, latest, {', '.join(map(str, steps))}")
+    try:
+        return read(int(which))
+    except Damaged as error:
+        raise UserError(
+            f"checkpoint {which} in {path} cannot be read: {error}\n"
+            f"choose another with --checkpoint: {', '.join(str(s) for s in steps if s != int(which)) or 'there is none'}"
+        ) from None
+
+
+def _load(
+    path: pathlib.Path, checkpoints: Checkpoints, step: int, overrides: list[str], evaluating: bool
+) -> Trained:
+    host = checkpoints.host(step)
+    old = copy.deepcopy(host.config)  # overrides are laid over the tree itself
+    config = config_lib.build(RunConfig, config_lib.apply_overrides(host.config, overrides))
+    if any(o.startswith(("model.", "optimizer")) for o in overrides):
+        metadata.require_same_arrays(path, old, config)
+    tokenizer = load_tokenizer(config)
+    named = any(o.startswith("data.source=") for o in overrides)
+    notes = []
+    if tokenizer.fingerprint() != host.data["tokenizer"]:
+        if not named:
+            raise UserError(
+                f"data.tokenizer = {config.data.tokenizer!r} is not the tokenizer that checkpoint {step} in {path} was "
+                "trained with, whatever its name: its ids mean other text\ngive that one with "
+                "--config.data.tokenizer, or name other data, too, with --config.data.source"
+            )
+        notes.append("with another tokenizer than it was trained with")
 
     rows, length = (config.data.batch // config.train.accumulate, config.data.length) if evaluating else (0, 0)
     mesh = sharding.make_mesh(config.mesh, rows, length=length)
@@ -92,25 +119,52 @@ def load(
     like = jax.tree.map(
         lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, state_shardings(mesh, model, tx)
     )
-    try:
-        state, _ = checkpoints.restore(step, like)
-    except Exception as error:  # orbax and tensorstore raise whatever the damage leads to
-        raise UserError(
-            f"checkpoint {step} in {path} cannot be read: {first_line(error)}\n"
-            f"choose another with --checkpoint: {', '.join(str(s) for s in steps if s != step) or 'there is none'}"
-        ) from None
-    finally:
-        checkpoints.close()
-    return Trained(config, model, state.params, tokenizer, mesh, step)
+    state, _ = checkpoints.restore(step, like)
+    trained_length = old["data"]["length"]
+    return Trained(
+        config, model, state.params, tokenizer, mesh, step, host.data, trained_length, named, tuple(notes)
+    )  # fmt: skip
 
 
-def evaluate_heldout(trained: Trained, batches: int | None = None) -> Evaluation:
-    """Held-out loss over all of the data's held-out batches, or the first `batches`."""
+def evaluate_heldout(trained: Trained, batches: int | None = None) -> tuple[Evaluation, list[str]]:
+    """Held-out loss over all of the data's held-out batches, or the first `batches`; and what to know of it.
+
+    Raises:
+      UserError: the data is not that of the training, or split another way, and no override names other data.
+    """
     config = trained.config
     loader = data_lib.heldout_loader(micro_batches(config), trained.tokenizer, batches=batches)
+    notes = [*trained.notes, *_on_data(trained, loader.summary()["digest"]), *beyond(trained, config.data.length)]
     lengths = trained.tokenizer.byte_lengths()
     step = jax.jit(make_eval_step(trained.model, config.train, lengths, trained.mesh))
-    return evaluate(lambda batch: step(trained.params, batch), (sharding.put_batch(b, trained.mesh) for b in loader))
+    batches_ = (sharding.put_batch(b, trained.mesh) for b in loader)
+    return evaluate(lambda batch: step(trained.params, batch), batches_), notes
+
+
+def _on_data(trained: Trained, digest: str) -> list[str]:
+    """What to know of a figure on this data."""
+    before, data = trained.trained_on, trained.config.data
+    if digest == before["data"]:
+        if data.heldout != before["heldout"]:
+            raise UserError(
+                f"data.heldout = {data.heldout} holds out text that checkpoint {trained.step} was trained on, with "
+                f"{before['heldout']}; allowed: {before['heldout']}, or other data with --config.data.source"
+            )
+        return []
+    if not trained.named_other_data:
+        raise UserError(
+            f"the text of data.source = {data.source!r} is not what checkpoint {trained.step} was trained on (digest "
+            f"{digest[:12]}, was {before['data'][:12]}): what is held out of it may have been trained on\n"
+            "restore it, or say that it is other data with --config.data.source"
+        )
+    return [f"on other data than it was trained on ({data.source})"]
+
+
+def beyond(trained: Trained, length: int) -> list[str]:
+    """What to know where `length` positions are more than the model was trained on."""
+    if length <= trained.trained_length:
+        return []
+    return [f"{length:,} positions, and it was trained on rows of {trained.trained_length:,}"]
 
 
 def prepare_prompts(

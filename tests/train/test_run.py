@@ -123,24 +123,6 @@ def test_truncated_checkpoint_is_reported_and_stepped_over(finished, source, tmp
     assert runs.lines(tmp_path) == runs.lines(finished[0])
 
 
-@pytest.mark.slow
-def test_any_truncated_or_missing_file_is_noticed(source, tmp_path):
-    """Cutting or removing any one file of a checkpoint is an error that names what is wrong."""
-    runs.run(runs.config(source, train__steps=4, train__eval_every=4, train__sample_tokens=0), tmp_path)
-    restore.load(tmp_path)
-    for file in files_of_checkpoint(tmp_path, 4):
-        content = file.read_bytes()
-        for damage in (lambda: os.truncate(file, len(content) // 2), file.unlink):
-            if file.name == "sizes.json" and damage == file.unlink:
-                continue  # a kill may come before it is written
-            damage()
-            with pytest.raises(UserError, match="checkpoint 4 .* cannot be read"):
-                restore.load(tmp_path)
-            with pytest.raises(UserError, match="none of the checkpoints 4 .* is whole"):
-                runs.run(runs.config(source, train__steps=5, train__on_config_change="continue"), tmp_path)
-            file.write_bytes(content)
-
-
 def losses_at_evaluations(monkeypatch, losses):
     """Evaluations report these losses, one after the other."""
     left = iter(losses)
@@ -163,7 +145,7 @@ def test_the_best_checkpoint_outlives_newer_ones_and_a_resume(source, tmp_path, 
     with monkeypatch.context() as patch:
         losses_at_evaluations(patch, [2.2, 2.1])
         runs.run(runs.config(source, train__steps=6, train__on_config_change="continue", **each), tmp_path)
-    assert Checkpoints(tmp_path, read_only=True).steps() == [2, 6]
+    assert Checkpoints(tmp_path).steps() == [2, 6]
     assert restore.load(tmp_path).step == 2 and restore.load(tmp_path, "latest").step == 6
 
 

@@ -1,0 +1,99 @@
+"""Digests of a directory's files, written with it: whether they are still what was written."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from attnlab.data.store import sha256_of
+from attnlab.errors import Damaged
+from attnlab.train import files
+
+NAME = "digests.json"
+# orbax writes these when all else is done; nothing is restored from them.
+_LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
+_THREADS = min(8, os.cpu_count() or 1)  # hashlib lets go of the interpreter
+
+
+def write(directory: pathlib.Path) -> None:
+    """Writes `digests.json` into a directory: of every file below it the size and the SHA-256."""
+    names = sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file())
+    names = [name for name in names if name not in _LATER]
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        found = pool.map(lambda name: (os.path.getsize(directory / name), sha256_of(str(directory / name))), names)
+        listed = dict(zip(names, found, strict=True))
+    (directory / NAME).write_text(json.dumps({"files": listed, "sha256": _of_list(listed)}))
+
+
+def read(directory: pathlib.Path) -> dict[str, tuple[int, str]]:
+    """Size and SHA-256 of each file, as written.
+
+    Raises:
+      Damaged: `digests.json` is missing or is not one.
+    """
+    try:
+        content = files.read_json(directory / NAME)
+        if content["sha256"] == _of_list(content["files"]):
+            return {name: (size, digest) for name, (size, digest) in content["files"].items()}
+    except FileNotFoundError:
+        raise Damaged(f"{NAME} is missing") from None
+    except (KeyError, TypeError):
+        pass
+    raise Damaged(f"{NAME} is damaged")
+
+
+def check_sizes(directory: pathlib.Path) -> None:
+    """Raises Damaged unless every file is there with the size it was written with."""
+    for name, (size, _) in read(directory).items():
+        path = directory / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            raise Damaged(f"{name} has {found if found is not None else 'no'} bytes instead of {size}")
+
+
+def check_file(directory: pathlib.Path, name: str) -> None:
+    """Raises Damaged unless one file has the content it was written with."""
+    listed = read(directory)
+    if name not in listed:
+        raise Damaged(f"{NAME} does not know {name}")
+    if reason := _difference(directory, name, *listed[name]):
+        raise Damaged(reason)
+
+
+def verifying(directory: pathlib.Path, share: slice = slice(None)) -> Callable[[], str]:
+    """Starts to compare the content of files with their digests, in threads.
+
+    Args:
+      directory: of `write`.
+      share: of the files, largest first; several processes take one each.
+
+    Returns:
+      A function that waits for the outcome: which file differs and how; empty if none does.
+
+    Raises:
+      Damaged: as `check_sizes`, at once.
+    """
+    check_sizes(directory)
+    largest = sorted(read(directory).items(), key=lambda item: (-item[1][0], item[0]))[share]
+    pool = concurrent.futures.ThreadPoolExecutor(_THREADS)
+    outcomes = [pool.submit(_difference, directory, name, *written) for name, written in largest]
+    pool.shutdown(wait=False)
+    return lambda: next((reason for outcome in outcomes if (reason := outcome.result())), "")
+
+
+def _difference(directory: pathlib.Path, name: str, size: int, digest: str) -> str:
+    try:
+        if os.path.getsize(directory / name) == size and sha256_of(str(directory / name)) == digest:
+            return ""
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
+    return f"the content of {name} is not what was written"
+
+
+def _of_list(listed: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
