@@ -53,6 +53,11 @@ ROLES = {
     },
 }  # fmt: skip
 
+# Kernels of several matrices; the rest are one.
+FUSED = {
+    "titans": {"memory.qkv", "memory.gates", "mixed.memory.qkv", "mixed.memory.gates", "mixed.retrieved"},
+}
+
 
 def by_name(params):
     """Usages by dotted path, without `.kernel` of matrices and `.scale` of norms."""
@@ -64,14 +69,16 @@ def by_name(params):
 
 @pytest.mark.parametrize("name", mixers.names())
 def test_roles_of_every_parameter(name):
-    """In all configs together a mixer has the parameters of its table, each of one role."""
+    """In all configs together a mixer has the parameters of its table, each of one role, and fuses those named."""
     assert name in ROLES, f"state the roles of {name}'s parameters in this file's table"
-    found = {}
+    found, fused = {}, set()
     for config, _ in cases.configs(name).values():
         module = nnx.eval_shape(lambda c=config: mixers.build(c, width=cases.WIDTH, rngs=nnx.Rngs(0)))
         for parameter, usage in by_name(nnx.state(module, nnx.Param)).items():
             found.setdefault(usage.role.value, set()).add(parameter)
+            fused |= {parameter} if usage.fused else set()
     assert found == {role: set(names.split()) for role, names in ROLES[name].items()}
+    assert fused == FUSED.get(name, set())
 
 
 @pytest.mark.parametrize("name", mixers.names())
