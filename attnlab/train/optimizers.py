@@ -193,6 +193,7 @@ def build(config: OptimizerConfig, steps: int, usages: Any) -> optax.GradientTra
             optax.add_decayed_weights(c.weight_decay, mask=decayed),
             optax.scale_by_learning_rate(rate),
         )
+        # Without a mask, whose state would not fit older checkpoints: no role is decayed but not orthogonalised.
         adam = optax.adamw(rate, c.b1, c.b2, weight_decay=0.0, nesterov=True)
         tx = optax.partition({"muon": muon, "adam": adam}, labels)
     else:
