@@ -189,6 +189,8 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = verb("list", "the mixers; with a name, its knobs", machine=True)
     sub.add_argument("name", nargs="?", metavar="MIXER")
+    sub.add_argument("--parameters", action="store_true",
+                     help="of MIXER: shapes, axes and roles, and what optimizers make of these")  # fmt: skip
     sub.add_argument("--length", type=int, metavar="T", help="positions at which state and FLOPs are told (4096)")
     sub.add_argument("--width", type=int, metavar="D", help="model width at which they are told (512)")
 
@@ -331,6 +333,18 @@ def _prompts(args: argparse.Namespace) -> list[str]:
 def _list(args: argparse.Namespace, _: list[str]) -> int:
     from attnlab.mixers import describe
 
+    width = describe.WIDTH if args.width is None else args.width
+    length = describe.LENGTH if args.length is None else args.length
+    if args.parameters:
+        if args.name is None:
+            raise UserError("--parameters is of one mixer: attnlab list MIXER --parameters")
+        rows = describe.parameters(args.name, width)
+        if args.json:
+            _print_json({"name": args.name, "width": width, "parameters": rows})
+            return 0
+        title = f"{args.name} with default knobs, width {width}; the last column is with optimizer=muon"
+        _table(title, *describe.parameter_table(rows))
+        return 0
     if args.name is not None:
         described = describe.mixer(args.name)
         if args.json:
@@ -343,8 +357,6 @@ def _list(args: argparse.Namespace, _: list[str]) -> int:
         _table("knobs", ["key", "default", "meaning"],
                [[k["key"], str(k["default"]), k["doc"]] for k in described["knobs"]])  # fmt: skip
         return 0
-    width = describe.WIDTH if args.width is None else args.width
-    length = describe.LENGTH if args.length is None else args.length
     rows = describe.all_mixers(width, length)
     if args.json:
         _print_json(rows)

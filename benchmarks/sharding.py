@@ -91,7 +91,7 @@ def losses(name: str) -> dict[str, list[float]]:
     config = config_lib.build(RunConfig, tree)
     model = Model.of(config.model)
     rate = optimizers.schedule(config.optimizer, STEPS)
-    tx = optimizers.build(config.optimizer, STEPS, model.axes)
+    tx = optimizers.build(config.optimizer, STEPS, model.usages)
     found = {}
     for label, sizes in {"one device": {"data": 1}, **MESHES}.items():
         mesh = sharding.make_mesh(MeshConfig(**sizes), ROWS // 2, length=LENGTH)

@@ -141,7 +141,7 @@ def _attnlab_step(mixer: str, shape: str, overrides: list[str]) -> Any:
     sizes = [f"data.batch={batch}", f"data.length={length}"]
     c = run_config.load(f"configs/lm.py:mixer={mixer},size=micro", sizes + overrides)
     model = Model.of(c.model)
-    tx = optimizers.build(c.optimizer, c.train.steps, model.axes)
+    tx = optimizers.build(c.optimizer, c.train.steps, model.usages)
     mesh = sharding.make_mesh(c.mesh, c.data.batch // c.train.accumulate)
     shardings = state_shardings(mesh, model, tx)
     state = jax.jit(lambda: init_state(model, tx, c.seed), out_shardings=shardings)()

@@ -95,6 +95,9 @@ def refused(attnlab):
         (["list", "--jsn"], ["did you mean '--json'"]),
         (["list", "--length", "0"], ["length = 0", "1 or more"]),
         (["list", "--width", "6"], ["width = 6", "heads"]),
+        (["list", "--parameters"], ["--parameters is of one mixer", "attnlab list MIXER --parameters"]),
+        (["list", "gatd", "--parameters"], ["did you mean 'gated'"]),
+        (["list", "gated", "--parameters", "--width", "0"], ["width = 0", "1 or more"]),
         (["cost", "--config", LM, "--length", "0"], ["--length 0", "1 or more"]),
         (["cost", "--config", LM, "--length", "x"], ["--length", "'x'"]),
         (["cost", "--config", f"{LM}:mixer=sofmax"], ["did you mean 'softmax'"]),
@@ -314,7 +317,8 @@ def test_json_is_all_of_stdout(attnlab, finished, config):
     _lowered.clear()
     found = {}
     for args in (
-        ["list"], ["list", "gated"], ["cost", "--config", config], ["eval", "--workdir", finished, "--batches", "1"],
+        ["list"], ["list", "gated"], ["list", "gated", "--parameters"],
+        ["cost", "--config", config], ["eval", "--workdir", finished, "--batches", "1"],
         ["generate", "--workdir", finished, "--prompt", "def f", "--tokens", "3"],
     ):  # fmt: skip
         code, out, err = attnlab(*args, "--json")
@@ -322,6 +326,7 @@ def test_json_is_all_of_stdout(attnlab, finished, config):
         found[args[0], len(args)] = json.loads(out, parse_constant=no_constants)
     assert {row["name"] for row in found["list", 1]} >= {"softmax", "gated"}
     assert found["list", 2]["name"] == "gated"
+    assert {row["path"]: row["role"] for row in found["list", 3]["parameters"]}["gate.linear.kernel"] == "matrix"
     assert found["cost", 3]["length"] == 32 and found["eval", 5]["step"] in (2, 4)
     assert len(found["generate", 7]["samples"][0]["tokens"]) <= 3
     assert _lowered  # what `refused` listens to does tell of compilations
@@ -351,7 +356,12 @@ def test_tables_are_whole_in_a_pipe(attnlab):
     code, out, _ = attnlab("list")
     assert code == 0 and any("arXiv:1706.03762" in line and line.startswith("softmax ") for line in out.splitlines())
     cli._table("t", ["a"], [["x [B, T] [bold]"]])
-    assert attnlab("list", "softmax")[1].startswith("t\na\nx [B, T] [bold]\n")
+    code, out, _ = attnlab("list", "softmax")
+    assert code == 0 and out.startswith("t\na\nx [B, T] [bold]\n")
+    code, out, _ = attnlab("list", "softmax", "--parameters", "--width", "64")
+    assert code == 0 and "width 64; the last column is with optimizer=muon" in out.splitlines()[0]
+    assert any(line.split() == ["q.kernel", "64", "x", "64", "embed,", "heads", "matrix", "-", "yes", "muon"]
+               for line in out.splitlines())  # fmt: skip
 
 
 def test_override_after_a_space(attnlab, config):

@@ -113,7 +113,7 @@ def compile_step(config: RunConfig, target: Target) -> dict[str, Any]:
 
 def _lower(config: RunConfig, model: Model, mesh: Mesh) -> Any:
     rate = optimizers.schedule(config.optimizer, config.train.steps)
-    tx = optimizers.build(config.optimizer, config.train.steps, model.axes)
+    tx = optimizers.build(config.optimizer, config.train.steps, model.usages)
     shardings = state_shardings(mesh, model, tx)
     shapes = jax.eval_shape(lambda: init_state(model, tx, config.seed))
     state = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)

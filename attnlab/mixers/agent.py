@@ -14,6 +14,7 @@ from attnlab import config as config_lib
 from attnlab.errors import UnsupportedPattern
 from attnlab.mixers.base import Capabilities, HeadMixer, MixerConfig, MixerOutput, Sequence, knob, register
 from attnlab.mixers.parts import Linear, param_dtype
+from attnlab.mixers.roles import Role, param
 from attnlab.ops import agent_attention as bidirectional_ops
 from attnlab.ops import agent_causal as causal_ops
 from attnlab.ops import agent_refreshed as refreshed_ops
@@ -106,10 +107,13 @@ class PositionBias(nnx.Module):
         rows, columns = config.grid
         init, kind = jax.nn.initializers.truncated_normal(0.02), param_dtype(dtype)
         shape, axes = (config.heads, config.agents), ("heads", "agents")
-        self.table = nnx.Param(init(rngs.params(), (*shape, _TABLE, _TABLE), kind), axes=(*axes, "rows", "columns"))
-        self.row = nnx.Param(init(rngs.params(), (*shape, rows), kind), axes=(*axes, "rows"))
-        self.column = nnx.Param(init(rngs.params(), (*shape, columns), kind), axes=(*axes, "columns"))
-        self.leading = nnx.Param(init(rngs.params(), shape, kind), axes=axes)
+        table = lambda sizes, names: param(
+            init(rngs.params(), (*shape, *sizes), kind), axes=(*axes, *names), role=Role.POSITIONS
+        )
+        self.table = table((_TABLE, _TABLE), ("rows", "columns"))
+        self.row = table((rows,), ("rows",))
+        self.column = table((columns,), ("columns",))
+        self.leading = table((), ())
 
     def __call__(self, grid: tuple[int, int], length: int) -> jax.Array:
         row, column = (resize(x[...], (n,)) for x, n in zip((self.row, self.column), grid))
@@ -157,7 +161,7 @@ class Agent(HeadMixer):
         if config.causal:
             shape = (config.heads, config.agents, self.head_dim)
             agents = jax.nn.initializers.normal(1.0)(rngs.params(), shape, kind)  # as queries are at first
-            self.agents = nnx.Param(agents, axes=("heads", "agents", "head"))
+            self.agents = param(agents, axes=("heads", "agents", "head"), role=Role.TOKENS)
         if config.grid is not None:
             self.bias_in = PositionBias(config, rngs=rngs, dtype=dtype)
             self.bias_out = PositionBias(config, rngs=rngs, dtype=dtype)
@@ -165,8 +169,9 @@ class Agent(HeadMixer):
             taps = (_TAPS,) if config.causal else (_TAPS, _TAPS)
             init = jax.nn.initializers.normal(1 / math.sqrt(math.prod(taps)))
             axes = ("taps",) * len(taps)
-            self.conv_kernel = nnx.Param(init(rngs.params(), (*taps, inner), kind), axes=(*axes, "heads"))
-            self.conv_bias = nnx.Param(jnp.zeros((inner,), kind), axes=("heads",))
+            kernel = init(rngs.params(), (*taps, inner), kind)
+            self.conv_kernel = param(kernel, axes=(*axes, "heads"), role=Role.TAPS)
+            self.conv_bias = param(jnp.zeros((inner,), kind), axes=("heads",), role=Role.BIAS)
 
     @classmethod
     def context_of(cls, config: AgentConfig) -> str:

@@ -2,6 +2,9 @@
 
 A mixer mixes information across positions. Adding one is one file in this package: a `Config`, a `Mixer` under
 `@register(name)`, its streaming state and its FLOPs; `tests/mixers/test_contract.py` then holds it to every law.
+
+Parameters are made by `parts.Linear` and `roles.param`, which say what each is: optimizers decide by it. A kernel whose
+output is cut into parts says which (`roles.Fused`).
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from flax import nnx
 
 from attnlab import config as config_lib
 from attnlab.errors import ConfigError, UnsupportedPattern
+from attnlab.mixers import roles
 
 State = Any  # a pytree of arrays
 
@@ -266,6 +270,13 @@ def config_from_node(node: Any, path: str = "mixer") -> Any:
 
 
 def build(node: Any, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> Mixer:
-    """Builds a mixer of model width `width` from a config node or a Config; activations are computed in `dtype`."""
+    """Builds a mixer of model width `width` from a config node or a Config; activations are computed in `dtype`.
+
+    Raises:
+      ConfigError: an impossible config.
+      ValueError: a parameter of the mixer states no role.
+    """
     config = config_from_node(node)
-    return get(config.node_name)(config, width=width, rngs=rngs, dtype=dtype)
+    mixer = get(config.node_name)(config, width=width, rngs=rngs, dtype=dtype)
+    roles.usages(nnx.state(mixer, nnx.Param))
+    return mixer

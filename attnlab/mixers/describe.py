@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
+from flax import nnx
+
 from attnlab import config as config_lib
 from attnlab.mixers import base
 
@@ -19,6 +22,55 @@ def mixer(name: str) -> dict[str, Any]:
     context = cls.context_of(cls.Config())
     described = {"name": name, "summary": summary, "paper": cls.paper, "extension": cls.extension}
     return described | {"context": context, "knobs": knobs}
+
+
+def parameters(name: str, width: int = WIDTH) -> list[dict[str, Any]]:
+    """Every parameter of a mixer with its default knobs, and what optimizers make of it.
+
+    Args:
+      name: of the mixer.
+      width: D, a multiple of what the default heads need.
+
+    Returns:
+      A row per parameter; `parts` and `groups` are of matrices that share one kernel (`roles.Fused`), `optimizer` is
+      who updates it where `optimizer=muon`.
+
+    Raises:
+      ConfigError: an unknown mixer, or a width that it cannot have.
+    """
+    config_lib.require(width >= 1, "width", width, "1 or more")
+    module = nnx.eval_shape(lambda: base.build({"name": name}, width=width, rngs=nnx.Rngs(0)))
+    is_variable = lambda v: isinstance(v, nnx.Variable)
+    rows = []
+    for path, variable in jax.tree_util.tree_leaves_with_path(nnx.state(module, nnx.Param), is_leaf=is_variable):
+        role, fused = variable.role, variable.fused
+        rows.append(
+            {
+                "path": jax.tree_util.keystr(path, simple=True, separator="."),
+                "shape": list(variable.shape),
+                "axes": list(variable.axes),
+                "role": role.value,
+                "parts": dict(fused.parts) if fused else None,
+                "groups": fused.groups if fused else None,
+                "decayed": role.decayed,
+                "optimizer": "muon" if role.orthogonalised else "adamw",
+            }
+        )
+    return rows
+
+
+def parameter_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Columns and cells of `parameters`."""
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        parts = "-"
+        if row["parts"]:
+            each = ", ".join(f"{name} {columns}" for name, columns in row["parts"].items())
+            parts = each if row["groups"] == 1 else f"{row['groups']} times {each}"
+        shape, axes = " x ".join(map(str, row["shape"])), ", ".join(row["axes"])
+        return [row["path"], shape, axes, row["role"], parts, "yes" if row["decayed"] else "no", row["optimizer"]]
+
+    return ["parameter", "shape", "axes", "role", "parts", "decayed", "optimizer"], [cells(row) for row in rows]
 
 
 def all_mixers(width: int = WIDTH, length: int = LENGTH) -> list[dict[str, Any]]:

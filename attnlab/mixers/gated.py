@@ -13,6 +13,7 @@ from flax import nnx
 from attnlab import config as config_lib
 from attnlab.mixers.base import MixerOutput, Sequence, knob, register
 from attnlab.mixers.parts import Linear, param_dtype
+from attnlab.mixers.roles import Role, param
 from attnlab.mixers.softmax import KVCache, Softmax, SoftmaxConfig
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -80,7 +81,8 @@ class Gate(nnx.Module):
         if config.input_dependent:
             self.linear = Linear(width, groups * self.columns, ("embed", axis), rngs=rngs, dtype=dtype)
         else:
-            self.theta = nnx.Param(jnp.zeros((groups * self.columns,), param_dtype(dtype)), axes=(axis,))
+            logits = jnp.zeros((groups * self.columns,), param_dtype(dtype))
+            self.theta = param(logits, axes=(axis,), role=Role.BIAS)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         logits = self.linear(x) if self.config.input_dependent else self.theta[...]

@@ -14,6 +14,7 @@ from attnlab import config as config_lib
 from attnlab.errors import ConfigError
 from attnlab.mixers.base import Capabilities, HeadMixer, MixerConfig, MixerOutput, Sequence, knob, register
 from attnlab.mixers.parts import Linear, RMSNorm, param_dtype
+from attnlab.mixers.roles import Role, param
 from attnlab.ops.causal_conv import causal_conv
 from attnlab.ops.delta_rule import IMPLEMENTATIONS, chunked_flops, delta_rule
 from attnlab.ops.documents import document_index
@@ -84,10 +85,11 @@ class Decay(nnx.Module):
         kind = param_dtype(dtype)
         self.linear = Linear(width, heads, ("embed", "gates"), rngs=rngs, dtype=dtype)
         a = _LARGEST_A * (1 - jax.random.uniform(rngs.params(), (heads,), kind))
-        self.a_log = nnx.Param(jnp.log(a), axes=("gates",))
+        self.a_log = param(jnp.log(a), axes=("gates",), role=Role.DECAY_RATE)
         low, high = (math.log(t) for t in _TIME_STEPS)
         step = jnp.exp(jax.random.uniform(rngs.params(), (heads,), kind, low, high))
-        self.dt_bias = nnx.Param(step + jnp.log(-jnp.expm1(-step)), axes=("gates",))  # inverse of softplus
+        bias = step + jnp.log(-jnp.expm1(-step))  # inverse of softplus
+        self.dt_bias = param(bias, axes=("gates",), role=Role.DECAY_RATE)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         logits = self.linear(x)
@@ -124,7 +126,7 @@ class GatedDeltaNet(HeadMixer):
         if config.conv > 1:
             bound, shape = 1 / math.sqrt(config.conv), (config.conv, 2 * keys + values)
             filters = jax.random.uniform(rngs.params(), shape, param_dtype(dtype), -bound, bound)
-            self.filters = nnx.Param(filters, axes=("conv", "heads"))
+            self.filters = param(filters, axes=("conv", "heads"), role=Role.TAPS)
         self.beta = linear(config.heads, "gates")
         if config.decay:
             self.log_decay = Decay(width, config.heads, rngs=rngs, dtype=dtype)

@@ -13,6 +13,7 @@ from flax import nnx
 from attnlab import config as config_lib
 from attnlab.mixers.base import Capabilities, HeadMixer, MixerConfig, MixerOutput, Sequence, knob, register
 from attnlab.mixers.parts import Linear, param_dtype
+from attnlab.mixers.roles import Role, param
 from attnlab.ops.documents import document_index
 from attnlab.ops.linear_recurrence import IMPLEMENTATIONS, flops_per_token, linear_recurrence
 
@@ -132,9 +133,9 @@ class Lightning(HeadMixer):
         self.gate_up = linear(rank, inner, "gates", "heads")
         self.out = linear(inner, width, "heads", "embed")
         if config.norm != "srmsnorm":
-            self.scale = nnx.Param(jnp.ones((inner,), param_dtype(dtype)), axes=("heads",))
+            self.scale = param(jnp.ones((inner,), param_dtype(dtype)), axes=("heads",), role=Role.SCALE)
         if config.norm == "layernorm":
-            self.bias = nnx.Param(jnp.zeros((inner,), param_dtype(dtype)), axes=("heads",))
+            self.bias = param(jnp.zeros((inner,), param_dtype(dtype)), axes=("heads",), role=Role.BIAS)
 
     def heads(self, x: jax.Array, seq: Sequence, state: RecurrentState | None = None) -> MixerOutput:
         c = self.config

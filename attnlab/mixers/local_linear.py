@@ -14,6 +14,7 @@ from flax import nnx
 from attnlab import config as config_lib
 from attnlab.mixers.base import MixerOutput, knob, register
 from attnlab.mixers.parts import Linear, param_dtype
+from attnlab.mixers.roles import Role, param
 from attnlab.mixers.softmax import Softmax, SoftmaxConfig, mean_span
 from attnlab.ops.cached_attention import cached_attention
 from attnlab.ops.local_linear import IMPLEMENTATIONS, local_linear
@@ -82,7 +83,8 @@ class LocalLinear(Softmax):
         if config.ridge is None:
             self.ridge = Linear(width, config.heads, ("embed", "heads"), rngs=rngs, dtype=dtype)
             bias = math.log(math.expm1(1 - config.ridge_min))
-            self.ridge_bias = nnx.Param(jnp.full((config.heads,), bias, param_dtype(dtype)), axes=("heads",))
+            rows = jnp.full((config.heads,), bias, param_dtype(dtype))
+            self.ridge_bias = param(rows, axes=("heads",), role=Role.BIAS)
 
     def attend(
         self, op: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, x: jax.Array

@@ -1,6 +1,6 @@
 """Parameterised pieces that mixers and models share.
 
-Parameters carry the logical axes that sharding rules map to a mesh.
+Parameters carry the logical axes that sharding rules map to a mesh, and the role by which optimizers decide.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from attnlab.mixers.roles import Fused, Role, param
 from attnlab.ops.linear import linear
 from attnlab.ops.norm import rms_norm
 
@@ -23,11 +24,17 @@ class Linear(nnx.Module):
       fan_in, fan_out: widths.
       axes: logical axes of the kernel, e.g. ("embed", "heads").
       dtype: of the product.
+      role: of the kernel; a matrix unless it is more than that.
+      fused: the matrices side by side in the kernel, where the output is cut into parts.
     """
 
-    def __init__(self, fan_in: int, fan_out: int, axes: tuple[str, str], *, rngs: nnx.Rngs, dtype: Any):
+    def __init__(
+        self, fan_in: int, fan_out: int, axes: tuple[str, str], *, rngs: nnx.Rngs, dtype: Any,
+        role: Role = Role.MATRIX, fused: Fused | None = None,
+    ):  # fmt: skip
         init = jax.nn.initializers.normal(1 / math.sqrt(fan_in))
-        self.kernel = nnx.Param(init(rngs.params(), (fan_in, fan_out), param_dtype(dtype)), axes=axes)
+        value = init(rngs.params(), (fan_in, fan_out), param_dtype(dtype))
+        self.kernel = param(value, axes=axes, role=role, fused=fused)
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -38,7 +45,7 @@ class RMSNorm(nnx.Module):
     """`attnlab.ops.norm.rms_norm` with a learned scale [width], initially one."""
 
     def __init__(self, width: int, axes: tuple[str], *, dtype: Any, epsilon: float = 1e-6):
-        self.scale = nnx.Param(jnp.ones((width,), param_dtype(dtype)), axes=axes)
+        self.scale = param(jnp.ones((width,), param_dtype(dtype)), axes=axes, role=Role.SCALE)
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ from attnlab import config as config_lib
 from attnlab.errors import ConfigError
 from attnlab.mixers.base import Capabilities, HeadMixer, MixerConfig, MixerOutput, Sequence, knob, register
 from attnlab.mixers.parts import Linear, param_dtype
+from attnlab.mixers.roles import Role, param
 from attnlab.ops import segmented_ema
 from attnlab.ops.attention import attention_with_lse
 from attnlab.ops.cached_attention import cached_attention
@@ -140,7 +141,7 @@ class RAT(HeadMixer):
         # exp(b) is uniform in [1, L - 1]: averages reach back over about so many positions.
         longest = max(config.chunk - 1, 1)
         bias = jnp.log(jax.random.uniform(rngs.params(), (inner,), param_dtype(dtype), 1.0, longest))
-        self.gate_bias = nnx.Param(bias, axes=("heads",))
+        self.gate_bias = param(bias, axes=("heads",), role=Role.BIAS)
         self.out = Linear(inner, width, ("heads", "embed"), rngs=rngs, dtype=dtype)
 
     def heads(self, x: jax.Array, seq: Sequence, state: RATState | None = None) -> MixerOutput:

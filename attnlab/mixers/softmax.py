@@ -14,6 +14,7 @@ from attnlab import config as config_lib
 from attnlab.errors import ConfigError, UnsupportedPattern
 from attnlab.mixers.base import Capabilities, HeadMixer, MixerConfig, MixerOutput, Sequence, knob, register
 from attnlab.mixers.parts import Linear, RMSNorm, param_dtype
+from attnlab.mixers.roles import Role, param
 from attnlab.ops.attention import IMPLEMENTATIONS, attention
 from attnlab.ops.cached_attention import cached_attention
 from attnlab.ops.masks import Mask, mask_for_extension, mask_from_segments
@@ -120,7 +121,7 @@ class Softmax(HeadMixer):
             self.q_norm = RMSNorm(self.head_dim, ("head",), dtype=dtype)
             self.k_norm = RMSNorm(self.head_dim, ("head",), dtype=dtype)
         if config.sinks:
-            self.sinks = nnx.Param(jnp.zeros((config.heads,), param_dtype(dtype)), axes=("heads",))
+            self.sinks = param(jnp.zeros((config.heads,), param_dtype(dtype)), axes=("heads",), role=Role.BIAS)
 
     # Hooks for mixers that change one place of the layer (see gated.py).
 

@@ -10,6 +10,7 @@ from flax import nnx
 
 from attnlab.mixers.base import Sequence
 from attnlab.mixers.parts import Linear, param_dtype
+from attnlab.mixers.roles import Role, param
 from attnlab.ops.attention import attention
 from attnlab.ops.cached_attention import cached_attention
 from attnlab.ops.masks import Mask, mask_for_extension, mask_from_segments
@@ -26,7 +27,7 @@ class Attention(nnx.Module):
         if config.persistent:
             shape = (2, config.persistent, config.heads, head_dim)
             rows = jax.random.normal(rngs.params(), shape, param_dtype(dtype))
-            self.persistent = nnx.Param(rows, axes=("kind", "persistent", "heads", "head"))
+            self.persistent = param(rows, axes=("kind", "persistent", "heads", "head"), role=Role.TOKENS)
 
     def positioned(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """q, k, v [B, T, H, d] of x [B, T, fan_in]."""

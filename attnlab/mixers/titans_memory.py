@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnlab.mixers.parts import Linear, param_dtype
+from attnlab.mixers.roles import Fused, Role, param
 from attnlab.ops.causal_conv import causal_conv
 from attnlab.ops.neural_memory import MemorySpec, MemoryState, initial_state
 from attnlab.ops.two_stage import log_gate
@@ -30,19 +31,25 @@ class Memory(nnx.Module):
     def __init__(self, config: Any, fan_in: int, axes: tuple[str, str], head_dim: int, *, rngs: nnx.Rngs, dtype: Any):
         self.config, self.head_dim, self.spec = config, head_dim, memory_spec(config, head_dim)
         wide, heads = param_dtype(dtype), config.heads
-        self.qkv = Linear(fan_in, 3 * heads * head_dim, axes, rngs=rngs, dtype=dtype)
+        qkv = Fused(tuple((name, head_dim) for name in "qkv"), groups=heads)
+        self.qkv = Linear(fan_in, qkv.width, axes, rngs=rngs, dtype=dtype, fused=qkv)
         if config.conv:
             init = jax.nn.initializers.normal(config.conv**-0.5)
-            shape = (config.conv, 3 * heads * head_dim)
-            self.kernel = nnx.Param(init(rngs.params(), shape, wide), axes=("conv", "heads"))
-        bias = [_ALPHA_BIAS] * config.forgetting + [0.0] * config.momentum + [0.0]
-        self.gates = Linear(fan_in, heads * len(bias), (axes[0], "gates"), rngs=rngs, dtype=wide)
-        self.gate_bias = nnx.Param(jnp.tile(jnp.asarray(bias, wide), (heads, 1)), axes=("heads", "gates"))
+            taps = init(rngs.params(), (config.conv, qkv.width), wide)
+            self.kernel = param(taps, axes=("conv", "heads"), role=Role.TAPS)
+        bias = {"alpha": _ALPHA_BIAS} if config.forgetting else {}
+        bias |= {"eta": 0.0} if config.momentum else {}
+        bias |= {"theta": 0.0}
+        gates = Fused(tuple((name, 1) for name in bias), groups=heads)
+        self.gates = Linear(fan_in, gates.width, (axes[0], "gates"), rngs=rngs, dtype=wide, fused=gates)
+        rows = jnp.tile(jnp.asarray(list(bias.values()), wide), (heads, 1))
+        self.gate_bias = param(rows, axes=("heads", "gates"), role=Role.BIAS)
         for index, (fan, out) in enumerate(layer_widths(config, head_dim)):
             # The first layer of a network reads keys of length 1, the others entries of about 1.
             scale = 1.0 if index == 0 and config.depth > 1 else fan**-0.5
             weights = scale * jax.random.normal(rngs.params(), (heads, fan, out), wide)
-            setattr(self, f"layer_{index}", nnx.Param(weights, axes=("heads", "memory_in", "memory_out")))
+            layer = param(weights, axes=("heads", "memory_in", "memory_out"), role=Role.MEMORY)
+            setattr(self, f"layer_{index}", layer)
 
     def initial(self) -> MemoryState:
         """Where every document begins; rows [1, ...]."""

@@ -19,6 +19,7 @@ from flax import nnx
 
 from attnlab.mixers.base import Sequence
 from attnlab.mixers.parts import Linear, param_dtype
+from attnlab.mixers.roles import Fused
 from attnlab.mixers.titans_attention import Attention
 from attnlab.mixers.titans_memory import Memory, unit
 from attnlab.ops import context, partition
@@ -55,7 +56,8 @@ class SegmentedMemory(nnx.Module):
         self.attention = Attention(config, width, head_dim, rngs=rngs, dtype=dtype)
         self.memory = Memory(config, total, ("heads", "memory"), head_dim, rngs=rngs, dtype=dtype)
         self.query = Linear(width, total, ("embed", "heads"), rngs=rngs, dtype=dtype)
-        self.retrieved = Linear(total, 2 * total, ("heads", "memory"), rngs=rngs, dtype=dtype)
+        kv = Fused((("k", total), ("v", total)))
+        self.retrieved = Linear(total, kv.width, ("heads", "memory"), rngs=rngs, dtype=dtype, fused=kv)
 
     def init_state(self, batch: int, dtype: Any) -> SegmentState:
         """Before the first position."""

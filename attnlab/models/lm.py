@@ -10,6 +10,7 @@ from flax import nnx
 
 from attnlab import mixers
 from attnlab.mixers.parts import Linear, RMSNorm, param_dtype
+from attnlab.mixers.roles import Role, param
 from attnlab.models.transformer import ModelConfig, Transformer, extend
 from attnlab.ops import partition
 from attnlab.ops.cross_entropy import cross_entropy
@@ -27,13 +28,13 @@ class LanguageModel(nnx.Module):
         self.config = config
         dtype = config.compute_dtype
         init = jax.nn.initializers.normal(config.width**-0.5)
-        self.embedding = nnx.Param(
-            init(rngs.params(), (config.vocab, config.width), param_dtype(dtype)), axes=("vocab", "embed")
-        )
+        rows = init(rngs.params(), (config.vocab, config.width), param_dtype(dtype))
+        self.embedding = param(rows, axes=("vocab", "embed"), role=Role.EMBEDDING)
         self.transformer = Transformer(config, rngs=rngs)
         self.norm = RMSNorm(config.width, ("embed",), dtype=dtype)
         if not config.tied:
-            self.head = Linear(config.width, config.vocab, ("embed", "vocab"), rngs=rngs, dtype=dtype)
+            axes = ("embed", "vocab")
+            self.head = Linear(config.width, config.vocab, axes, rngs=rngs, dtype=dtype, role=Role.OUTPUT)
 
     def hidden(self, tokens_BT: jax.Array, seq: mixers.Sequence, key: jax.Array | None = None) -> mixers.MixerOutput:
         """Normalised final hidden states [B, T, D] of whole sequences; `key` turns dropout on."""

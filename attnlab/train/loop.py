@@ -125,7 +125,7 @@ class _Run:
         self.mesh = sharding.make_mesh(c.mesh, c.data.batch // c.train.accumulate, length=c.data.length)
         self.model = Model.of(c.model)
         self.rate = optimizers.schedule(c.optimizer, c.train.steps)
-        self.tx = optimizers.build(c.optimizer, c.train.steps, self.model.axes)
+        self.tx = optimizers.build(c.optimizer, c.train.steps, self.model.usages)
         self.shardings = state_shardings(self.mesh, self.model, self.tx)
         shapes = jax.eval_shape(lambda: init_state(self.model, self.tx, c.seed))
         size = sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(shapes))

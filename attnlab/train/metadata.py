@@ -151,6 +151,6 @@ def require_same_arrays(workdir: pathlib.Path, old: dict[str, Any], new: RunConf
 
 def _arrays(config: RunConfig) -> dict[str, str]:
     model = Model.of(config.model)
-    tx = optimizers.build(config.optimizer, config.train.steps, model.axes)
+    tx = optimizers.build(config.optimizer, config.train.steps, model.usages)
     leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(lambda: init_state(model, tx, config.seed)))
     return {jax.tree_util.keystr(p, simple=True, separator="."): f"{x.dtype}{list(x.shape)}" for p, x in leaves}

@@ -1,14 +1,26 @@
-"""Optimizers and learning-rate schedules, by config node; the algorithms are optax's."""
+"""Optimizers and learning-rate schedules, by config node; the algorithms are optax's.
+
+What is decayed, and what Muon orthogonalises, follows from the role that each parameter states where it is made:
+
+| roles | decayed | with muon |
+|---|---|---|
+| matrix | yes | Muon, each part of a fused one by itself |
+| embedding, output, bias, scale, taps, positions, tokens, decay_rate, memory | no | AdamW |
+
+`attnlab.mixers.roles.Role` has what each is and why; `attnlab list NAME --parameters` prints a mixer's.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
 import optax
 
 from attnlab import config as config_lib
+from attnlab.mixers.roles import Usage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +33,7 @@ class OptimizerConfig:
       warmup: steps of linear warm-up from 0.
       decay: fraction of the steps that wsd decays linearly over, at the end.
       final: last learning rate of cosine and wsd, as a fraction of the peak.
-      weight_decay: decoupled decay, times the learning rate; on matrices only, not on norms' scales or embeddings.
+      weight_decay: decoupled decay, times the learning rate; only on parameters whose role is matrix.
       clip: global norm that gradients are clipped to; none: no clipping.
     """
 
@@ -69,7 +81,9 @@ class AdamWConfig(OptimizerConfig):
 
 @dataclasses.dataclass(frozen=True)
 class MuonConfig(OptimizerConfig):
-    """Muon (Jordan 2024) on every layer's matrices; AdamW with Nesterov momentum on embedding, output and vectors.
+    """Muon (Jordan 2024) on every layer's matrices; AdamW with Nesterov momentum on parameters of any other role.
+
+    Matrices that share one kernel (queries, keys and values, say) are orthogonalised one by one.
 
     momentum: of Muon; iterations: Newton-Schulz steps; rms: root mean square that Muon's updates are scaled to, so that
     one learning rate serves both (Liu et al. 2025, Muon is Scalable, section 2.2); b1, b2: of AdamW.
@@ -157,39 +171,74 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([ramp, optax.constant_schedule(peak)], [c.warmup])
 
 
-def build(config: OptimizerConfig, steps: int, axes: Any) -> optax.GradientTransformation:
+def build(config: OptimizerConfig, steps: int, usages: Any) -> optax.GradientTransformation:
     """The optax transformation, clipping included.
 
     Args:
       config: an optimizer node.
       steps: length of the run, for the schedule.
-      axes: tree like the parameters; each leaf the tuple of the parameter's logical axes without the stack of layers.
+      usages: tree like the parameters; each leaf a `Usage`.
     """
-    is_axes = lambda leaf: isinstance(leaf, tuple)
-    matrix = jax.tree.map(lambda a: len(a) >= 2 and "vocab" not in a, axes, is_leaf=is_axes)
+    decayed = jax.tree.map(lambda usage: usage.role.decayed, usages)
     rate, c = schedule(config, steps), config
     if isinstance(c, AdamWConfig):
-        tx = optax.adamw(rate, c.b1, c.b2, c.epsilon, weight_decay=c.weight_decay, mask=matrix)
+        tx = optax.adamw(rate, c.b1, c.b2, c.epsilon, weight_decay=c.weight_decay, mask=decayed)
     elif isinstance(c, LionConfig):
-        tx = optax.lion(rate, c.b1, c.b2, weight_decay=c.weight_decay, mask=matrix)
+        tx = optax.lion(rate, c.b1, c.b2, weight_decay=c.weight_decay, mask=decayed)
     elif isinstance(c, MuonConfig):
-        stacked = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
-        tx = optax.contrib.muon(
-            rate,
-            ns_steps=c.iterations,
-            beta=c.momentum,
-            weight_decay=c.weight_decay,
-            weight_decay_mask=matrix,
-            adam_b1=c.b1,
-            adam_b2=c.b2,
-            muon_weight_dimension_numbers=jax.tree.map(lambda m: stacked if m else None, matrix),
-            consistent_rms=c.rms,
+        labels = jax.tree.map(lambda usage: "muon" if usage.role.orthogonalised else "adam", usages)
+        muon = optax.chain(
+            _orthogonalised(c, usages),
+            _scaled_by_shape(c.rms, usages),
+            optax.add_decayed_weights(c.weight_decay, mask=decayed),
+            optax.scale_by_learning_rate(rate),
         )
+        # Without a mask, whose state would not fit older checkpoints: no role is decayed but not orthogonalised.
+        adam = optax.adamw(rate, c.b1, c.b2, weight_decay=0.0, nesterov=True)
+        tx = optax.partition({"muon": muon, "adam": adam}, labels)
     else:
         # optax's own weight decay here is not multiplied by the learning rate; this keeps one meaning for all.
         tx = optax.chain(
             optax.adafactor(None, decay_rate=c.decay_rate),
-            optax.add_decayed_weights(-c.weight_decay, mask=matrix),
+            optax.add_decayed_weights(-c.weight_decay, mask=decayed),
             optax.scale_by_schedule(rate),
         )
     return tx if c.clip is None else optax.chain(optax.clip_by_global_norm(c.clip), tx)
+
+
+# `optax.contrib.muon` but for fused kernels, which it takes for one matrix. Its state has the same form as that one's.
+
+
+def _orthogonalised(c: MuonConfig, usages: Any) -> optax.GradientTransformation:
+    """optax's Muon on the parts of every array; the state holds whole arrays under the parameters' own paths."""
+    dimensions = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+    inner = optax.contrib.scale_by_muon(
+        ns_steps=c.iterations,
+        beta=c.momentum,
+        weight_dimension_numbers=lambda parts: jax.tree.map(lambda _: dimensions, parts),
+    )
+    split = lambda tree: _over(lambda u, x: u.fused.split(x) if u.fused else [x], usages, tree)
+    join = lambda tree: _over(lambda u, parts: u.fused.join(parts) if u.fused else parts[0], usages, tree)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        parts, state = inner.update(split(updates), state._replace(mu=split(state.mu)))
+        return join(parts), state._replace(mu=join(state.mu))
+
+    return optax.GradientTransformation(inner.init, update)
+
+
+def _scaled_by_shape(rms: float, usages: Any) -> optax.GradientTransformation:
+    """Orthogonal matrices [..., in, out], each part of a fused one by itself, times rms * sqrt(max(in, out))."""
+
+    def one(usage: Usage, x: jax.Array) -> jax.Array:
+        scale = lambda y: y * rms * max(y.shape[-2:]) ** 0.5
+        return usage.fused.join([scale(part) for part in usage.fused.split(x)]) if usage.fused else scale(x)
+
+    return optax.stateless(lambda updates, params: _over(one, usages, updates))
+
+
+def _over(f: Callable[[Usage, Any], Any], usages: Any, tree: Any) -> Any:
+    """`f(usage, x)` of every parameter that is in `tree`; `optax.partition` leaves out those of other optimizers."""
+    apart = lambda usage, x: x if isinstance(x, optax.MaskedNode) else f(usage, x)
+    return jax.tree.map(apart, usages, tree)

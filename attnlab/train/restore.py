@@ -114,7 +114,7 @@ def _load(
     rows, length = (config.data.batch // config.train.accumulate, config.data.length) if evaluating else (0, 0)
     mesh = sharding.make_mesh(config.mesh, rows, length=length)
     model = Model.of(config.model)
-    tx = optimizers.build(config.optimizer, config.train.steps, model.axes)
+    tx = optimizers.build(config.optimizer, config.train.steps, model.usages)
     shapes = jax.eval_shape(lambda: init_state(model, tx, config.seed))
     like = jax.tree.map(
         lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, state_shardings(mesh, model, tx)

@@ -11,6 +11,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from attnlab.mixers import roles
 from attnlab.models.lm import LanguageModel
 from attnlab.models.transformer import ModelConfig
 from attnlab.train import sharding
@@ -46,18 +47,20 @@ class Model:
       graphdef: with parameters it merges into a LanguageModel.
       shapes: nnx.State of ShapeDtypeStructs.
       axes: pure dict of logical axes.
+      usages: pure dict of what optimizers know of each parameter.
     """
 
     config: ModelConfig
     graphdef: Any
     shapes: nnx.State
     axes: Any
+    usages: Any
 
     @classmethod
     def of(cls, config: ModelConfig) -> Model:
         """Traces the construction; no array is made."""
         graphdef, shapes = nnx.split(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))), nnx.Param)
-        return cls(config, graphdef, shapes, sharding.logical_axes(shapes))
+        return cls(config, graphdef, shapes, sharding.logical_axes(shapes), roles.usages(shapes))
 
     def merge(self, params: Any) -> LanguageModel:
         """The module with these parameters (a pure dict)."""

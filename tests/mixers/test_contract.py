@@ -13,10 +13,11 @@ from flax import nnx
 
 from attnlab import mixers
 from attnlab.errors import UnsupportedPattern
+from attnlab.mixers import roles
 from attnlab.ops import partition
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
-from tests.mixers import cases, flops
+from tests.mixers import cases, flops, uses
 
 # A knob alone is held to the definition, on packed documents; most else is tried in the default, the combinations and
 # both directions; what no combination decides, in both directions.
@@ -244,6 +245,23 @@ def test_cost(config):
         assert cost.state_bytes == sum(a.nbytes for a in jax.tree.leaves(state))
         longer = cls.cost(config, cases.WIDTH, 64 * cases.LENGTH).state_bytes
         assert not cls.capabilities.fixed_state or longer == cost.state_bytes
+
+
+@every_config
+def test_roles(config):
+    """Law 10: a parameter is called a matrix where the program multiplies activations by it, and does nothing else."""
+    module = nnx.eval_shape(lambda: mixers.build(config, width=cases.WIDTH, rngs=nnx.Rngs(0)))
+    graphdef, params = cases.split(module)
+    leaves, treedef = jax.tree.flatten(params)
+    run = lambda leaves, x, seq: nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))(x, seq)
+    x, seq = cases.inputs(jnp.float32)
+    if getattr(config, "grid", None):  # tables of positions are read where there is an image
+        seq = dataclasses.replace(mixers.Sequence.whole(*x.shape[:2]), grid=config.grid)
+    found = uses.of(lambda leaves, x: run(leaves, x, seq).y, leaves, x)
+    stated = jax.tree_util.tree_leaves_with_path(roles.usages(params))
+    for (path, usage), used in zip(stated, found, strict=True):
+        assert used, f"{jax.tree_util.keystr(path)} is not used"
+        assert (usage.role is roles.Role.MATRIX) == (used == {uses.PRODUCT}), (jax.tree_util.keystr(path), usage, used)
 
 
 @pytest.mark.parametrize("name", mixers.names())

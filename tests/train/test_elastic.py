@@ -96,7 +96,7 @@ def assert_goes_on(whole, workdir, read, after):
 def placed(config):
     """What the state is on the config's mesh: ShapeDtypeStructs with shardings."""
     model = Model.of(config.model)
-    tx = optimizers.build(config.optimizer, config.train.steps, model.axes)
+    tx = optimizers.build(config.optimizer, config.train.steps, model.usages)
     shapes = jax.eval_shape(lambda: init_state(model, tx, config.seed))
     where = state_shardings(sharding.make_mesh(config.mesh, config.data.batch), model, tx)
     return jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, where)

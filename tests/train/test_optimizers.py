@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +12,15 @@ import pytest
 
 from attnlab import config as config_lib
 from attnlab.errors import ConfigError
-from attnlab.train import optimizers
+from attnlab.mixers.roles import Fused, Role, Usage
+from attnlab.models.transformer import ModelConfig, mixer_table
+from attnlab.train import optimizers, sharding
+from attnlab.train.config import MeshConfig
+from attnlab.train.state import Model
 
-AXES = {"w": ("embed", "mlp"), "embedding": ("vocab", "embed"), "scale": ("embed",)}
+USAGES = {"w": Usage(Role.MATRIX), "embedding": Usage(Role.EMBEDDING), "scale": Usage(Role.SCALE)}
+# Three heads; neither the parts nor the heads end where two devices would cut the axis.
+FUSED = Fused((("q", 6), ("k", 3), ("gate", 1)), groups=3)
 
 
 def params():
@@ -29,25 +37,28 @@ def config(name, **fields):
 
 
 def updates(c, grads):
-    tx = optimizers.build(c, 10, AXES)
+    tx = optimizers.build(c, 10, USAGES)
     p = params()
     return tx.update(grads, tx.init(p), p)[0]
 
 
 @pytest.mark.parametrize("name", list(optimizers.CONFIGS))
 def test_decay_is_on_matrices_only(name):
-    """With zero gradients only decay moves anything: every matrix by -rate * decay * w, vectors and embeddings not."""
-    c = config(name, learning_rate=0.5, weight_decay=0.2)
-    moved = updates(c, jax.tree.map(jnp.zeros_like, params()))
-    np.testing.assert_allclose(moved["w"], -0.1 * params()["w"], rtol=1e-5)
-    assert not np.any(moved["embedding"]) and not np.any(moved["scale"])
+    """With zero gradients only decay moves anything: matrices by -rate * decay * w, other roles of that shape not."""
+    usages = {role.value: Usage(role) for role in Role} | {"fused": Usage(Role.MATRIX, Fused((("a", 4), ("b", 8))))}
+    weights = dict.fromkeys(usages, params()["w"])
+    tx = optimizers.build(config(name, learning_rate=0.5, weight_decay=0.2), 10, usages)
+    moved = tx.update(jax.tree.map(jnp.zeros_like, weights), tx.init(weights), weights)[0]
+    for role in ("matrix", "fused"):
+        np.testing.assert_allclose(moved.pop(role), -0.1 * weights[role], rtol=1e-5, err_msg=role)
+    assert moved and {role for role, update in moved.items() if np.any(update)} == set()
 
 
 @pytest.mark.parametrize("name", list(optimizers.CONFIGS))
 def test_every_optimizer_descends(name):
     """Fifty steps on a quadratic bring it down."""
     c = config(name, learning_rate=0.05, weight_decay=0.0)
-    tx = optimizers.build(c, 50, AXES)
+    tx = optimizers.build(c, 50, USAGES)
     loss = lambda p: sum(jnp.sum(x**2) for x in jax.tree.leaves(p))
 
     @jax.jit
@@ -68,7 +79,7 @@ def test_muon_treats_each_layer_on_its_own():
     c = config("muon", learning_rate=1.0, weight_decay=0.0)
     stacked = updates(c, grads)["w"]
     for i in range(3):
-        tx = optimizers.build(c, 10, {"w": AXES["w"]})
+        tx = optimizers.build(c, 10, {"w": USAGES["w"]})
         one = {"w": params()["w"][i]}
         alone = tx.update({"w": grads["w"][i]}, tx.init(one), one)[0]["w"]
         np.testing.assert_allclose(stacked[i], alone, atol=1e-5)
@@ -76,8 +87,114 @@ def test_muon_treats_each_layer_on_its_own():
         assert values.max() / values.min() < 2.5
 
 
-def test_muon_leaves_embeddings_to_adam():
-    """What has the axis `vocab`, and vectors, get the update of Adam with Nesterov momentum."""
+def steps(tx, weights, grads, placed=None):
+    """Updates and states of several steps, the weights kept; `placed` has the shardings of both."""
+    run, state, found = jax.jit(tx.update, out_shardings=placed), tx.init(weights), []
+    for g in grads:
+        update, state = run(g, state, weights)
+        found.append((update, state))
+    return found
+
+
+def some(shape, seed, count=3):
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(count)]
+
+
+def test_muon_is_that_of_optax():
+    """Without fused kernels updates and states, by their paths, are those of `optax.contrib.muon`, step by step."""
+    c = config("muon", learning_rate=0.3, weight_decay=0.1)
+    matrix = {"w": True, "embedding": False, "scale": False}
+    stacked = optax.contrib.MuonDimensionNumbers(-2, -1)
+    theirs = optax.contrib.muon(
+        optimizers.schedule(c, 10), weight_decay=0.1, weight_decay_mask=matrix, adam_b1=0.9, adam_b2=0.95,
+        muon_weight_dimension_numbers={k: stacked if m else None for k, m in matrix.items()}, consistent_rms=0.2,
+    )  # fmt: skip
+    grads = [dict(zip(params(), each)) for each in zip(*(some(v.shape, i) for i, v in enumerate(params().values())))]
+    expected = steps(theirs, params(), grads)
+    ours = steps(optimizers.build(c, 10, USAGES), params(), grads)
+    assert jax.tree.structure(ours) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def fused_steps(mesh=None):
+    """Three steps of Muon on a stack of two fused kernels [8, 30]."""
+    c = config("muon", learning_rate=1.0, weight_decay=0.1)
+    tx = optimizers.build(c, 10, {"qkg": Usage(Role.MATRIX, FUSED)})
+    weights, *grads = trees = [{"qkg": x} for x in some((2, 8, FUSED.width), 3, 4)]
+    if mesh is None:
+        return steps(tx, weights, grads)
+    split = sharding.parameter_shardings(mesh, {"qkg": ("embed", "heads")}, weights)
+    weights, *grads = jax.device_put(trees, [split] * len(trees))
+    return steps(tx, weights, grads, (split, sharding.optimizer_shardings(mesh, tx, weights, split)))
+
+
+def test_muon_orthogonalises_the_parts_of_a_fused_kernel():
+    """Each part as if it were a parameter of its own, a narrow one too; the state is whole, under the kernel's path."""
+    found = fused_steps()
+    weights, *grads = some((2, 8, FUSED.width), 3, 4)
+    column = np.arange(FUSED.width) % 10
+    columns = {"q": column < 6, "k": (column >= 6) & (column < 9), "gate": column == 9}
+    apart = lambda x: {name: x[..., chosen] for name, chosen in columns.items()}
+    c = config("muon", learning_rate=1.0, weight_decay=0.1)
+    tx = optimizers.build(c, 10, dict.fromkeys(columns, Usage(Role.MATRIX)))
+    expected = steps(tx, apart(weights), [apart(g) for g in grads])
+    for (update, state), (alone, _) in zip(found, expected):
+        for name, part in apart(update["qkg"]).items():
+            np.testing.assert_allclose(part, alone[name], atol=2e-5, err_msg=name)
+        held = jax.tree_util.tree_leaves_with_path(state)
+        assert [x.shape for path, x in held if path[-1:] == (jax.tree_util.DictKey("qkg"),)] == [weights.shape]
+    for name, part in apart(found[-1][0]["qkg"] + 0.1 * weights).items():
+        values = np.linalg.svd(np.asarray(part), compute_uv=False) / (0.2 * max(part.shape[-2:]) ** 0.5)
+        assert values.min() > 0.5 and values.max() < 1.3, name
+
+
+def test_muon_on_split_kernels_is_that_of_one_device():
+    """Sharded over rows and, where no part ends, over columns, the updates are the same."""
+    split = fused_steps(sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), 8))
+    for (update, state), (expected, _) in zip(split, fused_steps(), strict=True):
+        for x in (update["qkg"], state.inner_states["muon"].inner_state[0].mu["qkg"]):
+            assert x.sharding.shard_shape(x.shape) == (2, 4, 15)
+        np.testing.assert_allclose(update["qkg"], expected["qkg"], atol=2e-5)
+
+
+MODELS = {  # between them, every role and every layout of a fused kernel
+    "images": {"A": {"name": "agent", "agents": 4}, "G": {"name": "gated_deltanet"}, "H": {"name": "moh"}},
+    "memory": {"M": {"name": "titans", "variant": "mac", "window": 4, "chunk": 2, "persistent": 2}},
+}
+
+
+@pytest.mark.parametrize("mixers", MODELS)
+@pytest.mark.parametrize("name", list(optimizers.CONFIGS))
+def test_whole_models(name, mixers):
+    """Without gradients exactly matrices move; with them Muon's updates of matrices are orthogonal, part by part."""
+    table = MODELS[mixers]
+    model = Model.of(ModelConfig(20, 16, 2 * len(table), mixer_table(table, "mixers"), "".join(table)))
+    rng = np.random.default_rng(0)
+    draw = lambda: jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape), s.dtype), model.pure_shapes)
+    weights, grads = draw(), draw()
+    c = config(name, learning_rate=0.5, weight_decay=0.2)
+    if name == "muon":  # small singular values need as many turns
+        c = dataclasses.replace(c, iterations=12)
+    tx = optimizers.build(c, 10, model.usages)
+    run = jax.jit(tx.update)
+    moved, _ = run(jax.tree.map(jnp.zeros_like, weights), tx.init(weights), weights)
+    usages = jax.tree_util.tree_leaves_with_path(model.usages)
+    for (path, usage), update in zip(usages, jax.tree.leaves(moved), strict=True):
+        assert np.any(update) == (usage.role is Role.MATRIX), path
+    if name != "muon":
+        return
+    update = jax.tree.map(lambda u, m: (u - m) / 0.5, run(grads, tx.init(weights), weights)[0], moved)
+    for (path, usage), x in zip(usages, jax.tree.leaves(update), strict=True):
+        parts = usage.fused.split(x) if usage.fused else [x]
+        for part in parts if usage.role is Role.MATRIX else ():
+            values = np.linalg.svd(np.asarray(part), compute_uv=False) / (0.2 * max(part.shape[-2:]) ** 0.5)
+            assert values.min() > 0.6 and values.max() < 1.3, (path, values)
+
+
+def test_muon_leaves_what_is_no_matrix_to_adam():
+    """Parameters of other roles get the update of Adam with Nesterov momentum."""
     grads = {k: jnp.ones_like(v) for k, v in params().items()}
     muon = updates(config("muon", learning_rate=0.1, weight_decay=0.0), grads)
     tx = optax.adamw(0.1, 0.9, 0.95, weight_decay=0.0, nesterov=True)
@@ -92,7 +209,7 @@ def test_clipping_is_by_global_norm():
     grads = jax.tree.map(lambda p: 100 * p, params())
     norm = optax.tree.norm(grads)
     lion = dict(learning_rate=1.0, weight_decay=0.0)
-    clipped = optimizers.build(config("adamw", clip=1.0, **lion), 10, AXES)
+    clipped = optimizers.build(config("adamw", clip=1.0, **lion), 10, USAGES)
     state = clipped.update(grads, clipped.init(params()), params())[1]
     np.testing.assert_allclose(state[1][0].mu["w"], 0.1 * grads["w"] / norm, rtol=1e-4)
 

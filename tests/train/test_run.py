@@ -13,10 +13,10 @@ import time
 
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 
 from attnlab import data as data_lib
 from attnlab.errors import TrainingFailed, UserError
+from attnlab.mixers.roles import Role, param
 from attnlab.mixers.softmax import Softmax
 from attnlab.train import loop, optimizers, restore
 from attnlab.train.checkpoints import Checkpoints
@@ -156,7 +156,7 @@ def test_other_code_moves_no_checkpoint(source, tmp_path, monkeypatch):
 
     def with_one_more(self, *args, **kwargs):
         original(self, *args, **kwargs)
-        self.extra = nnx.Param(jnp.zeros(3), axes=("embed",))
+        self.extra = param(jnp.zeros(3), axes=("embed",), role=Role.BIAS)
 
     monkeypatch.setattr(Softmax, "__init__", with_one_more)
     config = runs.config(source, train__steps=6, train__on_config_change="continue")

@@ -21,7 +21,7 @@ from tests.train import runs
 def make(**overrides):
     config = runs.config("stdlib", **{"optimizer__clip": 0.5, **overrides})
     model = Model.of(config.model)
-    tx = optimizers.build(config.optimizer, config.train.steps, model.axes)
+    tx = optimizers.build(config.optimizer, config.train.steps, model.usages)
     step = make_train_step(model, tx, config.train, optimizers.schedule(config.optimizer, config.train.steps))
     return config, model, tx, step
 

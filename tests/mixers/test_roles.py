@@ -1,0 +1,184 @@
+"""What every parameter of every mixer and of the language model is, and where the parts of fused kernels lie."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from attnlab import mixers
+from attnlab.mixers import describe
+from attnlab.mixers.base import Mixer, MixerConfig
+from attnlab.mixers.parts import Linear
+from attnlab.mixers.roles import Fused, Role, param, usages
+from attnlab.mixers.titans import TitansConfig
+from attnlab.mixers.titans_memory import Memory, unit
+from attnlab.models.transformer import ModelConfig, mixer_table
+from attnlab.train.state import Model
+from tests.mixers import cases
+
+# Mixer -> role -> parameters, over all its configs; `.kernel` of matrices and `.scale` of norms left out.
+_QKVO = "q k v out"
+ROLES = {
+    "agent": {
+        "matrix": _QKVO, "taps": "conv_kernel", "bias": "conv_bias", "tokens": "agents",
+        "positions": " ".join(f"bias_{at}.{of}" for at in ("in", "out") for of in "table row column leading".split()),
+    },
+    "based": {"matrix": _QKVO},
+    "flow": {"matrix": _QKVO},
+    "gated": {"matrix": f"{_QKVO} gate.linear", "bias": "gate.theta sinks", "scale": "q_norm k_norm"},
+    "gated_deltanet": {
+        "matrix": f"{_QKVO} beta gate log_decay.linear", "taps": "filters", "scale": "norm",
+        "decay_rate": "log_decay.a_log log_decay.dt_bias",
+    },
+    "lightning": {"matrix": f"{_QKVO} gate_down gate_up", "scale": "scale", "bias": "bias"},
+    "local_linear": {"matrix": f"{_QKVO} ridge", "bias": "ridge_bias", "scale": "q_norm k_norm"},
+    "moh": {
+        "matrix": "core.q core.k core.v core.out core.gate.linear router.both router.routed router.shared",
+        "bias": "core.sinks",
+    },
+    "parallax": {"matrix": f"{_QKVO} r", "scale": "q_norm k_norm r_norm"},
+    "rat": {"matrix": f"{_QKVO} g z", "bias": "gate_bias"},
+    "softmax": {"matrix": _QKVO, "bias": "sinks", "scale": "q_norm k_norm"},
+    "titans": {
+        "matrix": "attention.q attention.k attention.v between gate memory.gates memory.qkv mixed.attention.q "
+        "mixed.attention.k mixed.attention.v mixed.memory.gates mixed.memory.qkv mixed.query mixed.retrieved out",
+        "taps": "memory.kernel mixed.memory.kernel",
+        "bias": "memory.gate_bias mixed.memory.gate_bias",
+        "scale": "attention_norm memory_norm",
+        "tokens": "attention.persistent mixed.attention.persistent",
+        "memory": "memory.layer_0 memory.layer_1 mixed.memory.layer_0",
+    },
+}  # fmt: skip
+
+# Kernels of several matrices; the rest are one.
+FUSED = {
+    "titans": {"memory.qkv", "memory.gates", "mixed.memory.qkv", "mixed.memory.gates", "mixed.retrieved"},
+}
+
+
+def by_name(params):
+    """Usages by dotted path, without `.kernel` of matrices and `.scale` of norms."""
+    leaves = jax.tree_util.tree_leaves_with_path(usages(params))
+    names = {jax.tree_util.keystr(path, simple=True, separator="."): usage for path, usage in leaves}
+    ending = {Role.MATRIX: ".kernel", Role.OUTPUT: ".kernel", Role.SCALE: ".scale"}
+    return {name.removesuffix(ending.get(usage.role, "")): usage for name, usage in names.items()}
+
+
+@pytest.mark.parametrize("name", mixers.names())
+def test_roles_of_every_parameter(name):
+    """In all configs together a mixer has the parameters of its table, each of one role, and fuses those named."""
+    assert name in ROLES, f"state the roles of {name}'s parameters in this file's table"
+    found, fused = {}, set()
+    for config, _ in cases.configs(name).values():
+        module = nnx.eval_shape(lambda c=config: mixers.build(c, width=cases.WIDTH, rngs=nnx.Rngs(0)))
+        for parameter, usage in by_name(nnx.state(module, nnx.Param)).items():
+            found.setdefault(usage.role.value, set()).add(parameter)
+            fused |= {parameter} if usage.fused else set()
+    assert found == {role: set(names.split()) for role, names in ROLES[name].items()}
+    assert fused == FUSED.get(name, set())
+
+
+@pytest.mark.parametrize("name", mixers.names())
+def test_matrices_begin_as_matrices(name):
+    """A matrix has full rank at first: what begins as a constant, or as one row for all heads, is something else."""
+    module = mixers.build({"name": name}, width=cases.WIDTH, rngs=nnx.Rngs(0))
+    params = nnx.state(module, nnx.Param)
+    for (path, usage), value in zip(jax.tree_util.tree_leaves_with_path(usages(params)), jax.tree.leaves(params)):
+        if usage.role is Role.MATRIX:
+            assert np.linalg.matrix_rank(np.asarray(value)) == min(value.shape), jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_roles_of_the_language_model(tied):
+    """Embedding and output projection are no matrices; the SwiGLU's are, and norms are scales."""
+    layers = mixer_table({"M": {"name": "softmax"}}, "mixers")
+    model = Model.of(ModelConfig(vocab=20, width=16, layers=2, mixers=layers, tied=tied))
+    found = {name: usage.role for name, usage in by_name(model.shapes).items()}
+    block = "transformer.periods.blocks.0"
+    matrices = {f"{block}.mixer.{n}" for n in "q k v out".split()} | {
+        f"{block}.mlp.{n}" for n in ("gate", "up", "down")
+    }
+    expected = dict.fromkeys(matrices, Role.MATRIX)
+    expected |= dict.fromkeys(["norm", f"{block}.mixer_norm", f"{block}.mlp_norm"], Role.SCALE)
+    expected |= {"embedding": Role.EMBEDDING} | ({} if tied else {"head": Role.OUTPUT})
+    assert found == expected
+
+
+def test_parts_of_the_memory_are_what_they_are_called():
+    """Titans' q, k, v and its gates, computed from the parts of the fused kernels alone."""
+    config = TitansConfig(heads=2, conv=0, momentum=True, forgetting=True, stability="none")
+    memory = Memory(config, 8, ("embed", "heads"), 4, rngs=nnx.Rngs(0), dtype=jnp.float32)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 3, 8)), jnp.float32)
+    q, k, v, log_keep, log_eta, theta = memory.inputs(x, None, None, None)[0]
+    part = lambda linear: dict(zip(dict(linear.kernel.fused.parts), linear.kernel.fused.split(linear.kernel[...])))
+    qkv, gates = part(memory.qkv), part(memory.gates)
+    activated = {name: jax.nn.silu(x @ kernel).reshape(1, 3, 2, 4) for name, kernel in qkv.items()}
+    np.testing.assert_allclose(q, unit(activated["q"]), atol=1e-5)
+    np.testing.assert_allclose(k, unit(activated["k"]), atol=1e-5)
+    np.testing.assert_allclose(v, activated["v"], atol=1e-5)
+    bias = dict(zip(gates, memory.gate_bias[...].T))
+    gate = {name: jax.nn.sigmoid(x @ kernel + bias[name]) for name, kernel in gates.items()}
+    np.testing.assert_allclose(jnp.exp(log_keep), 1 - gate["alpha"], atol=1e-5)
+    np.testing.assert_allclose(jnp.exp(log_eta), gate["eta"], atol=1e-5)
+    np.testing.assert_allclose(theta, config.theta_max * gate["theta"], atol=1e-5)
+
+
+def test_parts_are_columns():
+    """Group by group, the parts in order; `join` puts them back."""
+    fused = Fused((("a", 2), ("b", 1)), groups=2)
+    x = jnp.arange(2 * 3 * 6).reshape(2, 3, 6)
+    a, b = fused.split(x)
+    np.testing.assert_array_equal(a, x[..., [0, 1, 3, 4]])
+    np.testing.assert_array_equal(b, x[..., [2, 5]])
+    np.testing.assert_array_equal(fused.join([a, b]), x)
+
+
+def test_a_parameter_without_a_role_is_refused():
+    """Where the mixer is built, by its name, before anything runs."""
+
+    class Bare(Mixer):
+        def __init__(self, config, *, width, rngs, dtype=jnp.float32):
+            self.inner = Linear(width, width, ("embed", "heads"), rngs=rngs, dtype=dtype)
+            self.inner.theta = nnx.Param(jnp.zeros(3), axes=("embed",))
+
+    class BareConfig(MixerConfig):
+        node_name = "bare"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(mixers.base._REGISTRY, "bare", Bare)
+        patch.setattr(mixers.base, "config_from_node", lambda node: BareConfig())
+        with pytest.raises(ValueError, match=r"parameter inner.theta states no role; make it with .*roles.param"):
+            mixers.build({"name": "bare"}, width=4, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match="role"):
+        param(jnp.zeros(3), axes=("embed",))
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"role": "matrix"}, "role 'matrix' .* is unknown; allowed: Role.MATRIX, Role.EMBEDDING"),
+    ({"axes": ("embed",)}, r"\[4, 6\] has 2 axes, \('embed',\) names 1"),
+    ({"value": jnp.zeros(6), "axes": ("heads",)}, "a matrix has two axes or more"),
+    ({"fused": Fused((("a", 3), ("b", 2)))}, "is 5 wide, the parameter .* is not"),
+    ({"role": Role.TAPS, "fused": Fused((("a", 6),))}, "only a matrix has fused parts"),
+])  # fmt: skip
+def test_what_does_not_go_together(fields, message):
+    with pytest.raises(ValueError, match=message):
+        param(**{"value": jnp.zeros((4, 6)), "axes": ("embed", "heads"), "role": Role.MATRIX} | fields)
+
+
+def test_listing_of_parameters():
+    """What `attnlab list NAME --parameters` prints, of a wrapped mixer and of fused kernels."""
+    rows = {row["path"]: row for row in describe.parameters("titans", 32)}
+    assert rows["memory.qkv.kernel"] == {
+        "path": "memory.qkv.kernel", "shape": [32, 96], "axes": ["embed", "heads"], "role": "matrix",
+        "parts": {"q": 8, "k": 8, "v": 8}, "groups": 4, "decayed": True, "optimizer": "muon",
+    }  # fmt: skip
+    taps = rows["memory.kernel"]
+    assert (taps["role"], taps["decayed"], taps["optimizer"], taps["parts"]) == ("taps", False, "adamw", None)
+    assert {"core.q.kernel", "router.routed.kernel"} <= {row["path"] for row in describe.parameters("moh", 32)}
+    columns, cells = describe.parameter_table(list(rows.values()))
+    shown = {line[0]: dict(zip(columns, line)) for line in cells}
+    assert shown["memory.qkv.kernel"]["parts"] == "4 times q 8, k 8, v 8"
+    assert shown["memory.qkv.kernel"]["shape"] == "32 x 96" and shown["memory.kernel"]["decayed"] == "no"
