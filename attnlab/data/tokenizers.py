@@ -191,6 +191,7 @@ class HuggingFaceTokenizer(Tokenizer):
         head, tail = self.eod[:1], self.eod[1:]
         pieces = text.split(self.eod)
         parts = [(tail if i else "") + piece + (head if i < len(pieces) - 1 else "") for i, piece in enumerate(pieces)]
+        parts = [part for part in parts if part]
         encodings = self._backend.encode_batch(parts, add_special_tokens=False)
         starts = np.cumsum([0, *(len(part.encode()) for part in parts)])
         ids = np.array([i for encoding in encodings for i in encoding.ids], np.int32)
@@ -221,7 +222,7 @@ class HuggingFaceTokenizer(Tokenizer):
         if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
             return None
         words = self._backend.get_vocab(with_added_tokens=False)
-        if not all(character in words for character in _byte_level_alphabet()):
+        if len(set(words.values())) < len(words) or not _byte_level_alphabet().issubset(words):
             return None
         lengths = np.zeros(self.vocab_size, np.int32)
         for word, index in words.items():

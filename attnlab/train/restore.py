@@ -108,9 +108,9 @@ def evaluate_heldout(trained: Trained, batches: int | None = None) -> Evaluation
     """Held-out loss over all of the data's held-out batches, or the first `batches`."""
     config = trained.config
     loader = data_lib.heldout_loader(micro_batches(config), trained.tokenizer, batches=batches)
-    lengths = trained.tokenizer.byte_lengths()
-    step = jax.jit(make_eval_step(trained.model, config.train, lengths, trained.mesh))
-    return evaluate(lambda batch: step(trained.params, batch), (sharding.put_batch(b, trained.mesh) for b in loader))
+    step = jax.jit(make_eval_step(trained.model, config.train, trained.mesh))
+    batches = (sharding.put_batch(batch, trained.mesh) for batch in loader)
+    return evaluate(lambda batch: step(trained.params, batch), batches, loader.bytes)
 
 
 def prepare_prompts(
