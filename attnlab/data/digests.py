@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from attnlab.data.progress import ProgressFn
 
-_CHECKSUM = "checksum"
+CHECKSUM = "checksum"
 _CHUNK_BYTES = 1 << 20
 _THREADS = 8
 # A file that changed this recently may change again without its time telling.
@@ -51,30 +51,37 @@ def sha256_of_each(paths: Iterable[str]) -> list[str]:
 def write_json(path: str, values: dict[str, Any]) -> None:
     """Writes a JSON object with a checksum of its content."""
     with open(path, "w", encoding="utf-8") as out:
-        json.dump({**values, _CHECKSUM: _checksum(values)}, out, indent=1)
+        json.dump({**values, CHECKSUM: _checksum(values)}, out, indent=1)
 
 
-def read_json(path: str, *, required: bool = True) -> dict[str, Any]:
-    """The object that `write_json` wrote.
-
-    Args:
-      required: False: an object without a checksum is taken as well.
+def read_json(path: str) -> dict[str, Any]:
+    """The JSON object in a file, not yet compared with its checksum.
 
     Raises:
       OSError: it cannot be read.
-      ValueError: it is not JSON, no object, or not what was written.
+      ValueError: it is not JSON, or no object.
     """
+    name = os.path.basename(path)
     with open_regular(path) as file:
         try:
             values = json.loads(file.read())
-        except RecursionError as error:
-            raise ValueError("JSON nested too deep") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{name}: not JSON ({error})") from error
     if not isinstance(values, dict):
-        raise ValueError(f"a JSON {type(values).__name__}, not an object")
-    if required or _CHECKSUM in values:
-        if values.pop(_CHECKSUM, None) != _checksum(values):
-            raise ValueError("its content is not what was written")
+        raise ValueError(f"{name}: a JSON {type(values).__name__}, not an object")
     return values
+
+
+def without_checksum(values: dict[str, Any]) -> dict[str, Any]:
+    """What was given to `write_json`, from what is in the file.
+
+    Raises:
+      ValueError: it has no checksum, or another one's.
+    """
+    rest = {name: value for name, value in values.items() if name != CHECKSUM}
+    if values.get(CHECKSUM) != _checksum(rest):
+        raise ValueError(f"{CHECKSUM} is not that of what was written")
+    return rest
 
 
 def _checksum(values: dict[str, Any]) -> str:

@@ -14,7 +14,15 @@ from typing import Any
 import numpy as np
 
 from attnlab.data.corpus import Corpus, token_dtype
-from attnlab.data.digests import damaged_files, read_json, sha256_of, sha256_of_each, write_json
+from attnlab.data.digests import (
+    CHECKSUM,
+    damaged_files,
+    read_json,
+    sha256_of,
+    sha256_of_each,
+    without_checksum,
+    write_json,
+)
 from attnlab.data.progress import ProgressFn
 from attnlab.data.store import read_arrays
 from attnlab.data.tokenizers import Tokenizer
@@ -104,25 +112,47 @@ def read_index(directory: str, names: set[str], tokenizer: Tokenizer) -> RecordI
       UserError: it is missing or damaged, of another version or tokenizer, or shards are missing or cut.
     """
     try:
-        index = read_json(os.path.join(directory, _INDEX), required=False)
-        version = index.get("version")
-        if version not in (1, _VERSION):
-            raise UserError(
-                f"{directory} was written in format {str(version)[:20]}; this attnlab reads 1 and {_VERSION}. {_AGAIN}"
-            )
+        index = _load(directory)
         _require_tokenizer(directory, index, tokenizer)
         corpus = _read_documents(directory, index)
         _check(index, corpus, tokenizer)
+        _require_shards(directory, index["shards"], names)
     except FileNotFoundError as error:
         raise UserError(
             f"{directory} has no {os.path.basename(error.filename)}: not a directory that `attnlab"
             f" tokenizer apply` finished. {_AGAIN}"
         ) from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{directory}: {_INDEX} or {_DOCUMENTS} is damaged ({str(error)[:160]}). {_AGAIN}") from error
-    shards = index["shards"]
-    paths = [os.path.join(directory, shard["name"]) for shard in shards]
-    for path, shard in zip(paths, shards, strict=True):
+        problem = " ".join(str(error).split())[:160]
+        raise UserError(f"{directory}: {_INDEX} or {_DOCUMENTS} is damaged ({problem}). {_AGAIN}") from error
+    version, shards = index["version"], index["shards"]
+    return RecordIndex(
+        corpus,
+        [os.path.join(directory, shard["name"]) for shard in shards],
+        [shard["records"] for shard in shards],
+        [shard["sha256"] for shard in shards] if version > 1 else None,
+        index["record_tokens"],
+        version > 1 and index["token_bytes"],
+    )
+
+
+def _load(directory: str) -> dict[str, Any]:
+    index = read_json(os.path.join(directory, _INDEX))
+    version = index.get("version")
+    if type(version) is not int or not 1 <= version <= _VERSION:
+        raise UserError(
+            f"{directory} was written in format {str(version)[:20]}; this attnlab reads 1 to {_VERSION}. {_AGAIN}"
+        )
+    if version > 1:
+        return without_checksum(index)
+    if CHECKSUM in index:
+        raise ValueError("version = 1 has no checksum")
+    return index
+
+
+def _require_shards(directory: str, shards: list[dict[str, Any]], names: set[str]) -> None:
+    for shard in shards:
+        path = os.path.join(directory, shard["name"])
         if shard["name"] not in names:
             there = "is not matched by data.source" if os.path.exists(path) else "is missing"
             raise UserError(f"{path} {there}: all {len(shards)} shards of a directory are read together.")
@@ -130,14 +160,6 @@ def read_index(directory: str, names: set[str], tokenizer: Tokenizer) -> RecordI
             raise UserError(
                 f"{path} is {size} bytes, and was written with {shard['size']}: truncated or damaged. {_AGAIN}"
             )
-    return RecordIndex(
-        corpus,
-        paths,
-        [shard["records"] for shard in shards],
-        [shard["sha256"] for shard in shards] if version > 1 else None,
-        index["record_tokens"],
-        version > 1 and index["token_bytes"],
-    )
 
 
 def _require_tokenizer(directory: str, index: dict[str, Any], tokenizer: Tokenizer) -> None:
@@ -201,7 +223,7 @@ def _check(index: dict[str, Any], corpus: Corpus, tokenizer: Tokenizer) -> None:
 
 def _require_equal(name: str, value: object, expected: object) -> None:
     if type(value) is not type(expected) or value != expected:
-        raise ValueError(f"{name} = {str(value)[:60]!r}, not {expected!r}")
+        raise ValueError(f"{name} = {str(value)[:60]}, not {expected!r}")
 
 
 def shard_name(shard: int) -> str:

@@ -25,7 +25,7 @@ import numpy as np
 
 from attnlab.data.config import DataConfig
 from attnlab.data.corpus import TOKEN_BYTES_DTYPE, Corpus, CorpusBuilder, token_dtype, tokenised
-from attnlab.data.digests import read_json, sha256_of, write_json
+from attnlab.data.digests import read_json, sha256_of, without_checksum, write_json
 from attnlab.data.progress import ProgressFn, stderr_progress
 from attnlab.data.sources import Source
 from attnlab.data.tokenizers import Tokenizer
@@ -281,7 +281,7 @@ def _load(path: str, tokenizer: Tokenizer) -> FlatStore:
       OSError, ValueError: it is damaged.
     """
     dtype, kept = token_dtype(tokenizer.vocab_size), tokenizer.byte_lengths() is None
-    meta = read_json(os.path.join(path, _META))
+    meta = without_checksum(read_json(os.path.join(path, _META)))
     written = meta.get("sha256")
     for name in _files(kept):
         if not isinstance(written, dict) or sha256_of(os.path.join(path, name)) != written.get(name):
