@@ -45,7 +45,7 @@ class Corpus:
         columns = {"lengths": np.int64, "keys": np.uint64, "text_bytes": np.int64}
         for name, dtype in columns.items():
             column = getattr(self, name)
-            if column.dtype != dtype or column.shape != (len(self.lengths),) or not len(column):
+            if column.dtype != dtype or column.ndim != 1 or column.shape != self.lengths.shape or not len(column):
                 raise ValueError(f"{name} is {column.dtype} {list(column.shape)}, not {np.dtype(dtype)} [documents]")
             if column.min() < 0 or (name != "keys" and int(column.max()) > np.iinfo(np.int64).max // len(column)):
                 raise ValueError(f"{name} from {column.min()} to {column.max()}")

@@ -95,6 +95,8 @@ def _expand(pattern: str) -> Iterator[str]:
         yield from globbing.iglob(pattern)
         return
     at = components.index("**")
+    while components[at + 1 : at + 2] == ["**"]:
+        del components[at]
     head, tail = os.sep.join(components[:at]), os.sep.join(components[at + 1 :])
     if at and not head:
         head = os.sep
@@ -114,14 +116,14 @@ def _directories(base: str) -> Iterator[str]:
             identity = (stat.st_dev, stat.st_ino) if stat.st_ino else os.path.realpath(path or os.curdir)
             if identity in seen:
                 continue
-            with os.scandir(path or os.curdir) as entries:
-                below = sorted((e.name, e.is_symlink()) for e in entries if not e.name.startswith(".") and e.is_dir())
+            with os.scandir(path or os.curdir) as found:
+                entries = sorted((e for e in found if not e.name.startswith(".")), key=lambda entry: entry.name)
         except OSError:  # not a directory, or one that may not be read: globs match nothing there
             continue
         seen.add(identity)
         yield path
-        waiting += [os.path.join(path, name) for name, link in reversed(below) if not link]
-        links += [os.path.join(path, name) for name, link in below if link]
+        waiting += [os.path.join(path, e.name) for e in reversed(entries) if e.is_dir(follow_symlinks=False)]
+        links += [os.path.join(path, e.name) for e in entries if e.is_symlink()]
 
 
 def _fixed_part(pattern: str) -> str:

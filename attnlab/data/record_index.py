@@ -163,7 +163,7 @@ def _require_shards(directory: str, shards: list[dict[str, Any]], names: set[str
 
 
 def _require_tokenizer(directory: str, index: dict[str, Any], tokenizer: Tokenizer) -> None:
-    for name in ("tokenizer", "tokenizer_fingerprint"):
+    for name in ("source", "tokenizer", "tokenizer_fingerprint"):
         if not isinstance(index.get(name), str):
             raise ValueError(f"{name} = {index.get(name)!r}")
     if index["tokenizer_fingerprint"] != tokenizer.fingerprint():

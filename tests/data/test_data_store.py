@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from attnlab import data
-from attnlab.data import records, store
+from attnlab.data import digests, records, store
 from attnlab.errors import ConfigError, UserError
 
 # A loader that hangs fails its test.
@@ -72,11 +73,84 @@ def test_a_damaged_cache_is_noticed_and_made_again(corpus, tmp_path, caplog, nam
         path.write_bytes({"cut": content[:-1], "flip": content, "empty": b""}[damage])
     again = batches_of(config)
     assert_same(first, again)
-    if (name, damage) != ("meta.json", "flip"):  # one flipped bit of a description may leave it valid
-        assert "is damaged" in caplog.text and "tokenising again" in caplog.text
+    assert "is damaged" in caplog.text and "tokenising again" in caplog.text
     caplog.clear()
     assert_same(first, batches_of(config))
     assert not caplog.text
+
+
+def _replace(path, damage):
+    """Puts something else in the place of a file or directory of the cache."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if damage == "directory":
+        path.mkdir()
+    elif damage == "fifo":
+        os.mkfifo(path)
+    elif damage == "link to itself":
+        path.symlink_to(path)
+    elif damage == "link to nowhere":
+        path.symlink_to(path.parent / "nowhere")
+    elif damage == "endless":
+        path.symlink_to("/dev/zero")
+    elif damage == "file":
+        path.write_text("in the way")
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("damage", ["directory", "fifo", "link to itself", "link to nowhere", "endless", "file"])
+def test_anything_in_the_place_of_a_cache_is_replaced(corpus, tmp_path, caplog, damage):
+    config = data.DataConfig(source=corpus, length=16, batch=4)
+    first = batches_of(config)
+    [meta] = [path for path in cache_files(tmp_path) if path.name == "meta.json"]
+    for path in (meta, meta.with_name("tokens.bin"), meta.with_name("keys.npy"), meta.parent):
+        _replace(path, damage)
+        caplog.clear()
+        assert_same(first, batches_of(config))
+        assert "is damaged" in caplog.text and "tokenising again" in caplog.text
+        caplog.clear()
+        assert_same(first, batches_of(config))
+        assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("meta.json", {"files": "x"}),
+        ("meta.json", {"skipped": None}),
+        ("meta.json", {"empty": -1}),
+        ("meta.json", {"digest": 5}),
+        ("meta.json", {"sha256": 5}),
+        ("lengths.npy", lambda a: a * 1.5),
+        ("lengths.npy", lambda a: -a),
+        ("lengths.npy", lambda a: a + 1),
+        ("lengths.npy", lambda a: a + 2**60),
+        ("lengths.npy", lambda a: a[:, None]),
+        ("lengths.npy", lambda a: a[:5]),
+        ("lengths.npy", lambda a: a[:0]),
+        ("keys.npy", lambda a: a.astype(np.int64)),
+        ("keys.npy", lambda a: a.astype(object)),
+        ("text_bytes.npy", lambda a: a[1:]),
+        ("tokens.bin", lambda a: a[:-1]),
+        ("tokens.bin", lambda a: a + np.uint16(300)),
+    ],
+)
+def test_a_cache_that_contradicts_itself_is_made_again(corpus, tmp_path, caplog, name, value):
+    """Though every checksum is that of the content."""
+    config = data.DataConfig(source=corpus, length=16, batch=4)
+    first = batches_of(config)
+    [meta] = [path for path in cache_files(tmp_path) if path.name == "meta.json"]
+    content = digests.without_checksum(digests.read_json(str(meta)))
+    if name == "meta.json":
+        content |= value
+    else:
+        path = meta.with_name(name)
+        array = np.fromfile(path, np.uint16) if name == "tokens.bin" else np.load(path)
+        path.unlink()
+        value(array).tofile(path) if name == "tokens.bin" else np.save(path, value(array), allow_pickle=True)
+        content["sha256"][name] = digests.sha256_of(str(path))
+    digests.write_json(str(meta), content)
+    assert_same(first, batches_of(config))
+    assert "is damaged" in caplog.text and "tokenising again" in caplog.text
 
 
 def test_a_cache_that_cannot_be_written(corpus, tmp_path, monkeypatch, caplog):
@@ -273,7 +347,8 @@ config = data.DataConfig(source={corpus!r}, length=16, batch=4)
         ("flip documents", "is damaged"),
         ("index text", "is damaged"),
         ("partly matched", "is not matched by data.source"),
-        ("flip", "is damaged: record"),
+        ("flip", "tokens-00001.array_record is damaged: not what index.json says"),
+        ("zeros", "tokens-00001.array_record is damaged: not what index.json says"),
     ],
 )
 def test_bad_array_record_directories(corpus, tmp_path, damage, message):
@@ -293,7 +368,7 @@ def test_bad_array_record_directories(corpus, tmp_path, damage, message):
     else:
         path = documents if damage == "flip documents" else shard
         content = bytearray(path.read_bytes())
-        content[400] ^= 0xFF
+        content[400:500] = bytes(100) if damage == "zeros" else bytes(b ^ 0xFF for b in content[400:500])
         path.write_bytes(content)
     written = data.DataConfig(source=f"array_record:{out}/{glob}", length=16, batch=4, heldout=0)
     with pytest.raises(UserError, match=message) as error:
@@ -301,6 +376,86 @@ def test_bad_array_record_directories(corpus, tmp_path, damage, message):
             for _ in range(loader.summary()["rows"]):
                 next(loader)
     assert str(out) in str(error.value)
+
+
+def _read_all(out, cache=None):
+    config = data.DataConfig(source=f"array_record:{out}/*.array_record", length=16, batch=4, heldout=0, cache=cache)
+    with data.train_loader(config, BYTES, seed=0) as loader:
+        return [next(loader) for _ in range(loader.summary()["rows"])]
+
+
+@pytest.mark.parametrize("damage", ["flip", "zeros"])
+def test_damage_in_a_corpus_without_digests_of_shards(corpus, tmp_path, damage, as_version_1):
+    """Version 1 had none: the record that cannot be decoded tells."""
+    out = tmp_path / "out"
+    data.apply_tokenizer(data.DataConfig(source=corpus), str(out), shards=2)
+    whole = _read_all(out)
+    as_version_1(out)
+    assert_same(whole, _read_all(out))
+    content = bytearray((out / "tokens-00001.array_record").read_bytes())
+    content[400:500] = bytes(100) if damage == "zeros" else bytes(b ^ 0xFF for b in content[400:500])
+    (out / "tokens-00001.array_record").write_bytes(content)
+    with pytest.raises(UserError, match="tokens-00001.array_record is damaged: record"):
+        _read_all(out)
+
+
+def test_ids_that_the_tokenizer_does_not_have(corpus, tmp_path, monkeypatch):
+    encode = type(BYTES).encode
+    with monkeypatch.context() as patch:
+        patch.setattr(type(BYTES), "encode", lambda self, text: encode(self, text) + 200)
+        data.apply_tokenizer(data.DataConfig(source=corpus), str(tmp_path / "out"))
+    with pytest.raises(UserError, match=r"cannot be read \(token \d+, of 257\)"):
+        _read_all(tmp_path / "out")
+
+
+def test_shards_are_verified_once(corpus, tmp_path, monkeypatch):
+    """By the first process on a machine that reads them, and again when they change."""
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    data.apply_tokenizer(data.DataConfig(source=corpus), str(out), shards=3)
+    shards = sorted(out.glob("*.array_record"))
+    monkeypatch.setattr(digests, "_SETTLED_SECONDS", -10.0)
+    hashed = []
+    original = digests.sha256_of
+    monkeypatch.setattr(digests, "sha256_of", lambda path, *read: (hashed.append(path), original(path, *read))[1])
+
+    def opened(cache, new_process=True):
+        hashed.clear()
+        if new_process:
+            monkeypatch.setattr(digests, "_verified", set())
+        _read_all(out, str(cache))
+        return sorted(map(pathlib.Path, hashed))
+
+    assert opened(cache) == shards
+    assert opened(cache) == opened(cache, False) == []
+    os.utime(shards[1], ns=(0, 0))
+    assert opened(cache) == shards[1:2]
+    copy = shards[2].read_bytes()
+    shards[2].unlink()
+    shards[2].write_bytes(copy)
+    assert opened(cache) == shards[2:]
+    status, changed = shards[0].stat(), bytearray(shards[0].read_bytes())
+    changed[400] ^= 1
+    shards[0].write_bytes(changed)
+    os.utime(shards[0], ns=(status.st_atime_ns, status.st_mtime_ns))  # as a copy that keeps times would leave it
+    with pytest.raises(UserError, match="tokens-00000.array_record is damaged"):
+        opened(cache)
+    shards[0].write_bytes(bytes(a ^ (i == 400) for i, a in enumerate(changed)))
+    # Where no mark can be written, the process remembers.
+    (tmp_path / "file").write_text("in the way")
+    assert opened(tmp_path / "file") == shards and opened(tmp_path / "file", False) == []
+    assert opened(tmp_path / "file") == shards
+    # What has changed just now may change again at the same time stamp.
+    monkeypatch.setattr(digests, "_SETTLED_SECONDS", 3600.0)
+    assert opened(tmp_path / "new") == opened(tmp_path / "new") == shards
+
+
+def test_progress_of_verifying(corpus, tmp_path):
+    data.apply_tokenizer(data.DataConfig(source=corpus), str(tmp_path / "out"))
+    seen = []
+    config = data.DataConfig(source=f"array_record:{tmp_path}/out/*.array_record", length=16, batch=4)
+    data.train_loader(config, BYTES, seed=0, progress=lambda *done: seen.append(done))
+    size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.array_record"))
+    assert max(seen) == (size, size)
 
 
 def test_array_record_of_another_tokenizer(corpus, tmp_path):
