@@ -43,8 +43,8 @@ class DataConfig:
     on_bad_record: str = "raise"
     # Processes that read batches; 0 reads in threads of this process. The batches are the same.
     workers: int = 0
-    # Directory of tokenised corpora. None: $ATTNLAB_CACHE, else $XDG_CACHE_HOME/attnlab, else
-    # ~/.cache/attnlab.
+    # Directory of tokenised corpora, and of the marks of shards that were verified. None: $ATTNLAB_CACHE, else
+    # $XDG_CACHE_HOME/attnlab, else ~/.cache/attnlab.
     cache: str | None = None
     # True: documents are laid out, and rows visited in every epoch, in a seeded random order. False: in the
     # source's own order.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -27,18 +28,22 @@ _verified: set[str] = set()
 def open_regular(path: str) -> IO[bytes]:
     """Opens a file to read. OSError for what is no regular file: a pipe would block, a device has no end."""
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(f"{path} is not a regular file")
+        raise OSError(errno.EINVAL, "not a regular file", path)
     return open(path, "rb")
 
 
 def sha256_of(path: str, read: Callable[[int], None] | None = None) -> str:
     """The SHA-256 of a regular file, in hexadecimal. `read` is called with the bytes of every chunk."""
     digest = hashlib.sha256()
-    with open_regular(path) as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-            if read is not None:
-                read(len(chunk))
+    try:
+        with open_regular(path) as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+                if read is not None:
+                    read(len(chunk))
+    except OSError as error:
+        error.filename = path  # a disk that fails does not say where
+        raise
     return digest.hexdigest()
 
 

@@ -1,6 +1,7 @@
 """The token cache, and corpora written as array_record."""
 
 import errno
+import io
 import json
 import logging
 import multiprocessing
@@ -437,7 +438,7 @@ def test_shards_are_verified_once(corpus, tmp_path, monkeypatch):
     changed[400] ^= 1
     shards[0].write_bytes(changed)
     os.utime(shards[0], ns=(status.st_atime_ns, status.st_mtime_ns))  # as a copy that keeps times would leave it
-    with pytest.raises(UserError, match="tokens-00000.array_record is damaged"):
+    with pytest.raises(UserError, match="tokens-00000.array_record is damaged: not what index.json says"):
         opened(cache)
     shards[0].write_bytes(bytes(a ^ (i == 400) for i, a in enumerate(changed)))
     # Where no mark can be written, the process remembers.
@@ -447,6 +448,20 @@ def test_shards_are_verified_once(corpus, tmp_path, monkeypatch):
     # What has changed just now may change again at the same time stamp.
     monkeypatch.setattr(digests, "_SETTLED_SECONDS", 3600.0)
     assert opened(tmp_path / "new") == opened(tmp_path / "new") == shards
+
+
+def test_a_shard_that_cannot_be_read_is_named(corpus, tmp_path, monkeypatch):
+    data.apply_tokenizer(data.DataConfig(source=corpus), str(tmp_path / "out"), shards=1)
+    original = digests.open_regular
+
+    class Failing(io.BytesIO):
+        def read(self, *_):
+            raise OSError(errno.EIO, "Input/output error")
+
+    failing = lambda path: Failing() if path.endswith(".array_record") else original(path)
+    monkeypatch.setattr(digests, "open_regular", failing)
+    with pytest.raises(UserError, match=r"out/tokens-00000.array_record: Input/output error"):
+        _read_all(tmp_path / "out")
 
 
 def test_progress_of_verifying(corpus, tmp_path):

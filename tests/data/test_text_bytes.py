@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import pickle
 import re
 
 import numpy as np
@@ -165,6 +166,10 @@ def test_bytes_are_those_of_the_text(texts, tokenizer_files, tmp_path, kind):
     _, heldout = split_documents(open_store(config, tokenizer).corpus, config)
     documents = [TEXTS[i] for i in heldout]
     assert len({*documents}) >= 8
+    store = open_store(config, tokenizer)
+    copy = pickle.loads(pickle.dumps(store))  # as worker processes get it
+    assert (copy.token_bytes(0, 0, 3) is None) == (kind in BY_TABLE)
+    np.testing.assert_array_equal(copy.token_bytes(0, 0, 3), store.token_bytes(0, 0, 3))
     expected = prefix_bytes(documents, [ends_of(kind, tokenizer_files[kind], text) for text in documents])
     check_every_cut(config, tokenizer, expected)
     data.apply_tokenizer(config, str(tmp_path / "out"), shards=3)
