@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from attnlab.data.files import split_globs
 from attnlab.errors import ConfigError
 
 KINDS = ("text", "jsonl", "parquet", "array_record")
@@ -23,7 +24,8 @@ class DataConfig:
     # `stdlib`: the .py files of the running Python's standard library (always at hand, no download).
     # `text:GLOB`: one document per UTF-8 file. `jsonl:GLOB`: one JSON object per line, plain, .gz or .zst.
     # `parquet:GLOB`. `array_record:GLOB`: shards of tokens, written by `apply_tokenizer`.
-    # Globs may hold `**`; several are separated by commas.
+    # Globs may hold `**`; several are separated by commas. A comma in a name: `a,b.txt` where that file is there,
+    # `a[,]b*.txt` in a glob. A file that several names or links lead to is read once.
     source: str = "stdlib"
     # `bytes` (257 ids: the bytes and end-of-document), or the path of a Hugging Face `tokenizers` JSON file;
     # `path.json?eod=TOKEN` names its end-of-document token where that is not a usual one.
@@ -41,8 +43,8 @@ class DataConfig:
     on_bad_record: str = "raise"
     # Processes that read batches; 0 reads in threads of this process. The batches are the same.
     workers: int = 0
-    # Directory of tokenised corpora. None: $ATTNLAB_CACHE, else $XDG_CACHE_HOME/attnlab, else
-    # ~/.cache/attnlab.
+    # Directory of tokenised corpora, and of the marks of shards that were verified. None: $ATTNLAB_CACHE, else
+    # $XDG_CACHE_HOME/attnlab, else ~/.cache/attnlab.
     cache: str | None = None
     # True: documents are laid out, and rows visited in every epoch, in a seeded random order. False: in the
     # source's own order.
@@ -76,8 +78,8 @@ class DataConfig:
 
     @property
     def globs(self) -> tuple[str, ...]:
-        """The globs after the colon of `source`."""
-        return tuple(glob.strip() for glob in self.source.partition(":")[2].split(",") if glob.strip())
+        """The globs after the colon of `source`, see `files.split_globs`."""
+        return split_globs(self.source.partition(":")[2])
 
 
 def _require(condition: Any, name: str, config: DataConfig, allowed: str) -> None:

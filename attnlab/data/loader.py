@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -183,8 +184,10 @@ class HeldoutLoader:
         *,
         batches: int | None,
         entries: Sequence[int],
+        byte_lengths: np.ndarray | None,
     ):
         self._rows = rows
+        self._byte_lengths = byte_lengths
         self._summary = summary
         self._batch = config.batch
         self._entries = entries
@@ -193,6 +196,11 @@ class HeldoutLoader:
 
     def __len__(self) -> int:
         return self._batches
+
+    @functools.cached_property
+    def bytes(self) -> int:
+        """UTF-8 bytes of the text that the targets of all processes' batches stand for."""
+        return self._rows.text_bytes(self._batches * self._batch, self._byte_lengths)
 
     def __iter__(self) -> Iterator[Arrays]:
         for batch in range(self._batches):
@@ -217,11 +225,12 @@ def train_loader(
       seed: draws the order of rows; any integer of at least 0.
       rows: which of every B rows this process gets, in ascending order; None: all. Every process that is given the
         same row reads the same.
-      progress: called with bytes read and bytes in all while tokenising; None shows a bar on stderr.
+      progress: called with bytes read and bytes in all while tokenising, or while shards that this machine has not
+        read before are compared with their SHA-256; None shows a bar on stderr.
 
     Raises:
       ConfigError: a batch has no such rows.
-      UserError: the source cannot be read, or holds less than one batch.
+      UserError: the source cannot be read, is damaged, or holds less than one batch.
     """
     if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or seed < 0:
         raise ConfigError(f"seed = {seed!r} is not allowed: it must be an integer of at least 0.")
@@ -263,13 +272,15 @@ def heldout_loader(
     packed = PackedRows(store, heldout, config.length, tokenizer.eod_id)
     require_rows(packed, config, "heldout", len(store.corpus.lengths))
     summary = summarise(store, config, tokenizer, train, heldout)
-    return HeldoutLoader(config, packed, summary, batches=batches, entries=entries)
+    return HeldoutLoader(
+        config, packed, summary, batches=batches, entries=entries, byte_lengths=tokenizer.byte_lengths()
+    )
 
 
 def open_store(config: DataConfig, tokenizer: Tokenizer, progress: ProgressFn | None = None) -> Store:
     """The documents of a config as ids."""
     if config.kind == "array_record":
-        return open_records(config, tokenizer)
+        return open_records(config, tokenizer, progress)
     return open_flat(config, tokenizer, progress)
 
 

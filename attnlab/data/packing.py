@@ -12,11 +12,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from attnlab.data.config import DataConfig
-from attnlab.data.store import Corpus, Store
+from attnlab.data.corpus import Corpus
+from attnlab.data.store import Store
 from attnlab.errors import UserError
 
 # A row or batch: tokens, targets, segments, positions, each int32.
 Arrays = dict[str, np.ndarray]
+
+_CHUNK_TOKENS = 1 << 20
 
 
 def split_documents(corpus: Corpus, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -62,6 +65,23 @@ class PackedRows:
     def __getitem__(self, index: int) -> Arrays:
         return {name: array[0] for name, array in self.pack([index]).items()}
 
+    def text_bytes(self, count: int, table: np.ndarray | None) -> int:
+        """UTF-8 bytes of the text that the targets of the first `count` rows stand for.
+
+        Of whole documents it is the corpus's number; of one that the last row cuts, the bytes up to the end of its
+        last token there.
+
+        Args:
+          table: bytes by id, where the tokenizer's ids tell them.
+        """
+        positions = min(count * self.length, self.positions)
+        whole = int(np.searchsorted(self._ends, positions, side="right"))
+        total = int(self._store.corpus.text_bytes[self._documents[:whole]].sum())
+        if whole < len(self._documents):
+            tokens = positions - (int(self._ends[whole - 1]) if whole else 0)
+            total += _part_bytes(self._store, int(self._documents[whole]), tokens, table)
+        return total
+
     def pack(self, indices: Sequence[int]) -> Arrays:
         """The rows of `indices`, [len(indices), T]; an index past the last row gives a row of padding."""
         shape = (len(indices), self.length)
@@ -101,6 +121,27 @@ class PackedRows:
             at += count
             filled += count
             place += 1
+
+
+def _part_bytes(store: Store, document: int, tokens: int, table: np.ndarray | None) -> int:
+    """Bytes of a document's first `tokens` tokens."""
+    length, text_bytes = int(store.corpus.lengths[document]), int(store.corpus.text_bytes[document])
+    part = total = 0
+    for start in range(1, length + 1, _CHUNK_TOKENS):
+        stop = min(start + _CHUNK_TOKENS, length + 1)
+        sizes = store.token_bytes(document, start, stop)
+        if sizes is None and table is not None:
+            sizes = table[store.read(document, start, stop)]
+        if sizes is None:
+            break
+        total += int(sizes.sum(dtype=np.int64))
+        part += int(sizes[: max(tokens + 1 - start, 0)].sum(dtype=np.int64))
+    else:
+        # Kept bytes leave what is behind the last token to end-of-document; a table leaves nothing.
+        if total == text_bytes or (table is None and total < text_bytes):
+            return part
+    # A corpus tokenised before bytes were kept, or ids that do not add up to their text.
+    return text_bytes * tokens // max(length, 1)
 
 
 def require_rows(rows: PackedRows, config: DataConfig, split: str, documents: int) -> None:

@@ -3,14 +3,14 @@
 A directory holds `tokens-NNNNN.array_record`, `documents.npz` (lengths, keys and text bytes of every
 document) and `index.json`, written last. Document d is in shard d mod S. A record is up to RECORD_TOKENS
 tokens of one document (little-endian uint16 or uint32), so that a row of a long document does not read all of
-it.
+it. Where ids do not tell their bytes (see corpus.py), these follow the record's tokens, uint16.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -19,15 +19,23 @@ from typing import Any
 import numpy as np
 
 from attnlab.data.config import DataConfig
+from attnlab.data.corpus import (
+    TOKEN_BYTES_DTYPE,
+    Corpus,
+    CorpusBuilder,
+    TokenisedDocument,
+    token_dtype,
+    tokenised,
+)
+from attnlab.data.files import matching_files
 from attnlab.data.progress import ProgressFn, stderr_progress
-from attnlab.data.sources import Source, matching_files
-from attnlab.data.store import Corpus, CorpusBuilder, sha256_of, token_dtype, tokenised
+from attnlab.data.record_index import RecordIndex, read_index, shard_name, verify_shards, write_index
+from attnlab.data.sources import Source
+from attnlab.data.store import cache_directory
 from attnlab.data.tokenizers import Tokenizer, load_tokenizer
 from attnlab.errors import ConfigError, UserError
 
 RECORD_TOKENS = 1 << 13
-_VERSION = 1
-_INDEX, _DOCUMENTS = "index.json", "documents.npz"
 
 
 class _ShardWriter:
@@ -37,25 +45,29 @@ class _ShardWriter:
         from array_record.python.array_record_module import ArrayRecordWriter
 
         self.path = path
-        self.records = 0
+        self._records = 0
         self._dtype = dtype
-        self._held: list[np.ndarray] = []
+        self._held: list[TokenisedDocument] = []
         # One record per compressed group, so that reading one does not decompress its neighbours.
         self._writer = ArrayRecordWriter(path, "group_size:1")
 
-    def add(self, ids: np.ndarray, last: bool) -> None:
-        self._held.append(ids)
-        held = sum(map(len, self._held))
-        if held < RECORD_TOKENS and not last:
+    def add(self, part: TokenisedDocument) -> None:
+        self._held.append(part)
+        held = sum(len(waiting.ids) for waiting in self._held)
+        if held < RECORD_TOKENS and not part.last:
             return
-        tokens = np.concatenate(self._held)
-        whole = held if last else held - held % RECORD_TOKENS
+        columns = [np.concatenate([waiting.ids for waiting in self._held]).astype(self._dtype)]
+        if part.token_bytes is not None:
+            columns.append(np.concatenate([waiting.token_bytes for waiting in self._held]))
+        whole = held if part.last else held - held % RECORD_TOKENS
         for start in range(0, whole, RECORD_TOKENS):
-            self._writer.write(tokens[start : min(start + RECORD_TOKENS, whole)].astype(self._dtype).tobytes())
-            self.records += 1
-        self._held = [tokens[whole:]]
+            stop = min(start + RECORD_TOKENS, whole)
+            self._writer.write(b"".join(column[start:stop].tobytes() for column in columns))
+            self._records += 1
+        rest = [column[whole:] for column in columns]
+        self._held = [] if part.last else [dataclasses.replace(part, ids=rest[0], token_bytes=(*rest, None)[1])]
 
-    def close(self) -> dict[str, Any]:
+    def close(self) -> None:
         from array_record.python.array_record_module import ArrayRecordReader
 
         self._writer.close()
@@ -63,13 +75,8 @@ class _ShardWriter:
         reader = ArrayRecordReader(self.path)
         written = reader.num_records()
         reader.close()
-        if written != self.records:
-            raise UserError(f"{self.path}: {written} of {self.records} records were written; is the disk full?")
-        return {
-            "name": os.path.basename(self.path),
-            "records": self.records,
-            "size": os.path.getsize(self.path),
-        }
+        if written != self._records:
+            raise UserError(f"{self.path}: {written} of {self._records} records were written; is the disk full?")
 
 
 def apply_tokenizer(
@@ -137,173 +144,122 @@ def _write(source: Source, tokenizer: Tokenizer, directory: str, shards: int, pr
     document = 0
     for part in tokenised(source, tokenizer, progress):
         if document < shards and document == len(writers):
-            writers.append(_ShardWriter(os.path.join(directory, f"tokens-{document:05d}.array_record"), dtype))
-        writers[document % shards].add(part.ids, part.last)
+            writers.append(_ShardWriter(os.path.join(directory, shard_name(document)), dtype))
+        writers[document % shards].add(part)
         builder.add(part)
         document += part.last
     corpus = builder.finish(source)
-    documents = os.path.join(directory, _DOCUMENTS)
-    np.savez(documents, lengths=corpus.lengths, keys=corpus.keys, text_bytes=corpus.text_bytes)
-    index = {
-        "version": _VERSION,
-        "source": source.config.source,
-        "tokenizer": source.config.tokenizer,
-        "tokenizer_fingerprint": tokenizer.fingerprint(),
-        "vocab_size": tokenizer.vocab_size,
-        "eod_id": tokenizer.eod_id,
-        "dtype": dtype.str,
-        "record_tokens": RECORD_TOKENS,
-        "documents": len(corpus.lengths),
-        "tokens": int(corpus.lengths.sum()),
-        "bytes": int(corpus.text_bytes.sum()),
-        "files": corpus.files,
-        "skipped": corpus.skipped,
-        "empty": corpus.empty,
-        "digest": corpus.digest,
-        "documents_sha256": sha256_of(documents),
-        "shards": [writer.close() for writer in writers],
-    }
-    with open(os.path.join(directory, _INDEX), "w") as out:
-        json.dump(index, out, indent=1)
-    return index
+    for writer in writers:
+        writer.close()
+    spec = {"source": source.config.source, "tokenizer": source.config.tokenizer}
+    return write_index(directory, corpus, tokenizer, spec, [writer.path for writer in writers], RECORD_TOKENS)
 
 
 class RecordStore:
-    """Documents of one or several directories that `apply_tokenizer` wrote."""
+    """Documents of one or several directories that `apply_tokenizer` wrote, of records of one size."""
 
-    def __init__(
-        self,
-        corpus: Corpus,
-        paths: list[str],
-        records: list[int],
-        document_shard: np.ndarray,
-        dtype: np.dtype,
-        record_tokens: int,
-        eod_id: int,
-    ):
+    def __init__(self, indices: list[RecordIndex], tokenizer: Tokenizer):
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-        self.corpus = corpus
-        self._paths = paths
-        self._dtype = dtype
-        self._record_tokens = record_tokens
-        self._eod = np.array([eod_id], dtype)
-        self._document_shard = document_shard
+        self.corpus = _joined([index.corpus for index in indices])
+        self._record_tokens = indices[0].record_tokens
+        self._dtype = token_dtype(tokenizer.vocab_size)
+        self._vocab_size = tokenizer.vocab_size
+        self._eod = np.array([tokenizer.eod_id], self._dtype)
+        self._paths = [path for index in indices for path in index.paths]
+        self._kept = [index.token_bytes for index in indices for _ in index.paths]
+        document_shard, shards = [], 0
+        for index in indices:
+            document_shard.append(shards + np.arange(len(index.corpus.lengths)) % len(index.paths))
+            shards += len(index.paths)
+        self._document_shard = np.concatenate(document_shard)
         # The record at which each document begins, over all shards: documents lie in a shard in their order.
-        counts = -(-corpus.lengths // record_tokens)
-        order = np.argsort(document_shard, kind="stable")
+        counts = -(-self.corpus.lengths // self._record_tokens)
+        order = np.argsort(self._document_shard, kind="stable")
         self._first = np.empty(len(counts), np.int64)
         self._first[order] = np.cumsum(counts[order]) - counts[order]
-        self._source = ArrayRecordDataSource([f"{path}[0:{count}]" for path, count in zip(paths, records, strict=True)])
+        records = [count for index in indices for count in index.records]
+        self._source = ArrayRecordDataSource(
+            [f"{path}[0:{count}]" for path, count in zip(self._paths, records, strict=True)]
+        )
 
     def read(self, document: int, start: int, stop: int) -> np.ndarray:
         """Entries start to stop of `eod t1 .. tn eod`."""
+        return self._entries(document, start, stop, self._eod, 0)
+
+    def token_bytes(self, document: int, start: int, stop: int) -> np.ndarray | None:
+        """Bytes of text of these entries; None where they are not kept."""
+        if not self._kept[self._document_shard[document]]:
+            return None
+        return self._entries(document, start, stop, np.zeros(1, TOKEN_BYTES_DTYPE), 1)
+
+    def _entries(self, document: int, start: int, stop: int, eod: np.ndarray, column: int) -> np.ndarray:
         length = int(self.corpus.lengths[document])
         first, end = max(start - 1, 0), min(stop - 1, length)  # of the tokens
-        parts = [self._eod] if start == 0 else []
+        parts = [eod] if start == 0 else []
         if first < end:
             size = self._record_tokens
             for record in range(first // size, -(-end // size)):
-                tokens = self._record(document, record, min(size, length - record * size))
-                parts.append(tokens[max(first - record * size, 0) : end - record * size])
+                columns = self._record(document, record, min(size, length - record * size))
+                parts.append(columns[column][max(first - record * size, 0) : end - record * size])
         if stop == length + 2:
-            parts.append(self._eod)
+            parts.append(eod)
         return np.concatenate(parts)
 
-    def _record(self, document: int, record: int, expected: int) -> np.ndarray:
+    def _record(self, document: int, record: int, expected: int) -> list[np.ndarray]:
+        """A record's tokens, and their bytes where these are kept."""
+        shard = self._document_shard[document]
+        dtypes = [self._dtype, TOKEN_BYTES_DTYPE] if self._kept[shard] else [self._dtype]
         try:
             content = self._source[int(self._first[document]) + record]
-            problem = "" if len(content) == expected * self._dtype.itemsize else f"{len(content)} bytes"
+            whole = len(content) == expected * sum(dtype.itemsize for dtype in dtypes)
+            problem = "" if whole else f"{len(content)} bytes"
         except Exception as error:  # array_record raises whatever its C++ side reports
             problem = str(error) or type(error).__name__
-        if problem:
-            path = self._paths[self._document_shard[document]]
-            raise UserError(
-                f"{path} is damaged: record {record} of document {document} cannot be read ({problem[:120]})."
-                " Write the directory again with `attnlab tokenizer apply`."
-            )
-        return np.frombuffer(content, self._dtype)
+        if not problem:
+            columns = [np.frombuffer(content, self._dtype, expected)]
+            if len(dtypes) > 1:
+                columns.append(np.frombuffer(content, TOKEN_BYTES_DTYPE, expected, columns[0].nbytes))
+            if (largest := int(columns[0].max())) < self._vocab_size:
+                return columns
+            problem = f"token {largest}, of {self._vocab_size}"
+        raise UserError(
+            f"{self._paths[shard]} is damaged: record {record} of document {document} cannot be read"
+            f" ({problem[:120]}). Write the directory again with `attnlab tokenizer apply`."
+        )
 
 
-def open_records(config: DataConfig, tokenizer: Tokenizer) -> RecordStore:
-    """The store of an `array_record:` source.
+def _joined(parts: list[Corpus]) -> Corpus:
+    if len(parts) == 1:
+        return parts[0]
+    columns = (np.concatenate([getattr(part, name) for part in parts]) for name in ("lengths", "keys", "text_bytes"))
+    totals = (sum(getattr(part, name) for part in parts) for name in ("files", "skipped", "empty"))
+    return Corpus(*columns, *totals, hashlib.sha256(" ".join(part.digest for part in parts).encode()).hexdigest())
+
+
+def open_records(config: DataConfig, tokenizer: Tokenizer, progress: ProgressFn | None = None) -> RecordStore:
+    """The store of an `array_record:` source. Shards that this machine has not read before are verified.
+
+    Args:
+      progress: called with bytes verified and bytes in all; None shows a bar on stderr.
 
     Raises:
-      UserError: shards or their index are missing, of the wrong size, or of another tokenizer.
+      UserError: shards or their index are missing, damaged, or of another tokenizer.
     """
     groups: dict[str, set[str]] = {}
     for file in matching_files(config.globs):
         groups.setdefault(os.path.dirname(file.path), set()).add(os.path.basename(file.path))
-    columns: dict[str, list[np.ndarray]] = {"lengths": [], "keys": [], "text_bytes": []}
-    paths: list[str] = []
-    records: list[int] = []
-    document_shard: list[np.ndarray] = []
-    indices = []
-    for directory, names in sorted(groups.items()):
-        index, arrays = _read_index(directory, names, tokenizer)
-        indices.append(index)
-        shards = len(index["shards"])
-        document_shard.append(len(paths) + np.arange(index["documents"]) % shards)
-        paths += [os.path.join(directory, shard["name"]) for shard in index["shards"]]
-        records += [shard["records"] for shard in index["shards"]]
-        for name, column in columns.items():
-            column.append(arrays[name])
-    if len({index["record_tokens"] for index in indices}) > 1:
+    indices = [read_index(directory, names, tokenizer) for directory, names in sorted(groups.items())]
+    if len({index.record_tokens for index in indices}) > 1:
         raise UserError(
             f"data.source = {config.source!r}: directories with records of different sizes; write them"
             " again with one version of `attnlab tokenizer apply`."
         )
-    digests = [index["digest"] for index in indices]
-    digest = digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
-    totals = (sum(index[name] for index in indices) for name in ("files", "skipped", "empty"))
-    corpus = Corpus(*(np.concatenate(column) for column in columns.values()), *totals, digest)
-    return RecordStore(
-        corpus,
-        paths,
-        records,
-        np.concatenate(document_shard),
-        np.dtype(indices[0]["dtype"]),
-        indices[0]["record_tokens"],
-        tokenizer.eod_id,
-    )
-
-
-def _read_index(directory: str, names: set[str], tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    again = "Write the directory again with `attnlab tokenizer apply`."
-    try:
-        with open(os.path.join(directory, _INDEX)) as file:
-            index = json.load(file)
-        documents = os.path.join(directory, _DOCUMENTS)
-        if sha256_of(documents) != index["documents_sha256"]:
-            raise UserError(f"{documents} is damaged (not what {_INDEX} says was written). {again}")
-        with np.load(documents) as loaded:
-            arrays = {name: loaded[name] for name in ("lengths", "keys", "text_bytes")}
-        shards = {shard["name"]: shard["size"] for shard in index["shards"]}
-        fingerprint, version = index["tokenizer_fingerprint"], index["version"]
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{directory} has no {os.path.basename(error.filename)}: not a directory that `attnlab"
-            f" tokenizer apply` finished. {again}"
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{directory}: {_INDEX} or {_DOCUMENTS} is damaged ({error}). {again}") from error
-    if version != _VERSION:
-        raise UserError(f"{directory} was written in format {version}; this attnlab reads {_VERSION}. {again}")
-    if fingerprint != tokenizer.fingerprint():
-        raise UserError(
-            f"{directory} was tokenised with {index['tokenizer']!r}, and data.tokenizer is a different"
-            f" tokenizer, {tokenizer.name!r}: give the one it was written with."
-        )
-    for name, size in shards.items():
-        path = os.path.join(directory, name)
-        if name not in names:
-            there = "is not matched by data.source" if os.path.exists(path) else "is missing"
-            raise UserError(f"{path} {there}: all {len(shards)} shards of a directory are read together.")
-        if os.path.getsize(path) != size:
-            raise UserError(
-                f"{path} is {os.path.getsize(path)} bytes, and was written with {size}: truncated or damaged. {again}"
-            )
-    return index, arrays
+    with contextlib.ExitStack() as stack:
+        if progress is None:
+            progress = stack.enter_context(stderr_progress(f"verifying {config.source}"))
+        verify_shards(indices, os.path.join(cache_directory(config), "verified"), progress)
+    return RecordStore(indices, tokenizer)
 
 
 def require_text(config: DataConfig) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import glob as globbing
 import gzip
 import hashlib
 import io
@@ -16,6 +15,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 
 from attnlab.data.config import DataConfig
+from attnlab.data.files import File, matching_files
 from attnlab.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -24,6 +24,13 @@ _log = logging.getLogger(__name__)
 # there is one: a corpus in a single file must not be held in memory.
 PIECE_CHARACTERS = 1 << 22
 _CHUNK_BYTES = 1 << 22
+# How compressed files begin that are named as if they were plain.
+_COMPRESSED = {
+    b"\x1f\x8b": ("gzip", "end its name in .gz"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "end its name in .zst"),
+    b"\xfd7zX": ("xz", "jsonl: reads plain, .gz and .zst"),
+    b"BZh": ("bzip2", "jsonl: reads plain, .gz and .zst"),
+}
 
 # Left out of `stdlib`: tests (a third of the tree, of which some files are deliberately malformed), programs
 # that are no library (IDLE, turtledemo), test data and grammars of lib2to3 (gone in 3.13), bundled wheels,
@@ -40,16 +47,6 @@ class Document:
 
     key: int  # 64 bits, a stable hash of the file's name and, for records, the record's index
     pieces: Iterable[str]
-
-
-@dataclasses.dataclass(frozen=True)
-class File:
-    """A file of the corpus. `name` is relative to the part of the glob that has no wildcard."""
-
-    path: str
-    name: str
-    size: int
-    mtime_ns: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,36 +126,6 @@ def in_pieces(chunks: Iterable[str]) -> Iterator[str]:
         yield held
 
 
-def matching_files(globs: tuple[str, ...]) -> list[File]:
-    """The files that the globs match, by name, each once.
-
-    Raises:
-      UserError: a glob matches none.
-    """
-    found: dict[str, File] = {}
-    for pattern in globs:
-        expanded = os.path.expanduser(pattern)
-        literal = os.path.isfile(expanded)
-        paths = [expanded] if literal else globbing.glob(expanded, recursive=True)
-        paths = sorted(path for path in paths if os.path.isfile(path))
-        if not paths:
-            raise UserError(f"data.source: {pattern!r} matches no file (from {os.getcwd()}).")
-        root = os.path.dirname(expanded) if literal else _fixed_part(expanded)
-        for path in paths:
-            stat = os.stat(path)
-            name = os.path.relpath(path, root or ".").replace(os.sep, "/")
-            found.setdefault(os.path.abspath(path), File(os.path.abspath(path), name, stat.st_size, stat.st_mtime_ns))
-    return sorted(found.values(), key=lambda file: (file.name, file.path))
-
-
-def _fixed_part(pattern: str) -> str:
-    """The directory above the first component with a wildcard."""
-    root = pattern
-    while globbing.has_magic(root):
-        root = os.path.dirname(root)
-    return root
-
-
 def _stdlib_files() -> list[File]:
     root = sysconfig.get_paths()["stdlib"]
     files = []
@@ -190,6 +157,7 @@ def _read_text(file: File, _: str) -> Iterator[Document | BadRecord | None]:
         yield BadRecord(f"{file.path} is empty.")
         return
     # Checked whole before any of it is handed on, so that a document is never half read.
+    chunk = ""
     try:
         for chunk in _decoded(file):
             if "\0" in chunk:
@@ -201,13 +169,16 @@ def _read_text(file: File, _: str) -> Iterator[Document | BadRecord | None]:
             f" {_first_bad_line(file)} ({error.reason})."
         )
         return
+    if not chunk:
+        yield BadRecord(f"{file.path} is empty (a byte order mark alone).")
+        return
     yield Document(stable_key(file.name), in_pieces(_decoded(file)))
 
 
 def _decoded(file: File) -> Iterator[str]:
-    # newline="": the text is the file's bytes, its line ends unchanged.
+    # newline="": the text is the file's bytes, its line ends unchanged. A byte order mark is none of it.
     try:
-        with open(file.path, encoding="utf-8", newline="") as opened:
+        with open(file.path, encoding="utf-8-sig", newline="") as opened:
             while chunk := opened.read(_CHUNK_BYTES):
                 yield chunk
     except OSError as error:
@@ -244,7 +215,7 @@ def _read_jsonl(file: File, field: str) -> Iterator[Document | BadRecord | None]
 def _json_document(file: File, field: str, number: int, line: bytes) -> Document | BadRecord | None:
     where = f"{file.path}, line {number}:"
     try:
-        record = json.loads(line)
+        record = _parse_json(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
         return BadRecord(f"{where} not UTF-8.")
     except ValueError as error:
@@ -259,11 +230,36 @@ def _json_document(file: File, field: str, number: int, line: bytes) -> Document
     return _record_document(file, number - 1, record[field], f"{where} {field!r}")
 
 
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"key {twice!r} twice in one object")
+    return record
+
+
+_decode_json = json.JSONDecoder(object_pairs_hook=_unique).decode
+# Where an integer has more digits than Python converts.
+_decode_huge = json.JSONDecoder(object_pairs_hook=_unique, parse_int=float).decode
+
+
+def _parse_json(line: str) -> object:
+    try:
+        return _decode_json(line)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:
+        return _decode_huge(line)
+
+
 def _record_document(file: File, index: int, text: object, where: str) -> Document | BadRecord | None:
     if not isinstance(text, str):
         return BadRecord(f"{where} is {'null' if text is None else type(text).__name__}, not text.")
     if not text:
         return None
+    if "\0" in text:
+        return BadRecord(f"{where} holds NUL, which is no character of text.")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -272,11 +268,18 @@ def _record_document(file: File, index: int, text: object, where: str) -> Docume
 
 
 def _open_lines(path: str) -> io.BufferedIOBase:
-    if path.endswith(".gz"):
+    name = path.lower()
+    if name.endswith(".gz"):
         return gzip.open(path, "rb")
-    if path.endswith(".zst"):
+    if name.endswith(".zst"):
         return io.BufferedReader(_ZstdFile(path), _CHUNK_BYTES)
-    return open(path, "rb")
+    opened = open(path, "rb")
+    start = opened.peek(4)
+    for magic, (kind, suffix) in _COMPRESSED.items():
+        if start.startswith(magic):
+            opened.close()
+            raise UserError(f"{path} is compressed with {kind}: {suffix}.")
+    return opened
 
 
 class _ZstdFile(io.RawIOBase):
@@ -344,7 +347,8 @@ def _read_parquet(file: File, field: str) -> Iterator[Document | BadRecord | Non
                     f" {', '.join(schema.names[:12])}."
                 )
             kind = schema.field(field).type
-            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            plain = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+            if plain not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
                 raise UserError(f"{file.path}: column {field!r} is {kind}, not string; data.field must name text.")
             for batch in table.iter_batches(batch_size=256, columns=[field]):
                 for value in batch.column(0):

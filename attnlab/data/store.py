@@ -7,7 +7,6 @@ end-of-document) are two views of the same n + 2 entries.
 
 from __future__ import annotations
 
-import array
 import contextlib
 import dataclasses
 import hashlib
@@ -19,12 +18,14 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import IO, Any, Protocol
 
 import numpy as np
 
 from attnlab.data.config import DataConfig
+from attnlab.data.corpus import TOKEN_BYTES_DTYPE, Corpus, CorpusBuilder, token_dtype, tokenised
+from attnlab.data.digests import read_json, sha256_of, without_checksum, write_json
 from attnlab.data.progress import ProgressFn, stderr_progress
 from attnlab.data.sources import Source
 from attnlab.data.tokenizers import Tokenizer
@@ -33,25 +34,11 @@ from attnlab.errors import UserError
 _log = logging.getLogger(__name__)
 
 # Part of every cache's name: raised when what is written changes.
-_VERSION = 1
+_VERSION = 2
 _MEMORY_LIMIT_BYTES = 64_000_000
-_BATCH_CHARACTERS = 1 << 20
-_BATCH_TEXTS = 1024
 _STALE_SECONDS = 24 * 3600
 _FILES = ("tokens.bin", "lengths.npy", "keys.npy", "text_bytes.npy")
-
-
-@dataclasses.dataclass(frozen=True)
-class Corpus:
-    """What is known of every document, in the source's order, and of the whole."""
-
-    lengths: np.ndarray  # int64 [documents], tokens without end-of-document
-    keys: np.ndarray  # uint64 [documents], see sources.Document
-    text_bytes: np.ndarray  # int64 [documents], UTF-8 bytes of text
-    files: int
-    skipped: int
-    empty: int
-    digest: str  # of tokens, lengths and keys
+_TOKEN_BYTES, _META = "token_bytes.bin", "meta.json"
 
 
 class Store(Protocol):
@@ -62,15 +49,21 @@ class Store(Protocol):
     def read(self, document: int, start: int, stop: int) -> np.ndarray:
         """Entries start to stop of `eod t1 .. tn eod` of a document of n tokens."""
 
+    def token_bytes(self, document: int, start: int, stop: int) -> np.ndarray | None:
+        """Bytes of text of these entries, integers [stop - start], 0 for `eod`; None where they are not kept."""
+
 
 class FlatStore:
-    """A flat store in memory or in a file that is mapped into memory."""
+    """A flat store in memory, or in the files of a directory that are mapped into memory."""
 
-    def __init__(self, tokens: np.ndarray, corpus: Corpus, path: str | None = None):
+    def __init__(
+        self, tokens: np.ndarray, corpus: Corpus, path: str | None = None, token_bytes: np.ndarray | None = None
+    ):
         self.corpus = corpus
         self.path = path
-        self.signature = _signature(path)
         self._tokens = tokens
+        self._token_bytes = token_bytes
+        self.signature = self.current_signature()
         self._starts = np.zeros(len(corpus.lengths), np.int64)
         np.cumsum(corpus.lengths[:-1] + 1, out=self._starts[1:])
 
@@ -78,126 +71,69 @@ class FlatStore:
         first = self._starts[document]
         return self._tokens[first + start : first + stop]
 
+    def token_bytes(self, document: int, start: int, stop: int) -> np.ndarray | None:
+        first = self._starts[document]
+        return None if self._token_bytes is None else self._token_bytes[first + start : first + stop]
+
+    def current_signature(self) -> list[tuple[int, int, int]] | None:
+        """What changes when a cache on disk is replaced or damaged; None for a store in memory."""
+        if self.path is None:
+            return None
+        try:
+            stats = [os.stat(os.path.join(self.path, name)) for name in (*_files(self._token_bytes is not None), _META)]
+        except OSError:
+            return []
+        return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats]
+
     def __getstate__(self) -> dict[str, Any]:
-        # A worker process maps the file again; a pickled memory map would be a copy of the corpus.
+        # A worker process maps the files again; a pickled memory map would be a copy of the corpus.
         state = dict(self.__dict__)
         if self.path is not None:
             state["_tokens"] = self._tokens.dtype.str
+            state["_token_bytes"] = self._token_bytes is not None
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if self.path is not None:
-            self._tokens = _mapped(self.path, np.dtype(state["_tokens"]))
+            self._tokens, self._token_bytes = _mapped(self.path, np.dtype(state["_tokens"]), state["_token_bytes"])
 
 
-def _signature(path: str | None) -> list[tuple[int, int, int]] | None:
-    """What changes when a cache on disk is replaced or damaged; None for a store in memory."""
-    if path is None:
-        return None
-    try:
-        stats = [os.stat(os.path.join(os.path.dirname(path), name)) for name in (*_FILES, "meta.json")]
-    except OSError:
-        return []
-    return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats]
+def _files(kept: bool) -> tuple[str, ...]:
+    """Files of a cache beside its description; `kept`: with the bytes of every token."""
+    return (*_FILES, _TOKEN_BYTES) if kept else _FILES
 
 
-def _mapped(path: str, dtype: np.dtype) -> np.ndarray:
-    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))  # a plain array: slices of np.memmap are slow
+def _mapped(path: str, dtype: np.dtype, kept: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    # Plain arrays: slices of np.memmap are slow.
+    tokens = np.asarray(np.memmap(os.path.join(path, _FILES[0]), dtype=dtype, mode="r"))
+    if not kept:
+        return tokens, None
+    return tokens, np.asarray(np.memmap(os.path.join(path, _TOKEN_BYTES), dtype=TOKEN_BYTES_DTYPE, mode="r"))
 
 
-def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest unsigned type that holds every id, little-endian."""
-    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-
-
-@dataclasses.dataclass
-class TokenisedDocument:
-    """A document, or the next part of a long one: `last` tells its end."""
-
-    key: int
-    ids: np.ndarray
-    text_bytes: int
-    last: bool
-
-
-def tokenised(source: Source, tokenizer: Tokenizer, progress: ProgressFn) -> Iterator[TokenisedDocument]:
-    """The documents of a source as ids, in order; texts are encoded many at a time."""
-    waiting: list[tuple[int, str, bool]] = []
-    characters = text_bytes = 0
-
-    def flush() -> Iterator[TokenisedDocument]:
-        nonlocal characters, text_bytes
-        encoded = tokenizer.encode_batch([text for _, text, _ in waiting])
-        for (key, text, last), ids in zip(waiting, encoded, strict=True):
-            size = len(text) if text.isascii() else len(text.encode("utf-8"))
-            text_bytes += size
-            yield TokenisedDocument(key, ids, size, last)
-        waiting.clear()
-        characters = 0
-        progress(source.position(text_bytes), source.bytes)
-
-    for document in source.documents():
-        pieces = iter(document.pieces)
-        piece = next(pieces)
-        while piece is not None:
-            following = next(pieces, None)
-            waiting.append((document.key, piece, following is None))
-            characters += len(piece)
-            if characters >= _BATCH_CHARACTERS or len(waiting) >= _BATCH_TEXTS:
-                yield from flush()
-            piece = following
-    yield from flush()
-
-
-class CorpusBuilder:
-    """Collects what a `Corpus` holds while documents pass by."""
-
-    def __init__(self) -> None:
-        self._lengths, self._keys, self._text_bytes = array.array("q"), array.array("Q"), array.array("q")
-        self._digest = hashlib.sha256()
-        self._length = self._size = 0
-
-    def add(self, part: TokenisedDocument) -> None:
-        self._digest.update(part.ids.astype("<u4").tobytes())
-        self._length += len(part.ids)
-        self._size += part.text_bytes
-        if part.last:
-            self._lengths.append(self._length)
-            self._keys.append(part.key)
-            self._text_bytes.append(self._size)
-            self._length = self._size = 0
-
-    def finish(self, source: Source) -> Corpus:
-        lengths, keys, text_bytes = (np.array(column) for column in (self._lengths, self._keys, self._text_bytes))
-        self._digest.update(lengths.tobytes() + keys.tobytes())
-        if not len(lengths):
-            raise UserError(
-                f"data.source = {source.config.source!r}: no text in its {len(source.files)} file(s),"
-                f" {source.bytes} bytes ({source.empty} empty document(s), {source.skipped} skipped)."
-            )
-        return Corpus(
-            lengths,
-            keys,
-            text_bytes,
-            len(source.files),
-            source.skipped,
-            source.empty,
-            self._digest.hexdigest(),
-        )
-
-
-def build(source: Source, tokenizer: Tokenizer, out: IO[bytes], progress: ProgressFn) -> Corpus:
-    """Tokenises a source into `out`, as a flat store's array."""
+def build(
+    source: Source, tokenizer: Tokenizer, out: IO[bytes], bytes_out: IO[bytes] | None, progress: ProgressFn
+) -> Corpus:
+    """Tokenises a source into `out`, as a flat store's array; the bytes of every token, if any, into `bytes_out`."""
     dtype = token_dtype(tokenizer.vocab_size)
     eod = np.array([tokenizer.eod_id], dtype).tobytes()
-    out.write(eod)
+    eod_bytes = np.zeros(1, TOKEN_BYTES_DTYPE).tobytes()
     builder = CorpusBuilder()
+
+    def end() -> None:
+        out.write(eod)
+        if bytes_out is not None:
+            bytes_out.write(eod_bytes)
+
+    end()
     for part in tokenised(source, tokenizer, progress):
         builder.add(part)
         out.write(part.ids.astype(dtype).tobytes())
+        if bytes_out is not None:
+            bytes_out.write(part.token_bytes.tobytes())
         if part.last:
-            out.write(eod)
+            end()
     return builder.finish(source)
 
 
@@ -215,7 +151,7 @@ def open_flat(config: DataConfig, tokenizer: Tokenizer, progress: ProgressFn | N
     root = cache_directory(config)
     name = _cache_name(source, tokenizer)
     store = _open.get((root, name))
-    if store is None or store.signature != _signature(store.path):
+    if store is None or store.signature != store.current_signature():
         store = _load_or_build(source, tokenizer, root, name, progress)
         _open[root, name] = store
     return store
@@ -246,11 +182,10 @@ def _load_or_build(
     source: Source, tokenizer: Tokenizer, root: str, name: str, progress: ProgressFn | None
 ) -> FlatStore:
     path = os.path.join(root, name)
-    dtype = token_dtype(tokenizer.vocab_size)
-    if os.path.isdir(path):
+    if os.path.lexists(path):
         try:
-            return _load(path, dtype)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            return _load(path, tokenizer)
+        except (OSError, ValueError) as error:
             _log.warning("data: the token cache %s is damaged (%s); tokenising again.", path, error)
     with contextlib.ExitStack() as stack:
         if progress is None:
@@ -272,19 +207,30 @@ def _load_or_build(
             root,
             problem.strerror or problem,
         )
-        out = io.BytesIO()
-        corpus = build(source, tokenizer, out, progress)
-        return FlatStore(np.frombuffer(out.getvalue(), dtype), corpus)
+        return _build_in_memory(source, tokenizer, progress)
+
+
+def _build_in_memory(source: Source, tokenizer: Tokenizer, progress: ProgressFn) -> FlatStore:
+    out = io.BytesIO()
+    bytes_out = io.BytesIO() if tokenizer.byte_lengths() is None else None
+    corpus = build(source, tokenizer, out, bytes_out, progress)
+    tokens = np.frombuffer(out.getvalue(), token_dtype(tokenizer.vocab_size))
+    token_bytes = None if bytes_out is None else np.frombuffer(bytes_out.getvalue(), TOKEN_BYTES_DTYPE)
+    return FlatStore(tokens, corpus, token_bytes=token_bytes)
 
 
 def _build_on_disk(source: Source, tokenizer: Tokenizer, root: str, path: str, progress: ProgressFn) -> FlatStore:
     os.makedirs(root, exist_ok=True)
     _remove_stale(root)
-    dtype = token_dtype(tokenizer.vocab_size)
+    files = _files(tokenizer.byte_lengths() is None)
     partial = tempfile.mkdtemp(prefix="partial-", dir=root)
     try:
-        with open(os.path.join(partial, "tokens.bin"), "wb") as out:
-            corpus = build(source, tokenizer, out, progress)
+        with contextlib.ExitStack() as stack:
+            out, bytes_out = (
+                stack.enter_context(open(os.path.join(partial, name), "wb")) if name in files else None
+                for name in (_FILES[0], _TOKEN_BYTES)
+            )
+            corpus = build(source, tokenizer, out, bytes_out, progress)
         for name, array in (
             ("lengths", corpus.lengths),
             ("keys", corpus.keys),
@@ -299,29 +245,28 @@ def _build_on_disk(source: Source, tokenizer: Tokenizer, root: str, path: str, p
             "skipped": corpus.skipped,
             "empty": corpus.empty,
             "digest": corpus.digest,
-            "sha256": {name: sha256_of(os.path.join(partial, name)) for name in _FILES},
+            "sha256": {name: sha256_of(os.path.join(partial, name)) for name in files},
         }
-        with open(os.path.join(partial, "meta.json"), "w") as out:
-            json.dump(meta, out, indent=1)
-        _put_in_place(partial, path, dtype)
+        write_json(os.path.join(partial, _META), meta)
+        _put_in_place(partial, path, tokenizer)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return _load(path, dtype)
+    return _load(path, tokenizer)
 
 
-def _put_in_place(partial: str, path: str, dtype: np.dtype) -> None:
+def _put_in_place(partial: str, path: str, tokenizer: Tokenizer) -> None:
     """Renames a finished cache to its name. Another process may do the same at the same moment."""
     for _ in range(3):
         try:
             os.rename(partial, path)
             return
         except OSError:
-            if not os.path.isdir(path):
+            if not os.path.lexists(path):
                 raise
         try:
-            _load(path, dtype)  # the other process was first, and its work is good
+            _load(path, tokenizer)  # the other process was first, and its work is good
             return
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError):
             with contextlib.suppress(OSError):
                 damaged = tempfile.mkdtemp(prefix="partial-damaged-", dir=os.path.dirname(path))
                 os.rename(path, os.path.join(damaged, "cache"))
@@ -329,27 +274,36 @@ def _put_in_place(partial: str, path: str, dtype: np.dtype) -> None:
     raise OSError(f"{path} cannot be replaced")
 
 
-def _load(path: str, dtype: np.dtype) -> FlatStore:
+def _load(path: str, tokenizer: Tokenizer) -> FlatStore:
     """Maps a cache. Every byte of it is checked, so that a damaged one is never used.
 
     Raises:
-      OSError, ValueError, KeyError, TypeError: it is damaged.
+      OSError, ValueError: it is damaged.
     """
-    with open(os.path.join(path, "meta.json")) as file:
-        meta = json.load(file)
-    for name in _FILES:
-        if sha256_of(os.path.join(path, name)) != meta["sha256"][name]:
+    dtype, kept = token_dtype(tokenizer.vocab_size), tokenizer.byte_lengths() is None
+    meta = without_checksum(read_json(os.path.join(path, _META)))
+    written = meta.get("sha256")
+    for name in _files(kept):
+        if not isinstance(written, dict) or sha256_of(os.path.join(path, name)) != written.get(name):
             raise ValueError(f"{name} is not what was written")
-    lengths, keys, text_bytes = (np.load(os.path.join(path, name)) for name in _FILES[1:])
-    corpus = Corpus(lengths, keys, text_bytes, *(meta[name] for name in ("files", "skipped", "empty", "digest")))
-    tokens_path = os.path.join(path, "tokens.bin")
-    return FlatStore(_mapped(tokens_path, dtype), corpus, tokens_path)
+    columns = read_arrays(lambda: [np.load(os.path.join(path, name)) for name in _FILES[1:]])
+    corpus = Corpus(*columns, *(meta.get(name) for name in ("files", "skipped", "empty", "digest")))
+    tokens, token_bytes = _mapped(path, dtype, kept)
+    entries = int(corpus.lengths.sum()) + len(corpus.lengths) + 1
+    if len(tokens) != entries or (kept and len(token_bytes) != entries) or tokens.max() >= tokenizer.vocab_size:
+        raise ValueError("its files do not fit together")
+    return FlatStore(tokens, corpus, path, token_bytes)
 
 
-def sha256_of(path: str) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def read_arrays(load: Callable[[], list[np.ndarray]]) -> list[np.ndarray]:
+    """What `load` gives with NumPy, of which a damaged file makes whatever it makes of it: ValueError."""
+    try:
+        arrays = load()
+    except Exception as error:
+        raise ValueError(str(error) or type(error).__name__) from error
+    if not all(isinstance(array, np.ndarray) for array in arrays):
+        raise ValueError("not arrays")
+    return arrays
 
 
 def _remove_stale(root: str) -> None:

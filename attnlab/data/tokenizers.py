@@ -8,6 +8,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -48,16 +49,25 @@ class Tokenizer(abc.ABC):
         """`encode` of each text."""
         return [self.encode(text) for text in texts]
 
+    def encode_batch_with_ends(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """`encode` of each text, and where each token ends: int64 [n], UTF-8 bytes from the text's beginning.
+
+        Ends never fall. Tokens that share a character end where it ends.
+        """
+        table = self.byte_lengths()
+        assert table is not None, "a tokenizer without a table tells the ends itself"
+        return [(ids, np.cumsum(table[ids], dtype=np.int64)) for ids in self.encode_batch(texts)]
+
     @abc.abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of `ids`. Bytes that are not UTF-8 become U+FFFD; special tokens become nothing."""
 
     @abc.abstractmethod
-    def byte_lengths(self) -> np.ndarray:
-        """UTF-8 bytes of text that each id stands for, int32 [vocab_size]; 0 for special tokens.
+    def byte_lengths(self) -> np.ndarray | None:
+        """UTF-8 bytes of text that each id stands for, int32 [vocab_size]; 0 for ids that no text becomes.
 
-        Exact for byte-level tokenizers, where the sum over a text's ids is its length in bytes. For
-        tokenizers that normalise text it is the length of what they decode to.
+        The sum over a text's ids is its length in bytes. None where that depends on more than the ids: a
+        tokenizer that normalises, adds or strips spaces, or has words that it does not know.
         """
 
     @abc.abstractmethod
@@ -122,6 +132,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = True
+        self._backend.post_processor = None  # it adds begin and end, and cuts spaces off offsets
         vocab = self._backend.get_vocab(with_added_tokens=True)
         if not vocab:
             raise UserError(f"{path}: the tokenizer has no tokens.")
@@ -130,6 +141,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = max(vocab.values()) + 1
         self.eod = self._find_eod(path, vocab, eod)
         self.eod_id = vocab[self.eod]
+        self._byte_lengths = self._find_byte_lengths()
         self._fingerprint = hashlib.sha256(content + b"\0" + self.eod.encode()).hexdigest()
 
     @staticmethod
@@ -156,20 +168,42 @@ class HuggingFaceTokenizer(Tokenizer):
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         arrays = [np.array(encoding.ids, np.int32) for encoding in encodings]
         return [
-            self._encode_around_eod(text) if (ids == self.eod_id).any() else ids
+            self._encode_around_eod(text)[0] if (ids == self.eod_id).any() else ids
             for text, ids in zip(texts, arrays, strict=True)
         ]
 
-    def _encode_around_eod(self, text: str) -> np.ndarray:
-        """Ids of a text that spells out the end-of-document token, where that is an ordinary entry of the
-        vocabulary: encoded in parts cut inside every such spelling."""
+    def encode_batch_with_ends(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        if self.byte_lengths() is not None:
+            return super().encode_batch_with_ends(texts)
+        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        pairs = [
+            (np.array(encoding.ids, np.int32), _byte_ends(text, encoding.offsets))
+            for text, encoding in zip(texts, encodings, strict=True)
+        ]
+        return [
+            self._encode_around_eod(text) if (ids == self.eod_id).any() else (ids, ends)
+            for text, (ids, ends) in zip(texts, pairs, strict=True)
+        ]
+
+    def _encode_around_eod(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and ends of a text that spells out the end-of-document token, where that is an ordinary entry of
+        the vocabulary: encoded in parts cut inside every such spelling."""
         head, tail = self.eod[:1], self.eod[1:]
         pieces = text.split(self.eod)
         parts = [(tail if i else "") + piece + (head if i < len(pieces) - 1 else "") for i, piece in enumerate(pieces)]
-        encodings = self._backend.encode_batch_fast([part for part in parts if part], add_special_tokens=False)
+        parts = [part for part in parts if part]
+        encodings = self._backend.encode_batch(parts, add_special_tokens=False)
+        starts = np.cumsum([0, *(len(part.encode()) for part in parts)])
         ids = np.array([i for encoding in encodings for i in encoding.ids], np.int32)
+        ends = np.concatenate(
+            [
+                start + _byte_ends(part, encoding.offsets)
+                for start, part, encoding in zip(starts, parts, encodings)  # one start more than parts
+            ]
+        )
         # What is left came from normalisation; one lost id is better than a document that ends early.
-        return ids[ids != self.eod_id]
+        kept = ids != self.eod_id
+        return ids[kept], ends[kept]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         ids = np.asarray(ids, np.int64).reshape(-1)
@@ -177,24 +211,35 @@ class HuggingFaceTokenizer(Tokenizer):
             raise UserError(f"ids to decode must be from 0 to {self.vocab_size - 1}, not {ids.min()} to {ids.max()}.")
         return self._backend.decode(ids[ids != self.eod_id].tolist(), skip_special_tokens=True)
 
-    def byte_lengths(self) -> np.ndarray:
-        added = {token["id"]: token for token in self._spec.get("added_tokens") or []}
-        byte_level = _mentions(self._spec.get("decoder"), "ByteLevel") or _mentions(
-            self._spec.get("pre_tokenizer"), "ByteLevel"
-        )
-        word_pieces = _mentions(self._spec.get("decoder"), "WordPiece")
+    def byte_lengths(self) -> np.ndarray | None:
+        return self._byte_lengths
+
+    def _find_byte_lengths(self) -> np.ndarray | None:
+        """The table of `byte_lengths`: of byte-level BPE in which every byte of the text goes into one token."""
+        model, spec = self._spec["model"], self._spec
+        if model.get("type") != "BPE" or spec.get("normalizer") or not _only_maps_bytes(spec.get("pre_tokenizer")):
+            return None
+        if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+            return None
+        words = self._backend.get_vocab(with_added_tokens=False)
+        if len(set(words.values())) < len(words) or not _byte_level_alphabet().issubset(words):
+            return None
         lengths = np.zeros(self.vocab_size, np.int32)
-        for token, index in self._backend.get_vocab(with_added_tokens=True).items():
-            if index in added:
-                lengths[index] = 0 if added[index].get("special") else len(added[index]["content"].encode())
-            elif byte_level:
-                lengths[index] = len(token)  # the byte-level alphabet writes every byte as one character
-            elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-                lengths[index] = 1  # byte fallback
-            elif word_pieces:
-                lengths[index] = len(token.removeprefix("##").encode()) + (not token.startswith("##"))
-            else:
-                lengths[index] = len(token.replace("\u2581", " ").encode())  # U+2581 stands for a space
+        for word, index in words.items():
+            lengths[index] = len(word)  # the byte-level alphabet writes every byte as one character
+        for token in spec.get("added_tokens") or []:
+            if token["special"]:
+                continue  # not looked for in texts
+            index, size = self._backend.token_to_id(token["content"]), len(token["content"].encode())
+            if token["lstrip"] or token["rstrip"] or lengths[index] not in (0, size):
+                return None
+            lengths[index] = size
+        if self.eod in words:
+            # Where merges lead to it, `encode` has to drop it.
+            merges = (merge if isinstance(merge, str) else "".join(merge) for merge in model.get("merges") or [])
+            joined = {merge.replace(" ", "") for merge in merges}
+            if len(self.eod) == 1 or model.get("ignore_merges") or self.eod in joined:
+                return None
         lengths[self.eod_id] = 0
         return lengths
 
@@ -202,11 +247,40 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._fingerprint
 
 
-def _mentions(node: object, kind: str) -> bool:
-    """Whether a part of a tokenizer's JSON is, or holds, a component of type `kind`."""
-    if isinstance(node, dict):
-        return node.get("type") == kind or any(_mentions(child, kind) for child in node.values())
-    return isinstance(node, list) and any(_mentions(child, kind) for child in node)
+def _byte_level_alphabet() -> set[str]:
+    """The characters for the bytes of the byte-level alphabet that occur in UTF-8."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    # The library gives the alphabet unordered: its characters below U+0100 are those of their own bytes, and the
+    # rest, from U+0100 on, of the other bytes in order.
+    alphabet = set(ByteLevel.alphabet())
+    moved = [byte for byte in range(256) if chr(byte) not in alphabet]
+    character = {byte: chr(0x100 + i) for i, byte in enumerate(moved)}
+    never = {0xC0, 0xC1, *range(0xF5, 0x100)}
+    return {character.get(byte, chr(byte)) for byte in range(256) if byte not in never}
+
+
+def _only_maps_bytes(node: dict[str, Any] | None) -> bool:
+    """Whether a pre-tokenizer's JSON maps text to the byte-level alphabet once, and else only cuts it."""
+    steps = node["pretokenizers"] if node and node["type"] == "Sequence" else [node]
+    kinds = [step["type"] if step else None for step in steps]
+    cuts = {"Split", "Punctuation", "Digits", "UnicodeScripts", "ByteLevel"}
+    return (
+        kinds.count("ByteLevel") == 1
+        and cuts.issuperset(kinds)
+        and not any(step.get("add_prefix_space") or step.get("behavior") == "Removed" for step in steps)
+    )
+
+
+def _byte_ends(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
+    """The library's ends, in characters of the text, as bytes; none before that of an earlier token."""
+    ends = np.array([end for _, end in offsets], np.int64)
+    ends = np.minimum(np.maximum.accumulate(ends), len(text))
+    if text.isascii():
+        return ends
+    points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    sizes = 1 + (points > 0x7F) + (points > 0x7FF) + (points > 0xFFFF)
+    return np.concatenate([[0], np.cumsum(sizes)])[ends]
 
 
 def load_tokenizer(spec: str) -> Tokenizer:

@@ -18,12 +18,12 @@ class Evaluation:
     Attributes:
       nll_T: float64 [T], nats, by position in the document's part of a row.
       tokens_T: float64 [T], tokens by position.
-      bytes: of text that the tokens stand for.
+      bytes: UTF-8 bytes of the text that the tokens stand for.
     """
 
     nll_T: np.ndarray
     tokens_T: np.ndarray
-    bytes: float
+    bytes: int
 
     @property
     def tokens(self) -> int:
@@ -64,15 +64,18 @@ class Evaluation:
             "perplexity": self.perplexity,
             "bits_per_byte": self.bits_per_byte,
             "tokens": self.tokens,
-            "bytes": int(self.bytes),
+            "bytes": self.bytes,
             "by_position": self.by_position(),
         }
 
 
-def evaluate(eval_step: Callable[[Any], dict[str, jax.Array]], batches: Iterable[Any]) -> Evaluation:
-    """Runs `eval_step(batch)`, which gives sums `nll` [T], `tokens` [T] and `bytes`, over all batches.
+def evaluate(eval_step: Callable[[Any], dict[str, jax.Array]], batches: Iterable[Any], text_bytes: int) -> Evaluation:
+    """Runs `eval_step(batch)`, which gives sums `nll` [T] and `tokens` [T], over all batches.
 
     The next batch is dispatched before the sums of the last are fetched.
+
+    Args:
+      text_bytes: UTF-8 bytes of the text of all batches, see `HeldoutLoader.bytes`.
     """
     totals: dict[str, np.ndarray] = {}
     pending = None
@@ -85,4 +88,4 @@ def evaluate(eval_step: Callable[[Any], dict[str, jax.Array]], batches: Iterable
         pending, done = eval_step(batch), pending
         add(done)
     add(pending)
-    return Evaluation(totals["nll"], totals["tokens"], float(totals["bytes"]))
+    return Evaluation(totals["nll"], totals["tokens"], text_bytes)

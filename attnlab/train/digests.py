@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import concurrent.futures
-import hashlib
-import json
 import os
 import pathlib
 from collections.abc import Callable
-from typing import Any
 
-from attnlab.data.store import sha256_of
+from attnlab.data.digests import sha256_of, sha256_of_each, without_checksum, write_json
 from attnlab.errors import Damaged
 from attnlab.train import files
 
@@ -24,10 +21,9 @@ def write(directory: pathlib.Path) -> None:
     """Writes `digests.json` into a directory: of every file below it the size and the SHA-256."""
     names = sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file())
     names = [name for name in names if name not in _LATER]
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(lambda name: (os.path.getsize(directory / name), sha256_of(str(directory / name))), names)
-        listed = dict(zip(names, found, strict=True))
-    (directory / NAME).write_text(json.dumps({"files": listed, "sha256": _of_list(listed)}))
+    paths = [str(directory / name) for name in names]
+    written = zip(map(os.path.getsize, paths), sha256_of_each(paths), strict=True)
+    write_json(str(directory / NAME), {"files": dict(zip(names, written, strict=True))})
 
 
 def read(directory: pathlib.Path) -> dict[str, tuple[int, str]]:
@@ -37,14 +33,12 @@ def read(directory: pathlib.Path) -> dict[str, tuple[int, str]]:
       Damaged: `digests.json` is missing or is not one.
     """
     try:
-        content = files.read_json(directory / NAME)
-        if content["sha256"] == _of_list(content["files"]):
-            return {name: (size, digest) for name, (size, digest) in content["files"].items()}
+        content = without_checksum(files.read_json(directory / NAME))
+        return {name: (size, digest) for name, (size, digest) in content["files"].items()}
     except FileNotFoundError:
         raise Damaged(f"{NAME} is missing") from None
-    except (KeyError, TypeError):
-        pass
-    raise Damaged(f"{NAME} is damaged")
+    except ValueError as error:
+        raise Damaged(f"{NAME} is damaged ({error})") from None
 
 
 def check_sizes(directory: pathlib.Path) -> None:
@@ -94,6 +88,3 @@ def _difference(directory: pathlib.Path, name: str, size: int, digest: str) -> s
         return f"{name} cannot be read: {error.strerror}"
     return f"the content of {name} is not what was written"
 
-
-def _of_list(listed: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()

@@ -165,7 +165,7 @@ class _Run:
         # Simulated devices share one pool of threads: collectives of two programs, or a program that waits for a save
         # to let go of its arrays, can keep each other from running until XLA gives up.
         self._serial = jax.default_backend() == "cpu" and self.mesh.size > 1
-        self._eval_step = jax.jit(make_eval_step(self.model, c.train, self.tokenizer.byte_lengths(), self.mesh))
+        self._eval_step = jax.jit(make_eval_step(self.model, c.train, self.mesh))
         with partition.use(self.mesh, sharding.ACTIVATION_RULES):  # which implementation runs depends on where
             cost = model_cost(c.model, c.data.length)
         self._flops_per_token = 3 * cost.total_flops
@@ -271,7 +271,8 @@ class _Run:
         }
         evaluation = None
         if evaluating:
-            evaluation = evaluate(lambda b: self._eval_step(self.state.params, b), self._heldout_batches())
+            eval_step = lambda batch: self._eval_step(self.state.params, batch)
+            evaluation = evaluate(eval_step, self._heldout_batches(), self.heldout.bytes)
             record["heldout_loss"] = evaluation.loss
             record["heldout_bits_per_byte"] = evaluation.bits_per_byte
             self._say(

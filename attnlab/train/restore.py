@@ -135,10 +135,9 @@ def evaluate_heldout(trained: Trained, batches: int | None = None) -> tuple[Eval
     config = trained.config
     loader = data_lib.heldout_loader(micro_batches(config), trained.tokenizer, batches=batches)
     notes = [*trained.notes, *_on_data(trained, loader.summary()["digest"]), *beyond(trained, config.data.length)]
-    lengths = trained.tokenizer.byte_lengths()
-    step = jax.jit(make_eval_step(trained.model, config.train, lengths, trained.mesh))
-    batches_ = (sharding.put_batch(b, trained.mesh) for b in loader)
-    return evaluate(lambda batch: step(trained.params, batch), batches_), notes
+    step = jax.jit(make_eval_step(trained.model, config.train, trained.mesh))
+    placed = (sharding.put_batch(batch, trained.mesh) for batch in loader)
+    return evaluate(lambda batch: step(trained.params, batch), placed, loader.bytes), notes
 
 
 def _on_data(trained: Trained, digest: str) -> list[str]:

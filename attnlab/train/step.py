@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -122,24 +121,17 @@ def _accumulate(gradient: Any, params: Any, batch: Batch, key: jax.Array | None,
     return total
 
 
-def make_eval_step(
-    model: Model, config: TrainConfig, byte_lengths: np.ndarray, mesh: Mesh | None = None
-) -> Callable[[Any, Batch], Metrics]:
+def make_eval_step(model: Model, config: TrainConfig, mesh: Mesh | None = None) -> Callable[[Any, Batch], Metrics]:
     """The step `(params, batch) -> sums`.
 
     Args:
       model: the model.
       config: of the training.
-      byte_lengths: bytes of text that each token of the tokenizer stands for.
       mesh: where it runs; None: on one device.
 
     Returns:
-      Sums over the batch: `nll` [T] by position in the row's document, `tokens` [T], `bytes` scalar.
+      Sums over the batch: `nll` [T] by position in the row's document, `tokens` [T].
     """
-
-    # Ids that the tokenizer does not use stand for nothing.
-    bytes_V = np.zeros(model.config.vocab, np.float32)
-    bytes_V[: len(byte_lengths)] = byte_lengths
 
     def eval_step(params: Any, batch: Batch) -> Metrics:
         nll, _, _ = model.merge(params).token_losses(batch, chunk=config.loss_chunk)
@@ -149,7 +141,6 @@ def make_eval_step(
         return {
             "nll": by_position(nll),
             "tokens": by_position(used.astype(nll.dtype)),
-            "bytes": jnp.sum(jnp.where(used, jnp.asarray(bytes_V)[batch["targets"]], 0)),
         }
 
     return partition.traced(eval_step, mesh, sharding.ACTIVATION_RULES)

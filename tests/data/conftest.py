@@ -1,4 +1,8 @@
+import json
+
 import pytest
+
+from attnlab.data.digests import CHECKSUM
 
 
 @pytest.fixture(autouse=True)
@@ -16,3 +20,17 @@ def corpus(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"document {i}: " + "naïve café " * (i % 7) + "x" * (i * 13 % 97) + "\n", encoding="utf-8")
     return f"text:{directory}/**/*.txt"
+
+
+@pytest.fixture
+def as_version_1():
+    """Makes a directory of array_record what it was before shards had digests and tokens their bytes."""
+
+    def change(directory):
+        index = json.loads((directory / "index.json").read_text())
+        del index[CHECKSUM], index["token_bytes"]
+        for shard in index["shards"]:
+            del shard["sha256"]
+        (directory / "index.json").write_text(json.dumps({**index, "version": 1}))
+
+    return change

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import lzma
 import sys
 
 import pyarrow
@@ -36,8 +37,9 @@ def error_of(source, **fields):
 
 
 def write_parquet(path, column, kind=None):
+    values = pyarrow.array(column, kind)
     pyarrow.parquet.write_table(
-        pyarrow.table({"n": range(len(column)), "text": pyarrow.array(column, kind)}),
+        pyarrow.table({"n": range(len(column)), "text": values}),
         path,
         compression="none",
         use_dictionary=False,
@@ -51,16 +53,65 @@ def test_text_is_kept_to_the_byte(tmp_path):
     (tmp_path / "other.md").write_text("other")
     assert read(f"text:{tmp_path}/*.txt")[0] == TEXTS
     assert read(f"text:{tmp_path}/0.txt, {tmp_path}/*.md,{tmp_path}/[0-1].txt")[0] == [*TEXTS[:2], "other"]
+    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbfa\xef\xbb\xbf")
+    assert read(f"text:{tmp_path}/bom.txt")[0] == ["a\ufeff"]
     brackets = tmp_path / "a[1].txt"
     brackets.write_text("brackets")
     assert read(f"text:{brackets}")[0] == ["brackets"]
 
 
-@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_commas_in_names(tmp_path):
+    """A comma is part of a file's path where that file is there, and of a glob in brackets."""
+    for i, name in enumerate(["a,b.txt", "a, c.txt", "b.txt", "x,y,z.txt", "d,1/e.txt"]):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(str(i))
+    for source, expected in [
+        ("{0}/a,b.txt", "0"),
+        ("{0}/a, c.txt", "1"),
+        ("{0}/b.txt,{0}/a,b.txt, {0}/x,y,z.txt", "023"),
+        ("{0}/a[,]*.txt,{0}/b.txt", "012"),
+        ("{0}/d[,]1/*.txt", "4"),
+        ("{0}/b.txt,{0}/x*.txt,", "23"),
+    ]:
+        assert sorted(read("text:" + source.format(tmp_path))[0]) == list(expected), source
+    with pytest.raises(UserError, match="d' matches no file"):
+        read(f"text:{tmp_path}/d,1/*.txt")
+
+
+@pytest.mark.timeout(20)
+def test_links_lead_to_one_document(tmp_path):
+    """However many names a file has it is one document, with the key of the name that it has without the links."""
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    for path in (inside / "sub" / "deep" / "m.txt", inside / "n.txt", outside / "o.txt"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(path.stem)
+    keys = lambda source: {"".join(d.pieces): d.key for d in Source(data.DataConfig(source=source)).documents()}
+    before = keys(f"text:{inside}/**/*.txt")
+    assert set(before) == {"m", "n"} and len(keys(f"text:{inside}/*.txt")) == 1
+    (inside / "a.txt").symlink_to(inside / "n.txt")
+    (inside / "sub" / "0.txt").symlink_to("../n.txt")
+    (inside / "z.txt").hardlink_to(inside / "sub" / "deep" / "m.txt")
+    (inside / "another").symlink_to(inside / "sub")
+    for loop in ("loop", "round", "sub/loop", "sub/deep/loop"):  # every round more than doubles the ways
+        (inside / loop).symlink_to(inside)
+    (inside / "gone.txt").symlink_to(inside / "nowhere")
+    (inside / "self.txt").symlink_to(inside / "self.txt")
+    for glob in ("**/*.txt", "**/**/*.txt", "**", "*/*/*.txt,{0}/**/*.txt", "**/deep/*.txt,{0}/n.txt,{0}/a.txt"):
+        texts, opened = read(f"text:{inside}/{glob}".replace("{0}", str(inside)))
+        assert sorted(texts) == ["m", "n"], glob
+        assert len(opened.files) == 2
+    assert keys(f"text:{inside}/**/*.txt") == before
+    # What only a link leads to is part of the corpus, under the link's name.
+    (inside / "far").symlink_to(outside)
+    (inside / "far2").symlink_to(outside)
+    assert keys(f"text:{inside}/**/*.txt") == {**before, "o": sources.stable_key("far/o.txt")}
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst", ".GZ", ".Zst"])
 def test_jsonl(tmp_path, suffix):
     content = lines(TEXTS[:2], "body") + b"\n" + lines(TEXTS[2:], "body")
     half = len(lines(TEXTS[:1], "body"))
-    pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[suffix]
+    pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[suffix.lower()]
     # Two members or frames, as parallel compressors write them.
     (tmp_path / f"a.jsonl{suffix}").write_bytes(pack(content[:half]) + pack(content[half:]))
     texts, opened = read(f"jsonl:{tmp_path}/*", field="body")
@@ -82,7 +133,26 @@ def test_truncated_and_foreign_compressed_files(tmp_path, suffix):
     assert len(read(f"jsonl:{path}")[0]) == 2000
 
 
-@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string()])
+@pytest.mark.parametrize(
+    "content, kind",
+    [(gzip.compress(b"{}"), "gzip"), (zstandard.compress(b"{}"), "zstd"), (lzma.compress(b"{}"), "xz")],
+)
+def test_compressed_files_named_as_if_plain(tmp_path, content, kind):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    assert f"a.jsonl is compressed with {kind}" in error_of(f"jsonl:{tmp_path}/a.jsonl", on_bad_record="skip")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pyarrow.string(),
+        pyarrow.large_string(),
+        pyarrow.string_view(),
+        pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
+        pyarrow.dictionary(pyarrow.int8(), pyarrow.large_string()),
+    ],
+    ids=str,
+)
 def test_parquet(tmp_path, kind):
     write_parquet(tmp_path / "a.parquet", TEXTS, kind)
     assert read(f"parquet:{tmp_path}/*.parquet")[0] == TEXTS
@@ -98,6 +168,10 @@ def test_parquet(tmp_path, kind):
         (b'{"text": null}', "is null"),
         (b'{"text": "\xff"}', "not UTF-8"),
         (b'{"text": "\\ud800"}', "surrogate"),
+        (b'{"text": "a", "text": "b"}', "key 'text' twice"),
+        (b'{"text": "a", "meta": {"id": 1, "id": 1}}', "key 'id' twice"),
+        (b'{"text": "a\\u0000b"}', "NUL"),
+        ('{"text": "a"}'.encode("utf-16"), "not UTF-8"),
         (b"\x00\x01\x02", "not JSON"),
         (b"[" * 100_000, "not JSON|deep"),
     ],
@@ -118,6 +192,7 @@ def test_bad_lines_are_named_or_counted(tmp_path, line, problem):
         (b"fine\nbut \xff\n", "not UTF-8: byte 0xff in line 2"),
         (b"cut \xe2\x82", "not UTF-8"),
         (b"", "is empty"),
+        (b"\xef\xbb\xbf", "is empty"),
         (b"PNG\0\0\0", "looks binary"),
     ],
 )
@@ -128,6 +203,16 @@ def test_bad_text_files_are_named_or_counted(tmp_path, content, problem):
     assert str(tmp_path / "bad.txt") in message and problem in message
     texts, opened = read(f"text:{tmp_path}/*.txt", on_bad_record="skip")
     assert texts == ["good"] and opened.skipped == 1
+
+
+def test_lines_with_marks_and_huge_numbers(tmp_path):
+    """A byte order mark before any line is none of it; no number beside the text keeps it from being read."""
+    many = b"9" * 5000
+    (tmp_path / "a.jsonl").write_bytes(
+        b'\xef\xbb\xbf{"text": "a"}\n\xef\xbb\xbf{"text": "\xef\xbb\xbfb", "n": -%b, "m": [1.5, %b, NaN]}\n'
+        % (many, many)
+    )
+    assert read(f"jsonl:{tmp_path}/a.jsonl")[0] == ["a", "\ufeffb"]
 
 
 def test_bad_parquet(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import random
 import signal
@@ -52,6 +53,19 @@ def test_what_a_run_leaves(finished):
     assert "step 12/12" in (workdir / "log.txt").read_text() and "step 12/12" in printed
     assert any((workdir / "tensorboard").iterdir())
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["12", "8"]
+
+
+def test_bits_per_byte_are_of_the_text_that_was_scored(finished, source):
+    """While training and afterwards: of the part of the held-out text that the evaluated batches hold."""
+    workdir, _ = finished
+    heldout = data_lib.heldout_loader(runs.config(source).data, data_lib.load_tokenizer("bytes"), batches=2)
+    tokens = sum(int((batch["segments"] > 0).sum()) for batch in heldout)
+    assert 0 < heldout.bytes < min(tokens, heldout.summary()["heldout_bytes"])
+    line = runs.lines(workdir)[-1]
+    bits = line["heldout_loss"] * tokens / math.log(2) / heldout.bytes
+    assert math.isclose(line["heldout_bits_per_byte"], bits, rel_tol=1e-9)
+    evaluation = restore.evaluate_heldout(restore.load(workdir, "latest", evaluating=True), batches=2)
+    assert (evaluation.bytes, evaluation.tokens) == (heldout.bytes, tokens)
 
 
 def test_second_call_says_complete(finished, source):
