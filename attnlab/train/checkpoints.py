@@ -202,7 +202,7 @@ class Checkpoints:
         try:
             return Host(**files.read_json(directory / _HOST))
         except TypeError as error:
-            raise UserError(f"checkpoint {step} in {self.directory} is of another version of attnlab: {error}") from None
+            raise UserError(f"{directory} is of another version of attnlab: {error}") from None
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, Host]:
         """The state of a step and what lives on the host. The content of all files is checked meanwhile.

@@ -87,4 +87,3 @@ def _difference(directory: pathlib.Path, name: str, size: int, digest: str) -> s
     except OSError as error:
         return f"{name} cannot be read: {error.strerror}"
     return f"the content of {name} is not what was written"
-

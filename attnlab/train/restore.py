@@ -87,13 +87,11 @@ def load(
     except Damaged as error:
         raise UserError(
             f"checkpoint {which} in {path} cannot be read: {error}\n"
-            f"choose another with --checkpoint: {', '.join(str(s) for s in steps if s != int(which)) or 'there is none'}"
+            f"choose another with --checkpoint: {', '.join(str(s) for s in steps if str(s) != which) or 'there is none'}"
         ) from None
 
 
-def _load(
-    path: pathlib.Path, checkpoints: Checkpoints, step: int, overrides: list[str], evaluating: bool
-) -> Trained:
+def _load(path: pathlib.Path, checkpoints: Checkpoints, step: int, overrides: list[str], evaluating: bool) -> Trained:
     host = checkpoints.host(step)
     old = copy.deepcopy(host.config)  # overrides are laid over the tree itself
     config = config_lib.build(RunConfig, config_lib.apply_overrides(host.config, overrides))

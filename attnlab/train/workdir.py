@@ -142,7 +142,7 @@ def _locked(path: pathlib.Path) -> Iterator[Held]:
 
 
 def _require_places(path: pathlib.Path) -> None:
-    """Raises UserError where something else than a run's own is in the place of what it writes, or cannot be written."""
+    """Raises UserError where something else is in the place of what a run writes, or that cannot be written."""
     for name in _FILES:
         _require_kind(path / name)
         if os.path.exists(path / name) and not os.access(path / name, os.R_OK | os.W_OK):

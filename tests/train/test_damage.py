@@ -1,4 +1,4 @@
-"""Damage to any file of a finished run: the right figures, from this checkpoint or the one before, or one clear error."""
+"""Damage to any file of a finished run: the right figures, of this checkpoint or the one before, or one clear error."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def right(finished, tmp_path_factory):
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damage(finished, right, tmp_path, capsys, verb, kind):
-    """No traceback, exit code 0 with a right figure or 2 with a line that says why; what was there is still somewhere."""
+    """No traceback, exit code 0 with a right figure or 2 with a line that says why; what was there is still there."""
     turn = list(DAMAGE).index(kind) + VERBS.index(verb)
     for file in [f for i, f in enumerate(finished.files) if (i + turn) % len(VERBS) == 0]:
         workdir = finished.copy(tmp_path / "run")
@@ -136,6 +136,6 @@ def test_damage(finished, right, tmp_path, capsys, verb, kind):
         else:
             assert code == 2 and 1 <= len(printed.err.strip().splitlines()) <= 4, case
         assert "Traceback" not in printed.err, case
-        if kind in ("foreign", "directory") and file.parts[0] != "checkpoints":  # these are removed when newer ones come
+        if kind in ("foreign", "directory") and file.parts[0] != "checkpoints":  # these go when newer ones come
             left = [p for p in workdir.rglob("*") if p.is_file()]
             assert any(p.name == "precious" or b"precious" in p.read_bytes() for p in left), case

@@ -64,7 +64,8 @@ def test_bits_per_byte_are_of_the_text_that_was_scored(finished, source):
     line = runs.lines(workdir)[-1]
     bits = line["heldout_loss"] * tokens / math.log(2) / heldout.bytes
     assert math.isclose(line["heldout_bits_per_byte"], bits, rel_tol=1e-9)
-    evaluation = restore.evaluate_heldout(restore.load(workdir, "latest", evaluating=True), batches=2)
+    evaluation, notes = restore.evaluate_heldout(restore.load(workdir, "latest"), batches=2)
+    assert not notes
     assert (evaluation.bytes, evaluation.tokens) == (heldout.bytes, tokens)
 
 
