@@ -85,9 +85,9 @@ def load(
     try:
         return read(int(which))
     except Damaged as error:
+        others = ", ".join(str(s) for s in steps if s != int(which)) or "there is none"
         raise UserError(
-            f"checkpoint {which} in {path} cannot be read: {error}\n"
-            f"choose another with --checkpoint: {', '.join(str(s) for s in steps if str(s) != which) or 'there is none'}"
+            f"checkpoint {which} in {path} cannot be read: {error}\nchoose another with --checkpoint: {others}"
         ) from None
 
 
