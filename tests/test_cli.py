@@ -12,7 +12,7 @@ import sys
 import jax
 import pytest
 
-from attnlab import cli
+from attnlab import arguments, cli, output
 from attnlab.train import workdir as workdir_lib
 from tests.train import runs
 
@@ -127,7 +127,7 @@ def test_help_of_every_verb(attnlab, verb):
     assert code == 0
     if verb and verb != ["list"] and verb != ["tokenizer"]:
         assert "--config.train.steps=200" in out
-    parser = cli._parser()
+    parser = arguments.build()
     for name in verb:
         parser = next(a for a in parser._actions if a.choices and name in a.choices).choices[name]
     assert all(action.help for action in parser._actions if action.dest not in ("verb", "action", "name"))
@@ -329,7 +329,7 @@ def test_json_is_all_of_stdout(attnlab, finished, config):
 
 def test_json_has_no_nan(capsys):
     """What is not finite is null."""
-    cli._print_json({"a": [float("nan"), float("inf"), 1.5], "b": {"c": float("-inf")}})
+    output.write_json({"a": [float("nan"), float("inf"), 1.5], "b": {"c": float("-inf")}})
     assert json.loads(capsys.readouterr().out) == {"a": [None, None, 1.5], "b": {"c": None}}
 
 
@@ -350,7 +350,7 @@ def test_tables_are_whole_in_a_pipe(attnlab):
     """A row is a line with all its text, and nothing in it is taken for markup."""
     code, out, _ = attnlab("list")
     assert code == 0 and any("arXiv:1706.03762" in line and line.startswith("softmax ") for line in out.splitlines())
-    cli._table("t", ["a"], [["x [B, T] [bold]"]])
+    output.write_table("t", ["a"], [["x [B, T] [bold]"]])
     assert attnlab("list", "softmax")[1].startswith("t\na\nx [B, T] [bold]\n")
 
 

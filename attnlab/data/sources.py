@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 
 from attnlab.data.config import DataConfig
 from attnlab.errors import UserError
+from attnlab.paths import expand
 
 _log = logging.getLogger(__name__)
 
@@ -137,7 +138,7 @@ def matching_files(globs: tuple[str, ...]) -> list[File]:
     """
     found: dict[str, File] = {}
     for pattern in globs:
-        expanded = os.path.expanduser(pattern)
+        expanded = expand(pattern)
         literal = os.path.isfile(expanded)
         paths = [expanded] if literal else globbing.glob(expanded, recursive=True)
         paths = sorted(path for path in paths if os.path.isfile(path))

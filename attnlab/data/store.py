@@ -24,6 +24,7 @@ from typing import IO, Any, Protocol
 
 import numpy as np
 
+from attnlab import paths
 from attnlab.data.config import DataConfig
 from attnlab.data.progress import ProgressFn, stderr_progress
 from attnlab.data.sources import Source
@@ -225,7 +226,7 @@ def cache_directory(config: DataConfig) -> str:
     """Where tokenised corpora are kept."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
     chosen = config.cache or os.environ.get("ATTNLAB_CACHE") or os.path.join(base, "attnlab")
-    return os.path.abspath(os.path.expanduser(chosen))
+    return os.path.abspath(paths.expand(chosen))
 
 
 def _cache_name(source: Source, tokenizer: Tokenizer) -> str:

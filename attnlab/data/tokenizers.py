@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from attnlab import paths
 from attnlab.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, path: str, eod: str | None = None):
         from tokenizers import Tokenizer as Backend
 
-        path = os.path.expanduser(path)
+        path = paths.expand(path)
         if os.path.isdir(path):
             path = os.path.join(path, "tokenizer.json")
         try:

@@ -187,7 +187,6 @@ class RunConfig:
         config_lib.require(
             self.data.batch % split == 0, "train.accumulate", split, f"divisors of data.batch ({self.data.batch})"
         )
-        optimizers.schedule(self.optimizer, self.train.steps)
         for letter, mixer in self.model.mixers.items():
             if self.mesh.context != 1 and not mixers.get(mixer.node_name).context_of(mixer):
                 raise ConfigError(

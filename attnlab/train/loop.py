@@ -25,7 +25,7 @@ from attnlab.train import metadata, optimizers, sharding, workdir
 from attnlab.train.checkpoints import Checkpoints
 from attnlab.train.config import RunConfig
 from attnlab.train.hardware import peak_flops
-from attnlab.train.metrics import MetricLog, Progress, Report
+from attnlab.train.metrics import MetricLog, Progress, Report, print_plain
 from attnlab.train.processes import Processes
 from attnlab.train.state import Model, init_state, state_shardings
 from attnlab.train.step import make_eval_step, make_train_step
@@ -34,7 +34,7 @@ from attnlab.train.step import make_eval_step, make_train_step
 def train(config: RunConfig, path: pathlib.Path, console: rich.console.Console) -> None:
     """Trains in the workdir `path` from its newest checkpoint, or from the start, to `train.steps`.
 
-    SIGTERM and SIGINT save a checkpoint and return; of several processes, to any one of them.
+    SIGTERM, SIGINT and SIGHUP save a checkpoint and return; of several processes, to any one of them.
 
     Raises:
       UserError: the config, the data or the workdir cannot be used; nothing was overwritten.
@@ -52,11 +52,7 @@ def train(config: RunConfig, path: pathlib.Path, console: rich.console.Console) 
             if last < config.train.steps:
                 _Run(config, path, console, processes).run()
             elif processes.first:
-                console.print(
-                    f"the run in {path} is complete: step {last} of {config.train.steps}",
-                    highlight=False,
-                    soft_wrap=True,
-                )
+                print_plain(console, f"the run in {path} is complete: step {last} of {config.train.steps}")
             processes.barrier()
     except BaseException as error:
         processes.failed(error)
@@ -86,15 +82,19 @@ def micro_batches(config: RunConfig) -> data_lib.DataConfig:
 
 
 class _StopSignals:
-    """Remembers SIGTERM and SIGINT; a second one acts at once."""
+    """Remembers SIGTERM, SIGINT and SIGHUP; a second SIGTERM or SIGINT acts at once.
+
+    A terminal that closes sends SIGHUP more than once. Where it is ignored (nohup) it stays so.
+    """
 
     def __init__(self) -> None:
         self.name: str | None = None
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> _StopSignals:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._old[number] = signal.signal(number, self._remember)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._old[number] = signal.signal(number, self._remember)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -102,8 +102,9 @@ class _StopSignals:
             signal.signal(number, handler)
 
     def _remember(self, number: int, _: Any) -> None:
-        self.name = signal.Signals(number).name
-        signal.signal(number, self._old[number])
+        self.name = self.name or signal.Signals(number).name
+        if number != signal.SIGHUP:
+            signal.signal(number, self._old[number])
 
 
 class _Run:
@@ -133,6 +134,12 @@ class _Run:
         self._report = Report(console, path if processes.first else None)
         self._say = self._report.say
         self._say(data_lib.describe(self.loader.summary()))
+        warmup = optimizers.warmup_steps(c.optimizer.warmup, c.train.steps)
+        if c.optimizer.warmup >= 1 and warmup != c.optimizer.warmup:
+            self._say(
+                f"optimizer.warmup = {c.optimizer.warmup} is not below train.steps ({c.train.steps}): "
+                f"the warm-up is {warmup} steps"
+            )
 
         self.checkpoints = Checkpoints(path, c.train.keep, processes=processes)
         self.step, self.tokens, self.state = 0, 0, None

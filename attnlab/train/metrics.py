@@ -11,6 +11,7 @@ from typing import Any
 
 import rich.console
 import rich.progress
+import rich.text
 from tensorboardX import SummaryWriter
 
 
@@ -67,17 +68,22 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     return lines
 
 
+def print_plain(console: rich.console.Console, text: str) -> None:
+    """Prints text as it is: paths may hold what rich takes for markup, or for the name of an emoji."""
+    console.print(rich.text.Text(text), soft_wrap=True)
+
+
 class Report:
     """What a run tells people: on the console, and with the time in log.txt; nothing where there is no workdir."""
 
     def __init__(self, console: rich.console.Console, workdir: pathlib.Path | None):
         self.console = console
         self.console.quiet = console.quiet or workdir is None
-        self._file = None if workdir is None else (workdir / "log.txt").open("a", buffering=1, encoding="utf-8")
+        self._file = None if workdir is None else (workdir / "log.txt").open("a", 1, "utf-8", "backslashreplace")
 
     def say(self, text: str) -> None:
         """Prints and logs."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        print_plain(self.console, text)
         self.log(text)
 
     def log(self, text: str) -> None:
