@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from attnlab import config as config_lib
-from attnlab import paths
+from attnlab import output, paths
 from attnlab.errors import UserError
 
 _EXAMPLES = """\
@@ -42,6 +42,9 @@ class _Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         self._given = list(args)
         return super().parse_known_args(args, namespace)
+
+    def print_help(self, file: Any = None) -> None:
+        output.write(self.format_help().rstrip("\n"))  # argparse says nothing of what it cannot write
 
     def error(self, message: str) -> NoReturn:
         options = (a for a in self._given if a.startswith("--") and len(a) > 2)

@@ -22,10 +22,12 @@ def main(argv: list[str] | None = None) -> int:
         code = _main(sys.argv[1:] if argv is None else argv)
     except SystemExit as ended:  # argparse
         code = ended.code
-    failed = output.settle()
-    if failed is not None and code == 0 and not isinstance(failed, BrokenPipeError):
-        output.note(f"attnlab: {output.failure(failed)}")
-        return 2
+    except output.Unwritable as error:  # the help
+        output.note(f"attnlab: {error}")
+        code = 2
+    except output.ReaderGone:
+        code = 0
+    output.settle()
     return code
 
 
@@ -46,8 +48,6 @@ def _main(argv: list[str]) -> int:
     except TrainingFailed as error:
         say(error)
         return 1
-    except output.ReaderGone:
-        return 0
     except KeyboardInterrupt:
         return 130
     except (RuntimeError, MemoryError) as error:
@@ -90,9 +90,8 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
 
     out = output.Lasting(sys.stdout)  # a run outlives the reader of its output: log.txt has it all
     train(config, args.workdir, rich.console.Console(file=out))
-    if out.error is not None:
-        raise output.failure(out.error)
-    output.require()
+    with output.after(f"the run went on, and {args.workdir / 'log.txt'} has what it said"):
+        output.require() if out.error is None else output.fail(out.error)
     return 0
 
 
@@ -248,11 +247,9 @@ def _tokenizer(args: argparse.Namespace, overrides: list[str]) -> int:
             summary = data.train_tokenizer(config, args.vocab, out, overwrite=args.overwrite)
         else:
             summary = data.apply_tokenizer(config, out, shards=args.shards, overwrite=args.overwrite)
-    if args.json:
-        output.write_json(summary)
-    else:
-        figures = (f"{k} {v:,}" if isinstance(v, int) else f"{k} {v}" for k, v in summary.items())
-        output.write(f"wrote {args.out}: {', '.join(figures)}")
+    figures = (f"{k} {v:,}" if isinstance(v, int) else f"{k} {v}" for k, v in summary.items())
+    with output.after(f"{out} is written"):
+        output.write_json(summary) if args.json else output.write(f"wrote {out}: {', '.join(figures)}")
     return 0
 
 

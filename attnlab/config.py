@@ -148,7 +148,12 @@ def _describe(kind: Any) -> str:
         return " or ".join(_describe(k) for k in typing.get_args(kind))
     if origin is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
-    names = {bool: "true or false", int: "an integer below 2^31", float: "a finite number", str: "a string"}
+    names = {
+        bool: "true or false",
+        int: "an integer below 2^31",
+        float: "a finite number that float32 holds",
+        str: "a string",
+    }
     return names.get(kind, str(kind))
 
 
@@ -210,6 +215,9 @@ def _check(kind: Any, value: Any) -> tuple[bool, Any]:
             good = good and math.isfinite(value)
         except OverflowError:  # an integer beyond any float
             good = False
+        if kind is float:
+            # On the device it would be infinite, or 0.
+            good = good and (value == 0 or 2.0**-126 <= abs(value) < 2.0**128)
         if kind is int:
             # 1e6 is how people write a million steps; counts beyond 2^31 overflow on the device.
             good = good and value == int(value) and abs(value) < 2**31

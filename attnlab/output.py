@@ -6,11 +6,13 @@ A stream may be closed, full, a pipe that nobody reads, a terminal that went awa
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import os
 import sys
-from typing import IO, Any
+from collections.abc import Iterator
+from typing import IO, Any, NoReturn
 
 from attnlab.errors import UserError
 
@@ -42,7 +44,7 @@ def prepare() -> None:
 def require() -> None:
     """Raises Unwritable where stdout is closed."""
     if sys.stdout is None:
-        raise Unwritable("stdout is closed, and this prints its result there")
+        raise Unwritable("stdout is closed")
 
 
 def write(text: str) -> None:
@@ -57,14 +59,23 @@ def write(text: str) -> None:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
     except OSError as error:
-        raise failure(error) from None
+        fail(error)
 
 
-def failure(error: OSError) -> Exception:
-    """The exception to raise for an error of stdout."""
+def fail(error: OSError) -> NoReturn:
+    """Raises what `write` raises for an error of stdout."""
     if isinstance(error, BrokenPipeError):
-        return ReaderGone()
-    return Unwritable(f"stdout cannot be written: {error.strerror or error}")
+        raise ReaderGone from None
+    raise Unwritable(f"stdout cannot be written: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def after(done: str) -> Iterator[None]:
+    """Where what runs inside cannot be written, says also what is done and not lost."""
+    try:
+        yield
+    except Unwritable as error:
+        raise UserError(f"{error}; {done}") from None
 
 
 def note(text: str) -> None:
@@ -74,24 +85,18 @@ def note(text: str) -> None:
             print(text, file=sys.stderr, flush=True)
 
 
-def settle() -> OSError | None:
-    """Flushes stdout and stderr; what cannot be written is dropped, and the error of stdout returned.
-
-    Python would otherwise try again at exit, complain, and change the exit code.
-    """
-    failed = None
+def settle() -> None:
+    """Drops what stdout and stderr still hold and cannot write: Python would complain, and change the exit code."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:
                 stream.flush()
-        except OSError as error:
-            failed = error if stream is sys.stdout else failed
+        except OSError:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, stream.fileno())
             os.close(nowhere)
             with contextlib.suppress(OSError):
                 stream.flush()
-    return failed
 
 
 class Lasting:
@@ -147,7 +152,7 @@ def write_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         table.add_column(Text(name), justify="left" if i == 0 or not rows or not rows[0][i][:1].isdigit() else "right")
     for row in rows:
         table.add_row(*map(Text, row))
-    console = rich.console.Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
-    with console.capture() as captured:
-        console.print(table)
-    write("\n".join([title, *(line.rstrip() for line in captured.get().splitlines())]))
+    terminal = sys.stdout.isatty()
+    text = io.StringIO()
+    rich.console.Console(file=text, force_terminal=terminal, width=None if terminal else 1000).print(table)
+    write("\n".join([title, *(line.rstrip() for line in text.getvalue().splitlines())]))

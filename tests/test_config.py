@@ -60,9 +60,9 @@ REFUSED = [
         for text in ("nan", "inf", "-inf", "1e400", "1j", "true", "")
     ],
     ("optimizer.learning_rate=0", ["optimizer.learning_rate = 0.0", "above 0"]),
-    ("optimizer.clip=nan", ["optimizer.clip = 'nan'", "a finite number or none"]),
+    ("optimizer.clip=nan", ["optimizer.clip = 'nan'", "a finite number that float32 holds or none"]),
     ("optimizer.schedule=cos", ["optimizer.schedule = 'cos'", "did you mean 'cosine'", "wsd"]),
-    ("optimizer.warmup=12", ["optimizer.warmup = 12", "less than train.steps (12)"]),
+    ("optimizer.warmup=1.5", ["optimizer.warmup = 1.5", "a share below 1 of train.steps, or a whole number of steps"]),
     ("optimizer.warmup=-1", ["optimizer.warmup = -1", "0 or more"]),
     ("model.tied=1", ["model.tied = '1'", "true or false"]),
     ("model.width=0", ["model.width = 0", "1 or more"]),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlab import config as config_lib
-from attnlab import mixers
+from attnlab import memory, mixers
 from attnlab.models.lm import LanguageModel
 
 _BUCKET = 32  # prompts are padded on the left to a multiple, so that few lengths are compiled
@@ -74,6 +74,9 @@ def generate(
       params: parameters, a pytree of arrays.
       prompts: ids of each prompt, one or more; a document starts with the end-of-document id.
       sampling: how to draw.
+
+    Raises:
+      UserError: the samples need more memory than the machine has.
     """
     started = time.perf_counter()
     run = compiled(merge, params, prompts, sampling)
@@ -99,6 +102,12 @@ def compiled(
         return decode(merge(params), tokens, segments, keys, sampling)
 
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(sampling.seed), i))(jnp.arange(len(prompts)))
+    state = jax.eval_shape(lambda p: merge(p).init_state(len(prompts), length + sampling.tokens), params)
+    memory.require(
+        memory.size((params, state)) + 4 * len(prompts) * (length + sampling.tokens),
+        f"{len(prompts)} samples of up to {length + sampling.tokens} tokens",
+        "lower --tokens or --samples",
+    )
     executable = jax.jit(program).lower(params, tokens, segments, keys).compile()
 
     def run(params: Any) -> list[np.ndarray]:

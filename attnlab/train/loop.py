@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import pathlib
 import signal
 import time
@@ -15,7 +14,7 @@ import jax
 import rich.console
 
 from attnlab import data as data_lib
-from attnlab import ops
+from attnlab import memory, ops
 from attnlab.errors import ConfigError, TrainingFailed
 from attnlab.evaluate.generate import Sampling, generate
 from attnlab.evaluate.perplexity import Evaluation, evaluate
@@ -120,10 +119,17 @@ class _Run:
         self.tx = optimizers.build(c.optimizer, c.train.steps, self.model.axes)
         self.shardings = state_shardings(self.mesh, self.model, self.tx)
         shapes = jax.eval_shape(lambda: init_state(self.model, self.tx, c.seed))
-        size = sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(shapes))
+        size = memory.size(shapes)
         saved = len(Checkpoints(path).steps())
         if processes.first:
             workdir.require_space(path, size * max(c.train.keep + 2 - saved, 1))
+        # At least the state, and of every micro-batch the stream from the first layer to the last.
+        tokens = c.data.batch // c.train.accumulate * c.data.length
+        memory.require(
+            (size + tokens * c.model.width * jax.numpy.dtype(c.model.compute_dtype).itemsize) // processes.count,
+            "the parameters, the optimizer's state and a micro-batch",
+            "lower model.width, model.layers, model.vocab, data.length or data.batch, or raise train.accumulate",
+        )
 
         rows = lambda data: sharding.rows_of_process(self.mesh, data.batch)
         self.loader = data_lib.train_loader(c.data, self.tokenizer, seed=c.seed, rows=rows(c.data))

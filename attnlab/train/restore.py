@@ -79,7 +79,7 @@ def load(
     elif which == "best":
         best = checkpoints.best_step()
         step = steps[-1] if best is None else best
-    elif which.isdecimal() and int(which) in steps:
+    elif which in map(str, steps):
         step = int(which)
     else:
         raise UserError(f"--checkpoint {which!r} is not there; allowed: best, latest, {', '.join(map(str, steps))}")
