@@ -119,7 +119,7 @@ def build() -> argparse.ArgumentParser:
     verb("train", "train a model, or go on with a run", config=True, workdir=True,
          more="\n\n"
               "All is written to the workdir: config.json, metrics.jsonl, tensorboard/, checkpoints/, samples.txt,\n"
-              "log.txt. Ctrl-C saves and stops; the same command goes on from there.")  # fmt: skip
+              "log.txt. Ctrl-C, SIGTERM and SIGHUP save and stop; the same command goes on from there.")  # fmt: skip
 
     sub = verb("eval", "held-out loss, perplexity and bits per byte of a run", workdir=True, machine=True)
     sub.add_argument("--checkpoint", default="best", metavar="best|latest|STEP",
@@ -215,6 +215,6 @@ def _add_tokenizer(verbs: Any) -> None:
                          help="replace a regular file that is there; a device, a FIFO, a directory never is" if
                          name == "train" else "replace a directory that this wrote, and that alone")  # fmt: skip
         if name == "train":
-            sub.add_argument("--vocab", type=_integer(257), default=32_768, metavar="V", help="entries (32768)")
+            sub.add_argument("--vocab", type=_integer(257, 2**24), default=32_768, metavar="V", help="entries (32768)")
         else:
             sub.add_argument("--shards", type=_integer(1, 99999), default=8, metavar="N", help="files (8)")

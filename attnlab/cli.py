@@ -96,9 +96,11 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
-    from attnlab.train import restore
+    from attnlab import memory
+    from attnlab.train import hardware, restore
 
     trained = restore.load(args.workdir, args.checkpoint, overrides)
+    hardware.require_memory(trained.config, memory.size(trained.params))
     summary = {"step": trained.step, **restore.evaluate_heldout(trained, args.batches).summary()}
     if args.json:
         output.write_json(summary)

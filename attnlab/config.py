@@ -217,7 +217,7 @@ def _check(kind: Any, value: Any) -> tuple[bool, Any]:
             good = False
         if kind is float:
             # On the device it would be infinite, or 0.
-            good = good and (value == 0 or 2.0**-126 <= abs(value) < 2.0**128)
+            good = good and (value == 0 or 2.0**-126 <= abs(float(value)) < 2.0**128)
         if kind is int:
             # 1e6 is how people write a million steps; counts beyond 2^31 overflow on the device.
             good = good and value == int(value) and abs(value) < 2**31

@@ -35,21 +35,6 @@ def finished(config, tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def attnlab(capsys):
-    """Runs a command in this process: exit code, stdout, stderr."""
-
-    def call(*args):
-        try:
-            code = cli.main([str(a) for a in args])
-        except SystemExit as exit_:  # argparse
-            code = exit_.code
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
-
-
 _lowered: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(
     lambda event, *_, **__: _lowered.append(event) if "jaxpr_to_mlir" in event else None

@@ -20,6 +20,7 @@ from attnlab.errors import ConfigError, UserError
 _log = logging.getLogger(__name__)
 
 _SMALLEST = 257  # every byte, and end-of-document
+_LARGEST = 2**24  # the library makes room for all of them at the start
 
 
 def train_tokenizer(
@@ -31,7 +32,7 @@ def train_tokenizer(
     not at all.
 
     Args:
-      vocab_size: ids in all, 257 to 2^31 - 1. A small corpus may have fewer pairs to merge than that.
+      vocab_size: ids in all, 257 to 2^24. A small corpus may have fewer pairs to merge than that.
       overwrite: whether a regular file at `out` is replaced; nothing else ever is.
       progress: called with bytes read and bytes in all; None shows a bar on stderr.
 
@@ -44,9 +45,9 @@ def train_tokenizer(
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or not _SMALLEST <= vocab_size < 2**31:
+    if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or not _SMALLEST <= vocab_size <= _LARGEST:
         raise ConfigError(
-            f"vocab_size = {show(vocab_size)} is not allowed: an integer of at least {_SMALLEST}, below 2^31."
+            f"vocab_size = {show(vocab_size)} is not allowed: an integer of at least {_SMALLEST}, at most 2^24."
         )
     require_text(config)
     source = Source(config)

@@ -23,7 +23,7 @@ from attnlab.ops import partition
 from attnlab.train import metadata, optimizers, sharding, workdir
 from attnlab.train.checkpoints import Checkpoints
 from attnlab.train.config import RunConfig
-from attnlab.train.hardware import peak_flops
+from attnlab.train.hardware import peak_flops, require_memory
 from attnlab.train.metrics import MetricLog, Progress, Report, print_plain
 from attnlab.train.processes import Processes
 from attnlab.train.state import Model, init_state, state_shardings
@@ -123,13 +123,7 @@ class _Run:
         saved = len(Checkpoints(path).steps())
         if processes.first:
             workdir.require_space(path, size * max(c.train.keep + 2 - saved, 1))
-        # At least the state, and of every micro-batch the stream from the first layer to the last.
-        tokens = c.data.batch // c.train.accumulate * c.data.length
-        memory.require(
-            (size + tokens * c.model.width * jax.numpy.dtype(c.model.compute_dtype).itemsize) // processes.count,
-            "the parameters, the optimizer's state and a micro-batch",
-            "lower model.width, model.layers, model.vocab, data.length or data.batch, or raise train.accumulate",
-        )
+        require_memory(c, size)
 
         rows = lambda data: sharding.rows_of_process(self.mesh, data.batch)
         self.loader = data_lib.train_loader(c.data, self.tokenizer, seed=c.seed, rows=rows(c.data))

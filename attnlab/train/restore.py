@@ -82,7 +82,9 @@ def load(
     elif which in map(str, steps):
         step = int(which)
     else:
-        raise UserError(f"--checkpoint {which!r} is not there; allowed: best, latest, {', '.join(map(str, steps))}")
+        raise UserError(
+            f"--checkpoint {config_lib.show(which)} is not there; allowed: best, latest, {', '.join(map(str, steps))}"
+        )
 
     rows, length = (config.data.batch // config.train.accumulate, config.data.length) if evaluating else (0, 0)
     mesh = sharding.make_mesh(config.mesh, rows, length=length)
