@@ -23,7 +23,7 @@ def config(tmp_path_factory):
 
 def shell(command, **environment):
     """Runs a line in which `attnlab` is the command line: exit code, stdout, stderr."""
-    line = command.replace("attnlab", f"{sys.executable} -m attnlab")
+    line = "unset PYTHONUNBUFFERED; " + command.replace("attnlab ", f"{sys.executable} -m attnlab ")
     done = subprocess.run(["bash", "-c", line], cwd=runs.ROOT, env={**os.environ, **environment}, capture_output=True,
                           text=True, timeout=120)  # fmt: skip
     return done.returncode, done.stdout, done.stderr
@@ -97,6 +97,8 @@ def test_no_streams_at_all(config, tmp_path):
     out = tmp_path / "t.json"
     assert shell(f"attnlab tokenizer train --config {config} --vocab 300 --out {out} <&- >&- 2>&-")[0] == 2
     assert json.loads(out.read_text())["model"]["vocab"]
+    opened = "import sys, attnlab.output; attnlab.output.prepare(); sys.exit(open('/dev/zero').fileno())"
+    assert shell(f'{sys.executable} -c "{opened}" <&- >&- 2>&-')[0] > 2
 
 
 def test_ascii(config, tmp_path):
