@@ -12,7 +12,7 @@ import sys
 import jax
 import pytest
 
-from attnlab import arguments, cli, output
+from attnlab import arguments, cli, memory, output
 from attnlab.train import workdir as workdir_lib
 from tests.train import runs
 
@@ -277,6 +277,15 @@ def test_bad_prompts(refused, finished, tmp_path, monkeypatch):
 def test_bad_batches(refused, finished, batches):
     """--batches is a count."""
     refused("eval", "--workdir", finished, "--batches", batches, parts=["--batches", batches])
+
+
+def test_what_memory_cannot_hold(refused, finished, config, tmp_path, monkeypatch):
+    """On a CPU a batch or a model that the machine cannot hold is refused: the kernel would end the process."""
+    monkeypatch.setattr(memory.os, "sysconf", lambda _: 1000)  # a thousand pages of a thousand bytes
+    parts = ["GB of memory", "lower", "data.length"]
+    refused("eval", "--workdir", finished, "--config.data.length=100000", "--config.data.batch=1", parts=parts)
+    refused("train", "--config", config, "--workdir", tmp_path / "run", "--config.model.width=256", parts=parts)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_without_checkpoints(refused, finished, tmp_path):

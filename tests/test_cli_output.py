@@ -18,6 +18,7 @@ def config(tmp_path_factory):
     home = tmp_path_factory.mktemp("output")
     os.environ["ATTNLAB_CACHE"] = str(home / "cache")
     return runs.write_config(home / "c.py", runs.corpus(home / "corpus"), train__steps=2, train__eval_every=0,
+                             optimizer__warmup=7,
                              train__sample_tokens=0)  # fmt: skip
 
 
@@ -67,7 +68,10 @@ def test_a_run_outlives_its_console(attnlab, config, tmp_path, monkeypatch, stre
     code, _, err = attnlab("train", "--config", config, "--workdir", run)
     assert code == (2 if said else 0) and said in err and len(err.splitlines()) == bool(said), err
     assert [line["step"] for line in runs.lines(run)] == [1, 2] and (run / "checkpoints" / "2").exists()
-    assert "done: step 2" in (run / "log.txt").read_text()
+    log = (run / "log.txt").read_text()
+    assert (
+        "done: step 2" in log and log.count("optimizer.warmup = 7 is not below train.steps (2): the warm-up is 0") == 1
+    )
 
 
 def test_stderr_that_cannot_be_written(attnlab, monkeypatch):

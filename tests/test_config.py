@@ -10,8 +10,9 @@ import pytest
 from attnlab import config as config_lib
 from attnlab import mixers
 from attnlab.config import Override
-from attnlab.errors import ConfigError
+from attnlab.errors import ConfigError, UserError
 from attnlab.train import config as run_config
+from attnlab.train import metadata, optimizers
 from attnlab.train.config import RunConfig
 from tests.train import runs
 
@@ -296,3 +297,18 @@ def test_a_changed_config_file_is_read_anew(tmp_path):
     for value in (1, 2):
         path.write_text(f"def get_config(arg):\n    return {{'a': {value}}}\n")
         assert config_lib.read_file(str(path)) == {"a": value}
+
+
+@pytest.mark.parametrize("size, warmup", [("nano", 20), ("micro", 40), ("125m", 200), ("7b", 2000)])
+def test_warm_up_of_the_sizes_follows_the_steps(tmp_path, size, warmup):
+    """Each size warms up for its own number of steps; steps alone can be set; a workdir that has the number goes on."""
+    config = run_config.load(f"{LM}:size={size}", [])
+    assert optimizers.warmup_steps(config.optimizer.warmup, config.train.steps) == warmup
+    few = run_config.load(f"{LM}:size={size}", ["train.steps=10"])
+    assert optimizers.warmup_steps(few.optimizer.warmup, few.train.steps) == 0
+    old = config_lib.to_dict(config)
+    old["optimizer"]["warmup"] = warmup
+    metadata.check_same(tmp_path, old, config, saved=False)
+    old["optimizer"]["warmup"] = warmup + 1
+    with pytest.raises(UserError, match="optimizer.warmup"):
+        metadata.check_same(tmp_path, old, config, saved=False)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnlab import mixers
+from attnlab import memory, mixers
 from attnlab.errors import ConfigError, UserError
 from attnlab.evaluate.generate import Sampling, generate, sample
 from attnlab.models.transformer import ModelConfig, mixer_table
@@ -117,12 +117,11 @@ def test_huge_temperatures_are_uniform():
         np.testing.assert_allclose(found, [1 / 3, 1 / 3, 0, 1 / 3], atol=0.03)
 
 
-def test_more_memory_than_there_is(trained):
-    """Samples that no machine holds are refused before they are tried."""
-    with pytest.raises(
-        UserError, match=r"3 samples of up to 1073741856 tokens need .* GB; lower --tokens".replace("; ", r"\n")
-    ):
-        generate(trained[0].merge, trained[1], PROMPTS, Sampling(tokens=2**30))
+def test_more_memory_than_there_is(trained, monkeypatch):
+    """Samples that the machine cannot hold are refused before they are tried."""
+    monkeypatch.setattr(memory.os, "sysconf", lambda _: 2000)  # 2000 pages of 2000 bytes
+    with pytest.raises(UserError, match="(?s)3 samples of up to 100032 tokens need .* 0.0 GB\nlower --tokens or"):
+        generate(trained[0].merge, trained[1], PROMPTS, Sampling(tokens=100_000))
 
 
 @pytest.mark.parametrize(
