@@ -21,6 +21,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from attnlab import paths
 from attnlab.errors import ConfigError
 
 T = TypeVar("T")
@@ -49,7 +50,10 @@ def suggest(key: str, allowed: Sequence[str]) -> str:
 
 def show(value: Any) -> str:
     """A value as messages show it: on one line, shortened."""
-    text = " ".join(repr(value).split())
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python does not write out integers of thousands of digits
+        return f"a {type(value).__name__} too long to be shown"
     return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
 
 
@@ -144,7 +148,12 @@ def _describe(kind: Any) -> str:
         return " or ".join(_describe(k) for k in typing.get_args(kind))
     if origin is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
-    names = {bool: "true or false", int: "an integer below 2^31", float: "a finite number", str: "a string"}
+    names = {
+        bool: "true or false",
+        int: "an integer below 2^31",
+        float: "a finite number that float32 holds",
+        str: "a string",
+    }
     return names.get(kind, str(kind))
 
 
@@ -201,7 +210,14 @@ def _check(kind: Any, value: Any) -> tuple[bool, Any]:
         inner = [_check(typing.get_args(kind)[0], v) for v in value]
         return all(ok for ok, _ in inner), tuple(v for _, v in inner)
     if kind in (int, float):
-        good = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+        good = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        try:
+            good = good and math.isfinite(value)
+        except OverflowError:  # an integer beyond any float
+            good = False
+        if kind is float:
+            # On the device it would be infinite, or 0.
+            good = good and (value == 0 or 2.0**-126 <= abs(float(value)) < 2.0**128)
         if kind is int:
             # 1e6 is how people write a million steps; counts beyond 2^31 overflow on the device.
             good = good and value == int(value) and abs(value) < 2**31
@@ -276,6 +292,7 @@ def read_file(spec: str) -> dict[str, Any]:
       ConfigError: no such file, an exception in it, or something else than a tree comes out.
     """
     path_text, _, arg = spec.partition(":")
+    path_text = paths.expand(path_text)
     if not os.path.isfile(path_text):
         what = "is a directory, not a file" if os.path.isdir(path_text) else "is not there"
         raise ConfigError(

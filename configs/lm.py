@@ -61,7 +61,7 @@ def get_config(arg=None):
         "name": a.optimizer,
         "learning_rate": rate * RATES[a.optimizer],
         "schedule": "cosine",
-        "warmup": max(steps // 50, 20),
+        "warmup": max(1 / 50, 20 / steps),  # a share of train.steps
     }
     c.train = {
         "steps": steps,

@@ -22,8 +22,21 @@ os.environ["XLA_FLAGS"] = _FLAGS
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from attnlab import cli  # noqa: E402
+
 jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture
+def attnlab(capsys):
+    """Runs a command in this process: exit code, stdout, stderr."""
+
+    def call(*args):
+        code = cli.main([str(a) for a in args])
+        return code, *capsys.readouterr()
+
+    return call
 
 
 @pytest.fixture(autouse=True)

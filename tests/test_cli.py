@@ -12,7 +12,7 @@ import sys
 import jax
 import pytest
 
-from attnlab import cli
+from attnlab import arguments, cli, memory, output
 from attnlab.train import workdir as workdir_lib
 from tests.train import runs
 
@@ -33,21 +33,6 @@ def finished(config, tmp_path_factory):
     path = tmp_path_factory.mktemp("runs") / "finished"
     assert cli.main(["train", "--config", config, "--workdir", str(path)]) == 0
     return path
-
-
-@pytest.fixture
-def attnlab(capsys):
-    """Runs a command in this process: exit code, stdout, stderr."""
-
-    def call(*args):
-        try:
-            code = cli.main([str(a) for a in args])
-        except SystemExit as exit_:  # argparse
-            code = exit_.code
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 _lowered: list[str] = []
@@ -93,12 +78,12 @@ def refused(attnlab):
         (["list", "--config.train.steps=3"], ["--config.train.steps=3"]),
         (["list", "gatd"], ["'gatd'", "did you mean 'gated'", "softmax"]),
         (["list", "--jsn"], ["did you mean '--json'"]),
-        (["list", "--length", "0"], ["length = 0", "1 or more"]),
+        (["list", "--length", "0"], ["--length: '0'", "from 1"]),
         (["list", "--width", "6"], ["width = 6", "heads"]),
         (["list", "--parameters"], ["--parameters is of one mixer", "attnlab list MIXER --parameters"]),
         (["list", "gatd", "--parameters"], ["did you mean 'gated'"]),
-        (["list", "gated", "--parameters", "--width", "0"], ["width = 0", "1 or more"]),
-        (["cost", "--config", LM, "--length", "0"], ["--length 0", "1 or more"]),
+        (["list", "gated", "--parameters", "--width", "0"], ["--width: '0'", "from 1"]),
+        (["cost", "--config", LM, "--length", "0"], ["--length: '0'", "from 1"]),
         (["cost", "--config", LM, "--length", "x"], ["--length", "'x'"]),
         (["cost", "--config", f"{LM}:mixer=sofmax"], ["did you mean 'softmax'"]),
         (["eval", "--workdir", "/no/such"], ["--workdir /no/such holds no run", "attnlab train"]),
@@ -130,7 +115,7 @@ def test_help_of_every_verb(attnlab, verb):
     assert code == 0
     if verb and verb != ["list"] and verb != ["tokenizer"]:
         assert "--config.train.steps=200" in out
-    parser = cli._parser()
+    parser = arguments.build()
     for name in verb:
         parser = next(a for a in parser._actions if a.choices and name in a.choices).choices[name]
     assert all(action.help for action in parser._actions if action.dest not in ("verb", "action", "name"))
@@ -257,14 +242,14 @@ def test_workdir_of_another_config(refused, finished, config, args, parts):
 @pytest.mark.parametrize(
     "args, parts",
     [
-        (["--temperature", "-1"], ["--temperature = -1.0", "0 or more"]),
+        (["--temperature", "-1"], ["--temperature: '-1'", "0 or more"]),
         (["--temperature", "nan"], ["--temperature", "'nan'"]),
-        (["--top-p", "0"], ["--top-p = 0.0", "above 0"]),
-        (["--top-k", "-1"], ["--top-k = -1", "0 (all) or more"]),
-        (["--tokens", "0"], ["--tokens 0", "1 to 2^30"]),
-        (["--tokens", "3000000000"], ["--tokens 3000000000", "1 to 2^30"]),
-        (["--samples", "0"], ["--samples 0"]),
-        (["--seed", "-1"], ["--seed = -1", "2^31"]),
+        (["--top-p", "0"], ["--top-p: '0'", "above 0"]),
+        (["--top-k", "-1"], ["--top-k: '-1'", "from 0"]),
+        (["--tokens", "0"], ["--tokens: '0'", "from 1 to 1073741824"]),
+        (["--tokens", "3000000000"], ["--tokens: '3000000000'", "to 1073741824"]),
+        (["--samples", "0"], ["--samples: '0'"]),
+        (["--seed", "-1"], ["--seed: '-1'", "from 0 to 2147483647"]),
         (["--stop", "abc"], ["--stop 'abc' is 3 tokens", "eod, none"]),
         (["--stop", ""], ["--stop '' is 0 tokens"]),
         (["--checkpoint", "3"], ["--checkpoint '3'", "best, latest, "]),
@@ -295,6 +280,15 @@ def test_bad_prompts(refused, finished, tmp_path, monkeypatch):
 def test_bad_batches(refused, finished, batches):
     """--batches is a count."""
     refused("eval", "--workdir", finished, "--batches", batches, parts=["--batches", batches])
+
+
+def test_what_memory_cannot_hold(refused, finished, config, tmp_path, monkeypatch):
+    """On a CPU a batch or a model that the machine cannot hold is refused: the kernel would end the process."""
+    monkeypatch.setattr(memory.os, "sysconf", lambda _: 1000)  # a thousand pages of a thousand bytes
+    parts = ["GB of memory", "lower", "data.length"]
+    refused("eval", "--workdir", finished, "--config.data.length=100000", "--config.data.batch=1", parts=parts)
+    refused("train", "--config", config, "--workdir", tmp_path / "run", "--config.model.width=256", parts=parts)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_without_checkpoints(refused, finished, tmp_path):
@@ -334,7 +328,7 @@ def test_json_is_all_of_stdout(attnlab, finished, config):
 
 def test_json_has_no_nan(capsys):
     """What is not finite is null."""
-    cli._print_json({"a": [float("nan"), float("inf"), 1.5], "b": {"c": float("-inf")}})
+    output.write_json({"a": [float("nan"), float("inf"), 1.5], "b": {"c": float("-inf")}})
     assert json.loads(capsys.readouterr().out) == {"a": [None, None, 1.5], "b": {"c": None}}
 
 
@@ -355,7 +349,7 @@ def test_tables_are_whole_in_a_pipe(attnlab):
     """A row is a line with all its text, and nothing in it is taken for markup."""
     code, out, _ = attnlab("list")
     assert code == 0 and any("arXiv:1706.03762" in line and line.startswith("softmax ") for line in out.splitlines())
-    cli._table("t", ["a"], [["x [B, T] [bold]"]])
+    output.write_table("t", ["a"], [["x [B, T] [bold]"]])
     code, out, _ = attnlab("list", "softmax")
     assert code == 0 and out.startswith("t\na\nx [B, T] [bold]\n")
     code, out, _ = attnlab("list", "softmax", "--parameters", "--width", "64")

@@ -10,8 +10,9 @@ import pytest
 from attnlab import config as config_lib
 from attnlab import mixers
 from attnlab.config import Override
-from attnlab.errors import ConfigError
+from attnlab.errors import ConfigError, UserError
 from attnlab.train import config as run_config
+from attnlab.train import metadata, optimizers
 from attnlab.train.config import RunConfig
 from tests.train import runs
 
@@ -30,6 +31,8 @@ def refused(*overrides: str) -> str:
     assert 1 <= len(message.splitlines()) <= 3 and "Override" not in message, message
     return message
 
+
+BEYOND = ["9" * 30, "9" * 400, "9" * 5000]
 
 # Override, and what its message must hold: the key, the value, what is allowed or the nearest key.
 REFUSED = [
@@ -50,19 +53,19 @@ REFUSED = [
     ("seed.x=3", ["'seed.x'", "seed is a single value, 3"]),
     ("model.width.x=3", ["'model.width.x'", "model.width is a single value, 16"]),
     *[
-        (f"train.steps={text}", [f"train.steps = '{text}'", "an integer"])
-        for text in ("abc", "1.5", "True", "", "nan", "inf", "1e400", "None", "[3]", "(" * 60, "1e18", "9" * 30)
+        (f"train.steps={text}", [f"train.steps = '{text[:90]}", "an integer"])
+        for text in ("abc", "1.5", "True", "", "nan", "inf", "1e400", "None", "[3]", "(" * 60, "1e18", *BEYOND)
     ],
     ("train.steps=0", ["train.steps = 0", "1 or more"]),
     ("train.steps=-3", ["train.steps = -3", "1 or more"]),
     *[
         (f"optimizer.learning_rate={text}", [f"optimizer.learning_rate = '{text}'", "a finite number"])
-        for text in ("nan", "inf", "-inf", "1e400", "1j", "true", "")
+        for text in ("nan", "inf", "-inf", "1e400", "1j", "true", "", "1e39", "1e-40")
     ],
     ("optimizer.learning_rate=0", ["optimizer.learning_rate = 0.0", "above 0"]),
-    ("optimizer.clip=nan", ["optimizer.clip = 'nan'", "a finite number or none"]),
+    ("optimizer.clip=nan", ["optimizer.clip = 'nan'", "a finite number that float32 holds or none"]),
     ("optimizer.schedule=cos", ["optimizer.schedule = 'cos'", "did you mean 'cosine'", "wsd"]),
-    ("optimizer.warmup=12", ["optimizer.warmup = 12", "less than train.steps (12)"]),
+    ("optimizer.warmup=1.5", ["optimizer.warmup = 1.5", "a share below 1 of train.steps, or a whole number of steps"]),
     ("optimizer.warmup=-1", ["optimizer.warmup = -1", "0 or more"]),
     ("model.tied=1", ["model.tied = '1'", "true or false"]),
     ("model.width=0", ["model.width = 0", "1 or more"]),
@@ -87,6 +90,8 @@ REFUSED = [
     ("train.accumulate=3", ["train.accumulate = 3", "divisors of data.batch (8)"]),
     ("train.profile=abc", ["train.profile = 'abc'", "FIRST:LAST"]),
     ("train.profile=5:3", ["train.profile = '5:3'", "FIRST:LAST"]),
+    (f"train.profile={'9' * 5000}:3", ["train.profile", "FIRST:LAST"]),
+    ("data.length=2e9", ["data.length = 2000000000", "below 2^31 tokens a step", "data.batch = 8"]),
     ("train.profile=0:3", ["train.profile = '0:3'", "from 1"]),
     ("train.profile=13:15", ["train.profile = '13:15'", "train.steps (12)"]),
     ("train.on_config_change=go", ["train.on_config_change = 'go'", "stop, continue"]),
@@ -117,7 +122,11 @@ def test_an_override_given_twice_is_refused():
     assert "--config.train.steps is given twice: '3' and '4'" in refused("train.steps=3", "train.steps=4")
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), np.float64("-inf"), "3e-3", True, None, 1j])
+@pytest.mark.parametrize(
+    "value",
+    [10**400, 10**5000, float("nan"), float("inf"), np.float64("-inf"), "3e-3", True, None, 1j],
+    ids=config_lib.show,
+)
 def test_bad_numbers_of_a_config_file(value):
     """Numbers from Python are checked as those that are typed."""
     with pytest.raises(ConfigError, match=r"optimizer.learning_rate = .* wrong type; allowed: a finite number"):
@@ -288,3 +297,18 @@ def test_a_changed_config_file_is_read_anew(tmp_path):
     for value in (1, 2):
         path.write_text(f"def get_config(arg):\n    return {{'a': {value}}}\n")
         assert config_lib.read_file(str(path)) == {"a": value}
+
+
+@pytest.mark.parametrize("size, warmup", [("nano", 20), ("micro", 40), ("125m", 200), ("7b", 2000)])
+def test_warm_up_of_the_sizes_follows_the_steps(tmp_path, size, warmup):
+    """Each size warms up for its own number of steps; steps alone can be set; a workdir that has the number goes on."""
+    config = run_config.load(f"{LM}:size={size}", [])
+    assert optimizers.warmup_steps(config.optimizer.warmup, config.train.steps) == warmup
+    few = run_config.load(f"{LM}:size={size}", ["train.steps=10"])
+    assert optimizers.warmup_steps(few.optimizer.warmup, few.train.steps) == 0
+    old = config_lib.to_dict(config)
+    old["optimizer"]["warmup"] = warmup
+    metadata.check_same(tmp_path, old, config, saved=False)
+    old["optimizer"]["warmup"] = warmup + 1
+    with pytest.raises(UserError, match="optimizer.warmup"):
+        metadata.check_same(tmp_path, old, config, saved=False)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+from attnlab import paths
+from attnlab.config import show
 from attnlab.data.config import DataConfig
 from attnlab.data.progress import ProgressFn, stderr_progress
 from attnlab.data.records import require_text
@@ -19,18 +20,20 @@ from attnlab.errors import ConfigError, UserError
 _log = logging.getLogger(__name__)
 
 _SMALLEST = 257  # every byte, and end-of-document
+_LARGEST = 2**24  # the library makes room for all of them at the start
 
 
 def train_tokenizer(
-    config: DataConfig, vocab_size: int, out: str, *, progress: ProgressFn | None = None
+    config: DataConfig, vocab_size: int, out: str, *, overwrite: bool = False, progress: ProgressFn | None = None
 ) -> dict[str, Any]:
     """Trains byte-level BPE on the documents that are not held out, and writes it to `out` as one JSON file.
 
     The same corpus and vocab_size give the same file. `<|endoftext|>` is id 0. The file is written whole or
-    not at all, over one that is there.
+    not at all.
 
     Args:
-      vocab_size: ids in all, at least 257. A small corpus may have fewer pairs to merge than that.
+      vocab_size: ids in all, 257 to 2^24. A small corpus may have fewer pairs to merge than that.
+      overwrite: whether a regular file at `out` is replaced; nothing else ever is.
       progress: called with bytes read and bytes in all; None shows a bar on stderr.
 
     Returns:
@@ -38,15 +41,17 @@ def train_tokenizer(
 
     Raises:
       ConfigError: vocab_size is not allowed.
-      UserError: the source cannot be read, or `out` cannot be written.
+      UserError: the source cannot be read, `out` is there, or it cannot be written.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or vocab_size < _SMALLEST:
-        raise ConfigError(f"vocab_size = {vocab_size!r} is not allowed: it must be an integer of at least {_SMALLEST}.")
+    if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or not _SMALLEST <= vocab_size <= _LARGEST:
+        raise ConfigError(
+            f"vocab_size = {show(vocab_size)} is not allowed: an integer of at least {_SMALLEST}, at most 2^24."
+        )
     require_text(config)
     source = Source(config)
-    out = os.path.abspath(os.path.expanduser(out))
+    out = os.path.abspath(paths.expand(out))
     counts = {"documents": 0, "bytes": 0}
 
     def texts(report: ProgressFn) -> Iterator[str]:
@@ -72,26 +77,26 @@ def train_tokenizer(
         show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
-    with contextlib.ExitStack() as stack:
-        if progress is None:
-            progress = stack.enter_context(stderr_progress(f"training a tokenizer on {config.source}"))
-        try:
-            os.makedirs(os.path.dirname(out), exist_ok=True)
-            handle, partial = tempfile.mkstemp(prefix=f"{os.path.basename(out)}.partial-", dir=os.path.dirname(out))
-            os.close(handle)
-            stack.callback(lambda: os.path.exists(partial) and os.remove(partial))
+
+    def check() -> None:
+        paths.require_new_file(out, overwrite)
+        if os.path.realpath(out) in {os.path.realpath(file.path) for file in source.files}:
+            raise UserError(f"{out} is a file of data.source, which is never replaced; name another.")
+
+    with paths.file_beside(out, check) as partial:
+        with contextlib.ExitStack() as stack:
+            if progress is None:
+                progress = stack.enter_context(stderr_progress(f"training a tokenizer on {config.source}"))
             tokenizer.train_from_iterator(texts(progress), trainer)
-            if not counts["bytes"]:
-                raise UserError(
-                    f"data.source = {config.source!r}: no text to train a tokenizer on in"
-                    f" {len(source.files)} file(s) (data.heldout = {config.heldout} leaves out the rest)."
-                )
-            with open(partial, "w", encoding="utf-8") as file:
-                file.write(tokenizer.to_str(pretty=True))
-            os.chmod(partial, 0o644)
-            os.replace(partial, out)
-        except OSError as error:
-            raise UserError(f"{out} cannot be written: {error.strerror or error}.") from error
+        if not counts["bytes"]:
+            raise UserError(
+                f"data.source = {config.source!r}: no text to train a tokenizer on in"
+                f" {len(source.files)} file(s) (data.heldout = {config.heldout} leaves out the rest)."
+            )
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(tokenizer.to_str(pretty=True))
+            file.flush()
+            os.fsync(file.fileno())
     reached = tokenizer.get_vocab_size()
     if reached < vocab_size:
         _log.warning(

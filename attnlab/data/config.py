@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from attnlab.config import show
 from attnlab.data.files import split_globs
 from attnlab.errors import ConfigError
 
@@ -57,6 +58,8 @@ class DataConfig:
             value = getattr(self, name)
             integer = isinstance(value, int) and not isinstance(value, bool)
             _require(integer and value >= least, name, self, f"an integer of at least {least}")
+        tokens = self.batch * self.length
+        _require(tokens < 2**31, "length", self, f"below 2^31 tokens a step, with data.batch = {self.batch}")
         number = isinstance(self.heldout, (int, float)) and not isinstance(self.heldout, bool)
         _require(number and 0 <= self.heldout < 1, "heldout", self, "a fraction of at least 0 and below 1")
         _require(self.on_bad_record in ("raise", "skip"), "on_bad_record", self, "'raise' or 'skip'")
@@ -84,4 +87,4 @@ class DataConfig:
 
 def _require(condition: Any, name: str, config: DataConfig, allowed: str) -> None:
     if not condition:
-        raise ConfigError(f"data.{name} = {getattr(config, name)!r} is not allowed: it must be {allowed}.")
+        raise ConfigError(f"data.{name} = {show(getattr(config, name))} is not allowed: it must be {allowed}.")

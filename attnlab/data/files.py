@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from attnlab.errors import UserError
+from attnlab.paths import expand
 
 # What stands between two commas; a comma in brackets is the name's own.
 _PART = re.compile(r"(?:\[[^\]]*\]|[^,])+")
@@ -39,7 +40,7 @@ def split_globs(text: str) -> tuple[str, ...]:
             joined += "," + parts[end - 1]
             if len(joined) > _LONGEST_PATH:
                 break
-            if os.path.isfile(os.path.expanduser(joined.strip())):
+            if os.path.isfile(expand(joined.strip())):
                 last = end
         globs.append(",".join(parts[first:last]).strip())
         first = last
@@ -56,7 +57,7 @@ def matching_files(globs: tuple[str, ...]) -> list[File]:
     """
     found: dict[str, tuple[str, File, tuple[int, int] | str]] = {}
     for pattern in globs:
-        expanded = os.path.expanduser(pattern)
+        expanded = expand(pattern)
         literal = os.path.isfile(expanded)
         paths = [expanded] if literal else () if "\0" in expanded else _expand(expanded)
         paths = sorted({path for path in paths if os.path.isfile(path)})

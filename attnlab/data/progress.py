@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator
+
+from attnlab.output import Lasting
 
 _log = logging.getLogger(__name__)
 
@@ -32,9 +35,9 @@ def stderr_progress(label: str) -> Iterator[ProgressFn]:
         TransferSpeedColumn,
     )
 
-    console = Console(stderr=True)
+    console = Console(file=Lasting(sys.stderr))
     bar = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),  # paths may hold brackets
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),

@@ -30,7 +30,7 @@ from attnlab.errors import UserError
 
 # 1 had no digests of shards, and no bytes of tokens.
 _VERSION = 2
-_INDEX, _DOCUMENTS = "index.json", "documents.npz"
+INDEX, DOCUMENTS = "index.json", "documents.npz"
 _COLUMNS = ("lengths", "keys", "text_bytes")
 _AGAIN = "Write the directory again with `attnlab tokenizer apply`."
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -67,7 +67,7 @@ def write_index(
       shards: paths of the finished shards.
       record_tokens: tokens of a full record.
     """
-    documents = os.path.join(directory, _DOCUMENTS)
+    documents = os.path.join(directory, DOCUMENTS)
     np.savez(documents, **{name: getattr(corpus, name) for name in _COLUMNS})
     counts = shard_records(corpus.lengths, len(shards), record_tokens)
     index = {
@@ -92,7 +92,7 @@ def write_index(
             for path, count, digest in zip(shards, counts, sha256_of_each(shards), strict=True)
         ],
     }
-    write_json(os.path.join(directory, _INDEX), index)
+    write_json(os.path.join(directory, INDEX), index)
     return index
 
 
@@ -124,7 +124,7 @@ def read_index(directory: str, names: set[str], tokenizer: Tokenizer) -> RecordI
         ) from error
     except (OSError, ValueError) as error:
         problem = " ".join(str(error).split())[:160]
-        raise UserError(f"{directory}: {_INDEX} or {_DOCUMENTS} is damaged ({problem}). {_AGAIN}") from error
+        raise UserError(f"{directory}: {INDEX} or {DOCUMENTS} is damaged ({problem}). {_AGAIN}") from error
     version, shards = index["version"], index["shards"]
     return RecordIndex(
         corpus,
@@ -137,7 +137,7 @@ def read_index(directory: str, names: set[str], tokenizer: Tokenizer) -> RecordI
 
 
 def _load(directory: str) -> dict[str, Any]:
-    index = read_json(os.path.join(directory, _INDEX))
+    index = read_json(os.path.join(directory, INDEX))
     version = index.get("version")
     if type(version) is not int or not 1 <= version <= _VERSION:
         raise UserError(
@@ -174,14 +174,14 @@ def _require_tokenizer(directory: str, index: dict[str, Any], tokenizer: Tokeniz
 
 
 def _read_documents(directory: str, index: dict[str, Any]) -> Corpus:
-    path = os.path.join(directory, _DOCUMENTS)
+    path = os.path.join(directory, DOCUMENTS)
     if sha256_of(path) != index.get("documents_sha256"):
-        raise ValueError(f"{_DOCUMENTS} is not what {_INDEX} says was written")
+        raise ValueError(f"{DOCUMENTS} is not what {INDEX} says was written")
 
     def load() -> list[np.ndarray]:
         with np.load(path) as loaded:
             if sorted(loaded.files) != sorted(_COLUMNS):
-                raise ValueError(f"{_DOCUMENTS} holds {', '.join(loaded.files)}")
+                raise ValueError(f"{DOCUMENTS} holds {', '.join(loaded.files)}")
             return [loaded[name] for name in _COLUMNS]
 
     return Corpus(*read_arrays(load), *(index.get(name) for name in ("files", "skipped", "empty", "digest")))
@@ -246,4 +246,4 @@ def verify_shards(indices: list[RecordIndex], marks: str, progress: ProgressFn) 
         raise UserError(f"{error.filename}: {error.strerror or error}.") from error
     if damaged:
         more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
-        raise UserError(f"{damaged[0]}{more} is damaged: not what {_INDEX} says was written. {_AGAIN}")
+        raise UserError(f"{damaged[0]}{more} is damaged: not what {INDEX} says was written. {_AGAIN}")

@@ -12,12 +12,13 @@ import contextlib
 import dataclasses
 import hashlib
 import os
-import shutil
-import tempfile
+import re
 from typing import Any
 
 import numpy as np
 
+from attnlab import paths
+from attnlab.config import show
 from attnlab.data.config import DataConfig
 from attnlab.data.corpus import (
     TOKEN_BYTES_DTYPE,
@@ -29,13 +30,14 @@ from attnlab.data.corpus import (
 )
 from attnlab.data.files import matching_files
 from attnlab.data.progress import ProgressFn, stderr_progress
-from attnlab.data.record_index import RecordIndex, read_index, shard_name, verify_shards, write_index
+from attnlab.data.record_index import DOCUMENTS, INDEX, RecordIndex, read_index, shard_name, verify_shards, write_index
 from attnlab.data.sources import Source
 from attnlab.data.store import cache_directory
 from attnlab.data.tokenizers import Tokenizer, load_tokenizer
 from attnlab.errors import ConfigError, UserError
 
 RECORD_TOKENS = 1 << 13
+_SHARD = r"tokens-\d{5}\.array_record"
 
 
 class _ShardWriter:
@@ -80,16 +82,22 @@ class _ShardWriter:
 
 
 def apply_tokenizer(
-    config: DataConfig, out_dir: str, *, shards: int = 8, progress: ProgressFn | None = None
+    config: DataConfig,
+    out_dir: str,
+    *,
+    shards: int = 8,
+    overwrite: bool = False,
+    progress: ProgressFn | None = None,
 ) -> dict[str, Any]:
     """Tokenises `config.source` with `config.tokenizer` into `out_dir`.
 
     The result is read as `array_record:out_dir/*.array_record`. All documents are written, with the keys that
     decide which are held out: training reads the same rows from the directory as from the source itself.
-    Nothing is at `out_dir` until all of it is.
+    Nothing new is at `out_dir` until all of it is.
 
     Args:
       shards: files to write, fewer if there are fewer documents.
+      overwrite: whether a directory that this function wrote, and that holds nothing else, is replaced.
       progress: called with bytes read and bytes in all; None shows a bar on stderr.
 
     Returns:
@@ -99,25 +107,16 @@ def apply_tokenizer(
       UserError: `out_dir` is not empty or cannot be written, or the source cannot be read.
     """
     if not isinstance(shards, int) or isinstance(shards, bool) or not 1 <= shards <= 99999:
-        raise ConfigError(f"shards = {shards!r} is not allowed: it must be an integer from 1 to 99999.")
+        raise ConfigError(f"shards = {show(shards)} is not allowed: it must be an integer from 1 to 99999.")
     require_text(config)
     tokenizer = load_tokenizer(config.tokenizer)
     source = Source(config)
-    out_dir = os.path.abspath(os.path.expanduser(out_dir))
-    if os.path.exists(out_dir) and (not os.path.isdir(out_dir) or os.listdir(out_dir)):
-        raise UserError(f"{out_dir} exists and is not an empty directory; name another, or remove it.")
-    with contextlib.ExitStack() as stack:
-        if progress is None:
-            progress = stack.enter_context(stderr_progress(f"tokenising {config.source} with {tokenizer.name}"))
-        try:
-            os.makedirs(os.path.dirname(out_dir), exist_ok=True)
-            partial = tempfile.mkdtemp(prefix=f"{os.path.basename(out_dir)}.partial-", dir=os.path.dirname(out_dir))
-            stack.callback(shutil.rmtree, partial, ignore_errors=True)
+    out_dir = os.path.abspath(paths.expand(out_dir))
+    with paths.directory_beside(out_dir, lambda: paths.require_new_directory(out_dir, overwrite, _foreign)) as partial:
+        with contextlib.ExitStack() as stack:
+            if progress is None:
+                progress = stack.enter_context(stderr_progress(f"tokenising {config.source} with {tokenizer.name}"))
             index = _write(source, tokenizer, partial, shards, progress)
-            os.chmod(partial, 0o755)
-            os.rename(partial, out_dir)
-        except OSError as error:
-            raise UserError(f"{out_dir} cannot be written: {error.strerror or error}.") from error
     return {
         "out_dir": out_dir,
         "shards": len(index["shards"]),
@@ -135,6 +134,15 @@ def apply_tokenizer(
             )
         },
     }
+
+
+def _foreign(directory: str) -> str | None:
+    """What in a directory `apply_tokenizer` did not write; None: it wrote all of it."""
+    names = os.listdir(directory)
+    if INDEX not in names:
+        return f"it has no {INDEX}, so is no corpus that `attnlab tokenizer apply` finished"
+    others = sorted(n for n in names if n not in (INDEX, DOCUMENTS) and not re.fullmatch(_SHARD, n))
+    return f"it also holds {others[0]!r}" if others else None
 
 
 def _write(source: Source, tokenizer: Tokenizer, directory: str, shards: int, progress: ProgressFn) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from attnlab import paths
 from attnlab.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, path: str, eod: str | None = None):
         from tokenizers import Tokenizer as Backend
 
-        path = os.path.expanduser(path)
+        path = paths.expand(path)
         if os.path.isdir(path):
             path = os.path.join(path, "tokenizer.json")
         try:

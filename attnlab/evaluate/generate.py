@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlab import config as config_lib
-from attnlab import mixers
+from attnlab import memory, mixers
 from attnlab.models.lm import LanguageModel
 
 _BUCKET = 32  # prompts are padded on the left to a multiple, so that few lengths are compiled
@@ -24,7 +25,7 @@ class Sampling:
 
     Attributes:
       tokens: new tokens per prompt, at most.
-      temperature: divides the logits; 0 takes the likeliest token.
+      temperature: divides the logits; 0, or less than the smallest normal float32, takes the likeliest token.
       top_k: only the k likeliest tokens; 0: all.
       top_p: only the likeliest tokens that together have this probability; 1: all.
       seed: each prompt of a batch draws from its own stream of it.
@@ -43,7 +44,7 @@ class Sampling:
     def __post_init__(self) -> None:
         need = config_lib.require
         need(self.tokens >= 1, "tokens", self.tokens, "1 or more")
-        need(self.temperature >= 0, "temperature", self.temperature, "0 or more")
+        need(0 <= self.temperature < math.inf, "temperature", self.temperature, "a finite number, 0 or more")
         need(self.top_k >= 0, "top_k", self.top_k, "0 (all) or more")
         need(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, at most 1")
         need(0 <= self.seed < 2**31, "seed", self.seed, "0 to 2^31 - 1")
@@ -73,6 +74,9 @@ def generate(
       params: parameters, a pytree of arrays.
       prompts: ids of each prompt, one or more; a document starts with the end-of-document id.
       sampling: how to draw.
+
+    Raises:
+      UserError: the samples need more memory than the machine has.
     """
     started = time.perf_counter()
     run = compiled(merge, params, prompts, sampling)
@@ -98,6 +102,12 @@ def compiled(
         return decode(merge(params), tokens, segments, keys, sampling)
 
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(sampling.seed), i))(jnp.arange(len(prompts)))
+    state = jax.eval_shape(lambda p: merge(p).init_state(len(prompts), length + sampling.tokens), params)
+    memory.require(
+        memory.size((params, state)) + 4 * len(prompts) * (length + sampling.tokens),
+        f"{len(prompts)} samples of up to {length + sampling.tokens} tokens",
+        "lower --tokens or --samples",
+    )
     executable = jax.jit(program).lower(params, tokens, segments, keys).compile()
 
     def run(params: Any) -> list[np.ndarray]:
@@ -156,9 +166,13 @@ def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.A
     """Draws a token per row from logits; top-k first, then top-p of what is left."""
     if sampling.vocab is not None:
         logits_BV = logits_BV[:, : sampling.vocab]
-    if sampling.temperature == 0:
+    least_normal = float(jnp.finfo(logits_BV.dtype).tiny)
+    # What is not a normal number is 0 on the device, and so is the inverse of what is too large for one.
+    if sampling.temperature < least_normal:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits = logits_BV / sampling.temperature
+    # The largest is 0 and stays 0 at any temperature; what overflows is never drawn.
+    logits = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
+    logits = logits / min(sampling.temperature, 1 / least_normal)
     vocab = logits.shape[-1]
     if 0 < sampling.top_k < vocab:
         least = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
@@ -166,7 +180,8 @@ def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.A
     if sampling.top_p < 1:
         ordered = jnp.sort(logits, axis=-1, descending=True)
         p = jax.nn.softmax(ordered, axis=-1)
-        before = jnp.cumsum(p, axis=-1) - p  # the likeliest token has 0 before it and always stays
-        least = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+        before = jnp.cumsum(p, axis=-1) - p
+        kept = (before < sampling.top_p).at[:, 0].set(True)  # the likeliest, though top_p were 0 in float32
+        least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits >= least, logits, -jnp.inf)
     return jax.vmap(jax.random.categorical)(keys_B, logits).astype(jnp.int32)

@@ -101,7 +101,7 @@ def _arguments(config: ClusterConfig) -> dict[str, Any] | None:
 
 def _in_cluster(environment: Any) -> bool:
     """Whether the surroundings are those of several processes; jax then finds the rest itself."""
-    several = lambda name: environment.get(name, "1").isdigit() and int(environment.get(name, "1")) > 1
+    several = lambda name: environment.get(name, "1").isdecimal() and int(environment.get(name, "1")) > 1
     if several("SLURM_STEP_NUM_TASKS") or several("OMPI_COMM_WORLD_SIZE"):
         return True
     if "KUBERNETES_SERVICE_HOST" in environment and (

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jaxlib
 
+from attnlab.config import show
 from attnlab.errors import UserError
 from attnlab.train.hardware import CHIPS, Chip
 
@@ -84,13 +85,13 @@ class Target:
         Raises:
           UserError: the name is no topology, or the compiler is not installed.
         """
-        found = re.fullmatch(r"(?:(\d+)\*)?([\w-]+):(\d+(?:x\d+){0,2})", name)
+        found = re.fullmatch(r"(?:(\d{1,6})\*)?([\w-]+):(\d{1,6}(?:x\d{1,6}){0,2})", name)
         slices, kind, shape = found.groups() if found else (None, "", "")
         sizes = [int(n) for n in shape.split("x") if n]
         if kind in _GPU_NAMES:
             return cls._gpu(name, kind, sizes, slices)
         if kind not in CHIPS or kind.startswith("a100") or len(sizes) < 2 or slices == "0":
-            raise UserError(f"topology {name!r} is unknown; allowed: {_examples()}")
+            raise UserError(f"topology {show(name)} is unknown; allowed: {_examples()}")
         return cls._tpu(name, kind, shape, sizes, int(slices or 1))
 
     @classmethod

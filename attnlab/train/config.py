@@ -67,7 +67,9 @@ class TrainConfig:
         config_lib.require(self.z_loss >= 0, "train.z_loss", self.z_loss, "0 or more")
         config_lib.require_choice("train.on_config_change", self.on_config_change, ["stop", "continue"])
         if self.profile is not None:
-            ok = re.fullmatch(r"\d+:\d+", self.profile) and 1 <= self.profile_steps[0] <= self.profile_steps[1]
+            ok = (
+                re.fullmatch(r"\d{1,10}:\d{1,10}", self.profile) and 1 <= self.profile_steps[0] <= self.profile_steps[1]
+            )
             config_lib.require(bool(ok), "train.profile", self.profile, "FIRST:LAST, steps counted from 1, e.g. 10:15")
             first = self.profile_steps[0]
             config_lib.require(
@@ -152,12 +154,9 @@ class ClusterConfig:
             "coordinator, processes and index together, or none of them",
         )
         if self.coordinator is not None:
-            need(
-                re.fullmatch(r".+:\d+", self.coordinator) is not None,
-                "cluster.coordinator",
-                self.coordinator,
-                "host:port",
-            )
+            found = re.fullmatch(r".+:(\d{1,5})", self.coordinator)
+            good = found is not None and int(found[1]) < 2**16
+            need(good, "cluster.coordinator", self.coordinator, "host:port, a port below 65536")
             need(self.processes >= 1, "cluster.processes", self.processes, "1 or more")
             need(0 <= self.index < self.processes, "cluster.index", self.index, f"0 to {self.processes - 1}")
         for key, least in (("start_timeout", 1), ("timeout", 5), ("step_timeout", 0)):
@@ -187,7 +186,6 @@ class RunConfig:
         config_lib.require(
             self.data.batch % split == 0, "train.accumulate", split, f"divisors of data.batch ({self.data.batch})"
         )
-        optimizers.schedule(self.optimizer, self.train.steps)
         for letter, mixer in self.model.mixers.items():
             if self.mesh.context != 1 and not mixers.get(mixer.node_name).context_of(mixer):
                 raise ConfigError(

@@ -6,6 +6,9 @@ import dataclasses
 
 import jax
 
+from attnlab import memory
+from attnlab.train.config import RunConfig
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -70,3 +73,20 @@ def peak_flops(devices: int) -> float | None:
     """Peak bf16 FLOP/s of so many devices together; None where the chip's peak is not known (a CPU, a new chip)."""
     kind = _KINDS.get(jax.devices()[0].device_kind)
     return None if kind is None else CHIPS[kind[0]].peak / kind[1] * devices
+
+
+def require_memory(config: RunConfig, held: int) -> None:
+    """Raises UserError where a run surely needs more memory than a CPU's machine has.
+
+    Args:
+      config: of the run.
+      held: bytes of parameters and whatever else is held all the time, in all processes together.
+    """
+    tokens = config.data.batch // config.train.accumulate * config.data.length
+    # At least the batch's four arrays, and the stream from the first layer to the last.
+    each = 4 * 4 + config.model.width * jax.numpy.dtype(config.model.compute_dtype).itemsize
+    memory.require(
+        (held + tokens * each) // jax.process_count(),
+        "what the model holds and a micro-batch",
+        "lower model.width, model.layers, model.vocab, data.length or data.batch, or raise train.accumulate",
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import pathlib
 import signal
 import time
@@ -16,7 +15,7 @@ import rich.console
 
 from attnlab import config as config_lib
 from attnlab import data as data_lib
-from attnlab import ops
+from attnlab import memory, ops
 from attnlab.errors import ConfigError, TrainingFailed
 from attnlab.evaluate.generate import Sampling, generate
 from attnlab.evaluate.perplexity import Evaluation, evaluate
@@ -25,7 +24,7 @@ from attnlab.ops import partition
 from attnlab.train import metadata, optimizers, sharding, workdir
 from attnlab.train.checkpoints import Checkpoints, Host
 from attnlab.train.config import RunConfig
-from attnlab.train.hardware import peak_flops
+from attnlab.train.hardware import peak_flops, require_memory
 from attnlab.train.metrics import MetricLog, Progress, Report
 from attnlab.train.processes import Processes
 from attnlab.train.state import Model, init_state, state_shardings
@@ -35,7 +34,7 @@ from attnlab.train.step import make_eval_step, make_train_step
 def train(config: RunConfig, path: pathlib.Path, console: rich.console.Console) -> None:
     """Trains in the workdir `path` from its newest checkpoint, or from the start, to `train.steps`.
 
-    SIGTERM and SIGINT save a checkpoint and return; of several processes, to any one of them.
+    SIGTERM, SIGINT and SIGHUP save a checkpoint and return; of several processes, to any one of them.
 
     Raises:
       UserError: the config, the data or the workdir cannot be used; nothing was overwritten.
@@ -87,15 +86,19 @@ def micro_batches(config: RunConfig) -> data_lib.DataConfig:
 
 
 class _StopSignals:
-    """Remembers SIGTERM and SIGINT; a second one acts at once."""
+    """Remembers SIGTERM, SIGINT and SIGHUP; a second SIGTERM or SIGINT acts at once.
+
+    A terminal that closes sends SIGHUP more than once. Where it is ignored (nohup) it stays so.
+    """
 
     def __init__(self) -> None:
         self.name: str | None = None
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> _StopSignals:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._old[number] = signal.signal(number, self._remember)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._old[number] = signal.signal(number, self._remember)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -103,8 +106,9 @@ class _StopSignals:
             signal.signal(number, handler)
 
     def _remember(self, number: int, _: Any) -> None:
-        self.name = signal.Signals(number).name
-        signal.signal(number, self._old[number])
+        self.name = self.name or signal.Signals(number).name
+        if number != signal.SIGHUP:
+            signal.signal(number, self._old[number])
 
 
 class _Run:
@@ -128,10 +132,11 @@ class _Run:
         self.tx = optimizers.build(c.optimizer, c.train.steps, self.model.usages)
         self.shardings = state_shardings(self.mesh, self.model, self.tx)
         shapes = jax.eval_shape(lambda: init_state(self.model, self.tx, c.seed))
-        size = sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(shapes))
+        size = memory.size(shapes)
         saved = len(checkpoints.steps())
         if processes.first:
             workdir.require_space(path, size * max(c.train.keep + 2 - saved, 1))
+        require_memory(c, size)
 
         rows = lambda data: sharding.rows_of_process(self.mesh, data.batch)
         self.loader = data_lib.train_loader(c.data, self.tokenizer, seed=c.seed, rows=rows(c.data))
@@ -141,6 +146,12 @@ class _Run:
             self.heldout = data_lib.heldout_loader(micro, self.tokenizer, batches=count, rows=rows(micro))
         self._report, self._say = report, report.say
         self._say(data_lib.describe(self.loader.summary()))
+        warmup = optimizers.warmup_steps(c.optimizer.warmup, c.train.steps)
+        if c.optimizer.warmup >= 1 and warmup != c.optimizer.warmup:
+            self._say(
+                f"optimizer.warmup = {c.optimizer.warmup} is not below train.steps ({c.train.steps}): "
+                f"the warm-up is {warmup} steps"
+            )
 
         self.step, self.tokens, self.state = 0, 0, None
         like = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, self.shardings)

@@ -115,7 +115,7 @@ def check_same(workdir: pathlib.Path, old: dict[str, Any], new: RunConfig, *, sa
     changed = [
         (key, f"{key}: {config_lib.show(a)} -> {config_lib.show(b)}")
         for key, a, b in config_lib.difference(old, config_lib.to_dict(new))
-        if key not in FREE_KEYS
+        if key not in FREE_KEYS and not (key == "optimizer.warmup" and _same_warmup(a, old, new))
     ]
     moved = [text for key, text in changed if key.startswith(_PLACE)]
     changed = [(key, text) for key, text in changed if not key.startswith(_PLACE)]
@@ -130,6 +130,15 @@ def check_same(workdir: pathlib.Path, old: dict[str, Any], new: RunConfig, *, sa
         require_same_arrays(workdir, old, new)
     if moved and saved and jax.process_index() == 0:
         log.info("%s goes on with %s: the same examples, and losses that differ by rounding", workdir, "; ".join(moved))
+
+
+def _same_warmup(warmup: Any, old: dict[str, Any], new: RunConfig) -> bool:
+    """Whether a warm-up of the old run is as many steps as the new one's, be it a share or a number."""
+    steps = config_lib.flatten(old).get("train.steps")
+    if not all(isinstance(value, (int, float)) for value in (warmup, steps)):
+        return False
+    now = optimizers.warmup_steps(new.optimizer.warmup, new.train.steps)
+    return optimizers.warmup_steps(warmup, steps) == now
 
 
 def require_same_arrays(workdir: pathlib.Path, old: dict[str, Any], new: RunConfig) -> None:

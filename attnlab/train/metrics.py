@@ -14,6 +14,7 @@ from typing import IO, Any
 
 import rich.console
 import rich.progress
+import rich.text
 from tensorboardX import SummaryWriter
 
 from attnlab.train import files
@@ -85,6 +86,11 @@ def read_lines(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[int]]:
     return records, foreign
 
 
+def print_plain(console: rich.console.Console, text: str) -> None:
+    """Prints text as it is: paths may hold what rich takes for markup, or for the name of an emoji."""
+    console.print(rich.text.Text(text), soft_wrap=True)
+
+
 class Report:
     """What a run tells people: on the console, and with the time in log.txt; nothing where there is no workdir."""
 
@@ -96,7 +102,7 @@ class Report:
 
     def print(self, text: str) -> None:
         """Only prints."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        print_plain(self.console, text)
 
     def say(self, text: str) -> None:
         """Prints and logs."""
@@ -106,7 +112,7 @@ class Report:
     def log(self, text: str) -> None:
         """Only logs."""
         if self._path is not None:
-            self._file = self._file or self._path.open("a", buffering=1, encoding="utf-8")
+            self._file = self._file or self._path.open("a", 1, "utf-8", "backslashreplace")
             self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
 

@@ -30,7 +30,8 @@ class OptimizerConfig:
     Attributes:
       learning_rate: peak of the schedule.
       schedule: cosine, wsd (warm-up, stable, decay) or constant.
-      warmup: steps of linear warm-up from 0.
+      warmup: linear warm-up from 0: a number of steps, or below 1 a share of train.steps. A number that is not below
+        train.steps counts as a tenth of them.
       decay: fraction of the steps that wsd decays linearly over, at the end.
       final: last learning rate of cosine and wsd, as a fraction of the peak.
       weight_decay: decoupled decay, times the learning rate; only on parameters whose role is matrix.
@@ -41,7 +42,7 @@ class OptimizerConfig:
 
     learning_rate: float = 3e-3
     schedule: str = "cosine"
-    warmup: int = 100
+    warmup: int | float = 100
     decay: float = 0.2
     final: float = 0.1
     weight_decay: float = 0.1
@@ -51,7 +52,12 @@ class OptimizerConfig:
         need = config_lib.require
         need(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "above 0")
         config_lib.require_choice("optimizer.schedule", self.schedule, ["cosine", "wsd", "constant"])
-        need(self.warmup >= 0, "optimizer.warmup", self.warmup, "0 or more steps")
+        need(
+            0 <= self.warmup < 1 or (self.warmup >= 1 and self.warmup % 1 == 0),
+            "optimizer.warmup",
+            self.warmup,
+            "a share below 1 of train.steps, or a whole number of steps, 0 or more",
+        )
         need(0 < self.decay <= 1, "optimizer.decay", self.decay, "above 0, at most 1")
         need(0 <= self.final <= 1, "optimizer.final", self.final, "0 to 1")
         need(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
@@ -150,25 +156,27 @@ def config_from_node(tree: Any, path: str) -> OptimizerConfig:
     return config_lib.build(CONFIGS[name], rest, path)
 
 
-def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate at each step of a run of `steps`.
+def warmup_steps(warmup: float, steps: int) -> int:
+    """What `optimizer.warmup` is in a run of `steps`: a number of steps, fewer than these."""
+    if warmup < 1:
+        return min(round(warmup * steps), steps - 1)
+    return int(warmup) if warmup < steps else steps // 10
 
-    Raises:
-      ConfigError: the warm-up is not shorter than the run.
-    """
-    c = config
-    config_lib.require(c.warmup < max(steps, 1), "optimizer.warmup", c.warmup, f"less than train.steps ({steps})")
+
+def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate at each step of a run of `steps`."""
+    c, warmup = config, warmup_steps(config.warmup, steps)
     peak, last = c.learning_rate, c.learning_rate * c.final
     # Step 0 already learns: warm-up ends at step `warmup - 1`.
-    ramp = optax.linear_schedule(peak / max(c.warmup, 1), peak, max(c.warmup - 1, 1))
-    rest = steps - c.warmup
+    ramp = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
+    rest = steps - warmup
     if c.schedule == "cosine":
-        return optax.join_schedules([ramp, optax.cosine_decay_schedule(peak, rest, c.final)], [c.warmup])
+        return optax.join_schedules([ramp, optax.cosine_decay_schedule(peak, rest, c.final)], [warmup])
     if c.schedule == "wsd":
         decay = min(max(round(c.decay * steps), 1), rest)
         stages = [ramp, optax.constant_schedule(peak), optax.linear_schedule(peak, last, decay)]
-        return optax.join_schedules(stages, [c.warmup, steps - decay])
-    return optax.join_schedules([ramp, optax.constant_schedule(peak)], [c.warmup])
+        return optax.join_schedules(stages, [warmup, steps - decay])
+    return optax.join_schedules([ramp, optax.constant_schedule(peak)], [warmup])
 
 
 def build(config: OptimizerConfig, steps: int, usages: Any) -> optax.GradientTransformation:

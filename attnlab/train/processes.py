@@ -11,7 +11,6 @@ import json
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import Any
 
 import jax
 
+from attnlab import output
 from attnlab.train.config import ClusterConfig
 
 _PREFIX = "attnlab"
@@ -233,5 +233,5 @@ def _service() -> tuple[Any, str]:
 
 def _end(reason: str) -> None:
     """A collective that waits for a lost process cannot be interrupted, so the process ends where it stands."""
-    print(f"attnlab train: {reason}", file=sys.stderr, flush=True)
+    output.note(f"attnlab train: {reason}")
     os._exit(1)

@@ -80,8 +80,9 @@ def load(
         order = checkpoints.best_first() if which == "best" else steps[::-1]
         with workdir.held_if_free(path) as free:
             return checkpoints.first_whole(order, read, log.warning, move=free)[1]
-    if not (which.isdecimal() and int(which) in steps):
-        raise UserError(f"--checkpoint {which!r} is not there; allowed: best, latest, {', '.join(map(str, steps))}")
+    if which not in map(str, steps):
+        shown = config_lib.show(which)
+        raise UserError(f"--checkpoint {shown} is not there; allowed: best, latest, {', '.join(map(str, steps))}")
     try:
         return read(int(which))
     except Damaged as error:

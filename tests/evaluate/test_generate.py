@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnlab import mixers
-from attnlab.errors import ConfigError
+from attnlab import memory, mixers
+from attnlab.errors import ConfigError, UserError
 from attnlab.evaluate.generate import Sampling, generate, sample
 from attnlab.models.transformer import ModelConfig, mixer_table
 from attnlab.train.state import Model
@@ -93,7 +93,41 @@ def test_sampling_frequencies(fields, expected):
     assert not np.any(found[np.asarray(expected) == 0])
 
 
-@pytest.mark.parametrize("fields", [{"tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"seed": -1}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *[{"temperature": t} for t in (1e-3, 1e-30, 1e-37, 1e-38, 1e-46, 5e-324)],
+        *[{"temperature": t, "top_p": 0.9} for t in (1e-37, 1e-40)],
+        *[{"temperature": 1.0, "top_p": p} for p in (1e-9, 1e-46, 5e-324)],
+        {"temperature": 1e300, "top_k": 1},
+    ],
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_limits_of_sampling_are_the_likeliest_token(fields, dtype):
+    """Whatever temperature or top_p becomes in the device's numbers, the draw is the likeliest, far from 0 too."""
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(4, 50)) * 8 + 1000, dtype).at[:, 7].set(1e4)
+    keys = jax.random.split(jax.random.key(0), 4)
+    assert sample(logits, keys, Sampling(**fields)).tolist() == [7] * 4
+
+
+def test_huge_temperatures_are_uniform():
+    """Nothing becomes NaN, and what a model excludes stays excluded."""
+    for temperature in (1e30, 1e38, 1e300):
+        found = draws([0.0, 5.0, -np.inf, -5.0], Sampling(temperature=temperature))
+        np.testing.assert_allclose(found, [1 / 3, 1 / 3, 0, 1 / 3], atol=0.03)
+
+
+def test_more_memory_than_there_is(trained, monkeypatch):
+    """Samples that the machine cannot hold are refused before they are tried."""
+    monkeypatch.setattr(memory.os, "sysconf", lambda _: 2000)  # 2000 pages of 2000 bytes
+    with pytest.raises(UserError, match="(?s)3 samples of up to 100032 tokens need .* 0.0 GB\nlower --tokens or"):
+        generate(trained[0].merge, trained[1], PROMPTS, Sampling(tokens=100_000))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"tokens": 0}, {"temperature": -1.0}, {"temperature": float("inf")}, {"top_p": 0.0}, {"top_k": -1}, {"seed": -1}],
+)
 def test_impossible_sampling(fields):
     with pytest.raises(ConfigError, match=next(iter(fields))):
         Sampling(**fields)

@@ -243,11 +243,17 @@ def test_impossible_nodes(fields, message):
         optimizers.config_from_node({"name": "adamw", **fields}, "optimizer")
 
 
-def test_warm_up_longer_than_the_run():
-    with pytest.raises(
-        ConfigError, match=r"optimizer.warmup = 100 is not possible; allowed: less than train.steps \(50\)"
-    ):
-        optimizers.schedule(optimizers.AdamWConfig(), 50)
+@pytest.mark.parametrize("warmup, steps, found", [
+    (10, 100, 10), (99, 100, 99), (100, 100, 10), (100, 50, 5), (100, 9, 0), (0, 1, 0),
+    (0.02, 1000, 20), (0.02, 10, 0), (0.999, 10, 9), (0.0, 10, 0),
+])  # fmt: skip
+def test_warm_up_is_a_share_or_a_number_of_steps(warmup, steps, found):
+    """A share below 1 is of the steps; a number that is not below the steps is a tenth of them; the peak is reached."""
+    config = optimizers.AdamWConfig(warmup=warmup, learning_rate=1.0)
+    assert optimizers.warmup_steps(warmup, steps) == found
+    rate = optimizers.schedule(config, steps)
+    np.testing.assert_allclose([rate(s) for s in range(found)], [(s + 1) / found for s in range(found)], rtol=1e-5)
+    np.testing.assert_allclose(rate(found), 1.0, rtol=1e-6)
 
 
 def test_node_round_trip():

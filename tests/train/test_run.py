@@ -190,17 +190,22 @@ def test_reading_disturbs_no_writer(source, tmp_path):
     assert unfinished.is_dir()
 
 
-def test_signal_during_evaluation_is_heeded_with_a_save(source, tmp_path, monkeypatch):
-    """A signal that comes while evaluating acts at the next step, and what is said to be saved is."""
+@pytest.mark.parametrize("sent", [["SIGTERM"], ["SIGHUP", "SIGHUP"]])
+def test_signal_during_evaluation_is_heeded_with_a_save(source, tmp_path, monkeypatch, sent):
+    """A signal that comes while evaluating acts at the next step, and what is said to be saved is.
+
+    A terminal that closes sends SIGHUP more than once.
+    """
     evaluated = loop.evaluate
 
     def interrupted(*args):
-        os.kill(os.getpid(), signal.SIGTERM)
+        for name in sent:
+            os.kill(os.getpid(), signal.Signals[name])
         return evaluated(*args)
 
     monkeypatch.setattr(loop, "evaluate", interrupted)
     printed = runs.run(runs.config(source, train__save_every=0, train__eval_every=3), tmp_path)
-    assert "SIGTERM: saved step 4" in printed
+    assert f"{sent[0]}: saved step 4" in printed
     assert Checkpoints(tmp_path).steps() == [4]
 
 
@@ -275,9 +280,9 @@ def wait_for_step(workdir, step, process, timeout=120):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_save_and_exit_with_zero(source, tmp_path, number):
-    """SIGTERM and SIGINT save, say how to resume, and end with 0."""
+    """SIGTERM, SIGINT and SIGHUP save, say how to resume, and end with 0."""
     workdir = tmp_path / "run"
     process = start(source, workdir, tmp_path, train__steps=100_000, train__save_every=0, train__eval_every=0)
     wait_for_step(workdir, 5, process)

@@ -1,0 +1,222 @@
+"""The arguments of the command line: what it takes, how each is checked, and what `--help` says."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from attnlab import config as config_lib
+from attnlab import output, paths
+from attnlab.errors import UserError
+
+_EXAMPLES = """\
+examples:
+  attnlab list                                                       the mixers; `attnlab list gated`: its knobs
+  attnlab train --config configs/lm.py:mixer=gated --workdir runs/a  train one; the same command goes on with it
+  attnlab eval --workdir runs/a                                      its held-out loss
+  attnlab generate --workdir runs/a --prompt "def main("             continue a text
+
+`attnlab VERB --help` says the rest. Exit codes: 0 done, 1 a run failed, 2 something to change in the command.
+"""
+_OVERRIDES = """\
+overrides: --config.any.field=value, e.g. --config.train.steps=200 --config.model.mixers.M.window=64
+  values: 200, 2e3, 1e-3, true, false, none, text; --config.optimizer=lion picks another one by its name
+  an unknown key, a wrong type or an impossible value is refused before anything runs, with what is allowed
+"""
+_CONFIG = """\
+--config PATH.py[:arg=value,...] runs the file's get_config; --config RUN/config.json repeats a run
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with errors of one line that name the nearest option."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._given = list(args)
+        return super().parse_known_args(args, namespace)
+
+    def print_help(self, file: Any = None) -> None:
+        output.write(self.format_help().rstrip("\n"))  # argparse says nothing of what it cannot write
+
+    def error(self, message: str) -> NoReturn:
+        options = (a for a in self._given if a.startswith("--") and len(a) > 2)
+        unknown = [a for a in options if a.partition("=")[0] not in self._option_string_actions]
+        if "are required:" in message and unknown:  # a misspelt option is why one is missing
+            self.refuse(unknown)
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+    def refuse(self, unknown: list[str]) -> NoReturn:
+        option = next((a for a in unknown if a.startswith("-")), unknown[0])
+        name = option.partition("=")[0]
+        hint = config_lib.suggest(name, list(self._option_string_actions))
+        if name.startswith("-") and "." in name:
+            hint = "; an override is written --config.any.field=value"
+        self.exit(2, f"{self.prog}: unknown argument {option!r}{hint}; see {self.prog} --help\n")
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The arguments of a command, and its overrides `any.field=value`; a wrong command ends the process with 2."""
+    overrides, rest, left = [], [], iter(argv)
+    for item in left:
+        if not item.startswith("--config."):
+            rest.append(item)
+            continue
+        if "=" not in item:  # `--config.key value`
+            item = f"{item}={value}" if (value := next(left, None)) is not None else item
+        overrides.append(item.removeprefix("--config."))
+    args, unknown = build().parse_known_args(rest)
+    if unknown:
+        args.parser.refuse(unknown)
+    if overrides and not args.overrides:
+        args.parser.error(f"--config.{overrides[0]} is for verbs that read a config")
+    return args, overrides
+
+
+def _path(text: str) -> pathlib.Path:
+    if not text:
+        raise argparse.ArgumentTypeError("a path is expected")
+    try:
+        return pathlib.Path(paths.expand(text))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _integer(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+    return _number(int, lambda value: least <= value <= most, f"an integer from {least} to {most}")
+
+
+def _number(kind: type, possible: Callable[[Any], bool], allowed: str) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            if possible(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{config_lib.show(text)} is not possible; allowed: {allowed}")
+
+    return read
+
+
+_count = _integer(1)
+_temperature = _number(float, lambda x: 0 <= x < math.inf, "a finite number, 0 or more")
+_share = _number(float, lambda x: 0 < x <= 1, "above 0, at most 1")
+_positive = _number(float, lambda x: 0 < x < math.inf, "a finite number above 0")
+
+
+def build() -> argparse.ArgumentParser:
+    """The parser of all verbs; the overrides of a config, `--config.any.field=value`, are not its business."""
+    parser = _Parser(prog="attnlab", description="Research on attention architectures.", epilog=_EXAMPLES)
+    parser.set_defaults(parser=parser, overrides=False)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verb = functools.partial(_verb, verbs)
+
+    verb("train", "train a model, or go on with a run", config=True, workdir=True,
+         more="\n\n"
+              "All is written to the workdir: config.json, metrics.jsonl, tensorboard/, checkpoints/, samples.txt,\n"
+              "log.txt. Ctrl-C, SIGTERM and SIGHUP save and stop; the same command goes on from there.")  # fmt: skip
+
+    sub = verb("eval", "held-out loss, perplexity and bits per byte of a run", workdir=True, machine=True)
+    sub.add_argument("--checkpoint", default="best", metavar="best|latest|STEP",
+                     help="which one; best: of the lowest held-out loss (best)")  # fmt: skip
+    sub.add_argument("--batches", type=_count, metavar="N", help="only the first N held-out batches; default: all")
+
+    _add_generate(verbs)
+
+    sub = verb("list", "the mixers; with a name, its knobs", machine=True)
+    sub.add_argument("name", nargs="?", metavar="MIXER")
+    sub.add_argument("--parameters", action="store_true",
+                     help="of MIXER: shapes, axes and roles, and what optimizers make of these")  # fmt: skip
+    sub.add_argument("--length", type=_count, metavar="T", help="positions at which state and FLOPs are told (4096)")
+    sub.add_argument("--width", type=_count, metavar="D", help="model width at which they are told (512)")
+
+    sub = verb("cost", "parameters, FLOPs per token and state of a config", config=True, machine=True)
+    sub.add_argument("--length", type=_count, metavar="T", help="sequence length; default: data.length")
+
+    _add_compile(verbs)
+    _add_tokenizer(verbs)
+    return parser
+
+
+def _verb(
+    verbs: Any, name: str, text: str, *,
+    config: bool = False, workdir: bool = False, machine: bool = False, more: str = "",
+) -> argparse.ArgumentParser:  # fmt: skip
+    reads = config or workdir
+    notes = (_CONFIG if config else "") + (_OVERRIDES if reads else "")
+    sub = verbs.add_parser(name, help=text, description=text + more, epilog=notes)
+    sub.set_defaults(parser=sub, overrides=reads)
+    if config:
+        sub.add_argument("--config", required=True, metavar="PATH[:arg=value,...]",
+                         help="a config file, e.g. configs/lm.py:mixer=gated,size=nano")  # fmt: skip
+    if workdir:
+        sub.add_argument("--workdir", required=True, type=_path, metavar="DIR",
+                         help="where the run is, or will be" if config else "of the run")  # fmt: skip
+    if machine:
+        sub.add_argument("--json", action="store_true", help="print one JSON object")
+    return sub
+
+
+def _add_generate(verbs: Any) -> None:
+    sub = _verb(verbs, "generate", "continue prompts with a trained model", workdir=True, machine=True)
+    sub.add_argument("--checkpoint", default="best", metavar="best|latest|STEP",
+                     help="which one; best: of the lowest held-out loss (best)")  # fmt: skip
+    where = sub.add_mutually_exclusive_group()
+    where.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times; default: stdin")
+    where.add_argument("--prompt-file", type=_path, metavar="FILE", help="one prompt: the whole file, as it is")
+    sub.add_argument("--tokens", type=_integer(1, 2**30), default=256, metavar="N", help="new tokens, at most (256)")
+    sub.add_argument("--samples", type=_integer(1, 2**20), default=1, metavar="N", help="samples of each prompt (1)")
+    sub.add_argument("--temperature", type=_temperature, default=0.8, metavar="X", help="0: the likeliest token (0.8)")
+    sub.add_argument(
+        "--top-k", type=_integer(0), default=0, metavar="K", help="only the K likeliest tokens; 0: all (0)"
+    )
+    sub.add_argument("--top-p", type=_share, default=0.95, metavar="P",
+                     help="only the likeliest tokens of this total probability (0.95)")  # fmt: skip
+    sub.add_argument("--seed", type=_integer(0), default=0, metavar="N", help="of the draws (0)")
+    sub.add_argument("--stop", default="eod", metavar="eod|none|TEXT",
+                     help="token that ends a sample (eod: end of document)")  # fmt: skip
+
+
+def _add_compile(verbs: Any) -> None:
+    more = (
+        "\n\nSays what each chip holds, computes and sends, and how long a step takes at least. Needs none of the\n"
+        "chips, but a compiler: attnlab[compile] for TPUs, attnlab[compile-cuda] for NVIDIA's Hopper. FLOPs,\n"
+        "bytes and collectives in loops are counted as often as the loops run. Exit code 1: it does not fit."
+    )
+    sub = _verb(verbs, "compile", "compile a run's train step for TPUs or GPUs that are not here",
+                config=True, machine=True, more=more)  # fmt: skip
+    sub.add_argument("--topology", required=True, metavar="CHIP:SHAPE",
+                     help="TPUs: v5e:16x16, v5p:4x4x4, v6e:16x16, v4:4x4x4, tpu7x:4x4x4, two slices 2*v5p:4x4x4; GPUs: "
+                          "h100:8 (one host), h100:4x8 (four hosts), h200:8")  # fmt: skip
+    sub.add_argument("--search", action="store_true",
+                     help="try meshes, train.accumulate and model.remat, and rank those that fit")  # fmt: skip
+    sub.add_argument("--count", type=_count, default=12, metavar="N", help="compiles of a search, at most (12)")
+    sub.add_argument("--minutes", type=_positive, default=60, metavar="M", help="a search starts none later (60)")
+
+
+def _add_tokenizer(verbs: Any) -> None:
+    tokenizer = verbs.add_parser(
+        "tokenizer",
+        help="make a tokenizer, or tokenise a corpus with one",
+        description="Byte-level BPE on a config's data (its `data` alone matters).",
+    )
+    tokenizer.set_defaults(parser=tokenizer)
+    actions = tokenizer.add_subparsers(dest="action", required=True, metavar="ACTION")
+    for name, text in (("train", "train a byte-level BPE tokenizer on the config's data"),
+                       ("apply", "write the config's data as array_record shards of tokens")):  # fmt: skip
+        sub = _verb(actions, name, text, config=True, machine=True)
+        sub.add_argument("--out", required=True, type=_path, metavar="FILE" if name == "train" else "DIR",
+                         help="the tokenizer's JSON file: --config.data.tokenizer=FILE uses it" if name == "train" else
+                         "new directory: --config.data.source=array_record:DIR/*.array_record reads it")  # fmt: skip
+        sub.add_argument("--overwrite", action="store_true",
+                         help="replace a regular file that is there; a device, a FIFO, a directory never is" if
+                         name == "train" else "replace a directory that this wrote, and that alone")  # fmt: skip
+        if name == "train":
+            sub.add_argument("--vocab", type=_integer(257, 2**24), default=32_768, metavar="V", help="entries (32768)")
+        else:
+            sub.add_argument("--shards", type=_integer(1, 99999), default=8, metavar="N", help="files (8)")
