@@ -296,7 +296,7 @@ def test_a_run_without_checkpoints(refused, finished, tmp_path):
     shutil.copy(finished / "config.json", tmp_path)
     refused("eval", "--workdir", tmp_path, parts=["no checkpoint yet"])
     (tmp_path / "checkpoints" / "4").mkdir(parents=True)
-    refused("eval", "--workdir", tmp_path, parts=["checkpoint 4", "cannot be read"])
+    refused("eval", "--workdir", tmp_path, parts=["none of the checkpoints 4", "is whole"])
 
 
 # --- what works -------------------------------------------------------------------------------------------------------
