@@ -136,6 +136,7 @@ def test_truncated_and_foreign_compressed_files(tmp_path, suffix):
 @pytest.mark.parametrize(
     "content, kind",
     [(gzip.compress(b"{}"), "gzip"), (zstandard.compress(b"{}"), "zstd"), (lzma.compress(b"{}"), "xz")],
+    ids=["gzip", "zstd", "xz"],  # not the content, in which gzip puts the time
 )
 def test_compressed_files_named_as_if_plain(tmp_path, content, kind):
     (tmp_path / "a.jsonl").write_bytes(content)
