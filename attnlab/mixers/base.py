@@ -18,6 +18,7 @@ from flax import nnx
 
 from attnlab import config as config_lib
 from attnlab.errors import ConfigError, UnsupportedPattern
+from attnlab.ops.documents import document_index, overflowed
 
 State = Any  # a pytree of arrays
 
@@ -199,6 +200,10 @@ class HeadMixer(Mixer):
     """A mixer that is a sum over heads: `heads` computes each head's output, `combine` projects and adds them.
 
     What stands between the heads and their sum (MoH's gates) then works on any of them.
+
+    A document of a packed row whose inputs have overflowed (`attnlab.ops.documents.overflowed`) gives NaN, and changes
+    nothing in the others: `heads` reads zeros for it. Streaming states are dataclasses with the fields `segment` and
+    `overflowed`, [B]: the id of the current document, and whether it has overflowed, None in what `heads` returns.
     """
 
     def heads(self, x: jax.Array, seq: Sequence, state: State = None) -> MixerOutput:
@@ -215,13 +220,28 @@ class HeadMixer(Mixer):
 
     def __call__(self, x: jax.Array, seq: Sequence) -> MixerOutput:
         self.require(seq, causal=self.config.causal)
+        if seq.segments is None:
+            out = self.heads(x, seq)
+            return dataclasses.replace(out, y=self.combine(out.y, x), state=None)
+        lost_BT = overflowed(x, document_index(seq.segments), causal=self.config.causal)
+        x = jnp.where(lost_BT[..., None], 0, x)
         out = self.heads(x, seq)
-        return dataclasses.replace(out, y=self.combine(out.y, x), state=None)
+        y = _marked(self.combine(out.y, x), lost_BT, seq.segments)
+        return dataclasses.replace(out, y=y, state=None)
 
     def extend(self, x: jax.Array, seq: Sequence, state: State) -> MixerOutput:
         self.require(seq, causal=True)
+        segments = jnp.ones(x.shape[:2], jnp.int32) if seq.segments is None else seq.segments
+        lost_BT = overflowed(x, document_index(segments, state.segment), state.overflowed, causal=True)
+        x = jnp.where(lost_BT[..., None], 0, x)
         out = self.heads(x, seq, state)
-        return dataclasses.replace(out, y=self.combine(out.y, x))
+        after = dataclasses.replace(out.state, overflowed=lost_BT[:, -1])
+        return dataclasses.replace(out, y=_marked(self.combine(out.y, x), lost_BT, segments), state=after)
+
+
+def _marked(y: jax.Array, lost_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
+    """NaN where a document has overflowed; padding stays finite."""
+    return jnp.where((lost_BT & (segments_BT != 0))[..., None], jnp.nan, y)
 
 
 _REGISTRY: dict[str, type[Mixer]] = {}
