@@ -134,6 +134,8 @@ class Mixer(nnx.Module):
       variants: combinations of knobs that the contract battery must try besides each knob alone.
       counted: the implementation whose matrix products `flops` declares.
       context: how positions are split over devices (mesh.context), in a few words; empty: they cannot be.
+      contains_overflow: whether a document of a packed row that overflows leaves the row's other documents as they are;
+        other rows it must leave in any case.
     """
 
     Config: ClassVar[type[MixerConfig]]
@@ -145,6 +147,7 @@ class Mixer(nnx.Module):
     variants: ClassVar[tuple[dict[str, Any], ...]] = ()
     counted: ClassVar[str] = "definition"
     context: ClassVar[str] = ""
+    contains_overflow: ClassVar[bool] = False
 
     def __init__(self, config: Any, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         raise NotImplementedError
@@ -205,6 +208,8 @@ class HeadMixer(Mixer):
     nothing in the others: `heads` reads zeros for it. Streaming states are dataclasses with the fields `segment` and
     `overflowed`, [B]: the id of the current document, and whether it has overflowed, None in what `heads` returns.
     """
+
+    contains_overflow = True
 
     def heads(self, x: jax.Array, seq: Sequence, state: State = None) -> MixerOutput:
         """Each head's output, `y` [B, T, H, e], ready to be projected: norms and gates on it are applied.

@@ -158,6 +158,69 @@ def test_packing(config, x64):
     assert_close(changed_gradients[0], gradients[0], 1e-10)
 
 
+@few_configs
+def test_overflow(config):
+    """Law 10: a document that overflows is not finite, and changes no other, values and gradients; where that is not
+    declared, no other row. Streams too: what a document's later positions give is not finite, and the next is clean."""
+    held_to_overflow(config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", cases.parameters(knobs_alone=False))
+def test_overflow_in_every_implementation(config):
+    """Law 10, each implementation by its name."""
+    for impl in mixers.get(config.node_name).implementations:
+        held_to_overflow(dataclasses.replace(config, impl=impl))
+
+
+def held_to_overflow(config):
+    """The second of the three documents of row 0 overflows; row 1 is one document."""
+    segments = np.array([[1] * 3 + [2] * 5 + [3] * 4, [4] * 12], np.int32)
+    positions = np.array([[*range(3), *range(5), *range(4)], [*range(12)]], np.int32)
+    seq = mixers.Sequence(jnp.asarray(positions), jnp.asarray(segments))
+    graphdef, params = cases.split(cases.module(config, jnp.float32))
+    x = np.random.default_rng(2).standard_normal((2, 12, cases.WIDTH)).astype(np.float32)
+    others = segments != 2 if mixers.get(config.node_name).contains_overflow else segments == 4
+
+    @jax.jit
+    def run(x):
+        def scalar(x):
+            y = nnx.merge(graphdef, params)(x, seq).y
+            return jnp.sum(jnp.where(others[..., None], jnp.cos(jnp.arange(y.size).reshape(y.shape)) * y, 0)), y
+
+        (_, y), gradient = jax.value_and_grad(scalar, has_aux=True)(x)
+        return y, gradient
+
+    y, gradient = map(np.asarray, run(x))
+    assert np.all(np.isfinite(y)) and np.all(np.isfinite(gradient))
+    for value in (np.inf, np.nan, 1e30):
+        bad = x.copy()
+        bad[0, 4, :3] = value
+        y_bad, gradient_bad = map(np.asarray, run(bad))
+        np.testing.assert_array_equal(y_bad[others], y[others])
+        # Where work is laid out by what is chosen (gather), sums are taken in another order.
+        np.testing.assert_allclose(gradient_bad[others], gradient[others], rtol=0, atol=1e-5 * np.abs(gradient).max())
+        if mixers.get(config.node_name).contains_overflow:
+            assert not np.any(np.isfinite(y_bad[0, 4:8]).all(-1))
+
+    if not (config.causal and mixers.get(config.node_name).capabilities.streaming):
+        return
+    extend = jax.jit(lambda x, seq, state: nnx.merge(graphdef, params).extend(x, seq, state))
+
+    def streamed(x):
+        state, parts = nnx.merge(graphdef, params).init_state(2, 12), []
+        for cut in (slice(0, 6), slice(6, 12)):
+            out = extend(x[:, cut], mixers.Sequence(seq.positions[:, cut], seq.segments[:, cut]), state)
+            state = out.state
+            parts.append(np.asarray(out.y))
+        return np.concatenate(parts, axis=1)
+
+    y, y_bad = streamed(x), streamed(bad)
+    np.testing.assert_array_equal(y_bad[others], y[others])
+    if mixers.get(config.node_name).contains_overflow:
+        assert not np.any(np.isfinite(y_bad[0, 4:8]).all(-1))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", mixers.names())
 def test_every_knob_turns(name):
