@@ -127,7 +127,7 @@ class Flow(HeadMixer):
             o = jnp.where((segments == 0)[..., None, None], 0, o)  # padding mixes nothing
         metrics = {}
         if c.competition and c.clip is not None:
-            metrics["flow_clipped"] = _share(out.outgoing > c.clip, segments)
+            metrics["flow_clipped"] = _share(out.outgoing > c.clip, segments, out.outgoing.dtype)
         return MixerOutput(o, None if state is None else FlowCache(out.state, segments[:, -1]), metrics=metrics)
 
     def combine(self, o_BTHe: jax.Array, x: jax.Array) -> jax.Array:
@@ -148,9 +148,9 @@ class Flow(HeadMixer):
         return {"projections": 8.0 * width * config.heads * d, "flows": config.heads * flows}, None
 
 
-def _share(chosen_BTH: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+def _share(chosen_BTH: jax.Array, segments_BT: jax.Array | None, dtype: Any) -> jax.Array:
     """The share of positions and heads where `chosen`, padding left out."""
     if segments_BT is None:
-        return jnp.mean(chosen_BTH, dtype=jnp.float32)
+        return jnp.mean(chosen_BTH, dtype=dtype)
     used = (segments_BT > 0)[..., None]
-    return jnp.sum(chosen_BTH & used, dtype=jnp.float32) / jnp.maximum(jnp.sum(used) * chosen_BTH.shape[2], 1)
+    return jnp.sum(chosen_BTH & used, dtype=dtype) / jnp.maximum(jnp.sum(used) * chosen_BTH.shape[2], 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +17,14 @@ from attnlab.errors import UnsupportedPattern
 from attnlab.ops import partition
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
-from tests.mixers import cases, flops
+from tests.mixers import cases, flops, precision
 
 # A knob alone is held to the definition, on packed documents; most else is tried in the default, the combinations and
 # both directions; what no combination decides, in both directions.
 every_config = pytest.mark.parametrize("config", cases.parameters())
 some_configs = pytest.mark.parametrize("config", cases.parameters(knobs_alone=False))
 few_configs = pytest.mark.parametrize("config", cases.parameters(knobs_alone=False, combinations=False))
+KEPT_AS_GIVEN = {"k", "v", "keys", "values", "cache", "tail"}  # parts of states that hold inputs, not sums
 CUTS = ([1] * cases.LENGTH, [3, 1, 5, 2])  # few lengths: each is compiled once
 
 
@@ -285,6 +287,51 @@ def test_bfloat16(config):
     large = value_and_gradients(low, params, 30 * x.astype(jnp.bfloat16), seq)
     for leaf in jax.tree.leaves((gradients, large)):
         assert np.all(np.isfinite(np.asarray(leaf, np.float32)))
+
+
+def traced(module, dtype):
+    """`__call__` as a function of arrays, and `extend` where it streams, each with its arguments."""
+    graphdef, params = cases.split(module)
+    x, seq = cases.inputs(dtype)
+
+    def call_all(params, x):
+        out = nnx.merge(graphdef, params)(x, seq)
+        return out.y, out.losses, out.metrics
+
+    functions = [(call_all, (params, x))]
+    if module.config.causal and module.capabilities.streaming:
+        state = module.init_state(*x.shape[:2], dtype)
+        extend = lambda params, x, state: nnx.merge(graphdef, params).extend(x, seq, state)
+        functions.append((lambda *args: (extend(*args).y, extend(*args).state), (params, x, state)))
+    return functions
+
+
+@some_configs
+def test_sums_are_wide(config):
+    """Law 8: in bf16 sums over positions, exponentials and what a state adds up are fp32; of every implementation."""
+    for impl in mixers.get(config.node_name).implementations:
+        functions = traced(cases.module(dataclasses.replace(config, impl=impl), jnp.bfloat16), jnp.bfloat16)
+        for fn, args in functions:
+            assert precision.narrow_sums(fn, *args) == []
+        for fn, args in functions[1:]:
+            after = jax.eval_shape(fn, *args)[1]
+            assert jax.tree.map(lambda a: a.dtype, after) == jax.tree.map(lambda a: a.dtype, args[2])
+            for path, leaf in jax.tree.leaves_with_path(after):
+                if precision.narrower(leaf, jnp.float32):
+                    assert KEPT_AS_GIVEN & set(re.findall(r"\w+", jax.tree_util.keystr(path))), path
+
+
+@some_configs
+def test_float64_throughout(config, x64):
+    """Law 11: in a float64 model whatever is floating is float64: y, losses, metrics, states, and all between."""
+    for impl in mixers.get(config.node_name).implementations:
+        module = cases.module(dataclasses.replace(config, impl=impl), jnp.float64)
+        functions = traced(module, jnp.float64)
+        for fn, args in functions:
+            assert precision.narrow_results(fn, *args, dtype=jnp.float64) == []
+        (fn, args), total = functions[0], lambda tree: sum(jnp.sum(a) for a in jax.tree.leaves(tree))
+        gradient = jax.grad(lambda *args: total(fn(*args)[:2]), argnums=(0, 1))
+        assert precision.narrow_results(gradient, *args, dtype=jnp.float64) == []
 
 
 @every_config
