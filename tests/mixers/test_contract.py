@@ -338,8 +338,9 @@ def test_float64_throughout(config, x64):
 def test_cost(config):
     """Law 9: declared FLOPs are those of the program traced, parameters and state bytes those of the arrays."""
     cls = mixers.get(config.node_name)
+    config = dataclasses.replace(config, impl=cls.counted)
     cost = cls.cost(config, cases.WIDTH, cases.LENGTH)
-    graphdef, params = cases.split(cases.module(dataclasses.replace(config, impl=cls.counted), jnp.float32))
+    graphdef, params = cases.split(cases.module(config, jnp.float32))
     assert cost.parameters == sum(p.size for p in jax.tree.leaves(params))
     x, _ = cases.inputs(jnp.float32)
     seq = mixers.Sequence.whole(*x.shape[:2])
@@ -347,13 +348,25 @@ def test_cost(config):
     # Where pairs are counted, the program computes all and the declaration those that the mask lets through.
     declared = dict(cost.flops)
     if cost.span is not None:
-        declared["attention"] *= cases.LENGTH / cost.span
+        span = sum(keys_seen(config, t) for t in range(cases.LENGTH)) / cases.LENGTH
+        assert cost.span == pytest.approx(span, rel=1e-6)
+        declared["attention"] *= cases.LENGTH / span
     assert counted == pytest.approx(sum(declared.values()), rel=1e-6)
     if cls.capabilities.streaming and config.causal:
         state = nnx.merge(graphdef, params).init_state(1, cases.LENGTH)
         assert cost.state_bytes == sum(a.nbytes for a in jax.tree.leaves(state))
         longer = cls.cost(config, cases.WIDTH, 64 * cases.LENGTH).state_bytes
         assert not cls.capabilities.fixed_state or longer == cost.state_bytes
+
+
+def keys_seen(config, t):
+    """Keys that a query at position t of one document sees."""
+    config = getattr(config, "core", config)
+    if config.node_name == "rat":  # the complete chunks before, and its own
+        return t // config.chunk + 1
+    if not config.causal:
+        return cases.LENGTH
+    return min(t + 1, getattr(config, "window", None) or cases.LENGTH)
 
 
 @pytest.mark.parametrize("name", mixers.names())
