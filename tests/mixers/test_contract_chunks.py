@@ -6,9 +6,11 @@ Documents begin at a chunk's edge and inside one, where the short rows of `test_
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -17,6 +19,11 @@ from tests.mixers import cases
 from tests.mixers import test_contract as battery
 
 configs = pytest.mark.parametrize("config", cases.parameters(knobs_alone=False, combinations=False))
+
+# The suite compiles without optimisations (tests/conftest.py): what users run fuses more, and sums in other orders.
+OPTIMISED = {"xla_backend_optimization_level": 3}
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    OPTIMISED["xla_cpu_use_fusion_emitters"] = True
 
 
 @pytest.fixture
@@ -58,3 +65,19 @@ def test_split_anywhere(config, x64):
             state = out.state
             parts.append(out.y)
         battery.assert_close(jnp.concatenate(parts, axis=1), whole, 1e-10)
+
+
+@configs
+def test_causality_as_users_compile_it(config):
+    """Law 3 in a program that is optimised as a user's: bitwise, before, at and behind a chunk's edge."""
+    if not config.causal:
+        return
+    graphdef, params = cases.split(cases.module(config, jnp.float32))
+    x = cases.long_inputs(config, jnp.float32)[0][:2]
+    seq, edge = mixers.Sequence.whole(*x.shape[:2]), cases.default_chunk(config)
+    run = jax.jit(lambda x: nnx.merge(graphdef, params)(x, seq).y).lower(x).compile(compiler_options=OPTIMISED)
+    before = np.asarray(run(x))
+    for t in (1, edge // 2, edge - 1, edge, edge + 1, x.shape[1] - 1):
+        after = np.asarray(run(x.at[:, t:].set(7.0 - 3 * x[:, t:])))
+        np.testing.assert_array_equal(after[:, :t], before[:, :t])
+        assert not np.array_equal(after[:, t:], before[:, t:])
