@@ -22,6 +22,7 @@ from flax import nnx
 from attnlab import config as config_lib
 from attnlab.errors import ConfigError, UnsupportedPattern
 from attnlab.mixers import roles
+from attnlab.ops.documents import document_index, overflowed
 
 State = Any  # a pytree of arrays
 
@@ -137,6 +138,8 @@ class Mixer(nnx.Module):
       variants: combinations of knobs that the contract battery must try besides each knob alone.
       counted: the implementation whose matrix products `flops` declares.
       context: how positions are split over devices (mesh.context), in a few words; empty: they cannot be.
+      contains_overflow: whether a document of a packed row that overflows leaves the row's other documents as they are;
+        other rows it must leave in any case.
     """
 
     Config: ClassVar[type[MixerConfig]]
@@ -148,6 +151,7 @@ class Mixer(nnx.Module):
     variants: ClassVar[tuple[dict[str, Any], ...]] = ()
     counted: ClassVar[str] = "definition"
     context: ClassVar[str] = ""
+    contains_overflow: ClassVar[bool] = False
 
     def __init__(self, config: Any, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         raise NotImplementedError
@@ -203,7 +207,13 @@ class HeadMixer(Mixer):
     """A mixer that is a sum over heads: `heads` computes each head's output, `combine` projects and adds them.
 
     What stands between the heads and their sum (MoH's gates) then works on any of them.
+
+    A document of a packed row whose inputs have overflowed (`attnlab.ops.documents.overflowed`) gives NaN, and changes
+    nothing in the others: `heads` reads zeros for it. Streaming states are dataclasses with the fields `segment` and
+    `overflowed`, [B]: the id of the current document, and whether it has overflowed, None in what `heads` returns.
     """
+
+    contains_overflow = True
 
     def heads(self, x: jax.Array, seq: Sequence, state: State = None) -> MixerOutput:
         """Each head's output, `y` [B, T, H, e], ready to be projected: norms and gates on it are applied.
@@ -219,13 +229,28 @@ class HeadMixer(Mixer):
 
     def __call__(self, x: jax.Array, seq: Sequence) -> MixerOutput:
         self.require(seq, causal=self.config.causal)
+        if seq.segments is None:
+            out = self.heads(x, seq)
+            return dataclasses.replace(out, y=self.combine(out.y, x), state=None)
+        lost_BT = overflowed(x, document_index(seq.segments), causal=self.config.causal)
+        x = jnp.where(lost_BT[..., None], 0, x)
         out = self.heads(x, seq)
-        return dataclasses.replace(out, y=self.combine(out.y, x), state=None)
+        y = _marked(self.combine(out.y, x), lost_BT, seq.segments)
+        return dataclasses.replace(out, y=y, state=None)
 
     def extend(self, x: jax.Array, seq: Sequence, state: State) -> MixerOutput:
         self.require(seq, causal=True)
+        segments = jnp.ones(x.shape[:2], jnp.int32) if seq.segments is None else seq.segments
+        lost_BT = overflowed(x, document_index(segments, state.segment), state.overflowed, causal=True)
+        x = jnp.where(lost_BT[..., None], 0, x)
         out = self.heads(x, seq, state)
-        return dataclasses.replace(out, y=self.combine(out.y, x))
+        after = dataclasses.replace(out.state, overflowed=lost_BT[:, -1])
+        return dataclasses.replace(out, y=_marked(self.combine(out.y, x), lost_BT, segments), state=after)
+
+
+def _marked(y: jax.Array, lost_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
+    """NaN where a document has overflowed; padding stays finite."""
+    return jnp.where((lost_BT & (segments_BT != 0))[..., None], jnp.nan, y)
 
 
 _REGISTRY: dict[str, type[Mixer]] = {}

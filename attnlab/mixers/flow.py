@@ -72,10 +72,12 @@ class FlowConfig(MixerConfig):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FlowCache:
-    """The streaming state: the flows' sums, and the id of the current document [B] int32, -1 at first."""
+    """The streaming state: the flows' sums, the id of the current document [B] int32, -1 at first, and whether it has
+    overflowed."""
 
     flows: FlowState
     segment: jax.Array
+    overflowed: jax.Array | None = None
 
 
 @register("flow")
@@ -125,7 +127,7 @@ class Flow(HeadMixer):
             o = jnp.where((segments == 0)[..., None, None], 0, o)  # padding mixes nothing
         metrics = {}
         if c.competition and c.clip is not None:
-            metrics["flow_clipped"] = _share(out.outgoing > c.clip, segments)
+            metrics["flow_clipped"] = _share(out.outgoing > c.clip, segments, out.outgoing.dtype)
         return MixerOutput(o, None if state is None else FlowCache(out.state, segments[:, -1]), metrics=metrics)
 
     def combine(self, o_BTHe: jax.Array, x: jax.Array) -> jax.Array:
@@ -137,7 +139,7 @@ class Flow(HeadMixer):
             raise UnsupportedPattern(f"mixer {self.name!r} with causal=False does not stream")
         wide = param_dtype(self.dtype)  # sums along the sequence are fp32, or wider, whatever the activations are
         flows = empty_state(c.rule(), batch, c.heads, self.head_dim, self.head_dim, wide)
-        return FlowCache(flows, jnp.full((batch,), -1, jnp.int32))
+        return FlowCache(flows, jnp.full((batch,), -1, jnp.int32), jnp.zeros((batch,), bool))
 
     @classmethod
     def flops(cls, config: FlowConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:
@@ -146,9 +148,9 @@ class Flow(HeadMixer):
         return {"projections": 8.0 * width * config.heads * d, "flows": config.heads * flows}, None
 
 
-def _share(chosen_BTH: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+def _share(chosen_BTH: jax.Array, segments_BT: jax.Array | None, dtype: Any) -> jax.Array:
     """The share of positions and heads where `chosen`, padding left out."""
     if segments_BT is None:
-        return jnp.mean(chosen_BTH, dtype=jnp.float32)
+        return jnp.mean(chosen_BTH, dtype=dtype)
     used = (segments_BT > 0)[..., None]
-    return jnp.sum(chosen_BTH & used, dtype=jnp.float32) / jnp.maximum(jnp.sum(used) * chosen_BTH.shape[2], 1)
+    return jnp.sum(chosen_BTH & used, dtype=dtype) / jnp.maximum(jnp.sum(used) * chosen_BTH.shape[2], 1)

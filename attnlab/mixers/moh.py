@@ -285,7 +285,7 @@ class MoH(HeadMixer):
 
     def _balance(self, routing: Routing, used: jax.Array | None) -> tuple[dict, dict]:
         c = self.config
-        shares = route.load(routing.taken, used)
+        shares = route.load(routing.taken.astype(routing.p.dtype), used)
         metrics = {f"moh_load_{e}": shares[e] for e in range(c.routed)}
         metrics |= {"moh_load_max": jnp.max(shares), "moh_load_min": jnp.min(shares)}
         loss = route.load_balance(routing.p, routing.taken, used)

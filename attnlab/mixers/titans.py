@@ -101,12 +101,14 @@ class TitansState:
       tail: [B, J, 3 H d], the last inputs of the memory's convolution; None in mac, where `memory` has them.
       cache: the newest window - 1 keys and values of attention (mal, mag).
       segment: [B] int32, id of the current document, -1 before the first position.
+      overflowed: [B] bool, whether it has overflowed.
     """
 
     memory: MemoryState | SegmentState
     tail: jax.Array | None
     cache: tuple[jax.Array, jax.Array] | None
     segment: jax.Array
+    overflowed: jax.Array | None = None
 
 
 @register("titans")
@@ -188,12 +190,12 @@ class Titans(HeadMixer):
         return self.out(o_BTHe.reshape(*x.shape[:2], -1))
 
     def init_state(self, batch: int, max_length: int, dtype: Any = jnp.float32) -> TitansState:
-        segment = jnp.full((batch,), -1, jnp.int32)
+        fresh = jnp.full((batch,), -1, jnp.int32), jnp.zeros((batch,), bool)
         if self.config.variant == "mac":
-            return TitansState(self.mixed.init_state(batch, dtype), None, None, segment)
+            return TitansState(self.mixed.init_state(batch, dtype), None, None, *fresh)
         memory = self.memory.blank(batch)
         cache = None if self.config.variant == "lmm" else self.attention.cache(batch, dtype)
-        return TitansState(memory, self.memory.tail(batch, dtype), cache, segment)
+        return TitansState(memory, self.memory.tail(batch, dtype), cache, *fresh)
 
     @classmethod
     def flops(cls, config: TitansConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:

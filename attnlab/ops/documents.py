@@ -1,5 +1,7 @@
 """Which document of a packed row each position is of: what every state that runs along a sequence resets by."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -18,3 +20,36 @@ def document_index(segments_BT: jax.Array, before_B: jax.Array | None = None) ->
         before_B = jnp.full(segments_BT.shape[:1], -1, segments_BT.dtype)
     before = jnp.concatenate([before_B[:, None].astype(segments_BT.dtype), segments_BT[:, :-1]], axis=1)
     return jnp.cumsum(segments_BT != before, axis=1, dtype=jnp.int32)
+
+
+def largest_input(dtype: jnp.dtype) -> float:
+    """What counts as an overflow: the eighth root of the largest number, 65,536 in fp32 and bf16.
+
+    Mixers multiply up to five activations with each other, and sum over positions and channels.
+    """
+    return math.sqrt(math.sqrt(math.sqrt(jnp.finfo(jnp.promote_types(dtype, jnp.float32)).max)))
+
+
+def overflowed(
+    x_BTD: jax.Array, documents_BT: jax.Array, before_B: jax.Array | None = None, *, causal: bool
+) -> jax.Array:
+    """Whether a position sees an overflow in its document, bool [B, T]: NaN, or `largest_input` or more.
+
+    In sums over a row that are masked by products, 0 * inf = NaN carries it into the row's other documents, and in a
+    backward pass into all that was summed: what has overflowed has to be taken out before.
+
+    Args:
+      x_BTD: activations.
+      documents_BT: of `document_index`.
+      before_B: bool, whether the document of index 0 has overflowed before the first position; None: it has not.
+      causal: whether a position sees only itself and those before.
+    """
+    bad = ~jnp.all(jnp.abs(x_BTD) < largest_input(x_BTD.dtype), axis=-1)
+    newest = jax.lax.cummax(jnp.where(bad, documents_BT, -1), axis=1)  # indices ascend along a row
+    lost = newest == documents_BT
+    if before_B is not None:
+        lost |= before_B[:, None] & (documents_BT == 0)
+    if causal:
+        return lost
+    none = jnp.iinfo(documents_BT.dtype).max
+    return lost | (jax.lax.cummin(jnp.where(bad, documents_BT, none), axis=1, reverse=True) == documents_BT)

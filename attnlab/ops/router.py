@@ -87,4 +87,4 @@ def load_balance(p_E: jax.Array, taken_E: jax.Array, used: jax.Array | None = No
 
     Source: the released code of Jin et al. 2024, arXiv:2410.11842; its eq. 7 and 8 lack the factor E.
     """
-    return p_E.shape[-1] * jnp.sum(load(p_E, used) * jax.lax.stop_gradient(load(taken_E, used)))
+    return p_E.shape[-1] * jnp.sum(load(p_E, used) * jax.lax.stop_gradient(load(taken_E.astype(p_E.dtype), used)))

@@ -83,3 +83,24 @@ def inputs(dtype: Any, seed: int = 0, behind: int = 0) -> tuple[jax.Array, mixer
 def split(module: mixers.Mixer) -> tuple[Any, Any]:
     """graphdef and parameters."""
     return nnx.split(module, nnx.Param)
+
+
+def default_chunk(config: Any) -> int:
+    """Positions that the layer computes together: its knob, or the rows of a block of the attention ops."""
+    return getattr(config, "chunk", 256)
+
+
+def long_inputs(config: Any, dtype: Any) -> tuple[jax.Array, mixers.Sequence, list[tuple[int, int, int]]]:
+    """x [3, T, WIDTH] with T = 3/2 chunks and 3, the packed sequence, and its documents (row, first, end).
+
+    Row 0: a document that begins exactly at a chunk's edge. Row 1: one that begins inside a chunk and crosses its edge.
+    Row 2: one document.
+    """
+    chunk = default_chunk(config)
+    T = chunk + chunk // 2 + 3
+    documents = [(0, 0, chunk), (0, chunk, T), (1, 0, chunk // 2), (1, chunk // 2, T), (2, 0, T)]
+    segments, positions = np.zeros((3, T), np.int32), np.zeros((3, T), np.int32)
+    for index, (row, first, end) in enumerate(documents):
+        segments[row, first:end], positions[row, first:end] = index + 1, np.arange(end - first)
+    x = np.random.default_rng(3).standard_normal((3, T, WIDTH))
+    return jnp.asarray(x, dtype), mixers.Sequence(jnp.asarray(positions), jnp.asarray(segments)), documents

@@ -11,8 +11,9 @@ from flax import nnx
 from attnlab import mixers
 from attnlab.models.cost import model_cost
 from attnlab.models.lm import LanguageModel
-from attnlab.models.transformer import REMAT, ModelConfig, mixer_table
+from attnlab.models.transformer import REMAT, Block, ModelConfig, mixer_table
 from attnlab.ops.cross_entropy import cross_entropy
+from tests.mixers import precision
 from tests.mixers.cases import POSITIONS, SEGMENTS
 
 
@@ -173,6 +174,34 @@ def test_dropout_is_a_function_of_the_key():
 
     assert run(0.5, 0) == run(0.5, 0) != run(0.5, 1)
     assert run(0.5, None) == run(0.0, None) == run(0.0, 0)
+
+
+@pytest.mark.parametrize("silent", ["mixer", "mlp"])
+def test_dropout_keeps_the_expectation(silent):
+    """What mixer and MLP add is kept with 1 - p, each entry by itself, and is then 1 / (1 - p) of what it was."""
+    c, p = config(dropout=0.3), 0.3
+    block = Block(c, c.mixers["A"], rngs=nnx.Rngs(0))
+    kernel = (block.mixer.out if silent == "mixer" else block.mlp.down).kernel
+    kernel[...] = 0 * kernel[...]
+    x, seq = jax.random.normal(jax.random.key(1), (16, 64, 8), jnp.float64), mixers.Sequence.whole(16, 64)
+    plain, dropped = (np.asarray(block(x, seq, key=key).y - x) for key in (None, jax.random.key(2)))
+    kept = np.abs(dropped) > 1e-9 * np.abs(plain)
+    np.testing.assert_allclose(dropped[kept], plain[kept] / (1 - p), rtol=1e-5, atol=1e-12)
+    np.testing.assert_allclose(kept.mean((0, 1)), 1 - p, atol=4 * np.sqrt(p * (1 - p) / (16 * 64)))
+    np.testing.assert_allclose(kept.mean(-1).std(), np.sqrt(p * (1 - p) / 8), rtol=0.1)
+
+
+def test_float64_model_is_float64_throughout():
+    """Losses, metrics, gradients and all between, of mixers that have losses and metrics of their own."""
+    table = mixer_table({"A": {"name": "moh", "heads": 4}, "B": {"name": "flow", "heads": 2}}, "m")
+    model = LanguageModel(config(mixers=table), rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(model, nnx.Param)
+
+    def total(params):
+        nll, lse, out = nnx.merge(graphdef, params).token_losses(batch())
+        return nll.sum() + lse.sum() + sum(out.losses.values()), out.metrics
+
+    assert precision.narrow_results(jax.grad(total, has_aux=True), params, dtype=jnp.float64) == []
 
 
 @pytest.mark.parametrize("fields", [{}, {"tied": True}, {"mlp_width": 20}])

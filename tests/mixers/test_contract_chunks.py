@@ -1,0 +1,83 @@
+"""The laws of the contract on rows that are longer than the chunks and blocks that mixers have by default.
+
+Documents begin at a chunk's edge and inside one, where the short rows of `test_contract.py` are a chunk's beginning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from attnlab import mixers
+from tests.mixers import cases
+from tests.mixers import test_contract as battery
+
+configs = pytest.mark.parametrize("config", cases.parameters(knobs_alone=False, combinations=False))
+
+# The suite compiles without optimisations (tests/conftest.py): what users run fuses more, and sums in other orders.
+OPTIMISED = {"xla_backend_optimization_level": 3}
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    OPTIMISED["xla_cpu_use_fusion_emitters"] = True
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+@configs
+def test_definition_and_packing(config, x64):
+    """Laws 1 and 4: the default implementation equals the definition, and documents are what they are alone."""
+    x, seq, documents = cases.long_inputs(config, jnp.float64)
+    assert x.shape[1] > cases.default_chunk(config)
+    run = lambda config: battery.call(*cases.split(cases.module(config, jnp.float64)), x, seq)
+    y = run(config)
+    battery.assert_close(y, run(dataclasses.replace(config, impl="definition")), 1e-10)
+    graphdef, params = cases.split(cases.module(config, jnp.float64))
+    for row, first, end in (documents[1], documents[3]):
+        alone = battery.call(graphdef, params, *battery.document(x, seq, row, first, end))
+        battery.assert_close(y[row, first:end], alone[0], 1e-10)
+
+
+@configs
+def test_split_anywhere(config, x64):
+    """Law 2: a stream that crosses a chunk's edge from its beginning on, and one that is under way."""
+    module = cases.module(config, jnp.float64)
+    if not (config.causal and module.capabilities.streaming):
+        return
+    graphdef, params = cases.split(module)
+    x, seq, _ = cases.long_inputs(config, jnp.float64)
+    T = x.shape[1]
+    whole = battery.call(graphdef, params, x, seq)
+    extend = jax.jit(lambda p, x, seq, state: nnx.merge(graphdef, p).extend(x, seq, state))
+    for cut in (T // 3, T - T // 3):  # two lengths, each of which is compiled once
+        state, parts = module.init_state(3, T, jnp.float64), []
+        for piece in (slice(0, cut), slice(cut, T)):
+            part = mixers.Sequence(seq.positions[:, piece], seq.segments[:, piece])
+            out = extend(params, x[:, piece], part, state)
+            state = out.state
+            parts.append(out.y)
+        battery.assert_close(jnp.concatenate(parts, axis=1), whole, 1e-10)
+
+
+@configs
+def test_causality_as_users_compile_it(config):
+    """Law 3 in a program that is optimised as a user's: bitwise, before, at and behind a chunk's edge."""
+    if not config.causal:
+        return
+    graphdef, params = cases.split(cases.module(config, jnp.float32))
+    x = cases.long_inputs(config, jnp.float32)[0][:2]
+    seq, edge = mixers.Sequence.whole(*x.shape[:2]), cases.default_chunk(config)
+    run = jax.jit(lambda x: nnx.merge(graphdef, params)(x, seq).y).lower(x).compile(compiler_options=OPTIMISED)
+    before = np.asarray(run(x))
+    for t in (1, edge // 2, edge - 1, edge, edge + 1, x.shape[1] - 1):
+        after = np.asarray(run(x.at[:, t:].set(7.0 - 3 * x[:, t:])))
+        np.testing.assert_array_equal(after[:, :t], before[:, :t])
+        assert not np.array_equal(after[:, t:], before[:, t:])
