@@ -362,7 +362,7 @@ def test_cost(config):
 
 @every_config
 def test_roles(config):
-    """Law 10: a parameter is called a matrix where the program multiplies activations by it, and does nothing else."""
+    """Law 12: a parameter is called a matrix where the program multiplies activations by it, and does nothing else."""
     module = nnx.eval_shape(lambda: mixers.build(config, width=cases.WIDTH, rngs=nnx.Rngs(0)))
     graphdef, params = cases.split(module)
     leaves, treedef = jax.tree.flatten(params)
