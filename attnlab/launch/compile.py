@@ -15,7 +15,7 @@ from attnlab.launch import hlo
 from attnlab.launch.targets import Target
 from attnlab.mixers.softmax import Softmax
 from attnlab.models.cost import model_cost
-from attnlab.ops import partition
+from attnlab.parallel import partition
 from attnlab.train import optimizers, sharding
 from attnlab.train.config import RunConfig
 from attnlab.train.hardware import Chip

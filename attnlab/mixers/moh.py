@@ -16,11 +16,11 @@ from attnlab import config as config_lib
 from attnlab.mixers import base
 from attnlab.mixers.base import Capabilities, HeadMixer, MixerConfig, MixerOutput, Sequence, State, knob, register
 from attnlab.mixers.parts import Linear, param_dtype
-from attnlab.ops import partition
 from attnlab.ops import router as route
 from attnlab.ops.cached_attention import cached_attention
 from attnlab.ops.dispatch import Implementation, choose
 from attnlab.ops.gathered_attention import gathered_attention, interleaved, selected_cached_attention, take_heads
+from attnlab.parallel import partition
 
 _IMPLS = ("auto", "dense", "gather", "definition")
 _ROUTERS = {

@@ -22,10 +22,11 @@ from attnlab.mixers.parts import Linear, param_dtype
 from attnlab.mixers.roles import Fused
 from attnlab.mixers.titans_attention import Attention
 from attnlab.mixers.titans_memory import Memory, unit
-from attnlab.ops import context, partition
+from attnlab.ops import context
 from attnlab.ops.causal_conv import causal_conv
 from attnlab.ops.neural_memory import Layers, MemoryState, chunk_step, definition_step, forward
 from attnlab.ops.turns import Turn, choose_rows, positions_in_documents, scan_aligned, scan_turns
+from attnlab.parallel import partition
 
 
 @jax.tree_util.register_dataclass

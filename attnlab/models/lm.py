@@ -12,8 +12,8 @@ from attnlab import mixers
 from attnlab.mixers.parts import Linear, RMSNorm, param_dtype
 from attnlab.mixers.roles import Role, param
 from attnlab.models.transformer import ModelConfig, Transformer, extend
-from attnlab.ops import partition
 from attnlab.ops.cross_entropy import cross_entropy
+from attnlab.parallel import partition
 
 
 class LanguageModel(nnx.Module):

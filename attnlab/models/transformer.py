@@ -16,7 +16,7 @@ from attnlab import config as config_lib
 from attnlab import mixers
 from attnlab.errors import ConfigError
 from attnlab.mixers.parts import Linear, RMSNorm
-from attnlab.ops import partition
+from attnlab.parallel import partition
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
 

@@ -19,7 +19,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from attnlab.ops import context, partition
+from attnlab.ops import context
+from attnlab.parallel import partition
 
 CHUNK = 64  # positions computed together, unless said otherwise
 _LOWEST = -1e30  # stands for a maximum over nothing: exp(-inf - _LOWEST) is 0 and not NaN

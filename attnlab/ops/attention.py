@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.errors import UserError
-from attnlab.ops import attention_splash, attention_xla, context, partition
+from attnlab.ops import attention_splash, attention_xla, context
 from attnlab.ops.dispatch import Implementation, choose
 from attnlab.ops.masks import Mask
+from attnlab.parallel import partition
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,8 +15,9 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_masks
 
-from attnlab.ops import context, partition
+from attnlab.ops import context
 from attnlab.ops.masks import Mask
+from attnlab.parallel import partition
 
 _LANES = 128
 _BLOCK = 512  # rows and keys of a tile, at most; a tile's scores are fp32 in a few MB of fast memory

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnlab.ops import partition
 from attnlab.ops.masks import Mask
+from attnlab.parallel import partition
 
 Tree = Any  # a pytree of arrays
 

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.errors import UserError
-from attnlab.ops import context, partition
+from attnlab.ops import context
 from attnlab.ops.dispatch import Implementation, choose
+from attnlab.parallel import partition
 
 _BASE = 8  # triangular blocks of this size are inverted by a power series, larger ones from their quarters
 

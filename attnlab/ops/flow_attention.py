@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.errors import UserError
-from attnlab.ops import partition
 from attnlab.ops.dispatch import Implementation, choose
 from attnlab.ops.flow_bidirectional import bidirectional_linear
 from attnlab.ops.flow_causal import causal_chunked
@@ -27,6 +26,7 @@ from attnlab.ops.flow_definition import (
     causal_definition,
     empty_state,
 )
+from attnlab.parallel import partition
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import jax
 
-from attnlab.ops import partition
+from attnlab.parallel import partition
 
 
 def linear(x: jax.Array, w_IO: jax.Array) -> jax.Array:

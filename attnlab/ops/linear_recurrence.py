@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.errors import UserError
-from attnlab.ops import context, partition
+from attnlab.ops import context
 from attnlab.ops.dispatch import Implementation, choose
+from attnlab.parallel import partition
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,10 +21,11 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.errors import UserError
-from attnlab.ops import context, partition
+from attnlab.ops import context
 from attnlab.ops.dispatch import Implementation, choose
 from attnlab.ops.turns import Turn, choose_rows, positions_in_documents, scan_aligned, scan_turns
 from attnlab.ops.two_stage import TwoStage, before, two_stage
+from attnlab.parallel import partition
 
 Layers = tuple[jax.Array, ...]  # one array per layer of the memory, [..., i, o]
 

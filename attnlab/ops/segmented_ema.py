@@ -8,7 +8,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from attnlab.ops import context, partition
+from attnlab.ops import context
+from attnlab.parallel import partition
 
 
 def definition(decay_BTC: jax.Array, x_BTRC: jax.Array, start_BRC: jax.Array) -> jax.Array:

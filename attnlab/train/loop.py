@@ -20,7 +20,7 @@ from attnlab.errors import ConfigError, TrainingFailed
 from attnlab.evaluate.generate import Sampling, generate
 from attnlab.evaluate.perplexity import Evaluation, evaluate
 from attnlab.models.cost import model_cost
-from attnlab.ops import partition
+from attnlab.parallel import partition
 from attnlab.train import metadata, optimizers, sharding, workdir
 from attnlab.train.checkpoints import Checkpoints, Host
 from attnlab.train.config import RunConfig

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from attnlab.ops import partition
+from attnlab.parallel import partition
 from attnlab.train import sharding
 from attnlab.train.config import TrainConfig
 from attnlab.train.state import Model, TrainState

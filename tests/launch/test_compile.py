@@ -19,7 +19,8 @@ from attnlab.launch import compile as compile_lib
 from attnlab.launch import describe, search, targets
 from attnlab.models.cost import model_cost
 from attnlab.models.transformer import REMAT
-from attnlab.ops import Mask, attention, mask_from_segments, partition
+from attnlab.ops import Mask, attention, mask_from_segments
+from attnlab.parallel import partition
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig, RunConfig
 from attnlab.train.hardware import CHIPS

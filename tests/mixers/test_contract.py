@@ -15,7 +15,7 @@ from flax import nnx
 from attnlab import mixers
 from attnlab.errors import UnsupportedPattern
 from attnlab.mixers import roles
-from attnlab.ops import partition
+from attnlab.parallel import partition
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
 from tests.mixers import cases, flops, precision, uses

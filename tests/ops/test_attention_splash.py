@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from attnlab.errors import UserError
-from attnlab.ops import Mask, attention, attention_splash, mask_from_segments, partition
+from attnlab.ops import Mask, attention, attention_splash, mask_from_segments
 from attnlab.ops.attention import AttentionSpec
 from attnlab.ops.dispatch import Implementation
+from attnlab.parallel import partition
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnlab.ops import partition
 from attnlab.ops.attention import attention_with_lse
 from attnlab.ops.masks import Mask
+from attnlab.parallel import partition
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
 

@@ -9,8 +9,9 @@ import pytest
 
 from attnlab import mixers
 from attnlab.errors import ConfigError
-from attnlab.ops import Mask, attention, context, partition
+from attnlab.ops import Mask, attention, context
 from attnlab.ops.documents import document_index
+from attnlab.parallel import partition
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
 from tests.mixers import test_contract

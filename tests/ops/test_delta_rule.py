@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from attnlab.errors import UserError
-from attnlab.ops import partition
 from attnlab.ops.delta_rule import chunked_flops, delta_rule, invert_unit_triangular
+from attnlab.parallel import partition
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
 from tests.mixers import flops
