@@ -51,7 +51,7 @@ def test_attention_runs_on_each_devices_part(kv_heads):
     run = jax.jit(partition.traced(gradient, mesh(data=4, tensor=2), sharding.ACTIVATION_RULES))
     placed = jax.device_put((q, k, v), sharding.batch_sharding(mesh(data=4, tensor=2)))
     for a, b in zip(jax.tree.leaves(run(*placed, sinks)), jax.tree.leaves(gradient(q, k, v, sinks)), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-5)
+        np.testing.assert_allclose(a, b, rtol=5e-6, atol=2e-5)
     assert "all-gather" not in run.lower(*placed, sinks).compile().as_text()
     jaxpr = str(jax.make_jaxpr(run)(*placed, sinks))
     assert "f32[2,13,2,6]" in jaxpr  # two of four query heads, also where they share one key head
