@@ -1,6 +1,6 @@
 """Losses of every mixer's first steps, to see that a change of the code changes no number.
 
-Each mixer trains twice in float32, through the command line: nano on one device, and a packed, accumulated run over eight
+Each mixer trains twice in float32, by the command line: nano on one device, and a packed, accumulated run over eight
 simulated devices (data 2 x context 2 x tensor 2). The corpus is drawn from a seed. Losses depend on processor and
 versions by rounding: write them on the machine that will compare.
 
