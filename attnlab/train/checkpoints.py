@@ -68,6 +68,7 @@ class Checkpoints:
         self._open: ocp.AsyncCheckpointer | None = None
         self._saving: int | None = None
         self._removing: threading.Thread | None = None
+        self._losses: dict[int, float | None] = {}  # what is written does not change
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, in order; needs no orbax.
@@ -291,8 +292,10 @@ class Checkpoints:
         return [*unreadable, *evaluated, *(s for s in steps[::-1] if s not in (*evaluated, *unreadable))]
 
     def _by_loss(self, steps: list[int]) -> list[int]:
-        losses = {step: self.host(step).heldout_loss for step in steps if not self._unreadable(step)}
-        return sorted((step for step, loss in losses.items() if loss is not None), key=losses.__getitem__)
+        for step in steps:
+            if step not in self._losses and not self._unreadable(step):
+                self._losses[step] = self.host(step).heldout_loss
+        return sorted((s for s in steps if self._losses.get(s) is not None), key=self._losses.__getitem__)
 
     def _unreadable(self, step: int) -> str:
         try:
