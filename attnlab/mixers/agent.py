@@ -89,13 +89,11 @@ class AgentState:
       seen: `Averages` of fixed agents (learned), or `Stream` (pooled).
       tail: [B, 2, H * d], the last values of the current document, for the convolution; None without one.
       segment: [B] int32, id of the current document, -1 before the first position.
-      overflowed: [B] bool, whether it has overflowed.
     """
 
     seen: causal_ops.Averages | refreshed_ops.Stream
     tail: jax.Array | None
     segment: jax.Array
-    overflowed: jax.Array | None = None
 
 
 class PositionBias(nnx.Module):
@@ -217,7 +215,7 @@ class Agent(HeadMixer):
         else:
             seen = causal_ops.Averages.empty(batch, c.heads, c.agents, self.head_dim, param_dtype(dtype))
         tail = jnp.zeros((batch, _TAPS - 1, c.heads * self.head_dim), dtype) if c.conv else None
-        return AgentState(seen, tail, jnp.full((batch,), -1, jnp.int32), jnp.zeros((batch,), bool))
+        return AgentState(seen, tail, jnp.full((batch,), -1, jnp.int32))
 
     @classmethod
     def flops(cls, config: AgentConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:

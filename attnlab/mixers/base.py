@@ -209,8 +209,9 @@ class HeadMixer(Mixer):
     What stands between the heads and their sum (MoH's gates) then works on any of them.
 
     A document of a packed row whose inputs have overflowed (`attnlab.ops.documents.overflowed`) gives NaN, and changes
-    nothing in the others: `heads` reads zeros for it. Streaming states are dataclasses with the fields `segment` and
-    `overflowed`, [B]: the id of the current document, and whether it has overflowed, None in what `heads` returns.
+    nothing in the others: `heads` reads zeros for it. Streaming states are dataclasses with a field `segment` [B] int32,
+    the id of the current document, -1 before the first position. Between calls of `extend` it is -2 - id where that
+    document has overflowed, which `heads` does not see.
     """
 
     contains_overflow = True
@@ -241,10 +242,13 @@ class HeadMixer(Mixer):
     def extend(self, x: jax.Array, seq: Sequence, state: State) -> MixerOutput:
         self.require(seq, causal=True)
         segments = jnp.ones(x.shape[:2], jnp.int32) if seq.segments is None else seq.segments
-        lost_BT = overflowed(x, document_index(segments, state.segment), state.overflowed, causal=True)
+        lost_B = state.segment < -1
+        state = dataclasses.replace(state, segment=jnp.where(lost_B, -2 - state.segment, state.segment))
+        lost_BT = overflowed(x, document_index(segments, state.segment), lost_B, causal=True)
         x = jnp.where(lost_BT[..., None], 0, x)
         out = self.heads(x, seq, state)
-        after = dataclasses.replace(out.state, overflowed=lost_BT[:, -1])
+        segment = out.state.segment
+        after = dataclasses.replace(out.state, segment=jnp.where(lost_BT[:, -1], -2 - segment, segment))
         return dataclasses.replace(out, y=_marked(self.combine(out.y, x), lost_BT, segments), state=after)
 
 

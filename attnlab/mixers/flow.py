@@ -72,12 +72,10 @@ class FlowConfig(MixerConfig):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FlowCache:
-    """The streaming state: the flows' sums, the id of the current document [B] int32, -1 at first, and whether it has
-    overflowed."""
+    """The streaming state: the flows' sums, and the id of the current document [B] int32, -1 at first."""
 
     flows: FlowState
     segment: jax.Array
-    overflowed: jax.Array | None = None
 
 
 @register("flow")
@@ -139,7 +137,7 @@ class Flow(HeadMixer):
             raise UnsupportedPattern(f"mixer {self.name!r} with causal=False does not stream")
         wide = param_dtype(self.dtype)  # sums along the sequence are fp32, or wider, whatever the activations are
         flows = empty_state(c.rule(), batch, c.heads, self.head_dim, self.head_dim, wide)
-        return FlowCache(flows, jnp.full((batch,), -1, jnp.int32), jnp.zeros((batch,), bool))
+        return FlowCache(flows, jnp.full((batch,), -1, jnp.int32))
 
     @classmethod
     def flops(cls, config: FlowConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:

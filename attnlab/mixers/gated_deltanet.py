@@ -68,13 +68,11 @@ class DeltaState:
       memory: [B, H, d, e], fp32 (fp64 in a float64 model).
       tail: [B, conv - 1, H * (2d + e)], the last inputs of the convolution.
       segment: [B] int32, id of the current document, -1 before the first position.
-      overflowed: [B] bool, whether it has overflowed.
     """
 
     memory: jax.Array
     tail: jax.Array
     segment: jax.Array
-    overflowed: jax.Array | None = None
 
 
 class Decay(nnx.Module):
@@ -177,7 +175,6 @@ class GatedDeltaNet(HeadMixer):
             memory=jnp.zeros((batch, H, d, e), param_dtype(self.dtype)),
             tail=jnp.zeros((batch, self.config.conv - 1, H * (2 * d + e)), dtype),
             segment=jnp.full((batch,), -1, jnp.int32),
-            overflowed=jnp.zeros((batch,), bool),
         )
 
     @classmethod

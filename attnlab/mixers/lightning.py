@@ -74,18 +74,16 @@ class RecurrentState:
     Attributes:
       memory: [B, H, d, e] fp32 (fp64), the sum of key-value products of the current document.
       segment: [B] int32, id of the current document, -1 before the first position.
-      overflowed: [B] bool, whether it has overflowed.
     """
 
     memory: jax.Array
     segment: jax.Array
-    overflowed: jax.Array | None = None
 
     @classmethod
     def empty(cls, batch: int, heads: int, width: int, value_width: int, dtype: Any) -> RecurrentState:
         """The state before the first position."""
         memory = jnp.zeros((batch, heads, width, value_width), param_dtype(dtype))
-        return cls(memory, jnp.full((batch,), -1, jnp.int32), jnp.zeros((batch,), bool))
+        return cls(memory, jnp.full((batch,), -1, jnp.int32))
 
 
 def recur(

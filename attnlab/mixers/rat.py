@@ -71,7 +71,6 @@ class RATState:
       entries: [B] int32, chunks completed so far.
       position: [B] int32, positions of the current document so far.
       segment: [B] int32, id of the current document, -1 before the first position.
-      overflowed: [B] bool, whether it has overflowed.
     """
 
     k: jax.Array
@@ -80,7 +79,6 @@ class RATState:
     entries: jax.Array
     position: jax.Array
     segment: jax.Array
-    overflowed: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +176,6 @@ class RAT(HeadMixer):
             entries=jnp.zeros((batch,), jnp.int32),
             position=jnp.zeros((batch,), jnp.int32),
             segment=jnp.full((batch,), -1, jnp.int32),
-            overflowed=jnp.zeros((batch,), bool),
         )
 
     @classmethod

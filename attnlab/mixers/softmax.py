@@ -85,7 +85,6 @@ class KVCache:
       length: int32 scalar, positions seen.
       start: [B] int32, index of the first position of the current document.
       segment: [B] int32, id of the current document, -1 before the first position.
-      overflowed: [B] bool, whether it has overflowed.
     """
 
     k: jax.Array
@@ -93,7 +92,6 @@ class KVCache:
     length: jax.Array
     start: jax.Array
     segment: jax.Array
-    overflowed: jax.Array | None = None
 
 
 @register("softmax")
@@ -166,7 +164,6 @@ class Softmax(HeadMixer):
             length=jnp.zeros((), jnp.int32),
             start=jnp.zeros((batch,), jnp.int32),
             segment=jnp.full((batch,), -1, jnp.int32),
-            overflowed=jnp.zeros((batch,), bool),
         )
 
     @classmethod

@@ -101,14 +101,12 @@ class TitansState:
       tail: [B, J, 3 H d], the last inputs of the memory's convolution; None in mac, where `memory` has them.
       cache: the newest window - 1 keys and values of attention (mal, mag).
       segment: [B] int32, id of the current document, -1 before the first position.
-      overflowed: [B] bool, whether it has overflowed.
     """
 
     memory: MemoryState | SegmentState
     tail: jax.Array | None
     cache: tuple[jax.Array, jax.Array] | None
     segment: jax.Array
-    overflowed: jax.Array | None = None
 
 
 @register("titans")
@@ -190,12 +188,12 @@ class Titans(HeadMixer):
         return self.out(o_BTHe.reshape(*x.shape[:2], -1))
 
     def init_state(self, batch: int, max_length: int, dtype: Any = jnp.float32) -> TitansState:
-        fresh = jnp.full((batch,), -1, jnp.int32), jnp.zeros((batch,), bool)
+        segment = jnp.full((batch,), -1, jnp.int32)
         if self.config.variant == "mac":
-            return TitansState(self.mixed.init_state(batch, dtype), None, None, *fresh)
+            return TitansState(self.mixed.init_state(batch, dtype), None, None, segment)
         memory = self.memory.blank(batch)
         cache = None if self.config.variant == "lmm" else self.attention.cache(batch, dtype)
-        return TitansState(memory, self.memory.tail(batch, dtype), cache, *fresh)
+        return TitansState(memory, self.memory.tail(batch, dtype), cache, segment)
 
     @classmethod
     def flops(cls, config: TitansConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:

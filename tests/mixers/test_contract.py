@@ -326,13 +326,12 @@ def test_sums_are_wide(config):
 def test_float64_throughout(config, x64):
     """Law 11: in a float64 model whatever is floating is float64: y, losses, metrics, states, and all between."""
     for impl in mixers.get(config.node_name).implementations:
-        module = cases.module(dataclasses.replace(config, impl=impl), jnp.float64)
-        functions = traced(module, jnp.float64)
-        for fn, args in functions:
+        for fn, args in traced(cases.module(dataclasses.replace(config, impl=impl), jnp.float64), jnp.float64):
             assert precision.narrow_results(fn, *args, dtype=jnp.float64) == []
-        (fn, args), total = functions[0], lambda tree: sum(jnp.sum(a) for a in jax.tree.leaves(tree))
-        gradient = jax.grad(lambda *args: total(fn(*args)[:2]), argnums=(0, 1))
-        assert precision.narrow_results(gradient, *args, dtype=jnp.float64) == []
+    fn, args = traced(cases.module(config, jnp.float64), jnp.float64)[0]
+    total = lambda tree: sum(jnp.sum(a) for a in jax.tree.leaves(tree))
+    gradient = jax.grad(lambda *args: total(fn(*args)[:2]), argnums=(0, 1))
+    assert precision.narrow_results(gradient, *args, dtype=jnp.float64) == []
 
 
 @every_config

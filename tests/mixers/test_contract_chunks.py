@@ -19,6 +19,16 @@ from tests.mixers import cases
 from tests.mixers import test_contract as battery
 
 configs = pytest.mark.parametrize("config", cases.parameters(knobs_alone=False, combinations=False))
+# Those whose blocks and caches are softmax attention's take long to compile again.
+own_chunks = pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(
+            *p.values, id=p.id, marks=pytest.mark.slow if p.id.startswith(("gated-", "parallax-")) else p.marks
+        )
+        for p in cases.parameters(knobs_alone=False, combinations=False)
+    ],
+)
 
 # The suite compiles without optimisations (tests/conftest.py): what users run fuses more, and sums in other orders.
 OPTIMISED = {"xla_backend_optimization_level": 3}
@@ -32,7 +42,7 @@ def x64():
         yield
 
 
-@configs
+@own_chunks
 def test_definition_and_packing(config, x64):
     """Laws 1 and 4: the default implementation equals the definition, and documents are what they are alone."""
     x, seq, documents = cases.long_inputs(config, jnp.float64)
@@ -46,7 +56,7 @@ def test_definition_and_packing(config, x64):
         battery.assert_close(y[row, first:end], alone[0], 1e-10)
 
 
-@configs
+@own_chunks
 def test_split_anywhere(config, x64):
     """Law 2: a stream that crosses a chunk's edge from its beginning on, and one that is under way."""
     module = cases.module(config, jnp.float64)
