@@ -205,9 +205,9 @@ class HeadMixer(Mixer):
     What stands between the heads and their sum (MoH's gates) then works on any of them.
 
     A document of a packed row whose inputs have overflowed (`attnlab.ops.documents.overflowed`) gives NaN, and changes
-    nothing in the others: `heads` reads zeros for it. Streaming states are dataclasses with a field `segment` [B] int32,
-    the id of the current document, -1 before the first position. Between calls of `extend` it is -2 - id where that
-    document has overflowed, which `heads` does not see.
+    nothing in the others: `heads` reads zeros for it. Streaming states are dataclasses with a field `segment`, [B]
+    int32: the id of the current document, -1 before the first position. Between calls of `extend` it is -2 - id where
+    that document has overflowed, which `heads` does not see.
     """
 
     contains_overflow = True
