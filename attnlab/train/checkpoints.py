@@ -10,6 +10,7 @@ import logging
 import pathlib
 import re
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -59,10 +60,7 @@ class Checkpoints:
 
     def __init__(self, path: pathlib.Path, keep: int = 1, *, processes: Processes | None = None):
         self._processes, self._keep = processes, keep
-        # Orbax reports each failure with its whole stack, asyncio what orbax did not wait for; what matters to people
-        # is said by the loop.
-        for name in ("absl", "asyncio"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
+        _quiet()
         self._workdir = path.absolute()
         self.directory = self._workdir / "checkpoints"
         self._open: ocp.AsyncCheckpointer | None = None
@@ -340,6 +338,21 @@ class Checkpoints:
         reasons = [reason] if self._processes is None else self._processes.gather(reason)
         _raise_damage(next(filter(None, reasons), ""))
         return found  # type: ignore[return-value]
+
+
+def _quiet() -> None:
+    """Keeps to the loop what matters to people: orbax reports each failure with its whole stack, and asyncio, through
+    its logger and as exceptions that nobody can catch, what orbax did not wait for."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if getattr(sys.unraisablehook, "__name__", "") != "tell_unless_closed":
+        tell = sys.unraisablehook
+
+        def tell_unless_closed(unraisable: Any) -> None:
+            if str(unraisable.exc_value) != "Event loop is closed":
+                tell(unraisable)
+
+        sys.unraisablehook = tell_unless_closed
 
 
 def _raise_damage(reason: str) -> None:

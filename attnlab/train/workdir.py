@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import pathlib
+import re
 import shutil
 import stat
 import tempfile
@@ -110,7 +111,7 @@ def _locked(path: pathlib.Path) -> Iterator[Held]:
     try:
         path.mkdir(parents=True, exist_ok=True)
         _require_kind(path / "lock")
-        lock = (path / "lock").open("a+")
+        lock = (path / "lock").open("a+", errors="replace")
     except (FileExistsError, NotADirectoryError):
         file = next((p for p in (path, *path.parents) if os.path.lexists(p)), path)
         raise UserError(f"--workdir {path}: {file} is {_found(file)}, not a directory") from None
@@ -127,6 +128,9 @@ def _locked(path: pathlib.Path) -> Iterator[Held]:
             ) from None
         except OSError as error:
             raise UserError(f"--workdir {path} cannot be locked: {error.strerror}; use another filesystem") from None
+        lock.seek(0)
+        if not re.fullmatch(r"\d*", lock.read(64)):
+            raise UserError(f"{path / 'lock'} is not a run's file; remove it or use another --workdir")
         try:
             try:
                 os.ftruncate(lock.fileno(), 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import pathlib
@@ -73,16 +75,16 @@ class Finished:
         self.files = sorted(p.relative_to(self.workdir) for p in self.workdir.rglob("*") if p.is_file())
 
     def share(self, verb: str, turn: int) -> list[pathlib.Path]:
-        """Every verb's files: all outside checkpoints, as each reads its own; of the others an eighth, which wanders,
-        for training, which takes longest, and the rest by halves."""
+        """A verb's part of the files, which wanders with `turn`: outside of checkpoints all for training, which reads
+        them, and half for the others; within, where all read the same, an eighth for training and a quarter."""
         outside = [f for f in self.files if f.parts[0] != "checkpoints"]
         within = [f for f in self.files if f.parts[0] == "checkpoints"]
-        part = {
-            "train": lambda i: i % 8 == 0,
-            "eval": lambda i: i % 8 in (1, 3, 5, 7),
-            "generate": lambda i: i % 8 in (2, 4, 6),
-        }
-        return outside + [f for i, f in enumerate(within) if part[verb](i + turn)]
+        half, eighths = (
+            {"train": (0, 1), "eval": (0,), "generate": (1,)},
+            {"train": (0,), "eval": (2, 5), "generate": (3, 7)},
+        )
+        pick = lambda files, of, parts: [f for i, f in enumerate(files) if (i + turn) % of in parts]
+        return pick(outside, 2, half[verb]) + pick(within, 8, eighths[verb])
 
     def copy(self, path: pathlib.Path) -> pathlib.Path:
         shutil.rmtree(path, ignore_errors=True)
@@ -123,11 +125,9 @@ def right(finished, tmp_path_factory):
             workdir = finished.copy(tmp_path_factory.mktemp("right") / "run")
             for step in gone:
                 shutil.rmtree(workdir / "checkpoints" / step)
-            with pytest.MonkeyPatch.context() as patch:
-                lines = []
-                patch.setattr("builtins.print", lambda text, **_: lines.append(text))
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
                 assert finished.run(verb, workdir) == 0
-            outcomes[verb].append(finished.outcome(verb, workdir, "\n".join(lines)))
+            outcomes[verb].append(finished.outcome(verb, workdir, printed.getvalue()))
     assert outcomes["train"][0] == outcomes["train"][1] and outcomes["eval"][0] != outcomes["eval"][1]
     return outcomes
 
