@@ -126,7 +126,7 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> int:
     notes = [*trained.notes, *restore.beyond(trained, max(map(len, ids)) + sampling.tokens)]
     for note in notes:
         output.note(f"note: {note}")
-    out = generate(trained.model.merge, trained.params, ids, sampling)
+    out = generate(trained.program.model.merge, trained.params, ids, sampling, trained.program.streamed)
     texts = [trained.tokenizer.decode(new) for new in out.tokens]
     each = [prompt for prompt in prompts for _ in range(args.samples)]
     if args.json:

@@ -117,7 +117,7 @@ def decode_difference(trained: Any, length: int = 96) -> tuple[float, float]:
 
     batch = next(iter(data.heldout_loader(trained.config.data, trained.tokenizer, batches=1)))
     tokens = jnp.asarray(batch["tokens"][:2, :length])
-    model = trained.model.merge(trained.params)
+    model = trained.program.model.merge(trained.params)
     seq = Sequence.whole(*tokens.shape)
     full = jax.jit(lambda t: model.logits(model.hidden(t, seq).y))(tokens)
     periods = model.transformer.unstacked()

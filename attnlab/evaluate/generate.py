@@ -64,8 +64,15 @@ class Generated:
     seconds: float
 
 
+Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
 def generate(
-    merge: Callable[[Any], LanguageModel], params: Any, prompts: Sequence[np.ndarray], sampling: Sampling
+    merge: Callable[[Any], LanguageModel],
+    params: Any,
+    prompts: Sequence[np.ndarray],
+    sampling: Sampling,
+    traced: Wrapper = lambda fn: fn,
 ) -> Generated:
     """Continues prompts of any lengths, as one batch.
 
@@ -74,19 +81,24 @@ def generate(
       params: parameters, a pytree of arrays.
       prompts: ids of each prompt, one or more; a document starts with the end-of-document id.
       sampling: how to draw.
+      traced: makes of a function one that is traced for the mesh on which `params` lie; as it is, for one device.
 
     Raises:
       UserError: the samples need more memory than the machine has.
     """
     started = time.perf_counter()
-    run = compiled(merge, params, prompts, sampling)
+    run = compiled(merge, params, prompts, sampling, traced)
     compiled_at = time.perf_counter()
     tokens = run(params)
     return Generated(tokens, compiled_at - started, time.perf_counter() - compiled_at)
 
 
 def compiled(
-    merge: Callable[[Any], LanguageModel], params: Any, prompts: Sequence[np.ndarray], sampling: Sampling
+    merge: Callable[[Any], LanguageModel],
+    params: Any,
+    prompts: Sequence[np.ndarray],
+    sampling: Sampling,
+    traced: Wrapper = lambda fn: fn,
 ) -> Callable[[Any], list[np.ndarray]]:
     """What `generate` runs, from parameters to the new ids of each prompt; arguments as there."""
     if any(len(p) == 0 for p in prompts) or not prompts:
@@ -108,7 +120,7 @@ def compiled(
         f"{len(prompts)} samples of up to {length + sampling.tokens} tokens",
         "lower --tokens or --samples",
     )
-    executable = jax.jit(program).lower(params, tokens, segments, keys).compile()
+    executable = jax.jit(traced(program)).lower(params, tokens, segments, keys).compile()
 
     def run(params: Any) -> list[np.ndarray]:
         out, counts = jax.device_get(executable(params, tokens, segments, keys))

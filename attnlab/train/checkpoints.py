@@ -215,6 +215,21 @@ class Checkpoints:
           Damaged: a file is not what was written.
           UserError: all are, but the arrays are not those of `like`.
         """
+        restored, host = self._restored(step, ocp.StandardCheckpointHandler(), ocp.args.StandardRestore(_plain(like)))
+        return TrainState(**restored), host
+
+    def restore_params(self, step: int, like: Any) -> tuple[Any, Host]:
+        """The parameters of a step alone, no optimizer's moments in memory, and what lives on the host.
+
+        Arguments and errors as `restore`, `like` being of the parameters.
+        """
+        item = {"params": like}
+        args = ocp.args.PyTreeRestore(item, ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True)
+        restored, host = self._restored(step, ocp.PyTreeCheckpointHandler(), args)
+        return restored["params"], host
+
+    def _restored(self, step: int, handler: Any, args: Any) -> tuple[Any, Host]:
+        """What `args` ask of the item `state`."""
         host, several = self._agreed(lambda: self.host(step)), self._processes is not None and self._processes.count > 1
         directory = self.directory / str(step)
         share = slice(self._processes.index, None, self._processes.count) if several else slice(None)
@@ -222,10 +237,9 @@ class Checkpoints:
         if several:  # none may wait inside orbax for one that found damage
             self._agreed(lambda: _raise_damage(outcome()))
         try:
-            reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler()))
-            restored = reader.restore(directory, args=ocp.args.Composite(state=ocp.args.StandardRestore(_plain(like))))
-            state = TrainState(**restored["state"])
-            jax.block_until_ready(state.params)
+            reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(state=handler))
+            restored = reader.restore(directory, args=ocp.args.Composite(state=args))["state"]
+            jax.block_until_ready(restored)
         except Exception as error:  # orbax and tensorstore raise whatever the damage, or what does not fit, leads to
             _raise_damage(outcome())
             raise UserError(
@@ -233,7 +247,7 @@ class Checkpoints:
                 f"{first_line(error)}\nif the model's code has changed, undo that or use another --workdir"
             ) from error
         _raise_damage(outcome())
-        return state, host
+        return restored, host
 
     def first_whole(
         self, steps: list[int], load: Callable[[int], T], report: Callable[[str], None], *, move: bool = True

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import pathlib
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -20,26 +21,51 @@ from attnlab.errors import ConfigError, TrainingFailed
 from attnlab.evaluate.generate import Sampling, generate
 from attnlab.evaluate.perplexity import Evaluation, evaluate
 from attnlab.models.cost import model_cost
-from attnlab.parallel import partition
-from attnlab.train import metadata, optimizers, sharding, workdir
+from attnlab.train import metadata, optimizers, workdir
 from attnlab.train.checkpoints import Checkpoints, Host
 from attnlab.train.config import RunConfig
 from attnlab.train.hardware import peak_flops, require_memory
 from attnlab.train.metrics import MetricLog, Progress, Report
 from attnlab.train.processes import Processes
-from attnlab.train.state import Model, init_state, state_shardings
-from attnlab.train.step import make_eval_step, make_train_step
+from attnlab.train.program import Program
+from attnlab.train.state import TrainState
 
 
-def train(config: RunConfig, path: pathlib.Path, console: rich.console.Console) -> None:
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a call of `train` came to.
+
+    Attributes:
+      step: the last step done, and saved.
+      tokens: trained on so far.
+      stopped: the signal that stopped it before its last step; None: it is complete.
+      metrics: what metrics.jsonl has of the last step that this call logged; empty where it did none.
+      evaluation: the last one that this call made.
+    """
+
+    step: int
+    tokens: int
+    stopped: str | None = None
+    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
+    evaluation: Evaluation | None = None
+
+
+def train(config: RunConfig, path: pathlib.Path, console: rich.console.Console | None = None) -> Result:
     """Trains in the workdir `path` from its newest checkpoint, or from the start, to `train.steps`.
 
-    SIGTERM, SIGINT and SIGHUP save a checkpoint and return; of several processes, to any one of them.
+    SIGTERM, SIGINT and SIGHUP save a checkpoint and return; of several processes, to any one of them. Only the main
+    thread hears them.
+
+    Args:
+      config: of the run. Runs of one process that differ in their seed alone compile once.
+      path: the workdir.
+      console: where it is told what happens; None: nowhere but in the workdir's log.txt.
 
     Raises:
       UserError: the config, the data or the workdir cannot be used; nothing was overwritten.
       TrainingFailed: gradients were not finite too many steps in a row, or the workdir vanished.
     """
+    console = rich.console.Console(quiet=True) if console is None else console
     processes = Processes(config.cluster)
     try:
         with workdir.hold(path) if processes.first else contextlib.nullcontext() as held:
@@ -54,10 +80,13 @@ def train(config: RunConfig, path: pathlib.Path, console: rich.console.Console) 
             if old is not None:
                 metadata.check_same(path, old, config, saved=last > 0)
             if last < config.train.steps:
-                _Run(config, path, report, processes, checkpoints, held).run()
-            elif processes.first:
-                report.print(f"the run in {path} is complete: step {last} of {config.train.steps}")
+                result = _Run(config, path, report, processes, checkpoints, held).run()
+            else:
+                result = Result(last, newest[1].tokens)
+                if processes.first:
+                    report.print(f"the run in {path} is complete: step {last} of {config.train.steps}")
             processes.barrier()
+            return result
     except BaseException as error:
         processes.failed(error)
         raise
@@ -96,6 +125,8 @@ class _StopSignals:
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> _StopSignals:
+        if threading.current_thread() is not threading.main_thread():
+            return self
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 self._old[number] = signal.signal(number, self._remember)
@@ -124,27 +155,23 @@ class _Run:
         held: workdir.Held | None,
     ):
         self.config, self.path, self.processes, self.checkpoints, self.held = config, path, processes, checkpoints, held
+        self._report, self._say = report, report.say
         c = config
         self.tokenizer = load_tokenizer(c)
-        self.mesh = sharding.make_mesh(c.mesh, c.data.batch // c.train.accumulate, length=c.data.length)
-        self.model = Model.of(c.model)
-        self.rate = optimizers.schedule(c.optimizer, c.train.steps)
-        self.tx = optimizers.build(c.optimizer, c.train.steps, self.model.usages)
-        self.shardings = state_shardings(self.mesh, self.model, self.tx)
-        shapes = jax.eval_shape(lambda: init_state(self.model, self.tx, c.seed))
-        size = memory.size(shapes)
+        self.program = Program.of(c)
+        self.mesh = self.program.mesh
+        size = memory.size(self.program.state)
         saved = len(checkpoints.steps())
         if processes.first:
             workdir.require_space(path, size * max(c.train.keep + 2 - saved, 1))
         require_memory(c, size)
 
-        rows = lambda data: sharding.rows_of_process(self.mesh, data.batch)
-        self.loader = data_lib.train_loader(c.data, self.tokenizer, seed=c.seed, rows=rows(c.data))
+        self.loader = data_lib.train_loader(c.data, self.tokenizer, seed=c.seed, rows=self.program.rows(c.data.batch))
         self.heldout = None
         if c.train.eval_every:
             micro, count = micro_batches(c), c.train.eval_batches * c.train.accumulate or None
-            self.heldout = data_lib.heldout_loader(micro, self.tokenizer, batches=count, rows=rows(micro))
-        self._report, self._say = report, report.say
+            rows = self.program.rows(micro.batch)
+            self.heldout = data_lib.heldout_loader(micro, self.tokenizer, batches=count, rows=rows)
         self._say(data_lib.describe(self.loader.summary()))
         warmup = optimizers.warmup_steps(c.optimizer.warmup, c.train.steps)
         if c.optimizer.warmup >= 1 and warmup != c.optimizer.warmup:
@@ -152,33 +179,17 @@ class _Run:
                 f"optimizer.warmup = {c.optimizer.warmup} is not below train.steps ({c.train.steps}): "
                 f"the warm-up is {warmup} steps"
             )
-
-        self.step, self.tokens, self.state = 0, 0, None
-        like = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, self.shardings)
         processes.meet()
-        restored = checkpoints.newest(self._say, lambda step: checkpoints.restore(step, like))
-        if restored is not None:
-            self.step, (self.state, host) = restored
-            self.tokens = host.tokens
-            self.loader.set_state(host.data)
-            self._say(f"resuming {path} at step {self.step}")
-        else:
-            init = jax.jit(lambda: init_state(self.model, self.tx, c.seed), out_shardings=self.shardings)
-            self.state = init()
+        self.step, self.tokens, self.state = self._start()
 
         self._tracing = False
+        self._record: dict[str, Any] = {}
+        self._evaluation: Evaluation | None = None
         ops.clear_choices()
-        self._train_step = jax.jit(
-            make_train_step(self.model, self.tx, c.train, self.rate, self.mesh),
-            donate_argnums=0,
-            out_shardings=(self.shardings, None),
-        )
         # Simulated devices share one pool of threads: collectives of two programs, or a program that waits for a save
         # to let go of its arrays, can keep each other from running until XLA gives up.
         self._serial = jax.default_backend() == "cpu" and self.mesh.size > 1
-        self._eval_step = jax.jit(make_eval_step(self.model, c.train, self.mesh))
-        with partition.use(self.mesh, sharding.ACTIVATION_RULES):  # which implementation runs depends on where
-            cost = model_cost(c.model, c.data.length)
+        cost = self.program.traced(model_cost)(c.model, c.data.length)
         self._flops_per_token = 3 * cost.total_flops
         self._peak = peak_flops(self.mesh.size)
         self._describe()
@@ -188,7 +199,17 @@ class _Run:
             f"{c.data.batch} x {c.data.length} tokens a step; everything goes to {path}"
         )
 
-    def run(self) -> None:
+    def _start(self) -> tuple[int, int, TrainState]:
+        """Step, tokens and state of the newest checkpoint, to whose place in the data the loader goes; or new ones."""
+        restored = self.checkpoints.newest(self._say, lambda step: self.checkpoints.restore(step, self.program.state))
+        if restored is None:
+            return 0, 0, self.program.init(self.config.seed)
+        step, (state, host) = restored
+        self.loader.set_state(host.data)
+        self._say(f"resuming {self.path} at step {step}")
+        return step, host.tokens, state
+
+    def run(self) -> Result:
         """Steps to the end, or to a signal."""
         c = self.config.train
         self.log = MetricLog(self.path, self.step, self._say) if self.processes.first else None
@@ -207,8 +228,8 @@ class _Run:
             for step in range(first, c.steps + 1):
                 self.processes.at_step(step)
                 with self._profiled(step):
-                    batch = sharding.put_batch(next(self.loader), self.mesh)
-                    self.state, metrics = self._train_step(self.state, batch)
+                    batch = self.program.put(next(self.loader))
+                    self.state, metrics = self.program.train_step(self.state, batch)
                     if self._serial:
                         jax.block_until_ready(self.state)
                     # The metrics of a step are fetched while the next one runs: the host never makes the device wait.
@@ -232,11 +253,15 @@ class _Run:
                     self.checkpoints.wait()
                     self._require_workdir()
                     self._say(f"{stopping}: saved step {step}; resume with the same command (--workdir {self.path})")
-                    return
+                    return self._result(step, stopped=stopping)
             self.checkpoints.wait()
             self._require_workdir()
             self._write_samples()
             self._say(f"done: step {c.steps}, {self.tokens:,} tokens; checkpoints and metrics are in {self.path}")
+            return self._result(c.steps)
+
+    def _result(self, step: int, stopped: str | None = None) -> Result:
+        return Result(step, self.tokens, stopped, self._record, self._evaluation)
 
     def _first_step_done(self, step: int, metrics: Any) -> None:
         """After the first step everything is traced: what was chosen is known, and the clocks can start."""
@@ -248,7 +273,10 @@ class _Run:
     def _describe(self) -> None:
         if not self.processes.first:
             return
+        # A program that is shared was traced, and its choices made, by the first run that stepped.
+        self.program.chosen = ops.choices() or self.program.chosen
         more = {"data": self.loader.summary(), "mesh": dict(self.mesh.shape), "resumed_at": self.step}
+        more["implementations"] = self.program.chosen
         metadata.write_json(self.path / "config.json", metadata.describe_run(self.config, **more))
 
     def _finish(self, step: int, metrics: Any, evaluating: bool = False) -> Evaluation | None:
@@ -282,7 +310,7 @@ class _Run:
         }
         evaluation = None
         if evaluating:
-            eval_step = lambda batch: self._eval_step(self.state.params, batch)
+            eval_step = lambda batch: self.program.eval_step(self.state.params, batch)
             evaluation = evaluate(eval_step, self._heldout_batches(), self.heldout.bytes)
             record["heldout_loss"] = evaluation.loss
             record["heldout_bits_per_byte"] = evaluation.bits_per_byte
@@ -290,6 +318,8 @@ class _Run:
                 f"step {step}: held-out loss {evaluation.loss:.4f}, "
                 f"{evaluation.bits_per_byte:.4f} bits per byte on {evaluation.tokens:,} tokens"
             )
+            self._evaluation = evaluation
+        self._record = record
         if self.log is not None:
             self.log.write(record)
         self.progress.update(step, record)
@@ -303,7 +333,7 @@ class _Run:
         assert self.heldout is not None
         for batch in self.heldout:
             self.processes.working()
-            yield sharding.put_batch(batch, self.mesh)
+            yield self.program.put(batch)
 
     def _save(self, step: int, evaluation: Evaluation | None) -> None:
         loss = None if evaluation is None else evaluation.loss
@@ -329,7 +359,7 @@ class _Run:
             count, temperature=0.8, top_p=0.95, seed=self.config.seed,
             stop=self.tokenizer.eod_id, vocab=self.tokenizer.vocab_size,
         )  # fmt: skip
-        out = generate(self.model.merge, self.state.params, prompts, sampling)
+        out = generate(self.program.model.merge, self.state.params, prompts, sampling, self.program.streamed)
         if not self.processes.first:
             return
         with (self.path / "samples.txt").open("a", encoding="utf-8") as file:

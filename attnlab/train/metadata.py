@@ -20,7 +20,7 @@ from attnlab import ops
 from attnlab.errors import ConfigError, Damaged, UserError
 from attnlab.train import files, optimizers
 from attnlab.train.config import FREE_KEYS, RunConfig
-from attnlab.train.state import Model, init_state
+from attnlab.train.program import Program
 
 log = logging.getLogger(__name__)
 
@@ -141,14 +141,17 @@ def _same_warmup(warmup: Any, old: dict[str, Any], new: RunConfig) -> bool:
     return optimizers.warmup_steps(warmup, steps) == now
 
 
-def require_same_arrays(workdir: pathlib.Path, old: dict[str, Any], new: RunConfig) -> None:
+def require_same_arrays(
+    workdir: pathlib.Path, old: dict[str, Any], new: RunConfig, *, parameters_alone: bool = False
+) -> None:
     """Raises UserError unless `new` has the parameters and optimizer state that the run of config `old` saved."""
     try:
         before = _arrays(config_lib.build(RunConfig, old))
     except ConfigError as error:
         raise UserError(f"the config.json of {workdir} is of another version of attnlab: {error}") from None
     after = _arrays(new)
-    differing = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
+    kept = lambda key: key.startswith("params.") or not parameters_alone
+    differing = sorted(k for k in before.keys() | after.keys() if kept(k) and before.get(k) != after.get(k))
     if differing:
         key = differing[0]
         raise UserError(
@@ -159,7 +162,5 @@ def require_same_arrays(workdir: pathlib.Path, old: dict[str, Any], new: RunConf
 
 
 def _arrays(config: RunConfig) -> dict[str, str]:
-    model = Model.of(config.model)
-    tx = optimizers.build(config.optimizer, config.train.steps, model.usages)
-    leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(lambda: init_state(model, tx, config.seed)))
+    leaves = jax.tree_util.tree_leaves_with_path(Program(config, batches=False).shapes)
     return {jax.tree_util.keystr(p, simple=True, separator="."): f"{x.dtype}{list(x.shape)}" for p, x in leaves}

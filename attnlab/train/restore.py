@@ -8,7 +8,6 @@ import logging
 import pathlib
 from typing import Any
 
-import jax
 import numpy as np
 
 from attnlab import config as config_lib
@@ -16,12 +15,11 @@ from attnlab import data as data_lib
 from attnlab.errors import Damaged, UserError
 from attnlab.evaluate.generate import Sampling
 from attnlab.evaluate.perplexity import Evaluation, evaluate
-from attnlab.train import metadata, optimizers, sharding, workdir
+from attnlab.train import metadata, workdir
 from attnlab.train.checkpoints import Checkpoints
 from attnlab.train.config import RunConfig
 from attnlab.train.loop import load_tokenizer, micro_batches
-from attnlab.train.state import Model, init_state, state_shardings
-from attnlab.train.step import make_eval_step
+from attnlab.train.program import Program
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +37,9 @@ class Trained:
     """
 
     config: RunConfig
-    model: Model
+    program: Program
     params: Any
     tokenizer: data_lib.Tokenizer
-    mesh: jax.sharding.Mesh
     step: int
     trained_on: dict[str, Any]
     trained_length: int
@@ -96,8 +93,8 @@ def _load(path: pathlib.Path, checkpoints: Checkpoints, step: int, overrides: li
     host = checkpoints.host(step)
     old = copy.deepcopy(host.config)  # overrides are laid over the tree itself
     config = config_lib.build(RunConfig, config_lib.apply_overrides(host.config, overrides))
-    if any(o.startswith(("model.", "optimizer")) for o in overrides):
-        metadata.require_same_arrays(path, old, config)
+    if any(o.startswith("model.") for o in overrides):
+        metadata.require_same_arrays(path, old, config, parameters_alone=True)
     tokenizer = load_tokenizer(config)
     named = any(o.startswith("data.source=") for o in overrides)
     notes = []
@@ -110,19 +107,10 @@ def _load(path: pathlib.Path, checkpoints: Checkpoints, step: int, overrides: li
             )
         notes.append("with another tokenizer than it was trained with")
 
-    rows, length = (config.data.batch // config.train.accumulate, config.data.length) if evaluating else (0, 0)
-    mesh = sharding.make_mesh(config.mesh, rows, length=length)
-    model = Model.of(config.model)
-    tx = optimizers.build(config.optimizer, config.train.steps, model.usages)
-    shapes = jax.eval_shape(lambda: init_state(model, tx, config.seed))
-    like = jax.tree.map(
-        lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, state_shardings(mesh, model, tx)
-    )
-    state, _ = checkpoints.restore(step, like)
+    program = Program.of(config, batches=evaluating)
+    params, _ = checkpoints.restore_params(step, program.params)
     trained_length = old["data"]["length"]
-    return Trained(
-        config, model, state.params, tokenizer, mesh, step, host.data, trained_length, named, tuple(notes)
-    )  # fmt: skip
+    return Trained(config, program, params, tokenizer, step, host.data, trained_length, named, tuple(notes))
 
 
 def evaluate_heldout(trained: Trained, batches: int | None = None) -> tuple[Evaluation, list[str]]:
@@ -134,9 +122,9 @@ def evaluate_heldout(trained: Trained, batches: int | None = None) -> tuple[Eval
     config = trained.config
     loader = data_lib.heldout_loader(micro_batches(config), trained.tokenizer, batches=batches)
     notes = [*trained.notes, *_on_data(trained, loader.summary()["digest"]), *beyond(trained, config.data.length)]
-    step = jax.jit(make_eval_step(trained.model, config.train, trained.mesh))
-    placed = (sharding.put_batch(batch, trained.mesh) for batch in loader)
-    return evaluate(lambda batch: step(trained.params, batch), placed, loader.bytes), notes
+    program = trained.program
+    placed = (program.put(batch) for batch in loader)
+    return evaluate(lambda batch: program.eval_step(trained.params, batch), placed, loader.bytes), notes
 
 
 def _on_data(trained: Trained, digest: str) -> list[str]:

@@ -68,9 +68,10 @@ class Model:
         nnx.replace_by_pure_dict(state, params)
         return nnx.merge(self.graphdef, state)
 
-    def init(self, seed: int) -> Any:
-        """Fresh parameters, a pure dict."""
-        return nnx.to_pure_dict(nnx.state(LanguageModel(self.config, rngs=nnx.Rngs(seed)), nnx.Param))
+    def init(self, seed: Any) -> Any:
+        """Fresh parameters, a pure dict; the seed is an integer, traced or not."""
+        rngs = nnx.Rngs(jax.random.key(seed))
+        return nnx.to_pure_dict(nnx.state(LanguageModel(self.config, rngs=rngs), nnx.Param))
 
     @property
     def pure_shapes(self) -> Any:
@@ -86,7 +87,7 @@ def state_shardings(mesh: Mesh, model: Model, tx: optax.GradientTransformation) 
     return TrainState(scalar, params, moments, scalar, scalar, scalar)
 
 
-def init_state(model: Model, tx: optax.GradientTransformation, seed: int) -> TrainState:
+def init_state(model: Model, tx: optax.GradientTransformation, seed: Any) -> TrainState:
     """The state before the first step; jit it with `out_shardings=state_shardings(...)`."""
     params = model.init(seed)
     key = jax.random.key_data(jax.random.fold_in(jax.random.key(seed), 1))
