@@ -14,6 +14,7 @@ import numpy as np
 
 from attnlab import config as config_lib
 from attnlab import memory, mixers
+from attnlab.errors import UserError
 from attnlab.models.lm import LanguageModel
 
 _BUCKET = 32  # prompts are padded on the left to a multiple, so that few lengths are compiled
@@ -48,6 +49,31 @@ class Sampling:
         need(self.top_k >= 0, "top_k", self.top_k, "0 (all) or more")
         need(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, at most 1")
         need(0 <= self.seed < 2**31, "seed", self.seed, "0 to 2^31 - 1")
+
+
+def prepare(
+    tokenizer: Any, sampling: Sampling, prompts: Sequence[str], samples: int, stop: str
+) -> tuple[Sampling, list[np.ndarray]]:
+    """Prompts as ids, each `samples` times, and the sampling with its stop token.
+
+    Args:
+      tokenizer: an `attnlab.data.Tokenizer`.
+      stop: `eod`, `none`, or the text of one token.
+
+    Raises:
+      UserError: `stop` is not one token.
+    """
+    stop_id: int | None = tokenizer.eod_id
+    if stop == "none":
+        stop_id = None
+    elif stop != "eod":
+        ids = tokenizer.encode(stop)
+        if len(ids) != 1:
+            raise UserError(f"--stop {stop!r} is {len(ids)} tokens; allowed: eod, none, or the text of one token")
+        stop_id = int(ids[0])
+    start = np.asarray([tokenizer.eod_id], np.int32)
+    ids = [np.concatenate([start, tokenizer.encode(p)]) for p in prompts for _ in range(samples)]
+    return dataclasses.replace(sampling, stop=stop_id, vocab=tokenizer.vocab_size), ids
 
 
 @dataclasses.dataclass(frozen=True)

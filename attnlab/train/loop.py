@@ -14,12 +14,13 @@ from typing import Any
 import jax
 import rich.console
 
+from attnlab import batch as batch_lib
 from attnlab import config as config_lib
 from attnlab import data as data_lib
-from attnlab import memory, ops
-from attnlab.errors import ConfigError, TrainingFailed
-from attnlab.evaluate.generate import Sampling, generate
-from attnlab.evaluate.perplexity import Evaluation, evaluate
+from attnlab import memory, models, ops
+from attnlab.errors import TrainingFailed
+from attnlab.evaluate import samples
+from attnlab.evaluate.heldout import evaluate
 from attnlab.models.cost import model_cost
 from attnlab.train import metadata, optimizers, workdir
 from attnlab.train.checkpoints import Checkpoints, Host
@@ -47,7 +48,7 @@ class Result:
     tokens: int
     stopped: str | None = None
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
-    evaluation: Evaluation | None = None
+    evaluation: models.Figures | None = None
 
 
 def train(config: RunConfig, path: pathlib.Path, console: rich.console.Console | None = None) -> Result:
@@ -94,24 +95,16 @@ def train(config: RunConfig, path: pathlib.Path, console: rich.console.Console |
         processes.close()
 
 
-def load_tokenizer(config: RunConfig) -> data_lib.Tokenizer:
-    """The tokenizer of a run, checked against the model.
+def open_data(config: RunConfig) -> data_lib.Data:
+    """The data of a run, checked against the model.
 
     Raises:
-      UserError: the tokenizer cannot be loaded, or its vocabulary is larger than the model's.
+      UserError: it cannot be opened, or does not fit the model.
     """
-    tokenizer = data_lib.load_tokenizer(config.data.tokenizer)
-    if tokenizer.vocab_size > config.model.vocab:
-        raise ConfigError(
-            f"model.vocab = {config.model.vocab} is smaller than the vocabulary of data.tokenizer = "
-            f"{config.data.tokenizer!r}; allowed: {tokenizer.vocab_size} or more"
-        )
-    return tokenizer
-
-
-def micro_batches(config: RunConfig) -> data_lib.DataConfig:
-    """The data config whose batches are micro-batches: what evaluation, like training, holds at a time."""
-    return dataclasses.replace(config.data, batch=config.data.batch // config.train.accumulate)
+    data, objective = data_lib.open_data(config.data), models.of(config.model)
+    taken = objective.batch_spec(config.model, config.data.length)
+    batch_lib.require_match(taken, data.batch_spec(), f"model.name = {objective.name!r}", f"data.name = {data.name!r}")
+    return data
 
 
 class _StopSignals:
@@ -157,22 +150,21 @@ class _Run:
         self.config, self.path, self.processes, self.checkpoints, self.held = config, path, processes, checkpoints, held
         self._report, self._say = report, report.say
         c = config
-        self.tokenizer = load_tokenizer(c)
+        self.data = open_data(c)
         self.program = Program.of(c)
         self.mesh = self.program.mesh
         size = memory.size(self.program.state)
         saved = len(checkpoints.steps())
         if processes.first:
             workdir.require_space(path, size * max(c.train.keep + 2 - saved, 1))
-        require_memory(c, size)
+        require_memory(c, memory.size(self.program.batch), size)
 
-        self.loader = data_lib.train_loader(c.data, self.tokenizer, seed=c.seed, rows=self.program.rows(c.data.batch))
-        self.heldout = None
+        self.loader = self.data.training(seed=c.seed, rows=self.program.rows(c.data.batch))
+        self.micro, self.heldout = self.data.resized(c.data.batch // c.train.accumulate), None
         if c.train.eval_every:
-            micro, count = micro_batches(c), c.train.eval_batches * c.train.accumulate or None
-            rows = self.program.rows(micro.batch)
-            self.heldout = data_lib.heldout_loader(micro, self.tokenizer, batches=count, rows=rows)
-        self._say(data_lib.describe(self.loader.summary()))
+            count, rows = c.train.eval_batches * c.train.accumulate or None, self.program.rows(self.micro.config.batch)
+            self.heldout = self.micro.heldout(batches=count, rows=rows)
+        self._say(self.data.describe(self.loader.summary()))
         warmup = optimizers.warmup_steps(c.optimizer.warmup, c.train.steps)
         if c.optimizer.warmup >= 1 and warmup != c.optimizer.warmup:
             self._say(
@@ -184,7 +176,7 @@ class _Run:
 
         self._tracing = False
         self._record: dict[str, Any] = {}
-        self._evaluation: Evaluation | None = None
+        self._evaluation: models.Figures | None = None
         ops.clear_choices()
         # Simulated devices share one pool of threads: collectives of two programs, or a program that waits for a save
         # to let go of its arrays, can keep each other from running until XLA gives up.
@@ -279,7 +271,7 @@ class _Run:
         more["implementations"] = self.program.chosen
         metadata.write_json(self.path / "config.json", metadata.describe_run(self.config, **more))
 
-    def _finish(self, step: int, metrics: Any, evaluating: bool = False) -> Evaluation | None:
+    def _finish(self, step: int, metrics: Any, evaluating: bool = False) -> models.Figures | None:
         """Fetches the metrics of a step, checks them, logs them; evaluates if asked."""
         values = {k: float(v) for k, v in jax.device_get(metrics).items()}
         tokens = int(values.pop("step_tokens"))
@@ -311,13 +303,10 @@ class _Run:
         evaluation = None
         if evaluating:
             eval_step = lambda batch: self.program.eval_step(self.state.params, batch)
-            evaluation = evaluate(eval_step, self._heldout_batches(), self.heldout.bytes)
-            record["heldout_loss"] = evaluation.loss
-            record["heldout_bits_per_byte"] = evaluation.bits_per_byte
-            self._say(
-                f"step {step}: held-out loss {evaluation.loss:.4f}, "
-                f"{evaluation.bits_per_byte:.4f} bits per byte on {evaluation.tokens:,} tokens"
-            )
+            objective = self.program.model.objective
+            evaluation = evaluate(objective, eval_step, self._heldout_batches(), self.heldout.facts())
+            record |= evaluation.record()
+            self._say(f"step {step}: {evaluation.line()}")
             self._evaluation = evaluation
         self._record = record
         if self.log is not None:
@@ -335,7 +324,7 @@ class _Run:
             self.processes.working()
             yield self.program.put(batch)
 
-    def _save(self, step: int, evaluation: Evaluation | None) -> None:
+    def _save(self, step: int, evaluation: models.Figures | None) -> None:
         loss = None if evaluation is None else evaluation.loss
         host = Host(self.tokens, self.loader.get_state(), config_lib.to_dict(self.config), loss)
         self.checkpoints.save(step, self.state, host)
@@ -343,29 +332,17 @@ class _Run:
             self.checkpoints.wait()
 
     def _write_samples(self) -> None:
-        count = self.config.train.sample_tokens
-        if not count or self.heldout is None:
+        c = self.config
+        if not c.train.sample_tokens or self.heldout is None or not self.program.model.objective.decodes:
             return
-        # The same prompts in every process: they run one program, whose steps depend on them.
-        micro = micro_batches(self.config)
-        same = data_lib.heldout_loader(micro, self.tokenizer, batches=1, rows=range(min(2, micro.batch)))
-        batch = next(iter(same))
-        prompts = []
-        for tokens, segments in list(zip(batch["tokens"], batch["segments"])):
-            document = tokens[segments == 1]
-            if len(document):
-                prompts.append(document[: min(len(document), 64)])
-        sampling = Sampling(
-            count, temperature=0.8, top_p=0.95, seed=self.config.seed,
-            stop=self.tokenizer.eod_id, vocab=self.tokenizer.vocab_size,
-        )  # fmt: skip
-        out = generate(self.program.model.merge, self.state.params, prompts, sampling, self.program.streamed)
-        if not self.processes.first:
-            return
-        with (self.path / "samples.txt").open("a", encoding="utf-8") as file:
-            for prompt, new in zip(prompts, out.tokens):
-                text = f"=== step {self.config.train.steps} · prompt ===\n{self.tokenizer.decode(prompt)}\n"
-                file.write(f"{text}=== continuation ===\n{self.tokenizer.decode(new)}\n\n")
+        model, streamed = self.program.model, self.program.streamed
+        made = samples.continuations(
+            model.merge, self.state.params, self.micro, c.train.sample_tokens, c.seed, streamed
+        )
+        if self.processes.first:
+            with (self.path / "samples.txt").open("a", encoding="utf-8") as file:
+                for prompt, text in made:
+                    file.write(f"=== step {c.train.steps} · prompt ===\n{prompt}\n=== continuation ===\n{text}\n\n")
 
     @contextlib.contextmanager
     def _profiled(self, step: int) -> Iterator[None]:

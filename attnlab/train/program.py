@@ -15,6 +15,8 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from attnlab import models
+from attnlab.batch import Spec
 from attnlab.parallel import partition
 from attnlab.train import optimizers, sharding
 from attnlab.train.config import RunConfig
@@ -101,11 +103,17 @@ class Program:
         return _placed(self.shapes, self.shardings)
 
     @functools.cached_property
+    def batch_spec(self) -> Spec:
+        """What the model takes."""
+        return self.model.objective.batch_spec(self.config.model, self.config.data.length)
+
+    @functools.cached_property
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """ShapeDtypeStructs of a step's batch, with their shardings."""
-        shape = (self.config.data.batch, self.config.data.length)
-        rows = jax.ShapeDtypeStruct(shape, "int32", sharding=sharding.batch_sharding(self.mesh))
-        return dict.fromkeys(("tokens", "targets", "segments", "positions"), rows)
+        one = lambda field: jax.ShapeDtypeStruct(
+            (self.config.data.batch, *field.shape), field.dtype, sharding=sharding.batch_sharding(self.mesh, field.axes)
+        )
+        return {name: one(field) for name, field in self.batch_spec.items()}
 
     @functools.cached_property
     def init(self) -> Callable[[int], TrainState]:
@@ -125,7 +133,7 @@ class Program:
 
     def put(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
         """A batch on the devices, from this process's rows of it (`rows`)."""
-        return sharding.put_batch(batch, self.mesh)
+        return sharding.put_batch(batch, self.mesh, self.batch_spec)
 
     def rows(self, batch: int) -> list[int]:
         """Which of a batch's rows this process reads."""
@@ -146,7 +154,7 @@ _shared: collections.OrderedDict[Any, Program] = collections.OrderedDict()
 def _computed(config: RunConfig) -> Any:
     """What a program depends on, hashable."""
     t = config.train
-    train = (t.steps, t.accumulate, t.z_loss, t.loss_chunk)
+    train = (t.steps, t.accumulate, *(getattr(t, name) for name in models.of(config.model).options))
     return config.model, config.optimizer, config.mesh, train, config.data.batch, config.data.length
 
 

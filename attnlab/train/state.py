@@ -11,9 +11,8 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from attnlab import models
 from attnlab.mixers import roles
-from attnlab.models.lm import LanguageModel
-from attnlab.models.transformer import ModelConfig
 from attnlab.train import sharding
 
 
@@ -41,28 +40,31 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A language model taken apart: what is static, and how its parameters look.
+    """A model taken apart: what is static, and how its parameters look.
 
     Attributes:
-      graphdef: with parameters it merges into a LanguageModel.
+      objective: the class of its config's name.
+      graphdef: with parameters it merges into an `Objective`.
       shapes: nnx.State of ShapeDtypeStructs.
       axes: pure dict of logical axes.
       usages: pure dict of what optimizers know of each parameter.
     """
 
-    config: ModelConfig
+    config: Any
+    objective: type[models.Objective]
     graphdef: Any
     shapes: nnx.State
     axes: Any
     usages: Any
 
     @classmethod
-    def of(cls, config: ModelConfig) -> Model:
+    def of(cls, config: Any) -> Model:
         """Traces the construction; no array is made."""
-        graphdef, shapes = nnx.split(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))), nnx.Param)
-        return cls(config, graphdef, shapes, sharding.logical_axes(shapes), roles.usages(shapes))
+        objective = models.of(config)
+        graphdef, shapes = nnx.split(nnx.eval_shape(lambda: objective(config, rngs=nnx.Rngs(0))), nnx.Param)
+        return cls(config, objective, graphdef, shapes, sharding.logical_axes(shapes), roles.usages(shapes))
 
-    def merge(self, params: Any) -> LanguageModel:
+    def merge(self, params: Any) -> Any:
         """The module with these parameters (a pure dict)."""
         state = jax.tree.map(lambda x: x, self.shapes)
         nnx.replace_by_pure_dict(state, params)
@@ -71,7 +73,7 @@ class Model:
     def init(self, seed: Any) -> Any:
         """Fresh parameters, a pure dict; the seed is an integer, traced or not."""
         rngs = nnx.Rngs(jax.random.key(seed))
-        return nnx.to_pure_dict(nnx.state(LanguageModel(self.config, rngs=rngs), nnx.Param))
+        return nnx.to_pure_dict(nnx.state(self.objective(self.config, rngs=rngs), nnx.Param))
 
     @property
     def pure_shapes(self) -> Any:
