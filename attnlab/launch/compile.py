@@ -81,13 +81,7 @@ def compile_step(config: RunConfig, target: Target) -> dict[str, Any]:
         for kind, n in sorted(costs.count.items())
     }
     sent, crossing = sum(costs.sent.values()), sum(costs.crossing.values())
-    floors = {
-        "compute": (flops["compiler"] + flops["kernels"]) / target.chip.peak,
-        "memory": costs.bytes / target.chip.bandwidth,
-        "interconnect": sent / target.chip.interconnect,
-    }
-    if crossing and target.chip.network:
-        floors["network"] = crossing / target.chip.network
+    floors = _floors(target.chip, flops["compiler"] + flops["kernels"], costs.bytes, sent, crossing)
     slowest = max(floors, key=lambda name: floors[name])
     return report | {
         "flops": flops,
@@ -102,6 +96,12 @@ def compile_step(config: RunConfig, target: Target) -> dict[str, Any]:
         "tokens_per_second_at_most": tokens * mesh.size / floors[slowest],
         "unknown_loops": len(costs.unknown_loops),
     }
+
+
+def _floors(chip: Chip, flops: float, moved: float, sent: float, crossing: float) -> dict[str, float]:
+    """Seconds that a step takes at least, by what each chip computes, moves and sends."""
+    floors = {"compute": flops / chip.peak, "memory": moved / chip.bandwidth, "interconnect": sent / chip.interconnect}
+    return floors | ({"network": crossing / chip.network} if crossing and chip.network else {})
 
 
 def _memory(compiled: Any, chip: Chip) -> dict[str, Any]:

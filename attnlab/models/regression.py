@@ -167,8 +167,9 @@ class SquaredError:
         return f"held-out squared error {self.loss:.4f} ({others}) on {int(self.weight_T.sum()):,} predictions"
 
     def lines(self) -> list[str]:
-        gap = f"{100 * self.gap_closed:.1f} % of the way from zero to bayes"
-        return [f"{self.line().removeprefix('held-out ')}; {gap}"]
+        known = not np.isnan(self.gap_closed)
+        gap = f"; {100 * self.gap_closed:.1f} % of the way from zero to bayes" if known else ""
+        return [self.line().removeprefix("held-out ") + gap]
 
     def table(self) -> tuple[str, list[str], list[list[str]]]:
         names = ["loss", *self.baselines]

@@ -215,7 +215,9 @@ class Checkpoints:
           Damaged: a file is not what was written.
           UserError: all are, but the arrays are not those of `like`.
         """
-        restored, host = self._restored(step, ocp.StandardCheckpointHandler(), ocp.args.StandardRestore(_plain(like)))
+        reader = ocp.Checkpointer(ocp.StandardCheckpointHandler())
+        args = ocp.args.StandardRestore(_plain(like))
+        restored, host = self._restored(step, lambda item: reader.restore(item, args=args))
         return TrainState(**restored), host
 
     def restore_params(self, step: int, like: Any) -> tuple[Any, Host]:
@@ -223,13 +225,22 @@ class Checkpoints:
 
         Arguments and errors as `restore`, `like` being of the parameters.
         """
-        item = {"params": like}
-        args = ocp.args.PyTreeRestore(item, ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True)
-        restored, host = self._restored(step, ocp.PyTreeCheckpointHandler(), args)
+        reader, wanted = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()), {"params": like}
+        placed = ocp.checkpoint_utils.construct_restore_args(wanted)
+        args = ocp.args.PyTreeRestore(wanted, placed, partial_restore=True)
+
+        def read(item: pathlib.Path) -> Any:
+            # What a partial restore does not find, or is not asked for, it leaves out without a word.
+            saved = jax.tree.structure(dict(reader.metadata(item).tree)["params"])
+            if saved != jax.tree.structure(like):
+                raise ValueError("its parameters are not those of this model")
+            return reader.restore(item, args=args)
+
+        restored, host = self._restored(step, read)
         return restored["params"], host
 
-    def _restored(self, step: int, handler: Any, args: Any) -> tuple[Any, Host]:
-        """What `args` ask of the item `state`."""
+    def _restored(self, step: int, read: Callable[[pathlib.Path], T]) -> tuple[T, Host]:
+        """What `read` makes of the item `state`, while its files are checked."""
         host, several = self._agreed(lambda: self.host(step)), self._processes is not None and self._processes.count > 1
         directory = self.directory / str(step)
         share = slice(self._processes.index, None, self._processes.count) if several else slice(None)
@@ -237,8 +248,7 @@ class Checkpoints:
         if several:  # none may wait inside orbax for one that found damage
             self._agreed(lambda: _raise_damage(outcome()))
         try:
-            reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(state=handler))
-            restored = reader.restore(directory, args=ocp.args.Composite(state=args))["state"]
+            restored = read(directory / "state")
             jax.block_until_ready(restored)
         except Exception as error:  # orbax and tensorstore raise whatever the damage, or what does not fit, leads to
             _raise_damage(outcome())

@@ -14,9 +14,7 @@ from typing import Any
 import jax
 import rich.console
 
-from attnlab import batch as batch_lib
 from attnlab import config as config_lib
-from attnlab import data as data_lib
 from attnlab import memory, models, ops
 from attnlab.errors import TrainingFailed
 from attnlab.evaluate import samples
@@ -28,7 +26,7 @@ from attnlab.train.config import RunConfig
 from attnlab.train.hardware import peak_flops, require_memory
 from attnlab.train.metrics import MetricLog, Progress, Report
 from attnlab.train.processes import Processes
-from attnlab.train.program import Program
+from attnlab.train.program import Program, open_data
 from attnlab.train.state import TrainState
 
 
@@ -93,18 +91,6 @@ def train(config: RunConfig, path: pathlib.Path, console: rich.console.Console |
         raise
     finally:
         processes.close()
-
-
-def open_data(config: RunConfig) -> data_lib.Data:
-    """The data of a run, checked against the model.
-
-    Raises:
-      UserError: it cannot be opened, or does not fit the model.
-    """
-    data, objective = data_lib.open_data(config.data), models.of(config.model)
-    taken = objective.batch_spec(config.model, config.data.length)
-    batch_lib.require_match(taken, data.batch_spec(), f"model.name = {objective.name!r}", f"data.name = {data.name!r}")
-    return data
 
 
 class _StopSignals:
@@ -266,7 +252,8 @@ class _Run:
         if not self.processes.first:
             return
         # A program that is shared was traced, and its choices made, by the first run that stepped.
-        self.program.chosen = ops.choices() or self.program.chosen
+        for op, chosen in ops.choices().items():
+            self.program.chosen[op] = self.program.chosen.get(op, {}) | chosen
         more = {"data": self.loader.summary(), "mesh": dict(self.mesh.shape), "resumed_at": self.step}
         more["implementations"] = self.program.chosen
         metadata.write_json(self.path / "config.json", metadata.describe_run(self.config, **more))

@@ -15,8 +15,9 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from attnlab import data as data_lib
 from attnlab import models
-from attnlab.batch import Spec
+from attnlab.batch import Spec, require_match
 from attnlab.parallel import partition
 from attnlab.train import optimizers, sharding
 from attnlab.train.config import RunConfig
@@ -146,6 +147,18 @@ class Program:
     def streamed(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """As `traced`, where the positions of a sequence come one after another and so cannot be split."""
         return partition.traced(fn, self.mesh, {k: v for k, v in sharding.ACTIVATION_RULES.items() if k != "seq"})
+
+
+def open_data(config: RunConfig) -> data_lib.Data:
+    """The data of a run, checked against the model.
+
+    Raises:
+      UserError: it cannot be opened, or does not fit the model.
+    """
+    data, objective = data_lib.open_data(config.data), models.of(config.model)
+    taken = objective.batch_spec(config.model, config.data.length)
+    require_match(taken, data.batch_spec(), f"model.name = {objective.name!r}", f"data.name = {data.name!r}")
+    return data
 
 
 _shared: collections.OrderedDict[Any, Program] = collections.OrderedDict()

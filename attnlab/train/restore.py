@@ -16,8 +16,7 @@ from attnlab.evaluate.heldout import evaluate
 from attnlab.train import metadata, workdir
 from attnlab.train.checkpoints import Checkpoints
 from attnlab.train.config import RunConfig
-from attnlab.train.loop import open_data
-from attnlab.train.program import Program
+from attnlab.train.program import Program, open_data
 
 log = logging.getLogger(__name__)
 
