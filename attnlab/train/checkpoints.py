@@ -225,16 +225,16 @@ class Checkpoints:
 
         Arguments and errors as `restore`, `like` being of the parameters.
         """
-        reader, wanted = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()), {"params": like}
+        handler, wanted = ocp.PyTreeCheckpointHandler(), {"params": like}
         placed = ocp.checkpoint_utils.construct_restore_args(wanted)
         args = ocp.args.PyTreeRestore(wanted, placed, partial_restore=True)
 
         def read(item: pathlib.Path) -> Any:
             # What a partial restore does not find, or is not asked for, it leaves out without a word.
-            saved = jax.tree.structure(dict(reader.metadata(item).tree)["params"])
-            if saved != jax.tree.structure(like):
-                raise ValueError("its parameters are not those of this model")
-            return reader.restore(item, args=args)
+            differing = _names(handler.metadata(item).tree["params"]) ^ _names(like)
+            if differing:
+                raise ValueError(f"it or the model has no parameter {min(differing)}")
+            return ocp.Checkpointer(handler).restore(item, args=args)
 
         restored, host = self._restored(step, read)
         return restored["params"], host
@@ -373,6 +373,11 @@ def _delete(path: pathlib.Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def _names(tree: Any) -> set[str]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves}
 
 
 def _plain(state: TrainState) -> dict[str, Any]:
