@@ -100,34 +100,38 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
     from attnlab.train import hardware, restore
 
     trained = restore.load(args.workdir, args.checkpoint, overrides)
-    hardware.require_memory(trained.config, memory.size(trained.params))
+    hardware.require_memory(trained.config, memory.size(trained.program.batch), memory.size(trained.params))
     evaluation, notes = restore.evaluate_heldout(trained, args.batches)
     summary = {"step": trained.step, **evaluation.summary(), "notes": notes}
     if args.json:
         output.write_json(summary)
         return 0
-    output.write(f"step {summary['step']}: loss {summary['loss']:.4f}, perplexity {summary['perplexity']:.3f}, "
-          f"{summary['bits_per_byte']:.4f} bits per byte; {summary['tokens']:,} held-out tokens")  # fmt: skip
+    output.write(f"step {summary['step']}: " + "\n".join(evaluation.lines()))
     for note in notes:
         output.write(f"note: {note}")
-    rows = [[f"{r['first']} to {r['last']}", f"{r['tokens']:,}", f"{r['loss']:.4f}"] for r in summary["by_position"]]
-    output.write_table("loss by position in the context", ["positions", "tokens", "loss"], rows)
+    output.write_table(*evaluation.table())
     return 0
 
 
 def _generate(args: argparse.Namespace, overrides: list[str]) -> int:
-    from attnlab.evaluate.generate import Sampling, generate
+    from attnlab.evaluate.generate import Sampling, generate, prepare
     from attnlab.train import restore
 
     sampling = Sampling(args.tokens, args.temperature, args.top_k, args.top_p, args.seed)
     prompts = _prompts(args)
     trained = restore.load(args.workdir, args.checkpoint, overrides, evaluating=False)
-    sampling, ids = restore.prepare_prompts(trained.tokenizer, sampling, prompts, args.samples, args.stop)
+    if not trained.program.model.objective.decodes:
+        raise UserError(
+            f"--workdir {args.workdir} holds a model of kind {trained.config.model.node_name!r}, which continues no "
+            "text; allowed: a run of a language model (attnlab eval tells this one's figures)"
+        )
+    tokenizer = trained.data.tokenizer
+    sampling, ids = prepare(tokenizer, sampling, prompts, args.samples, args.stop)
     notes = [*trained.notes, *restore.beyond(trained, max(map(len, ids)) + sampling.tokens)]
     for note in notes:
         output.note(f"note: {note}")
-    out = generate(trained.model.merge, trained.params, ids, sampling)
-    texts = [trained.tokenizer.decode(new) for new in out.tokens]
+    out = generate(trained.program.model.merge, trained.params, ids, sampling, trained.program.streamed)
+    texts = [tokenizer.decode(new) for new in out.tokens]
     each = [prompt for prompt in prompts for _ in range(args.samples)]
     if args.json:
         count = sum(map(len, out.tokens))
@@ -261,6 +265,8 @@ def _tokenizer(args: argparse.Namespace, overrides: list[str]) -> int:
     from attnlab.train import config as run_config
 
     config, out = run_config.load(args.config, overrides).data, str(args.out)
+    if not isinstance(config, data.DataConfig):
+        raise UserError(f"data.name = {config.node_name!r} has no text; allowed: text")
     with _ending_in_order():
         if args.action == "train":
             summary = data.train_tokenizer(config, args.vocab, out, overwrite=args.overwrite)

@@ -90,21 +90,15 @@ def _work(args: argparse.Namespace) -> None:
     import jax
 
     from attnlab.train import config as run_config
-    from attnlab.train import digests, optimizers, sharding
+    from attnlab.train import digests
     from attnlab.train.checkpoints import Checkpoints, Host
-    from attnlab.train.state import Model, init_state, state_shardings
-    from attnlab.train.step import make_train_step
+    from attnlab.train.program import Program
 
     if args.worker == "none":
         digests.write = lambda directory: (directory / digests.NAME).touch()
     c = run_config.load("configs/lm.py:size=micro", [])
-    model = Model.of(c.model)
-    tx = optimizers.build(c.optimizer, c.train.steps, model.usages)
-    mesh = sharding.make_mesh(c.mesh, c.data.batch)
-    shardings = state_shardings(mesh, model, tx)
-    state = jax.jit(lambda: init_state(model, tx, c.seed), out_shardings=shardings)()
-    rate = optimizers.schedule(c.optimizer, c.train.steps)
-    step = jax.jit(make_train_step(model, tx, c.train, rate), donate_argnums=0, out_shardings=(shardings, None))
+    program = Program.of(c)
+    state = program.init(c.seed)
     shape = (c.data.batch, c.data.length)
     row = np.random.default_rng(0).integers(0, 256, shape).astype(np.int32)
     batch = {"tokens": row, "targets": row, "segments": np.ones(shape, np.int32), "positions": np.zeros_like(row)}
@@ -115,7 +109,7 @@ def _work(args: argparse.Namespace) -> None:
         nonlocal state, done
         for _ in range(steps):
             done += 1
-            state, metrics = step(state, sharding.put_batch(batch, mesh))
+            state, metrics = program.train_step(state, program.put(batch))
             jax.block_until_ready(metrics)
             checkpoints.poll()
             if done % args.every == 0:

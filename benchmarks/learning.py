@@ -67,19 +67,18 @@ def _train(args: argparse.Namespace, name: str, dtype: str, workdir: pathlib.Pat
 
 def bigram_loss(workdir: pathlib.Path, steps: int, weight: float = 0.1) -> float:
     """Held-out nats per token of a bigram model with additive smoothing, counted on the tokens of `steps` steps."""
-    from attnlab import data
     from attnlab.train import restore
 
     trained = restore.load(workdir, "latest")
     config, vocab = trained.config, trained.config.model.vocab
     counts = np.full((vocab, vocab), weight)
-    with data.train_loader(config.data, trained.tokenizer, seed=config.seed) as batches:
+    with trained.data.training(seed=config.seed) as batches:
         for _, batch in zip(range(steps), batches, strict=False):
             used = batch["segments"] > 0
             np.add.at(counts, (batch["tokens"][used], batch["targets"][used]), 1)
     nll = -np.log(counts / counts.sum(1, keepdims=True))
     total = tokens = 0.0
-    for batch in data.heldout_loader(config.data, trained.tokenizer, batches=HELDOUT_BATCHES):
+    for batch in trained.data.heldout(batches=HELDOUT_BATCHES):
         used = batch["segments"] > 0
         total += nll[batch["tokens"][used], batch["targets"][used]].sum()
         tokens += used.sum()
@@ -112,12 +111,11 @@ def decode_difference(trained: Any, length: int = 96) -> tuple[float, float]:
     import jax
     import jax.numpy as jnp
 
-    from attnlab import data
     from attnlab.mixers import Sequence
 
-    batch = next(iter(data.heldout_loader(trained.config.data, trained.tokenizer, batches=1)))
+    batch = next(iter(trained.data.heldout(batches=1)))
     tokens = jnp.asarray(batch["tokens"][:2, :length])
-    model = trained.model.merge(trained.params)
+    model = trained.program.model.merge(trained.params)
     seq = Sequence.whole(*tokens.shape)
     full = jax.jit(lambda t: model.logits(model.hidden(t, seq).y))(tokens)
     periods = model.transformer.unstacked()

@@ -77,10 +77,8 @@ def losses(name: str) -> dict[str, list[float]]:
     import jax
 
     from attnlab import config as config_lib
-    from attnlab.train import optimizers, sharding
-    from attnlab.train.config import MeshConfig, RunConfig
-    from attnlab.train.state import Model, init_state, state_shardings
-    from attnlab.train.step import make_train_step
+    from attnlab.train.config import RunConfig
+    from attnlab.train.program import Program
 
     tree = {
         "data": {"source": "stdlib", "length": LENGTH, "batch": ROWS},
@@ -88,19 +86,13 @@ def losses(name: str) -> dict[str, list[float]]:
         "optimizer": {"name": "adamw", "learning_rate": 1e-3, "warmup": 2},
         "train": {"steps": STEPS, "accumulate": 2},
     }
-    config = config_lib.build(RunConfig, tree)
-    model = Model.of(config.model)
-    rate = optimizers.schedule(config.optimizer, STEPS)
-    tx = optimizers.build(config.optimizer, STEPS, model.usages)
     found = {}
     for label, sizes in {"one device": {"data": 1}, **MESHES}.items():
-        mesh = sharding.make_mesh(MeshConfig(**sizes), ROWS // 2, length=LENGTH)
-        shardings = state_shardings(mesh, model, tx)
-        state = jax.jit(lambda: init_state(model, tx, 0), out_shardings=shardings)()
-        step = jax.jit(make_train_step(model, tx, config.train, rate, mesh), out_shardings=(shardings, None))
+        program = Program(config_lib.build(RunConfig, tree | {"mesh": sizes}))
+        state = program.init(0)
         found[label] = []
         for index in range(STEPS):
-            state, metrics = step(state, sharding.put_batch(batch(index), mesh))
+            state, metrics = program.train_step(state, program.put(batch(index)))
             found[label].append(float(jax.block_until_ready(metrics)["loss"]))
         jax.clear_caches()
     return found

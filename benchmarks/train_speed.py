@@ -130,23 +130,14 @@ def _attnlab_step(mixer: str, shape: str, overrides: list[str]) -> Any:
     from attnlab.launch import runtime
 
     runtime.configure()
-    import jax
-
     from attnlab.train import config as run_config
-    from attnlab.train import optimizers, sharding
-    from attnlab.train.state import Model, init_state, state_shardings
-    from attnlab.train.step import make_train_step
+    from attnlab.train.program import Program
 
     batch, length = _sizes(shape)
     sizes = [f"data.batch={batch}", f"data.length={length}"]
     c = run_config.load(f"configs/lm.py:mixer={mixer},size=micro", sizes + overrides)
-    model = Model.of(c.model)
-    tx = optimizers.build(c.optimizer, c.train.steps, model.usages)
-    mesh = sharding.make_mesh(c.mesh, c.data.batch // c.train.accumulate)
-    shardings = state_shardings(mesh, model, tx)
-    state = jax.jit(lambda: init_state(model, tx, c.seed), out_shardings=shardings)()
-    rate = optimizers.schedule(c.optimizer, c.train.steps)
-    train_step = jax.jit(make_train_step(model, tx, c.train, rate), donate_argnums=0, out_shardings=(shardings, None))
+    program = Program.of(c)
+    state = program.init(c.seed)
     tokens = _tokens(shape)
     arrays = {
         "tokens": tokens[:, :-1],
@@ -157,7 +148,7 @@ def _attnlab_step(mixer: str, shape: str, overrides: list[str]) -> Any:
 
     def step() -> float:
         nonlocal state
-        state, metrics = train_step(state, sharding.put_batch(arrays, mesh))
+        state, metrics = program.train_step(state, program.put(arrays))
         return float(metrics["loss"])
 
     return step

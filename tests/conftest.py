@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import pathlib
+import sys
 
 from attnlab.launch import runtime
 
@@ -37,6 +38,14 @@ def attnlab(capsys):
         return code, *capsys.readouterr()
 
     return call
+
+
+@pytest.fixture(autouse=True)
+def no_shared_programs():
+    """What one test patches into the model's code is not in another's program."""
+    yield
+    if "attnlab.train.program" in sys.modules:
+        sys.modules["attnlab.train.program"].Program.forget()
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,12 @@
-"""Language-model data: sources, tokenizers, packing, and batches that are addressed by seed and step."""
+"""Data: text and generated tasks, as batches that are addressed by seed and step.
 
+Every module of this package is imported, so that adding a file registers the data that it defines.
+"""
+
+import importlib
+import pkgutil
+
+from attnlab.data.base import Data, config_from_node, names, names_other, open_data, register
 from attnlab.data.bpe import train_tokenizer
 from attnlab.data.config import DataConfig
 from attnlab.data.loader import HeldoutLoader, Loader, describe, heldout_loader, train_loader
@@ -7,14 +14,23 @@ from attnlab.data.records import apply_tokenizer
 from attnlab.data.tokenizers import Tokenizer, load_tokenizer
 
 __all__ = [
+    "Data",
     "DataConfig",
     "HeldoutLoader",
     "Loader",
     "Tokenizer",
     "apply_tokenizer",
+    "config_from_node",
     "describe",
     "heldout_loader",
     "load_tokenizer",
+    "names",
+    "names_other",
+    "open_data",
+    "register",
     "train_loader",
     "train_tokenizer",
 ]
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
+from attnlab.batch import Field, Spec
 from attnlab.config import show
 from attnlab.data.files import split_globs
 from attnlab.errors import ConfigError
@@ -21,6 +22,9 @@ class DataConfig:
       ConfigError: a field has a wrong type or an impossible value; the message names `data.FIELD`, the
         value and what is allowed.
     """
+
+    node_name: ClassVar[str]
+    free: ClassVar[tuple[str, ...]] = ("workers", "cache")
 
     # `stdlib`: the .py files of the running Python's standard library (always at hand, no download).
     # `text:GLOB`: one document per UTF-8 file. `jsonl:GLOB`: one JSON object per line, plain, .gz or .zst.
@@ -73,6 +77,10 @@ class DataConfig:
         kind, colon, globs = self.source.partition(":")
         known = self.source == "stdlib" or (kind in KINDS and colon and globs.strip(", "))
         _require(known, "source", self, _SOURCES)
+
+    def batch_spec(self) -> Spec:
+        """The arrays of a batch, whatever the tokenizer."""
+        return dict.fromkeys(("tokens", "targets", "segments", "positions"), Field((self.length,), "int32", ("seq",)))
 
     @property
     def kind(self) -> str:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import hashlib
 import sys
-from collections.abc import Iterator, Sequence
+import types
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing import util
 from typing import Any
 
 import numpy as np
 
+from attnlab.data.base import Arrays
 from attnlab.data.config import DataConfig
-from attnlab.data.packing import Arrays, PackedRows, require_rows, split_documents
+from attnlab.data.packing import PackedRows, require_rows, split_documents
 from attnlab.data.progress import ProgressFn
 from attnlab.data.records import open_records
 from attnlab.data.store import Store, open_flat
@@ -74,13 +76,28 @@ class Batches:
 
 
 class Loader(Iterator[Arrays]):
-    """Batches without end: dicts of int32 [rows of a batch that this process reads, T], see `packing.PackedRows`.
+    """Batches without end: dicts of arrays [rows of a batch that this process reads, ..].
 
-    The batch at a step is that of `Batches`, whatever the number of workers. Not for several threads at once.
+    The batch at a step is that of `batches`, whatever the number of workers. Not for several threads at once.
+
+    Args:
+      batches: by step, and how many to read `ahead`; see `Batches`.
+      workers: processes that read; 0: threads of this one.
+      identity: what must be the same for a step to mean the same batch.
+      summary: figures of the data.
+      words: what a config calls each key of the identity.
     """
 
-    def __init__(self, batches: Batches, workers: int, identity: dict[str, Any], summary: dict[str, Any]):
+    def __init__(
+        self,
+        batches: Any,
+        workers: int,
+        identity: dict[str, Any],
+        summary: dict[str, Any],
+        words: Mapping[str, str] = types.MappingProxyType(_IDENTITY),
+    ):
         self._batches = batches
+        self._words = words
         self._workers = workers
         self._identity = identity
         self._summary = summary
@@ -125,7 +142,7 @@ class Loader(Iterator[Arrays]):
         """
         differing = [
             f"{word} was {str(state.get(key))[:12]} and is {str(self._identity[key])[:12]}"
-            for key, word in _IDENTITY.items()
+            for key, word in self._words.items()
             if state.get(key) != self._identity[key]
         ]
         if differing:
@@ -154,15 +171,14 @@ class Loader(Iterator[Arrays]):
         self.close()
 
 
-def _packed(batch: Arrays) -> tuple[tuple[int, ...], dict[str, bytes]]:
+def _packed(batch: Arrays) -> dict[str, tuple[tuple[int, ...], str, bytes]]:
     """A batch on its way between processes. grain would put arrays into shared memory, which containers have
     little of and which is left behind at exit."""
-    return batch["tokens"].shape, {name: array.tobytes() for name, array in batch.items()}
+    return {name: (array.shape, array.dtype.str, array.tobytes()) for name, array in batch.items()}
 
 
-def _unpacked(packed: tuple[tuple[int, ...], dict[str, bytes]]) -> Arrays:
-    shape, contents = packed
-    return {name: np.frombuffer(content, np.int32).reshape(shape).copy() for name, content in contents.items()}
+def _unpacked(packed: dict[str, tuple[tuple[int, ...], str, bytes]]) -> Arrays:
+    return {name: np.frombuffer(data, dtype).reshape(shape).copy() for name, (shape, dtype, data) in packed.items()}
 
 
 def _close(running: list[Any]) -> None:
@@ -202,6 +218,10 @@ class HeldoutLoader:
         """UTF-8 bytes of the text that the targets of all processes' batches stand for."""
         return self._rows.text_bytes(self._batches * self._batch, self._byte_lengths)
 
+    def facts(self) -> dict[str, Any]:
+        """`bytes`, see there."""
+        return {"bytes": self.bytes}
+
     def __iter__(self) -> Iterator[Arrays]:
         for batch in range(self._batches):
             yield self._rows.pack([batch * self._batch + i for i in self._entries])
@@ -234,7 +254,7 @@ def train_loader(
     """
     if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or seed < 0:
         raise ConfigError(f"seed = {seed!r} is not allowed: it must be an integer of at least 0.")
-    entries = _entries(config, rows)
+    entries = entries_of(config, rows)
     store = open_store(config, tokenizer, progress)
     train, heldout = split_documents(store.corpus, config)
     packed = PackedRows(store, train, config.length, tokenizer.eod_id)
@@ -266,7 +286,7 @@ def heldout_loader(
     """
     if batches is not None and (not isinstance(batches, int) or batches < 1):
         raise ConfigError(f"batches = {batches!r} is not allowed: it must be an integer of at least 1, or None.")
-    entries = _entries(config, rows)
+    entries = entries_of(config, rows)
     store = open_store(config, tokenizer, progress)
     train, heldout = split_documents(store.corpus, config)
     packed = PackedRows(store, heldout, config.length, tokenizer.eod_id)
@@ -316,7 +336,7 @@ def describe(summary: dict[str, Any]) -> str:
     return line + (f"; SKIPPED {summary['skipped']:,} bad records" if summary["skipped"] else "")
 
 
-def _entries(config: DataConfig, rows: Sequence[int] | None) -> list[int]:
+def entries_of(config: Any, rows: Sequence[int] | None) -> list[int]:
     """Which of every B rows a process reads."""
     chosen = list(range(config.batch)) if rows is None else [int(row) for row in rows]
     if not chosen or chosen != sorted(set(chosen)) or not 0 <= chosen[0] <= chosen[-1] < config.batch:

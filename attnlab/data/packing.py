@@ -11,13 +11,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from attnlab.data.base import Arrays
 from attnlab.data.config import DataConfig
 from attnlab.data.corpus import Corpus
 from attnlab.data.store import Store
 from attnlab.errors import UserError
-
-# A row or batch: tokens, targets, segments, positions, each int32.
-Arrays = dict[str, np.ndarray]
 
 _CHUNK_TOKENS = 1 << 20
 

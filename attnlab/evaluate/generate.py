@@ -14,6 +14,7 @@ import numpy as np
 
 from attnlab import config as config_lib
 from attnlab import memory, mixers
+from attnlab.errors import UserError
 from attnlab.models.lm import LanguageModel
 
 _BUCKET = 32  # prompts are padded on the left to a multiple, so that few lengths are compiled
@@ -50,6 +51,31 @@ class Sampling:
         need(0 <= self.seed < 2**31, "seed", self.seed, "0 to 2^31 - 1")
 
 
+def prepare(
+    tokenizer: Any, sampling: Sampling, prompts: Sequence[str], samples: int, stop: str
+) -> tuple[Sampling, list[np.ndarray]]:
+    """Prompts as ids, each `samples` times, and the sampling with its stop token.
+
+    Args:
+      tokenizer: an `attnlab.data.Tokenizer`.
+      stop: `eod`, `none`, or the text of one token.
+
+    Raises:
+      UserError: `stop` is not one token.
+    """
+    stop_id: int | None = tokenizer.eod_id
+    if stop == "none":
+        stop_id = None
+    elif stop != "eod":
+        ids = tokenizer.encode(stop)
+        if len(ids) != 1:
+            raise UserError(f"--stop {stop!r} is {len(ids)} tokens; allowed: eod, none, or the text of one token")
+        stop_id = int(ids[0])
+    start = np.asarray([tokenizer.eod_id], np.int32)
+    ids = [np.concatenate([start, tokenizer.encode(p)]) for p in prompts for _ in range(samples)]
+    return dataclasses.replace(sampling, stop=stop_id, vocab=tokenizer.vocab_size), ids
+
+
 @dataclasses.dataclass(frozen=True)
 class Generated:
     """Samples and how long they took.
@@ -64,8 +90,15 @@ class Generated:
     seconds: float
 
 
+Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
 def generate(
-    merge: Callable[[Any], LanguageModel], params: Any, prompts: Sequence[np.ndarray], sampling: Sampling
+    merge: Callable[[Any], LanguageModel],
+    params: Any,
+    prompts: Sequence[np.ndarray],
+    sampling: Sampling,
+    traced: Wrapper = lambda fn: fn,
 ) -> Generated:
     """Continues prompts of any lengths, as one batch.
 
@@ -74,19 +107,24 @@ def generate(
       params: parameters, a pytree of arrays.
       prompts: ids of each prompt, one or more; a document starts with the end-of-document id.
       sampling: how to draw.
+      traced: makes of a function one that is traced for the mesh on which `params` lie; as it is, for one device.
 
     Raises:
       UserError: the samples need more memory than the machine has.
     """
     started = time.perf_counter()
-    run = compiled(merge, params, prompts, sampling)
+    run = compiled(merge, params, prompts, sampling, traced)
     compiled_at = time.perf_counter()
     tokens = run(params)
     return Generated(tokens, compiled_at - started, time.perf_counter() - compiled_at)
 
 
 def compiled(
-    merge: Callable[[Any], LanguageModel], params: Any, prompts: Sequence[np.ndarray], sampling: Sampling
+    merge: Callable[[Any], LanguageModel],
+    params: Any,
+    prompts: Sequence[np.ndarray],
+    sampling: Sampling,
+    traced: Wrapper = lambda fn: fn,
 ) -> Callable[[Any], list[np.ndarray]]:
     """What `generate` runs, from parameters to the new ids of each prompt; arguments as there."""
     if any(len(p) == 0 for p in prompts) or not prompts:
@@ -108,7 +146,7 @@ def compiled(
         f"{len(prompts)} samples of up to {length + sampling.tokens} tokens",
         "lower --tokens or --samples",
     )
-    executable = jax.jit(program).lower(params, tokens, segments, keys).compile()
+    executable = jax.jit(traced(program)).lower(params, tokens, segments, keys).compile()
 
     def run(params: Any) -> list[np.ndarray]:
         out, counts = jax.device_get(executable(params, tokens, segments, keys))

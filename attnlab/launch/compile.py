@@ -7,20 +7,15 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from attnlab import mixers, ops
 from attnlab.launch import hlo
 from attnlab.launch.targets import Target
 from attnlab.mixers.softmax import Softmax
 from attnlab.models.cost import model_cost
-from attnlab.parallel import partition
-from attnlab.train import optimizers, sharding
 from attnlab.train.config import RunConfig
 from attnlab.train.hardware import Chip
-from attnlab.train.state import Model, init_state, state_shardings
-from attnlab.train.step import make_train_step
+from attnlab.train.program import Program
 
 # Matrix products of each kernel of splash attention, against the two of a forward pass.
 _KERNEL_WORK = {"_fwd": 1.0, "_dq": 1.5, "_dkv": 2.0}
@@ -42,11 +37,9 @@ def compile_step(config: RunConfig, target: Target) -> dict[str, Any]:
     Raises:
       UserError: the config does not fit the target.
     """
-    rows = config.data.batch // config.train.accumulate
-    mesh = sharding.make_mesh(config.mesh, rows, target.devices, length=config.data.length)
-    model = Model.of(config.model)
-    with partition.use(mesh, sharding.ACTIVATION_RULES):  # which implementation runs depends on where
-        cost = model_cost(config.model, config.data.length)
+    program = Program(config, target.devices)
+    mesh = program.mesh
+    cost = program.traced(model_cost)(config.model, config.data.length)
     tokens = config.data.batch * config.data.length / mesh.size
     report: dict[str, Any] = {
         "topology": target.name,
@@ -60,7 +53,7 @@ def compile_step(config: RunConfig, target: Target) -> dict[str, Any]:
     }
     ops.clear_choices()
     started = time.perf_counter()
-    lowered = _lower(config, model, mesh)
+    lowered = program.train_step.lower(program.state, program.batch)
     report["trace_seconds"] = time.perf_counter() - started
     report["implementations"] = ops.choices()
     started, started_cpu = time.perf_counter(), time.process_time()
@@ -88,13 +81,7 @@ def compile_step(config: RunConfig, target: Target) -> dict[str, Any]:
         for kind, n in sorted(costs.count.items())
     }
     sent, crossing = sum(costs.sent.values()), sum(costs.crossing.values())
-    floors = {
-        "compute": (flops["compiler"] + flops["kernels"]) / target.chip.peak,
-        "memory": costs.bytes / target.chip.bandwidth,
-        "interconnect": sent / target.chip.interconnect,
-    }
-    if crossing and target.chip.network:
-        floors["network"] = crossing / target.chip.network
+    floors = _floors(target.chip, flops["compiler"] + flops["kernels"], costs.bytes, sent, crossing)
     slowest = max(floors, key=lambda name: floors[name])
     return report | {
         "flops": flops,
@@ -111,18 +98,10 @@ def compile_step(config: RunConfig, target: Target) -> dict[str, Any]:
     }
 
 
-def _lower(config: RunConfig, model: Model, mesh: Mesh) -> Any:
-    rate = optimizers.schedule(config.optimizer, config.train.steps)
-    tx = optimizers.build(config.optimizer, config.train.steps, model.usages)
-    shardings = state_shardings(mesh, model, tx)
-    shapes = jax.eval_shape(lambda: init_state(model, tx, config.seed))
-    state = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)
-    rows = jax.ShapeDtypeStruct(
-        (config.data.batch, config.data.length), jnp.int32, sharding=sharding.batch_sharding(mesh)
-    )
-    batch = dict.fromkeys(("tokens", "targets", "segments", "positions"), rows)
-    step = make_train_step(model, tx, config.train, rate, mesh)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)).lower(state, batch)
+def _floors(chip: Chip, flops: float, moved: float, sent: float, crossing: float) -> dict[str, float]:
+    """Seconds that a step takes at least, by what each chip computes, moves and sends."""
+    floors = {"compute": flops / chip.peak, "memory": moved / chip.bandwidth, "interconnect": sent / chip.interconnect}
+    return floors | ({"network": crossing / chip.network} if crossing and chip.network else {})
 
 
 def _memory(compiled: Any, chip: Chip) -> dict[str, Any]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from attnlab import mixers
-from attnlab.models.transformer import ModelConfig
+from attnlab.models import objective
+from attnlab.models.transformer import StackConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +16,7 @@ class ModelCost:
 
     Attributes:
       parameters: number of scalars.
-      embedding_parameters: those of them in the input embedding.
+      embedding_parameters: those of them in the input embedding; 0 of a stack alone.
       flops: forward FLOPs per token of the matrix products by part, a multiply-add counted as 2 and causal counted as
         causal; a training step costs three times their sum.
       state_bytes: bytes of streaming state per sequence at that length.
@@ -31,14 +33,17 @@ class ModelCost:
         return sum(self.flops.values())
 
 
-def model_cost(config: ModelConfig, length: int) -> ModelCost:
-    """Costs of a language model on sequences of `length` tokens."""
+def model_cost(config: Any, length: int) -> ModelCost:
+    """Costs of a model on sequences of `length` positions."""
+    return objective.of(config).cost(config, length)
+
+
+def stack_cost(config: StackConfig, length: int) -> ModelCost:
+    """Costs of a model's stack of blocks."""
     repeats = config.layers // len(config.pattern)
-    embedding = config.vocab * config.width
     mlp = 3 * config.width * config.hidden
-    parameters = embedding * (1 if config.tied else 2) + config.width
-    parameters += config.layers * (mlp + 2 * config.width)
-    flops = {"mlp": 2.0 * config.layers * mlp, "head": 2.0 * embedding}
+    parameters = config.layers * (mlp + 2 * config.width)
+    flops = {"mlp": 2.0 * config.layers * mlp}
     state_bytes = 0
     for letter in config.pattern:
         node = config.mixers[letter]
@@ -48,4 +53,4 @@ def model_cost(config: ModelConfig, length: int) -> ModelCost:
         for part, value in cost.flops.items():
             key = f"{node.node_name}.{part}"
             flops[key] = flops.get(key, 0.0) + repeats * value
-    return ModelCost(parameters, embedding, flops, state_bytes)
+    return ModelCost(parameters, 0, flops, state_bytes)

@@ -2,21 +2,51 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from attnlab import batch as batch_lib
+from attnlab import config as config_lib
 from attnlab import mixers
 from attnlab.mixers.parts import Linear, RMSNorm, param_dtype
 from attnlab.mixers.roles import Role, param
-from attnlab.models.transformer import ModelConfig, Transformer, extend
+from attnlab.models.cost import ModelCost, stack_cost
+from attnlab.models.objective import Batch, Objective, Sums, register
+from attnlab.models.perplexity import Perplexity
+from attnlab.models.transformer import StackConfig, Transformer, extend
 from attnlab.ops.cross_entropy import cross_entropy
 from attnlab.parallel import partition
 
 
-class LanguageModel(nnx.Module):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageModelConfig(StackConfig):
+    """A decoder-only language model.
+
+    Attributes:
+      vocab: rows of the embedding; at least the tokenizer's vocabulary.
+      tied: whether the output projection is the embedding.
+    """
+
+    vocab: int
+    tied: bool = False
+
+    def __post_init__(self) -> None:
+        config_lib.require(self.vocab >= 1, "model.vocab", self.vocab, "1 or more")
+        super().__post_init__()
+
+    @property
+    def described(self) -> str:
+        return "a language model"
+
+
+@register("lm")
+class LanguageModel(Objective):
     """Embedding, transformer, norm, output projection.
 
     Args:
@@ -24,17 +54,57 @@ class LanguageModel(nnx.Module):
       rngs: stream `params`.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    Config = LanguageModelConfig
+    options = ("z_loss", "loss_chunk")
+    decodes = True
+
+    def __init__(self, config: LanguageModelConfig, *, rngs: nnx.Rngs):
         self.config = config
         dtype = config.compute_dtype
         init = jax.nn.initializers.normal(config.width**-0.5)
         rows = init(rngs.params(), (config.vocab, config.width), param_dtype(dtype))
         self.embedding = param(rows, axes=("vocab", "embed"), role=Role.EMBEDDING)
         self.transformer = Transformer(config, rngs=rngs)
-        self.norm = RMSNorm(config.width, ("embed",), dtype=dtype)
+        self.norm = RMSNorm(config.width, ("embed",), dtype=dtype, epsilon=config.norm_epsilon)
         if not config.tied:
             axes = ("embed", "vocab")
             self.head = Linear(config.width, config.vocab, axes, rngs=rngs, dtype=dtype, role=Role.OUTPUT)
+
+    @classmethod
+    def batch_spec(cls, config: LanguageModelConfig, length: int) -> batch_lib.Spec:
+        plain = batch_lib.Field((length,), "int32", ("seq",))
+        ids = dataclasses.replace(plain, ids=config.vocab, said="model.vocab")
+        return {"tokens": ids, "targets": ids, "segments": plain, "positions": plain}
+
+    def loss(self, batch: Batch, key: jax.Array | None, options: Mapping[str, Any]) -> Sums:
+        """Cross-entropy, a mean over tokens.
+
+        Options: `z_loss`, coefficient of the mean squared log-partition (Chowdhery et al. 2022, PaLM, section 5), and
+        `loss_chunk`, columns of the vocabulary held at a time.
+        """
+        nll, lse, out = self.token_losses(batch, key, chunk=options["loss_chunk"])
+        losses = {"loss": jnp.sum(nll)}
+        if options["z_loss"]:
+            losses["z_loss"] = options["z_loss"] * jnp.sum(lse * lse)
+        return Sums.of(losses, out, weight=jnp.sum(batch["segments"] > 0).astype(nll.dtype))
+
+    def evaluate(self, batch: Batch, options: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """`nll` [T] by position in the row's document, and `tokens` [T]."""
+        nll, _, _ = self.token_losses(batch, chunk=options["loss_chunk"])
+        used = batch["segments"] > 0
+        by_position = lambda values: jnp.zeros((nll.shape[1],), nll.dtype).at[batch["positions"]].add(values)
+        return {"nll": by_position(nll), "tokens": by_position(used.astype(nll.dtype))}
+
+    @classmethod
+    def summarize(cls, sums: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> Perplexity:
+        return Perplexity(sums["nll"], sums["tokens"], facts["bytes"])
+
+    @classmethod
+    def cost(cls, config: LanguageModelConfig, length: int) -> ModelCost:
+        stack, embedding = stack_cost(config, length), config.vocab * config.width
+        parameters = stack.parameters + embedding * (1 if config.tied else 2) + config.width
+        flops = {"mlp": stack.flops["mlp"], "head": 2.0 * embedding} | stack.flops
+        return ModelCost(parameters, embedding, flops, stack.state_bytes)
 
     def hidden(self, tokens_BT: jax.Array, seq: mixers.Sequence, key: jax.Array | None = None) -> mixers.MixerOutput:
         """Normalised final hidden states [B, T, D] of whole sequences; `key` turns dropout on."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -38,39 +38,41 @@ def mixer_table(tree: Any, path: str) -> FrozenDict[str, Any]:
     return FrozenDict({letter: mixers.config_from_node(node, f"{path}.{letter}") for letter, node in tree.items()})
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """A decoder-only language model.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StackConfig:
+    """A stack of blocks: what all models of one share.
 
     Attributes:
-      vocab: rows of the embedding; at least the tokenizer's vocabulary.
       width: D.
       layers: number of blocks, a multiple of the pattern's length.
       mixers: letter to mixer node.
       pattern: which mixer sits in which layer, one period of it.
       mlp_width: hidden width of the SwiGLU; none: 8/3 D, rounded up to a multiple of 64.
-      tied: whether the output projection is the embedding.
       dtype: of activations and products; parameters are fp32 (float64 is for tests).
       remat: which activations backward keeps: none (all), attention, minimal, full.
       unroll: periods that one iteration of the scan over layers runs; 0: all of them on CPU, 1 elsewhere.
       dropout: rate on what every mixer and MLP adds to the stream.
+      norm_epsilon: added to the mean square in the norms of the blocks and before the output.
     """
 
-    vocab: int
+    node_name: ClassVar[str]
+    # Where and how it is computed: its numbers change by rounding only.
+    placement: ClassVar[tuple[str, ...]] = ("remat", "unroll")
+
     width: int
     layers: int
     mixers: Any = config_lib.node(mixer_table)
     pattern: str = "M"
     mlp_width: int | None = None
-    tied: bool = False
     dtype: str = "float32"
     remat: str = "none"
     unroll: int = 0
     dropout: float = 0.0
+    norm_epsilon: float = 1e-6
 
     def __post_init__(self) -> None:
         need, choice = config_lib.require, config_lib.require_choice
-        for key in ("vocab", "width", "layers"):
+        for key in ("width", "layers"):
             need(getattr(self, key) >= 1, f"model.{key}", getattr(self, key), "1 or more")
         known = ", ".join(self.mixers)
         need(len(self.pattern) > 0, "model.pattern", self.pattern, f"letters of model.mixers ({known})")
@@ -96,13 +98,33 @@ class ModelConfig:
         choice("model.remat", self.remat, list(REMAT))
         need(self.unroll >= 0, "model.unroll", self.unroll, "0 or more")
         need(0 <= self.dropout < 1, "model.dropout", self.dropout, "0 or more, below 1")
+        need(self.norm_epsilon > 0, "model.norm_epsilon", self.norm_epsilon, "above 0")
         for letter, mixer in self.mixers.items():
             where = f"model.mixers.{letter}"
-            need(mixer.causal, f"{where}.causal", mixer.causal, "true in a language model")
+            need(mixer.causal, f"{where}.causal", mixer.causal, f"true in {self.described}")
             try:  # what only mixer and width together can tell, before any compile
                 nnx.eval_shape(lambda m=mixer: mixers.build(m, width=self.width, rngs=nnx.Rngs(0)))
             except ConfigError as error:
                 raise ConfigError(f"in {where} (model.width = {self.width}): {error}") from None
+
+    @property
+    def described(self) -> str:
+        """What it is, for messages."""
+        return "a causal stack"
+
+    def require_split(self, context: int) -> None:
+        """Raises ConfigError unless positions can be split over `mesh.context` devices (-1: over some)."""
+        for letter, mixer in self.mixers.items():
+            if context != 1 and not mixers.get(mixer.node_name).context_of(mixer):
+                raise ConfigError(
+                    f"mesh.context = {context}: model.mixers.{letter} ({mixer.node_name}, as configured) "
+                    "cannot split its positions over devices; allowed: 1, as a number"
+                )
+
+    @property
+    def stream_bytes(self) -> int:
+        """Of what goes from layer to layer, per position."""
+        return self.width * jnp.dtype(self.compute_dtype).itemsize
 
     @property
     def hidden(self) -> int:
@@ -131,11 +153,12 @@ class SwiGLU(nnx.Module):
 class Block(nnx.Module):
     """`x + mixer(norm(x))`, then `x + mlp(norm(x))`."""
 
-    def __init__(self, config: ModelConfig, mixer: Any, *, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, mixer: Any, *, rngs: nnx.Rngs):
         dtype = config.compute_dtype
-        self.mixer_norm = RMSNorm(config.width, ("embed",), dtype=dtype)
+        norm = lambda: RMSNorm(config.width, ("embed",), dtype=dtype, epsilon=config.norm_epsilon)
+        self.mixer_norm = norm()
         self.mixer = mixers.build(mixer, width=config.width, rngs=rngs, dtype=dtype)
-        self.mlp_norm = RMSNorm(config.width, ("embed",), dtype=dtype)
+        self.mlp_norm = norm()
         self.mlp = SwiGLU(config.width, config.hidden, rngs=rngs, dtype=dtype)
         self.dropout = config.dropout
 
@@ -161,14 +184,14 @@ class Block(nnx.Module):
 class Period(nnx.Module):
     """The blocks of one period of the pattern."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, *, rngs: nnx.Rngs):
         self.blocks = nnx.List([Block(config, config.mixers[letter], rngs=rngs) for letter in config.pattern])
 
 
 class Transformer(nnx.Module):
     """Repeats of the pattern's period; parameters are stacked [repeats, ...] and the stack is a scan."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.repeats = config.layers // len(config.pattern)
 

@@ -214,6 +214,32 @@ class Checkpoints:
           Damaged: a file is not what was written.
           UserError: all are, but the arrays are not those of `like`.
         """
+        reader = ocp.Checkpointer(ocp.StandardCheckpointHandler())
+        args = ocp.args.StandardRestore(_plain(like))
+        restored, host = self._restored(step, lambda item: reader.restore(item, args=args))
+        return TrainState(**restored), host
+
+    def restore_params(self, step: int, like: Any) -> tuple[Any, Host]:
+        """The parameters of a step alone, no optimizer's moments in memory, and what lives on the host.
+
+        Arguments and errors as `restore`, `like` being of the parameters.
+        """
+        handler, wanted = ocp.PyTreeCheckpointHandler(), {"params": like}
+        placed = ocp.checkpoint_utils.construct_restore_args(wanted)
+        args = ocp.args.PyTreeRestore(wanted, placed, partial_restore=True)
+
+        def read(item: pathlib.Path) -> Any:
+            # What a partial restore does not find, or is not asked for, it leaves out without a word.
+            differing = _names(handler.metadata(item).tree["params"]) ^ _names(like)
+            if differing:
+                raise ValueError(f"it or the model has no parameter {min(differing)}")
+            return ocp.Checkpointer(handler).restore(item, args=args)
+
+        restored, host = self._restored(step, read)
+        return restored["params"], host
+
+    def _restored(self, step: int, read: Callable[[pathlib.Path], T]) -> tuple[T, Host]:
+        """What `read` makes of the item `state`, while its files are checked."""
         host, several = self._agreed(lambda: self.host(step)), self._processes is not None and self._processes.count > 1
         directory = self.directory / str(step)
         share = slice(self._processes.index, None, self._processes.count) if several else slice(None)
@@ -221,10 +247,8 @@ class Checkpoints:
         if several:  # none may wait inside orbax for one that found damage
             self._agreed(lambda: _raise_damage(outcome()))
         try:
-            reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler()))
-            restored = reader.restore(directory, args=ocp.args.Composite(state=ocp.args.StandardRestore(_plain(like))))
-            state = TrainState(**restored["state"])
-            jax.block_until_ready(state.params)
+            restored = read(directory / "state")
+            jax.block_until_ready(restored)
         except Exception as error:  # orbax and tensorstore raise whatever the damage, or what does not fit, leads to
             _raise_damage(outcome())
             raise UserError(
@@ -232,7 +256,7 @@ class Checkpoints:
                 f"{first_line(error)}\nif the model's code has changed, undo that or use another --workdir"
             ) from error
         _raise_damage(outcome())
-        return state, host
+        return restored, host
 
     def first_whole(
         self, steps: list[int], load: Callable[[int], T], report: Callable[[str], None], *, move: bool = True
@@ -365,6 +389,11 @@ def _delete(path: pathlib.Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def _names(tree: Any) -> set[str]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves}
 
 
 def _plain(state: TrainState) -> dict[str, Any]:

@@ -6,11 +6,10 @@ import dataclasses
 import re
 from typing import Any
 
+from attnlab import batch as batch_lib
 from attnlab import config as config_lib
-from attnlab import mixers
-from attnlab.data import DataConfig
-from attnlab.errors import ConfigError
-from attnlab.models.transformer import ModelConfig
+from attnlab import data as data_lib
+from attnlab import models
 from attnlab.train import optimizers
 
 
@@ -21,15 +20,16 @@ class TrainConfig:
     Attributes:
       steps: optimizer steps.
       accumulate: micro-batches that a step's `data.batch` sequences are processed in.
-      z_loss: coefficient of the mean squared log-partition (Chowdhery et al. 2022, PaLM, section 5); 0: off.
-      loss_chunk: columns of the vocabulary whose logits are held at a time.
+      z_loss: of language models: coefficient of the mean squared log-partition (Chowdhery et al. 2022, PaLM,
+        section 5); 0: off.
+      loss_chunk: of language models: columns of the vocabulary whose logits are held at a time.
       log_every: steps between logged lines.
       eval_every: steps between evaluations on held-out data, and one after the last step; 0: never.
       eval_batches: held-out batches of an evaluation; 0: all of them.
       save_every: steps between checkpoints, and one after the last step; 0: only that one.
       keep: newest checkpoints that are kept; of those saved at an evaluation, the best by held-out loss is kept, too.
-      sample_tokens: tokens of each sample that is written to samples.txt after the last step; 0, or without
-        evaluation: no samples.
+      sample_tokens: tokens of each sample that a language model writes to samples.txt after the last step; 0, or
+        without evaluation: no samples.
       max_nonfinite: steps in a row with non-finite gradients after which the run stops; such a step updates nothing.
       profile: FIRST:LAST, steps that a profile is written of; none: no profile.
       on_config_change: stop or continue, when the workdir holds a run of another config.
@@ -172,8 +172,8 @@ class RunConfig:
       data, model, optimizer, train, mesh, cluster: see their classes.
     """
 
-    data: DataConfig
-    model: ModelConfig
+    data: Any = config_lib.node(data_lib.config_from_node)
+    model: Any = config_lib.node(models.config_from_node)
     optimizer: Any = config_lib.node(optimizers.config_from_node)
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
@@ -186,16 +186,24 @@ class RunConfig:
         config_lib.require(
             self.data.batch % split == 0, "train.accumulate", split, f"divisors of data.batch ({self.data.batch})"
         )
-        for letter, mixer in self.model.mixers.items():
-            if self.mesh.context != 1 and not mixers.get(mixer.node_name).context_of(mixer):
-                raise ConfigError(
-                    f"mesh.context = {self.mesh.context}: model.mixers.{letter} ({mixer.node_name}, as configured) "
-                    "cannot split its positions over devices; allowed: 1, as a number"
-                )
+        objective, source = models.of(self.model), f"data.name = {self.data.node_name!r}"
+        spec = objective.batch_spec(self.model, self.data.length)
+        batch_lib.require_match(spec, self.data.batch_spec(), f"model.name = {objective.name!r}", source)
+        for name in _OPTIONS:
+            value, default = getattr(self.train, name), getattr(TrainConfig, name)
+            config_lib.require(
+                value == default or name in objective.options,
+                f"train.{name}",
+                value,
+                f"{default} where model.name = {objective.name!r}, whose loss has no such thing",
+            )
+        self.model.require_split(self.mesh.context)
 
 
-# What may differ when a run goes on: it changes no number that the run computes.
-FREE_KEYS = (
+# Fields of `train` that some models' losses read and others know nothing of.
+_OPTIONS = ("z_loss", "loss_chunk")
+
+_FREE_KEYS = (
     "train.log_every",
     "train.save_every",
     "train.keep",
@@ -203,10 +211,18 @@ FREE_KEYS = (
     "train.max_nonfinite",
     "train.sample_tokens",
     "train.on_config_change",
-    "data.workers",
-    "data.cache",
     *(f"cluster.{f.name}" for f in dataclasses.fields(ClusterConfig)),
 )
+
+
+def free_keys(config: RunConfig) -> tuple[str, ...]:
+    """What may differ when a run goes on: it changes no number that the run computes."""
+    return *_FREE_KEYS, *(f"data.{name}" for name in config.data.free)
+
+
+def placement_keys(config: RunConfig) -> tuple[str, ...]:
+    """Where and how a run is computed, which is for whoever has the devices to say; keys, and beginnings of keys."""
+    return "mesh.", *(f"model.{name}" for name in config.model.placement)
 
 
 def load(spec: str, overrides: list[str]) -> RunConfig:

@@ -75,18 +75,18 @@ def peak_flops(devices: int) -> float | None:
     return None if kind is None else CHIPS[kind[0]].peak / kind[1] * devices
 
 
-def require_memory(config: RunConfig, held: int) -> None:
+def require_memory(config: RunConfig, batch: int, held: int) -> None:
     """Raises UserError where a run surely needs more memory than a CPU's machine has.
 
     Args:
       config: of the run.
+      batch: bytes of a step's batch.
       held: bytes of parameters and whatever else is held all the time, in all processes together.
     """
-    tokens = config.data.batch // config.train.accumulate * config.data.length
-    # At least the batch's four arrays, and the stream from the first layer to the last.
-    each = 4 * 4 + config.model.width * jax.numpy.dtype(config.model.compute_dtype).itemsize
+    # At least the batch's arrays, and the stream from the first layer to the last.
+    stream = config.data.batch * config.data.length * config.model.stream_bytes
     memory.require(
-        (held + tokens * each) // jax.process_count(),
+        (held + (batch + stream) // config.train.accumulate) // jax.process_count(),
         "what the model holds and a micro-batch",
-        "lower model.width, model.layers, model.vocab, data.length or data.batch, or raise train.accumulate",
+        "lower the sizes of the model, data.length or data.batch, or raise train.accumulate",
     )

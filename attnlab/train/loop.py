@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import pathlib
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -14,32 +15,56 @@ import jax
 import rich.console
 
 from attnlab import config as config_lib
-from attnlab import data as data_lib
-from attnlab import memory, ops
-from attnlab.errors import ConfigError, TrainingFailed
-from attnlab.evaluate.generate import Sampling, generate
-from attnlab.evaluate.perplexity import Evaluation, evaluate
+from attnlab import memory, models, ops
+from attnlab.errors import TrainingFailed
+from attnlab.evaluate import samples
+from attnlab.evaluate.heldout import evaluate
 from attnlab.models.cost import model_cost
-from attnlab.parallel import partition
-from attnlab.train import metadata, optimizers, sharding, workdir
+from attnlab.train import metadata, optimizers, workdir
 from attnlab.train.checkpoints import Checkpoints, Host
 from attnlab.train.config import RunConfig
 from attnlab.train.hardware import peak_flops, require_memory
 from attnlab.train.metrics import MetricLog, Progress, Report
 from attnlab.train.processes import Processes
-from attnlab.train.state import Model, init_state, state_shardings
-from attnlab.train.step import make_eval_step, make_train_step
+from attnlab.train.program import Program, open_data
+from attnlab.train.state import TrainState
 
 
-def train(config: RunConfig, path: pathlib.Path, console: rich.console.Console) -> None:
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a call of `train` came to.
+
+    Attributes:
+      step: the last step done, and saved.
+      tokens: trained on so far.
+      stopped: the signal that stopped it before its last step; None: it is complete.
+      metrics: what metrics.jsonl has of the last step that this call logged; empty where it did none.
+      evaluation: the last one that this call made.
+    """
+
+    step: int
+    tokens: int
+    stopped: str | None = None
+    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
+    evaluation: models.Figures | None = None
+
+
+def train(config: RunConfig, path: pathlib.Path, console: rich.console.Console | None = None) -> Result:
     """Trains in the workdir `path` from its newest checkpoint, or from the start, to `train.steps`.
 
-    SIGTERM, SIGINT and SIGHUP save a checkpoint and return; of several processes, to any one of them.
+    SIGTERM, SIGINT and SIGHUP save a checkpoint and return; of several processes, to any one of them. Only the main
+    thread hears them.
+
+    Args:
+      config: of the run. Runs of one process that differ in their seed alone compile once.
+      path: the workdir.
+      console: where it is told what happens; None: nowhere but in the workdir's log.txt.
 
     Raises:
       UserError: the config, the data or the workdir cannot be used; nothing was overwritten.
       TrainingFailed: gradients were not finite too many steps in a row, or the workdir vanished.
     """
+    console = rich.console.Console(quiet=True) if console is None else console
     processes = Processes(config.cluster)
     try:
         with workdir.hold(path) if processes.first else contextlib.nullcontext() as held:
@@ -54,35 +79,18 @@ def train(config: RunConfig, path: pathlib.Path, console: rich.console.Console) 
             if old is not None:
                 metadata.check_same(path, old, config, saved=last > 0)
             if last < config.train.steps:
-                _Run(config, path, report, processes, checkpoints, held).run()
-            elif processes.first:
-                report.print(f"the run in {path} is complete: step {last} of {config.train.steps}")
+                result = _Run(config, path, report, processes, checkpoints, held).run()
+            else:
+                result = Result(last, newest[1].tokens)
+                if processes.first:
+                    report.print(f"the run in {path} is complete: step {last} of {config.train.steps}")
             processes.barrier()
+            return result
     except BaseException as error:
         processes.failed(error)
         raise
     finally:
         processes.close()
-
-
-def load_tokenizer(config: RunConfig) -> data_lib.Tokenizer:
-    """The tokenizer of a run, checked against the model.
-
-    Raises:
-      UserError: the tokenizer cannot be loaded, or its vocabulary is larger than the model's.
-    """
-    tokenizer = data_lib.load_tokenizer(config.data.tokenizer)
-    if tokenizer.vocab_size > config.model.vocab:
-        raise ConfigError(
-            f"model.vocab = {config.model.vocab} is smaller than the vocabulary of data.tokenizer = "
-            f"{config.data.tokenizer!r}; allowed: {tokenizer.vocab_size} or more"
-        )
-    return tokenizer
-
-
-def micro_batches(config: RunConfig) -> data_lib.DataConfig:
-    """The data config whose batches are micro-batches: what evaluation, like training, holds at a time."""
-    return dataclasses.replace(config.data, batch=config.data.batch // config.train.accumulate)
 
 
 class _StopSignals:
@@ -96,6 +104,8 @@ class _StopSignals:
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> _StopSignals:
+        if threading.current_thread() is not threading.main_thread():
+            return self
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 self._old[number] = signal.signal(number, self._remember)
@@ -124,61 +134,40 @@ class _Run:
         held: workdir.Held | None,
     ):
         self.config, self.path, self.processes, self.checkpoints, self.held = config, path, processes, checkpoints, held
+        self._report, self._say = report, report.say
         c = config
-        self.tokenizer = load_tokenizer(c)
-        self.mesh = sharding.make_mesh(c.mesh, c.data.batch // c.train.accumulate, length=c.data.length)
-        self.model = Model.of(c.model)
-        self.rate = optimizers.schedule(c.optimizer, c.train.steps)
-        self.tx = optimizers.build(c.optimizer, c.train.steps, self.model.usages)
-        self.shardings = state_shardings(self.mesh, self.model, self.tx)
-        shapes = jax.eval_shape(lambda: init_state(self.model, self.tx, c.seed))
-        size = memory.size(shapes)
+        self.data = open_data(c)
+        self.program = Program.of(c)
+        self.mesh = self.program.mesh
+        size = memory.size(self.program.state)
         saved = len(checkpoints.steps())
         if processes.first:
             workdir.require_space(path, size * max(c.train.keep + 2 - saved, 1))
-        require_memory(c, size)
+        require_memory(c, memory.size(self.program.batch), size)
 
-        rows = lambda data: sharding.rows_of_process(self.mesh, data.batch)
-        self.loader = data_lib.train_loader(c.data, self.tokenizer, seed=c.seed, rows=rows(c.data))
-        self.heldout = None
+        self.loader = self.data.training(seed=c.seed, rows=self.program.rows(c.data.batch))
+        self.micro, self.heldout = self.data.resized(c.data.batch // c.train.accumulate), None
         if c.train.eval_every:
-            micro, count = micro_batches(c), c.train.eval_batches * c.train.accumulate or None
-            self.heldout = data_lib.heldout_loader(micro, self.tokenizer, batches=count, rows=rows(micro))
-        self._report, self._say = report, report.say
-        self._say(data_lib.describe(self.loader.summary()))
+            count, rows = c.train.eval_batches * c.train.accumulate or None, self.program.rows(self.micro.config.batch)
+            self.heldout = self.micro.heldout(batches=count, rows=rows)
+        self._say(self.data.describe(self.loader.summary()))
         warmup = optimizers.warmup_steps(c.optimizer.warmup, c.train.steps)
         if c.optimizer.warmup >= 1 and warmup != c.optimizer.warmup:
             self._say(
                 f"optimizer.warmup = {c.optimizer.warmup} is not below train.steps ({c.train.steps}): "
                 f"the warm-up is {warmup} steps"
             )
-
-        self.step, self.tokens, self.state = 0, 0, None
-        like = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, self.shardings)
         processes.meet()
-        restored = checkpoints.newest(self._say, lambda step: checkpoints.restore(step, like))
-        if restored is not None:
-            self.step, (self.state, host) = restored
-            self.tokens = host.tokens
-            self.loader.set_state(host.data)
-            self._say(f"resuming {path} at step {self.step}")
-        else:
-            init = jax.jit(lambda: init_state(self.model, self.tx, c.seed), out_shardings=self.shardings)
-            self.state = init()
+        self.step, self.tokens, self.state = self._start()
 
         self._tracing = False
+        self._record: dict[str, Any] = {}
+        self._evaluation: models.Figures | None = None
         ops.clear_choices()
-        self._train_step = jax.jit(
-            make_train_step(self.model, self.tx, c.train, self.rate, self.mesh),
-            donate_argnums=0,
-            out_shardings=(self.shardings, None),
-        )
         # Simulated devices share one pool of threads: collectives of two programs, or a program that waits for a save
         # to let go of its arrays, can keep each other from running until XLA gives up.
         self._serial = jax.default_backend() == "cpu" and self.mesh.size > 1
-        self._eval_step = jax.jit(make_eval_step(self.model, c.train, self.mesh))
-        with partition.use(self.mesh, sharding.ACTIVATION_RULES):  # which implementation runs depends on where
-            cost = model_cost(c.model, c.data.length)
+        cost = self.program.traced(model_cost)(c.model, c.data.length)
         self._flops_per_token = 3 * cost.total_flops
         self._peak = peak_flops(self.mesh.size)
         self._describe()
@@ -188,7 +177,17 @@ class _Run:
             f"{c.data.batch} x {c.data.length} tokens a step; everything goes to {path}"
         )
 
-    def run(self) -> None:
+    def _start(self) -> tuple[int, int, TrainState]:
+        """Step, tokens and state of the newest checkpoint, to whose place in the data the loader goes; or new ones."""
+        restored = self.checkpoints.newest(self._say, lambda step: self.checkpoints.restore(step, self.program.state))
+        if restored is None:
+            return 0, 0, self.program.init(self.config.seed)
+        step, (state, host) = restored
+        self.loader.set_state(host.data)
+        self._say(f"resuming {self.path} at step {step}")
+        return step, host.tokens, state
+
+    def run(self) -> Result:
         """Steps to the end, or to a signal."""
         c = self.config.train
         self.log = MetricLog(self.path, self.step, self._say) if self.processes.first else None
@@ -207,8 +206,8 @@ class _Run:
             for step in range(first, c.steps + 1):
                 self.processes.at_step(step)
                 with self._profiled(step):
-                    batch = sharding.put_batch(next(self.loader), self.mesh)
-                    self.state, metrics = self._train_step(self.state, batch)
+                    batch = self.program.put(next(self.loader))
+                    self.state, metrics = self.program.train_step(self.state, batch)
                     if self._serial:
                         jax.block_until_ready(self.state)
                     # The metrics of a step are fetched while the next one runs: the host never makes the device wait.
@@ -232,11 +231,15 @@ class _Run:
                     self.checkpoints.wait()
                     self._require_workdir()
                     self._say(f"{stopping}: saved step {step}; resume with the same command (--workdir {self.path})")
-                    return
+                    return self._result(step, stopped=stopping)
             self.checkpoints.wait()
             self._require_workdir()
             self._write_samples()
             self._say(f"done: step {c.steps}, {self.tokens:,} tokens; checkpoints and metrics are in {self.path}")
+            return self._result(c.steps)
+
+    def _result(self, step: int, stopped: str | None = None) -> Result:
+        return Result(step, self.tokens, stopped, self._record, self._evaluation)
 
     def _first_step_done(self, step: int, metrics: Any) -> None:
         """After the first step everything is traced: what was chosen is known, and the clocks can start."""
@@ -248,10 +251,14 @@ class _Run:
     def _describe(self) -> None:
         if not self.processes.first:
             return
+        # A program that is shared was traced, and its choices made, by the first run that stepped.
+        for op, chosen in ops.choices().items():
+            self.program.chosen[op] = self.program.chosen.get(op, {}) | chosen
         more = {"data": self.loader.summary(), "mesh": dict(self.mesh.shape), "resumed_at": self.step}
+        more["implementations"] = self.program.chosen
         metadata.write_json(self.path / "config.json", metadata.describe_run(self.config, **more))
 
-    def _finish(self, step: int, metrics: Any, evaluating: bool = False) -> Evaluation | None:
+    def _finish(self, step: int, metrics: Any, evaluating: bool = False) -> models.Figures | None:
         """Fetches the metrics of a step, checks them, logs them; evaluates if asked."""
         values = {k: float(v) for k, v in jax.device_get(metrics).items()}
         tokens = int(values.pop("step_tokens"))
@@ -282,14 +289,13 @@ class _Run:
         }
         evaluation = None
         if evaluating:
-            eval_step = lambda batch: self._eval_step(self.state.params, batch)
-            evaluation = evaluate(eval_step, self._heldout_batches(), self.heldout.bytes)
-            record["heldout_loss"] = evaluation.loss
-            record["heldout_bits_per_byte"] = evaluation.bits_per_byte
-            self._say(
-                f"step {step}: held-out loss {evaluation.loss:.4f}, "
-                f"{evaluation.bits_per_byte:.4f} bits per byte on {evaluation.tokens:,} tokens"
-            )
+            eval_step = lambda batch: self.program.eval_step(self.state.params, batch)
+            objective = self.program.model.objective
+            evaluation = evaluate(objective, eval_step, self._heldout_batches(), self.heldout.facts())
+            record |= evaluation.record()
+            self._say(f"step {step}: {evaluation.line()}")
+            self._evaluation = evaluation
+        self._record = record
         if self.log is not None:
             self.log.write(record)
         self.progress.update(step, record)
@@ -303,9 +309,9 @@ class _Run:
         assert self.heldout is not None
         for batch in self.heldout:
             self.processes.working()
-            yield sharding.put_batch(batch, self.mesh)
+            yield self.program.put(batch)
 
-    def _save(self, step: int, evaluation: Evaluation | None) -> None:
+    def _save(self, step: int, evaluation: models.Figures | None) -> None:
         loss = None if evaluation is None else evaluation.loss
         host = Host(self.tokens, self.loader.get_state(), config_lib.to_dict(self.config), loss)
         self.checkpoints.save(step, self.state, host)
@@ -313,29 +319,17 @@ class _Run:
             self.checkpoints.wait()
 
     def _write_samples(self) -> None:
-        count = self.config.train.sample_tokens
-        if not count or self.heldout is None:
+        c = self.config
+        if not c.train.sample_tokens or self.heldout is None or not self.program.model.objective.decodes:
             return
-        # The same prompts in every process: they run one program, whose steps depend on them.
-        micro = micro_batches(self.config)
-        same = data_lib.heldout_loader(micro, self.tokenizer, batches=1, rows=range(min(2, micro.batch)))
-        batch = next(iter(same))
-        prompts = []
-        for tokens, segments in list(zip(batch["tokens"], batch["segments"])):
-            document = tokens[segments == 1]
-            if len(document):
-                prompts.append(document[: min(len(document), 64)])
-        sampling = Sampling(
-            count, temperature=0.8, top_p=0.95, seed=self.config.seed,
-            stop=self.tokenizer.eod_id, vocab=self.tokenizer.vocab_size,
-        )  # fmt: skip
-        out = generate(self.model.merge, self.state.params, prompts, sampling)
-        if not self.processes.first:
-            return
-        with (self.path / "samples.txt").open("a", encoding="utf-8") as file:
-            for prompt, new in zip(prompts, out.tokens):
-                text = f"=== step {self.config.train.steps} · prompt ===\n{self.tokenizer.decode(prompt)}\n"
-                file.write(f"{text}=== continuation ===\n{self.tokenizer.decode(new)}\n\n")
+        model, streamed = self.program.model, self.program.streamed
+        made = samples.continuations(
+            model.merge, self.state.params, self.micro, c.train.sample_tokens, c.seed, streamed
+        )
+        if self.processes.first:
+            with (self.path / "samples.txt").open("a", encoding="utf-8") as file:
+                for prompt, text in made:
+                    file.write(f"=== step {c.train.steps} · prompt ===\n{prompt}\n=== continuation ===\n{text}\n\n")
 
     @contextlib.contextmanager
     def _profiled(self, step: int) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import json
 import logging
@@ -19,13 +20,11 @@ from attnlab import config as config_lib
 from attnlab import ops
 from attnlab.errors import ConfigError, Damaged, UserError
 from attnlab.train import files, optimizers
-from attnlab.train.config import FREE_KEYS, RunConfig
-from attnlab.train.state import Model, init_state
+from attnlab.train.config import RunConfig, free_keys, placement_keys
+from attnlab.train.program import Program
 
 log = logging.getLogger(__name__)
 
-# Where and how a run is computed, which is for whoever has the devices to say: its numbers change by rounding only.
-_PLACE = ("mesh.", "model.remat", "model.unroll")
 _PACKAGES = ("attnlab", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
 
 
@@ -112,13 +111,14 @@ def check_same(workdir: pathlib.Path, old: dict[str, Any], new: RunConfig, *, sa
       new: the config asked for.
       saved: whether there is a checkpoint that `new` would have to fit.
     """
+    old, place = _filled(old), placement_keys(new)
     changed = [
         (key, f"{key}: {config_lib.show(a)} -> {config_lib.show(b)}")
         for key, a, b in config_lib.difference(old, config_lib.to_dict(new))
-        if key not in FREE_KEYS and not (key == "optimizer.warmup" and _same_warmup(a, old, new))
+        if key not in free_keys(new) and not (key == "optimizer.warmup" and _same_warmup(a, old, new))
     ]
-    moved = [text for key, text in changed if key.startswith(_PLACE)]
-    changed = [(key, text) for key, text in changed if not key.startswith(_PLACE)]
+    moved = [text for key, text in changed if key.startswith(place)]
+    changed = [(key, text) for key, text in changed if not key.startswith(place)]
     if changed and new.train.on_config_change == "stop":
         shown = "; ".join(text for _, text in changed[:6])
         shown += f"; and {len(changed) - 6} more" if len(changed) > 6 else ""
@@ -132,6 +132,14 @@ def check_same(workdir: pathlib.Path, old: dict[str, Any], new: RunConfig, *, sa
         log.info("%s goes on with %s: the same examples, and losses that differ by rounding", workdir, "; ".join(moved))
 
 
+def _filled(tree: dict[str, Any]) -> dict[str, Any]:
+    """A config's tree with the keys that have come since it was written, at their defaults."""
+    try:
+        return config_lib.to_dict(config_lib.build(RunConfig, copy.deepcopy(tree)))
+    except ConfigError:
+        return tree
+
+
 def _same_warmup(warmup: Any, old: dict[str, Any], new: RunConfig) -> bool:
     """Whether a warm-up of the old run is as many steps as the new one's, be it a share or a number."""
     steps = config_lib.flatten(old).get("train.steps")
@@ -141,14 +149,17 @@ def _same_warmup(warmup: Any, old: dict[str, Any], new: RunConfig) -> bool:
     return optimizers.warmup_steps(warmup, steps) == now
 
 
-def require_same_arrays(workdir: pathlib.Path, old: dict[str, Any], new: RunConfig) -> None:
+def require_same_arrays(
+    workdir: pathlib.Path, old: dict[str, Any], new: RunConfig, *, parameters_alone: bool = False
+) -> None:
     """Raises UserError unless `new` has the parameters and optimizer state that the run of config `old` saved."""
     try:
         before = _arrays(config_lib.build(RunConfig, old))
     except ConfigError as error:
         raise UserError(f"the config.json of {workdir} is of another version of attnlab: {error}") from None
     after = _arrays(new)
-    differing = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
+    kept = lambda key: key.startswith("params.") or not parameters_alone
+    differing = sorted(k for k in before.keys() | after.keys() if kept(k) and before.get(k) != after.get(k))
     if differing:
         key = differing[0]
         raise UserError(
@@ -159,7 +170,5 @@ def require_same_arrays(workdir: pathlib.Path, old: dict[str, Any], new: RunConf
 
 
 def _arrays(config: RunConfig) -> dict[str, str]:
-    model = Model.of(config.model)
-    tx = optimizers.build(config.optimizer, config.train.steps, model.usages)
-    leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(lambda: init_state(model, tx, config.seed)))
+    leaves = jax.tree_util.tree_leaves_with_path(Program(config, batches=False).shapes)
     return {jax.tree_util.keystr(p, simple=True, separator="."): f"{x.dtype}{list(x.shape)}" for p, x in leaves}

@@ -8,20 +8,15 @@ import logging
 import pathlib
 from typing import Any
 
-import jax
-import numpy as np
-
 from attnlab import config as config_lib
 from attnlab import data as data_lib
+from attnlab import models
 from attnlab.errors import Damaged, UserError
-from attnlab.evaluate.generate import Sampling
-from attnlab.evaluate.perplexity import Evaluation, evaluate
-from attnlab.train import metadata, optimizers, sharding, workdir
+from attnlab.evaluate.heldout import evaluate
+from attnlab.train import metadata, workdir
 from attnlab.train.checkpoints import Checkpoints
 from attnlab.train.config import RunConfig
-from attnlab.train.loop import load_tokenizer, micro_batches
-from attnlab.train.state import Model, init_state, state_shardings
-from attnlab.train.step import make_eval_step
+from attnlab.train.program import Program, open_data
 
 log = logging.getLogger(__name__)
 
@@ -32,17 +27,17 @@ class Trained:
 
     Attributes:
       config: the run's, as the checkpoint knows it, with the overrides.
-      trained_on: where the loader stood when it was saved: tokenizer, digest and split of the data.
+      data: of the config, opened.
+      trained_on: where the loader stood when it was saved, and what its batches depended on.
       trained_length: positions of the rows that it was trained on.
       named_other_data: whether an override names the data.
       notes: what whoever reads a figure of it must know.
     """
 
     config: RunConfig
-    model: Model
+    program: Program
     params: Any
-    tokenizer: data_lib.Tokenizer
-    mesh: jax.sharding.Mesh
+    data: data_lib.Data
     step: int
     trained_on: dict[str, Any]
     trained_length: int
@@ -62,8 +57,8 @@ def load(
       evaluating: whether batches of the config's shape will be run, which its mesh must then divide.
 
     Raises:
-      UserError: no run, no such checkpoint, none that can be read, an override that is wrong, or a tokenizer that is
-        not the one it was trained with.
+      UserError: no run, no such checkpoint, none that can be read, an override that is wrong, or data that it
+        cannot be run on.
     """
     overrides = overrides or []
     if metadata.read_config(path) is None:
@@ -96,66 +91,34 @@ def _load(path: pathlib.Path, checkpoints: Checkpoints, step: int, overrides: li
     host = checkpoints.host(step)
     old = copy.deepcopy(host.config)  # overrides are laid over the tree itself
     config = config_lib.build(RunConfig, config_lib.apply_overrides(host.config, overrides))
-    if any(o.startswith(("model.", "optimizer")) for o in overrides):
-        metadata.require_same_arrays(path, old, config)
-    tokenizer = load_tokenizer(config)
-    named = any(o.startswith("data.source=") for o in overrides)
-    notes = []
-    if tokenizer.fingerprint() != host.data["tokenizer"]:
-        if not named:
-            raise UserError(
-                f"data.tokenizer = {config.data.tokenizer!r} is not the tokenizer that checkpoint {step} in {path} was "
-                "trained with, whatever its name: its ids mean other text\ngive that one with "
-                "--config.data.tokenizer, or name other data, too, with --config.data.source"
-            )
-        notes.append("with another tokenizer than it was trained with")
+    if any(o.startswith("model.") for o in overrides):
+        metadata.require_same_arrays(path, old, config, parameters_alone=True)
+    data = open_data(config)
+    named = any(o.startswith(f"data.{field}=") for o in overrides for field in data.names_other)
+    notes = data.require_readable(host.data, f"checkpoint {step} in {path}", named=named)
 
-    rows, length = (config.data.batch // config.train.accumulate, config.data.length) if evaluating else (0, 0)
-    mesh = sharding.make_mesh(config.mesh, rows, length=length)
-    model = Model.of(config.model)
-    tx = optimizers.build(config.optimizer, config.train.steps, model.usages)
-    shapes = jax.eval_shape(lambda: init_state(model, tx, config.seed))
-    like = jax.tree.map(
-        lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, state_shardings(mesh, model, tx)
-    )
-    state, _ = checkpoints.restore(step, like)
-    trained_length = old["data"]["length"]
-    return Trained(
-        config, model, state.params, tokenizer, mesh, step, host.data, trained_length, named, tuple(notes)
-    )  # fmt: skip
+    program = Program.of(config, batches=evaluating)
+    params, _ = checkpoints.restore_params(step, program.params)
+    trained_length = config_lib.build(RunConfig, old).data.length
+    return Trained(config, program, params, data, step, host.data, trained_length, named, tuple(notes))
 
 
-def evaluate_heldout(trained: Trained, batches: int | None = None) -> tuple[Evaluation, list[str]]:
-    """Held-out loss over all of the data's held-out batches, or the first `batches`; and what to know of it.
+def evaluate_heldout(trained: Trained, batches: int | None = None) -> tuple[models.Figures, list[str]]:
+    """Figures over all of the data's held-out batches, or the first `batches`; and what to know of them.
 
     Raises:
       UserError: the data is not that of the training, or split another way, and no override names other data.
     """
-    config = trained.config
-    loader = data_lib.heldout_loader(micro_batches(config), trained.tokenizer, batches=batches)
-    notes = [*trained.notes, *_on_data(trained, loader.summary()["digest"]), *beyond(trained, config.data.length)]
-    step = jax.jit(make_eval_step(trained.model, config.train, trained.mesh))
-    placed = (sharding.put_batch(batch, trained.mesh) for batch in loader)
-    return evaluate(lambda batch: step(trained.params, batch), placed, loader.bytes), notes
-
-
-def _on_data(trained: Trained, digest: str) -> list[str]:
-    """What to know of a figure on this data."""
-    before, data = trained.trained_on, trained.config.data
-    if digest == before["data"]:
-        if data.heldout != before["heldout"]:
-            raise UserError(
-                f"data.heldout = {data.heldout} holds out text that checkpoint {trained.step} was trained on, with "
-                f"{before['heldout']}; allowed: {before['heldout']}, or other data with --config.data.source"
-            )
-        return []
-    if not trained.named_other_data:
-        raise UserError(
-            f"the text of data.source = {data.source!r} is not what checkpoint {trained.step} was trained on (digest "
-            f"{digest[:12]}, was {before['data'][:12]}): what is held out of it may have been trained on\n"
-            "restore it, or say that it is other data with --config.data.source"
-        )
-    return [f"on other data than it was trained on ({data.source})"]
+    config, program = trained.config, trained.program
+    data = trained.data.resized(config.data.batch // config.train.accumulate)
+    heldout = data.heldout(batches=batches)
+    known = data.require_heldout(
+        heldout, trained.trained_on, f"checkpoint {trained.step}", named=trained.named_other_data
+    )
+    notes = [*trained.notes, *known, *beyond(trained, config.data.length)]
+    placed = (program.put(batch) for batch in heldout)
+    step = lambda batch: program.eval_step(trained.params, batch)
+    return evaluate(program.model.objective, step, placed, heldout.facts()), notes
 
 
 def beyond(trained: Trained, length: int) -> list[str]:
@@ -163,27 +126,3 @@ def beyond(trained: Trained, length: int) -> list[str]:
     if length <= trained.trained_length:
         return []
     return [f"{length:,} positions, and it was trained on rows of {trained.trained_length:,}"]
-
-
-def prepare_prompts(
-    tokenizer: data_lib.Tokenizer, sampling: Sampling, prompts: list[str], samples: int, stop: str
-) -> tuple[Sampling, list[np.ndarray]]:
-    """Prompts as ids, each `samples` times, and the sampling with its stop token.
-
-    Args:
-      stop: `eod`, `none`, or the text of one token.
-
-    Raises:
-      UserError: `stop` is not one token.
-    """
-    stop_id: int | None = tokenizer.eod_id
-    if stop == "none":
-        stop_id = None
-    elif stop != "eod":
-        ids = tokenizer.encode(stop)
-        if len(ids) != 1:
-            raise UserError(f"--stop {stop!r} is {len(ids)} tokens; allowed: eod, none, or the text of one token")
-        stop_id = int(ids[0])
-    start = np.asarray([tokenizer.eod_id], np.int32)
-    ids = [np.concatenate([start, tokenizer.encode(p)]) for p in prompts for _ in range(samples)]
-    return dataclasses.replace(sampling, stop=stop_id, vocab=tokenizer.vocab_size), ids

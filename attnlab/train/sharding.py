@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from attnlab.batch import Spec
 from attnlab.errors import ConfigError
 from attnlab.train.config import MeshConfig
 
@@ -169,13 +170,15 @@ def optimizer_shardings(mesh: Mesh, tx: optax.GradientTransformation, shapes: An
     return jax.tree_util.tree_map_with_path(one, jax.eval_shape(tx.init, shapes))
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of arrays [B, T]."""
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXES, "context"))
+def batch_sharding(mesh: Mesh, axes: tuple[str | None, ...] = ("seq",)) -> NamedSharding:
+    """Of an array of a batch, by the logical axes of its rows."""
+    rules = ACTIVATION_RULES
+    return NamedSharding(mesh, PartitionSpec(rules["batch"], *(rules.get(axis) if axis else None for axis in axes)))
 
 
-def put_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
+def put_batch(batch: Mapping[str, Any], mesh: Mesh, spec: Spec) -> dict[str, jax.Array]:
     """Global arrays from this process's rows (`rows_of_process`), of which it has all positions."""
-    sharding, held = batch_sharding(mesh), len(_shards_of(mesh, None))
+    held = len(_shards_of(mesh, None))
     whole = lambda v: (v.shape[0] // held * _shards(mesh), *v.shape[1:])
-    return {k: jax.make_array_from_process_local_data(sharding, v, whole(v)) for k, v in batch.items()}
+    place = lambda k, v: jax.make_array_from_process_local_data(batch_sharding(mesh, spec[k].axes), v, whole(v))
+    return {k: place(k, v) for k, v in batch.items()}

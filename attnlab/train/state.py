@@ -11,9 +11,8 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from attnlab import models
 from attnlab.mixers import roles
-from attnlab.models.lm import LanguageModel
-from attnlab.models.transformer import ModelConfig
 from attnlab.train import sharding
 
 
@@ -41,36 +40,40 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A language model taken apart: what is static, and how its parameters look.
+    """A model taken apart: what is static, and how its parameters look.
 
     Attributes:
-      graphdef: with parameters it merges into a LanguageModel.
+      objective: the class of its config's name.
+      graphdef: with parameters it merges into an `Objective`.
       shapes: nnx.State of ShapeDtypeStructs.
       axes: pure dict of logical axes.
       usages: pure dict of what optimizers know of each parameter.
     """
 
-    config: ModelConfig
+    config: Any
+    objective: type[models.Objective]
     graphdef: Any
     shapes: nnx.State
     axes: Any
     usages: Any
 
     @classmethod
-    def of(cls, config: ModelConfig) -> Model:
+    def of(cls, config: Any) -> Model:
         """Traces the construction; no array is made."""
-        graphdef, shapes = nnx.split(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))), nnx.Param)
-        return cls(config, graphdef, shapes, sharding.logical_axes(shapes), roles.usages(shapes))
+        objective = models.of(config)
+        graphdef, shapes = nnx.split(nnx.eval_shape(lambda: objective(config, rngs=nnx.Rngs(0))), nnx.Param)
+        return cls(config, objective, graphdef, shapes, sharding.logical_axes(shapes), roles.usages(shapes))
 
-    def merge(self, params: Any) -> LanguageModel:
+    def merge(self, params: Any) -> Any:
         """The module with these parameters (a pure dict)."""
         state = jax.tree.map(lambda x: x, self.shapes)
         nnx.replace_by_pure_dict(state, params)
         return nnx.merge(self.graphdef, state)
 
-    def init(self, seed: int) -> Any:
-        """Fresh parameters, a pure dict."""
-        return nnx.to_pure_dict(nnx.state(LanguageModel(self.config, rngs=nnx.Rngs(seed)), nnx.Param))
+    def init(self, seed: Any) -> Any:
+        """Fresh parameters, a pure dict; the seed is an integer, traced or not."""
+        rngs = nnx.Rngs(jax.random.key(seed))
+        return nnx.to_pure_dict(nnx.state(self.objective(self.config, rngs=rngs), nnx.Param))
 
     @property
     def pure_shapes(self) -> Any:
@@ -86,7 +89,7 @@ def state_shardings(mesh: Mesh, model: Model, tx: optax.GradientTransformation) 
     return TrainState(scalar, params, moments, scalar, scalar, scalar)
 
 
-def init_state(model: Model, tx: optax.GradientTransformation, seed: int) -> TrainState:
+def init_state(model: Model, tx: optax.GradientTransformation, seed: Any) -> TrainState:
     """The state before the first step; jit it with `out_shardings=state_shardings(...)`."""
     params = model.init(seed)
     key = jax.random.key_data(jax.random.fold_in(jax.random.key(seed), 1))

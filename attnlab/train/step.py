@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from attnlab.models.objective import require_own
 from attnlab.parallel import partition
 from attnlab.train import sharding
 from attnlab.train.config import TrainConfig
@@ -19,10 +20,10 @@ from attnlab.train.state import Model, TrainState
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
-# What a step and the loop report themselves.
+# What a step and the loop report themselves, besides what begins with `heldout_`.
 _RESERVED = (
-    "step", "loss", "z_loss", "tokens", "step_tokens", "tokens_per_second", "step_seconds", "mfu", "grad_norm",
-    "learning_rate", "nonfinite", "skipped", "heldout_loss", "heldout_bits_per_byte",
+    "step", "weight", "tokens", "step_tokens", "tokens_per_second", "step_seconds", "mfu", "grad_norm",
+    "learning_rate", "nonfinite", "skipped",
 )  # fmt: skip
 
 
@@ -35,7 +36,7 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The step `(state, batch) -> (state, metrics)`.
 
-    The loss is the mean over the tokens of the whole batch, however it is split into micro-batches or over devices. A
+    The loss is the mean over the weights of the whole batch, however it is split into micro-batches or over devices. A
     step whose loss or gradients are not finite changes no parameter and no moment, and is counted.
 
     Args:
@@ -46,20 +47,14 @@ def make_train_step(
       mesh: where it runs; None: on one device.
     """
 
+    options = {name: getattr(config, name) for name in model.objective.options}
+
     def micro_loss(params: Any, micro: Batch, key: jax.Array | None) -> tuple[jax.Array, Metrics]:
-        """Loss summed over the micro-batch's tokens; the mixers' losses weigh as many tokens."""
-        nll, lse, out = model.merge(params).token_losses(micro, key, chunk=config.loss_chunk)
-        tokens = jnp.sum(micro["segments"] > 0).astype(nll.dtype)
-        sums = {"loss": jnp.sum(nll)}
-        if config.z_loss:
-            sums["z_loss"] = config.z_loss * jnp.sum(lse * lse)
-        names = [*_RESERVED, *out.losses, *out.metrics]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"mixers' losses and metrics need names of their own; taken: {', '.join(twice)}")
-        total = sums["loss"] + sums.get("z_loss", 0) + tokens * sum(out.losses.values())
-        for group in (out.losses, out.metrics):
-            sums |= {name: tokens * value.astype(nll.dtype) for name, value in group.items()}
-        return total, sums | {"tokens": tokens}
+        """Loss summed over the micro-batch, and the sums of all that is logged."""
+        sums = model.merge(params).loss(micro, key, options)
+        logged = sums.losses | sums.metrics
+        require_own(name for name in logged if name in _RESERVED or name.startswith("heldout_"))
+        return sums.total, logged | {"weight": sums.weight, "tokens": sums.tokens}
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = None
@@ -70,8 +65,8 @@ def make_train_step(
             (_, sums), grads = gradient(state.params, batch, key)
         else:
             grads, sums = _accumulate(gradient, state.params, batch, key, config.accumulate)
-        tokens = sums.pop("tokens")
-        share = 1 / jnp.maximum(tokens, 1)
+        tokens, weight = sums.pop("tokens"), sums.pop("weight")
+        share = 1 / jnp.maximum(weight, 1)
         grads = jax.tree.map(lambda g: g * share.astype(g.dtype), grads)
         metrics = {name: value * share for name, value in sums.items()}
 
@@ -130,17 +125,11 @@ def make_eval_step(model: Model, config: TrainConfig, mesh: Mesh | None = None) 
       mesh: where it runs; None: on one device.
 
     Returns:
-      Sums over the batch: `nll` [T] by position in the row's document, `tokens` [T].
+      Sums over the batch, as the model's `Objective.evaluate` makes them.
     """
+    options = {name: getattr(config, name) for name in model.objective.options}
 
     def eval_step(params: Any, batch: Batch) -> Metrics:
-        nll, _, _ = model.merge(params).token_losses(batch, chunk=config.loss_chunk)
-        used = batch["segments"] > 0
-        length = nll.shape[1]
-        by_position = lambda values: jnp.zeros((length,), nll.dtype).at[batch["positions"]].add(values)
-        return {
-            "nll": by_position(nll),
-            "tokens": by_position(used.astype(nll.dtype)),
-        }
+        return model.merge(params).evaluate(batch, options)
 
     return partition.traced(eval_step, mesh, sharding.ACTIVATION_RULES)

@@ -10,7 +10,8 @@ import pytest
 from attnlab import memory, mixers
 from attnlab.errors import ConfigError, UserError
 from attnlab.evaluate.generate import Sampling, generate, sample
-from attnlab.models.transformer import ModelConfig, mixer_table
+from attnlab.models.lm import LanguageModelConfig
+from attnlab.models.transformer import mixer_table
 from attnlab.train.state import Model
 
 PROMPTS = [np.array([7], np.int32), np.arange(1, 12, dtype=np.int32), np.array([3, 1, 4], np.int32)]
@@ -19,7 +20,7 @@ PROMPTS = [np.array([7], np.int32), np.arange(1, 12, dtype=np.int32), np.array([
 @pytest.fixture(scope="module")
 def trained():
     nodes = {"A": {"name": "softmax", "heads": 2, "window": 5}, "B": {"name": "gated", "heads": 2}}
-    config = ModelConfig(vocab=19, width=16, layers=2, mixers=mixer_table(nodes, "m"), pattern="AB")
+    config = LanguageModelConfig(vocab=19, width=16, layers=2, mixers=mixer_table(nodes, "m"), pattern="AB")
     model = Model.of(config)
     return model, model.init(0)
 

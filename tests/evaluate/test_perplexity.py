@@ -4,7 +4,8 @@ import math
 
 import numpy as np
 
-from attnlab.evaluate.perplexity import evaluate
+from attnlab.evaluate.heldout import evaluate
+from attnlab.models.lm import LanguageModel
 
 
 def test_figures_follow_from_sums():
@@ -13,7 +14,7 @@ def test_figures_follow_from_sums():
         {"nll": np.array([4.0, 2.0, 1.0, 1.0]), "tokens": np.array([2.0, 2.0, 1.0, 1.0])},
         {"nll": np.array([2.0, 0.0, 0.0, 0.0]), "tokens": np.array([2.0, 0.0, 0.0, 0.0])},
     ]
-    result = evaluate(lambda b: b, batches, 10)
+    result = evaluate(LanguageModel, lambda b: b, batches, {"bytes": 10})
     assert result.tokens == 8
     assert math.isclose(result.loss, 10 / 8)
     assert math.isclose(result.perplexity, math.exp(10 / 8))

@@ -15,7 +15,8 @@ from attnlab.mixers.parts import Linear
 from attnlab.mixers.roles import Fused, Role, param, usages
 from attnlab.mixers.titans import TitansConfig
 from attnlab.mixers.titans_memory import Memory, unit
-from attnlab.models.transformer import ModelConfig, mixer_table
+from attnlab.models.lm import LanguageModelConfig
+from attnlab.models.transformer import mixer_table
 from attnlab.train.state import Model
 from tests.mixers import cases
 
@@ -95,7 +96,7 @@ def test_matrices_begin_as_matrices(name):
 def test_roles_of_the_language_model(tied):
     """Embedding and output projection are no matrices; the SwiGLU's are, and norms are scales."""
     layers = mixer_table({"M": {"name": "softmax"}}, "mixers")
-    model = Model.of(ModelConfig(vocab=20, width=16, layers=2, mixers=layers, tied=tied))
+    model = Model.of(LanguageModelConfig(vocab=20, width=16, layers=2, mixers=layers, tied=tied))
     found = {name: usage.role for name, usage in by_name(model.shapes).items()}
     block = "transformer.periods.blocks.0"
     matrices = {f"{block}.mixer.{n}" for n in "q k v out".split()} | {

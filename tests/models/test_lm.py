@@ -10,8 +10,8 @@ from flax import nnx
 
 from attnlab import mixers
 from attnlab.models.cost import model_cost
-from attnlab.models.lm import LanguageModel
-from attnlab.models.transformer import REMAT, Block, ModelConfig, mixer_table
+from attnlab.models.lm import LanguageModel, LanguageModelConfig
+from attnlab.models.transformer import REMAT, Block, mixer_table
 from attnlab.ops.cross_entropy import cross_entropy
 from tests.mixers import precision
 from tests.mixers.cases import POSITIONS, SEGMENTS
@@ -26,7 +26,7 @@ def x64():
 def config(**fields):
     table = mixer_table({"A": {"name": "softmax", "heads": 2}, "B": {"name": "gated", "heads": 2, "window": 3}}, "m")
     base = dict(vocab=23, width=8, layers=4, mixers=table, pattern="AB", dtype="float64")
-    return ModelConfig(**{**base, **fields})
+    return LanguageModelConfig(**{**base, **fields})
 
 
 def batch():

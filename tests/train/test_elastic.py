@@ -11,9 +11,9 @@ import pytest
 
 from attnlab import data as data_lib
 from attnlab.errors import UserError
-from attnlab.train import optimizers, sharding
+from attnlab.train import optimizers
 from attnlab.train.checkpoints import Checkpoints, Host
-from attnlab.train.state import Model, init_state, state_shardings
+from attnlab.train.program import Program
 from tests.train import runs
 
 STEPS = 6
@@ -95,11 +95,7 @@ def assert_goes_on(whole, workdir, read, after):
 
 def placed(config):
     """What the state is on the config's mesh: ShapeDtypeStructs with shardings."""
-    model = Model.of(config.model)
-    tx = optimizers.build(config.optimizer, config.train.steps, model.usages)
-    shapes = jax.eval_shape(lambda: init_state(model, tx, config.seed))
-    where = state_shardings(sharding.make_mesh(config.mesh, config.data.batch), model, tx)
-    return jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, where)
+    return Program.of(config).state
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ import pytest
 from attnlab import config as config_lib
 from attnlab.errors import ConfigError
 from attnlab.mixers.roles import Fused, Role, Usage
-from attnlab.models.transformer import ModelConfig, mixer_table
+from attnlab.models.lm import LanguageModelConfig
+from attnlab.models.transformer import mixer_table
 from attnlab.train import optimizers, sharding
 from attnlab.train.config import MeshConfig
 from attnlab.train.state import Model
@@ -170,7 +171,11 @@ MODELS = {  # between them, every role and every layout of a fused kernel
 def test_whole_models(name, mixers):
     """Without gradients exactly matrices move; with them Muon's updates of matrices are orthogonal, part by part."""
     table = MODELS[mixers]
-    model = Model.of(ModelConfig(20, 16, 2 * len(table), mixer_table(table, "mixers"), "".join(table)))
+    model = Model.of(
+        LanguageModelConfig(
+            vocab=20, width=16, layers=2 * len(table), mixers=mixer_table(table, "mixers"), pattern="".join(table)
+        )
+    )
     rng = np.random.default_rng(0)
     draw = lambda: jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape), s.dtype), model.pure_shapes)
     weights, grads = draw(), draw()

@@ -11,19 +11,15 @@ import pytest
 
 from attnlab.errors import ConfigError
 from attnlab.mixers.softmax import Softmax
-from attnlab.train import optimizers, sharding
+from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
-from attnlab.train.state import Model, init_state, state_shardings
-from attnlab.train.step import make_eval_step, make_train_step
+from attnlab.train.program import Program
+from attnlab.train.step import make_train_step
 from tests.train import runs
 
 
 def make(**overrides):
-    config = runs.config("stdlib", **{"optimizer__clip": 0.5, **overrides})
-    model = Model.of(config.model)
-    tx = optimizers.build(config.optimizer, config.train.steps, model.usages)
-    step = make_train_step(model, tx, config.train, optimizers.schedule(config.optimizer, config.train.steps))
-    return config, model, tx, step
+    return Program(runs.config("stdlib", **{"optimizer__clip": 0.5, **overrides}))
 
 
 def ragged_batch():
@@ -36,13 +32,20 @@ def ragged_batch():
 
 
 def run(steps=3, **overrides):
-    config, model, tx, step = make(**overrides)
-    state = init_state(model, tx, 0)
-    step, metrics = jax.jit(step), []
+    program = make(**overrides)
+    state, metrics = program.init(0), []
     for _ in range(steps):
-        state, m = step(state, ragged_batch())
+        state, m = program.train_step(state, program.put(ragged_batch()))
         metrics.append(jax.device_get(m))
     return state, metrics
+
+
+def params_and_losses():
+    """Fresh parameters, and the losses by token of these: nll and log-partitions [8, 32]."""
+    program = make()
+    params = program.init(0).params
+    nll, lse, _ = program.model.merge(params).token_losses(ragged_batch())
+    return params, nll, lse
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +60,7 @@ def assert_same(a, b, tolerance=1e-5):
 
 def test_loss_is_the_mean_over_tokens(whole):
     """The loss is the sum of the tokens' losses over the number of tokens, not a mean of rows' means."""
-    config, model, tx, _ = make()
-    state = init_state(model, tx, 0)
-    nll, _, _ = model.merge(state.params).token_losses(ragged_batch())
+    _, nll, _ = params_and_losses()
     tokens = ragged_batch()["segments"].sum()
     assert whole[1][0]["step_tokens"] == tokens
     np.testing.assert_allclose(whole[1][0]["loss"], float(nll.sum()) / tokens, rtol=1e-5)
@@ -77,9 +78,7 @@ def test_accumulation_changes_nothing(whole, parts):
 
 def test_micro_batches_weigh_by_tokens():
     """The test above can fail: a mean of the micro-batches' means is another number here."""
-    config, model, tx, _ = make()
-    params = init_state(model, tx, 0).params
-    nll, _, _ = model.merge(params).token_losses(ragged_batch())
+    _, nll, _ = params_and_losses()
     used = ragged_batch()["segments"]
     halves = [nll[i::2].sum() / used[i::2].sum() for i in (0, 1)]
     assert abs(float(np.mean(halves)) - float(nll.sum() / used.sum())) > 1e-3
@@ -96,14 +95,10 @@ MESHES = (
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_meshes_change_nothing(whole, mesh):
     """Law 6 for the whole step: losses of three steps on 8 devices are those of one."""
-    config, model, tx, _ = make()
-    devices = sharding.make_mesh(MeshConfig(**mesh), 8)
-    step = make_train_step(model, tx, config.train, optimizers.schedule(config.optimizer, config.train.steps), devices)
-    shardings = state_shardings(devices, model, tx)
-    state = jax.jit(lambda: init_state(model, tx, 0), out_shardings=shardings)()
-    step = jax.jit(step, out_shardings=(shardings, None))
+    program = make(mesh=mesh)
+    state = program.init(0)
     for expected in whole[1]:
-        state, metrics = step(state, sharding.put_batch(ragged_batch(), devices))
+        state, metrics = program.train_step(state, program.put(ragged_batch()))
         np.testing.assert_allclose(metrics["loss"], expected["loss"], atol=1e-5)
     moment = state.opt_state[1][0].mu["embedding"]
     assert moment.sharding.is_equivalent_to(state.params["embedding"].sharding, 2)
@@ -111,12 +106,12 @@ def test_meshes_change_nothing(whole, mesh):
 
 def test_non_finite_gradients_update_nothing(whole):
     """A poisoned parameter gives NaN gradients: nothing moves, the steps are counted; finite ones reset the count."""
-    config, model, tx, step = make()
-    state = init_state(model, tx, 0)
+    program = make()
+    step = jax.jit(make_train_step(program.model, program.tx, program.config.train, program.rate))
+    state = program.init(0)
     bad = state.params["norm"]["scale"].at[0].set(jnp.nan)
     poisoned = jax.tree.map(lambda x: x, state)
     poisoned.params["norm"]["scale"] = bad
-    step = jax.jit(step)
     after, metrics = step(poisoned, ragged_batch())
     after, metrics = step(after, ragged_batch())
     assert metrics["nonfinite"] == 2 and after.skipped == 2 and after.step == 2
@@ -131,8 +126,7 @@ def test_z_loss_is_added_and_reported():
     """The z-loss is its coefficient times the mean squared log-partition; `loss` stays cross-entropy."""
     plain, _ = run(steps=1), None
     state, metrics = run(steps=1, train__z_loss=0.1)
-    config, model, tx, _ = make()
-    _, lse, _ = model.merge(init_state(model, tx, 0).params).token_losses(ragged_batch())
+    _, _, lse = params_and_losses()
     expected = 0.1 * float((lse**2).sum()) / ragged_batch()["segments"].sum()
     np.testing.assert_allclose(metrics[0]["z_loss"], expected, rtol=1e-5)
     np.testing.assert_allclose(metrics[0]["loss"], plain[1][0]["loss"], rtol=1e-6)
@@ -173,10 +167,9 @@ def test_dropout_draws_anew_each_step():
 
 def test_eval_step_sums_by_position():
     """Sums by position add up to the batch's."""
-    config, model, tx, _ = make()
-    params = init_state(model, tx, 0).params
-    sums = jax.jit(make_eval_step(model, config.train))(params, ragged_batch())
-    nll, _, _ = model.merge(params).token_losses(ragged_batch())
+    params, nll, _ = params_and_losses()
+    program = make()
+    sums = program.eval_step(params, program.put(ragged_batch()))
     b = ragged_batch()
     np.testing.assert_allclose(sums["nll"].sum(), nll.sum(), rtol=1e-5)
     np.testing.assert_allclose(sums["nll"][0], nll[:, 0].sum(), rtol=1e-5)
@@ -204,7 +197,6 @@ def test_smaller_mesh_takes_the_first_devices():
 
 def test_mesh_that_does_not_divide_a_parameter():
     """The parameter, its axis and the mesh axis are named."""
-    config, model, tx, _ = make(model__vocab=259)
-    mesh = sharding.make_mesh(MeshConfig(data=4, tensor=2), 8)
+    program = make(model__vocab=259, mesh={"data": 4, "tensor": 2})
     with pytest.raises(ConfigError, match="mesh.tensor = 2 does not divide 259, the axis 'vocab' of parameter"):
-        state_shardings(mesh, model, tx)
+        program.init(0)

@@ -1,18 +1,16 @@
-"""Held-out loss: perplexity, bits per byte, and the loss by position in the context."""
+"""Figures of a language model on held-out text: perplexity, bits per byte, and the loss by position in the context."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
 from typing import Any
 
-import jax
 import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
+class Perplexity:
     """Sums over held-out tokens.
 
     Attributes:
@@ -57,8 +55,10 @@ class Evaluation:
                 rows.append({"first": lo, "last": hi - 1, "tokens": int(tokens), "loss": loss})
         return rows
 
+    def record(self) -> dict[str, float]:
+        return {"heldout_loss": self.loss, "heldout_bits_per_byte": self.bits_per_byte}
+
     def summary(self) -> dict[str, Any]:
-        """The figures as one JSON object."""
         return {
             "loss": self.loss,
             "perplexity": self.perplexity,
@@ -68,24 +68,15 @@ class Evaluation:
             "by_position": self.by_position(),
         }
 
+    def line(self) -> str:
+        return f"held-out loss {self.loss:.4f}, {self.bits_per_byte:.4f} bits per byte on {self.tokens:,} tokens"
 
-def evaluate(eval_step: Callable[[Any], dict[str, jax.Array]], batches: Iterable[Any], text_bytes: int) -> Evaluation:
-    """Runs `eval_step(batch)`, which gives sums `nll` [T] and `tokens` [T], over all batches.
+    def lines(self) -> list[str]:
+        return [
+            f"loss {self.loss:.4f}, perplexity {self.perplexity:.3f}, {self.bits_per_byte:.4f} bits per byte; "
+            f"{self.tokens:,} held-out tokens"
+        ]
 
-    The next batch is dispatched before the sums of the last are fetched.
-
-    Args:
-      text_bytes: UTF-8 bytes of the text of all batches, see `HeldoutLoader.bytes`.
-    """
-    totals: dict[str, np.ndarray] = {}
-    pending = None
-
-    def add(sums: dict[str, jax.Array] | None) -> None:
-        for name, value in (sums or {}).items():
-            totals[name] = totals.get(name, 0) + np.asarray(value, np.float64)
-
-    for batch in batches:
-        pending, done = eval_step(batch), pending
-        add(done)
-    add(pending)
-    return Evaluation(totals["nll"], totals["tokens"], text_bytes)
+    def table(self) -> tuple[str, list[str], list[list[str]]]:
+        rows = [[f"{r['first']} to {r['last']}", f"{r['tokens']:,}", f"{r['loss']:.4f}"] for r in self.by_position()]
+        return "loss by position in the context", ["positions", "tokens", "loss"], rows

@@ -1,0 +1,106 @@
+"""In-context linear regression: every row is a problem of its own, whose weights only its examples tell.
+
+w ~ N(0, I/d); x_l ~ N(0, C), C_ij = rho^|i-j|; y_l = w.x_l + N(0, noise), as in Garg et al. 2022 (What Can Transformers
+Learn In-Context?) with the noise of Pan et al.'s ICL_linear. A position is a vector of d + 1 numbers: an example
+(x_l, y_l), or a query (x_l, 0), where y_l is to be predicted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from attnlab import batch as batch_lib
+from attnlab import config as config_lib
+from attnlab.data.base import Arrays, register
+from attnlab.data.streams import Stream
+from attnlab.data.task import Task, TaskConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class IclRegressionConfig(TaskConfig):
+    """In-context linear regression.
+
+    Attributes:
+      d: numbers of an x.
+      examples: before the last query, L.
+      noise: variance of what is added to every y.
+      rho: correlation of neighbours in x; 0: none.
+      queries: `last` asks once, after all examples (T = L + 1), as published; `every` asks for every y before it is
+        told, too (T = 2 L + 2), which gives the error for each number of examples.
+    """
+
+    d: int = 5
+    examples: int = 40
+    noise: float = 0.1
+    rho: float = 0.0
+    queries: str = "every"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        need = config_lib.require
+        need(self.d >= 1, "data.d", self.d, "1 or more")
+        need(self.examples >= 1, "data.examples", self.examples, "1 or more")
+        need(self.noise >= 0, "data.noise", self.noise, "0 or more")
+        need(-1 < self.rho < 1, "data.rho", self.rho, "above -1, below 1")
+        config_lib.require_choice("data.queries", self.queries, ["every", "last"])
+
+    @property
+    def length(self) -> int:
+        return 2 * self.examples + 2 if self.queries == "every" else self.examples + 1
+
+    def batch_spec(self) -> batch_lib.Spec:
+        return {
+            "inputs": batch_lib.Field((self.length, self.d + 1), "float32", ("seq", None)),
+            "targets": batch_lib.Field((self.length, 1), "float32", ("seq", None)),
+            "weights": batch_lib.Field((self.length,), "float32", ("seq",)),
+        }
+
+
+@register("icl_regression")
+class IclRegression(Task):
+    """`inputs` [T, d + 1], `targets` [T, 1], `weights` [T]: 1 at queries, 0 elsewhere."""
+
+    Config = IclRegressionConfig
+    names_other = ("d", "examples", "noise", "rho", "queries", "seed")
+
+    def example(self, stream: Stream) -> Arrays:
+        c = self.config
+        w = stream.normal(c.d) / np.sqrt(c.d)
+        x, steps = stream.normal(c.examples + 1, c.d), np.sqrt(1 - c.rho**2)
+        for i in range(1, c.d if c.rho else 1):
+            x[:, i] = c.rho * x[:, i - 1] + steps * x[:, i]
+        y = x @ w + np.sqrt(c.noise) * stream.normal(c.examples + 1)
+        inputs, targets = np.zeros((c.length, c.d + 1)), np.zeros((c.length, 1))
+        queries = self._queries()
+        if c.queries == "every":
+            inputs[0::2, :-1] = inputs[1::2, :-1] = x
+            inputs[1::2, -1] = y
+            targets[queries, 0] = y
+        else:
+            inputs[:, :-1] = x
+            inputs[:-1, -1] = y[:-1]
+            targets[-1, 0] = y[-1]
+        return {"inputs": inputs, "targets": targets, "weights": queries}
+
+    def _queries(self) -> np.ndarray:
+        """bool [T]."""
+        place = np.arange(self.config.length)
+        return place % 2 == 0 if self.config.queries == "every" else place == self.config.length - 1
+
+    def seen(self) -> np.ndarray:
+        place = np.arange(self.config.length)
+        return place // 2 if self.config.queries == "every" else place
+
+    def baselines(self, rows: Arrays) -> dict[str, np.ndarray]:
+        """`zero`; `bayes`: the mean of y given the examples before it, ridge regression with penalty noise * d."""
+        c = self.config
+        x, y = rows["inputs"][..., :-1].astype(np.float64), rows["inputs"][..., -1].astype(np.float64)
+        told = ~self._queries()
+        before = lambda terms: np.cumsum(terms * told.reshape(-1, *(1,) * (terms.ndim - 2)), axis=1)
+        gram = before(x[..., :, None] * x[..., None, :])
+        penalty = max(c.noise * c.d, 1e-9) * np.eye(c.d)
+        weights = np.linalg.solve(gram + penalty, before(x * y[..., None])[..., None])[..., 0]
+        bayes = (weights * x).sum(-1, keepdims=True)
+        return {"zero": np.zeros_like(bayes), "bayes": bayes}

@@ -1,0 +1,174 @@
+"""The contract of a model: the batch that it takes, its loss, its evaluation, its cost.
+
+Training, evaluation and compilation know models by this alone. A kind of model is one file in this package: a config,
+and an `Objective` under `@register(name)`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
+
+import jax
+import numpy as np
+from flax import nnx
+
+from attnlab import batch as batch_lib
+from attnlab import config as config_lib
+from attnlab.mixers import MixerOutput
+
+Batch = Mapping[str, jax.Array]
+DEFAULT = "lm"  # what a config's `model` without a name is
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """A loss, summed over a batch. Gradients and figures are sums over all micro-batches and devices, then divided.
+
+    Attributes:
+      total: what is differentiated.
+      weight: what `total`, `losses` and `metrics` are divided by: tokens, say.
+      tokens: positions that are not padding, for speed.
+      losses: parts of the total by name; `loss` is the first.
+      metrics: what else is logged, times the weight.
+    """
+
+    total: jax.Array
+    weight: jax.Array
+    tokens: jax.Array
+    losses: dict[str, jax.Array]
+    metrics: dict[str, jax.Array]
+
+    @classmethod
+    def of(
+        cls, losses: dict[str, jax.Array], out: MixerOutput, *, weight: jax.Array, tokens: jax.Array | None = None
+    ) -> Sums:
+        """Of a model's own losses, already sums, and the means that its layers report.
+
+        Raises:
+          ValueError: a layer reports under a name that is taken.
+        """
+        names = [*losses, *out.losses, *out.metrics]
+        require_own(name for name in names if names.count(name) > 1)
+        first = losses["loss"]
+        more = [value for name, value in losses.items() if name != "loss"]
+        total = first + sum(more) + weight * sum(out.losses.values())
+        weighted = lambda group: {name: weight * value.astype(first.dtype) for name, value in group.items()}
+        tokens = weight if tokens is None else tokens
+        return cls(total, weight, tokens, losses | weighted(out.losses), weighted(out.metrics))
+
+
+def require_own(taken: Any) -> None:
+    """Raises ValueError if names are taken."""
+    if taken := sorted(set(taken)):
+        raise ValueError(f"losses and metrics need names of their own; taken: {', '.join(taken)}")
+
+
+class Figures(Protocol):
+    """What an evaluation came to."""
+
+    @property
+    def loss(self) -> float:
+        """What the best checkpoint has the least of."""
+
+    def record(self) -> dict[str, float]:
+        """For metrics.jsonl, by name: `heldout_loss`, and others that begin with `heldout_`."""
+
+    def summary(self) -> dict[str, Any]:
+        """All of it as one JSON object."""
+
+    def line(self) -> str:
+        """In words, while training."""
+
+    def lines(self) -> list[str]:
+        """In words, for `attnlab eval`."""
+
+    def table(self) -> tuple[str, list[str], list[list[str]]]:
+        """Title, columns and rows."""
+
+
+class Objective(nnx.Module):
+    """Base class of models.
+
+    Attributes:
+      Config: a frozen dataclass; of a stack of layers: a `StackConfig`.
+      name: the registered name.
+      options: fields of the config's `train` that the loss reads.
+      decodes: whether it continues sequences of tokens (`init_state`, `extend`, `logits`).
+    """
+
+    Config: ClassVar[type]
+    name: ClassVar[str]
+    options: ClassVar[tuple[str, ...]] = ()
+    decodes: ClassVar[bool] = False
+
+    def __init__(self, config: Any, *, rngs: nnx.Rngs):
+        raise NotImplementedError
+
+    @classmethod
+    def batch_spec(cls, config: Any, length: int) -> batch_lib.Spec:
+        """The arrays of a batch whose rows have `length` positions."""
+        raise NotImplementedError
+
+    def loss(self, batch: Batch, key: jax.Array | None, options: Mapping[str, Any]) -> Sums:
+        """The loss of a batch.
+
+        Args:
+          batch: arrays of `batch_spec`.
+          key: of what is random (dropout); None: nothing is.
+          options: values of `options`.
+        """
+        raise NotImplementedError
+
+    def evaluate(self, batch: Batch, options: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """Sums over a held-out batch, which add up over batches."""
+        raise NotImplementedError
+
+    @classmethod
+    def summarize(cls, sums: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> Figures:
+        """Figures from the sums of all held-out batches (float64) and what the data knows of these."""
+        raise NotImplementedError
+
+    @classmethod
+    def cost(cls, config: Any, length: int) -> Any:
+        """`attnlab.models.cost.ModelCost` of sequences of `length` positions."""
+        raise NotImplementedError
+
+
+_REGISTRY: dict[str, type[Objective]] = {}
+
+
+def register(name: str):
+    """Class decorator: makes an Objective known by `name` to configs."""
+
+    def add(cls: type[Objective]) -> type[Objective]:
+        if name in _REGISTRY and _REGISTRY[name].__module__ != cls.__module__:
+            raise ValueError(f"two models are called {name!r}")
+        cls.name = name
+        cls.Config.node_name = name
+        _REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+def names() -> list[str]:
+    """Names of all registered models, in order."""
+    return sorted(_REGISTRY)
+
+
+def of(config: Any) -> type[Objective]:
+    """The Objective that a config is of."""
+    return _REGISTRY[config.node_name]
+
+
+def config_from_node(tree: Any, path: str) -> Any:
+    """The typed config of a node; a language model where it has no name."""
+    if dataclasses.is_dataclass(tree):
+        return tree
+    if isinstance(tree, Mapping):
+        tree = {"name": DEFAULT, **tree}
+    name, rest = config_lib.split_name(tree, path, names())
+    return config_lib.build(_REGISTRY[name].Config, rest, path)

@@ -1,0 +1,175 @@
+"""The program of a run: mesh, model, optimizer, where every array lies, and the compiled steps, put together once.
+
+Training, evaluation, generation, ahead-of-time compilation and benchmarks hold one. Seeds are arguments, so runs that
+differ in their seed alone share a program and what was compiled for it.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from attnlab import data as data_lib
+from attnlab import models
+from attnlab.batch import Spec, require_match
+from attnlab.parallel import partition
+from attnlab.train import optimizers, sharding
+from attnlab.train.config import RunConfig
+from attnlab.train.state import Model, TrainState, init_state, state_shardings
+from attnlab.train.step import make_eval_step, make_train_step
+
+_MOST = 4  # programs that are shared: each holds what was compiled for it
+
+
+class Program:
+    """What runs of a config execute. Nothing is traced or compiled before it is used.
+
+    Args:
+      config: of a run; its seed, names and paths do not matter.
+      devices: those to use; None: all that this program runs on.
+      batches: whether batches of the config's shape will be run, which its mesh must then divide.
+
+    Attributes:
+      chosen: the implementation of each op in the train step, once that was traced; see `attnlab.ops.choices`.
+
+    """
+
+    def __init__(self, config: RunConfig, devices: Sequence[Any] | None = None, *, batches: bool = True):
+        self.config, self._devices, self._batches = config, devices, batches
+        self.chosen: dict[str, Any] = {}
+
+    @classmethod
+    def of(cls, config: RunConfig, devices: Sequence[Any] | None = None, *, batches: bool = True) -> Program:
+        """The program of a config, shared with the runs of this process that compute the same; see the class."""
+        key = (_computed(config), None if devices is None else tuple(devices), batches)
+        if key not in _shared:
+            _shared[key] = cls(config, devices, batches=batches)
+        _shared.move_to_end(key)
+        while len(_shared) > _MOST:
+            _shared.popitem(last=False)
+        return _shared[key]
+
+    @staticmethod
+    def forget() -> None:
+        """Drops the shared programs: their memory, and what was traced of code that has changed since."""
+        _shared.clear()
+
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+        """Of the devices; ConfigError if the config does not fit these."""
+        c = self.config
+        rows, length = (c.data.batch // c.train.accumulate, c.data.length) if self._batches else (0, 0)
+        return sharding.make_mesh(c.mesh, rows, self._devices, length=length)
+
+    @functools.cached_property
+    def model(self) -> Model:
+        """The model, taken apart."""
+        return Model.of(self.config.model)
+
+    @functools.cached_property
+    def rate(self) -> optax.Schedule:
+        """Learning rate by step."""
+        return optimizers.schedule(self.config.optimizer, self.config.train.steps)
+
+    @functools.cached_property
+    def tx(self) -> optax.GradientTransformation:
+        """The optimizer."""
+        return optimizers.build(self.config.optimizer, self.config.train.steps, self.model.usages)
+
+    @functools.cached_property
+    def params(self) -> Any:
+        """ShapeDtypeStructs of the parameters, with their shardings."""
+        shapes = self.model.pure_shapes
+        return _placed(shapes, sharding.parameter_shardings(self.mesh, self.model.axes, shapes))
+
+    @functools.cached_property
+    def shardings(self) -> TrainState:
+        """A NamedSharding for every array of the state."""
+        return state_shardings(self.mesh, self.model, self.tx)
+
+    @functools.cached_property
+    def shapes(self) -> TrainState:
+        """ShapeDtypeStructs of the whole state, wherever it lies."""
+        return jax.eval_shape(lambda: init_state(self.model, self.tx, 0))
+
+    @functools.cached_property
+    def state(self) -> TrainState:
+        """ShapeDtypeStructs of the whole state, with their shardings."""
+        return _placed(self.shapes, self.shardings)
+
+    @functools.cached_property
+    def batch_spec(self) -> Spec:
+        """What the model takes."""
+        return self.model.objective.batch_spec(self.config.model, self.config.data.length)
+
+    @functools.cached_property
+    def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """ShapeDtypeStructs of a step's batch, with their shardings."""
+        one = lambda field: jax.ShapeDtypeStruct(
+            (self.config.data.batch, *field.shape), field.dtype, sharding=sharding.batch_sharding(self.mesh, field.axes)
+        )
+        return {name: one(field) for name, field in self.batch_spec.items()}
+
+    @functools.cached_property
+    def init(self) -> Callable[[int], TrainState]:
+        """`init(seed)`: the state before the first step, jitted."""
+        return jax.jit(lambda seed: init_state(self.model, self.tx, seed), out_shardings=self.shardings)
+
+    @functools.cached_property
+    def train_step(self) -> Any:
+        """`train_step(state, batch) -> (state, metrics)`, jitted; the state given is donated."""
+        step = make_train_step(self.model, self.tx, self.config.train, self.rate, self.mesh)
+        return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
+
+    @functools.cached_property
+    def eval_step(self) -> Any:
+        """`eval_step(params, batch) -> sums`, jitted."""
+        return jax.jit(make_eval_step(self.model, self.config.train, self.mesh))
+
+    def put(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
+        """A batch on the devices, from this process's rows of it (`rows`)."""
+        return sharding.put_batch(batch, self.mesh, self.batch_spec)
+
+    def rows(self, batch: int) -> list[int]:
+        """Which of a batch's rows this process reads."""
+        return sharding.rows_of_process(self.mesh, batch)
+
+    def traced(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """`fn`, traced for this mesh: which implementation runs, and where, depends on it."""
+        return partition.traced(fn, self.mesh, sharding.ACTIVATION_RULES)
+
+    def streamed(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """As `traced`, where the positions of a sequence come one after another and so cannot be split."""
+        return partition.traced(fn, self.mesh, {k: v for k, v in sharding.ACTIVATION_RULES.items() if k != "seq"})
+
+
+def open_data(config: RunConfig) -> data_lib.Data:
+    """The data of a run, checked against the model.
+
+    Raises:
+      UserError: it cannot be opened, or does not fit the model.
+    """
+    data, objective = data_lib.open_data(config.data), models.of(config.model)
+    taken = objective.batch_spec(config.model, config.data.length)
+    require_match(taken, data.batch_spec(), f"model.name = {objective.name!r}", f"data.name = {data.name!r}")
+    return data
+
+
+_shared: collections.OrderedDict[Any, Program] = collections.OrderedDict()
+
+
+def _computed(config: RunConfig) -> Any:
+    """What a program depends on, hashable."""
+    t = config.train
+    train = (t.steps, t.accumulate, *(getattr(t, name) for name in models.of(config.model).options))
+    return config.model, config.optimizer, config.mesh, train, config.data.batch, config.data.length
+
+
+def _placed(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)
