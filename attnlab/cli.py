@@ -28,6 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     except output.ReaderGone:
         code = 0
     output.settle()
+    if code and (cluster := sys.modules.get("attnlab.launch.cluster")):
+        cluster.leave(code)
     return code
 
 

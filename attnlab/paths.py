@@ -84,13 +84,22 @@ def file_beside(path: str, check: Callable[[], None]) -> Iterator[str]:
         os.close(handle)
         try:
             yield name
-            os.chmod(name, 0o644)
+            os.chmod(name, _mode(final, 0o666))
             check()
             os.replace(name, final)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.remove(name)
             raise
+
+
+def _mode(replaced: str, new: int) -> int:
+    """The permissions of what is replaced; where nothing is, those that the umask leaves of `new`."""
+    with contextlib.suppress(OSError):
+        return stat.S_IMODE(os.stat(replaced).st_mode)
+    mask = os.umask(0)
+    os.umask(mask)
+    return new & ~mask
 
 
 @contextlib.contextmanager
@@ -101,7 +110,7 @@ def directory_beside(path: str, check: Callable[[], None]) -> Iterator[str]:
         old = f"{name}.old"
         try:
             yield name
-            os.chmod(name, 0o755)
+            os.chmod(name, _mode(final, 0o777))
             check()
             if os.path.isdir(final):
                 os.rename(final, old)

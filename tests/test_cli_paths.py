@@ -172,3 +172,17 @@ def test_a_path_that_is_no_text_is_logged(home):
     report.log("x\udcff")
     assert (home / "log.txt").read_text().endswith(" x\\udcff\n")
     assert cli.main(["eval", "--workdir", "x\udcff"]) == 2
+
+
+def test_outputs_have_the_permissions_of_what_they_replace(tmp_path):
+    """New files those that the umask leaves."""
+    out = tmp_path / "out"
+    before = os.umask(0o077)
+    try:
+        for mode in (0o600, 0o640):
+            with paths.file_beside(str(out), lambda: None) as partial:
+                open(partial, "w").close()
+            assert out.stat().st_mode & 0o777 == mode
+            out.chmod(0o640)
+    finally:
+        os.umask(before)

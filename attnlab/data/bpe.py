@@ -53,21 +53,6 @@ def train_tokenizer(
     source = Source(config)
     out = os.path.abspath(paths.expand(out))
     counts = {"documents": 0, "bytes": 0}
-
-    def texts(report: ProgressFn) -> Iterator[str]:
-        limit = int(config.heldout * 2.0**64)
-        read = 0
-        for document in source.documents():
-            kept = document.key >= limit
-            counts["documents"] += kept
-            for piece in document.pieces:
-                size = len(piece.encode("utf-8"))
-                read += size
-                report(source.position(read), source.bytes)
-                if kept:
-                    counts["bytes"] += size
-                    yield piece
-
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -87,7 +72,7 @@ def train_tokenizer(
         with contextlib.ExitStack() as stack:
             if progress is None:
                 progress = stack.enter_context(stderr_progress(f"training a tokenizer on {config.source}"))
-            tokenizer.train_from_iterator(texts(progress), trainer)
+            tokenizer.train_from_iterator(_texts(source, counts, progress), trainer)
         if not counts["bytes"]:
             raise UserError(
                 f"data.source = {config.source!r}: no text to train a tokenizer on in"
@@ -112,3 +97,19 @@ def train_tokenizer(
         "skipped": source.skipped,
         "empty": source.empty,
     }
+
+
+def _texts(source: Source, counts: dict[str, int], report: ProgressFn) -> Iterator[str]:
+    """The pieces of the documents that are not held out; counts these."""
+    limit = int(source.config.heldout * 2.0**64)
+    read = 0
+    for document in source.documents():
+        kept = document.key >= limit
+        counts["documents"] += kept
+        for piece in document.pieces:
+            size = len(piece.encode("utf-8"))
+            read += size
+            report(source.position(read), source.bytes)
+            if kept:
+                counts["bytes"] += size
+                yield piece

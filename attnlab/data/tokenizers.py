@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -133,6 +133,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = True
+        if getattr(self._backend.model, "dropout", None):
+            self._backend.model.dropout = None  # a text is the same ids at every time and on every host
         self._backend.post_processor = None  # it adds begin and end, and cuts spaces off offsets
         vocab = self._backend.get_vocab(with_added_tokens=True)
         if not vocab:
@@ -166,7 +168,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        encodings = self._encoded(self._backend.encode_batch_fast, texts)
         arrays = [np.array(encoding.ids, np.int32) for encoding in encodings]
         return [
             self._encode_around_eod(text)[0] if (ids == self.eod_id).any() else ids
@@ -176,7 +178,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode_batch_with_ends(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         if self.byte_lengths() is not None:
             return super().encode_batch_with_ends(texts)
-        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        encodings = self._encoded(self._backend.encode_batch, texts)
         pairs = [
             (np.array(encoding.ids, np.int32), _byte_ends(text, encoding.offsets))
             for text, encoding in zip(texts, encodings, strict=True)
@@ -186,6 +188,12 @@ class HuggingFaceTokenizer(Tokenizer):
             for text, (ids, ends) in zip(texts, pairs, strict=True)
         ]
 
+    def _encoded(self, encode: Callable[..., list[Any]], texts: Sequence[str]) -> list[Any]:
+        try:
+            return encode(list(texts), add_special_tokens=False)
+        except Exception as error:  # the library raises plain Exception, e.g. for a word without an unknown token
+            raise UserError(f"tokenizer {self.name}: a text cannot be encoded: {str(error)[:200]}") from None
+
     def _encode_around_eod(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Ids and ends of a text that spells out the end-of-document token, where that is an ordinary entry of
         the vocabulary: encoded in parts cut inside every such spelling."""
@@ -193,7 +201,7 @@ class HuggingFaceTokenizer(Tokenizer):
         pieces = text.split(self.eod)
         parts = [(tail if i else "") + piece + (head if i < len(pieces) - 1 else "") for i, piece in enumerate(pieces)]
         parts = [part for part in parts if part]
-        encodings = self._backend.encode_batch(parts, add_special_tokens=False)
+        encodings = self._encoded(self._backend.encode_batch, parts)
         starts = np.cumsum([0, *(len(part.encode()) for part in parts)])
         ids = np.array([i for encoding in encodings for i in encoding.ids], np.int32)
         ends = np.concatenate(

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import socket
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -62,6 +63,21 @@ def start(spec: str, overrides: Sequence[str]) -> None:
             "look at --config.cluster.coordinator (an address that every host reaches), .processes and .index, "
             "or set --config.cluster.find=none for one process alone"
         ) from None
+    global _connected
+    _connected = True
+    processes.tell_at_abort("jax ended this process (see above)")
+
+
+_connected = False
+
+
+def leave(code: int) -> None:
+    """Ends this process with an exit code, if it is one of several: jax would wait at its exit for the others, which
+    are gone or about to go, and then end it by abort."""
+    if _connected:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _reach(config: ClusterConfig) -> None:

@@ -7,6 +7,8 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+import math
+import os
 import pathlib
 import re
 import shutil
@@ -27,6 +29,7 @@ T = TypeVar("T")
 
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _HOST = "host/metadata"  # the file of the item `host`
+_CLOSED = "Event loop is closed"  # says tensorstore, in threads of its own, where orbax has given up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,10 +79,16 @@ class Checkpoints:
         """
         if not self.directory.is_symlink() and not self.directory.exists():
             return []
-        if not self.directory.is_dir():
+        try:
+            names = os.listdir(self.directory)
+        except NotADirectoryError:
             what = files.kind(self.directory.lstat().st_mode)
-            raise UserError(f"{self.directory} is {what}, not a directory of checkpoints; use another --workdir")
-        return sorted(int(p.name) for p in self.directory.iterdir() if re.fullmatch("0|[1-9][0-9]*", p.name))
+            raise UserError(
+                f"{self.directory} is {what}, not a directory of checkpoints; use another --workdir"
+            ) from None
+        except OSError as error:
+            raise UserError(f"{self.directory} cannot be read: {error.strerror}; use another --workdir") from None
+        return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]{0,17}", name))
 
     # Writing.
 
@@ -89,7 +98,8 @@ class Checkpoints:
         if self._open is None:
             self._open = self._opened()
         self._saving = step
-        args = {"state": ocp.args.StandardSave(_plain(state)), "host": ocp.args.JsonSave(dataclasses.asdict(host))}
+        known = {"step": step, **dataclasses.asdict(host)}
+        args = {"state": ocp.args.StandardSave(_plain(state)), "host": ocp.args.JsonSave(known)}
         with self._fatal(step):
             self._open.save(self.directory / str(step), args=ocp.args.Composite(**args))
 
@@ -114,9 +124,9 @@ class Checkpoints:
             self._open.wait_until_finished()
             if not (self.directory / str(self._saving)).is_dir():
                 raise FileNotFoundError("it is not there")
+            if self._first:
+                self._remove(self._superseded())
         self._saving = None
-        if self._first:
-            self._remove(self._superseded())
 
     def close(self) -> None:
         """Waits for what is being written and lets go of it. For errors use `wait`: here something else may be one."""
@@ -191,15 +201,19 @@ class Checkpoints:
         """What a checkpoint holds besides arrays.
 
         Raises:
-          Damaged: a file of it is missing or of another size, or this one's content is not what was written.
+          Damaged: a file of it is missing or of another size, or this one's content is not what was written, or it is
+            of another step than its name says.
         """
         directory = self.directory / str(step)
         digests.check_sizes(directory)
         digests.check_file(directory, _HOST)
         with contextlib.suppress(FileNotFoundError):
             files.read_json(directory / "_CHECKPOINT_METADATA")
+        known = files.read_json(directory / _HOST)
+        if known.pop("step", None) != step:
+            raise Damaged("it was saved at another step")
         try:
-            return Host(**files.read_json(directory / _HOST))
+            return Host(**known)
         except TypeError as error:
             raise UserError(f"{directory} is of another version of attnlab: {error}") from None
 
@@ -240,11 +254,12 @@ class Checkpoints:
 
     def _restored(self, step: int, read: Callable[[pathlib.Path], T]) -> tuple[T, Host]:
         """What `read` makes of the item `state`, while its files are checked."""
-        host, several = self._agreed(lambda: self.host(step)), self._processes is not None and self._processes.count > 1
+        host = self._agreed(lambda: self.host(step))
         directory = self.directory / str(step)
-        share = slice(self._processes.index, None, self._processes.count) if several else slice(None)
-        outcome = digests.verifying(directory, share)
-        if several:  # none may wait inside orbax for one that found damage
+        outcome = digests.verifying(directory, self._share)
+        if (
+            self._processes is not None and self._processes.count > 1
+        ):  # none may wait inside orbax for one that found damage
             self._agreed(lambda: _raise_damage(outcome()))
         try:
             restored = read(directory / "state")
@@ -259,7 +274,12 @@ class Checkpoints:
         return restored, host
 
     def first_whole(
-        self, steps: list[int], load: Callable[[int], T], report: Callable[[str], None], *, move: bool = True
+        self,
+        steps: list[int],
+        load: Callable[[int], T],
+        report: Callable[[str], None],
+        *,
+        may_move: Callable[[], contextlib.AbstractContextManager[bool]] = lambda: contextlib.nullcontext(True),
     ) -> tuple[int, T] | None:
         """The first of `steps` that is whole, and what `load(step)` makes of it; None if there are no steps.
 
@@ -269,7 +289,7 @@ class Checkpoints:
           steps: the one that is wanted most first.
           load: raises Damaged where the checkpoint is.
           report: is told what is stepped over.
-          move: whether this process may; one that only reads may not while another trains.
+          may_move: entered to move some: whether this process may; one that only reads may not while another trains.
 
         Raises:
           UserError: there are steps and none is whole; nothing is moved then. Whatever else `load` raises.
@@ -281,7 +301,7 @@ class Checkpoints:
             except Damaged as error:
                 damaged[step] = str(error)
                 continue
-            self._step_over(damaged, report, move)
+            self._step_over(damaged, report, may_move)
             if damaged:
                 report(f"going back to checkpoint {step}")
             return step, loaded
@@ -292,9 +312,19 @@ class Checkpoints:
             )
         return None
 
-    def newest_host(self, report: Callable[[str], None]) -> tuple[int, Host] | None:
-        """The newest step whose files are all there, and what it holds besides arrays; see `newest`."""
-        return self.newest(report, lambda step: self._agreed(lambda: self.host(step)))
+    def newest_host(self, report: Callable[[str], None], last: int) -> tuple[int, Host] | None:
+        """The newest step whose files are all there, and what it holds besides arrays; see `newest`.
+
+        From the step `last` on, which no training restores, the content of all its files is checked, too.
+        """
+
+        def load(step: int) -> Host:
+            host = self._agreed(lambda: self.host(step))
+            if step >= last:
+                self._agreed(lambda: _raise_damage(digests.verifying(self.directory / str(step), self._share)()))
+            return host
+
+        return self.newest(report, load)
 
     def newest(self, report: Callable[[str], None], load: Callable[[int], T]) -> tuple[int, T] | None:
         """`first_whole` of all steps, the newest first; older ones whose files are not all there are set aside, too."""
@@ -302,7 +332,7 @@ class Checkpoints:
         found = self.first_whole(steps, load, report)
         if found is not None:
             older = {step: reason for step in steps if step < found[0] and (reason := self._unreadable(step))}
-            self._step_over(older, report, move=True)
+            self._step_over(older, report)
         return found
 
     def best_first(self) -> list[int]:
@@ -317,7 +347,8 @@ class Checkpoints:
         for step in steps:
             if step not in self._losses and not self._unreadable(step):
                 self._losses[step] = self.host(step).heldout_loss
-        return sorted((s for s in steps if self._losses.get(s) is not None), key=self._losses.__getitem__)
+        known = {s: loss for s in steps if (loss := self._losses.get(s)) is not None and math.isfinite(loss)}
+        return sorted(known, key=known.__getitem__)
 
     def _unreadable(self, step: int) -> str:
         try:
@@ -326,23 +357,36 @@ class Checkpoints:
             return str(error)
         return ""
 
-    def _step_over(self, damaged: dict[int, str], report: Callable[[str], None], move: bool) -> None:
+    def _step_over(
+        self,
+        damaged: dict[int, str],
+        report: Callable[[str], None],
+        may_move: Callable[[], contextlib.AbstractContextManager[bool]] = lambda: contextlib.nullcontext(True),
+    ) -> None:
         self._together()  # all have looked
-        for step, reason in damaged.items():
-            moved = self._first and move and self._set_aside(step)
-            where = f"; moved to {moved}" if moved else ""
-            report(f"checkpoint {step} is damaged ({reason}){where}")
+        with may_move() if damaged else contextlib.nullcontext(False) as may:
+            for step, reason in damaged.items():
+                where = self._set_aside(step) if self._first and may else ""
+                report(f"checkpoint {step} is damaged ({reason}){where}")
         self._together()
 
-    def _set_aside(self, step: int) -> pathlib.Path:
+    def _set_aside(self, step: int) -> str:
         bin_ = self._workdir / "damaged_checkpoints"
-        bin_.mkdir(exist_ok=True)
-        names = (bin_ / (f"{step}-{i}" if i else str(step)) for i in itertools.count())
-        target = next(t for t in names if not t.is_symlink() and not t.exists())
-        shutil.move(self.directory / str(step), target)
-        return target
+        try:
+            bin_.mkdir(exist_ok=True)
+            names = (bin_ / (f"{step}-{i}" if i else str(step)) for i in itertools.count())
+            target = next(name for name in names if not os.path.lexists(name))
+            os.rename(self.directory / str(step), target)
+        except OSError as error:
+            return f"; it cannot be moved to {bin_}: {error.strerror}"
+        return f"; moved to {target}"
 
     # Several processes.
+
+    @property
+    def _share(self) -> slice:
+        """Which of many files this process reads."""
+        return slice(None) if self._processes is None else slice(self._processes.index, None, self._processes.count)
 
     @property
     def _first(self) -> bool:
@@ -369,14 +413,19 @@ def _quiet() -> None:
     its logger and as exceptions that nobody can catch, what orbax did not wait for."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    if getattr(sys.unraisablehook, "__name__", "") != "tell_unless_closed":
-        tell = sys.unraisablehook
+    if getattr(sys.unraisablehook, "__name__", "") == "unraisable_unless_closed":
+        return
+    unraisable, exception = sys.unraisablehook, sys.excepthook
 
-        def tell_unless_closed(unraisable: Any) -> None:
-            if str(unraisable.exc_value) != "Event loop is closed":
-                tell(unraisable)
+    def unraisable_unless_closed(what: Any) -> None:
+        if str(what.exc_value) != _CLOSED:
+            unraisable(what)
 
-        sys.unraisablehook = tell_unless_closed
+    def exception_unless_closed(kind: Any, value: Any, trace: Any) -> None:
+        if str(value) != _CLOSED:
+            exception(kind, value, trace)
+
+    sys.unraisablehook, sys.excepthook = unraisable_unless_closed, exception_unless_closed
 
 
 def _raise_damage(reason: str) -> None:

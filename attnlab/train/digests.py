@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import pathlib
+import stat
 from collections.abc import Callable
 
 from attnlab.data.digests import sha256_of, sha256_of_each, without_checksum, write_json
@@ -34,18 +35,26 @@ def read(directory: pathlib.Path) -> dict[str, tuple[int, str]]:
     """
     try:
         content = without_checksum(files.read_json(directory / NAME))
-        return {name: (size, digest) for name, (size, digest) in content["files"].items()}
+        listed = {name: (size, digest) for name, (size, digest) in content["files"].items()}
+        if not all(isinstance(size, int) and isinstance(digest, str) for size, digest in listed.values()):
+            raise ValueError("it lists something else than sizes and digests")
+        return listed
     except FileNotFoundError:
         raise Damaged(f"{NAME} is missing") from None
-    except ValueError as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{NAME} is damaged ({error})") from None
 
 
 def check_sizes(directory: pathlib.Path) -> None:
     """Raises Damaged unless every file is there with the size it was written with."""
     for name, (size, _) in read(directory).items():
-        path = directory / name
-        found = path.stat().st_size if path.is_file() else None
+        try:
+            status = os.stat(directory / name)
+            found = status.st_size if stat.S_ISREG(status.st_mode) else None
+        except (FileNotFoundError, NotADirectoryError):
+            found = None
+        except OSError as error:
+            raise Damaged(f"{name} cannot be read: {error.strerror}") from None
         if found != size:
             raise Damaged(f"{name} has {found if found is not None else 'no'} bytes instead of {size}")
 

@@ -71,7 +71,7 @@ def train(config: RunConfig, path: pathlib.Path, console: rich.console.Console |
             processes.barrier()  # the first one has made the workdir, and none has written to it
             checkpoints = Checkpoints(path, config.train.keep, processes=processes)
             report = Report(console, path if processes.first else None)
-            newest = checkpoints.newest_host(report.say)
+            newest = checkpoints.newest_host(report.say, config.train.steps)
             last, old = newest[0] if newest else 0, metadata.read_config(path)
             processes.barrier()
             if old is None and newest:  # config.json is lost; what was saved knows it, too

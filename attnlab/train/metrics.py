@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -27,19 +28,22 @@ class MetricLog:
       workdir: of the run.
       step: the step that the run goes on from. Lines of later steps, left by a run that was killed, are dropped: those
         steps come again.
-      say: is told of lines that are none; the file with them is then kept under another name.
+      say: is told of lines that are none, with which the file is kept under another name, and of one that was removed.
     """
 
     def __init__(self, workdir: pathlib.Path, step: int, say: Callable[[str], None]):
         self.path = workdir / "metrics.jsonl"
         if self.path.exists():
             self._drop_after(step, say)
-        self._file = self.path.open("a", buffering=1)
+        self._say, self._file = say, self.path.open("a", buffering=1)
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1, flush_secs=10)
 
     def write(self, record: dict[str, Any]) -> None:
         """Writes one object; `step` is among its keys. A value that is not finite is written as null."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        if os.fstat(self._file.fileno()).st_nlink == 0:
+            self._say(f"{self.path} was removed; a new one begins at step {record['step']}")
+            self._file = self.path.open("a", buffering=1)
         self._file.write(json.dumps(clean) + "\n")
         for key, value in clean.items():
             if key != "step" and isinstance(value, (int, float)):
@@ -47,10 +51,14 @@ class MetricLog:
 
     def close(self) -> None:
         """Flushes both."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._tensorboard.close()
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        finally:
+            with contextlib.suppress(OSError):
+                self._file.close()
+            with contextlib.suppress(Exception):  # its thread has told of a full disk; nothing of ours is lost
+                self._tensorboard.close()
 
     def _drop_after(self, step: int, say: Callable[[str], None]) -> None:
         records, foreign = read_lines(self.path)
@@ -60,11 +68,11 @@ class MetricLog:
             shutil.copyfile(self.path, kept)
             shown = ", ".join(map(str, foreign[:5])) + (", ..." if len(foreign) > 5 else "")
             say(f"{self.path}: {len(foreign)} line(s) are no metrics (line {shown}) and are left out; all is in {kept}")
-        files.replace(self.path, "".join(json.dumps(record) + "\n" for record in records if record["step"] <= step))
+        files.replace(self.path, "".join(text.decode() + "\n" for at, text in records if at <= step))
 
 
-def read_lines(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """The objects of a metrics.jsonl, and the numbers of the lines that are none, from 1.
+def read_lines(path: pathlib.Path) -> tuple[list[tuple[int, bytes]], list[int]]:
+    """The lines of a metrics.jsonl with their steps, and the numbers of the lines that are none, from 1.
 
     A last line without an end was cut off by a kill, and is in neither.
 
@@ -80,7 +88,7 @@ def read_lines(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[int]]:
             record = None
         step = record.get("step") if isinstance(record, dict) else None
         if isinstance(step, int) and not isinstance(step, bool):
-            records.append(record)
+            records.append((step, text))
         elif number <= len(whole):
             foreign.append(number)
     return records, foreign

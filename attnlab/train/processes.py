@@ -118,6 +118,8 @@ class Processes:
             time.sleep(self._config.timeout + 4 * self._poll)
         reason = str(error).strip().splitlines() or [type(error).__name__]
         self._put("verdict", f"{self._name(self.index)} failed: {reason[0][:300]}", once=True)
+        if self.first:
+            time.sleep(2 * self._poll)  # the others read it while the coordinator is still there
 
     def close(self) -> None:
         """Ends the watch; the run is over."""

@@ -73,8 +73,8 @@ def load(
     read = lambda step: _load(path, checkpoints, step, overrides, evaluating)
     if which in ("best", "latest"):
         order = checkpoints.best_first() if which == "best" else steps[::-1]
-        with workdir.held_if_free(path) as free:
-            return checkpoints.first_whole(order, read, log.warning, move=free)[1]
+        free = lambda: workdir.held_if_free(path)
+        return checkpoints.first_whole(order, read, log.warning, may_move=free)[1]
     if which not in map(str, steps):
         shown = config_lib.show(which)
         raise UserError(f"--checkpoint {shown} is not there; allowed: best, latest, {', '.join(map(str, steps))}")

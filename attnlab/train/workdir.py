@@ -74,10 +74,11 @@ def held_if_free(path: pathlib.Path) -> Iterator[bool]:
     """Keeps runs out of a workdir while its reader puts something in order; False where one is in it, or none may."""
     with contextlib.ExitStack() as stack:
         try:
+            _require_kind(path / "lock")  # a pipe would be waited for
             lock = stack.enter_context((path / "lock").open("r"))
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             free = os.access(path, os.W_OK)
-        except OSError:
+        except (OSError, UserError):
             free = False
         yield free
 

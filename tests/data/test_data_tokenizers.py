@@ -158,3 +158,16 @@ def test_missing_tokenizers(tmp_path):
     for spec in ("gpt2", str(tmp_path / "none.json"), str(tmp_path)):
         with pytest.raises(UserError, match="No such file.*'bytes'"):
             data.load_tokenizer(spec)
+
+
+def test_a_text_that_cannot_be_encoded_is_told(tmp_path):
+    """The library's own exception names the tokenizer; dropout draws nothing."""
+    words = hf.Tokenizer(hf.models.WordLevel({"hello": 0, "<|endoftext|>": 1}))
+    words.save(str(tmp_path / "words.json"))
+    with pytest.raises(UserError, match="words.json: a text cannot be encoded: .*UNK"):
+        data.load_tokenizer(str(tmp_path / "words.json")).encode("unheard of")
+    vocab = {"<|endoftext|>": 0, "a": 1, "b": 2, "ab": 3, "abab": 4}
+    pairs = hf.Tokenizer(hf.models.BPE(vocab, [("a", "b"), ("ab", "ab")], dropout=0.5))
+    pairs.save(str(tmp_path / "pairs.json"))
+    tokenizer = data.load_tokenizer(str(tmp_path / "pairs.json"))
+    assert {tuple(tokenizer.encode("abababab")) for _ in range(20)} == {(4, 4)}

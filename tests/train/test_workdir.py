@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import shutil
 import pytest
 
 from attnlab import data as data_lib
+from attnlab.data.digests import write_json
 from attnlab.errors import Damaged, TrainingFailed, UserError
 from attnlab.train import digests, files, restore, workdir
 from attnlab.train.checkpoints import Checkpoints
@@ -159,6 +161,83 @@ def test_a_reader_moves_nothing_while_a_run_is_there(copy):
     with workdir.hold(copy):
         assert restore.load(copy, "latest").step == 2
     assert (copy / "checkpoints" / "4").is_dir()
+
+
+@pytest.mark.parametrize("change", ["swapped", "copied"])
+def test_a_checkpoint_is_of_the_step_that_it_says(copy, change):
+    """Whole, but under another's number: damage."""
+    here = copy / "checkpoints"
+    (here / "2").rename(here / "t")
+    if change == "swapped":
+        (here / "4").rename(here / "2")
+        (here / "t").rename(here / "4")
+        with pytest.raises(UserError, match="none of the checkpoints 2, 4 .* is whole: it was saved at another step"):
+            restore.load(copy, "latest")
+    else:
+        shutil.copytree(here / "t", here / "20")
+        assert restore.load(copy, "latest").step == 4
+        assert (copy / "damaged_checkpoints" / "20").is_dir()
+
+
+def test_a_complete_run_is_whole(source, copy):
+    """That a run is complete is said of a checkpoint whose content was checked; else it is trained again."""
+    file = max((copy / "checkpoints" / "4").rglob("*"), key=lambda p: p.is_file() and p.stat().st_size)
+    with file.open("r+b") as opened:
+        opened.seek(file.stat().st_size // 2)
+        opened.write(bytes(64))
+    printed = runs.run(runs.config(source, **SMALL, train__steps=4, train__save_every=2), copy)
+    assert "checkpoint 4 is damaged" in printed and "done: step 4" in printed
+
+
+def test_damage_that_cannot_be_moved_is_stepped_over(copy):
+    """By a reader; and where the lock is a pipe, which it must not wait for."""
+    (copy / "checkpoints" / "4" / "digests.json").unlink()
+    (copy / "damaged_checkpoints").write_text("x")
+    assert restore.load(copy, "latest").step == 2
+    (copy / "lock").unlink()
+    os.mkfifo(copy / "lock")
+    assert restore.load(copy, "latest").step == 2 and (copy / "checkpoints" / "4").is_dir()
+
+
+def test_a_reader_keeps_no_run_out(source, copy, monkeypatch):
+    """A run may begin while another process reads the workdir's checkpoints."""
+    original = Checkpoints.host
+
+    def host(self, step):
+        with workdir.hold(copy):
+            return original(self, step)
+
+    monkeypatch.setattr(Checkpoints, "host", host)
+    assert restore.load(copy, "best").step == 4
+
+
+def test_the_best_is_finite(copy, monkeypatch):
+    """A loss that is not a number is the best of none."""
+    original = Checkpoints.host
+    for losses, best in (({2: float("nan"), 4: 3.0}, 4), ({2: 3.0, 4: float("nan")}, 2), ({2: 2.0, 4: 3.0}, 2)):
+        told = lambda self, step, losses=losses: dataclasses.replace(original(self, step), heldout_loss=losses[step])
+        monkeypatch.setattr(Checkpoints, "host", told)
+        assert Checkpoints(copy).best_first()[0] == best
+
+
+def test_digests_of_something_else(copy):
+    """A list with a right checksum that lists no files is damage; so is JSON too deep to be dumped."""
+    file = copy / "checkpoints" / "4" / "digests.json"
+    for content in ({"version": 2, "files": 40}, {}, {"files": {"a": 1}}, {"files": {"a": ["x", 1]}}):
+        write_json(str(file), content)
+        with pytest.raises(Damaged, match="digests.json is damaged"):
+            digests.read(file.parent)
+    file.write_text('{"checksum": "x", "files": ' + "[" * 990 + "]" * 990 + "}")
+    with pytest.raises(Damaged):
+        digests.read(file.parent)
+
+
+def test_removed_metrics_are_said(source, tmp_path, monkeypatch):
+    """metrics.jsonl that is removed while a run writes to it."""
+    at_batch(monkeypatch, 4, (tmp_path / "metrics.jsonl").unlink)
+    printed = runs.run(runs.config(source, **SMALL, train__steps=6, train__save_every=0), tmp_path)
+    assert "metrics.jsonl was removed; a new one begins at step" in printed
+    assert runs.lines(tmp_path)[-1]["step"] == 6
 
 
 def test_files_are_read_by_kind(tmp_path):
