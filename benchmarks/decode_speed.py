@@ -128,9 +128,9 @@ def _model(mixer: str) -> tuple[Any, Any]:
     import jax
 
     from attnlab.train import config as run_config
-    from attnlab.train.state import Model
+    from attnlab.train.program import Program
 
-    model = Model.of(run_config.load(f"configs/lm.py:mixer={mixer},size=micro", []).model)
+    model = Program.of(run_config.load(f"configs/lm.py:mixer={mixer},size=micro", []), batches=False).model
     return model, jax.jit(lambda: model.init(0))()
 
 

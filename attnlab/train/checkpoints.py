@@ -228,9 +228,8 @@ class Checkpoints:
           Damaged: a file is not what was written.
           UserError: all are, but the arrays are not those of `like`.
         """
-        reader = ocp.Checkpointer(ocp.StandardCheckpointHandler())
         args = ocp.args.StandardRestore(_plain(like))
-        restored, host = self._restored(step, lambda item: reader.restore(item, args=args))
+        restored, host = self._restored(step, lambda path: _read(path, ocp.StandardCheckpointHandler(), args))
         return TrainState(**restored), host
 
     def restore_params(self, step: int, like: Any) -> tuple[Any, Host]:
@@ -242,18 +241,18 @@ class Checkpoints:
         placed = ocp.checkpoint_utils.construct_restore_args(wanted)
         args = ocp.args.PyTreeRestore(wanted, placed, partial_restore=True)
 
-        def read(item: pathlib.Path) -> Any:
+        def read(path: pathlib.Path) -> Any:
             # What a partial restore does not find, or is not asked for, it leaves out without a word.
-            differing = _names(handler.metadata(item).tree["params"]) ^ _names(like)
+            differing = _names(handler.metadata(path / "state").tree["params"]) ^ _names(like)
             if differing:
                 raise ValueError(f"it or the model has no parameter {min(differing)}")
-            return ocp.Checkpointer(handler).restore(item, args=args)
+            return _read(path, handler, args)
 
         restored, host = self._restored(step, read)
         return restored["params"], host
 
     def _restored(self, step: int, read: Callable[[pathlib.Path], T]) -> tuple[T, Host]:
-        """What `read` makes of the item `state`, while its files are checked."""
+        """What `read` makes of a checkpoint's directory, while its files are checked."""
         host = self._agreed(lambda: self.host(step))
         directory = self.directory / str(step)
         outcome = digests.verifying(directory, self._share)
@@ -262,7 +261,7 @@ class Checkpoints:
         ):  # none may wait inside orbax for one that found damage
             self._agreed(lambda: _raise_damage(outcome()))
         try:
-            restored = read(directory / "state")
+            restored = read(directory)
             jax.block_until_ready(restored)
         except Exception as error:  # orbax and tensorstore raise whatever the damage, or what does not fit, leads to
             _raise_damage(outcome())
@@ -438,6 +437,12 @@ def _delete(path: pathlib.Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def _read(path: pathlib.Path, handler: Any, args: Any) -> Any:
+    """What `args` ask of the item `state` of a checkpoint."""
+    reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(state=handler))
+    return reader.restore(path, args=ocp.args.Composite(state=args))["state"]
 
 
 def _names(tree: Any) -> set[str]:

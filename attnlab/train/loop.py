@@ -326,7 +326,7 @@ class _Run:
         made = samples.continuations(
             model.merge, self.state.params, self.micro, c.train.sample_tokens, c.seed, streamed
         )
-        if self.processes.first:
+        if self.processes.first and made:
             with (self.path / "samples.txt").open("a", encoding="utf-8") as file:
                 for prompt, text in made:
                     file.write(f"=== step {c.train.steps} · prompt ===\n{prompt}\n=== continuation ===\n{text}\n\n")

@@ -146,7 +146,8 @@ class Program:
 
     def streamed(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """As `traced`, where the positions of a sequence come one after another and so cannot be split."""
-        return partition.traced(fn, self.mesh, {k: v for k, v in sharding.ACTIVATION_RULES.items() if k != "seq"})
+        rules = {axis: over for axis, over in sharding.ACTIVATION_RULES.items() if axis != "seq"}
+        return partition.traced(fn, self.mesh if self.mesh.size > 1 else None, rules)
 
 
 def open_data(config: RunConfig) -> data_lib.Data:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import pytest
 
 from attnlab import config as config_lib
 from attnlab import data as data_lib
+from attnlab import mixers
 from attnlab.errors import ConfigError
 from attnlab.models.cost import model_cost
 from attnlab.train import restore
@@ -120,6 +122,16 @@ def test_meshes_and_micro_batches_change_nothing(more):
         np.testing.assert_allclose(a, b, atol=2e-3)
 
 
+def test_the_loss_is_a_mean_over_what_is_asked(finished):
+    """Not over positions, of which every other one only tells."""
+    program = Program.of(config())
+    batch = program.put(data_lib.open_data(program.config.data).rows("train", range(8)))
+    sums = program.eval_step(program.init(0).params, batch)
+    assert sums["weight"].sum() == 8 * 8
+    first = runs.lines(finished[0])[0]
+    np.testing.assert_allclose(first["loss"], sums["error"].sum() / (8 * 8), rtol=1e-5)
+
+
 def test_eval_tells_its_own_figures(attnlab, finished):
     """`attnlab eval`: errors by examples seen beside those that need no training; other data is said."""
     workdir, _ = finished
@@ -170,6 +182,30 @@ def test_what_does_not_fit_is_refused_by_its_config(overrides, message):
     """Before anything is opened or compiled."""
     with pytest.raises(ConfigError, match=message):
         config(**overrides)
+
+
+@pytest.mark.parametrize("mixer", mixers.names())
+def test_every_mixer_takes_the_task(mixer):
+    c = config_lib.load(RunConfig, f"configs/tasks.py:mixer={mixer},pattern=MS")
+    assert [node.node_name for node in c.model.mixers.values()] == [mixer, "softmax"]
+
+
+def test_the_trainer_names_no_kind():
+    """Adding a kind of model or data edits nothing in train/ or launch/: what runs there mentions none."""
+    kinds = {"lm", "regression", "perplexity", "text", "icl_regression", "task", "tokenizers"}
+    for path in [*(runs.ROOT / "attnlab/train").glob("*.py"), *(runs.ROOT / "attnlab/launch").glob("*.py")]:
+        tree_ = ast.parse(path.read_text())
+        found = [node for node in ast.walk(tree_) if isinstance(node, (ast.Import, ast.ImportFrom))]
+        modules = {f"{getattr(node, 'module', '')}.{alias.name}" for node in found for alias in node.names}
+        named = {m for m in modules for package in ("models", "data") if m.startswith(f"attnlab.{package}.")}
+        assert not {part for m in named for part in m.split(".")} & kinds, (path, named)
+        attributes = {node.attr for node in ast.walk(tree_) if isinstance(node, ast.Attribute)}
+        assert not attributes & {"vocab", "tokenizer", "token_losses", "bits_per_byte", "z_loss"} - known(path), path
+
+
+def known(path):
+    """`TrainConfig` checks the options that it holds for models."""
+    return {"z_loss"} if path.name == "config.py" else set()
 
 
 @pytest.mark.slow
