@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from attnlab.ops.attention_xla import _varying
+from attnlab.ops.blockwise import varying
 
 
 @jax.tree_util.register_dataclass
@@ -72,7 +72,7 @@ def conjugate_gradient(
         return x, residual, direction, jnp.where(live, new, square), count + live
 
     carry = (jnp.zeros_like(b_Nd), b_Nd, b_Nd, at_first_N, jnp.zeros_like(at_first_N))
-    carry = _varying(carry, b_Nd)
+    carry = varying(carry, b_Nd)
     if early_exit:
         unfinished = lambda s: (s[0] < iterations) & jnp.any(s[1][3] > enough_N)
         _, carry = jax.lax.while_loop(unfinished, lambda s: (s[0] + 1, turn(s[1])), (jnp.int32(0), carry))

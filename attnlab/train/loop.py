@@ -167,7 +167,7 @@ class _Run:
             self.state = init()
 
         self._tracing = False
-        ops.clear_choices()
+        self._implementations: dict[str, dict[str, str]] = {}
         self._train_step = jax.jit(
             make_train_step(self.model, self.tx, c.train, self.rate, self.mesh),
             donate_argnums=0,
@@ -208,7 +208,9 @@ class _Run:
                 self.processes.at_step(step)
                 with self._profiled(step):
                     batch = sharding.put_batch(next(self.loader), self.mesh)
-                    self.state, metrics = self._train_step(self.state, batch)
+                    with ops.recording() as chosen:  # in what is traced: the first step
+                        self.state, metrics = self._train_step(self.state, batch)
+                    self._implementations = self._implementations or chosen.table()
                     if self._serial:
                         jax.block_until_ready(self.state)
                     # The metrics of a step are fetched while the next one runs: the host never makes the device wait.
@@ -249,6 +251,7 @@ class _Run:
         if not self.processes.first:
             return
         more = {"data": self.loader.summary(), "mesh": dict(self.mesh.shape), "resumed_at": self.step}
+        more |= {"implementations": self._implementations}
         metadata.write_json(self.path / "config.json", metadata.describe_run(self.config, **more))
 
     def _finish(self, step: int, metrics: Any, evaluating: bool = False) -> Evaluation | None:

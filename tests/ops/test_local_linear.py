@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from attnlab.errors import UserError
-from attnlab.ops import Mask, attention, attention_xla, mask_for_extension, mask_from_segments
+from attnlab.ops import Mask, attention, blockwise, mask_for_extension, mask_from_segments
 from attnlab.ops.local_linear import local_linear
 
 T = 45
@@ -31,8 +31,8 @@ def x64():
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles so small that a short sequence meets several blocks."""
-    for name, value in {"_ROWS": 16, "_BODIES": 2, "_LEAST_KEYS": 16, "_ALIGN": 4}.items():
-        monkeypatch.setattr(attention_xla, name, value)
+    for name, value in {"ROWS": 16, "BODIES": 2, "LEAST_KEYS": 16, "ALIGN": 4}.items():
+        monkeypatch.setattr(blockwise, name, value)
 
 
 def arrays(B=2, T=T, S=None, H=4, K=2, d=5, e=3, seed=0, least=0.1):
@@ -320,7 +320,7 @@ def test_the_past_is_bitwise_the_same_whatever_the_future(small_tiles):
 
 @pytest.mark.slow
 def test_memory_grows_linearly(monkeypatch):
-    monkeypatch.setattr(attention_xla, "_BODIES", 1)
+    monkeypatch.setattr(blockwise, "BODIES", 1)
 
     def scratch(length):
         q, k, v, ridge = arrays(B=1, T=length, H=1, K=1, d=8, e=8)
