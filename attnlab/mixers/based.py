@@ -11,8 +11,8 @@ from flax import nnx
 
 from attnlab import config as config_lib
 from attnlab.mixers.base import Capabilities, HeadMixer, MixerConfig, MixerOutput, Sequence, knob, register
-from attnlab.mixers.lightning import RecurrentState, recur
 from attnlab.mixers.parts import Linear, param_dtype
+from attnlab.mixers.recurrent import RecurrentState, recur
 from attnlab.ops.linear_recurrence import LINEAR_RECURRENCE, flops_per_token
 
 
@@ -26,7 +26,7 @@ def full_features(x: jax.Array) -> jax.Array:
 def symmetric_features(x: jax.Array) -> jax.Array:
     """`full_features` with each product x_i x_j, i != j, once and times sqrt(2): [..., 1 + f + f (f + 1) / 2].
 
-    Products are those of x and of x turned round by r = 0 .. f / 2 places: each pair stands at one distance r on the
+    Products are those of x and of x shifted round by r = 0 .. f / 2 places: each pair stands at one distance r on the
     circle, and twice where r is half of f.
     """
     f = x.shape[-1]

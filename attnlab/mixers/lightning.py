@@ -13,9 +13,9 @@ from flax import nnx
 from attnlab import config as config_lib
 from attnlab.mixers.base import Capabilities, HeadMixer, MixerConfig, MixerOutput, Sequence, knob, register
 from attnlab.mixers.parts import Linear, param_dtype
+from attnlab.mixers.recurrent import RecurrentState, recur
 from attnlab.mixers.roles import Role, param
-from attnlab.ops.documents import document_index
-from attnlab.ops.linear_recurrence import LINEAR_RECURRENCE, flops_per_token, linear_recurrence
+from attnlab.ops.linear_recurrence import LINEAR_RECURRENCE, flops_per_token
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"silu": jax.nn.silu, "identity": lambda z: z}
 NORMS = {
@@ -63,41 +63,6 @@ class LightningConfig(MixerConfig):
             allowed = f"divisors of the width {width}, or any with head_width set"
             config_lib.require(width % self.heads == 0, "heads", self.heads, allowed)
         return self.head_width or width // self.heads
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class RecurrentState:
-    """What a linear recurrence remembers.
-
-    Attributes:
-      memory: [B, H, d, e] fp32 (fp64), the sum of key-value products of the current document.
-      segment: [B] int32, id of the current document, -1 before the first position.
-      overflowed: [B] bool, whether it has overflowed.
-    """
-
-    memory: jax.Array
-    segment: jax.Array
-    overflowed: jax.Array | None = None
-
-    @classmethod
-    def empty(cls, batch: int, heads: int, width: int, value_width: int, dtype: Any) -> RecurrentState:
-        """The state before the first position."""
-        memory = jnp.zeros((batch, heads, width, value_width), param_dtype(dtype))
-        return cls(memory, jnp.full((batch,), -1, jnp.int32), jnp.zeros((batch,), bool))
-
-
-def recur(
-    q: jax.Array, k: jax.Array, u: jax.Array, seq: Sequence, state: RecurrentState | None, **options: Any
-) -> tuple[jax.Array, RecurrentState]:
-    """`linear_recurrence` from the state on, or of whole sequences, restarted at every document of `seq`."""
-    batch, length = q.shape[:2]
-    segments = jnp.ones((batch, length), jnp.int32) if seq.segments is None else seq.segments
-    whole = seq.segments is None and state is None
-    documents = None if whole else document_index(segments, None if state is None else state.segment)
-    memory = None if state is None else state.memory
-    o, memory = linear_recurrence(q, k, u, documents_BT=documents, state_BHde=memory, **options)
-    return o, RecurrentState(memory, segments[:, -1])
 
 
 def slopes(heads: int) -> jax.Array:

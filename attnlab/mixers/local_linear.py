@@ -62,7 +62,7 @@ class LocalLinear(Softmax):
     """The value at the query of the affine map of keys that fits the values best, weighted by softmax attention.
 
     `attnlab.ops.local_linear` has the formula. Metrics are means over heads and positions: the relative residual of the
-    solves, and their turns.
+    solves, and their iterations.
     """
 
     Config = LocalLinearConfig
@@ -116,6 +116,6 @@ class LocalLinear(Softmax):
         d, span = config.head_dim(width), mean_visible_keys(length, config.causal, config.window)
         if config.ridge is None:
             flops["ridge"] = 2.0 * width * config.heads
-        # Scores, mean key, twice the keys a turn, the fit at the keys, values.
+        # Scores, mean key, twice the keys an iteration, the fit at the keys, values.
         flops["attention"] = 2.0 * config.heads * d * span * (4 + 2 * config.iterations)
         return flops, span

@@ -44,7 +44,7 @@ class Parallax(Softmax):
 
     Config = ParallaxConfig
     paper = "Zuo et al. 2026, Parallax: Parameterized Local Linear Attention for Language Modeling, arXiv:2605.29157"
-    extension = "RoPE, where it is on, turns the probes as it turns the queries"
+    extension = "RoPE, where it is on, rotates the probes as it does the queries"
     implementations = PARALLAX.table
     variants = (
         {"kv_heads": 2, "window": 4, "qk_norm": False},

@@ -16,10 +16,10 @@ from attnlab.mixers.parts import Linear, RMSNorm
 from attnlab.mixers.titans_attention import Attention
 from attnlab.mixers.titans_memory import Memory, memory_flops
 from attnlab.mixers.titans_segments import SegmentedMemory, SegmentState, segment_flops
+from attnlab.ops.chunk_steps import positions_in_documents
 from attnlab.ops.documents import document_index
 from attnlab.ops.masks import mean_visible_keys
 from attnlab.ops.neural_memory import NEURAL_MEMORY, MemoryState, neural_memory
-from attnlab.ops.turns import positions_in_documents
 
 VARIANTS = {
     "lmm": "the memory alone",

@@ -32,9 +32,9 @@ class Attention(nnx.Module):
     def positioned(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """q, k, v [B, T, H, d] of x [B, T, fan_in]."""
         q, k, v = (p(x).reshape(*x.shape[:2], -1, self.head_dim) for p in (self.q, self.k, self.v))
-        return self.turned(q, positions), self.turned(k, positions), v
+        return self.rotated(q, positions), self.rotated(k, positions), v
 
-    def turned(self, x_BTHd: jax.Array, positions: jax.Array) -> jax.Array:
+    def rotated(self, x_BTHd: jax.Array, positions: jax.Array) -> jax.Array:
         """Queries or keys after RoPE."""
         base = self.config.rope_base
         return x_BTHd if base is None else rope(x_BTHd, positions, base)

@@ -13,6 +13,7 @@ from attnlab.mixers.parts import Linear, RMSNorm, param_dtype
 from attnlab.mixers.roles import Role, param
 from attnlab.models.transformer import ModelConfig, Transformer, extend
 from attnlab.ops.cross_entropy import cross_entropy
+from attnlab.ops.linear import project
 from attnlab.parallel import partition
 
 
@@ -72,7 +73,7 @@ class LanguageModel(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., V] fp32 logits of normalised hidden states [..., D]."""
         kernel = self.output_kernel().astype(hidden.dtype)
-        return jnp.matmul(hidden, kernel, preferred_element_type=param_dtype(hidden.dtype))
+        return project(hidden, kernel, param_dtype(hidden.dtype))
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """[B, T, D] in the compute type."""

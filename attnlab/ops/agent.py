@@ -63,7 +63,7 @@ def causal_chunked(q, k, v, agents_Hmd, documents, before, *, refreshed: bool, c
     return o, None if before is None else after
 
 
-def _causal_chunked_on_parts(exchange, q, k, v, agents_Hmd, documents, before, *, refreshed: bool, chunk: int):
+def _causal_chunked_over_devices(exchange, q, k, v, agents_Hmd, documents, before, *, refreshed: bool, chunk: int):
     agents = agents_Hmd.astype(q.dtype)
     if not refreshed:
         return fixed_agent_attention(q, k, v, agents[None], documents, chunk=chunk, exchange=exchange)[0], None
@@ -77,7 +77,7 @@ CAUSAL_AGENT_ATTENTION = Op(
     _causal_spec,
     {
         "definition": Implementation(causal_definition, _no_stream),
-        "chunked": Implementation(causal_chunked, split=_causal_chunked_on_parts),
+        "chunked": Implementation(causal_chunked, split=_causal_chunked_over_devices),
     },
     preference=("chunked",),
 )

@@ -82,10 +82,10 @@ def fixed_agent_attention(
     """
     run = functools.partial(_fixed, chunk=chunk)
     arrays = (q_BTHd, k_BTHd, v_BTHe, agents_BHmd, documents_BT, valid_BT)
-    return run(*arrays, before) if exchange is None else _on_parts(exchange, run, *arrays)
+    return run(*arrays, before) if exchange is None else _over_devices(exchange, run, *arrays)
 
 
-def _on_parts(exchange: SequenceParallel, run, q, k, v, agents, documents, valid):
+def _over_devices(exchange: SequenceParallel, run, q, k, v, agents, documents, valid):
     """Each device averages over its own keys first, and begins with what those before it found."""
     (B, T), (H, m) = q.shape[:2], agents.shape[1:3]
     documents = jnp.zeros((B, T), jnp.int32) if documents is None else exchange.local_documents(documents)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.ops import attention_splash, attention_xla
-from attnlab.ops.attention_frame import AttentionSpec, attend, check_shapes, on_parts
+from attnlab.ops.attention_frame import AttentionSpec, attend, check_shapes, over_devices
 from attnlab.ops.dispatch import Implementation, Op
 from attnlab.ops.masks import Mask
 
@@ -71,12 +71,12 @@ ATTENTION = Op(
             attention_splash.unsupported,
             platforms=("tpu",),
             interpretable=True,
-            split=attention_splash.on_parts,
+            split=attention_splash.over_devices,
             kernel_flops=attention_splash.kernel_flops,
         ),
     },
     preference=("splash", "xla"),
-    split=on_parts,
+    split=over_devices,
 )
 ATTENTION_WITH_LSE = Op(
     "attention_with_lse",
@@ -86,7 +86,7 @@ ATTENTION_WITH_LSE = Op(
         "xla": Implementation(attention_xla.attention_with_lse),
     },
     preference=("xla",),
-    split=on_parts,
+    split=over_devices,
 )
 _NO_KEYS = -1e20  # the log-sum-exp of no keys, finite so that differences are
 

@@ -40,15 +40,15 @@ class AttentionSpec:
     soft_cap: bool
     sinks: bool
     documents: bool = False
-    parts: int = 1  # devices over which the queries are split
+    devices: int = 1  # over which the queries are split
 
     def __str__(self) -> str:
         width = str(self.width) if self.width == self.value_width else f"{self.width}/{self.value_width}"
         features = [name for name in ("causal", "intervals", "documents", "soft_cap", "sinks") if getattr(self, name)]
         if self.window is not None:
             features.append(f"window={self.window}")
-        if self.parts > 1:
-            features.append(f"parts={self.parts}")
+        if self.devices > 1:
+            features.append(f"devices={self.devices}")
         shape = f"B{self.batch} T{self.queries} S{self.keys} H{self.heads} K{self.kv_heads} d{width}"
         return " ".join([shape, self.dtype, *features])
 
@@ -80,7 +80,7 @@ def attend(
     """`op(*queries, *keys, mask, *per_head)` on each device's own batch, heads and queries, against all keys.
 
     Args:
-      op: its spec is `AttentionSpec.of`, its split `on_parts`.
+      op: its spec is `AttentionSpec.of`, its split `over_devices`.
       queries: each [B, T, H, ...].
       keys: keys and values, [B, S, K, d] and [B, S, K, e], or [B, K, S, ...] where `key_axis` is 2.
       mask: of the whole sequence.
@@ -114,7 +114,7 @@ def attend(
     )
 
 
-def on_parts(
+def over_devices(
     chosen: Implementation,
     exchange: SequenceParallel,
     *arrays: Any,

@@ -29,13 +29,13 @@ _KERNEL_WORK = {"fwd": 1.0, "dq": 1.5, "dkv": 2.0}
 
 def unsupported(spec: AttentionSpec) -> str | None:
     """Why the kernel cannot serve, or None."""
-    whole = spec.queries * spec.parts
+    whole = spec.queries * spec.devices
     reasons = (
         (spec.dtype not in ("bfloat16", "float32"), f"it computes bfloat16 and float32, not {spec.dtype}"),
         (spec.sinks, "it has no sinks here"),
         (spec.intervals and not spec.documents, "its masks are static, or packed documents"),
         (whole != spec.keys, "queries and keys must be the same positions"),
-        (spec.queries % _LANES != 0, f"T = {whole} is not a multiple of {_LANES * spec.parts}"),
+        (spec.queries % _LANES != 0, f"T = {whole} is not a multiple of {_LANES * spec.devices}"),
         (
             any(w not in (64, 96) and w % _LANES for w in (spec.width, spec.value_width)),
             f"head widths must be 64, 96 or a multiple of {_LANES}",
@@ -75,7 +75,7 @@ def attention(
     return _run(kernel, (q_BTHd, k_BSKd, v_BSKe), starts, (position, position), scale)
 
 
-def on_parts(
+def over_devices(
     exchange: SequenceParallel,
     q_BTHd: jax.Array,
     k_BSKd: jax.Array,
@@ -88,7 +88,7 @@ def on_parts(
     soft_cap: float | None,
     interpret: bool = False,
 ) -> jax.Array:
-    """`attention` of a device's queries against all keys: the split of `attention_frame.on_parts`."""
+    """`attention` of a device's queries against all keys: the split of `attention_frame.over_devices`."""
     del sinks_H
     (T, H), S, count = q_BTHd.shape[1:3], k_BSKd.shape[1], exchange.count
     order, index = exchange.order(S, zigzags(mask, T)), exchange.index()
@@ -138,10 +138,10 @@ def _kernel(
     soft_cap: float | None,
     interpret: bool,
     order: tuple[int, ...] | None = None,
-    parts: int = 1,
+    devices: int = 1,
 ) -> Any:
-    """The kernel for so many queries and keys [H, T, d] of one sequence; its queries in another order, and in parts."""
-    block = next(b for b in (_BLOCK, 384, 256, _LANES) if shape[0] // parts % b == 0)
+    """The kernel for so many queries and keys [H, T, d] of one sequence; its queries reordered, and over devices."""
+    block = next(b for b in (_BLOCK, 384, 256, _LANES) if shape[0] // devices % b == 0)
     sizes = splash.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block,
         block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
@@ -153,7 +153,7 @@ def _kernel(
         block_sizes=sizes,
         attn_logits_soft_cap=soft_cap,
         head_shards=1,
-        q_seq_shards=parts,
+        q_seq_shards=devices,
         residual_checkpoint_name="attention_o",
         interpret=interpret,
     )

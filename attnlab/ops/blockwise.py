@@ -203,7 +203,7 @@ def over_tiles(config: Config, G: int, T: int, S: int, bounds, tile, carry):
         if config.skip and len(lengths) > 1:
             low, choice = _run_time_ranges(blocks, bounds, S, unit)
             # One loop for each length, over its blocks only. A conditional inside one loop over all blocks
-            # would copy the accumulators at every turn.
+            # would copy the accumulators in every iteration.
             order = jnp.argsort(choice)
             for n, keys in enumerate(lengths):
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from attnlab.ops import attention_xla
 from attnlab.ops.attention import definition
-from attnlab.ops.attention_frame import AttentionSpec, attend, check_shapes, on_parts
+from attnlab.ops.attention_frame import AttentionSpec, attend, check_shapes, over_devices
 from attnlab.ops.dispatch import Implementation, Op
 from attnlab.ops.masks import Mask
 
@@ -58,7 +58,7 @@ CACHED_ATTENTION = Op(
         "one_query": Implementation(one_query, _several),
     },
     preference=("one_query", "xla"),
-    split=on_parts,
+    split=over_devices,
 )
 
 

@@ -140,7 +140,7 @@ def chunked(q_BTHd, k_BTHd, v_BTHe, log_decay_BTH, beta_BTH, documents_BT, state
     return o.reshape(B, -1, H, v_width)[:, :T], state.reshape(state_BHde.shape)
 
 
-def _on_parts(chosen: Implementation, exchange: SequenceParallel, *arrays: Any, chunk: int):
+def _over_devices(chosen: Implementation, exchange: SequenceParallel, *arrays: Any, chunk: int):
     """Each device runs its positions from nothing, and adds what the state of those before gives: it is linear in it.
 
     What it gives is what the rule reads where it begins from the identity and all values are 0: d more value columns.
@@ -163,7 +163,7 @@ DELTA_RULE = Op(
     DeltaSpec.of,
     {"definition": Implementation(definition), "chunked": Implementation(chunked)},
     preference=("chunked",),
-    split=_on_parts,
+    split=_over_devices,
 )
 
 

@@ -84,7 +84,7 @@ def chunked(q, k, v, documents, state, *, rule: FlowRule, causal: bool, chunk: i
     return out._replace(o=out.o.astype(v.dtype))
 
 
-def _chunked_on_parts(exchange: SequenceParallel, *arrays, **options) -> FlowOutput:
+def _chunked_over_devices(exchange: SequenceParallel, *arrays, **options) -> FlowOutput:
     return chunked(*arrays, exchange=exchange, **options)
 
 
@@ -93,7 +93,7 @@ FLOW_ATTENTION = Op(
     FlowSpec.of,
     {
         "definition": Implementation(definition),
-        "chunked": Implementation(chunked, split=_chunked_on_parts),
+        "chunked": Implementation(chunked, split=_chunked_over_devices),
     },
     preference=("chunked",),
 )

@@ -145,7 +145,7 @@ def chunked(
     return jnp.moveaxis(o, 1, 3).reshape(B, N * C, H, e)[:, :T], state
 
 
-def _on_parts(chosen: Implementation, exchange: SequenceParallel, *arrays: Any, chunk: int):
+def _over_devices(chosen: Implementation, exchange: SequenceParallel, *arrays: Any, chunk: int):
     """Each device runs its positions from nothing and adds what the state of those before gives: it is linear in it."""
     q, k, u, log_decay, documents, state = _widened(*arrays)
     B, T, H, d = q.shape
@@ -167,7 +167,7 @@ LINEAR_RECURRENCE = Op(
     RecurrenceSpec.of,
     {"definition": Implementation(definition), "chunked": Implementation(chunked)},
     preference=("chunked",),
-    split=_on_parts,
+    split=_over_devices,
 )
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from attnlab.errors import UserError
 from attnlab.ops import local_linear_xla
-from attnlab.ops.attention_frame import AttentionSpec, attend, check_shapes, on_parts
+from attnlab.ops.attention_frame import AttentionSpec, attend, check_shapes, over_devices
 from attnlab.ops.dispatch import Implementation, Op
 from attnlab.ops.masks import Mask
 
@@ -20,7 +20,7 @@ class Solves:
 
     Attributes:
       residual_BTH: `|A x - (q - mean key)| / |q - mean key|`.
-      iterations_BTH: turns of the solver that changed x; 0 for a direct solve.
+      iterations_BTH: iterations of the solver that changed x; 0 for a direct solve.
     """
 
     residual_BTH: jax.Array
@@ -73,7 +73,7 @@ LOCAL_LINEAR = Op(
         "cg_fixed": Implementation(partial(local_linear_xla.local_linear, early_exit=False)),
     },
     preference=("cg",),
-    split=on_parts,
+    split=over_devices,
 )
 
 

@@ -1,9 +1,9 @@
 """Local linear attention by blocks of queries, its d x d systems solved without being formed.
 
-A block of query rows takes three passes over its keys: softmax weights and their mean key; conjugate gradients, a turn
-of which is two products with the keys; the output. The backward pass forms the weights again, solves a second system
-with the same matrix and never differentiates the solver (implicit function theorem). Scores of one block are all that
-is ever held, so that memory grows linearly with the length.
+A block of query rows takes three passes over its keys: softmax weights and their mean key; conjugate gradients, of
+which an iteration is two products with the keys; the output. The backward pass forms the weights again, solves a second
+system with the same matrix and never differentiates the solver (implicit function theorem). Scores of one block are all
+that is ever held, so that memory grows linearly with the length.
 
 With p the softmax weights of a row, m = sum p k their mean key, x = A^-1 (q - m), t = (k - m) . x, and for the
 gradient g of the output e = g . v, c = e - sum p e, u = A^-1 sum p c k, s = (k - m) . u and h = (c - s)(1 + t):
@@ -86,8 +86,8 @@ def _local_linear_forward(config: SolverConfig, q, k, v, ridge, intervals):
     G, stat = H // K, ridge.dtype
     per_row = HeadArray((B, K, G, T), stat, 1)
     out = (HeadArray((B, T, K, G, e), q.dtype, 2), HeadArray((B, T, K, G, d), stat, 2), per_row, per_row, per_row)
-    o, x, lse, residual, turns = _run(_forward_head, config, q, k, v, (ridge,), intervals, out)
-    return (o.reshape(B, T, H, e), residual, turns), (q, k, v, ridge, intervals, x, lse)
+    o, x, lse, residual, counts = _run(_forward_head, config, q, k, v, (ridge,), intervals, out)
+    return (o.reshape(B, T, H, e), residual, counts), (q, k, v, ridge, intervals, x, lse)
 
 
 def _local_linear_backward(config: SolverConfig, residuals, cotangents):
@@ -149,8 +149,8 @@ def _forward_head(config: SolverConfig, q_TGd, k_Sd, v_Se, ridge_GT, *, sinks, b
 
     carry = [jnp.zeros(shape, stat) for shape in ((G, T, e), (G, T, d), (G, T), (G, T), (G, T))]
     carry = varying(tuple(carry), (q_TGd, k_Sd, v_Se, ridge_GT, bounds))
-    o, x, lse, residual, turns = over_tiles(config, G, T, k_Sd.shape[0], bounds, tile, carry)
-    return o.swapaxes(0, 1), x.swapaxes(0, 1), lse, residual, turns
+    o, x, lse, residual, counts = over_tiles(config, G, T, k_Sd.shape[0], bounds, tile, carry)
+    return o.swapaxes(0, 1), x.swapaxes(0, 1), lse, residual, counts
 
 
 def _backward_head(config: SolverConfig, q_TGd, k_Sd, v_Se, ridge_GT, do_TGe, x_TGd, lse_GT, *, sinks, bounds):

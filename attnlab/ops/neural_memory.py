@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.errors import UserError
+from attnlab.ops.chunk_steps import ChunkStep, choose_rows, positions_in_documents, scan_aligned, scan_chunk_steps
 from attnlab.ops.dispatch import Implementation, Op
-from attnlab.ops.turns import Turn, choose_rows, positions_in_documents, scan_aligned, scan_turns
 from attnlab.ops.two_stage import TwoStage, before, two_stage
 from attnlab.parallel import partition
 from attnlab.parallel.sequence_parallel import SequenceParallel
@@ -153,22 +153,22 @@ def gelu_slope(z: jax.Array) -> jax.Array:
 
 
 def chunk_step(
-    spec: MemorySpec, initial: MemoryState, state: MemoryState, inputs: tuple, turn: Turn
+    spec: MemorySpec, initial: MemoryState, state: MemoryState, inputs: tuple, slots: ChunkStep
 ) -> tuple[MemoryState, jax.Array]:
-    """One turn: writes its positions and reads y [B, C, H, d].
+    """One chunk step: writes its positions and reads y [B, C, H, d].
 
     Args:
       initial: the state at which a document begins; rows [1, ...] or [B, ...].
       inputs: q, k, v [B, C, H, d], log_keep and log_eta [B, C, H] or None, theta [B, C, H].
     """
     q, k, v, log_keep, log_eta, theta = (None if x is None else jnp.swapaxes(x, 1, 2) for x in inputs)
-    theta = jnp.where(turn.kept()[:, None], theta, 0)
-    seen = turn.seen()[:, None]
+    theta = jnp.where(slots.kept()[:, None], theta, 0)
+    seen = slots.seen()[:, None]
     log_keep = jnp.zeros_like(theta) if log_keep is None else log_keep
     stage = two_stage(log_keep, log_eta, seen)
 
-    base = state.restarted(initial, turn.fresh_B)
-    begins_B = turn.position_BC[:, 0] % spec.chunk == 0
+    base = state.restarted(initial, slots.fresh_B)
+    begins_B = slots.position_BC[:, 0] % spec.chunk == 0
     start = choose_rows(begins_B, base.weights, base.start)
     log_kept_BH = jnp.where(begins_B[:, None], 0, base.log_keep_BH)
     scale = jnp.exp(log_kept_BH[..., None] + stage.log_keep_C) if spec.grad_at == "decayed" else None
@@ -178,15 +178,15 @@ def chunk_step(
     read = stage if spec.read_after_write else before(stage, seen)
     y = _read(read, base, inner, steps, q, spec.residual_norm)
 
-    weights, momentum = _write(stage, base, inner, steps, turn)
+    weights, momentum = _write(stage, base, inner, steps, slots)
     after = MemoryState(
         weights=weights,
         momentum=momentum,
         start=start,
-        log_keep_BH=log_kept_BH + turn.at_last(stage.log_keep_C),
-        position_B=jnp.take_along_axis(turn.position_BC, turn.last_B[:, None], axis=1)[:, 0] + 1,
+        log_keep_BH=log_kept_BH + slots.at_last(stage.log_keep_C),
+        position_B=jnp.take_along_axis(slots.position_BC, slots.last_B[:, None], axis=1)[:, 0] + 1,
     )
-    return choose_rows(turn.taken_B, after, state), jnp.swapaxes(y, 1, 2)
+    return choose_rows(slots.taken_B, after, state), jnp.swapaxes(y, 1, 2)
 
 
 def _read(
@@ -205,9 +205,9 @@ def _read(
     return q + normalized(z)[0] if residual_norm else z
 
 
-def _write(stage: TwoStage, base: MemoryState, inner: Layers, steps: Layers, turn: Turn) -> tuple[Layers, Layers]:
-    """W and S after the turn's last step."""
-    last = jax.tree.map(turn.at_last, stage)
+def _write(stage: TwoStage, base: MemoryState, inner: Layers, steps: Layers, slots: ChunkStep) -> tuple[Layers, Layers]:
+    """W and S after the chunk step's last position."""
+    last = jax.tree.map(slots.at_last, stage)
     wide = lambda row: row[..., None, None]
     weights, momentum = [], []
     for index, (w, a, step) in enumerate(zip(base.weights, inner, steps)):
@@ -294,11 +294,11 @@ def _one_by_one(spec, initial, state, inputs, documents_BT):
 
 
 def _together(spec, initial, state, inputs, documents_BT):
-    body = lambda state, inputs, turn: chunk_step(spec, initial, state, inputs, turn)
+    body = lambda state, inputs, slots: chunk_step(spec, initial, state, inputs, slots)
     if documents_BT is None:
         return scan_aligned(body, state, inputs, spec.chunk)
     position_BT = positions_in_documents(documents_BT, state.position_B)
-    return scan_turns(body, state, inputs, spec.chunk, documents_BT, position_BT)
+    return scan_chunk_steps(body, state, inputs, spec.chunk, documents_BT, position_BT)
 
 
 def definition_step(
@@ -343,7 +343,7 @@ def definition(initial, state, inputs, documents_BT, *, memory: MemorySpec):
     return jnp.moveaxis(y_TBHd, 0, 1), state
 
 
-def _on_parts(
+def _over_devices(
     chosen: Implementation, exchange: SequenceParallel, initial, state, inputs, documents, *, memory: MemorySpec
 ):
     """What the memory learns does not add up: its state is handed over from device to device."""
@@ -357,7 +357,7 @@ NEURAL_MEMORY = Op(
     NeuralMemorySpec.of,
     {"definition": Implementation(definition), "chunked": Implementation(chunked)},
     preference=("chunked",),
-    split=_on_parts,
+    split=_over_devices,
 )
 
 

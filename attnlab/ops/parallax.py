@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.errors import UserError
-from attnlab.ops.attention_frame import AttentionSpec, attend, check_shapes, on_parts
+from attnlab.ops.attention_frame import AttentionSpec, attend, check_shapes, over_devices
 from attnlab.ops.blockwise import (
     LOWEST,
     Config,
@@ -154,7 +154,7 @@ PARALLAX = Op(
     AttentionSpec.of,
     {"definition": Implementation(definition), "xla": Implementation(blockwise)},
     preference=("xla",),
-    split=on_parts,
+    split=over_devices,
 )
 
 

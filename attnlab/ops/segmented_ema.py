@@ -96,7 +96,7 @@ def _backward(residuals, dh):
 in_blocks.defvjp(_forward, _backward)
 
 
-def _on_parts(chosen: Implementation, exchange: SequenceParallel, decay, x, start):
+def _over_devices(chosen: Implementation, exchange: SequenceParallel, decay, x, start):
     """Each device runs its positions from zero, and adds what is left of those before."""
     h, kept = chosen.run(decay, x, jnp.zeros_like(start)), jnp.cumprod(decay, axis=1)
     join = lambda before, own: own[0][:, None] * before + own[1]
@@ -109,7 +109,7 @@ SEGMENTED_EMA = Op(
     EmaSpec.of,
     {"definition": Implementation(definition), "chunked": Implementation(in_blocks)},
     preference=("chunked",),
-    split=_on_parts,
+    split=_over_devices,
 )
 
 

@@ -84,11 +84,16 @@ def test_definition(config, x64):
 
 
 def implementations(config):
-    """`auto` or the like, and every implementation by its name, forced."""
+    """`auto` or the like, and every implementation by its name, forced; kernels are held in `test_kernels`."""
     cls = mixers.get(config.node_name)
     default = next(f for f in dataclasses.fields(config) if f.name == "impl").default
     assert "definition" in cls.implementations
-    return dict.fromkeys([default, *cls.implementations])
+    return dict.fromkeys([default, *everywhere(cls)])
+
+
+def everywhere(cls):
+    """Names of the implementations that run on every platform."""
+    return [name for name, way in cls.implementations.items() if way.platforms is None]
 
 
 @some_configs
@@ -172,7 +177,7 @@ def test_overflow(config):
 @pytest.mark.parametrize("config", cases.parameters(knobs_alone=False))
 def test_overflow_in_every_implementation(config):
     """Law 10, each implementation by its name."""
-    for impl in mixers.get(config.node_name).implementations:
+    for impl in everywhere(mixers.get(config.node_name)):
         held_to_overflow(dataclasses.replace(config, impl=impl))
 
 
@@ -310,7 +315,7 @@ def traced(module, dtype):
 @some_configs
 def test_sums_are_wide(config):
     """Law 8: in bf16 sums over positions, exponentials and what a state adds up are fp32; of every implementation."""
-    for impl in mixers.get(config.node_name).implementations:
+    for impl in everywhere(mixers.get(config.node_name)):
         functions = traced(cases.module(dataclasses.replace(config, impl=impl), jnp.bfloat16), jnp.bfloat16)
         for fn, args in functions:
             assert precision.narrow_sums(fn, *args) == []
@@ -325,7 +330,7 @@ def test_sums_are_wide(config):
 @some_configs
 def test_float64_throughout(config, x64):
     """Law 11: in a float64 model whatever is floating is float64: y, losses, metrics, states, and all between."""
-    for impl in mixers.get(config.node_name).implementations:
+    for impl in everywhere(mixers.get(config.node_name)):
         module = cases.module(dataclasses.replace(config, impl=impl), jnp.float64)
         functions = traced(module, jnp.float64)
         for fn, args in functions:

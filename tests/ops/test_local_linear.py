@@ -140,7 +140,7 @@ def test_accelerator_form_equals_definition(small_tiles, monkeypatch):
     assert_close(value_and_grads("cg", q, k, v, ridge, mask), value_and_grads("definition", q, k, v, ridge, mask))
 
 
-def test_fixed_number_of_turns_equals_definition(small_tiles):
+def test_fixed_number_of_iterations_equals_definition(small_tiles):
     q, k, v, ridge = arrays()
     mask = MASKS["packed"]()
     assert_close(value_and_grads("cg_fixed", q, k, v, ridge, mask), value_and_grads("definition", q, k, v, ridge, mask))
@@ -161,7 +161,7 @@ def test_the_gradient_of_the_ridge_is_the_finite_difference():
     np.testing.assert_allclose((jax.grad(total)(ridge) * direction).sum(), difference, rtol=1e-6)
 
 
-def test_conjugate_gradients_of_d_turns_are_direct():
+def test_conjugate_gradients_of_d_iterations_are_direct():
     q, k, v, ridge = arrays(d=5)
     mask = Mask(causal=True)
     options = {"iterations": 5, "tolerance": 1e-15}
@@ -170,7 +170,7 @@ def test_conjugate_gradients_of_d_turns_are_direct():
     _, few = local_linear(q, k, v, mask, ridge, iterations=2)
     _, all_ = local_linear(q, k, v, mask, ridge, **options)
     assert few.residual_BTH.max() > 1e-2 and all_.residual_BTH.max() < 1e-8
-    # A row needs no more turns than it has keys besides its own direction.
+    # A row needs no more iterations than it has keys besides its own direction.
     assert np.all(np.asarray(all_.iterations_BTH)[:, 0] == 1) and all_.iterations_BTH.max() == 5
 
 
