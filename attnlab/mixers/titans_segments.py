@@ -193,8 +193,9 @@ class SegmentSpec:
 
     @classmethod
     def of(cls, exchange: SequenceParallel | None, leaves, state, inputs, documents, *, build: Callable) -> SegmentSpec:
-        """Of the arrays of a device."""
-        return cls(*inputs[0].shape, str(inputs[0].dtype), documents is not None)
+        """Of the arrays of a device; where positions are split over several, of one row at a time."""
+        (B, *rest), alone = inputs[0].shape, exchange is None
+        return cls(B if alone else 1, *rest, str(inputs[0].dtype), documents is not None or not alone)
 
 
 def definition(leaves, state, inputs, documents, *, build: Callable):

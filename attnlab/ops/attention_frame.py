@@ -23,7 +23,8 @@ class AttentionSpec:
     """The static facts by which an implementation is chosen.
 
     Lengths, heads and widths are those of a device: its queries, and the keys that they are held against, which are
-    gathered where positions are split. Of the mask it is what is asked for.
+    gathered where positions are split. Of the mask it is what is asked for; where `devices` is not 1, implementations
+    without a split of their own get intervals that say the same.
     """
 
     batch: int

@@ -48,8 +48,11 @@ class DeltaSpec:
     def of(
         cls, exchange: SequenceParallel | None, q, k, v, log_decay, beta, documents, state, *, chunk: int
     ) -> DeltaSpec:
-        """Of the arrays of a device."""
-        return cls(*q.shape, v.shape[3], str(v.dtype), chunk, documents is not None)
+        """Of the arrays of a device; where positions are split over several, d more value columns, in wide sums."""
+        d, e, dtype = q.shape[3], v.shape[3], v.dtype
+        if exchange is not None:
+            e, dtype = e + d, jnp.promote_types(dtype, jnp.float32)
+        return cls(*q.shape, e, str(dtype), chunk, documents is not None)
 
 
 def _widened(q, k, v, log_decay, beta, documents, state) -> tuple[Any, ...]:

@@ -43,9 +43,10 @@ class RecurrenceSpec:
     def of(
         cls, exchange: SequenceParallel | None, q, k, u, log_decay, documents, state, *, chunk: int
     ) -> RecurrenceSpec:
-        """Of the arrays of a device."""
+        """Of the arrays of a device; where positions are split over several, what each finds is added in wide sums."""
+        dtype = q.dtype if exchange is None else jnp.promote_types(q.dtype, jnp.float32)
         decay = "none" if log_decay is None else "constant" if log_decay.ndim == 1 else "data"
-        return cls(*q.shape, u.shape[3], str(q.dtype), chunk, decay, documents is not None)
+        return cls(*q.shape, u.shape[3], str(dtype), chunk, decay, documents is not None)
 
 
 class Weights(NamedTuple):

@@ -248,10 +248,11 @@ class NeuralMemorySpec:
     def of(
         cls, exchange: SequenceParallel | None, initial, state, inputs, documents, *, memory: MemorySpec
     ) -> NeuralMemorySpec:
-        """Of the arrays of a device."""
-        q = inputs[0]
+        """Of the arrays of a device; where positions are split over several, of one row at a time."""
+        q, alone = inputs[0], exchange is None
         widths = tuple(w.shape[-1] for w in (initial.weights[0].swapaxes(-1, -2), *initial.weights))
-        return cls(*q.shape[:3], widths, str(q.dtype), documents is not None, memory)
+        batch = q.shape[0] if alone else 1
+        return cls(batch, *q.shape[1:3], widths, str(q.dtype), documents is not None or not alone, memory)
 
 
 def _widened(inputs: tuple) -> tuple:

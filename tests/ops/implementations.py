@@ -39,9 +39,7 @@ def segments(shape: tuple[int, ...]) -> jax.Array:
     return jnp.broadcast_to(jnp.asarray([1] * (T // 3) + [2] * (T - T // 3 - 2) + [0] * 2), (B, T))
 
 
-def _attention(
-    shape: tuple[int, ...], impl: str, op: Callable[..., Any] = attention
-) -> tuple[Callable, list[jax.Array]]:
+def _attention(shape: tuple[int, ...], impl: str, op: Callable = attention) -> tuple[Callable, list[jax.Array]]:
     mask = mask_from_segments(segments(shape), shape[1], causal=True)
     return lambda q, k, v: op(q, k, v, mask, impl=impl), arrays(3, shape)
 

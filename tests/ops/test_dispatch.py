@@ -48,13 +48,14 @@ def test_a_choice_sees_what_a_device_has_in_its_own_dtype(monkeypatch):
     assert str(choice.spec) == "B8 T16 S64 H2 K2 d8 bfloat16 causal devices=4"
     assert got == [((8, 16, 2, 8), "bfloat16")]
 
-    del got[:]
-    # Its sums are exchanged in float32: what runs is given that, and the choice the caller's own.
-    with ops.recording() as chosen:
-        traced_on(mesh(tensor=2, data=4), lambda q: linear_recurrence(q, q, q, impl="spy")[0], q)
-    (choice,) = chosen.choices
-    assert str(choice.spec) == "B2 T64 H2 d8/8 C64 bfloat16 decay=none"
-    assert got == [((2, 64, 2, 8), "bfloat16")]
+    # What devices find is added in float32: where positions are split the recurrence gets that, and its spec says so.
+    for sizes, shape, dtype in (({"data": 4}, (2, 64, 2, 8), "bfloat16"), ({"context": 4}, (8, 16, 2, 8), "float32")):
+        del got[:]
+        with ops.recording() as chosen:
+            traced_on(mesh(tensor=2, **sizes), lambda q: linear_recurrence(q, q, q, impl="spy")[0], q)
+        (choice,) = chosen.choices
+        assert str(choice.spec) == f"B{shape[0]} T{shape[1]} H2 d8/8 C64 {dtype} decay=none"
+        assert got == [(shape, dtype)]
 
 
 def test_support_is_asked_for_what_a_device_has(monkeypatch):
@@ -64,7 +65,7 @@ def test_support_is_asked_for_what_a_device_has(monkeypatch):
     monkeypatch.setitem(ATTENTION.table, "short", short)
     run = lambda q: attention(q, q, q, Mask(causal=True), impl="short")
     traced_on(mesh(context=4, tensor=2), run, q)
-    with pytest.raises(UserError, match="'short' cannot serve B8 T64 .*: too long"):
+    with pytest.raises(UserError, match="'short' cannot serve B. T64 .*: too long"):
         traced_on(mesh(data=4, tensor=2), lambda q: run(q[:1]), q)
 
 
