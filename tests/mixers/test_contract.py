@@ -107,6 +107,8 @@ def implementations(config):
 @pytest.mark.parametrize("name", [n for n in mixers.names() if kernels(mixers.get(n))])
 def test_kernels(name):
     """Law 7: kernels, interpreted, equal the definition at a size that they serve: value and gradients, packed rows."""
+    if not kernels(mixers.get(name)):
+        return
     T = 256
     segments = jnp.asarray([[1] * 100 + [2] * 150 + [0] * 6])
     seq = mixers.Sequence(jnp.broadcast_to(jnp.arange(T), (1, T)), segments)

@@ -44,6 +44,11 @@ def _attention(shape: tuple[int, ...], impl: str, op: Callable = attention) -> t
     return lambda q, k, v: op(q, k, v, mask, impl=impl), arrays(3, shape)
 
 
+def _with_lse(*args: Any, **options: Any) -> tuple[jax.Array, jax.Array]:
+    o, lse = attention_with_lse(*args, **options)
+    return o, jnp.maximum(lse, -100.0)  # whatever says that a row sees nothing
+
+
 def _cached(queries: int, impl: str) -> tuple[Callable, list[jax.Array]]:
     q, k, v = *arrays(1, (2, queries, 4, 6)), *arrays(2, (4, 9, 6), seed=1)
     mask = Mask(jnp.full((2, queries), 2), jnp.full((2, queries), 7))
@@ -79,7 +84,7 @@ def _agents(refreshed: bool, impl: str) -> tuple[Callable, list[jax.Array]]:
 # Per op: cases by name, each `impl` to a function and its arrays.
 CASES: dict[str, tuple[Op, dict[str, Callable[[str], tuple[Callable, list[jax.Array]]]]]] = {
     "attention": (ATTENTION, {n: functools.partial(_attention, s) for n, s in (("short", SHORT), ("long", LONG))}),
-    "attention_with_lse": (ATTENTION_WITH_LSE, {"short": lambda impl: _attention(SHORT, impl, attention_with_lse)}),
+    "attention_with_lse": (ATTENTION_WITH_LSE, {"short": lambda impl: _attention(SHORT, impl, _with_lse)}),
     "cached_attention": (CACHED_ATTENTION, {f"{n}": functools.partial(_cached, n) for n in (1, 3)}),
     "local_linear": (
         LOCAL_LINEAR,
