@@ -49,7 +49,8 @@ class Mask:
         """`k_start`, `k_end` (`[B, T]` or `[1, T]`, int32) of `length` queries over `keys` keys, the static
         part folded in, in which the first query is key `first`. None where it bounds nothing: a start of 0, or an
         end of `keys`."""
-        t = first + jnp.arange(length, dtype=jnp.int32)[None]
+        t = jnp.arange(length, dtype=jnp.int32)[None]
+        t = t if isinstance(first, int) and first == 0 else first + t
         starts = [] if self.k_start is None else [self.k_start.astype(jnp.int32)]
         ends = [] if self.k_end is None else [self.k_end.astype(jnp.int32)]
         if self.window is not None:
