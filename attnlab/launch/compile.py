@@ -8,17 +8,14 @@ from typing import Any
 
 import jax
 
-from attnlab import mixers, ops
+from attnlab import ops
 from attnlab.launch import hlo
 from attnlab.launch.targets import Target
-from attnlab.mixers.softmax import Softmax
 from attnlab.models.cost import model_cost
 from attnlab.train.config import RunConfig
 from attnlab.train.hardware import Chip
 from attnlab.train.program import Program
 
-# Matrix products of each kernel of splash attention, against the two of a forward pass.
-_KERNEL_WORK = {"_fwd": 1.0, "_dq": 1.5, "_dkv": 2.0}
 # What the compiler says of a program that needs more memory than a chip has: what it needs, and what there is.
 _REFUSED = (
     re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm"),
@@ -51,11 +48,11 @@ def compile_step(config: RunConfig, target: Target) -> dict[str, Any]:
         "remat": config.model.remat,
         "parameters": cost.parameters,
     }
-    ops.clear_choices()
     started = time.perf_counter()
-    lowered = program.train_step.lower(program.state, program.batch)
+    with ops.recording() as chosen:
+        lowered = program.train_step.lower(program.state, program.batch)
     report["trace_seconds"] = time.perf_counter() - started
-    report["implementations"] = ops.choices()
+    report["implementations"] = chosen.table()
     started, started_cpu = time.perf_counter(), time.process_time()
     try:
         compiled = lowered.compile()
@@ -73,7 +70,7 @@ def compile_step(config: RunConfig, target: Target) -> dict[str, Any]:
     flops = {
         "declared": 3 * cost.total_flops * tokens,
         "compiler": costs.flops,
-        "kernels": _kernel_flops(config, costs.kernels, cost.flops, tokens),
+        "kernels": chosen.kernel_flops(costs.kernels),
         "compiler_loops_once": counted_once.get("flops"),
     }
     kinds = {
@@ -130,20 +127,3 @@ def _refused(message: str, chip: Chip) -> dict[str, Any]:
         needed, limit = float(found[1]) * unit[found[2]], float(found[3]) * unit[found[4]]
         memory |= {"hbm": limit, "peak": needed, "spare": limit - needed}
     return memory
-
-
-def _kernel_flops(config: RunConfig, kernels: dict[str, int], declared: dict[str, float], tokens: float) -> float:
-    """FLOPs of attention inside kernels, which the compiler does not see: the declared ones, as often as kernels run.
-
-    Every forward pass has one backward pass, which is one kernel for dq and one for dk and dv; forward passes that
-    rematerialisation repeats are kernels, too.
-    """
-    started = lambda part: sum(n for name, n in kernels.items() if name.startswith("splash_mha" + part))
-    runs = {part: started(part) for part in _KERNEL_WORK}
-    if not runs["_dq"]:
-        return 0.0
-    core = lambda node: mixers.get(getattr(node, "core", node).node_name)
-    attending = {node.node_name for node in config.model.mixers.values() if issubclass(core(node), Softmax)}
-    of_kernels = {f"{name}.attention" for name in attending}
-    forward = sum(value for part, value in declared.items() if part in of_kernels) * tokens
-    return forward * sum(_KERNEL_WORK[part] * n for part, n in runs.items()) / runs["_dq"]

@@ -15,14 +15,13 @@ from attnlab.errors import UnsupportedPattern
 from attnlab.mixers.base import Capabilities, HeadMixer, MixerConfig, MixerOutput, Sequence, knob, register
 from attnlab.mixers.parts import Linear, param_dtype
 from attnlab.mixers.roles import Role, param
-from attnlab.ops import agent_attention as bidirectional_ops
 from attnlab.ops import agent_causal as causal_ops
 from attnlab.ops import agent_refreshed as refreshed_ops
+from attnlab.ops.agent import AGENT_ATTENTION, causal_agent_attention, pooled_agent_attention
+from attnlab.ops.agent_attention import depthwise_conv
 from attnlab.ops.causal_conv import causal_conv
-from attnlab.ops.dispatch import Implementation, choose
 from attnlab.ops.documents import document_index
 
-_IMPLS = ("definition", "chunked")
 _FORMS = ("learned", "pooled")
 _TAPS = 3  # of the convolution, along each axis
 _TABLE = 7  # rows and columns of the biases' tables
@@ -45,7 +44,7 @@ class AgentConfig(MixerConfig):
     conv: bool = knob(True, "add a depthwise convolution of the values, 3 wide", other=(False,))
     chunk: int = knob(64, "where causal: positions computed together (learned), or between refreshes of the agents, a "
                       "multiple of agents (pooled)", other=(4,))  # fmt: skip
-    impl: str = knob("auto", f"implementation: auto, {', '.join(_IMPLS)}", other=("definition",))
+    impl: str = knob("auto", f"implementation of the op: {', '.join(AGENT_ATTENTION.names())}", other=("definition",))
 
     def __post_init__(self) -> None:
         need = config_lib.require
@@ -64,7 +63,7 @@ class AgentConfig(MixerConfig):
             need(_is_square(self.agents), "agents", self.agents, "square numbers where there is a grid")
         if self.refreshed:
             need(self.chunk % self.agents == 0, "chunk", self.chunk, f"multiples of agents ({self.agents})")
-        config_lib.require_choice("impl", self.impl, ("auto", *_IMPLS))
+        config_lib.require_choice("impl", self.impl, AGENT_ATTENTION.names())
 
     @property
     def refreshed(self) -> bool:
@@ -145,7 +144,7 @@ class Agent(HeadMixer):
         "with a causal convolution of the values; bidirectional sequences without a grid: min(m, n) agents pooled "
         "along each document of n positions, and a convolution along it; one bias for all positions before an image"
     )
-    implementations = _IMPLS
+    implementations = AGENT_ATTENTION.table
     counted = "chunked"
     variants = (
         {"form": "pooled", "agents": 2, "chunk": 4},
@@ -239,20 +238,12 @@ class Agent(HeadMixer):
     def _causal(
         self, q: jax.Array, k: jax.Array, v: jax.Array, documents: jax.Array | None, state: AgentState | None
     ) -> tuple[jax.Array, Any]:
-        c, agents = self.config, self.agents[...].astype(q.dtype)
-        before = None if state is None else state.seen
-        if state is None and self._chosen(q) == "definition":
-            documents = jnp.zeros(q.shape[:2], jnp.int32) if documents is None else documents
-            if c.refreshed:
-                own = refreshed_ops.definition_refreshed_agents(q, agents, documents, c.chunk)
-            else:
-                own = agents[None, None]
-            t = jnp.arange(q.shape[1])
-            visible = (documents[:, :, None] == documents[:, None]) & (t[:, None] >= t)
-            return bidirectional_ops.definition(q, k, v, own, visible), None
-        if c.refreshed:
-            return refreshed_ops.refreshed_agent_attention(q, k, v, agents, documents, before, chunk=c.chunk)
-        return causal_ops.fixed_agent_attention(q, k, v, agents[None], documents, before, chunk=c.chunk)
+        c = self.config
+        # A stream is computed as its state needs it, whatever whole sequences are computed by.
+        impl, before = (c.impl, None) if state is None else ("auto", state.seen)
+        return causal_agent_attention(
+            q, k, v, self.agents[...], documents, before, refreshed=c.refreshed, chunk=c.chunk, impl=impl
+        )
 
     def _bidirectional(self, q: jax.Array, k: jax.Array, v: jax.Array, seq: Sequence) -> jax.Array:
         grid, B, T = seq.grid, *q.shape[:2]
@@ -262,24 +253,11 @@ class Agent(HeadMixer):
         biases = (None, None)
         if grid is not None and self.config.grid is not None:
             biases = self.bias_in(grid, T), self.bias_out(grid, T)
-        m = self.config.agents
-        if self._chosen(q) == "definition":
-            segments = jnp.ones((B, T), jnp.int32) if seq.segments is None else seq.segments
-            agents, visible, used = bidirectional_ops.definition_pooled_agents(q, segments, m)
-            if grid is not None:
-                agents, used = bidirectional_ops.definition_grid_agents(q, grid, m), None
-            o = bidirectional_ops.definition(q, k, v, agents, visible, used, *biases)
-        elif seq.segments is not None:
-            o = bidirectional_ops.packed_agent_attention(q, k, v, seq.segments, m)
-        else:
-            if grid is not None:
-                agents = bidirectional_ops.grid_agents(q, grid, m)
-            else:
-                agents = bidirectional_ops.adaptive_pool(q, 1, min(m, T))
-            o = bidirectional_ops.agent_attention(q, k, v, agents, *biases)
+        c = self.config
+        o = pooled_agent_attention(q, k, v, seq.segments, *biases, agents=c.agents, grid=grid, impl=c.impl)
         if self.config.conv:
             image = v.reshape(B, T, -1)
-            added = bidirectional_ops.depthwise_conv(image, self.conv_kernel[...], grid, documents)
+            added = depthwise_conv(image, self.conv_kernel[...], grid, documents)
             o = self._add(o, added, 0 if grid is None else T - grid[0] * grid[1])
         return o if seq.segments is None else jnp.where((seq.segments == 0)[..., None, None], 0, o)
 
@@ -295,12 +273,6 @@ class Agent(HeadMixer):
         if rows * columns > length:
             raise UnsupportedPattern(f"mixer {self.name!r}: {length} positions do not hold a {rows} x {columns} grid")
         config_lib.require(_is_square(self.config.agents), "agents", self.config.agents, "square numbers for images")
-
-    def _chosen(self, q: jax.Array) -> str:
-        """The implementation, by name; the choice is recorded."""
-        names = {name: Implementation(lambda name=name: name) for name in _IMPLS}
-        spec = f"{list(q.shape)} {q.dtype} m{self.config.agents}"
-        return choose("agent_attention", self.config.impl, names, spec, ("chunked",)).run()
 
 
 def _is_square(n: int) -> bool:

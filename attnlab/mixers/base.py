@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, ClassVar
 
 import jax
@@ -135,6 +135,7 @@ class Mixer(nnx.Module):
       paper: title, authors' year and identifier of the source.
       extension: what here is ours and not in the paper; empty if nothing.
       implementations: values of the Config's `impl` by name, `definition` among them; each is held to the definition.
+        The table of an op (`attnlab.ops.dispatch.Op`), or names alone where the mixer itself is the only place.
       variants: combinations of knobs that the contract battery must try besides each knob alone.
       counted: the implementation whose matrix products `flops` declares.
       context: how positions are split over devices (mesh.context), in a few words; empty: they cannot be.
@@ -147,7 +148,7 @@ class Mixer(nnx.Module):
     name: ClassVar[str]
     paper: ClassVar[str]
     extension: ClassVar[str] = ""
-    implementations: ClassVar[tuple[str, ...]]
+    implementations: ClassVar[Collection[str]]
     variants: ClassVar[tuple[dict[str, Any], ...]] = ()
     counted: ClassVar[str] = "definition"
     context: ClassVar[str] = ""

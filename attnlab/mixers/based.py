@@ -11,11 +11,9 @@ from flax import nnx
 
 from attnlab import config as config_lib
 from attnlab.mixers.base import Capabilities, HeadMixer, MixerConfig, MixerOutput, Sequence, knob, register
-from attnlab.mixers.lightning import RecurrentState, recur
 from attnlab.mixers.parts import Linear, param_dtype
-from attnlab.ops.linear_recurrence import IMPLEMENTATIONS, flops_per_token
-
-_IMPLS = ("auto", *IMPLEMENTATIONS)
+from attnlab.mixers.recurrent import RecurrentState, recur
+from attnlab.ops.linear_recurrence import LINEAR_RECURRENCE, flops_per_token
 
 
 def full_features(x: jax.Array) -> jax.Array:
@@ -28,7 +26,7 @@ def full_features(x: jax.Array) -> jax.Array:
 def symmetric_features(x: jax.Array) -> jax.Array:
     """`full_features` with each product x_i x_j, i != j, once and times sqrt(2): [..., 1 + f + f (f + 1) / 2].
 
-    Products are those of x and of x turned round by r = 0 .. f / 2 places: each pair stands at one distance r on the
+    Products are those of x and of x shifted round by r = 0 .. f / 2 places: each pair stands at one distance r on the
     circle, and twice where r is half of f.
     """
     f = x.shape[-1]
@@ -54,7 +52,7 @@ class BasedConfig(MixerConfig):
                          "layer with every product of two channels twice", other=("full",))  # fmt: skip
     epsilon: float = knob(1e-12, "added to the denominator, which is at least 1/2", other=(0.5,))
     chunk: int = knob(64, "positions computed as one product; changes only speed and memory", other=(4,))
-    impl: str = knob("auto", f"implementation of the op: {', '.join(_IMPLS)}", other=("definition",))
+    impl: str = knob("auto", f"implementation of the op: {', '.join(LINEAR_RECURRENCE.names())}", other=("definition",))
 
     def __post_init__(self) -> None:
         need, choice = config_lib.require, config_lib.require_choice
@@ -63,7 +61,7 @@ class BasedConfig(MixerConfig):
         need(self.head_width is None or self.head_width >= 1, "head_width", self.head_width, "1 or more, or none")
         need(0 <= self.epsilon < float("inf"), "epsilon", self.epsilon, "0 or more")
         choice("features", self.features, list(FEATURES))
-        choice("impl", self.impl, _IMPLS)
+        choice("impl", self.impl, LINEAR_RECURRENCE.names())
 
     def head_dim(self, width: int) -> int:
         """Value width e in a model of the given width; ConfigError if the heads do not divide it."""
@@ -97,7 +95,7 @@ class Based(HeadMixer):
         "features=symmetric: the same weights from 153 features instead of 273 (f = 16); a denominator below its bound "
         "of 1/2, by rounding, is put back on it"
     )
-    implementations = tuple(IMPLEMENTATIONS)
+    implementations = LINEAR_RECURRENCE.table
     counted = "chunked"
     variants = ({"heads": 2, "feature_width": 3, "features": "full", "chunk": 3, "head_width": 6},)
 

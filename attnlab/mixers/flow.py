@@ -22,7 +22,6 @@ FEATURES = {
     "relu": lambda x: jax.nn.relu(x) + 1e-6,  # as in the authors' code for the Long Range Arena
 }
 _FORMS = ("sums", "averages")
-_IMPLS = ("auto", *op.IMPLEMENTATIONS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +40,7 @@ class FlowConfig(MixerConfig):
     form: str = knob("sums", "running sums, or averages: the same, and exact for streams beyond 2^24 positions; causal",
                      other=("averages",))  # fmt: skip
     chunk: int = knob(64, "positions in a chunk; changes only time and memory", other=(4,))
-    impl: str = knob("auto", f"implementation of the op: {', '.join(_IMPLS)}", other=("definition",))
+    impl: str = knob("auto", f"implementation of the op: {', '.join(op.FLOW_ATTENTION.names())}", other=("definition",))
 
     def __post_init__(self) -> None:
         need, choice = config_lib.require, config_lib.require_choice
@@ -53,7 +52,7 @@ class FlowConfig(MixerConfig):
         choice("form", self.form, _FORMS)
         need(self.causal or self.form == "sums", "form", self.form, "sums where causal is false: nothing runs")
         need(self.chunk >= 1, "chunk", self.chunk, "1 or more")
-        choice("impl", self.impl, _IMPLS)
+        choice("impl", self.impl, op.FLOW_ATTENTION.names())
 
     def head_dim(self, width: int) -> int:
         """Head width d in a model of the given width; ConfigError if the heads do not divide it."""
@@ -95,7 +94,7 @@ class Flow(HeadMixer):
         "form; clip is 5, that of the authors' language models (their core code: 1, which clips about half of all "
         "sources, as the mean flow is 1)"
     )
-    implementations = op.IMPLEMENTATIONS
+    implementations = op.FLOW_ATTENTION.table
     counted = "chunked"
     variants = (
         {"form": "averages", "clip": None, "chunk": 4},

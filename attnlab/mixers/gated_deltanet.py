@@ -16,10 +16,9 @@ from attnlab.mixers.base import Capabilities, HeadMixer, MixerConfig, MixerOutpu
 from attnlab.mixers.parts import Linear, RMSNorm, param_dtype
 from attnlab.mixers.roles import Role, param
 from attnlab.ops.causal_conv import causal_conv
-from attnlab.ops.delta_rule import IMPLEMENTATIONS, chunked_flops, delta_rule
+from attnlab.ops.delta_rule import DELTA_RULE, chunked_flops, delta_rule
 from attnlab.ops.documents import document_index
 
-_IMPLS = ("auto", *IMPLEMENTATIONS)
 _LARGEST_A = 16.0
 _TIME_STEPS = 1e-3, 0.1
 
@@ -35,7 +34,7 @@ class GatedDeltaNetConfig(MixerConfig):
     gate: bool = knob(True, "multiply the normed outputs by silu(x W_g)", other=(False,))
     decay: bool = knob(True, "let the memory decay; false: DeltaNet", other=(False,))
     chunk: int = knob(64, "positions computed at once in training", other=(4,))
-    impl: str = knob("auto", f"implementation of the op: {', '.join(_IMPLS)}", other=("definition",))
+    impl: str = knob("auto", f"implementation of the op: {', '.join(DELTA_RULE.names())}", other=("definition",))
 
     def __post_init__(self) -> None:
         need = config_lib.require
@@ -43,7 +42,7 @@ class GatedDeltaNetConfig(MixerConfig):
             need(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         need(self.head_width is None or self.head_width >= 1, "head_width", self.head_width, "1 or more, or none")
         need(self.expand > 0, "expand", self.expand, "above 0")
-        config_lib.require_choice("impl", self.impl, _IMPLS)
+        config_lib.require_choice("impl", self.impl, DELTA_RULE.names())
 
     def head_dims(self, width: int) -> tuple[int, int]:
         """d and e in a model of the given width; ConfigError if they are not integers."""
@@ -113,7 +112,7 @@ class GatedDeltaNet(HeadMixer):
     capabilities = Capabilities(fixed_state=True)
     context = "the state is passed on with its transition"
     paper = "Yang et al. 2024, Gated Delta Networks: Improving Mamba2 with Delta Rule, arXiv:2412.06464"
-    implementations = tuple(IMPLEMENTATIONS)
+    implementations = DELTA_RULE.table
     counted = "chunked"
     variants = ({"heads": 2, "head_width": 4, "expand": 1.5, "conv": 2, "chunk": 3},)
 

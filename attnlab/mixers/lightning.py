@@ -13,9 +13,9 @@ from flax import nnx
 from attnlab import config as config_lib
 from attnlab.mixers.base import Capabilities, HeadMixer, MixerConfig, MixerOutput, Sequence, knob, register
 from attnlab.mixers.parts import Linear, param_dtype
+from attnlab.mixers.recurrent import RecurrentState, recur
 from attnlab.mixers.roles import Role, param
-from attnlab.ops.documents import document_index
-from attnlab.ops.linear_recurrence import IMPLEMENTATIONS, flops_per_token, linear_recurrence
+from attnlab.ops.linear_recurrence import LINEAR_RECURRENCE, flops_per_token
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"silu": jax.nn.silu, "identity": lambda z: z}
 NORMS = {
@@ -23,7 +23,6 @@ NORMS = {
     "rmsnorm": "x / rms(x), times a learned scale",
     "layernorm": "(x - mean(x)) / std(x), times a learned scale, plus a learned bias",
 }
-_IMPLS = ("auto", *IMPLEMENTATIONS)
 _EPSILON = 1e-6
 
 
@@ -43,7 +42,7 @@ class LightningConfig(MixerConfig):
     norm_over: str = knob("layer", "layer: over all heads' channels; head: over each head's own", other=("head",))
     gate_rank: int | None = knob(None, "r in the output's gate sigmoid(x W [D, r] W [r, H d]); none: d", other=(2,))
     chunk: int = knob(64, "positions computed as one product; changes only speed and memory", other=(4,))
-    impl: str = knob("auto", f"implementation of the op: {', '.join(_IMPLS)}", other=("definition",))
+    impl: str = knob("auto", f"implementation of the op: {', '.join(LINEAR_RECURRENCE.names())}", other=("definition",))
 
     def __post_init__(self) -> None:
         need, choice = config_lib.require, config_lib.require_choice
@@ -56,7 +55,7 @@ class LightningConfig(MixerConfig):
         choice("activation", self.activation, list(ACTIVATIONS))
         choice("norm", self.norm, list(NORMS))
         choice("norm_over", self.norm_over, ["layer", "head"])
-        choice("impl", self.impl, _IMPLS)
+        choice("impl", self.impl, LINEAR_RECURRENCE.names())
 
     def head_dim(self, width: int) -> int:
         """Head width d in a model of the given width; ConfigError if the heads do not divide it."""
@@ -64,39 +63,6 @@ class LightningConfig(MixerConfig):
             allowed = f"divisors of the width {width}, or any with head_width set"
             config_lib.require(width % self.heads == 0, "heads", self.heads, allowed)
         return self.head_width or width // self.heads
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class RecurrentState:
-    """What a linear recurrence remembers.
-
-    Attributes:
-      memory: [B, H, d, e] fp32 (fp64), the sum of key-value products of the current document.
-      segment: [B] int32, id of the current document, -1 before the first position.
-    """
-
-    memory: jax.Array
-    segment: jax.Array
-
-    @classmethod
-    def empty(cls, batch: int, heads: int, width: int, value_width: int, dtype: Any) -> RecurrentState:
-        """The state before the first position."""
-        memory = jnp.zeros((batch, heads, width, value_width), param_dtype(dtype))
-        return cls(memory, jnp.full((batch,), -1, jnp.int32))
-
-
-def recur(
-    q: jax.Array, k: jax.Array, u: jax.Array, seq: Sequence, state: RecurrentState | None, **options: Any
-) -> tuple[jax.Array, RecurrentState]:
-    """`linear_recurrence` from the state on, or of whole sequences, restarted at every document of `seq`."""
-    batch, length = q.shape[:2]
-    segments = jnp.ones((batch, length), jnp.int32) if seq.segments is None else seq.segments
-    whole = seq.segments is None and state is None
-    documents = None if whole else document_index(segments, None if state is None else state.segment)
-    memory = None if state is None else state.memory
-    o, memory = linear_recurrence(q, k, u, documents_BT=documents, state_BHde=memory, **options)
-    return o, RecurrentState(memory, segments[:, -1])
 
 
 def slopes(heads: int) -> jax.Array:
@@ -117,7 +83,7 @@ class Lightning(HeadMixer):
     context = "the state is passed on as a sum"
     paper = "Qin et al. 2024, Lightning Attention-2, arXiv:2401.04658; TransNormerLLM, arXiv:2307.14995"
     extension = "norm_over=head (the paper's norm is over the layer's width), a gate_rank other than the head width"
-    implementations = tuple(IMPLEMENTATIONS)
+    implementations = LINEAR_RECURRENCE.table
     counted = "chunked"
     variants = ({"heads": 2, "chunk": 3, "norm": "layernorm", "norm_over": "head", "decay_scale": 2.5},)
 

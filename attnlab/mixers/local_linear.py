@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -15,12 +14,11 @@ from attnlab import config as config_lib
 from attnlab.mixers.base import MixerOutput, knob, register
 from attnlab.mixers.parts import Linear, param_dtype
 from attnlab.mixers.roles import Role, param
-from attnlab.mixers.softmax import Softmax, SoftmaxConfig, mean_span
-from attnlab.ops.cached_attention import cached_attention
-from attnlab.ops.local_linear import IMPLEMENTATIONS, local_linear
-from attnlab.ops.masks import Mask
+from attnlab.mixers.softmax import Softmax, SoftmaxConfig
+from attnlab.ops.keys_values import KeysValues
+from attnlab.ops.local_linear import LOCAL_LINEAR, local_linear
+from attnlab.ops.masks import Mask, mean_visible_keys
 
-_IMPLS = ("auto", *IMPLEMENTATIONS)
 _LEAST_RIDGE = 1e-3  # below it float32 loses the output
 
 
@@ -28,9 +26,10 @@ _LEAST_RIDGE = 1e-3  # below it float32 loses the output
 class LocalLinearConfig(SoftmaxConfig):
     """Knobs of local linear attention: those of softmax attention but sinks and soft_cap, and the regression's."""
 
-    # No knobs here: with sinks the weights would not sum to 1, and the paper caps no logits.
+    # No knobs here: with sinks the weights would not sum to 1, the paper caps no logits, and one op serves caches too.
     sinks: ClassVar[bool] = False
     soft_cap: ClassVar[None] = None
+    decode_impl: ClassVar[str] = "auto"
 
     qk_norm: bool = knob(True, "RMSNorm over each head of queries and keys, before RoPE: they must share one space",
                          other=(False,))  # fmt: skip
@@ -39,14 +38,14 @@ class LocalLinearConfig(SoftmaxConfig):
         "1 at first where x = 0", other=(0.3,)
     )  # fmt: skip
     ridge_min: float = knob(0.01, f"least learned ridge, {_LEAST_RIDGE} or more", other=(0.1,))
-    iterations: int = knob(16, "turns of conjugate gradients at most", other=(6,))
-    tolerance: float | None = knob(None, "residual, relative, at which a solve is done; none: 1e-5, in float64 1e-13",
+    iterations: int = knob(16, "iterations of conjugate gradients at most", other=(6,))
+    tolerance: float | None = knob(None, "relative residual at which a solve is done; none: 1e-5, in float64 1e-13",
                                    other=(1e-14,))  # fmt: skip
-    impl: str = knob("auto", f"{', '.join(_IMPLS)}; cg stops when a block of rows is done, cg_fixed never",
+    impl: str = knob("auto", f"{', '.join(LOCAL_LINEAR.names())}; cg stops when a block is done, cg_fixed never",
                      other=("definition",))  # fmt: skip
 
     def __post_init__(self) -> None:
-        own = ("sinks", "soft_cap", "impl")
+        own = ("sinks", "soft_cap", "impl", "decode_impl")
         SoftmaxConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(SoftmaxConfig) if f.name not in own})
         need = config_lib.require
         need(_LEAST_RIDGE <= self.ridge_min < 1, "ridge_min", self.ridge_min, f"{_LEAST_RIDGE} or more, below 1")
@@ -55,7 +54,7 @@ class LocalLinearConfig(SoftmaxConfig):
         need(self.iterations >= 1, "iterations", self.iterations, "1 or more")
         if self.tolerance is not None:
             need(0 < self.tolerance < 1, "tolerance", self.tolerance, "between 0 and 1, or none")
-        config_lib.require_choice("impl", self.impl, _IMPLS)
+        config_lib.require_choice("impl", self.impl, LOCAL_LINEAR.names())
 
 
 @register("local_linear")
@@ -63,7 +62,7 @@ class LocalLinear(Softmax):
     """The value at the query of the affine map of keys that fits the values best, weighted by softmax attention.
 
     `attnlab.ops.local_linear` has the formula. Metrics are means over heads and positions: the relative residual of the
-    solves, and their turns.
+    solves, and their iterations.
     """
 
     Config = LocalLinearConfig
@@ -71,7 +70,7 @@ class LocalLinear(Softmax):
     extension = (
         "The ridge is learned per head and position; queries and keys are normalised; sums are centred at the mean key"
     )
-    implementations = tuple(IMPLEMENTATIONS)
+    implementations = LOCAL_LINEAR.table
     counted = "cg_fixed"
     variants = (
         {"kv_heads": 2, "window": 4, "rope_base": None, "head_width": 6},
@@ -86,14 +85,16 @@ class LocalLinear(Softmax):
             rows = jnp.full((config.heads,), bias, param_dtype(dtype))
             self.ridge_bias = param(rows, axes=("heads",), role=Role.BIAS)
 
-    def attend(
-        self, op: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, x: jax.Array
-    ) -> MixerOutput:
+    def attend(self, q: jax.Array, kv: KeysValues, mask: Mask, x: jax.Array) -> MixerOutput:
         c = self.config
-        if op is cached_attention:
-            k, v = (y.reshape(q.shape[0], -1, *y.shape[1:]).swapaxes(1, 2) for y in (k, v))
         o, solves = local_linear(
-            q, k, v, mask, self.ridge_of(x), iterations=c.iterations, tolerance=c.tolerance, impl=c.impl
+            q,
+            *kv.by_position(len(q)),
+            mask,
+            self.ridge_of(x),
+            iterations=c.iterations,
+            tolerance=c.tolerance,
+            impl=c.impl,
         )
         metrics = {
             "local_linear_residual": solves.residual_BTH.mean(),
@@ -112,9 +113,9 @@ class LocalLinear(Softmax):
     def flops(cls, config: LocalLinearConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:
         """Solves at their cap of iterations; what an early exit saves is known only at run time."""
         flops, _ = super().flops(config, width, length)
-        d, span = config.head_dim(width), mean_span(length, config.causal, config.window)
+        d, span = config.head_dim(width), mean_visible_keys(length, config.causal, config.window)
         if config.ridge is None:
             flops["ridge"] = 2.0 * width * config.heads
-        # Scores, mean key, twice the keys a turn, the fit at the keys, values.
+        # Scores, mean key, twice the keys an iteration, the fit at the keys, values.
         flops["attention"] = 2.0 * config.heads * d * span * (4 + 2 * config.iterations)
         return flops, span

@@ -17,12 +17,12 @@ from attnlab.mixers import base
 from attnlab.mixers.base import Capabilities, HeadMixer, MixerConfig, MixerOutput, Sequence, State, knob, register
 from attnlab.mixers.parts import Linear, param_dtype
 from attnlab.ops import router as route
-from attnlab.ops.cached_attention import cached_attention
-from attnlab.ops.dispatch import Implementation, choose
-from attnlab.ops.gathered_attention import gathered_attention, interleaved, selected_cached_attention, take_heads
+from attnlab.ops.dispatch import Implementation, Op
+from attnlab.ops.gathered_attention import interleaved, take_heads
+from attnlab.ops.keys_values import KeysValues
+from attnlab.ops.masks import Mask
 from attnlab.parallel import partition
 
-_IMPLS = ("auto", "dense", "gather", "definition")
 _ROUTERS = {
     "learned": "scores of x, two-stage weights",
     "norm": "the queries' norms, weights 0 or 1, gradient straight through to the heads taken",
@@ -65,7 +65,7 @@ class MoHConfig(MixerConfig):
             need(min(E, 1) <= self.active <= E, "active", self.active, f"{min(E, 1)} to heads - shared ({E})")
         choice("router", self.router, list(_ROUTERS))
         choice("gate_norm", self.gate_norm, ["code", "paper"])
-        choice("impl", self.impl, list(_IMPLS))
+        choice("impl", self.impl, ROUTED_HEADS.names())
         need(self.balance >= 0, "balance", self.balance, "0 or more")
         object.__setattr__(self, "core", self._typed_core())
         if self.reads_queries:
@@ -74,9 +74,8 @@ class MoHConfig(MixerConfig):
             need(E != 1, "shared", self.shared, f"all heads, or at least two less, {where}: one norm has no spread")
             need(not self.core.qk_norm, "core.qk_norm", True, f"false {where}, which reads norms")
             need(self.gate_norm == "code", "gate_norm", self.gate_norm, f"code {where}: weights are 0 or 1")
-        if self.impl == "gather":
-            reason = _no_gather(self)
-            need(reason is None, "impl", self.impl, f"auto, dense or definition: {reason}")
+        reason = ROUTED_HEADS.table[self.impl].supports(RoutingSpec.of(self)) if self.impl != "auto" else None
+        need(reason is None, "impl", self.impl, f"auto, dense or definition: {reason}")
 
     @property
     def always(self) -> int:
@@ -174,6 +173,118 @@ def norm_routing(q_BTEd: jax.Array, config: MoHConfig) -> Routing:
     return Routing(shared, route.straight_through(p, taken, dense=config.router == "norm_dense"), p, taken)
 
 
+@dataclasses.dataclass(frozen=True)
+class RoutingSpec:
+    """The static facts by which an implementation is chosen.
+
+    Attributes:
+      heads, always, taken: H, h_s and K.
+      core: name of the core.
+      router: knob of the same name.
+      routed: whether there is anything to choose.
+      split: whether heads or positions are split over devices.
+    """
+
+    heads: int
+    always: int
+    taken: int
+    core: str
+    router: str
+    routed: bool
+    split: bool
+
+    def __str__(self) -> str:
+        return f"H{self.heads} shared {self.always} active {self.taken} core {self.core}"
+
+    @classmethod
+    def of(cls, config: MoHConfig) -> RoutingSpec:
+        """Of a layer, where it is traced."""
+        c, split = config, partition.ways("seq") > 1 or partition.ways("heads") > 1
+        return cls(c.heads, c.always, c.taken, c.core.node_name, c.router, c.routed > 0, split)
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectedKeys:
+    """Keys and values that a query's heads read only where they are on.
+
+    Attributes:
+      kv: the keys and values.
+      taken_BTE, used_BT: the routed heads that a position takes; positions that count, None: all.
+      config: of the layer.
+    """
+
+    kv: KeysValues
+    taken_BTE: jax.Array
+    used_BT: jax.Array | None
+    config: MoHConfig
+
+    def attend(self, q_BTHd: jax.Array, mask: Mask, **options: Any) -> jax.Array:
+        """As `KeysValues.attend`; 0 where a head is off, or whatever costs as little."""
+        c = self.config
+        shared, routed = shared_and_routed(c)
+        wanted = self.taken_BTE if self.used_BT is None else self.taken_BTE & self.used_BT[..., None]
+        return self.kv.attend_selected(
+            q_BTHd, mask, wanted, shared=shared, routed=routed, active=c.taken, key_heads=key_heads_read(c), **options
+        )
+
+    def by_position(self, batch: int) -> tuple[jax.Array, jax.Array]:
+        """As `KeysValues.by_position`."""
+        return self.kv.by_position(batch)
+
+
+def dense(layer: MoH, x, seq, state, used) -> tuple[MixerOutput, Routing]:
+    """All heads; weights may be 0."""
+    if not layer.config.reads_queries:
+        return layer.core.heads(x, seq, state), layer.router(x)
+    return _of_softmax_core(layer, x, seq, state, None, lambda kv, routing: kv)
+
+
+def gather(layer: MoH, x, seq, state, used) -> tuple[MixerOutput, Routing]:
+    """Only the heads that are on."""
+    if not layer.config.routed:
+        return dense(layer, x, seq, state, used)
+    routing = None if layer.config.reads_queries else layer.router(x)
+    select = lambda kv, routing: SelectedKeys(kv, routing.taken, used, layer.config)
+    return _of_softmax_core(layer, x, seq, state, routing, select)
+
+
+def _of_softmax_core(layer: MoH, x, seq, state, routing: Routing | None, select) -> tuple[MixerOutput, Routing]:
+    """The core's heads over `select(kv, routing)`; a router that reads queries routes by those that attend."""
+    c, found = layer.config, [routing]
+
+    def wrap(q: jax.Array, kv: KeysValues) -> KeysValues:
+        if c.reads_queries:  # RoPE, which they have behind them, keeps norms
+            found[0] = norm_routing(take_heads(q, shared_and_routed(c)[1]), c)
+        return select(kv, found[0])
+
+    out = with_keys(layer.core, wrap).heads(x, seq, state)
+    return out, found[0]
+
+
+def _no_gather(spec: RoutingSpec) -> str | None:
+    if spec.core not in _SOFTMAX_CORES:
+        return f"gather needs a core of {', '.join(_SOFTMAX_CORES)}"
+    if spec.router == "norm_dense":
+        return "router norm_dense needs the outputs of heads that are off"
+    return None
+
+
+def _gather_pays(spec: RoutingSpec) -> bool:
+    return spec.routed and spec.taken < spec.heads - spec.always and partition.platform() == "cpu" and not spec.split
+
+
+ROUTED_HEADS = Op(
+    "moh",
+    RoutingSpec.of,
+    {
+        "definition": Implementation(dense),
+        "dense": Implementation(dense),
+        "gather": Implementation(gather, _no_gather, worth=_gather_pays),
+    },
+    preference=("gather", "dense"),
+)
+
+
 @register("moh")
 class MoH(HeadMixer):
     """Mixture of heads: `y = sum_i g_i(x) H_i W_O^i`, some heads shared and of the others the top K of each token.
@@ -188,7 +299,7 @@ class MoH(HeadMixer):
         "any mixer with heads as the core; shared heads spread among the routed ones; padding is not counted in the "
         "load-balance loss; an epsilon in the norm router's deviation; no head's work is done where it is off (gather)"
     )
-    implementations = ("definition", "dense", "gather")
+    implementations = ROUTED_HEADS.table
     variants = (
         {"shared": 4, "core": {"name": "softmax", "kv_heads": 2, "window": 3}},
         {"shared": 2, "router": "norm", "core": {"name": "gated", "kv_heads": 2, "sinks": True, "soft_cap": 3.0}},
@@ -234,7 +345,7 @@ class MoH(HeadMixer):
         if not config.reads_queries:
             E, shared = config.routed, config.always
             flops["router"] = 2.0 * width * (E + (shared if shared > 1 else 0) + (2 if E and shared else 0))
-        if _implementation(config) == "gather":
+        if ROUTED_HEADS.pick(RoutingSpec.of(config), config.impl) == "gather":
             # Pairs of a query and a head that is off are left out as those are that the mask hides.
             share = (config.always + config.taken) / config.heads
             flops["attention"], span = flops["attention"] * share, span * share
@@ -246,42 +357,8 @@ class MoH(HeadMixer):
         self, x: jax.Array, seq: Sequence, state: State, used: jax.Array | None
     ) -> tuple[MixerOutput, Routing]:
         """The core's heads, before their weights, and the weights; with `gather` a head that is off is left out."""
-        c = self.config
-        routing = None if c.reads_queries else self.router(x)
-        gather = c.routed > 0 and _implementation(c) == "gather"
-        if not (gather or c.reads_queries):
-            return self.core.heads(x, seq, state), routing
-        routings = [routing]
-
-        def op_of(op: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-            def run(q: jax.Array, k: jax.Array, v: jax.Array, mask: Any, **kwargs: Any) -> jax.Array:
-                if c.reads_queries:  # RoPE, which they have behind them, keeps norms
-                    routings[0] = norm_routing(take_heads(q, shared_and_routed(c)[1]), c)
-                if not gather:
-                    return op(q, k, v, mask, **kwargs)
-                return self._selected(op, routings[0].taken, used, q, k, v, mask, kwargs)
-
-            return run
-
-        out = with_op(self.core, op_of).heads(x, seq, state)
-        return out, routings[0]
-
-    def _selected(self, op, taken_BTE, used_BT, q_BTHd, k, v, mask, kwargs) -> jax.Array:
-        """`op` for the heads that are on."""
-        c = self.config
-        shared, routed = shared_and_routed(c)
-        if op is not cached_attention:
-            wanted = taken_BTE if used_BT is None else taken_BTE & used_BT[..., None]
-            return gathered_attention(q_BTHd, k, v, mask, wanted, chosen=routed, active=c.taken, **kwargs)
-        K = k.shape[0] // q_BTHd.shape[0]
-        reads = key_heads_read(c)
-        if q_BTHd.shape[1] > 1 or reads == K or kwargs["sinks_H"] is not None:
-            return op(q_BTHd, k, v, mask, **kwargs)
-        on = interleaved(jnp.ones((len(q_BTHd), 1, c.always, 1), bool), taken_BTE[..., None], shared, routed)
-        return selected_cached_attention(
-            q_BTHd, k, v, mask, on.reshape(-1, K, c.heads // K).any(-1), reads=reads,
-            soft_cap=kwargs["soft_cap"], impl=kwargs["impl"],
-        )  # fmt: skip
+        chosen = ROUTED_HEADS.choose(RoutingSpec.of(self.config), self.config.impl)
+        return chosen.run(self, x, seq, state, used)
 
     def _balance(self, routing: Routing, used: jax.Array | None) -> tuple[dict, dict]:
         c = self.config
@@ -324,11 +401,11 @@ def key_heads_read(config: MoHConfig) -> int:
     return always + min(K - always, config.taken)
 
 
-def with_op(core: HeadMixer, wrap: Callable[[Callable], Callable]) -> HeadMixer:
-    """`core` (of the softmax family) computing with `wrap(op)` for the attention op: a view with its parameters."""
+def with_keys(core: HeadMixer, wrap: Callable[[jax.Array, KeysValues], KeysValues]) -> HeadMixer:
+    """`core` (of the softmax family) attending to `wrap(q, kv)` instead of kv: a view with its parameters."""
     view = copy.copy(core)
     # Past nnx, which would take this for a change of the core's own state.
-    object.__setattr__(view, "attend", lambda op, *args: type(core).attend(core, wrap(op), *args))
+    object.__setattr__(view, "attend", lambda q, kv, *args: type(core).attend(core, q, wrap(q, kv), *args))
     return view
 
 
@@ -337,24 +414,3 @@ def _top_k(logits: jax.Array, config: MoHConfig) -> jax.Array:
         return route.top_k_mask(logits, config.taken)
     _, indices = jax.lax.top_k(logits, config.taken)
     return jnp.any(jax.nn.one_hot(indices, config.routed, dtype=bool), axis=-2)
-
-
-def _no_gather(config: MoHConfig) -> str | None:
-    """Why `gather` cannot serve; None where it can."""
-    if config.core.node_name not in _SOFTMAX_CORES:
-        return f"gather needs a core of {', '.join(_SOFTMAX_CORES)}"
-    if config.router == "norm_dense":
-        return "router norm_dense needs the outputs of heads that are off"
-    return None
-
-
-def _implementation(config: MoHConfig) -> str:
-    """What `impl` stands for here; `auto` is recorded."""
-    if config.impl != "auto":
-        return config.impl
-    whole = partition.ways("seq") == partition.ways("heads") == 1
-    serves = config.taken < config.routed and partition.platform() == "cpu" and whole
-    pick = "gather" if serves and _no_gather(config) is None else "dense"
-    spec = f"H{config.heads} shared {config.always} active {config.taken} core {config.core.node_name}"
-    choose("moh", pick, {pick: Implementation(lambda: None)}, spec, ())
-    return pick

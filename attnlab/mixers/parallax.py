@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from attnlab import config as config_lib
 from attnlab.mixers.base import MixerOutput, Sequence, knob, register
 from attnlab.mixers.parts import Linear, RMSNorm
 from attnlab.mixers.softmax import Softmax, SoftmaxConfig
-from attnlab.ops.cached_attention import cached_attention
+from attnlab.ops.keys_values import KeysValues
 from attnlab.ops.masks import Mask
-from attnlab.ops.parallax import IMPLEMENTATIONS, parallax
+from attnlab.ops.parallax import PARALLAX, parallax
 from attnlab.ops.rope import rope
 
 
@@ -25,7 +25,14 @@ class ParallaxConfig(SoftmaxConfig):
 
     sinks: ClassVar[bool] = False
     soft_cap: ClassVar[None] = None
+    decode_impl: ClassVar[str] = "auto"
     qk_norm: bool = knob(True, "RMSNorm over each head of queries, probes and keys, before RoPE", other=(False,))
+    impl: str = knob("auto", f"implementation of the op: {', '.join(PARALLAX.names())}", other=("definition",))
+
+    def __post_init__(self) -> None:
+        own = ("sinks", "soft_cap", "impl", "decode_impl")
+        SoftmaxConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(SoftmaxConfig) if f.name not in own})
+        config_lib.require_choice("impl", self.impl, PARALLAX.names())
 
 
 @register("parallax")
@@ -37,8 +44,8 @@ class Parallax(Softmax):
 
     Config = ParallaxConfig
     paper = "Zuo et al. 2026, Parallax: Parameterized Local Linear Attention for Language Modeling, arXiv:2605.29157"
-    extension = "RoPE, where it is on, turns the probes as it turns the queries"
-    implementations = tuple(IMPLEMENTATIONS)
+    extension = "RoPE, where it is on, rotates the probes as it does the queries"
+    implementations = PARALLAX.table
     variants = (
         {"kv_heads": 2, "window": 4, "qk_norm": False},
         {"kv_heads": 1, "causal": False, "rope_base": None},
@@ -60,13 +67,9 @@ class Parallax(Softmax):
             r = rope(r, seq.positions, self.config.rope_base)
         return jnp.concatenate([q, r], axis=-1), k, v
 
-    def attend(
-        self, op: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, x: jax.Array
-    ) -> MixerOutput:
-        if op is cached_attention:
-            k, v = (y.reshape(q.shape[0], -1, *y.shape[1:]).swapaxes(1, 2) for y in (k, v))
+    def attend(self, q: jax.Array, kv: KeysValues, mask: Mask, x: jax.Array) -> MixerOutput:
         q, r = jnp.split(q, 2, axis=-1)
-        return MixerOutput(parallax(q, r, k, v, mask, impl=self.config.impl))
+        return MixerOutput(parallax(q, r, *kv.by_position(len(q)), mask, impl=self.config.impl))
 
     @classmethod
     def flops(cls, config: ParallaxConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:

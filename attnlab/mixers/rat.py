@@ -14,14 +14,12 @@ from attnlab.errors import ConfigError
 from attnlab.mixers.base import Capabilities, HeadMixer, MixerConfig, MixerOutput, Sequence, knob, register
 from attnlab.mixers.parts import Linear, param_dtype
 from attnlab.mixers.roles import Role, param
-from attnlab.ops import segmented_ema
 from attnlab.ops.attention import attention_with_lse
 from attnlab.ops.cached_attention import cached_attention
 from attnlab.ops.documents import document_index
 from attnlab.ops.masks import Mask
 from attnlab.ops.rope import rope
-
-_IMPLS = ("auto", "definition", "chunked")
+from attnlab.ops.segmented_ema import SEGMENTED_EMA, segmented_ema
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +31,7 @@ class RATConfig(MixerConfig):
     chunk: int = knob(16, "positions in a chunk, L; 1: attention over all; the length: no attention", other=(3, 1))
     groups: int = knob(2, "projections of queries and of keys; head h has number h mod groups", other=(1,))
     rope_base: float | None = knob(10_000.0, "base of the rotary embedding of chunks; none: none", other=(None,))
-    impl: str = knob("auto", f"{', '.join(_IMPLS)}; auto: chunked", other=("definition",))
+    impl: str = knob("auto", f"{', '.join(SEGMENTED_EMA.names())}; auto: chunked", other=("definition",))
 
     def __post_init__(self) -> None:
         need = config_lib.require
@@ -45,7 +43,7 @@ class RATConfig(MixerConfig):
         need(shared, "groups", self.groups, f"divisors of heads ({self.heads})")
         if self.rope_base is not None:
             need(self.rope_base > 1, "rope_base", self.rope_base, "above 1, or none")
-        config_lib.require_choice("impl", self.impl, _IMPLS)
+        config_lib.require_choice("impl", self.impl, SEGMENTED_EMA.names())
 
     def head_dim(self, width: int) -> int:
         """Head width d in a model of the given width; ConfigError if the heads do not divide it."""
@@ -128,7 +126,7 @@ class RAT(HeadMixer):
         "lengths that L does not divide, and chunks that begin anew with each packed document; b = 0 where L is 1, "
         "which the paper leaves open"
     )
-    implementations = ("definition", "chunked")
+    implementations = SEGMENTED_EMA.table
     variants = ({"heads": 2, "chunk": 2, "head_width": 4, "rope_base": 100.0},)
 
     def __init__(self, config: RATConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
@@ -214,8 +212,7 @@ class RAT(HeadMixer):
         inputs = (1 - g)[:, :, None] * jnp.stack([self.v(x), keys], axis=2).astype(wide)
         decay = jnp.where((places.position % c.chunk == 0)[..., None], 0, g)
         start = jnp.zeros((B, 2, inputs.shape[-1]), wide) if state is None else state.running
-        average = segmented_ema.definition if c.impl == "definition" else segmented_ema.segmented_ema
-        return average(decay, inputs, start)
+        return segmented_ema(decay, inputs, start, impl=c.impl)
 
     def _positioned(
         self, x: jax.Array, running_BT2I: jax.Array, places: _Places

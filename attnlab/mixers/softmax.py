@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,12 +14,11 @@ from attnlab.errors import ConfigError, UnsupportedPattern
 from attnlab.mixers.base import Capabilities, HeadMixer, MixerConfig, MixerOutput, Sequence, knob, register
 from attnlab.mixers.parts import Linear, RMSNorm, param_dtype
 from attnlab.mixers.roles import Role, param
-from attnlab.ops.attention import IMPLEMENTATIONS, attention
-from attnlab.ops.cached_attention import cached_attention
-from attnlab.ops.masks import Mask, mask_for_extension, mask_from_segments
+from attnlab.ops.attention import ATTENTION
+from attnlab.ops.cached_attention import CACHED_ATTENTION
+from attnlab.ops.keys_values import Cached, KeysValues, Whole
+from attnlab.ops.masks import Mask, mask_for_extension, mask_from_segments, mean_visible_keys
 from attnlab.ops.rope import rope
-
-_IMPLS = ("auto", *IMPLEMENTATIONS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +36,9 @@ class SoftmaxConfig(MixerConfig):
     soft_cap: float | None = knob(None, "c in c * tanh(logits / c); none: no cap", other=(2.0,))
     qk_norm: bool = knob(False, "RMSNorm over each head of queries and keys, before RoPE", other=(True,))
     rope_base: float | None = knob(10_000.0, "base of the rotary embedding; none: no positions", other=(100.0, None))
-    impl: str = knob("auto", f"implementation of the op: {', '.join(_IMPLS)}", other=("definition",))
+    impl: str = knob("auto", f"implementation of the op: {', '.join(ATTENTION.names())}", other=("definition",))
+    decode_impl: str = knob("auto", "implementation of the op over a cache: "
+                            f"{', '.join(CACHED_ATTENTION.names())}", other=("definition",))  # fmt: skip
 
     def __post_init__(self) -> None:
         need = config_lib.require
@@ -59,7 +59,8 @@ class SoftmaxConfig(MixerConfig):
             need(self.soft_cap > 0, "soft_cap", self.soft_cap, "above 0, or none")
         if self.rope_base is not None:
             need(self.rope_base > 1, "rope_base", self.rope_base, "above 1, or none")
-        config_lib.require_choice("impl", self.impl, _IMPLS)
+        config_lib.require_choice("impl", self.impl, ATTENTION.names())
+        config_lib.require_choice("decode_impl", self.decode_impl, CACHED_ATTENTION.names())
 
     def head_dim(self, width: int) -> int:
         """Head width d in a model of the given width; ConfigError if the heads do not divide it."""
@@ -102,7 +103,7 @@ class Softmax(HeadMixer):
     capabilities = Capabilities(causal=True, bidirectional=True, streaming=True)
     context = "keys and values are gathered, queries dealt out evenly"
     paper = "Vaswani et al. 2017, Attention Is All You Need, arXiv:1706.03762"
-    implementations = tuple(IMPLEMENTATIONS)
+    implementations = ATTENTION.table
     variants = (
         {"kv_heads": 2, "window": 4, "sinks": True, "soft_cap": 3.0, "qk_norm": True},
         {"kv_heads": 1, "causal": False, "sinks": True},
@@ -130,14 +131,12 @@ class Softmax(HeadMixer):
         heads = lambda y: y.reshape(*x.shape[:2], -1, self.head_dim)
         return heads(self.q(x)), heads(self.k(x)), heads(self.v(x))
 
-    def attend(
-        self, op: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, x: jax.Array
-    ) -> MixerOutput:
-        """Heads' outputs [B, T, H, d] from positioned q, k and v, and x [B, T, D]; `op` is `attention` or
-        `cached_attention`."""
+    def attend(self, q: jax.Array, kv: KeysValues, mask: Mask, x: jax.Array) -> MixerOutput:
+        """Heads' outputs [B, T, H, d] from positioned queries, what they attend to, and x [B, T, D]."""
         c = self.config
         sinks = self.sinks[...] if c.sinks else None
-        return MixerOutput(op(q, k, v, mask, soft_cap=c.soft_cap, sinks_H=sinks, impl=c.impl))
+        options = {"impl": c.impl, "decode_impl": c.decode_impl}
+        return MixerOutput(kv.attend(q, mask, soft_cap=c.soft_cap, sinks_H=sinks, **options))
 
     def combine(self, o_BTHe: jax.Array, x: jax.Array) -> jax.Array:
         return self.out(o_BTHe.reshape(*x.shape[:2], -1))
@@ -151,7 +150,7 @@ class Softmax(HeadMixer):
             return self._extended(q, k, v, x, seq, state)
         c = self.config
         mask = mask_from_segments(seq.segments, x.shape[1], causal=c.causal, window=c.window)
-        return self.attend(attention, q, k, v, mask, x)
+        return self.attend(q, Whole(k, v), mask, x)
 
     def init_state(self, batch: int, max_length: int, dtype: Any = jnp.float32) -> KVCache:
         if not self.config.causal:
@@ -169,7 +168,7 @@ class Softmax(HeadMixer):
     @classmethod
     def flops(cls, config: SoftmaxConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:
         d, kv_heads = config.head_dim(width), config.kv_heads or config.heads
-        span = mean_span(length, config.causal, config.window)
+        span = mean_visible_keys(length, config.causal, config.window)
         return {
             "projections": 2.0 * width * d * (2 * config.heads + 2 * kv_heads),
             "attention": 4.0 * config.heads * d * span,
@@ -209,7 +208,7 @@ class Softmax(HeadMixer):
         # Slots are counted from the first key at hand; a padding row sees nothing.
         own_start = jnp.where(segments == 0, index_T + 1, start) - (state.length - first)
         mask = mask_for_extension(first, new, own_start, window=self.config.window)
-        out = self.attend(cached_attention, q, keys.astype(q.dtype), values.astype(q.dtype), mask, x)
+        out = self.attend(q, Cached(keys.astype(q.dtype), values.astype(q.dtype)), mask, x)
         o = out.y
         if not rolling:
             o = jnp.where(state.length + new <= slots, o, jnp.nan)
@@ -222,14 +221,6 @@ class Softmax(HeadMixer):
 
     def _is_rolling(self, slots: int) -> bool:
         return self.config.window is not None and slots == self.config.window - 1
-
-
-def mean_span(length: int, causal: bool, window: int | None) -> float:
-    """Mean number of keys that a query of an unpacked sequence sees."""
-    if not causal:
-        return float(length)
-    w = min(window or length, length)
-    return (w * (w + 1) / 2 + (length - w) * w) / length
 
 
 def _document_starts(segments_BT: jax.Array, index_T: jax.Array, state: KVCache) -> jax.Array:

@@ -13,13 +13,13 @@ from attnlab import config as config_lib
 from attnlab.errors import ConfigError
 from attnlab.mixers.base import Capabilities, HeadMixer, MixerConfig, MixerOutput, Sequence, knob, register
 from attnlab.mixers.parts import Linear, RMSNorm
-from attnlab.mixers.softmax import mean_span
 from attnlab.mixers.titans_attention import Attention
 from attnlab.mixers.titans_memory import Memory, memory_flops
 from attnlab.mixers.titans_segments import SegmentedMemory, SegmentState, segment_flops
+from attnlab.ops.chunk_steps import positions_in_documents
 from attnlab.ops.documents import document_index
-from attnlab.ops.neural_memory import IMPLEMENTATIONS, MemoryState, neural_memory
-from attnlab.ops.turns import positions_in_documents
+from attnlab.ops.masks import mean_visible_keys
+from attnlab.ops.neural_memory import NEURAL_MEMORY, MemoryState, neural_memory
 
 VARIANTS = {
     "lmm": "the memory alone",
@@ -27,7 +27,6 @@ VARIANTS = {
     "mag": "attention, gated by the memory",
     "mac": "attention over segments and what the memory holds of those before",
 }
-_IMPLS = ("auto", *IMPLEMENTATIONS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +53,9 @@ class TitansConfig(MixerConfig):
     window: int = knob(256, "mal, mag: keys that a query sees; mac: positions of a segment, a multiple of chunk",
                        other=(3,))  # fmt: skip
     rope_base: float | None = knob(10_000.0, "base of attention's rotary embedding; none: no positions", other=(None,))
-    impl: str = knob("chunked", f"implementation of the memory: {', '.join(_IMPLS)}", other=("definition",))
+    impl: str = knob(
+        "chunked", f"implementation of the memory: {', '.join(NEURAL_MEMORY.names())}", other=("definition",)
+    )
 
     def __post_init__(self) -> None:
         need, choice = config_lib.require, config_lib.require_choice
@@ -77,7 +78,7 @@ class TitansConfig(MixerConfig):
             need(self.window % self.chunk == 0, "window", self.window, f"multiples of chunk ({self.chunk}) in mac")
         if self.rope_base is not None:
             need(self.rope_base > 1, "rope_base", self.rope_base, "above 1, or none")
-        choice("impl", self.impl, _IMPLS)
+        choice("impl", self.impl, NEURAL_MEMORY.names())
 
     def head_dim(self, width: int) -> int:
         """Head width d in a model of the given width; ConfigError if the heads do not divide it."""
@@ -130,7 +131,7 @@ class Titans(HeadMixer):
         "values of attention and are not written to the memory; mac is strictly causal: r_j is seen from j on, outputs "
         "read the memory of their own position, and r has key and value projections of its own"
     )
-    implementations = tuple(IMPLEMENTATIONS)
+    implementations = NEURAL_MEMORY.table
     counted = "chunked"
     variants = (
         {"variant": "mal", "depth": 1, "window": 4, "chunk": 4, "persistent": 2},
@@ -212,7 +213,7 @@ class Titans(HeadMixer):
         flops["projections"] = 2.0 * width * (projections + gates)
         if config.variant == "lmm":
             return flops, None
-        span = mean_span(length, True, config.window)
+        span = mean_visible_keys(length, True, config.window)
         flops["attention"] = 4.0 * heads * (d + (config.persistent > 0)) * span
         flops["persistent"] = 4.0 * heads * d * config.persistent
         return flops, span

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -11,8 +12,7 @@ from flax import nnx
 from attnlab.mixers.base import Sequence
 from attnlab.mixers.parts import Linear, param_dtype
 from attnlab.mixers.roles import Role, param
-from attnlab.ops.attention import attention
-from attnlab.ops.cached_attention import cached_attention
+from attnlab.ops.keys_values import Cached, KeysValues, Whole
 from attnlab.ops.masks import Mask, mask_for_extension, mask_from_segments
 from attnlab.ops.rope import rope
 
@@ -32,9 +32,9 @@ class Attention(nnx.Module):
     def positioned(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """q, k, v [B, T, H, d] of x [B, T, fan_in]."""
         q, k, v = (p(x).reshape(*x.shape[:2], -1, self.head_dim) for p in (self.q, self.k, self.v))
-        return self.turned(q, positions), self.turned(k, positions), v
+        return self.rotated(q, positions), self.rotated(k, positions), v
 
-    def turned(self, x_BTHd: jax.Array, positions: jax.Array) -> jax.Array:
+    def rotated(self, x_BTHd: jax.Array, positions: jax.Array) -> jax.Array:
         """Queries or keys after RoPE."""
         base = self.config.rope_base
         return x_BTHd if base is None else rope(x_BTHd, positions, base)
@@ -43,7 +43,7 @@ class Attention(nnx.Module):
         """Heads' outputs [B, T, H, d] over whole sequences."""
         q, k, v = self.positioned(x, seq.positions)
         mask = mask_from_segments(seq.segments, x.shape[1], causal=True, window=self.config.window)
-        return self._attend(attention, q, k, v, mask)
+        return self._attend(q, Whole(k, v), mask)
 
     def extended(
         self, x: jax.Array, seq: Sequence, position_BT: jax.Array, cache: tuple[jax.Array, jax.Array]
@@ -62,7 +62,7 @@ class Attention(nnx.Module):
         if seq.segments is not None:
             start_BT = jnp.where(seq.segments == 0, slots + new, start_BT)
         mask = mask_for_extension(slots, new, start_BT, window=self.config.window)
-        o = self._attend(cached_attention, q, keys.astype(q.dtype), values.astype(q.dtype), mask)
+        o = self._attend(q, Cached(keys.astype(q.dtype), values.astype(q.dtype)), mask)
         return o, (keys[:, new:], values[:, new:])
 
     def cache(self, batch: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
@@ -70,15 +70,15 @@ class Attention(nnx.Module):
         empty = jnp.zeros((batch * self.config.heads, self.config.window - 1, self.head_dim), dtype)
         return empty, empty
 
-    def _attend(self, op: Any, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
-        """`op`, with the persistent keys in the same softmax.
+    def _attend(self, q: jax.Array, kv: KeysValues, mask: Mask) -> jax.Array:
+        """Softmax attention, with the persistent keys in the same softmax.
 
         They are a sink of the window's softmax, whose logit is 0 when the log-sum-exp of their logits is taken off all
         others through one more channel; another channel of ones tells the weight that remains for them.
         """
-        impl = "definition" if self.config.impl == "definition" else "auto"
+        impls = dict.fromkeys(("impl", "decode_impl"), "definition" if self.config.impl == "definition" else "auto")
         if not self.config.persistent:
-            return op(q, k, v, mask, impl=impl)
+            return kv.attend(q, mask, **impls)
         wide, scale = param_dtype(q.dtype), self.head_dim**-0.5
         keys, values = self.persistent[...].astype(wide)
         logits = jnp.einsum("bthd,nhd->bthn", q.astype(wide), keys) * scale
@@ -86,8 +86,7 @@ class Attention(nnx.Module):
         prefix = jnp.einsum("bthn,nhd->bthd", jnp.exp(logits - total), values)
         more = lambda y, column: jnp.concatenate([y.astype(wide), column], axis=-1)
         ones = lambda y: jnp.ones((*y.shape[:-1], 1), wide)
-        o = op(
-            more(q, -total / scale), more(k, ones(k)), more(v, ones(v)), mask,
-            scale=scale, sinks_H=jnp.zeros((self.config.heads,), wide), impl=impl,
-        )  # fmt: skip
+        more_kv = dataclasses.replace(kv, k=more(kv.k, ones(kv.k)), v=more(kv.v, ones(kv.v)))
+        sinks = jnp.zeros((self.config.heads,), wide)
+        o = more_kv.attend(more(q, -total / scale), mask, scale=scale, sinks_H=sinks, **impls)
         return (o[..., :-1] + (1 - o[..., -1:]) * prefix).astype(q.dtype)

@@ -11,6 +11,7 @@ would see r_j of later j, and its output a memory that has learned them.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,11 +23,12 @@ from attnlab.mixers.parts import Linear, param_dtype
 from attnlab.mixers.roles import Fused
 from attnlab.mixers.titans_attention import Attention
 from attnlab.mixers.titans_memory import Memory, unit
-from attnlab.ops import context
 from attnlab.ops.causal_conv import causal_conv
+from attnlab.ops.chunk_steps import ChunkStep, choose_rows, positions_in_documents, scan_aligned, scan_chunk_steps
+from attnlab.ops.dispatch import Implementation, Op
 from attnlab.ops.neural_memory import Layers, MemoryState, chunk_step, definition_step, forward
-from attnlab.ops.turns import Turn, choose_rows, positions_in_documents, scan_aligned, scan_turns
-from attnlab.parallel import partition
+from attnlab.parallel import sequence_parallel
+from attnlab.parallel.sequence_parallel import SequenceParallel
 
 
 @jax.tree_util.register_dataclass
@@ -75,76 +77,70 @@ class SegmentedMemory(nnx.Module):
         query = unit(jax.nn.silu(self.query(x).astype(wide)).reshape(q.shape))
         padding = jnp.zeros(x.shape[:2], bool) if seq.segments is None else seq.segments == 0
         inputs = (q, k, v, query, seq.positions, padding)
-        if context.split(x.shape[1]):
-            state, (y, m) = self._on_parts(state, inputs, documents)
-        else:
-            state, (y, m) = self._scan(state, inputs, documents)
-        return y, m, state
-
-    def _scan(self, state: SegmentState, inputs: tuple, documents: jax.Array | None) -> tuple[SegmentState, Any]:
-        chunk = 1 if self.config.impl == "definition" else self.config.chunk
-        if documents is None:
-            return scan_aligned(self._turn, state, inputs, chunk)
-        position_BT = positions_in_documents(documents, state.memory.position_B)
-        return scan_turns(self._turn, state, inputs, chunk, documents, position_BT)
-
-    def _on_parts(self, state: SegmentState, inputs: tuple, documents: jax.Array | None) -> tuple[SegmentState, Any]:
-        """Rows and positions are split over devices, heads are not: the memory of each reads all of them."""
-        if documents is None:
-            documents = jnp.ones(inputs[0].shape[:2], jnp.int32)
         graphdef, params = nnx.split(self)
-        leaves, kind = jax.tree.flatten((params, state, inputs, documents))
-        results = jax.tree.structure((state, inputs[:2]))  # y and m are like q and k
-
-        def on_device(*leaves):
-            params, state, inputs, documents = jax.tree.unflatten(kind, leaves)
-            module, ours = nnx.merge(graphdef, params), context.parts()
-            step = lambda state, x: module._scan(state, *x)
-            return tuple(jax.tree.leaves(ours.handed_on(step, state, (inputs, ours.documents(documents)))))
-
+        leaves, kind = jax.tree.flatten(params)
+        arrays = (tuple(leaves), state, inputs, documents)
+        options = {"build": lambda leaves: nnx.merge(graphdef, jax.tree.unflatten(kind, leaves))}
+        if not sequence_parallel.splits(x.shape[1]):
+            # Heads are read all together, and so cannot be split here; XLA splits what is between.
+            spec = SegmentSpec.of(None, *arrays, **options)
+            return MEMORY_AS_CONTEXT.choose(spec, self.config.impl).run(*arrays, **options)
         whole = lambda x: (None,) * x.ndim
         of_rows = lambda x: ("batch", *whole(x)[1:])
         of_positions = lambda x: ("batch", "seq", *whole(x)[2:])
-        axes = [*map(whole, jax.tree.leaves(params)), *map(of_rows, jax.tree.leaves(state))]
-        axes += map(of_positions, (*inputs, documents))
-        out_axes = [*map(of_rows, jax.tree.leaves(state)), *map(of_positions, inputs[:2])]
-        return jax.tree.unflatten(results, partition.local(on_device, tuple(leaves), tuple(axes), out_axes))
+        axes = (tuple(map(whole, leaves)), jax.tree.map(of_rows, state), tuple(map(of_positions, inputs)))
+        out_axes = [*map(of_positions, inputs[:2]), *map(of_rows, jax.tree.leaves(state))]
+        axes = (*axes, ("batch", "seq"))
+        return MEMORY_AS_CONTEXT(*arrays, axes=axes, out_axes=out_axes, impl=self.config.impl, **options)
 
-    def _turn(self, state: SegmentState, inputs: tuple, turn: Turn) -> tuple[SegmentState, Any]:
+    def scan(
+        self, step: Callable, chunk: int, state: SegmentState, inputs: tuple, documents: jax.Array | None
+    ) -> tuple[SegmentState, tuple[jax.Array, jax.Array]]:
+        """The state after all positions, y and m; up to `chunk` positions are written at once, by `step`."""
+        body = lambda state, inputs, slots: self._chunk_step(step, state, inputs, slots)
+        if documents is None:
+            return scan_aligned(body, state, inputs, chunk)
+        position_BT = positions_in_documents(documents, state.memory.position_B)
+        return scan_chunk_steps(body, state, inputs, chunk, documents, position_BT)
+
+    def _chunk_step(
+        self, step: Callable, state: SegmentState, inputs: tuple, slots: ChunkStep
+    ) -> tuple[SegmentState, Any]:
         q, k, v, query, positions, padding = inputs
-        first_B = turn.position_BC[:, 0] % self.config.window
+        first_B = slots.position_BC[:, 0] % self.config.window
         initial = self.memory.initial()
         reader = choose_rows(first_B == 0, state.memory.weights, state.reader)
-        reader = choose_rows(turn.fresh_B, initial.weights, reader)
+        reader = choose_rows(slots.fresh_B, initial.weights, reader)
 
         read = forward(reader, query.swapaxes(1, 2), self.memory.spec.residual_norm).swapaxes(1, 2)
         k_read, v_read = jnp.split(self.retrieved(read.reshape(*read.shape[:2], -1)), 2, axis=-1)
-        k_read = self.attention.turned(k_read.reshape(k.shape), positions)
+        k_read = self.attention.rotated(k_read.reshape(k.shape), positions)
         keys = jnp.stack([k, k_read], axis=2).astype(state.keys.dtype)
         values = jnp.stack([v, v_read.reshape(v.shape)], axis=2).astype(state.values.dtype)
-        y = self._attend(q, keys, values, state, jnp.where(turn.fresh_B, 0, first_B), turn)
+        y = self._attend(q, keys, values, state, jnp.where(slots.fresh_B, 0, first_B), slots)
 
         flat = y.reshape(*y.shape[:2], -1)
         projected = self.memory.qkv(flat)
-        convolved, tail = self._convolved(projected, state.tail, turn)
+        convolved, tail = self._convolved(projected, state.tail, slots)
         written = self.memory.gated(flat, convolved, padding)
-        if self.config.impl == "definition":
-            one = jax.tree.map(lambda a: a[:, 0], written)
-            memory, m = definition_step(self.memory.spec, initial, state.memory, one, turn.fresh_B)
-            m = m[:, None]
-        else:
-            memory, m = chunk_step(self.memory.spec, initial, state.memory, written, turn)
-        keys, values = self._kept(keys, state.keys, turn), self._kept(values, state.values, turn)
+        memory, m = step(self.memory.spec, initial, state.memory, written, slots)
+        keys, values = self._kept(keys, state.keys, slots), self._kept(values, state.values, slots)
         after = SegmentState(memory, reader, tail, keys, values)
-        return choose_rows(turn.taken_B, after, state), (y, m.astype(y.dtype))
+        return choose_rows(slots.taken_B, after, state), (y, m.astype(y.dtype))
 
     def _attend(
-        self, q: jax.Array, keys: jax.Array, values: jax.Array, state: SegmentState, before_B: jax.Array, turn: Turn
+        self,
+        q: jax.Array,
+        keys: jax.Array,
+        values: jax.Array,
+        state: SegmentState,
+        before_B: jax.Array,
+        slots: ChunkStep,
     ) -> jax.Array:
-        """y [B, C, H, d]: one softmax over persistent rows, the segment before the turn and the turn itself."""
-        wide, B, slots = param_dtype(q.dtype), q.shape[0], state.keys.shape[1]
-        old = jnp.arange(slots) < before_B[:, None]
-        seen = jnp.concatenate([jnp.broadcast_to(old[:, None], (B, q.shape[1], slots)), turn.seen()], axis=-1)
+        """y [B, C, H, d]: one softmax over persistent rows, the segment before the chunk step and the step itself."""
+        wide, B, room = param_dtype(q.dtype), q.shape[0], state.keys.shape[1]
+        old = jnp.arange(room) < before_B[:, None]
+        seen = jnp.concatenate([jnp.broadcast_to(old[:, None], (B, q.shape[1], room)), slots.seen()], axis=-1)
         seen = jnp.repeat(seen, 2, axis=-1)
         rows = lambda a, b: jnp.concatenate([a, b], axis=1).reshape(B, -1, *q.shape[2:]).astype(wide)
         keys, values = rows(state.keys, keys), rows(state.values, values)
@@ -156,28 +152,92 @@ class SegmentedMemory(nnx.Module):
         weights = jax.nn.softmax(jnp.where(seen[:, None], logits, jnp.finfo(wide).min), axis=-1)
         return jnp.einsum("bhcs,bshd->bchd", weights, values).astype(q.dtype)
 
-    def _convolved(self, projected: jax.Array, tail: jax.Array, turn: Turn) -> tuple[jax.Array, jax.Array]:
+    def _convolved(self, projected: jax.Array, tail: jax.Array, slots: ChunkStep) -> tuple[jax.Array, jax.Array]:
         if not self.config.conv:
             return projected, tail
-        documents = turn.documents_BC - turn.documents_BC[:, :1] + turn.fresh_B[:, None]  # 0: that of the tail
+        documents = slots.documents_BC - slots.documents_BC[:, :1] + slots.fresh_B[:, None]  # 0: that of the tail
         convolved, _ = causal_conv(projected, self.memory.kernel[...], documents, tail)
         J = tail.shape[1]
-        index = turn.last_B[:, None] + 1 + jnp.arange(J)
+        index = slots.last_B[:, None] + 1 + jnp.arange(J)
         pick = lambda a: jax.vmap(lambda row, i: row[i])(a, index)
-        own = pick(jnp.pad(documents, ((0, 0), (J, 0)))) == jnp.take_along_axis(documents, turn.last_B[:, None], 1)
+        own = pick(jnp.pad(documents, ((0, 0), (J, 0)))) == jnp.take_along_axis(documents, slots.last_B[:, None], 1)
         inputs = jnp.concatenate([tail.astype(projected.dtype), projected], axis=1)
         return convolved, jnp.where(own[..., None], pick(inputs), 0).astype(tail.dtype)
 
-    def _kept(self, new: jax.Array, old: jax.Array, turn: Turn) -> jax.Array:
-        """The segment's rows after the turn; those that are not of it are never seen."""
-        last = turn.last_B[:, None]
+    def _kept(self, new: jax.Array, old: jax.Array, slots: ChunkStep) -> jax.Array:
+        """The segment's rows after the chunk step; those that are not of it are never seen."""
+        last = slots.last_B[:, None]
         at_last = lambda a: jnp.take_along_axis(a, last, axis=1)
-        slot = jnp.arange(old.shape[1]) - at_last(turn.position_BC) % self.config.window + last
+        slot = jnp.arange(old.shape[1]) - at_last(slots.position_BC) % self.config.window + last
         inside = (slot >= 0) & (slot <= last)
         slot = jnp.clip(slot, 0, new.shape[1] - 1)
-        inside &= jnp.take_along_axis(turn.documents_BC, slot, axis=1) == at_last(turn.documents_BC)
+        inside &= jnp.take_along_axis(slots.documents_BC, slot, axis=1) == at_last(slots.documents_BC)
         picked = jax.vmap(lambda rows, i: rows[i])(new, slot)
         return jnp.where(inside[..., None, None, None], picked, old)
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentSpec:
+    """The static facts by which an implementation is chosen."""
+
+    batch: int
+    positions: int
+    heads: int
+    width: int
+    dtype: str
+    packed: bool
+
+    def __str__(self) -> str:
+        shape = f"B{self.batch} T{self.positions} H{self.heads} d{self.width} {self.dtype}"
+        return f"{shape} packed" if self.packed else shape
+
+    @classmethod
+    def of(cls, exchange: SequenceParallel | None, leaves, state, inputs, documents, *, build: Callable) -> SegmentSpec:
+        """Of the arrays of a device; where positions are split over several, of one row at a time."""
+        (B, *rest), alone = inputs[0].shape, exchange is None
+        return cls(B if alone else 1, *rest, str(inputs[0].dtype), documents is not None or not alone)
+
+
+def definition(leaves, state, inputs, documents, *, build: Callable):
+    """One position after another."""
+
+    def step(spec, initial, memory, written, slots: ChunkStep):
+        one = jax.tree.map(lambda a: a[:, 0], written)
+        memory, m = definition_step(spec, initial, memory, one, slots.fresh_B)
+        return memory, m[:, None]
+
+    state, (y, m) = build(leaves).scan(step, 1, state, inputs, documents)
+    return y, m, state
+
+
+def chunked(leaves, state, inputs, documents, *, build: Callable):
+    """Chunk by chunk."""
+    module = build(leaves)
+    state, (y, m) = module.scan(chunk_step, module.config.chunk, state, inputs, documents)
+    return y, m, state
+
+
+def _over_devices(
+    chosen: Implementation, exchange: SequenceParallel, leaves, state, inputs, documents, *, build: Callable
+):
+    """The state is handed over from device to device."""
+    documents = jnp.ones(inputs[0].shape[:2], jnp.int32) if documents is None else documents
+
+    def step(state, x):
+        y, m, state = chosen.run(leaves, state, *x, build=build)
+        return state, (y, m)
+
+    state, (y, m) = exchange.hand_over(step, state, (inputs, exchange.local_documents(documents)))
+    return y, m, state
+
+
+MEMORY_AS_CONTEXT = Op(
+    "memory_as_context",
+    SegmentSpec.of,
+    {"definition": Implementation(definition), "chunked": Implementation(chunked)},
+    preference=("chunked",),
+    split=_over_devices,
+)
 
 
 def segment_flops(config: Any, head_dim: int, length: int) -> float:

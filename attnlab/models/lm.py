@@ -21,6 +21,7 @@ from attnlab.models.objective import Batch, Objective, Sums, register
 from attnlab.models.perplexity import Perplexity
 from attnlab.models.transformer import StackConfig, Transformer, extend
 from attnlab.ops.cross_entropy import cross_entropy
+from attnlab.ops.linear import project
 from attnlab.parallel import partition
 
 
@@ -142,7 +143,7 @@ class LanguageModel(Objective):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., V] fp32 logits of normalised hidden states [..., D]."""
         kernel = self.output_kernel().astype(hidden.dtype)
-        return jnp.matmul(hidden, kernel, preferred_element_type=param_dtype(hidden.dtype))
+        return project(hidden, kernel, param_dtype(hidden.dtype))
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """[B, T, D] in the compute type."""

@@ -19,8 +19,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from attnlab.ops import context
-from attnlab.parallel import partition
+from attnlab.parallel.sequence_parallel import SequenceParallel
 
 CHUNK = 64  # positions computed together, unless said otherwise
 _LOWEST = -1e30  # stands for a maximum over nothing: exp(-inf - _LOWEST) is 0 and not NaN
@@ -65,6 +64,7 @@ def fixed_agent_attention(
     valid_BT: jax.Array | None = None,
     *,
     chunk: int = CHUNK,
+    exchange: SequenceParallel | None = None,
 ) -> tuple[jax.Array, Averages]:
     """Causal agent attention by agents that do not change along the sequence.
 
@@ -75,30 +75,20 @@ def fixed_agent_attention(
       before: averages over the keys before the first, of the document of index 0; None: there are none.
       valid_BT: bool, keys that exist; None: all. The output where no key is seen is 0.
       chunk: positions that are computed together.
+      exchange: how positions are split over devices, without `before`; None: they are not.
 
     Returns:
       o_BTHe in the dtype of q, and the averages after the last position, of its document.
     """
     run = functools.partial(_fixed, chunk=chunk)
     arrays = (q_BTHd, k_BTHd, v_BTHe, agents_BHmd, documents_BT, valid_BT)
-    if before is not None:
-        return run(*arrays, before)
-    rows, averages = ("batch", "seq", "heads", None), ("batch", "heads", None, None)
-    axes = (rows, rows, rows, averages, rows[:2], rows[:2])
-
-    def on_device(*arrays):
-        ours = context.parts()
-        o, after = run(*arrays, None) if ours is None else _on_parts(ours, run, *arrays)
-        return o, *jax.tree.leaves(after)
-
-    o, *after = partition.local(on_device, arrays, axes, [rows, averages[:3], averages[:3], averages])
-    return o, Averages(*after)
+    return run(*arrays, before) if exchange is None else _over_devices(exchange, run, *arrays)
 
 
-def _on_parts(ours: context.Parts, run, q, k, v, agents, documents, valid):
+def _over_devices(exchange: SequenceParallel, run, q, k, v, agents, documents, valid):
     """Each device averages over its own keys first, and begins with what those before it found."""
     (B, T), (H, m) = q.shape[:2], agents.shape[1:3]
-    documents = jnp.zeros((B, T), jnp.int32) if documents is None else ours.documents(documents)
+    documents = jnp.zeros((B, T), jnp.int32) if documents is None else exchange.local_documents(documents)
     last = jnp.broadcast_to(documents, (B, T)) == documents[:, -1:]
     last = last if valid is None else last & valid
     one = jnp.zeros((B, 1), jnp.int32)
@@ -119,9 +109,9 @@ def _on_parts(ours: context.Parts, run, q, k, v, agents, documents, valid):
         )
 
     start = Averages.empty(B, H, m, v.shape[-1], own.total_BHm.dtype)
-    before, _ = ours.running(join, (own, documents[:, -1] == 0), start)
+    before, _ = exchange.exclusive_scan(join, (own, documents[:, -1] == 0), start)
     o, after = run(q, k, v, agents, documents, valid, before)
-    return o, ours.of_last(after)
+    return o, exchange.from_last(after)
 
 
 def _fixed(q_BTHd, k_BTHd, v_BTHe, agents_BHmd, documents_BT, valid_BT, before, *, chunk: int):

@@ -15,29 +15,27 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_masks
 
-from attnlab.ops import context
-from attnlab.ops.masks import Mask
-from attnlab.parallel import partition
+from attnlab.ops.attention_frame import AttentionSpec, zigzags
+from attnlab.ops.masks import Mask, mean_visible_keys
+from attnlab.parallel.sequence_parallel import SequenceParallel
 
 _LANES = 128
 _BLOCK = 512  # rows and keys of a tile, at most; a tile's scores are fp32 in a few MB of fast memory
 
 
-def unsupported(spec: Any, interpret: bool = False) -> str | None:
-    """Why the kernel cannot serve an `AttentionSpec`, or None.
+# Matrix products of each kernel, against the two of a forward pass.
+_KERNEL_WORK = {"fwd": 1.0, "dq": 1.5, "dkv": 2.0}
 
-    Args:
-      spec: what is asked for.
-      interpret: the kernel will be interpreted, which any platform can.
-    """
-    platform = partition.platform()
+
+def unsupported(spec: AttentionSpec) -> str | None:
+    """Why the kernel cannot serve, or None."""
+    whole = spec.queries * spec.devices
     reasons = (
-        (not interpret and platform != "tpu", f"it is a TPU kernel; the platform is {platform}"),
         (spec.dtype not in ("bfloat16", "float32"), f"it computes bfloat16 and float32, not {spec.dtype}"),
         (spec.sinks, "it has no sinks here"),
         (spec.intervals and not spec.documents, "its masks are static, or packed documents"),
-        (spec.queries != spec.keys, "queries and keys must be the same positions"),
-        (spec.queries % (_LANES * spec.parts) != 0, f"T = {spec.queries} is not a multiple of {_LANES * spec.parts}"),
+        (whole != spec.keys, "queries and keys must be the same positions"),
+        (spec.queries % _LANES != 0, f"T = {whole} is not a multiple of {_LANES * spec.devices}"),
         (
             any(w not in (64, 96) and w % _LANES for w in (spec.width, spec.value_width)),
             f"head widths must be 64, 96 or a multiple of {_LANES}",
@@ -46,15 +44,22 @@ def unsupported(spec: Any, interpret: bool = False) -> str | None:
     return next((reason for fails, reason in reasons if fails), None)
 
 
+def kernel_flops(spec: AttentionSpec) -> dict[str, float]:
+    """FLOPs of one run of each kernel; pairs that the static mask hides are not counted, those of documents are."""
+    seen = mean_visible_keys(spec.keys, spec.causal, spec.window)
+    forward = 2.0 * spec.batch * spec.heads * spec.queries * seen * (spec.width + spec.value_width)
+    return {f"splash_mha_{part}": work * forward for part, work in _KERNEL_WORK.items()}
+
+
 def attention(
     q_BTHd: jax.Array,
     k_BSKd: jax.Array,
     v_BSKe: jax.Array,
     mask: Mask,
+    sinks_H: jax.Array | None = None,
     *,
     scale: float,
     soft_cap: float | None,
-    sinks_H: jax.Array | None,
     interpret: bool = False,
 ) -> jax.Array:
     """See `attnlab.ops.attention.attention`; `interpret` runs the kernel as plain XLA, on any platform.
@@ -70,44 +75,41 @@ def attention(
     return _run(kernel, (q_BTHd, k_BSKd, v_BSKe), starts, (position, position), scale)
 
 
-def on_parts(
+def over_devices(
+    exchange: SequenceParallel,
     q_BTHd: jax.Array,
     k_BSKd: jax.Array,
     v_BSKe: jax.Array,
-    *rest: Any,
+    mask: Mask,
+    sinks_H: jax.Array | None,
+    *,
+    key_start: jax.Array | None,
     scale: float,
     soft_cap: float | None,
-    sinks_H: jax.Array | None,
     interpret: bool = False,
 ) -> jax.Array:
-    """`attention` of a device's queries against all keys, inside `attnlab.ops.context.attend`.
-
-    Args:
-      rest: of packed documents all `k_start` [B, S]; and the mask, whose `k_start` is that of the queries.
-    """
+    """`attention` of a device's queries against all keys: the split of `attention_frame.over_devices`."""
     del sinks_H
-    *starts, mask = rest
-    ours, (T, H), S = context.parts(), q_BTHd.shape[1:3], k_BSKd.shape[1]
-    order = ours.order(S, context.deals(mask, T))
-    index = ours.index()
+    (T, H), S, count = q_BTHd.shape[1:3], k_BSKd.shape[1], exchange.count
+    order, index = exchange.order(S, zigzags(mask, T)), exchange.index()
 
     def own(info: Any) -> Any:  # the tiles of this device's rows
         if info is None:
             return None
         cut = lambda x, axis: None if x is None else jax.lax.dynamic_slice_in_dim(
-            x, index * (x.shape[axis] // ours.count), x.shape[axis] // ours.count, axis
+            x, index * (x.shape[axis] // count), x.shape[axis] // count, axis
         )  # fmt: skip
         tiles = {name: cut(getattr(info, name), 1) for name in ("data_next", "mask_next", "block_mask")}
         return info._replace(**tiles, q_sequence=cut(info.q_sequence, 0))
 
     if mask.causal or mask.window is not None:
-        kernel = _kernel((S, S), H, mask.causal, mask.window, soft_cap, interpret, tuple(order.tolist()), ours.count)
+        kernel = _kernel((S, S), H, mask.causal, mask.window, soft_cap, interpret, tuple(order.tolist()), count)
         infos = [own(info) for info in (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info)]
         kernel = splash.SplashAttentionKernel(*infos, **kernel.kwargs)
     else:
         kernel = _kernel((T, S), H, False, None, soft_cap, interpret)
     position = jax.lax.dynamic_slice_in_dim(jnp.asarray(order, jnp.int32), index * T, T)
-    starts = (mask.k_start, starts[0]) if starts else None
+    starts = None if key_start is None else (mask.k_start, key_start)
     return _run(kernel, (q_BTHd, k_BSKd, v_BSKe), starts, (position, jnp.arange(S, dtype=jnp.int32)), scale)
 
 
@@ -136,10 +138,10 @@ def _kernel(
     soft_cap: float | None,
     interpret: bool,
     order: tuple[int, ...] | None = None,
-    parts: int = 1,
+    devices: int = 1,
 ) -> Any:
-    """The kernel for so many queries and keys [H, T, d] of one sequence; its queries in another order, and in parts."""
-    block = next(b for b in (_BLOCK, 384, 256, _LANES) if shape[0] // parts % b == 0)
+    """The kernel for so many queries and keys [H, T, d] of one sequence; its queries reordered, and over devices."""
+    block = next(b for b in (_BLOCK, 384, 256, _LANES) if shape[0] // devices % b == 0)
     sizes = splash.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block,
         block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
@@ -151,7 +153,7 @@ def _kernel(
         block_sizes=sizes,
         attn_logits_soft_cap=soft_cap,
         head_shards=1,
-        q_seq_shards=parts,
+        q_seq_shards=devices,
         residual_checkpoint_name="attention_o",
         interpret=interpret,
     )

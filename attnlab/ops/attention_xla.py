@@ -1,97 +1,31 @@
 """Softmax attention in plain XLA, blockwise: never more than one block of query rows' scores at a time.
 
 Forward and backward follow FlashAttention (Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691):
-the backward recomputes the scores of each block from the saved log-sum-exp. Key ranges that the static part
-of the mask rules out are never emitted. Scores are kept in the log2 domain, `exp2` being the cheaper
-exponential.
+the backward recomputes the scores of each block from the saved log-sum-exp.
 """
 
-import dataclasses
-import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from attnlab.ops.blockwise import (
+    LOG2E,
+    LOWEST,
+    Config,
+    HeadArray,
+    Span,
+    grouped,
+    matmul,
+    over_heads,
+    over_tiles,
+    put,
+    take,
+    tile_scores,
+    varying,
+)
 from attnlab.ops.masks import Mask
-
-# Finite stand-ins for minus infinity: a hidden score, and the smallest running maximum. exp2(_HIDDEN -
-# anything that can be a maximum) is exactly 0, for rows that see nothing too.
-_HIDDEN = -1e30
-_LOWEST = -1e20
-_LOG2E = math.log2(math.e)
-
-_ROWS = 256  # query rows in a block, counted over the heads that share a key head
-# Bodies emitted, whatever T, which bounds the compile time: groups of query blocks with a key range of their
-# own, or, where ranges are known at run time only, lengths of key range to choose from (each a multiple of
-# _LEAST_KEYS).
-_BODIES = 8
-_LEAST_KEYS = 128
-_ALIGN = 64  # key ranges begin at multiples of this: products and reductions over ragged rows are much slower
-
-
-_Span = tuple[int | jax.Array, int]  # first (may be traced), size
-
-
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-    """`count` consecutive blocks of `rows` queries from `first` on, each against `keys` keys from
-    `origin + i * step` on (moved inside the keys where it would reach out)."""
-
-    first: int
-    count: int
-    rows: int
-    keys: int
-    origin: int
-    step: int
-
-    def rows_of(self, i) -> _Span:
-        return self.first + i * self.rows, self.rows
-
-    def origin_of(self, i, keys: int):
-        return jnp.clip(self.origin + i * self.step, 0, keys - self.keys) if self.step else self.origin
-
-
-def plan_blocks(length: int, keys: int, mask: Mask, rows: int, groups: int) -> list[Blocks]:
-    """Cut `length` queries into blocks, each with a key range of static length that covers what the static
-    part of the mask lets its rows see. Neighbouring blocks share a range where more than `groups` of them
-    would differ."""
-
-    def key_range(first: int, last: int) -> tuple[int, int]:
-        low, high = mask.static_range(first, last, keys)
-        return low - low % _ALIGN, high - (low - low % _ALIGN)
-
-    full = length // rows
-    per_group = -(-full // groups)
-    plan: list[Blocks] = []
-    for block in range(0, full, per_group or 1):
-        count = min(per_group, full - block)
-        first = block * rows
-        origin, reach = key_range(first, first + count * rows)
-        if plan and (plan[-1].origin, plan[-1].keys) == (origin, reach):
-            plan[-1] = dataclasses.replace(plan[-1], count=plan[-1].count + count)
-        else:
-            plan.append(Blocks(first, count, rows, reach, origin, 0))
-    if mask.window is not None and full > groups:
-        behind = mask.window - 1 + (1 - mask.window) % _ALIGN
-        reach = min(keys, rows + behind + (0 if mask.causal else behind))
-        if full * reach < sum(b.count * b.keys for b in plan):
-            plan = [Blocks(0, full, rows, reach, -behind, rows)]
-    if full * rows < length:
-        origin, reach = key_range(full * rows, length)
-        plan.append(Blocks(full * rows, 1, length - full * rows, reach, origin, 0))
-    return plan
-
-
-@dataclasses.dataclass(frozen=True)
-class _Config:
-    """Everything static that the two passes need (hashable: a nondifferentiable argument)."""
-
-    mask: Mask  # its static part only
-    scale: float
-    soft_cap: float | None
-    skip: bool = False  # choose each block's key range at run time, from its rows' intervals
 
 
 def attention(
@@ -99,16 +33,16 @@ def attention(
     k_BSKd: jax.Array,
     v_BSKe: jax.Array,
     mask: Mask,
+    sinks_H: jax.Array | None = None,
     *,
     scale: float,
     soft_cap: float | None,
-    sinks_H: jax.Array | None,
 ) -> jax.Array:
     """See `attnlab.ops.attention.attention`."""
-    config = _Config(Mask(causal=mask.causal, window=mask.window), scale, soft_cap)
+    config = Config(Mask(causal=mask.causal, window=mask.window), scale, soft_cap)
     arrays = (q_BTHd, k_BSKd, v_BSKe, sinks_H)
     # Gradients come out varying over every mesh axis; what is cast here is summed back to its own axes.
-    return _attention(config, *_varying(arrays, (arrays, mask)), (mask.k_start, mask.k_end))
+    return _attention(config, *varying(arrays, (arrays, mask)), (mask.k_start, mask.k_end))
 
 
 def attention_with_lse(
@@ -116,47 +50,47 @@ def attention_with_lse(
     k_BSKd: jax.Array,
     v_BSKe: jax.Array,
     mask: Mask,
+    sinks_H: jax.Array | None = None,
     *,
     scale: float,
     soft_cap: float | None,
-    sinks_H: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """See `attnlab.ops.attention.attention_with_lse`."""
-    config = _Config(Mask(causal=mask.causal, window=mask.window), scale, soft_cap)
+    config = Config(Mask(causal=mask.causal, window=mask.window), scale, soft_cap)
     arrays = (q_BTHd, k_BSKd, v_BSKe, sinks_H)
-    o, lse_BKGT = _attention_with_lse(config, *_varying(arrays, (arrays, mask)), (mask.k_start, mask.k_end))
+    o, lse_BKGT = _attention_with_lse(config, *varying(arrays, (arrays, mask)), (mask.k_start, mask.k_end))
     B, T, H, _ = q_BTHd.shape
-    return o, jnp.moveaxis(lse_BKGT.reshape(B, H, T), 1, 2) / _LOG2E
+    return o, jnp.moveaxis(lse_BKGT.reshape(B, H, T), 1, 2) / LOG2E
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(config: _Config, q, k, v, sinks, intervals):
+def _attention(config: Config, q, k, v, sinks, intervals):
     return _attention_forward(config, q, k, v, sinks, intervals)[0]
 
 
-def _attention_forward(config: _Config, q, k, v, sinks, intervals):
+def _attention_forward(config: Config, q, k, v, sinks, intervals):
     B, T, H, _ = q.shape
     K, e = k.shape[2], v.shape[3]
     stat = jnp.promote_types(q.dtype, jnp.float32)
-    out = (_Part((B, T, K, H // K, e), q.dtype, 2), _Part((B, K, H // K, T), stat, 1))
-    o, lse = _over_heads(_forward_head, config, q, k, v, (), sinks, intervals, out)
+    out = (HeadArray((B, T, K, H // K, e), q.dtype, 2), HeadArray((B, K, H // K, T), stat, 1))
+    o, lse = over_heads(_forward_head, config, q, k, v, (), sinks, intervals, out)
     o = checkpoint_name(o.reshape(B, T, H, e), "attention_o")
     return o, (q, k, v, sinks, intervals, o, checkpoint_name(lse, "attention_lse"))
 
 
-def _attention_backward(config: _Config, residuals, do, dlse=None):
+def _attention_backward(config: Config, residuals, do, dlse=None):
     """`dlse` [B, K, G, T] is the gradient of the log-sum-exp in log2 units, None where only o is used."""
     q, k, v, sinks, intervals, o, lse = residuals
     B, T, H, d = q.shape
     K = k.shape[2]
     out = (
-        _Part((B, T, K, H // K, d), q.dtype, 2),
-        _Part(k.shape, k.dtype, 2),
-        _Part(v.shape, v.dtype, 2),
-        _Part((B, K, H // K), lse.dtype, 1),
+        HeadArray((B, T, K, H // K, d), q.dtype, 2),
+        HeadArray(k.shape, k.dtype, 2),
+        HeadArray(v.shape, v.dtype, 2),
+        HeadArray((B, K, H // K), lse.dtype, 1),
     )
-    rest = (_grouped(o, K), _grouped(do, K), lse, *(() if dlse is None else (dlse,)))
-    dq, dk, dv, dsinks = _over_heads(_backward_head, config, q, k, v, rest, sinks, intervals, out)
+    rest = (grouped(o, K), grouped(do, K), lse, *(() if dlse is None else (dlse,)))
+    dq, dk, dv, dsinks = over_heads(_backward_head, config, q, k, v, rest, sinks, intervals, out)
     dsinks = None if sinks is None else dsinks.sum(0).reshape(H).astype(sinks.dtype)
     return dq.reshape(q.shape), dk, dv, dsinks, (None, None)
 
@@ -165,11 +99,11 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention_with_lse(config: _Config, q, k, v, sinks, intervals):
+def _attention_with_lse(config: Config, q, k, v, sinks, intervals):
     return _attention_with_lse_forward(config, q, k, v, sinks, intervals)[0]
 
 
-def _attention_with_lse_forward(config: _Config, q, k, v, sinks, intervals):
+def _attention_with_lse_forward(config: Config, q, k, v, sinks, intervals):
     o, residuals = _attention_forward(config, q, k, v, sinks, intervals)
     return (o, residuals[-1]), residuals
 
@@ -180,86 +114,18 @@ _attention_with_lse.defvjp(
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Part:
-    """One array that a head function returns, over all batch elements (axis 0) and key heads (`axis`)."""
-
-    shape: tuple[int, ...]
-    dtype: jnp.dtype
-    axis: int
-
-
-def _grouped(x_BTHd, K: int):
-    B, T, H, d = x_BTHd.shape
-    return x_BTHd.reshape(B, T, K, H // K, d)
-
-
-def _over_heads(head, config: _Config, q, k, v, rest, sinks_H, intervals, out: tuple[_Part, ...]):
-    """Run `head`, written for one key head, over batch and key heads: one after the other on CPU, where a
-    plain matrix product is several times faster than a batched one, and all together elsewhere."""
-    B, T, H, _ = q.shape
-    S, K = k.shape[1:3]
-    start, end = dataclasses.replace(config.mask, k_start=intervals[0], k_end=intervals[1]).bounds(T, S)
-    sinks_KG = None if sinks_H is None else sinks_H.reshape(K, H // K)
-    # Residuals of shape [B, K, ...] (the log-sum-exp) have their key heads on axis 1, all else on axis 2.
-    axes = [2, 2, 2, *(1 if x.ndim == 4 else 2 for x in rest)]
-
-    # A choice at run time saves work only where the heads are not batched together.
-    serial = dataclasses.replace(config, skip=intervals != (None, None))
-
-    def one_by_one(arrays, sinks, start, end):
-        def body(i, results):
-            b, h = i // K, i % K
-            # Products of low precision are slow on CPU: they are done in float32.
-            of_head = [
-                _slice(_slice(x, b, 1, 0), h, 1, axis)
-                .reshape(_without(x.shape, axis))
-                .astype(jnp.promote_types(x.dtype, jnp.float32))
-                for x, axis in zip(arrays, axes, strict=True)
-            ]
-            bounds = [None if x is None else (x[0] if x.shape[0] == 1 else x[b]) for x in (start, end)]
-            parts = head(serial, *of_head, sinks=None if sinks is None else sinks[h], bounds=bounds)
-            new = []
-            for whole, part, p in zip(results, parts, out, strict=True):
-                at = [0] * whole.ndim
-                at[0], at[p.axis] = b, h
-                part = jnp.expand_dims(part.astype(p.dtype), (0, p.axis))
-                new.append(jax.lax.dynamic_update_slice(whole, part, at))
-            return tuple(new)
-
-        carry = _varying([jnp.zeros(p.shape, p.dtype) for p in out], (arrays, sinks, start, end))
-        return jax.lax.fori_loop(0, B * K, body, tuple(carry))
-
-    def together(arrays, sinks, start, end):
-        def of_head(arrays, sinks, bounds):
-            parts = head(config, *arrays, sinks=sinks, bounds=bounds)
-            return tuple(x.astype(p.dtype) for x, p in zip(parts, out, strict=True))
-
-        bounds = [None if x is None else jnp.broadcast_to(x, (B, T)) for x in (start, end)]
-        inner = jax.vmap(of_head, ([a - 1 for a in axes], 0, None), tuple(p.axis - 1 for p in out))
-        results = jax.vmap(inner, (0, None, 0))(list(arrays), sinks, bounds)
-        return _varying(results, (arrays, sinks, start, end))
-
-    arrays = (_grouped(q, K), k, v, *rest)
-    return jax.lax.platform_dependent(arrays, sinks_KG, start, end, cpu=one_by_one, default=together)
-
-
-def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
-    return shape[1:axis] + shape[axis + 1 :]
-
-
-def _forward_head(config: _Config, q_TGd, k_Sd, v_Se, *, sinks, bounds):
+def _forward_head(config: Config, q_TGd, k_Sd, v_Se, *, sinks, bounds):
     """One key head: o_TGe and the log2-sum-exp2 of the scores, lse_GT, sinks included."""
     T, G, _ = q_TGd.shape
     q_GTd = q_TGd.swapaxes(0, 1)
     stat = jnp.promote_types(q_TGd.dtype, jnp.float32)
-    sinks_G1 = None if sinks is None else sinks.astype(stat)[:, None] * _LOG2E
+    sinks_G1 = None if sinks is None else sinks.astype(stat)[:, None] * LOG2E
 
-    def tile(rows: _Span, keys: _Span, carry):
+    def tile(rows: Span, keys: Span, carry):
         o_GTe, lse_GT = carry
-        k, v = _take(k_Sd, keys, 0), _take(v_Se, keys, 0)
-        scores, _ = _scores(config, _take(q_GTd, rows, 1), k, bounds, rows, keys)
-        highest = jnp.maximum(scores.max(-1), _LOWEST)
+        k, v = take(k_Sd, keys, 0), take(v_Se, keys, 0)
+        scores, _ = tile_scores(config, take(q_GTd, rows, 1), k, bounds, rows, keys)
+        highest = jnp.maximum(scores.max(-1), LOWEST)
         if sinks_G1 is not None:
             highest = jnp.maximum(highest, sinks_G1)
         weights = jnp.exp2(scores - highest[..., None])
@@ -267,16 +133,16 @@ def _forward_head(config: _Config, q_TGd, k_Sd, v_Se, *, sinks, bounds):
         if sinks_G1 is not None:
             total += jnp.exp2(sinks_G1 - highest)
         total = jnp.maximum(total, jnp.finfo(stat).tiny)
-        o = _matmul(weights.astype(v.dtype).reshape(-1, keys[1]), v).reshape(G, rows[1], -1)
-        return _put(o_GTe, o / total[..., None], rows), _put(lse_GT, highest + jnp.log2(total), rows)
+        o = matmul(weights.astype(v.dtype).reshape(-1, keys[1]), v).reshape(G, rows[1], -1)
+        return put(o_GTe, o / total[..., None], rows), put(lse_GT, highest + jnp.log2(total), rows)
 
     carry = jnp.zeros((G, T, v_Se.shape[1]), stat), jnp.zeros((G, T), stat)
-    carry = _varying(carry, (q_TGd, k_Sd, v_Se, sinks, bounds))
-    o_GTe, lse_GT = _over_tiles(config, G, T, k_Sd.shape[0], bounds, tile, carry)
+    carry = varying(carry, (q_TGd, k_Sd, v_Se, sinks, bounds))
+    o_GTe, lse_GT = over_tiles(config, G, T, k_Sd.shape[0], bounds, tile, carry)
     return o_GTe.swapaxes(0, 1), lse_GT
 
 
-def _backward_head(config: _Config, q_TGd, k_Sd, v_Se, o_TGe, do_TGe, lse_GT, dlse_GT=None, *, sinks, bounds):
+def _backward_head(config: Config, q_TGd, k_Sd, v_Se, o_TGe, do_TGe, lse_GT, dlse_GT=None, *, sinks, bounds):
     """One key head: dq_TGd, dk_Sd, dv_Se and dsinks_G (zeros without sinks)."""
     T, G, d = q_TGd.shape
     S, e = v_Se.shape
@@ -284,140 +150,30 @@ def _backward_head(config: _Config, q_TGd, k_Sd, v_Se, o_TGe, do_TGe, lse_GT, dl
     q_GTd, do_GTe = q_TGd.swapaxes(0, 1), do_TGe.swapaxes(0, 1)
     delta_GT = (o_TGe.astype(stat) * do_TGe.astype(stat)).sum(-1).T
     if dlse_GT is not None:
-        delta_GT -= dlse_GT * _LOG2E  # d lse / d score is the weight, as for a value of 1
+        delta_GT -= dlse_GT * LOG2E  # d lse / d score is the weight, as for a value of 1
 
-    def tile(rows: _Span, keys: _Span, carry):
+    def tile(rows: Span, keys: Span, carry):
         dq_GTd, dk_dS, dv_eS = carry
-        k, v = _take(k_Sd, keys, 0), _take(v_Se, keys, 0)
-        q, do, lse, delta = (_take(x, rows, 1) for x in (q_GTd, do_GTe, lse_GT, delta_GT))
-        scores, slope = _scores(config, q, k, bounds, rows, keys)
+        k, v = take(k_Sd, keys, 0), take(v_Se, keys, 0)
+        q, do, lse, delta = (take(x, rows, 1) for x in (q_GTd, do_GTe, lse_GT, delta_GT))
+        scores, slope = tile_scores(config, q, k, bounds, rows, keys)
         weights = jnp.exp2(scores - lse[..., None])
         q_, do_ = q.reshape(-1, d), do.reshape(-1, e)
-        dscores = weights * (_matmul(do_, v.T).reshape(weights.shape) - delta[..., None])
+        dscores = weights * (matmul(do_, v.T).reshape(weights.shape) - delta[..., None])
         if slope is not None:
             dscores *= slope
         dscores = dscores.astype(k.dtype).reshape(-1, keys[1])
         weights = weights.astype(v.dtype).reshape(-1, keys[1])
         # dk and dv are accumulated transposed: [d, rows] @ [rows, keys] is a plain product, while
         # [keys, rows] @ [rows, d] would first transpose the whole tile of scores.
-        dk_dS = _put(dk_dS, _take(dk_dS, keys, 1) + _matmul(q_.T, dscores), keys)
-        dv_eS = _put(dv_eS, _take(dv_eS, keys, 1) + _matmul(do_.T, weights), keys)
-        return _put(dq_GTd, _matmul(dscores, k).reshape(q.shape), rows), dk_dS, dv_eS
+        dk_dS = put(dk_dS, take(dk_dS, keys, 1) + matmul(q_.T, dscores), keys)
+        dv_eS = put(dv_eS, take(dv_eS, keys, 1) + matmul(do_.T, weights), keys)
+        return put(dq_GTd, matmul(dscores, k).reshape(q.shape), rows), dk_dS, dv_eS
 
     carry = tuple(jnp.zeros(shape, stat) for shape in ((G, T, d), (d, S), (e, S)))
-    carry = _varying(carry, (q_TGd, k_Sd, v_Se, do_TGe, sinks, bounds))
-    dq_GTd, dk_dS, dv_eS = _over_tiles(config, G, T, S, bounds, tile, carry)
+    carry = varying(carry, (q_TGd, k_Sd, v_Se, do_TGe, sinks, bounds))
+    dq_GTd, dk_dS, dv_eS = over_tiles(config, G, T, S, bounds, tile, carry)
     dsinks = jnp.zeros((G,), stat)
     if sinks is not None:
-        dsinks = -(jnp.exp2(sinks.astype(stat)[:, None] * _LOG2E - lse_GT) * delta_GT).sum(-1)
+        dsinks = -(jnp.exp2(sinks.astype(stat)[:, None] * LOG2E - lse_GT) * delta_GT).sum(-1)
     return dq_GTd.swapaxes(0, 1) * config.scale, dk_dS.T * config.scale, dv_eS.T, dsinks
-
-
-def _in_log2(config: _Config, products, done):
-    """q . k, already multiplied by `done`, to scores in log2 units, and the soft-cap's slope if any."""
-    if config.soft_cap is None:
-        return products * (config.scale * _LOG2E / done), None
-    capped = jnp.tanh(products * (config.scale / config.soft_cap / done))
-    return capped * (config.soft_cap * _LOG2E), 1 - capped * capped
-
-
-def _scores(config: _Config, q_Grd, k_Ld, bounds, rows: _Span, keys: _Span):
-    """Scores in log2 units, hidden ones `_HIDDEN`, and the soft-cap's slope (None without one)."""
-    G, r, d = q_Grd.shape
-    # The factor goes into q, which is small, where that loses nothing; products of low precision are scaled
-    # after.
-    factor = config.scale * (_LOG2E if config.soft_cap is None else 1 / config.soft_cap)
-    factor = factor if jnp.finfo(q_Grd.dtype).bits >= 32 else 1.0
-    products = _matmul((q_Grd * factor).reshape(G * r, d), k_Ld.T).reshape(G, r, -1)
-    scores, slope = _in_log2(config, products, factor)
-    start, end = (None if x is None else _take(x, rows, 0)[:, None] for x in bounds)
-    if start is not None or end is not None:
-        key = keys[0] + jnp.arange(keys[1], dtype=jnp.int32)
-        visible = True
-        if start is not None:
-            visible = key >= start
-        if end is not None:
-            visible &= key < end
-        scores = jnp.where(visible, scores, _HIDDEN)
-    return scores, slope
-
-
-def _matmul(a, b):
-    return jnp.matmul(a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
-
-
-def _over_tiles(config: _Config, G: int, T: int, S: int, bounds, tile, carry):
-    """Fold `carry = tile(rows, keys, carry)` over all blocks of query rows, each with its range of keys: the
-    static one, or within it, with `config.skip`, the shortest of a few lengths that holds every key its rows
-    see."""
-    rows = max(_ROWS // G, min(_ROWS, 64))
-    for blocks in plan_blocks(T, S, config.mask, rows, 1 if config.skip else _BODIES):
-        unit = -(-blocks.keys // (_BODIES * _LEAST_KEYS)) * _LEAST_KEYS
-        lengths = [min(n, blocks.keys) for n in range(unit, blocks.keys + unit, unit)]
-        if config.skip and len(lengths) > 1:
-            low, choice = _run_time_ranges(blocks, bounds, S, unit)
-            # One loop for each length, over its blocks only. A conditional inside one loop over all blocks
-            # would copy the accumulators at every turn.
-            order = jnp.argsort(choice)
-            for n, keys in enumerate(lengths):
-
-                def body(j, carry, blocks=blocks, keys=keys, order=order, low=low):
-                    i = order[j]
-                    origin = blocks.origin_of(i, S)
-                    first = jnp.clip(low[i], origin, origin + blocks.keys - keys)
-                    return tile(blocks.rows_of(i), (first, keys), carry)
-
-                first, last = (choice < n).sum(dtype=jnp.int32), (choice <= n).sum(dtype=jnp.int32)
-                carry = jax.lax.fori_loop(first, last, body, carry)
-        elif blocks.count == 1:
-            carry = tile(blocks.rows_of(0), (blocks.origin, blocks.keys), carry)
-        else:
-
-            def body(i, carry, blocks=blocks):
-                return tile(blocks.rows_of(i), (blocks.origin_of(i, S), blocks.keys), carry)
-
-            carry = jax.lax.fori_loop(0, blocks.count, body, carry)
-    return carry
-
-
-def _run_time_ranges(blocks: Blocks, bounds, S: int, unit: int) -> tuple[jax.Array, jax.Array]:
-    """For each block its first visible key, and how many units of keys it needs, less one."""
-    rows = (blocks.first, blocks.count * blocks.rows)
-    of_block = [None if x is None else _take(x, rows, 0).reshape(blocks.count, blocks.rows) for x in bounds]
-    start = 0 if of_block[0] is None else of_block[0]
-    end = S if of_block[1] is None else jnp.minimum(of_block[1], S)
-    low = jnp.where(start < end, start, S).min(1)
-    high = jnp.where(start < end, end, 0).max(1)
-    return low, jnp.clip((high - low - 1) // unit, 0, -(-blocks.keys // unit) - 1)
-
-
-def _varying(tree, like):
-    """Inside `shard_map`, what a loop begins with must vary over the mesh axes that its results vary over."""
-
-    def axes(x) -> frozenset[str]:
-        kind = jax.typeof(x)
-        # The name depends on the version of jax.
-        return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
-
-    wanted = frozenset().union(*map(axes, jax.tree.leaves(like)))
-
-    def vary(x):
-        missing = tuple(sorted(wanted - axes(x)))
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(vary, tree)
-
-
-def _take(x, span: _Span, axis: int):
-    return _slice(x, span[0], span[1], axis)
-
-
-def _put(x, part, span: _Span):
-    """x[:, first : first + size] = part."""
-    return jax.lax.dynamic_update_slice_in_dim(x, part, span[0], 1)
-
-
-def _slice(x, first, size: int, axis: int):
-    if isinstance(first, int):
-        return jax.lax.slice_in_dim(x, first, first + size, axis=axis)
-    return jax.lax.dynamic_slice_in_dim(x, first, size, axis)

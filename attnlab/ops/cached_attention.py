@@ -1,40 +1,22 @@
 """Softmax attention of queries appended to a cache, whose layout lets a single query read it without a copy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from attnlab.ops.attention import attention
-from attnlab.ops.dispatch import Implementation, choose
+from attnlab.ops import attention_xla
+from attnlab.ops.attention import definition
+from attnlab.ops.attention_frame import AttentionSpec, attend, check_shapes, over_devices
+from attnlab.ops.dispatch import Implementation, Op
 from attnlab.ops.masks import Mask
 
 
-def cached_attention(
-    q_BTHd: jax.Array,
-    k_NSd: jax.Array,
-    v_NSe: jax.Array,
-    mask: Mask,
-    *,
-    scale: float | None = None,
-    soft_cap: float | None = None,
-    sinks_H: jax.Array | None = None,
-    impl: str = "auto",
-) -> jax.Array:
-    """`attnlab.ops.attention` over keys and values laid out as a cache: head `k` of sequence `b` is row `b * K + k`.
-
-    A single query (T = 1) takes all its scores at once, unless `impl` names an implementation; more queries go through
-    `attention`. See there for the arguments, the result o_BTHe, and what is raised.
-    """
-    if q_BTHd.shape[1] == 1 and impl == "auto":
-        spec = f"one query, cache {list(k_NSd.shape)} {k_NSd.dtype}"
-        choose("cached_attention", impl, {"xla": Implementation(_one_query)}, spec, ("xla",))
-        scale = q_BTHd.shape[-1] ** -0.5 if scale is None else scale
-        return _one_query(q_BTHd[:, 0], k_NSd, v_NSe, mask, scale, soft_cap, sinks_H)[:, None]
-    k_BSKd, v_BSKe = (x.reshape(q_BTHd.shape[0], -1, *x.shape[1:]).swapaxes(1, 2) for x in (k_NSd, v_NSe))
-    return attention(q_BTHd, k_BSKd, v_BSKe, mask, scale=scale, soft_cap=soft_cap, sinks_H=sinks_H, impl=impl)
-
-
-def _one_query(q_BHd, k_NSd, v_NSe, mask: Mask, scale: float, soft_cap: float | None, sinks_H) -> jax.Array:
+def one_query(q_B1Hd, k_BKSd, v_BKSe, mask: Mask, sinks_H=None, *, scale: float, soft_cap: float | None) -> jax.Array:
+    """All scores of a single query at once, from the cache as it lies."""
+    q_BHd = q_B1Hd[:, 0]
     B, H, d = q_BHd.shape
+    k_NSd, v_NSe = (x.reshape(-1, *x.shape[2:]) for x in (k_BKSd, v_BKSe))
     N, S, _ = k_NSd.shape
     dtype = jnp.promote_types(q_BHd.dtype, jnp.float32)
     # The axis of the G heads that share a key head is left out where G = 1: a product without it is faster on CPU.
@@ -56,4 +38,49 @@ def _one_query(q_BHd, k_NSd, v_NSe, mask: Mask, scale: float, soft_cap: float | 
         total += jnp.exp(sinks_H1 - highest)
     weights = (weights / jnp.where(total > 0, total, 1)).astype(v_NSe.dtype).reshape(N, *group, S)
     o = jnp.einsum(f"n{g}s,nse->n{g}e", weights, v_NSe, preferred_element_type=dtype)
-    return o.reshape(B, H, -1).astype(q_BHd.dtype)
+    return o.reshape(B, 1, H, -1).astype(q_BHd.dtype)
+
+
+def _by_position(run, q_BTHd, k_BKSd, v_BKSe, *rest, **options):
+    return run(q_BTHd, k_BKSd.swapaxes(1, 2), v_BKSe.swapaxes(1, 2), *rest, **options)
+
+
+def _several(spec: AttentionSpec) -> str | None:
+    return None if spec.queries == 1 else f"it takes one query, not {spec.queries}"
+
+
+CACHED_ATTENTION = Op(
+    "cached_attention",
+    AttentionSpec.of,
+    {
+        "definition": Implementation(functools.partial(_by_position, definition)),
+        "xla": Implementation(functools.partial(_by_position, attention_xla.attention)),
+        "one_query": Implementation(one_query, _several),
+    },
+    preference=("one_query", "xla"),
+    split=over_devices,
+)
+
+
+def cached_attention(
+    q_BTHd: jax.Array,
+    k_NSd: jax.Array,
+    v_NSe: jax.Array,
+    mask: Mask,
+    *,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    sinks_H: jax.Array | None = None,
+    impl: str = "auto",
+) -> jax.Array:
+    """`attnlab.ops.attention` over keys and values laid out as a cache: head `k` of sequence `b` is row `b * K + k`.
+
+    See there for the arguments, the result o_BTHe, and what is raised. `impl` is "auto" or a name in
+    `CACHED_ATTENTION.table`: a choice of its own, as one query over many keys is another job than whole sequences.
+    """
+    B, d = q_BTHd.shape[0], q_BTHd.shape[-1]
+    keys = tuple(x.reshape(B, -1, *x.shape[1:]) for x in (k_NSd, v_NSe))
+    check_shapes(q_BTHd, *(jax.eval_shape(lambda x: x.swapaxes(1, 2), x) for x in keys), mask, soft_cap, sinks_H)
+    scale = d**-0.5 if scale is None else float(scale)
+    options = {"scale": scale, "soft_cap": soft_cap, "impl": impl, "key_axis": 2}
+    return attend(CACHED_ATTENTION, (q_BTHd,), keys, mask, (sinks_H,), **options)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from attnlab.ops.attention_xla import _varying
+from attnlab.ops.blockwise import varying
 
 
 @jax.tree_util.register_dataclass
@@ -17,7 +17,7 @@ class Solution:
     Attributes:
       x_Nd: what was found.
       residual_N: `|b - A x| / |b|` as the recurrence has it, 0 where b = 0.
-      iterations_N: turns that changed x, in the dtype of x.
+      iterations_N: iterations that changed x, in the dtype of x.
     """
 
     x_Nd: jax.Array
@@ -40,15 +40,15 @@ def conjugate_gradient(
 ) -> Solution:
     """Solves `A_n x_n = b_n` for symmetric positive definite `A_n`, from x = 0.
 
-    A system is left as it is from the turn on at which its residual is below `tolerance`, so that its solution
-    depends neither on the others nor on how long they take. In exact arithmetic at most d turns change anything.
+    A system is left as it is from the iteration on at which its residual is below `tolerance`, so that its solution
+    depends neither on the others nor on how long they take. In exact arithmetic at most d iterations change anything.
 
     Args:
       product: y_Nd to `A_n y_n`, row by row.
       b_Nd: right-hand sides, float32 or float64; x is of the same type.
-      iterations: turns at most.
+      iterations: at most.
       tolerance: of `|b - A x| / |b|`; None: `default_tolerance`.
-      early_exit: stop when all systems are done. False: always `iterations` turns, a number known before the run.
+      early_exit: stop when all systems are done. False: always `iterations` of them, a number known before the run.
 
     Source: Hestenes and Stiefel 1952, Methods of Conjugate Gradients for Solving Linear Systems, section 3.
     """
@@ -57,7 +57,7 @@ def conjugate_gradient(
     at_first_N = dot(b_Nd, b_Nd)
     enough_N = at_first_N * tolerance**2
 
-    def turn(carry):
+    def iterate(carry):
         x, residual, direction, square, count = carry
         image = product(direction)
         curvature = dot(direction, image)
@@ -72,12 +72,12 @@ def conjugate_gradient(
         return x, residual, direction, jnp.where(live, new, square), count + live
 
     carry = (jnp.zeros_like(b_Nd), b_Nd, b_Nd, at_first_N, jnp.zeros_like(at_first_N))
-    carry = _varying(carry, b_Nd)
+    carry = varying(carry, b_Nd)
     if early_exit:
         unfinished = lambda s: (s[0] < iterations) & jnp.any(s[1][3] > enough_N)
-        _, carry = jax.lax.while_loop(unfinished, lambda s: (s[0] + 1, turn(s[1])), (jnp.int32(0), carry))
+        _, carry = jax.lax.while_loop(unfinished, lambda s: (s[0] + 1, iterate(s[1])), (jnp.int32(0), carry))
     else:
-        carry, _ = jax.lax.scan(lambda c, _: (turn(c), None), carry, length=iterations)
+        carry, _ = jax.lax.scan(lambda c, _: (iterate(c), None), carry, length=iterations)
     x, _, _, square, count = carry
     relative = jnp.sqrt(square / jnp.where(at_first_N > 0, at_first_N, 1))
     return Solution(x, relative, count)

@@ -7,6 +7,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from attnlab.ops.linear import project
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def cross_entropy(
@@ -36,7 +38,7 @@ def _chunks(vocab: int, chunk: int) -> list[tuple[int, int]]:
 
 def _logits(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-    return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=dtype)
+    return project(hidden, kernel.astype(hidden.dtype), dtype)
 
 
 def _forward(hidden, kernel, targets, weights, chunk):

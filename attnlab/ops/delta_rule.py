@@ -9,20 +9,73 @@ decay it is the delta rule of Schlag et al. 2021, arXiv:2102.11174, in parallel 
 arXiv:2406.06484. States here are transposed, [d, e], so that keys index rows.
 """
 
+from __future__ import annotations
+
+import dataclasses
+import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from attnlab.errors import UserError
-from attnlab.ops import context
-from attnlab.ops.dispatch import Implementation, choose
-from attnlab.parallel import partition
+from attnlab.ops.dispatch import Implementation, Op
+from attnlab.parallel.sequence_parallel import SequenceParallel
 
 _BASE = 8  # triangular blocks of this size are inverted by a power series, larger ones from their quarters
 
 
-def definition(q_BTHd, k_BTHd, v_BTHe, log_decay_BTH, beta_BTH, documents_BT, state_BHde, chunk):
+@dataclasses.dataclass(frozen=True)
+class DeltaSpec:
+    """The static facts by which an implementation is chosen. Lengths and widths as in `delta_rule`."""
+
+    batch: int
+    positions: int
+    heads: int
+    width: int
+    value_width: int
+    dtype: str
+    chunk: int
+    packed: bool
+
+    def __str__(self) -> str:
+        shape = f"B{self.batch} T{self.positions} H{self.heads} d{self.width}/{self.value_width} C{self.chunk}"
+        return " ".join([shape, self.dtype, *(["packed"] if self.packed else [])])
+
+    @classmethod
+    def of(
+        cls, exchange: SequenceParallel | None, q, k, v, log_decay, beta, documents, state, *, chunk: int
+    ) -> DeltaSpec:
+        """Of the arrays of a device; where positions are split over several, d more value columns, in wide sums."""
+        d, e, dtype = q.shape[3], v.shape[3], v.dtype
+        if exchange is not None:
+            e, dtype = e + d, jnp.promote_types(dtype, jnp.float32)
+        return cls(*q.shape, e, str(dtype), chunk, documents is not None)
+
+
+def _widened(q, k, v, log_decay, beta, documents, state) -> tuple[Any, ...]:
+    """In the dtype of sums; where there is no state it is zero."""
+    dtype = jnp.promote_types(v.dtype, jnp.float32)
+    if state is None:
+        state = jnp.zeros((v.shape[0], v.shape[2], k.shape[3], v.shape[3]), dtype)
+    return *(x.astype(dtype) for x in (q, k, v, log_decay, beta)), documents, state.astype(dtype)
+
+
+def _in_wide_sums(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run` on arrays in the dtype of sums, its output in that of v."""
+
+    @functools.wraps(run)
+    def wide(q, k, v, *rest, chunk: int):
+        o, state = run(*_widened(q, k, v, *rest), chunk=chunk)
+        return o.astype(v.dtype), state
+
+    return wide
+
+
+@_in_wide_sums
+def definition(q_BTHd, k_BTHd, v_BTHe, log_decay_BTH, beta_BTH, documents_BT, state_BHde, *, chunk):
     """The recurrence, position by position; `chunk` plays no part."""
     same_BT = jnp.ones(q_BTHd.shape[:2], bool)
     if documents_BT is not None:
@@ -36,7 +89,8 @@ def definition(q_BTHd, k_BTHd, v_BTHe, log_decay_BTH, beta_BTH, documents_BT, st
     return jnp.moveaxis(o, 0, 1), state
 
 
-def chunked(q_BTHd, k_BTHd, v_BTHe, log_decay_BTH, beta_BTH, documents_BT, state_BHde, chunk):
+@_in_wide_sums
+def chunked(q_BTHd, k_BTHd, v_BTHe, log_decay_BTH, beta_BTH, documents_BT, state_BHde, *, chunk):
     """Chunks of up to `chunk` positions by matrix products, the state carried from one to the next.
 
     Inside a chunk the rule writes `M_t = a_t M_{t-1} + k_t u_t^T` with `u_t = beta_t (v_t - a_t M_{t-1}^T k_t)`: a unit
@@ -89,7 +143,31 @@ def chunked(q_BTHd, k_BTHd, v_BTHe, log_decay_BTH, beta_BTH, documents_BT, state
     return o.reshape(B, -1, H, v_width)[:, :T], state.reshape(state_BHde.shape)
 
 
-IMPLEMENTATIONS = {"definition": Implementation(definition), "chunked": Implementation(chunked)}
+def _over_devices(chosen: Implementation, exchange: SequenceParallel, *arrays: Any, chunk: int):
+    """Each device runs its positions from nothing, and adds what the state of those before gives: it is linear in it.
+
+    What it gives is what the rule reads where it begins from the identity and all values are 0: d more value columns.
+    """
+    q, k, v, log_decay, beta, documents, state = _widened(*arrays)
+    B, T, H, d = q.shape
+    documents = None if documents is None else exchange.local_documents(documents)
+    e = v.shape[-1]
+    columns = jnp.concatenate([v, jnp.zeros((B, T, H, d), v.dtype)], axis=-1)
+    start = jnp.broadcast_to(jnp.eye(d, e + d, k=e, dtype=v.dtype), (B, H, d, e + d))
+    o, end = chosen.run(q, k, columns, log_decay, beta, documents, start, chunk=chunk)
+    join = lambda before, own: own[..., e:] @ before + own[..., :e]
+    before, after = exchange.exclusive_scan(join, end, state)
+    o = o[..., :e] + jnp.einsum("bthd,bhde->bthe", o[..., e:], before)
+    return o.astype(arrays[2].dtype), after
+
+
+DELTA_RULE = Op(
+    "delta_rule",
+    DeltaSpec.of,
+    {"definition": Implementation(definition), "chunked": Implementation(chunked)},
+    preference=("chunked",),
+    split=_over_devices,
+)
 
 
 def delta_rule(
@@ -114,7 +192,7 @@ def delta_rule(
       documents_BT: of `attnlab.ops.documents.document_index`; None: all positions continue one document.
       state_BHde: the state before the first position, of document 0; None: zero.
       chunk: most positions computed at once by "chunked".
-      impl: "auto", or a name in `IMPLEMENTATIONS`.
+      impl: "auto", or a name in `DELTA_RULE.table`.
 
     Returns:
       o_BTHe in the dtype of v, and the state after the last position. All is computed in fp32, fp64 for fp64 inputs.
@@ -123,44 +201,13 @@ def delta_rule(
       UserError: shapes do not fit, `chunk` is below 1, `impl` is unknown.
     """
     _check(q_BTHd, k_BTHd, v_BTHe, log_decay_BTH, beta_BTH, chunk)
-    B, T, H, d = q_BTHd.shape
-    e = v_BTHe.shape[-1]
-    dtype = jnp.promote_types(v_BTHe.dtype, jnp.float32)
-    if state_BHde is None:
-        state_BHde = jnp.zeros((B, H, d, e), dtype)
-    spec = f"B{B} T{T} H{H} d{d}/{e} {dtype}"
-    chosen = choose("delta_rule", impl, IMPLEMENTATIONS, spec, ("chunked",))
-    arrays = [x.astype(dtype) for x in (q_BTHd, k_BTHd, v_BTHe, log_decay_BTH, beta_BTH)]
-
-    def on_device(*arrays):
-        ours = context.parts()
-        return chosen.run(*arrays, chunk) if ours is None else _on_parts(ours, chosen.run, *arrays, chunk)
-
     wide, narrow = ("batch", "seq", "heads", None), ("batch", "seq", "heads")
     state_axes = ("batch", "heads", None, None)
-    o, state = partition.local(
-        on_device,
-        (*arrays, documents_BT, state_BHde.astype(dtype)),
-        (wide, wide, wide, narrow, narrow, ("batch", "seq"), state_axes),
-        [wide, state_axes],
-    )
-    return o.astype(v_BTHe.dtype), state
-
-
-def _on_parts(ours: context.Parts, run, q, k, v, log_decay, beta, documents, state, chunk: int):
-    """Each device runs its positions from nothing, and adds what the state of those before gives: it is linear in it.
-
-    What it gives is what the rule reads where it begins from the identity and all values are 0: d more value columns.
-    """
-    B, T, H, d = q.shape
-    documents = None if documents is None else ours.documents(documents)
-    e = v.shape[-1]
-    columns = jnp.concatenate([v, jnp.zeros((B, T, H, d), v.dtype)], axis=-1)
-    start = jnp.broadcast_to(jnp.eye(d, e + d, k=e, dtype=v.dtype), (B, H, d, e + d))
-    o, end = run(q, k, columns, log_decay, beta, documents, start, chunk)
-    join = lambda before, own: own[..., e:] @ before + own[..., :e]
-    before, after = ours.running(join, end, state)
-    return o[..., :e] + jnp.einsum("bthd,bhde->bthe", o[..., e:], before), after
+    return DELTA_RULE(
+        q_BTHd, k_BTHd, v_BTHe, log_decay_BTH, beta_BTH, documents_BT, state_BHde,
+        axes=(wide, wide, wide, narrow, narrow, ("batch", "seq"), state_axes),
+        out_axes=[wide, state_axes], impl=impl, chunk=chunk,
+    )  # fmt: skip
 
 
 def chunked_flops(chunk: int, length: int, d: int, e: int) -> float:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.errors import UserError
-from attnlab.ops.dispatch import Implementation, choose
+from attnlab.ops.dispatch import Implementation, Op
 from attnlab.ops.flow_bidirectional import bidirectional_linear
 from attnlab.ops.flow_causal import causal_chunked
 from attnlab.ops.flow_definition import (
@@ -26,7 +26,7 @@ from attnlab.ops.flow_definition import (
     causal_definition,
     empty_state,
 )
-from attnlab.parallel import partition
+from attnlab.parallel.sequence_parallel import SequenceParallel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +49,54 @@ class FlowSpec:
         features = [name for name in ("causal", "packed") if getattr(self, name)]
         return " ".join([shape, f"C{self.chunk}", self.dtype, *features])
 
+    @classmethod
+    def of(
+        cls, exchange: SequenceParallel | None, q, k, v, documents, state, *, rule: FlowRule, causal: bool, chunk: int
+    ) -> FlowSpec:
+        """Of the arrays of a device."""
+        B, T, H, d = q.shape
+        return cls(B, T, k.shape[1], H, d, v.shape[3], str(v.dtype), causal, documents is not None, chunk)
 
-_CAUSAL = {"definition": Implementation(causal_definition), "chunked": Implementation(causal_chunked)}
-_BIDIRECTIONAL = {
-    "definition": Implementation(bidirectional_definition),
-    "chunked": Implementation(bidirectional_linear),
-}
-IMPLEMENTATIONS = tuple(_CAUSAL)
-_PREFERENCE = ("chunked",)
+
+def _widened(q, k, v) -> tuple[jax.Array, ...]:
+    """In the dtype of sums."""
+    wide = jnp.promote_types(v.dtype, jnp.float32)
+    return tuple(x.astype(wide) for x in (q, k, v))
+
+
+def definition(q, k, v, documents, state, *, rule: FlowRule, causal: bool, chunk: int) -> FlowOutput:
+    """The formulas with all pairs."""
+    wide = _widened(q, k, v)
+    if causal:
+        out = causal_definition(*wide, documents, state, rule)
+    else:
+        out = bidirectional_definition(*wide, documents, rule)
+    return out._replace(o=out.o.astype(v.dtype))
+
+
+def chunked(q, k, v, documents, state, *, rule: FlowRule, causal: bool, chunk: int, exchange=None) -> FlowOutput:
+    """In linear time; where positions are split over devices, by sums that these exchange."""
+    wide = _widened(q, k, v)
+    if causal:
+        out = causal_chunked(*wide, documents, state, rule, chunk, exchange)
+    else:
+        out = bidirectional_linear(*wide, documents, rule, chunk, exchange)
+    return out._replace(o=out.o.astype(v.dtype))
+
+
+def _chunked_over_devices(exchange: SequenceParallel, *arrays, **options) -> FlowOutput:
+    return chunked(*arrays, exchange=exchange, **options)
+
+
+FLOW_ATTENTION = Op(
+    "flow_attention",
+    FlowSpec.of,
+    {
+        "definition": Implementation(definition),
+        "chunked": Implementation(chunked, split=_chunked_over_devices),
+    },
+    preference=("chunked",),
+)
 
 
 def flow_attention(
@@ -80,7 +120,7 @@ def flow_attention(
       documents: [B, T] of `attnlab.ops.documents.document_index`; None: all positions continue one document.
       state: before the first position (causal only), for positions of document 0; None: nothing.
       chunk: positions in a chunk, changes only time and memory.
-      impl: "auto", or a name in `IMPLEMENTATIONS`.
+      impl: "auto", or a name in `FLOW_ATTENTION.table`.
 
     Returns:
       FlowOutput: o_BTHe in the dtype of v, and sums in fp32 (fp64 for fp64 inputs).
@@ -89,36 +129,21 @@ def flow_attention(
       UserError: shapes that do not fit, or an unknown `impl`.
     """
     _check_shapes(q_BTHd, k_BSHd, v_BSHe, causal, documents, state, chunk)
-    B, T, H, d = q_BTHd.shape
-    S, e = v_BSHe.shape[1], v_BSHe.shape[3]
-    spec = FlowSpec(B, T, S, H, d, e, str(v_BSHe.dtype), causal, documents is not None, chunk)
-    chosen = choose("flow_attention", impl, _CAUSAL if causal else _BIDIRECTIONAL, spec, _PREFERENCE)
-    wide = jnp.promote_types(v_BSHe.dtype, jnp.float32)
-    q, k, v = (x.astype(wide) for x in (q_BTHd, k_BSHd, v_BSHe))
-    streamed = (state,) if causal else ()
-    run = lambda q, k, v, documents: chosen.run(q, k, v, documents, *streamed, rule, chunk)
-    local = chosen.run is causal_chunked and state is None
-    out = _on_devices(run, q, k, v, documents, rule) if local else run(q, k, v, documents)
-    return out._replace(o=out.o.astype(v_BSHe.dtype))
-
-
-def _on_devices(run, q, k, v, documents, rule: FlowRule) -> FlowOutput:
-    """`run` on each device's own batch, heads and positions."""
-    B, T, H, d = q.shape
-    rows = ("batch", "seq", "heads", None)
-    like = empty_state(rule, B, H, d, v.shape[3], q.dtype)
-    states, kind = jax.tree.flatten(like)
-    has_outgoing = rule.competition
-
-    def on_device(*arrays):
-        out = run(*arrays)
-        return (out.o, *([out.outgoing] if has_outgoing else []), *jax.tree.leaves(out.state))
-
-    of_states = [("batch", *("heads", None, None)[: x.ndim - 1]) for x in states]
-    out_axes = [rows, *([rows[:3]] if has_outgoing else []), *of_states]
-    o, *rest = partition.local(on_device, (q, k, v, documents), (rows, rows, rows, rows[:2]), out_axes)
-    outgoing = rest.pop(0) if has_outgoing else None
-    return FlowOutput(o, jax.tree.unflatten(kind, rest), outgoing)
+    # Positions of a stream stay whole: its state stands before all of them.
+    seq = "seq" if state is None else None
+    rows = ("batch", seq, "heads", None)
+    of_state = lambda x: ("batch", *("heads", None, None)[: x.ndim - 1])
+    after = []
+    if causal:
+        B, _, H, d = q_BTHd.shape
+        like = jax.eval_shape(lambda: empty_state(rule, B, H, d, v_BSHe.shape[3], q_BTHd.dtype))
+        after = map(of_state, jax.tree.leaves(like))
+    return FLOW_ATTENTION(
+        q_BTHd, k_BSHd, v_BSHe, documents, state,
+        axes=(rows, rows, rows, rows[:2], jax.tree.map(of_state, state)),
+        out_axes=[rows, *after, *([rows[:3]] if rule.competition else [])],
+        impl=impl, rule=rule, causal=causal, chunk=chunk,
+    )  # fmt: skip
 
 
 def _check_shapes(q, k, v, causal: bool, documents, state, chunk: int) -> None:

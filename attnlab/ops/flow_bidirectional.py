@@ -12,15 +12,22 @@ import jax.numpy as jnp
 from attnlab.ops.flow_causal import RunningFlows, places_in_documents
 from attnlab.ops.flow_definition import FlowOutput, FlowRule, clipped, dot
 from attnlab.ops.linear_recurrence import linear_recurrence
+from attnlab.parallel.sequence_parallel import SequenceParallel
 
 
-def bidirectional_linear(q, k, v, documents, rule: FlowRule, chunk: int) -> FlowOutput:
+def bidirectional_linear(
+    q, k, v, documents, rule: FlowRule, chunk: int, exchange: SequenceParallel | None = None
+) -> FlowOutput:
     """`bidirectional_definition` in linear time.
 
-    By sums over all positions, or of packed documents in both directions, each in chunks.
+    By sums over all positions, or of packed documents in both directions, each in chunks. Where positions are split
+    over devices, sums over all are added up, and packed documents are gathered.
     """
+    if exchange is not None and documents is not None:
+        whole = bidirectional_linear(*map(exchange.all_gather, (q, k, v, documents)), rule, chunk)
+        return FlowOutput(*(None if x is None else exchange.own(x) for x in whole))
     n, m, eps = q.shape[1], k.shape[1], rule.epsilon
-    sums = _Totals(q, k, eps) if documents is None else _DocumentFlows(q, k, documents, chunk, eps)
+    sums = _Totals(q, k, eps, exchange) if documents is None else _DocumentFlows(q, k, documents, chunk, eps)
     flow = lambda y_BTH, x_BTHd: y_BTH + eps * (x_BTHd.sum(-1) + eps * x_BTHd.shape[-1])
     inflow = flow(sums.received(None), q)
     allocation, u, outgoing = 1.0, v, None
@@ -36,8 +43,9 @@ def bidirectional_linear(q, k, v, documents, rule: FlowRule, chunk: int) -> Flow
 class _Totals:
     """Sums over all sinks and all sources of a row."""
 
-    def __init__(self, q, k, epsilon: float):
+    def __init__(self, q, k, epsilon: float, exchange: SequenceParallel | None):
         self.q, self.k, self.epsilon = q, k, epsilon
+        self.exchange = exchange
 
     def received(self, weights_BSH):
         return self._read(self.q, self.k, weights_BSH)
@@ -46,14 +54,21 @@ class _Totals:
         return self._read(self.k, self.q, weights_BTH)
 
     def softmax(self, scores_BSH, rule: FlowRule):
-        return scores_BSH.shape[1] * jax.nn.softmax(scores_BSH, axis=1)
+        if self.exchange is None:
+            return scores_BSH.shape[1] * jax.nn.softmax(scores_BSH, axis=1)
+        peak = self.exchange.max(jax.lax.stop_gradient(scores_BSH.max(1, keepdims=True)))
+        weights = jnp.exp(scores_BSH - peak)
+        return scores_BSH.shape[1] * self.exchange.count * weights / self.exchange.sum(weights.sum(1, keepdims=True))
 
     def mix(self, u_BSHe):
-        return jnp.einsum("bthd,bhde->bthe", self.q, jnp.einsum("bshd,bshe->bhde", self.k, u_BSHe))
+        return jnp.einsum("bthd,bhde->bthe", self.q, self._over_all(jnp.einsum("bshd,bshe->bhde", self.k, u_BSHe)))
 
     def _read(self, here, there, weights):
         total = there.sum(1) if weights is None else jnp.einsum("bshd,bsh->bhd", there, weights)
-        return jnp.einsum("bthd,bhd->bth", here + self.epsilon, total)
+        return jnp.einsum("bthd,bhd->bth", here + self.epsilon, self._over_all(total))
+
+    def _over_all(self, total):
+        return total if self.exchange is None else self.exchange.sum(total)
 
 
 class _DocumentFlows:

@@ -11,20 +11,22 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from attnlab.ops import context
 from attnlab.ops.flow_definition import FlowOutput, FlowRule, FlowState, clipped
 from attnlab.ops.linear_recurrence import chunk_weights, linear_recurrence
+from attnlab.parallel.sequence_parallel import SequenceParallel
 
 
-def causal_chunked(q, k, v, documents, state: FlowState | None, rule: FlowRule, chunk: int) -> FlowOutput:
+def causal_chunked(
+    q, k, v, documents, state: FlowState | None, rule: FlowRule, chunk: int, exchange: SequenceParallel | None = None
+) -> FlowOutput:
     """`causal_definition` in chunks. The four flows share one product of queries and keys within a chunk.
 
     Sums of a call are taken from zero and then joined to those before it, so that sums and averages differ only there.
     """
-    eps, ours = rule.epsilon, context.parts()
-    if ours is not None and documents is not None:
-        documents = ours.documents(documents)
-    earlier = _Earlier(state, ours, documents, q.shape[:2], rule)
+    eps = rule.epsilon
+    if exchange is not None and documents is not None:
+        documents = exchange.local_documents(documents)
+    earlier = _Earlier(state, exchange, documents, q.shape[:2], rule)
     places = _Places.of(documents, earlier.count, q.shape[1], rule, q.dtype)
     N = places.count.astype(q.dtype)[..., None]
     share, total = (1, N) if rule.averages else (N, 1)  # inflow * total is I; N / I is share / inflow
@@ -57,7 +59,7 @@ def causal_chunked(q, k, v, documents, state: FlowState | None, rule: FlowRule, 
     o = times_rows(o, allocation / (inflow * total))
     names = [f.name for f in dataclasses.fields(FlowState)]
     after = FlowState(**(dict.fromkeys(names) | after))
-    return FlowOutput(o, after if ours is None else ours.of_last(after), outgoing)
+    return FlowOutput(o, after if exchange is None else exchange.from_last(after), outgoing)
 
 
 class _Earlier:
@@ -69,23 +71,23 @@ class _Earlier:
       count: [B] int32, positions of the document so far; None: nothing stands before.
     """
 
-    def __init__(self, state: FlowState | None, ours: context.Parts | None, documents, shape, rule: FlowRule):
-        self.state, self.ours, self.rule = state, ours, rule
+    def __init__(self, state: FlowState | None, exchange: SequenceParallel | None, documents, shape, rule: FlowRule):
+        self.state, self.exchange, self.rule = state, exchange, rule
         self.count = None if state is None else state.count
-        if ours is not None:
+        if exchange is not None:
             self.goes_on = jnp.ones(shape[:1], bool) if documents is None else documents[:, -1] == 0
             here = jnp.broadcast_to(places_in_documents(documents, shape[1])[0][:, -1], shape[:1])
             self.count = self._running(here)
 
     def sum(self, name: str, own: jax.Array) -> jax.Array | None:
         """The state's entry `name`, or what adds up to it; `own` is what the call adds."""
-        if self.ours is None:
+        if self.exchange is None:
             return None if self.state is None else getattr(self.state, name)
         return self._averaged(self._running(own))
 
     def rivals(self, peak_BH: jax.Array, own_BH: jax.Array) -> tuple[jax.Array, jax.Array] | None:
         """The running sum of exponentials and the peak that they are relative to."""
-        if self.ours is None:
+        if self.exchange is None:
             if self.state is None or self.state.rivals is None:
                 return None
             peak = jnp.zeros_like(self.state.rivals) if self.state.peak is None else self.state.peak
@@ -98,7 +100,7 @@ class _Earlier:
             return peak, before[1] * jnp.exp(old_peak - peak) + own * jnp.exp(own_peak - peak)
 
         start = jnp.full_like(own_BH, -jnp.inf), jnp.zeros_like(own_BH)
-        (peak, before), _ = self.ours.running(join, (peak_BH, own_BH, self.goes_on), start)
+        (peak, before), _ = self.exchange.exclusive_scan(join, (peak_BH, own_BH, self.goes_on), start)
         return self._averaged(before), peak
 
     def _running(self, own: jax.Array) -> jax.Array:
@@ -106,7 +108,7 @@ class _Earlier:
             own, goes_on = part
             return jnp.where(goes_on.reshape(-1, *[1] * (own.ndim - 1)), before, 0) + own
 
-        return self.ours.running(join, (own, self.goes_on), jnp.zeros_like(own))[0]
+        return self.exchange.exclusive_scan(join, (own, self.goes_on), jnp.zeros_like(own))[0]
 
     def _averaged(self, total: jax.Array) -> jax.Array:
         if not self.rule.averages:

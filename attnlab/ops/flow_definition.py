@@ -92,14 +92,13 @@ def clipped(flow: jax.Array, rule: FlowRule) -> jax.Array:
     return flow if rule.clip is None else jnp.clip(flow, -rule.clip, rule.clip)
 
 
-def causal_definition(q, k, v, documents, state, rule: FlowRule, chunk: int) -> FlowOutput:
+def causal_definition(q, k, v, documents, state, rule: FlowRule) -> FlowOutput:
     """The formulas with every sum written as a [T, T] mask. Position i is the N-th of its document:
 
     I = (q + eps) . (sum k + eps),                     O = (k + eps) . (sum q + eps)
     I^ = (q + eps) . (sum k N / O + eps) / N,          O^ = (k + eps) . (sum q N / I + eps) / N
     competition = N exp(clip O^) / sum exp(clip O^),   o = sigmoid(I^) / I * q . sum k (competition v)^T
     """
-    del chunk
     T, eps = q.shape[1], rule.epsilon
     index = jnp.zeros((1, T), jnp.int32) if documents is None else documents
     seen = jnp.tril(jnp.ones((T, T), bool)) & (index[:, :, None] == index[:, None, :])
@@ -156,14 +155,13 @@ def causal_definition(q, k, v, documents, state, rule: FlowRule, chunk: int) -> 
     return FlowOutput(o * (allocation / inflow)[..., None], after, outgoing)
 
 
-def bidirectional_definition(q, k, v, documents, rule: FlowRule, chunk: int) -> FlowOutput:
+def bidirectional_definition(q, k, v, documents, rule: FlowRule) -> FlowOutput:
     """The formulas with every sum written as a [T, S] mask, n sinks and m sources:
 
     I = (q + eps) . (sum k + eps),                     O = (k + eps) . (sum q + eps)
     I^ = (q + eps) . (sum k / O + eps),                O^ = (k + eps) . (sum q / I + eps)
     competition = m softmax(clip O^),                  o = sigmoid(I^ n / m) / I * q . sum k (competition v)^T
     """
-    del chunk
     n, m, eps = q.shape[1], k.shape[1], rule.epsilon
     seen, rivals = jnp.ones((1, n, m), q.dtype), jnp.ones((1, m, m), bool)
     if documents is not None:

@@ -10,7 +10,6 @@ I blocks of R rows per segment.
 """
 
 import dataclasses
-import math
 from functools import partial
 
 import jax
@@ -19,16 +18,13 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from attnlab.ops.attention import attention
-from attnlab.ops.attention_xla import Blocks, plan_blocks
+from attnlab.ops.blockwise import HIDDEN, LOG2E, LOWEST, Blocks, matmul, plan_blocks
 from attnlab.ops.cached_attention import cached_attention
 from attnlab.ops.masks import Mask
 
 _SEGMENT = 256  # fewest positions of a segment
 _SEGMENTS = 8  # key ranges of their own, as in the dense form
 _SLACK = 0.2  # rows of the table beyond those wanted, as a share: more of it lets blocks be larger
-_HIDDEN = -1e30
-_LOWEST = -1e20
-_LOG2E = math.log2(math.e)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +195,7 @@ def _gathered_backward(plan: _Plan, residuals, do_BTEe):
     dk, dv = (_spread(x.transpose(0, 3, 1, 2), plan.key_heads, k.shape[2]) for x in (dk, dv))
     dsinks = None
     if sinks is not None:
-        share = jnp.exp2(sinks[np.asarray(plan.chosen)].astype(stat) * _LOG2E - lse_BTE)
+        share = jnp.exp2(sinks[np.asarray(plan.chosen)].astype(stat) * LOG2E - lse_BTE)
         dsinks_E = -jnp.sum(jnp.where(wanted, share * delta_BTE, 0), axis=(0, 1))
         dsinks = jnp.zeros(H, sinks.dtype).at[np.asarray(plan.chosen)].set(dsinks_E.astype(sinks.dtype))
     return dq, dk, dv, dsinks, None
@@ -255,9 +251,9 @@ def _query_rows(plan: _Plan, q_BTHd, sinks_H, choice, table: _Table):
     q_Brd = jnp.take_along_axis(q_BTHd.reshape(B, T * H, d), pair[..., None], axis=1)
     of_token = lambda x: jnp.where(table.pair_Br < 0, 0, jnp.take_along_axis(x, pair // H, axis=1))
     stat = jnp.promote_types(q_BTHd.dtype, jnp.float32)
-    sink_Br = jnp.full(pair.shape, _LOWEST, stat)
+    sink_Br = jnp.full(pair.shape, LOWEST, stat)
     if sinks_H is not None:
-        sink_Br = (sinks_H.astype(stat) * _LOG2E)[pair % H]
+        sink_Br = (sinks_H.astype(stat) * LOG2E)[pair % H]
     return q_Brd, of_token(start), of_token(end), sink_Br
 
 
@@ -314,11 +310,11 @@ def _forward_blocks(plan: _Plan, q_rd, start_r, end_r, sink_r, group_i, k_MSd, v
             q, start, end, sink, m, origin = x
             k, v = _take(k_MSd, m, origin, n), _take(v_MSe, m, origin, n)
             scores, _ = _scores(plan, q, k, start, end, origin)
-            highest = jnp.maximum(jnp.maximum(scores.max(-1), _LOWEST), sink)
+            highest = jnp.maximum(jnp.maximum(scores.max(-1), LOWEST), sink)
             weights = jnp.exp2(scores - highest[:, None])
-            total = weights.sum(-1) + jnp.exp2(sink - highest) * (sink > _LOWEST)
+            total = weights.sum(-1) + jnp.exp2(sink - highest) * (sink > LOWEST)
             total = jnp.maximum(total, jnp.finfo(total.dtype).tiny)
-            o = _matmul(weights.astype(v.dtype), v) / total[:, None]
+            o = matmul(weights.astype(v.dtype), v) / total[:, None]
             return None, (o, highest + jnp.log2(total))
 
         cut = lambda x, rows=rows, R=R: x[rows].reshape(-1, R, *x.shape[1:])
@@ -340,15 +336,15 @@ def _backward_blocks(plan: _Plan, q_rd, start_r, end_r, sink_r, do_re, lse_r, de
             q, start, end, do, lse, delta, m, origin = x
             k, v = _take(k_MSd, m, origin, n), _take(v_MSe, m, origin, n)
             scores, slope = _scores(plan, q, k, start, end, origin)
-            weights = jnp.where(scores > _LOWEST, jnp.exp2(scores - lse[:, None]), 0)
-            dscores = weights * (_matmul(do, v.T) - delta[:, None])
+            weights = jnp.where(scores > LOWEST, jnp.exp2(scores - lse[:, None]), 0)
+            dscores = weights * (matmul(do, v.T) - delta[:, None])
             if slope is not None:
                 dscores *= slope
             dscores = dscores.astype(k.dtype)
             # Accumulated transposed: [d, R] @ [R, n] is a plain product.
-            dk_MdS = _add(dk_MdS, _matmul(q.T, dscores) * plan.scale, m, origin)
-            dv_MeS = _add(dv_MeS, _matmul(do.T, weights.astype(v.dtype)), m, origin)
-            return (dk_MdS, dv_MeS), _matmul(dscores, k) * plan.scale
+            dk_MdS = _add(dk_MdS, matmul(q.T, dscores) * plan.scale, m, origin)
+            dv_MeS = _add(dv_MeS, matmul(do.T, weights.astype(v.dtype)), m, origin)
+            return (dk_MdS, dv_MeS), matmul(dscores, k) * plan.scale
 
         cut = lambda x, rows=rows, R=R: x[rows].reshape(-1, R, *x.shape[1:])
         xs = (*map(cut, (q_rd, start_r, end_r, do_re, lse_r, delta_r)), group_i[blocks], jnp.asarray(origins))
@@ -358,16 +354,16 @@ def _backward_blocks(plan: _Plan, q_rd, start_r, end_r, sink_r, do_re, lse_r, de
 
 
 def _scores(plan: _Plan, q_Rd, k_nd, start_R, end_R, origin):
-    """Scores in log2 units, hidden ones `_HIDDEN`, and the soft-cap's slope (None without one)."""
-    products = _matmul(q_Rd, k_nd.T)
+    """Scores in log2 units, hidden ones `HIDDEN`, and the soft-cap's slope (None without one)."""
+    products = matmul(q_Rd, k_nd.T)
     slope = None
     if plan.soft_cap is None:
-        scores = products * (plan.scale * _LOG2E)
+        scores = products * (plan.scale * LOG2E)
     else:
         capped = jnp.tanh(products * (plan.scale / plan.soft_cap))
-        scores, slope = capped * (plan.soft_cap * _LOG2E), 1 - capped * capped
+        scores, slope = capped * (plan.soft_cap * LOG2E), 1 - capped * capped
     key = origin + jnp.arange(k_nd.shape[0], dtype=jnp.int32)
-    return jnp.where((key >= start_R[:, None]) & (key < end_R[:, None]), scores, _HIDDEN), slope
+    return jnp.where((key >= start_R[:, None]) & (key < end_R[:, None]), scores, HIDDEN), slope
 
 
 def _take(x_MSd, m, origin, n: int):
@@ -382,10 +378,6 @@ def _add(x_MdS, part_dn, m, origin):
 
 def _index(*at):
     return tuple(jnp.asarray(i, jnp.int32) for i in at)
-
-
-def _matmul(a, b):
-    return jnp.matmul(a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
 
 
 # One query and a cache.

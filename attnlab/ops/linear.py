@@ -1,8 +1,22 @@
 """Products of activations with weights: a matrix, or one weight per channel."""
 
+from typing import Any
+
 import jax
 
 from attnlab.parallel import partition
+
+
+def project(x: jax.Array, w_IO: jax.Array, dtype: Any = None) -> jax.Array:
+    """`x @ w` for x [..., I]: the one product of activations with a matrix, where quantisers find it.
+
+    They replace `jax.lax.dot_general`, which is called here and nowhere else with weights.
+
+    Args:
+      x, w_IO: of one dtype.
+      dtype: of the result and its sums; None: that of x.
+    """
+    return jax.lax.dot_general(x, w_IO, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=dtype)
 
 
 def linear(x: jax.Array, w_IO: jax.Array) -> jax.Array:
@@ -13,9 +27,9 @@ def linear(x: jax.Array, w_IO: jax.Array) -> jax.Array:
     axes of the rows are split over devices, they stay apart.
     """
     if partition.platform() != "cpu" or partition.ways("seq") > 1:
-        return x @ w_IO
+        return project(x, w_IO)
     rows = x.reshape(-1) if x.size == w_IO.shape[0] else x.reshape(-1, w_IO.shape[0])
-    return (rows @ w_IO).reshape(*x.shape[:-1], w_IO.shape[1])
+    return project(rows, w_IO).reshape(*x.shape[:-1], w_IO.shape[1])
 
 
 def per_channel(w_C: jax.Array, x: jax.Array) -> jax.Array:

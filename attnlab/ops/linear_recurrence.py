@@ -6,16 +6,19 @@ Lin et al. 2022 (arXiv:2202.10447) and Qin et al. 2024 (arXiv:2401.04658, sectio
 Shapes: `B` batch, `T` positions, `H` heads, `d` key width, `e` value width, `N` chunks, `C` positions in a chunk.
 """
 
+from __future__ import annotations
+
 import dataclasses
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from attnlab.errors import UserError
-from attnlab.ops import context
-from attnlab.ops.dispatch import Implementation, choose
-from attnlab.parallel import partition
+from attnlab.ops.dispatch import Implementation, Op
+from attnlab.parallel.sequence_parallel import SequenceParallel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +39,15 @@ class RecurrenceSpec:
         shape = f"B{self.batch} T{self.positions} H{self.heads} d{self.width}/{self.value_width} C{self.chunk}"
         return " ".join([shape, self.dtype, f"decay={self.decay}", *(["packed"] if self.packed else [])])
 
+    @classmethod
+    def of(
+        cls, exchange: SequenceParallel | None, q, k, u, log_decay, documents, state, *, chunk: int
+    ) -> RecurrenceSpec:
+        """Of the arrays of a device; where positions are split over several, what each finds is added in wide sums."""
+        dtype = q.dtype if exchange is None else jnp.promote_types(q.dtype, jnp.float32)
+        decay = "none" if log_decay is None else "constant" if log_decay.ndim == 1 else "data"
+        return cls(*q.shape, u.shape[3], str(dtype), chunk, decay, documents is not None)
+
 
 class Weights(NamedTuple):
     """How much positions of a chunk take from each other and from the states around them; None: all of it.
@@ -55,6 +67,27 @@ class Weights(NamedTuple):
     carry: jax.Array | None
 
 
+def _widened(q, k, u, log_decay, documents, state) -> tuple[Any, ...]:
+    """In the dtype of sums."""
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    q, k, u = (x.astype(wide) for x in (q, k, u))
+    if log_decay is not None:
+        log_decay = jnp.maximum(log_decay.astype(wide), jnp.log(jnp.finfo(wide).tiny))  # differences stay finite
+    return q, k, u, log_decay, documents, None if state is None else state.astype(wide)
+
+
+def _in_wide_sums(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run` on arrays in the dtype of sums, its output in that of q."""
+
+    @functools.wraps(run)
+    def wide(q, *rest, chunk: int):
+        o, state = run(*_widened(q, *rest), chunk=chunk)
+        return o.astype(q.dtype), state
+
+    return wide
+
+
+@_in_wide_sums
 def definition(
     q: jax.Array,
     k: jax.Array,
@@ -62,6 +95,7 @@ def definition(
     log_decay: jax.Array | None,
     documents: jax.Array | None,
     state: jax.Array | None,
+    *,
     chunk: int,
 ) -> tuple[jax.Array, jax.Array]:
     """`o_t = sum_{s <= t} exp(sum of log_decay over s + 1 .. t) (q_t . k_s) u_s`, with all T x T pairs."""
@@ -82,6 +116,7 @@ def definition(
     return o, after
 
 
+@_in_wide_sums
 def chunked(
     q: jax.Array,
     k: jax.Array,
@@ -89,6 +124,7 @@ def chunked(
     log_decay: jax.Array | None,
     documents: jax.Array | None,
     state: jax.Array | None,
+    *,
     chunk: int,
 ) -> tuple[jax.Array, jax.Array]:
     """The same in memory and time linear in T. Products are batched over chunks, as only the states need a loop."""
@@ -110,11 +146,30 @@ def chunked(
     return jnp.moveaxis(o, 1, 3).reshape(B, N * C, H, e)[:, :T], state
 
 
-IMPLEMENTATIONS: dict[str, Implementation] = {
-    "definition": Implementation(definition),
-    "chunked": Implementation(chunked),
-}
-_PREFERENCE = ("chunked",)
+def _over_devices(chosen: Implementation, exchange: SequenceParallel, *arrays: Any, chunk: int):
+    """Each device runs its positions from nothing and adds what the state of those before gives: it is linear in it."""
+    q, k, u, log_decay, documents, state = _widened(*arrays)
+    B, T, H, d = q.shape
+    documents = None if documents is None else exchange.local_documents(documents)
+    o, written = chosen.run(q, k, u, log_decay, documents, None, chunk=chunk)
+    logs = jnp.zeros((B, T, H), q.dtype) if log_decay is None else jnp.broadcast_to(log_decay, (B, T, H))
+    kept = jnp.exp(jnp.cumsum(logs, axis=1))
+    if documents is not None:
+        kept = jnp.where((documents == 0)[..., None], kept, 0)
+    start = jnp.zeros((B, H, d, u.shape[3]), q.dtype) if state is None else state
+    join = lambda before, own: own[0][..., None, None] * before + own[1]
+    before, after = exchange.exclusive_scan(join, (kept[:, -1], written), start)
+    o += jnp.einsum("bth,bthd,bhde->bthe", kept, q, before)
+    return o.astype(arrays[0].dtype), after
+
+
+LINEAR_RECURRENCE = Op(
+    "linear_recurrence",
+    RecurrenceSpec.of,
+    {"definition": Implementation(definition), "chunked": Implementation(chunked)},
+    preference=("chunked",),
+    split=_over_devices,
+)
 
 
 def linear_recurrence(
@@ -138,7 +193,7 @@ def linear_recurrence(
       documents_BT: of `attnlab.ops.documents.document_index`; None: all positions continue one document.
       state_BHde: the state before the first position, read by document 0 only; None: nothing.
       chunk: positions in a chunk, changes only time and memory.
-      impl: "auto", or a name in `IMPLEMENTATIONS`.
+      impl: "auto", or a name in `LINEAR_RECURRENCE.table`.
 
     Returns:
       o_BTHe in the dtype of q, and the state after the last position [B, H, d, e] in fp32 (fp64 for fp64 inputs): what
@@ -148,45 +203,12 @@ def linear_recurrence(
       UserError: shapes that do not fit, or an unknown `impl`.
     """
     _check_shapes(q_BTHd, k_BTHd, u_BTHe, log_decay, documents_BT, state_BHde, chunk)
-    B, T, H, d = q_BTHd.shape
-    decay = "none" if log_decay is None else "constant" if log_decay.ndim == 1 else "data"
-    packed = documents_BT is not None
-    spec = RecurrenceSpec(B, T, H, d, u_BTHe.shape[3], str(q_BTHd.dtype), chunk, decay, packed)
-    chosen = choose("linear_recurrence", impl, IMPLEMENTATIONS, spec, _PREFERENCE)
-    wide = jnp.promote_types(q_BTHd.dtype, jnp.float32)
-    q, k, u = (x.astype(wide) for x in (q_BTHd, k_BTHd, u_BTHe))
-    if log_decay is not None:
-        log_decay = jnp.maximum(log_decay.astype(wide), jnp.log(jnp.finfo(wide).tiny))  # differences stay finite
-    state = None if state_BHde is None else state_BHde.astype(wide)
-
-    def on_device(*arrays):
-        ours = context.parts()
-        return chosen.run(*arrays, chunk) if ours is None else _on_parts(ours, chosen.run, *arrays, chunk)
-
     rows, states = ("batch", "seq", "heads", None), ("batch", "heads", None, None)
-    decays = ("heads",) if decay == "constant" else rows[:3]
-    o, state = partition.local(
-        on_device,
-        (q, k, u, log_decay, documents_BT, state),
-        (rows, rows, rows, decays, rows[:2], states),
-        [rows, states],
-    )
-    return o.astype(q_BTHd.dtype), state
-
-
-def _on_parts(ours: context.Parts, run, q, k, u, log_decay, documents, state, chunk: int):
-    """Each device runs its positions from nothing and adds what the state of those before gives: it is linear in it."""
-    B, T, H, d = q.shape
-    documents = None if documents is None else ours.documents(documents)
-    o, written = run(q, k, u, log_decay, documents, None, chunk)
-    logs = jnp.zeros((B, T, H), q.dtype) if log_decay is None else jnp.broadcast_to(log_decay, (B, T, H))
-    kept = jnp.exp(jnp.cumsum(logs, axis=1))
-    if documents is not None:
-        kept = jnp.where((documents == 0)[..., None], kept, 0)
-    start = jnp.zeros((B, H, d, u.shape[3]), q.dtype) if state is None else state
-    join = lambda before, own: own[0][..., None, None] * before + own[1]
-    before, after = ours.running(join, (kept[:, -1], written), start)
-    return o + jnp.einsum("bth,bthd,bhde->bthe", kept, q, before), after
+    decays = ("heads",) if log_decay is not None and log_decay.ndim == 1 else rows[:3]
+    return LINEAR_RECURRENCE(
+        q_BTHd, k_BTHd, u_BTHe, log_decay, documents_BT, state_BHde,
+        axes=(rows, rows, rows, decays, rows[:2], states), out_axes=[rows, states], impl=impl, chunk=chunk,
+    )  # fmt: skip
 
 
 def flops_per_token(length: int, chunk: int, width: int, value_width: int) -> float:

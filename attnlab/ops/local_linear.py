@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.errors import UserError
-from attnlab.ops import context, local_linear_xla
-from attnlab.ops.attention import AttentionSpec, _check_shapes
-from attnlab.ops.dispatch import Implementation, choose
+from attnlab.ops import local_linear_xla
+from attnlab.ops.attention_frame import AttentionSpec, attend, check_shapes, over_devices
+from attnlab.ops.dispatch import Implementation, Op
 from attnlab.ops.masks import Mask
 
 
@@ -20,7 +20,7 @@ class Solves:
 
     Attributes:
       residual_BTH: `|A x - (q - mean key)| / |q - mean key|`.
-      iterations_BTH: turns of the solver that changed x; 0 for a direct solve.
+      iterations_BTH: iterations of the solver that changed x; 0 for a direct solve.
     """
 
     residual_BTH: jax.Array
@@ -29,10 +29,10 @@ class Solves:
 
 def definition(
     q_BTHd: jax.Array,
+    ridge_BTH: jax.Array,
     k_BSKd: jax.Array,
     v_BSKe: jax.Array,
     mask: Mask,
-    ridge_BTH: jax.Array,
     *,
     scale: float,
     iterations: int,
@@ -64,12 +64,17 @@ def definition(
     return o, residual, jnp.zeros_like(residual)
 
 
-IMPLEMENTATIONS: dict[str, Implementation] = {
-    "definition": Implementation(definition),
-    "cg": Implementation(partial(local_linear_xla.local_linear, early_exit=True)),
-    "cg_fixed": Implementation(partial(local_linear_xla.local_linear, early_exit=False)),
-}
-_PREFERENCE = ("cg",)
+LOCAL_LINEAR = Op(
+    "local_linear",
+    AttentionSpec.of,
+    {
+        "definition": Implementation(definition),
+        "cg": Implementation(partial(local_linear_xla.local_linear, early_exit=True)),
+        "cg_fixed": Implementation(partial(local_linear_xla.local_linear, early_exit=False)),
+    },
+    preference=("cg",),
+    split=over_devices,
+)
 
 
 def local_linear(
@@ -112,23 +117,15 @@ def local_linear(
     Source: Zuo et al. 2025, Local Linear Attention, arXiv:2510.01450, with the sums centred at the mean key (ours),
     which needs no guarded division and loses less to rounding.
     """
-    _check_shapes(q_BTHd, k_BSKd, v_BSKe, mask, None, None)
+    check_shapes(q_BTHd, k_BSKd, v_BSKe, mask, None, None)
     B, T, H, d = q_BTHd.shape
-    S, K, e = v_BSKe.shape[1:]
     ridge = jnp.asarray(ridge, jnp.promote_types(q_BTHd.dtype, jnp.float32))
     if ridge.shape not in ((), (H,), (B, T, H)):
         raise UserError(f"local_linear: ridge {ridge.shape}, expected a scalar, [{H}] or [{B}, {T}, {H}]")
     if iterations < 1:
         raise UserError(f"local_linear: iterations={iterations} is not allowed; allowed: 1 or more")
-    spec = AttentionSpec(B, T, S, H, K, d, e, str(q_BTHd.dtype), mask.causal, mask.window, mask.dynamic(), False, False)
-    chosen = choose("local_linear", impl, IMPLEMENTATIONS, spec, _PREFERENCE)
     scale = d**-0.5 if scale is None else float(scale)
-
-    def run(queries, keys, _, part):
-        q, ridge = queries
-        return chosen.run(q, *keys, part, ridge, scale=scale, iterations=iterations, tolerance=tolerance)
-
     queries = (q_BTHd, jnp.broadcast_to(ridge, (B, T, H)))
-    keys = (k_BSKd, v_BSKe)
-    o, *facts = context.attend(run, queries, keys, None, mask, ranks=(4, 3, 3))
+    options = {"scale": scale, "iterations": iterations, "tolerance": tolerance, "impl": impl}
+    o, *facts = attend(LOCAL_LINEAR, queries, (k_BSKd, v_BSKe), mask, ranks=(4, 3, 3), **options)
     return o, Solves(*jax.lax.stop_gradient(facts))

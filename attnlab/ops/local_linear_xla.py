@@ -1,9 +1,9 @@
 """Local linear attention by blocks of queries, its d x d systems solved without being formed.
 
-A block of query rows takes three passes over its keys: softmax weights and their mean key; conjugate gradients, a turn
-of which is two products with the keys; the output. The backward pass forms the weights again, solves a second system
-with the same matrix and never differentiates the solver (implicit function theorem). Scores of one block are all that
-is ever held, so that memory grows linearly with the length.
+A block of query rows takes three passes over its keys: softmax weights and their mean key; conjugate gradients, of
+which an iteration is two products with the keys; the output. The backward pass forms the weights again, solves a second
+system with the same matrix and never differentiates the solver (implicit function theorem). Scores of one block are all
+that is ever held, so that memory grows linearly with the length.
 
 With p the softmax weights of a row, m = sum p k their mean key, x = A^-1 (q - m), t = (k - m) . x, and for the
 gradient g of the output e = g . v, c = e - sum p e, u = A^-1 sum p c k, s = (k - m) . u and h = (c - s)(1 + t):
@@ -20,17 +20,26 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from attnlab.ops import attention_xla
-from attnlab.ops.attention_xla import _grouped, _over_heads, _over_tiles, _Part, _put, _scores, _take, _varying
+from attnlab.ops import blockwise
+from attnlab.ops.blockwise import (
+    LOWEST,
+    HeadArray,
+    grouped,
+    over_heads,
+    over_tiles,
+    put,
+    take,
+    tile_scores,
+    varying,
+)
 from attnlab.ops.conjugate_gradient import Solution, conjugate_gradient
 from attnlab.ops.masks import Mask
 
-_LOWEST = attention_xla._LOWEST
 _NO_SCALE = 1e-30  # in place of 0, by which scores would be divided: exp of any score is then 1
 
 
 @dataclasses.dataclass(frozen=True)
-class _Config(attention_xla._Config):
+class SolverConfig(blockwise.Config):
     """What is static: that of softmax attention and the solver's."""
 
     iterations: int = 0
@@ -40,10 +49,10 @@ class _Config(attention_xla._Config):
 
 def local_linear(
     q_BTHd: jax.Array,
+    ridge_BTH: jax.Array,
     k_BSKd: jax.Array,
     v_BSKe: jax.Array,
     mask: Mask,
-    ridge_BTH: jax.Array,
     *,
     scale: float,
     iterations: int,
@@ -58,40 +67,40 @@ def local_linear(
     B, T, H, _ = q_BTHd.shape
     static = Mask(causal=mask.causal, window=mask.window)
     scale = scale or _NO_SCALE
-    config = _Config(static, scale, None, iterations=iterations, tolerance=tolerance, early_exit=early_exit)
+    config = SolverConfig(static, scale, None, iterations=iterations, tolerance=tolerance, early_exit=early_exit)
     stat = jnp.promote_types(q_BTHd.dtype, jnp.float32)
     ridge_BKGT = ridge_BTH.astype(stat).swapaxes(1, 2).reshape(B, k_BSKd.shape[2], -1, T)
-    arrays = _varying((q_BTHd, k_BSKd, v_BSKe, ridge_BKGT), (q_BTHd, k_BSKd, v_BSKe, ridge_BKGT, mask))
+    arrays = varying((q_BTHd, k_BSKd, v_BSKe, ridge_BKGT), (q_BTHd, k_BSKd, v_BSKe, ridge_BKGT, mask))
     o, *facts = _local_linear(config, *arrays, (mask.k_start, mask.k_end))
     return o, *(x.reshape(B, H, T).swapaxes(1, 2) for x in facts)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _local_linear(config: _Config, q, k, v, ridge, intervals):
+def _local_linear(config: SolverConfig, q, k, v, ridge, intervals):
     return _local_linear_forward(config, q, k, v, ridge, intervals)[0]
 
 
-def _local_linear_forward(config: _Config, q, k, v, ridge, intervals):
+def _local_linear_forward(config: SolverConfig, q, k, v, ridge, intervals):
     B, T, H, d = q.shape
     K, e = v.shape[2:]
     G, stat = H // K, ridge.dtype
-    per_row = _Part((B, K, G, T), stat, 1)
-    out = (_Part((B, T, K, G, e), q.dtype, 2), _Part((B, T, K, G, d), stat, 2), per_row, per_row, per_row)
-    o, x, lse, residual, turns = _run(_forward_head, config, q, k, v, (ridge,), intervals, out)
-    return (o.reshape(B, T, H, e), residual, turns), (q, k, v, ridge, intervals, x, lse)
+    per_row = HeadArray((B, K, G, T), stat, 1)
+    out = (HeadArray((B, T, K, G, e), q.dtype, 2), HeadArray((B, T, K, G, d), stat, 2), per_row, per_row, per_row)
+    o, x, lse, residual, counts = _run(_forward_head, config, q, k, v, (ridge,), intervals, out)
+    return (o.reshape(B, T, H, e), residual, counts), (q, k, v, ridge, intervals, x, lse)
 
 
-def _local_linear_backward(config: _Config, residuals, cotangents):
+def _local_linear_backward(config: SolverConfig, residuals, cotangents):
     q, k, v, ridge, intervals, x, lse = residuals
     B, T, H, d = q.shape
     K = k.shape[2]
     out = (
-        _Part((B, T, K, H // K, d), q.dtype, 2),
-        _Part(k.shape, k.dtype, 2),
-        _Part(v.shape, v.dtype, 2),
-        _Part(ridge.shape, ridge.dtype, 1),
+        HeadArray((B, T, K, H // K, d), q.dtype, 2),
+        HeadArray(k.shape, k.dtype, 2),
+        HeadArray(v.shape, v.dtype, 2),
+        HeadArray(ridge.shape, ridge.dtype, 1),
     )
-    rest = (ridge, _grouped(cotangents[0], K), x, lse)
+    rest = (ridge, grouped(cotangents[0], K), x, lse)
     dq, dk, dv, dridge = _run(_backward_head, config, q, k, v, rest, intervals, out)
     return dq.reshape(q.shape), dk, dv, dridge, (None, None)
 
@@ -99,14 +108,14 @@ def _local_linear_backward(config: _Config, residuals, cotangents):
 _local_linear.defvjp(_local_linear_forward, _local_linear_backward)
 
 
-def _run(head, config: _Config, q, k, v, rest, intervals, out: tuple[_Part, ...]):
+def _run(head, config: SolverConfig, q, k, v, rest, intervals, out: tuple[HeadArray, ...]):
     """`head` over batch and key heads: as softmax attention does it, or all at once, for products to be countable."""
     if config.early_exit:
-        return _over_heads(head, config, q, k, v, rest, None, intervals, out)
+        return over_heads(head, config, q, k, v, rest, None, intervals, out)
     (B, T), S, K = q.shape[:2], k.shape[1], k.shape[2]
     start, end = dataclasses.replace(config.mask, k_start=intervals[0], k_end=intervals[1]).bounds(T, S)
     bounds = [None if x is None else jnp.broadcast_to(x, (B, T)) for x in (start, end)]
-    arrays = (_grouped(q, K), k, v, *rest)
+    arrays = (grouped(q, K), k, v, *rest)
     axes = [1, 1, 1, *(0 if x.ndim == 4 else 1 for x in rest)]
 
     def of_head(arrays, bounds):
@@ -117,17 +126,17 @@ def _run(head, config: _Config, q, k, v, rest, intervals, out: tuple[_Part, ...]
     return jax.vmap(inner)(list(arrays), bounds)
 
 
-def _forward_head(config: _Config, q_TGd, k_Sd, v_Se, ridge_GT, *, sinks, bounds):
+def _forward_head(config: SolverConfig, q_TGd, k_Sd, v_Se, ridge_GT, *, sinks, bounds):
     """One key head: the output o_TGe; what the backward pass reads, x_TGd and lse_GT; residual_GT and iterations_GT."""
     T, G, d = q_TGd.shape
     e, stat = v_Se.shape[1], ridge_GT.dtype
     q_GTd = q_TGd.swapaxes(0, 1)
 
     def tile(rows, keys, carry):
-        k, v = _take(k_Sd, keys, 0), _take(v_Se, keys, 0)
-        q, ridge = _take(q_GTd, rows, 1), _take(ridge_GT, rows, 1)
-        scores, _ = _scores(config, q, k, bounds, rows, keys)
-        highest = jnp.maximum(scores.max(-1, keepdims=True), _LOWEST)
+        k, v = take(k_Sd, keys, 0), take(v_Se, keys, 0)
+        q, ridge = take(q_GTd, rows, 1), take(ridge_GT, rows, 1)
+        scores, _ = tile_scores(config, q, k, bounds, rows, keys)
+        highest = jnp.maximum(scores.max(-1, keepdims=True), LOWEST)
         p = jnp.exp2(scores - highest)
         total = jnp.maximum(p.sum(-1, keepdims=True), jnp.finfo(stat).tiny)
         fit = _Fit.of((p / total).reshape(-1, keys[1]), k, ridge)
@@ -136,15 +145,15 @@ def _forward_head(config: _Config, q_TGd, k_Sd, v_Se, ridge_GT, *, sinks, bounds
         o = _product(weights.astype(v.dtype), v)
         lse = (highest + jnp.log2(total))[..., 0]
         new = o, solved.x_Nd, lse, solved.residual_N, solved.iterations_N
-        return tuple(_put(a, b.reshape(G, rows[1], *a.shape[2:]), rows) for a, b in zip(carry, new, strict=True))
+        return tuple(put(a, b.reshape(G, rows[1], *a.shape[2:]), rows) for a, b in zip(carry, new, strict=True))
 
     carry = [jnp.zeros(shape, stat) for shape in ((G, T, e), (G, T, d), (G, T), (G, T), (G, T))]
-    carry = _varying(tuple(carry), (q_TGd, k_Sd, v_Se, ridge_GT, bounds))
-    o, x, lse, residual, turns = _over_tiles(config, G, T, k_Sd.shape[0], bounds, tile, carry)
-    return o.swapaxes(0, 1), x.swapaxes(0, 1), lse, residual, turns
+    carry = varying(tuple(carry), (q_TGd, k_Sd, v_Se, ridge_GT, bounds))
+    o, x, lse, residual, counts = over_tiles(config, G, T, k_Sd.shape[0], bounds, tile, carry)
+    return o.swapaxes(0, 1), x.swapaxes(0, 1), lse, residual, counts
 
 
-def _backward_head(config: _Config, q_TGd, k_Sd, v_Se, ridge_GT, do_TGe, x_TGd, lse_GT, *, sinks, bounds):
+def _backward_head(config: SolverConfig, q_TGd, k_Sd, v_Se, ridge_GT, do_TGe, x_TGd, lse_GT, *, sinks, bounds):
     """One key head: dq_TGd, dk_Sd, dv_Se and dridge_GT."""
     T, G, d = q_TGd.shape
     S, e = v_Se.shape
@@ -153,9 +162,9 @@ def _backward_head(config: _Config, q_TGd, k_Sd, v_Se, ridge_GT, do_TGe, x_TGd, 
 
     def tile(rows, keys, carry):
         dq_GTd, dk_dS, dv_eS, dridge_GT = carry
-        k, v = _take(k_Sd, keys, 0), _take(v_Se, keys, 0)
-        q, do, x, lse, ridge = (_take(y, rows, 1) for y in (*per_row, lse_GT, ridge_GT))
-        scores, _ = _scores(config, q, k, bounds, rows, keys)
+        k, v = take(k_Sd, keys, 0), take(v_Se, keys, 0)
+        q, do, x, lse, ridge = (take(y, rows, 1) for y in (*per_row, lse_GT, ridge_GT))
+        scores, _ = tile_scores(config, q, k, bounds, rows, keys)
         fit = _Fit.of(jnp.exp2(scores - lse[..., None]).reshape(-1, keys[1]), k, ridge)
         mean = lambda y: (fit.p * y).sum(-1, keepdims=True)
         q, do, x = q.astype(stat).reshape(-1, d), do.reshape(-1, e), x.reshape(-1, d)
@@ -173,15 +182,15 @@ def _backward_head(config: _Config, q_TGd, k_Sd, v_Se, ridge_GT, do_TGe, x_TGd, 
         dq = config.scale * _product(dlogits, fit.k) + u
         dk = config.scale * _product(q.T, dlogits) + _product(x.T, slope) - _product(u.T, weights)
         dv = _product(do.T, weights.astype(v.dtype))
-        dk_dS = _put(dk_dS, _take(dk_dS, keys, 1) + dk, keys)
-        dv_eS = _put(dv_eS, _take(dv_eS, keys, 1) + dv, keys)
+        dk_dS = put(dk_dS, take(dk_dS, keys, 1) + dk, keys)
+        dv_eS = put(dv_eS, take(dv_eS, keys, 1) + dv, keys)
         dridge = -(u * x).sum(-1)
         shape = (G, rows[1])
-        return _put(dq_GTd, dq.reshape(*shape, d), rows), dk_dS, dv_eS, _put(dridge_GT, dridge.reshape(shape), rows)
+        return put(dq_GTd, dq.reshape(*shape, d), rows), dk_dS, dv_eS, put(dridge_GT, dridge.reshape(shape), rows)
 
     carry = tuple(jnp.zeros(shape, stat) for shape in ((G, T, d), (d, S), (e, S), (G, T)))
-    carry = _varying(carry, (q_TGd, k_Sd, v_Se, ridge_GT, do_TGe, x_TGd, lse_GT, bounds))
-    dq_GTd, dk_dS, dv_eS, dridge_GT = _over_tiles(config, G, T, S, bounds, tile, carry)
+    carry = varying(carry, (q_TGd, k_Sd, v_Se, ridge_GT, do_TGe, x_TGd, lse_GT, bounds))
+    dq_GTd, dk_dS, dv_eS, dridge_GT = over_tiles(config, G, T, S, bounds, tile, carry)
     return dq_GTd.swapaxes(0, 1), dk_dS.T, dv_eS.T, dridge_GT
 
 
@@ -212,7 +221,7 @@ class _Fit:
         """`(sum p (k - mean)(k - mean)^T + ridge) y`."""
         return _product(self.p * self.centred(y_Nd), self.k) + self.ridge * y_Nd
 
-    def solve(self, config: _Config, b_Nd) -> Solution:
+    def solve(self, config: SolverConfig, b_Nd) -> Solution:
         return conjugate_gradient(
             self.covariance,
             b_Nd,
@@ -224,7 +233,7 @@ class _Fit:
 
 def _seen(highest_Gr1):
     """[G r, 1]: whether a row sees any key."""
-    return highest_Gr1.reshape(-1, 1) > _LOWEST
+    return highest_Gr1.reshape(-1, 1) > LOWEST
 
 
 def _product(a, b):

@@ -45,10 +45,12 @@ class Mask:
         """Whether any part of the mask is an array, known only at run time."""
         return self.k_start is not None or self.k_end is not None
 
-    def bounds(self, length: int, keys: int) -> tuple[jax.Array | None, jax.Array | None]:
+    def bounds(self, length: int, keys: int, first: jax.Array | int = 0) -> tuple[jax.Array | None, jax.Array | None]:
         """`k_start`, `k_end` (`[B, T]` or `[1, T]`, int32) of `length` queries over `keys` keys, the static
-        part folded in. None where it bounds nothing: a start of 0, or an end of `keys`."""
+        part folded in, in which the first query is key `first`. None where it bounds nothing: a start of 0, or an
+        end of `keys`."""
         t = jnp.arange(length, dtype=jnp.int32)[None]
+        t = t if isinstance(first, int) and first == 0 else first + t
         starts = [] if self.k_start is None else [self.k_start.astype(jnp.int32)]
         ends = [] if self.k_end is None else [self.k_end.astype(jnp.int32)]
         if self.window is not None:
@@ -144,6 +146,14 @@ def mask_for_extension(
     if window is not None:
         start = jnp.maximum(start, position - (window - 1))
     return Mask(start, jnp.broadcast_to(position + 1, start.shape))
+
+
+def mean_visible_keys(length: int, causal: bool, window: int | None) -> float:
+    """Mean number of keys that a query of an unpacked sequence of `length` positions sees."""
+    if not causal:
+        return float(length)
+    w = min(window or length, length)
+    return (w * (w + 1) / 2 + (length - w) * w) / length
 
 
 def _check_window(window: int | None) -> None:

@@ -21,11 +21,11 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.errors import UserError
-from attnlab.ops import context
-from attnlab.ops.dispatch import Implementation, choose
-from attnlab.ops.turns import Turn, choose_rows, positions_in_documents, scan_aligned, scan_turns
+from attnlab.ops.chunk_steps import ChunkStep, choose_rows, positions_in_documents, scan_aligned, scan_chunk_steps
+from attnlab.ops.dispatch import Implementation, Op
 from attnlab.ops.two_stage import TwoStage, before, two_stage
 from attnlab.parallel import partition
+from attnlab.parallel.sequence_parallel import SequenceParallel
 
 Layers = tuple[jax.Array, ...]  # one array per layer of the memory, [..., i, o]
 
@@ -153,22 +153,22 @@ def gelu_slope(z: jax.Array) -> jax.Array:
 
 
 def chunk_step(
-    spec: MemorySpec, initial: MemoryState, state: MemoryState, inputs: tuple, turn: Turn
+    spec: MemorySpec, initial: MemoryState, state: MemoryState, inputs: tuple, slots: ChunkStep
 ) -> tuple[MemoryState, jax.Array]:
-    """One turn: writes its positions and reads y [B, C, H, d].
+    """One chunk step: writes its positions and reads y [B, C, H, d].
 
     Args:
       initial: the state at which a document begins; rows [1, ...] or [B, ...].
       inputs: q, k, v [B, C, H, d], log_keep and log_eta [B, C, H] or None, theta [B, C, H].
     """
     q, k, v, log_keep, log_eta, theta = (None if x is None else jnp.swapaxes(x, 1, 2) for x in inputs)
-    theta = jnp.where(turn.kept()[:, None], theta, 0)
-    seen = turn.seen()[:, None]
+    theta = jnp.where(slots.kept()[:, None], theta, 0)
+    seen = slots.seen()[:, None]
     log_keep = jnp.zeros_like(theta) if log_keep is None else log_keep
     stage = two_stage(log_keep, log_eta, seen)
 
-    base = state.restarted(initial, turn.fresh_B)
-    begins_B = turn.position_BC[:, 0] % spec.chunk == 0
+    base = state.restarted(initial, slots.fresh_B)
+    begins_B = slots.position_BC[:, 0] % spec.chunk == 0
     start = choose_rows(begins_B, base.weights, base.start)
     log_kept_BH = jnp.where(begins_B[:, None], 0, base.log_keep_BH)
     scale = jnp.exp(log_kept_BH[..., None] + stage.log_keep_C) if spec.grad_at == "decayed" else None
@@ -178,15 +178,15 @@ def chunk_step(
     read = stage if spec.read_after_write else before(stage, seen)
     y = _read(read, base, inner, steps, q, spec.residual_norm)
 
-    weights, momentum = _write(stage, base, inner, steps, turn)
+    weights, momentum = _write(stage, base, inner, steps, slots)
     after = MemoryState(
         weights=weights,
         momentum=momentum,
         start=start,
-        log_keep_BH=log_kept_BH + turn.at_last(stage.log_keep_C),
-        position_B=jnp.take_along_axis(turn.position_BC, turn.last_B[:, None], axis=1)[:, 0] + 1,
+        log_keep_BH=log_kept_BH + slots.at_last(stage.log_keep_C),
+        position_B=jnp.take_along_axis(slots.position_BC, slots.last_B[:, None], axis=1)[:, 0] + 1,
     )
-    return choose_rows(turn.taken_B, after, state), jnp.swapaxes(y, 1, 2)
+    return choose_rows(slots.taken_B, after, state), jnp.swapaxes(y, 1, 2)
 
 
 def _read(
@@ -205,9 +205,9 @@ def _read(
     return q + normalized(z)[0] if residual_norm else z
 
 
-def _write(stage: TwoStage, base: MemoryState, inner: Layers, steps: Layers, turn: Turn) -> tuple[Layers, Layers]:
-    """W and S after the turn's last step."""
-    last = jax.tree.map(turn.at_last, stage)
+def _write(stage: TwoStage, base: MemoryState, inner: Layers, steps: Layers, slots: ChunkStep) -> tuple[Layers, Layers]:
+    """W and S after the chunk step's last position."""
+    last = jax.tree.map(slots.at_last, stage)
     wide = lambda row: row[..., None, None]
     weights, momentum = [], []
     for index, (w, a, step) in enumerate(zip(base.weights, inner, steps)):
@@ -228,10 +228,46 @@ def _write(stage: TwoStage, base: MemoryState, inner: Layers, steps: Layers, tur
 # The op.
 
 
-def _chunked(spec, initial, state, inputs, documents_BT):
+@dataclasses.dataclass(frozen=True)
+class NeuralMemorySpec:
+    """The static facts by which an implementation is chosen. Lengths and widths as in `neural_memory`."""
+
+    batch: int
+    positions: int
+    heads: int
+    widths: tuple[int, ...]
+    dtype: str
+    packed: bool
+    memory: MemorySpec
+
+    def __str__(self) -> str:
+        shape = f"B{self.batch} T{self.positions} H{self.heads} layers {'x'.join(map(str, self.widths))}"
+        return " ".join([shape, f"C{self.memory.chunk}", self.dtype, *(["packed"] if self.packed else [])])
+
+    @classmethod
+    def of(
+        cls, exchange: SequenceParallel | None, initial, state, inputs, documents, *, memory: MemorySpec
+    ) -> NeuralMemorySpec:
+        """Of the arrays of a device; where positions are split over several, of one row at a time."""
+        q, alone = inputs[0], exchange is None
+        widths = tuple(w.shape[-1] for w in (initial.weights[0].swapaxes(-1, -2), *initial.weights))
+        batch = q.shape[0] if alone else 1
+        return cls(batch, *q.shape[1:3], widths, str(q.dtype), documents is not None or not alone, memory)
+
+
+def _widened(inputs: tuple) -> tuple:
+    """In the dtype of the memory."""
+    dtype = jnp.promote_types(inputs[0].dtype, jnp.float32)
+    return jax.tree.map(lambda x: x.astype(dtype), inputs)
+
+
+def chunked(initial, state, inputs, documents_BT, *, memory: MemorySpec):
+    """In matrix products over chunks."""
+    inputs = _widened(inputs)
     # On CPU plain matrix products are many times faster than batched ones.
     one_by_one = partition.platform() == "cpu" and inputs[0].shape[1] > 1
-    return (_one_by_one if one_by_one else _together)(spec, initial, state, inputs, documents_BT)
+    state, y = (_one_by_one if one_by_one else _together)(memory, initial, state, inputs, documents_BT)
+    return y, state
 
 
 def _one_by_one(spec, initial, state, inputs, documents_BT):
@@ -259,11 +295,11 @@ def _one_by_one(spec, initial, state, inputs, documents_BT):
 
 
 def _together(spec, initial, state, inputs, documents_BT):
-    body = lambda state, inputs, turn: chunk_step(spec, initial, state, inputs, turn)
+    body = lambda state, inputs, slots: chunk_step(spec, initial, state, inputs, slots)
     if documents_BT is None:
         return scan_aligned(body, state, inputs, spec.chunk)
     position_BT = positions_in_documents(documents_BT, state.position_B)
-    return scan_turns(body, state, inputs, spec.chunk, documents_BT, position_BT)
+    return scan_chunk_steps(body, state, inputs, spec.chunk, documents_BT, position_BT)
 
 
 def definition_step(
@@ -294,22 +330,36 @@ def definition_step(
     return MemoryState(weights, momentum, start, log_kept, state.position_B + 1), y
 
 
-def _definition(spec, initial, state, inputs, documents_BT):
+def definition(initial, state, inputs, documents_BT, *, memory: MemorySpec):
+    """One position after another."""
+    inputs = _widened(inputs)
     if documents_BT is None:
         documents_BT = jnp.ones(jax.tree.leaves(inputs)[0].shape[:2], jnp.int32)
     new_BT = positions_in_documents(documents_BT, state.position_B) == 0
 
     def step(state, x):
-        return definition_step(spec, initial, state, *x)
+        return definition_step(memory, initial, state, *x)
 
     state, y_TBHd = jax.lax.scan(step, state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (inputs, new_BT)))
-    return state, jnp.moveaxis(y_TBHd, 0, 1)
+    return jnp.moveaxis(y_TBHd, 0, 1), state
 
 
-IMPLEMENTATIONS: dict[str, Implementation] = {
-    "definition": Implementation(_definition),
-    "chunked": Implementation(_chunked),
-}
+def _over_devices(
+    chosen: Implementation, exchange: SequenceParallel, initial, state, inputs, documents, *, memory: MemorySpec
+):
+    """What the memory learns does not add up: its state is handed over from device to device."""
+    documents = jnp.ones(inputs[0].shape[:2], jnp.int32) if documents is None else documents
+    step = lambda state, x: chosen.run(initial, state, *x, memory=memory)[::-1]
+    return exchange.hand_over(step, state, (inputs, exchange.local_documents(documents)))[::-1]
+
+
+NEURAL_MEMORY = Op(
+    "neural_memory",
+    NeuralMemorySpec.of,
+    {"definition": Implementation(definition), "chunked": Implementation(chunked)},
+    preference=("chunked",),
+    split=_over_devices,
+)
 
 
 def neural_memory(
@@ -345,33 +395,16 @@ def neural_memory(
       y_BTHd and the state after the last position, both in float32 (float64 where q is): all of it is computed there.
       Reverse-mode differentiable in every array. Linear in T in memory: chunks are computed again in the backward pass.
     """
-    dtype = jnp.promote_types(q_BTHd.dtype, jnp.float32)
     inputs = (q_BTHd, k_BTHd, v_BTHd, log_keep_BTH, log_eta_BTH, theta_BTH)
-    inputs = jax.tree.map(lambda x: x.astype(dtype), inputs)
-    rows = lambda x: jnp.broadcast_to(x, (q_BTHd.shape[0], *x.shape[1:]))
     if state is not None and documents_BT is None:
         raise UserError("neural_memory: a state is given, but not which positions continue its document")
-    state = jax.tree.map(rows, initial) if state is None else state
-    shapes = "x".join(str(w.shape[-1]) for w in initial.weights)
-    described = f"{list(q_BTHd.shape)} layers {shapes} chunk {spec.chunk}"
-    chosen = choose("neural_memory", impl, IMPLEMENTATIONS, described, ("chunked",))
-    arrays = (initial, state, inputs, documents_BT)
-    leaves, kind = jax.tree.flatten(arrays, is_leaf=lambda x: x is None)
-
-    def on_device(*leaves):
-        initial, state, inputs, documents = jax.tree.unflatten(kind, leaves)
-        ours = context.parts()
-        if ours is None:
-            state, y = chosen.run(spec, initial, state, inputs, documents)
-        else:
-            documents = jnp.ones(inputs[0].shape[:2], jnp.int32) if documents is None else documents
-            step = lambda state, x: chosen.run(spec, initial, state, *x)
-            state, y = ours.handed_on(step, state, (inputs, ours.documents(documents)))
-        return y, *jax.tree.leaves(state)
-
+    if state is None:
+        state = jax.tree.map(lambda x: jnp.broadcast_to(x, (q_BTHd.shape[0], *x.shape[1:])), initial)
     rows = ("batch", "seq", "heads", None)
-    of_state = lambda x: ("batch", "heads", None, None)[: x.ndim]
-    of_inputs = [None if x is None else rows[: x.ndim] for x in inputs]
-    axes = [*map(of_state, jax.tree.leaves((initial, state))), *of_inputs, rows[:2]]
-    y, *after = partition.local(on_device, tuple(leaves), tuple(axes), [rows, *map(of_state, jax.tree.leaves(state))])
-    return y, jax.tree.unflatten(jax.tree.structure(state), after)
+    of_state = lambda tree: jax.tree.map(lambda x: ("batch", "heads", None, None)[: x.ndim], tree)
+    of_inputs = tuple(rows if x is None else rows[: x.ndim] for x in inputs)
+    out_axes = [rows, *(("batch", "heads", None, None)[: x.ndim] for x in jax.tree.leaves(state))]
+    return NEURAL_MEMORY(
+        initial, state, inputs, documents_BT,
+        axes=(of_state(initial), of_state(state), of_inputs, rows[:2]), out_axes=out_axes, impl=impl, memory=spec,
+    )  # fmt: skip

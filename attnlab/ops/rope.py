@@ -30,8 +30,8 @@ def rope(x_BTHd: jax.Array, positions_BT: jax.Array, base: float = 10_000.0) -> 
 @jax.custom_vjp
 def _rotate(x, cos, sin):
     a, b = jnp.split(x, 2, axis=-1)
-    turned = jnp.concatenate([-b, a], axis=-1)
-    return (x.astype(cos.dtype) * cos + turned.astype(cos.dtype) * sin).astype(x.dtype)
+    exchanged = jnp.concatenate([-b, a], axis=-1)
+    return (x.astype(cos.dtype) * cos + exchanged.astype(cos.dtype) * sin).astype(x.dtype)
 
 
 _rotate.defvjp(

@@ -84,8 +84,8 @@ def local(fn: Callable[..., Any], arrays: tuple[Any, ...], axes: tuple[Any, ...]
     """`fn(*arrays)`, computed by each device on its own part of the arrays.
 
     Right only where `fn` treats the split axes one element like another, as batch and heads, or asks `here` what is
-    split and exchanges what it must (`attnlab.ops.context`). Kernels, which XLA cannot split itself, and loops, which
-    it splits badly, run so.
+    split and exchanges what it must (`sequence_parallel`). Kernels, which XLA cannot split itself, and loops, which it
+    splits badly, run so.
 
     Args:
       fn: from local arrays to a local array, or a tuple of them.

@@ -163,7 +163,6 @@ class _Run:
         self._tracing = False
         self._record: dict[str, Any] = {}
         self._evaluation: models.Figures | None = None
-        ops.clear_choices()
         # Simulated devices share one pool of threads: collectives of two programs, or a program that waits for a save
         # to let go of its arrays, can keep each other from running until XLA gives up.
         self._serial = jax.default_backend() == "cpu" and self.mesh.size > 1
@@ -207,7 +206,9 @@ class _Run:
                 self.processes.at_step(step)
                 with self._profiled(step):
                     batch = self.program.put(next(self.loader))
-                    self.state, metrics = self.program.train_step(self.state, batch)
+                    with ops.recording() as chosen:  # in what is traced: the first step
+                        self.state, metrics = self.program.train_step(self.state, batch)
+                    self.program.chosen = self.program.chosen or chosen.table()
                     if self._serial:
                         jax.block_until_ready(self.state)
                     # The metrics of a step are fetched while the next one runs: the host never makes the device wait.
@@ -251,9 +252,6 @@ class _Run:
     def _describe(self) -> None:
         if not self.processes.first:
             return
-        # A program that is shared was traced, and its choices made, by the first run that stepped.
-        for op, chosen in ops.choices().items():
-            self.program.chosen[op] = self.program.chosen.get(op, {}) | chosen
         more = {"data": self.loader.summary(), "mesh": dict(self.mesh.shape), "resumed_at": self.step}
         more["implementations"] = self.program.chosen
         metadata.write_json(self.path / "config.json", metadata.describe_run(self.config, **more))

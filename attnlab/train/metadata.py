@@ -17,7 +17,6 @@ from typing import Any
 import jax
 
 from attnlab import config as config_lib
-from attnlab import ops
 from attnlab.errors import ConfigError, Damaged, UserError
 from attnlab.train import files, optimizers
 from attnlab.train.config import RunConfig, free_keys, placement_keys
@@ -69,7 +68,6 @@ def describe_run(config: RunConfig, **more: Any) -> dict[str, Any]:
             "count": jax.device_count(),
         },
         "processes": jax.process_count(),
-        "implementations": ops.choices(),
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         **more,

@@ -36,8 +36,7 @@ class Program:
       batches: whether batches of the config's shape will be run, which its mesh must then divide.
 
     Attributes:
-      chosen: the implementation of each op in the train step, once that was traced; see `attnlab.ops.choices`.
-
+      chosen: the implementation of each op in the train step, once that was traced; see `attnlab.ops.recording`.
     """
 
     def __init__(self, config: RunConfig, devices: Sequence[Any] | None = None, *, batches: bool = True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from flax import nnx
 from attnlab import mixers
 from attnlab.errors import UnsupportedPattern
 from attnlab.mixers import roles
+from attnlab.ops import dispatch
 from attnlab.parallel import partition
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
@@ -68,6 +70,17 @@ def document(x, seq, row, first, end):
     return x[row : row + 1, first:end], mixers.Sequence(seq.positions[row : row + 1, first:end])
 
 
+def everywhere(cls):
+    """Names of the implementations that run on every platform."""
+    return [name for name in cls.implementations if name not in kernels(cls)]
+
+
+def kernels(cls):
+    """Names of the others; a mixer without an op names its implementations only."""
+    ways = cls.implementations.items() if isinstance(cls.implementations, Mapping) else ()
+    return [name for name, way in ways if way.platforms is not None]
+
+
 @every_config
 def test_definition(config, x64):
     """Laws 1 and 7: each implementation equals the definition in float64, value and gradients (a knob alone: value)."""
@@ -84,11 +97,31 @@ def test_definition(config, x64):
 
 
 def implementations(config):
-    """`auto` or the like, and every implementation by its name, forced."""
+    """`auto` or the like, and every implementation by its name, forced; kernels are held in `test_kernels`."""
     cls = mixers.get(config.node_name)
     default = next(f for f in dataclasses.fields(config) if f.name == "impl").default
     assert "definition" in cls.implementations
-    return dict.fromkeys([default, *cls.implementations])
+    return dict.fromkeys([default, *everywhere(cls)])
+
+
+@pytest.mark.parametrize("name", [n for n in mixers.names() if kernels(mixers.get(n))])
+def test_kernels(name):
+    """Law 7: kernels, interpreted, equal the definition at a size that they serve: value and gradients, packed rows."""
+    if not kernels(mixers.get(name)):
+        return
+    T = 256
+    segments = jnp.asarray([[1] * 100 + [2] * 150 + [0] * 6])
+    seq = mixers.Sequence(jnp.broadcast_to(jnp.arange(T), (1, T)), segments)
+    x = jnp.asarray(np.random.default_rng(4).standard_normal((1, T, cases.WIDTH)), jnp.float32)
+    expected = None
+    for impl in ("definition", *kernels(mixers.get(name))):
+        config = mixers.get(name).Config(heads=2, head_width=64, impl=impl)
+        graphdef, params = cases.split(cases.module(config, jnp.float32))
+        with dispatch.interpreted(), dispatch.recording() as chosen:
+            result = value_and_gradients(graphdef, params, x, seq)
+        assert impl in {choice.implementation for choice in chosen.choices}
+        expected = result if expected is None else expected
+        assert_close(result, expected, 2e-5)
 
 
 @some_configs
@@ -172,7 +205,7 @@ def test_overflow(config):
 @pytest.mark.parametrize("config", cases.parameters(knobs_alone=False))
 def test_overflow_in_every_implementation(config):
     """Law 10, each implementation by its name."""
-    for impl in mixers.get(config.node_name).implementations:
+    for impl in everywhere(mixers.get(config.node_name)):
         held_to_overflow(dataclasses.replace(config, impl=impl))
 
 
@@ -235,7 +268,13 @@ def test_every_knob_turns(name):
         graphdef, params = cases.split(cases.module(config, jnp.float32))
         run = lambda p: call(graphdef, p, x, seq)
         shapes = jax.tree.map(jnp.shape, nnx.to_pure_dict(params))
-        return (str(shapes), str(jax.make_jaxpr(run)(params))), functools.partial(run, params)
+        programs = [str(jax.make_jaxpr(run)(params))]
+        if config.causal and cls.capabilities.streaming:  # what chooses for one position of a stream shows there
+            one = mixers.Sequence(seq.positions[:, :1])
+            state = nnx.merge(graphdef, params).init_state(2, cases.LENGTH)
+            extend = lambda p: nnx.merge(graphdef, p).extend(x[:, :1], one, state).y
+            programs.append(str(jax.make_jaxpr(extend)(params)))
+        return (str(shapes), programs), functools.partial(run, params)
 
     plain, plain_run = traced(cls.Config())
     for field in dataclasses.fields(cls.Config):
@@ -310,7 +349,7 @@ def traced(module, dtype):
 @some_configs
 def test_sums_are_wide(config):
     """Law 8: in bf16 sums over positions, exponentials and what a state adds up are fp32; of every implementation."""
-    for impl in mixers.get(config.node_name).implementations:
+    for impl in everywhere(mixers.get(config.node_name)):
         functions = traced(cases.module(dataclasses.replace(config, impl=impl), jnp.bfloat16), jnp.bfloat16)
         for fn, args in functions:
             assert precision.narrow_sums(fn, *args) == []
@@ -325,8 +364,10 @@ def test_sums_are_wide(config):
 @some_configs
 def test_float64_throughout(config, x64):
     """Law 11: in a float64 model whatever is floating is float64: y, losses, metrics, states, and all between."""
-    for impl in mixers.get(config.node_name).implementations:
-        for fn, args in traced(cases.module(dataclasses.replace(config, impl=impl), jnp.float64), jnp.float64):
+    for impl in everywhere(mixers.get(config.node_name)):
+        module = cases.module(dataclasses.replace(config, impl=impl), jnp.float64)
+        functions = traced(module, jnp.float64)
+        for fn, args in functions:
             assert precision.narrow_results(fn, *args, dtype=jnp.float64) == []
     fn, args = traced(cases.module(config, jnp.float64), jnp.float64)[0]
     total = lambda tree: sum(jnp.sum(a) for a in jax.tree.leaves(tree))

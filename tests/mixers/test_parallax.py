@@ -10,7 +10,7 @@ from flax import nnx
 
 from attnlab import mixers
 from attnlab.errors import ConfigError, UserError
-from attnlab.ops import Mask, attention, attention_xla, mask_from_segments
+from attnlab.ops import Mask, attention, blockwise, mask_from_segments
 from attnlab.ops.local_linear import local_linear
 from attnlab.ops.parallax import parallax
 from tests.mixers import cases
@@ -28,8 +28,8 @@ def x64():
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles so small that a short sequence meets several blocks."""
-    for name, value in {"_ROWS": 16, "_BODIES": 2, "_LEAST_KEYS": 16, "_ALIGN": 4}.items():
-        monkeypatch.setattr(attention_xla, name, value)
+    for name, value in {"ROWS": 16, "BODIES": 2, "LEAST_KEYS": 16, "ALIGN": 4}.items():
+        monkeypatch.setattr(blockwise, name, value)
 
 
 def arrays(B=2, H=4, K=2, d=5, e=3):

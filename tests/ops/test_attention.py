@@ -11,8 +11,8 @@ import pytest
 
 from attnlab import ops
 from attnlab.errors import UserError
-from attnlab.ops import Mask, attention, attention_xla, dispatch, mask_for_extension, mask_from_segments
-from attnlab.ops.attention import IMPLEMENTATIONS
+from attnlab.ops import Mask, attention, blockwise, dispatch, mask_for_extension, mask_from_segments
+from attnlab.ops.attention import ATTENTION
 
 T = 61
 SEGMENTS = np.array([[1] * 20 + [2] * 3 + [3] * 31 + [0] * 7, [0] * 2 + [4] * 33 + [5] * 26])
@@ -28,6 +28,7 @@ MASKS = {
     "packed window both ways": lambda: mask_from_segments(jnp.asarray(SEGMENTS), T, causal=False, window=9),
 }
 FORMS = ("cpu", "accelerator")
+EVERYWHERE = [name for name, way in ATTENTION.table.items() if way.platforms is None]
 
 
 @pytest.fixture(autouse=True)
@@ -39,9 +40,9 @@ def float64():
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles so small that a short sequence meets every kind of block."""
-    sizes = {"_ROWS": 16, "_BODIES": 3, "_LEAST_KEYS": 8, "_ALIGN": 4}
+    sizes = {"ROWS": 16, "BODIES": 3, "LEAST_KEYS": 8, "ALIGN": 4}
     for name, value in sizes.items():
-        monkeypatch.setattr(attention_xla, name, value)
+        monkeypatch.setattr(blockwise, name, value)
 
 
 @pytest.fixture(params=FORMS)
@@ -155,7 +156,7 @@ def test_plan_covers_every_row_once_and_every_visible_key():
         length, rows, groups = rng.integers(1, 400), rng.integers(1, 70), rng.integers(1, 9)
         mask = Mask(causal=bool(rng.integers(2)), window=[None, int(rng.integers(1, 300))][rng.integers(2)])
         keys = int(length if mask.causal or mask.window else rng.integers(1, 400))
-        plan = attention_xla.plan_blocks(int(length), keys, mask, int(rows), int(groups))
+        plan = blockwise.plan_blocks(int(length), keys, mask, int(rows), int(groups))
         assert len(plan) <= groups + 1
         seen = []
         for blocks in plan:
@@ -171,7 +172,7 @@ def test_plan_covers_every_row_once_and_every_visible_key():
 # Identities.
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", EVERYWHERE)
 @pytest.mark.parametrize("causal", [True, False])
 def test_window_is_exact(impl, causal, small_tiles):
     # With equal logits and one-hot values the output row is the row of weights.
@@ -207,7 +208,7 @@ def test_same_id_twice_is_two_documents():
     np.testing.assert_array_equal(end, [[2, 2, 3, 4, 5, 6]])
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", EVERYWHERE)
 @pytest.mark.parametrize("with_sinks", [True, False])
 def test_rows_that_see_nothing_are_zero_with_zero_gradients(impl, with_sinks, small_tiles):
     q, k, v = arrays(T=37, S=37, dtype=jnp.float32)
@@ -330,7 +331,7 @@ def test_no_array_of_queries_by_keys(name, form):
 def test_static_masks_emit_less_work():
     def flops(mask):
         q, k, v = arrays(B=1, T=2048, H=1, K=1, d=64, e=64, dtype=jnp.float32)
-        plan = attention_xla.plan_blocks(2048, 2048, mask, 256, 8)
+        plan = blockwise.plan_blocks(2048, 2048, mask, 256, 8)
         return sum(b.count * b.rows * b.keys for b in plan)
 
     assert flops(Mask(causal=True)) < 0.6 * flops(Mask())
@@ -395,10 +396,10 @@ def test_few_queries_under_a_static_mask():
 
 def test_choices_are_recorded():
     q, k, v = arrays(T=5)
-    ops.clear_choices()
-    attention(q, k, v, Mask(causal=True, window=3))
-    attention(q, k, v, Mask(), impl="definition")
-    assert ops.choices() == {
+    with ops.recording() as chosen:
+        attention(q, k, v, Mask(causal=True, window=3))
+        attention(q, k, v, Mask(), impl="definition")
+    assert chosen.table() == {
         "attention": {
             "B2 T5 S5 H4 K4 d8 float64 causal window=3": "xla",
             "B2 T5 S5 H4 K4 d8 float64": "definition",
@@ -408,9 +409,9 @@ def test_choices_are_recorded():
 
 def test_a_named_implementation_that_cannot_serve_raises(monkeypatch):
     q, k, v = arrays(T=5)
-    picky = dispatch.Implementation(lambda *a, **kw: None, lambda spec: "soft_cap" if spec.soft_cap else None)
-    monkeypatch.setitem(IMPLEMENTATIONS, "picky", picky)
-    assert attention(q, k, v, Mask(), impl="picky") is None
+    picky = dispatch.Implementation(lambda q, *a, **kw: q, lambda spec: "soft_cap" if spec.soft_cap else None)
+    monkeypatch.setitem(ATTENTION.table, "picky", picky)
+    assert attention(q, k, v, Mask(), impl="picky") is not None
     with pytest.raises(UserError, match="impl='picky' cannot serve .*: soft_cap"):
         attention(q, k, v, Mask(), soft_cap=1.0, impl="picky")
 
@@ -418,7 +419,7 @@ def test_a_named_implementation_that_cannot_serve_raises(monkeypatch):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda q, k, v: attention(q, k, v, Mask(), impl="fast"), "'fast'; allowed: auto, definition, xla"),
+        (lambda q, k, v: attention(q, k, v, Mask(), impl="fast"), "'fast'; allowed: auto, definition, xla, splash"),
         (lambda q, k, v: attention(q[:, :, :3], k[:, :, :2], v[:, :, :2], Mask()), "3 query heads over 2"),
         (lambda q, k, v: attention(q, k[..., :2], v, Mask()), "do not fit"),
         (lambda q, k, v: attention(q[0], k, v, Mask()), "must be"),

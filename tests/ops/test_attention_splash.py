@@ -1,7 +1,6 @@
 """The TPU kernel of softmax attention, interpreted: against the definition, documents included."""
 
 import functools
-import importlib
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +9,12 @@ import pytest
 
 from attnlab.errors import UserError
 from attnlab.ops import Mask, attention, attention_splash, mask_from_segments
-from attnlab.ops.attention import AttentionSpec
-from attnlab.ops.dispatch import Implementation
+from attnlab.ops.attention import ATTENTION
+from attnlab.ops.attention_frame import AttentionSpec
+from attnlab.ops.dispatch import interpreted
 from attnlab.parallel import partition
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
-
-attention_module = importlib.import_module("attnlab.ops.attention")  # the package has the function by this name
 
 T, H, K, WIDTH = 256, 4, 2, 64
 # Three documents, one of a single position, padding between and after them; a row that begins with padding.
@@ -65,20 +63,13 @@ def test_queries_split_over_devices(name):
     if mask.dynamic():
         twice = jnp.asarray(np.concatenate([SEGMENTS, SEGMENTS], 1))
         mask = mask_from_segments(twice, 2 * T, causal=mask.causal, window=mask.window)
-    implementations = attention_module.KERNELS | {
-        "splash": Implementation(
-            None, functools.partial(attention_splash.unsupported, interpret=True),
-            functools.partial(attention_splash.on_parts, interpret=True),
-        )
-    }  # fmt: skip
 
     def run(impl):
         o, vjp = jax.vjp(lambda q, k, v: attention(q, k, v, mask, soft_cap=cap, impl=impl), q, k, v)
         return o, *vjp(do)
 
     devices = sharding.make_mesh(MeshConfig(data=1, context=4), 1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_module, "KERNELS", implementations)
+    with interpreted():
         results = jax.jit(partition.traced(lambda: run("splash"), devices, sharding.ACTIVATION_RULES))()
     expected = jax.jit(lambda: run("definition"))()
     for a, b in zip(results, expected, strict=True):
@@ -104,8 +95,8 @@ def spec(**changes):
 )
 def test_what_it_cannot_serve(changes, reason):
     """Each with its reason; packed documents are intervals that it can."""
-    assert reason in attention_splash.unsupported(spec(**changes), interpret=True)
-    assert attention_splash.unsupported(spec(intervals=True, documents=True), interpret=True) is None
+    assert reason in attention_splash.unsupported(spec(**changes))
+    assert attention_splash.unsupported(spec(intervals=True, documents=True)) is None
 
 
 def test_elsewhere_than_on_tpu():
@@ -115,6 +106,6 @@ def test_elsewhere_than_on_tpu():
         attention(q, k, v, Mask(causal=True), impl="splash")
     token = partition._platform.set("tpu")
     try:
-        assert attention_splash.unsupported(spec()) is None
+        assert ATTENTION.pick(spec()) == "splash"
     finally:
         partition._platform.reset(token)

@@ -1,4 +1,4 @@
-"""One weight per channel: the value, and the form of its gradient."""
+"""One weight per channel, its value and the form of its gradient; projections where quantisers look."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from attnlab import mixers
+from attnlab.mixers.roles import Role
+from attnlab.models.lm import LanguageModel
+from attnlab.models.transformer import ModelConfig
 from attnlab.ops.linear import per_channel
 
 
@@ -21,3 +26,21 @@ def test_one_weight_per_channel(shape):
         np.testing.assert_allclose(gradient(w), (np.asarray(x) * dy).reshape(-1, shape[-1]).sum(0), rtol=1e-12)
         sums = [e.params["axes"] for e in jax.make_jaxpr(gradient)(w).eqns if e.primitive.name == "reduce_sum"]
         assert sums == ([tuple(range(len(shape) - 1))] if len(shape) > 1 else [])
+
+
+def test_projections_go_where_quantisers_look(monkeypatch):
+    """Every matrix of a model meets its activations in `jax.lax.dot_general`, called by its public name."""
+    config = ModelConfig(vocab=32, width=16, layers=1, mixers={"S": mixers.get("gated").Config()}, pattern="S")
+    model = LanguageModel(config, rngs=nnx.Rngs(0))
+    seen = []
+    product = jax.lax.dot_general
+
+    def replaced(x, w, *args, **kwargs):
+        seen.append(w.shape)
+        return product(x, w, *args, **kwargs)
+
+    monkeypatch.setattr(jax.lax, "dot_general", replaced)
+    jax.eval_shape(lambda: model.logits(model.hidden(jnp.zeros((1, 5), jnp.int32), mixers.Sequence.whole(1, 5)).y))
+    roles = jax.tree.leaves(nnx.state(model, nnx.Param), is_leaf=lambda v: isinstance(v, nnx.Variable))
+    matrices = [v.shape[-2:] for v in roles if v.role in (Role.MATRIX, Role.OUTPUT)]
+    assert sorted(seen) == sorted(matrices)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from attnlab.errors import UserError
-from attnlab.ops import Mask, attention, attention_xla, mask_for_extension, mask_from_segments
+from attnlab.ops import Mask, attention, blockwise, mask_for_extension, mask_from_segments
 from attnlab.ops.local_linear import local_linear
 
 T = 45
@@ -31,8 +31,8 @@ def x64():
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles so small that a short sequence meets several blocks."""
-    for name, value in {"_ROWS": 16, "_BODIES": 2, "_LEAST_KEYS": 16, "_ALIGN": 4}.items():
-        monkeypatch.setattr(attention_xla, name, value)
+    for name, value in {"ROWS": 16, "BODIES": 2, "LEAST_KEYS": 16, "ALIGN": 4}.items():
+        monkeypatch.setattr(blockwise, name, value)
 
 
 def arrays(B=2, T=T, S=None, H=4, K=2, d=5, e=3, seed=0, least=0.1):
@@ -140,7 +140,7 @@ def test_accelerator_form_equals_definition(small_tiles, monkeypatch):
     assert_close(value_and_grads("cg", q, k, v, ridge, mask), value_and_grads("definition", q, k, v, ridge, mask))
 
 
-def test_fixed_number_of_turns_equals_definition(small_tiles):
+def test_fixed_number_of_iterations_equals_definition(small_tiles):
     q, k, v, ridge = arrays()
     mask = MASKS["packed"]()
     assert_close(value_and_grads("cg_fixed", q, k, v, ridge, mask), value_and_grads("definition", q, k, v, ridge, mask))
@@ -161,7 +161,7 @@ def test_the_gradient_of_the_ridge_is_the_finite_difference():
     np.testing.assert_allclose((jax.grad(total)(ridge) * direction).sum(), difference, rtol=1e-6)
 
 
-def test_conjugate_gradients_of_d_turns_are_direct():
+def test_conjugate_gradients_of_d_iterations_are_direct():
     q, k, v, ridge = arrays(d=5)
     mask = Mask(causal=True)
     options = {"iterations": 5, "tolerance": 1e-15}
@@ -170,7 +170,7 @@ def test_conjugate_gradients_of_d_turns_are_direct():
     _, few = local_linear(q, k, v, mask, ridge, iterations=2)
     _, all_ = local_linear(q, k, v, mask, ridge, **options)
     assert few.residual_BTH.max() > 1e-2 and all_.residual_BTH.max() < 1e-8
-    # A row needs no more turns than it has keys besides its own direction.
+    # A row needs no more iterations than it has keys besides its own direction.
     assert np.all(np.asarray(all_.iterations_BTH)[:, 0] == 1) and all_.iterations_BTH.max() == 5
 
 
@@ -320,7 +320,7 @@ def test_the_past_is_bitwise_the_same_whatever_the_future(small_tiles):
 
 @pytest.mark.slow
 def test_memory_grows_linearly(monkeypatch):
-    monkeypatch.setattr(attention_xla, "_BODIES", 1)
+    monkeypatch.setattr(blockwise, "BODIES", 1)
 
     def scratch(length):
         q, k, v, ridge = arrays(B=1, T=length, H=1, K=1, d=8, e=8)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from attnlab.errors import UserError
-from attnlab.ops import turns
+from attnlab.ops import chunk_steps
 from attnlab.ops.documents import document_index
 from attnlab.ops.neural_memory import MemorySpec, forward, gelu, gelu_slope, gradients, initial_state, neural_memory
 
@@ -251,18 +251,18 @@ def test_the_bound_keeps_stale_gradients_stable():
     assert not repeated(1.0)[-1] < 1e30
 
 
-# --- the scan over turns ---------------------------------------------------------------------------------------------
+# --- the scan over chunk steps ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 4, 16])
-def test_turns_take_every_position_once(chunk):
-    """On random packings every position is in one turn, a turn needs one state, and the bound on turns holds."""
+def test_chunk_steps_take_every_position_once(chunk):
+    """On random packings every position is in one step, a step needs one state, and the bound on steps holds."""
     rng = np.random.default_rng(chunk)
-    plan = jax.jit(turns._plan, static_argnums=2)
+    plan = jax.jit(chunk_steps.plan, static_argnums=2)
     for share in (0.02, 0.3, 0.9):
         starts = rng.random((64, 37)) < share
         documents = jnp.asarray(np.cumsum(starts, axis=1), jnp.int32)
-        position = turns.positions_in_documents(documents, jnp.asarray(rng.integers(1, 9, 64), jnp.int32))
+        position = chunk_steps.positions_in_documents(documents, jnp.asarray(rng.integers(1, 9, 64), jnp.int32))
         start, taken = (np.asarray(x) for x in plan(documents, position, chunk))
         assert np.all(taken.sum(0) == 37) and np.all(start[1:] == (start + taken)[:-1])
         documents, position = np.asarray(documents), np.asarray(position)

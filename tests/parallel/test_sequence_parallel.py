@@ -9,9 +9,9 @@ import pytest
 
 from attnlab import mixers
 from attnlab.errors import ConfigError
-from attnlab.ops import Mask, attention, context
+from attnlab.ops import Mask, attention
 from attnlab.ops.documents import document_index
-from attnlab.parallel import partition
+from attnlab.parallel import partition, sequence_parallel
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
 from tests.mixers import test_contract
@@ -24,7 +24,7 @@ def mesh(**sizes):
     return sharding.make_mesh(MeshConfig(**{"data": 1} | sizes), 8, length=16)
 
 
-def on_parts(fn, *arrays, out=ROWS, **sizes):
+def on_devices(fn, *arrays, out=ROWS, **sizes):
     """`fn` on each device's part of arrays [B, T, ...]."""
     axes = tuple(ROWS[: a.ndim] for a in arrays)
     run = partition.traced(lambda *xs: partition.local(fn, xs, axes, out), mesh(**sizes), sharding.ACTIVATION_RULES)
@@ -32,34 +32,34 @@ def on_parts(fn, *arrays, out=ROWS, **sizes):
 
 
 @pytest.mark.parametrize("count", [2, 4, 8])
-def test_dealt_queries_are_as_much_causal_work_everywhere(count):
-    """Each device's positions see as many keys in sum as any other's; dealing back restores the order."""
+def test_zigzag_is_as_much_causal_work_everywhere(count):
+    """Each device's positions see as many keys in sum as any other's; undoing restores the order."""
     T = 16
     position = jnp.arange(T)[None, :, None]
 
     def work(x):
-        dealt = context.parts().dealt(x)
-        assert dealt.shape == x.shape
-        return jnp.broadcast_to((dealt + 1).sum(), x.shape)
+        ordered = sequence_parallel.here().zigzag(x)
+        assert ordered.shape == x.shape
+        return jnp.broadcast_to((ordered + 1).sum(), x.shape)
 
-    seen = np.unique(on_parts(work, position, context=count))
+    seen = np.unique(on_devices(work, position, context=count))
     assert seen.tolist() == [T * (T + 1) // 2 // count]
-    there_and_back = lambda x: context.parts().dealt(context.parts().dealt(x), back=True)
-    np.testing.assert_array_equal(on_parts(there_and_back, position, context=count), position)
+    there_and_back = lambda x: sequence_parallel.here().zigzag(sequence_parallel.here().zigzag(x), undo=True)
+    np.testing.assert_array_equal(on_devices(there_and_back, position, context=count), position)
 
 
-def test_running_is_what_stands_before_each_part():
+def test_exclusive_scan_is_what_stands_before_each_run():
     """A sum with decay over four parts, from a start."""
     x = np.random.default_rng(0).random((2, 16, 3))
     decay = np.array([0.5, 0.25, 2.0, 0.125])
 
     def before(x):
-        ours = context.parts()
+        ours = sequence_parallel.here()
         own = jnp.asarray(decay)[ours.index()], x.sum(1)
         join = lambda before, own: own[0] * before + own[1]
-        return jnp.broadcast_to(ours.running(join, own, jnp.ones((x.shape[0], 3)))[0][:, None], x.shape)
+        return jnp.broadcast_to(ours.exclusive_scan(join, own, jnp.ones((x.shape[0], 3)))[0][:, None], x.shape)
 
-    found = np.asarray(on_parts(before, jnp.asarray(x), context=4, data=2))[:, ::4]
+    found = np.asarray(on_devices(before, jnp.asarray(x), context=4, data=2))[:, ::4]
     state = np.ones((2, 3))
     for part in range(4):
         np.testing.assert_allclose(found[:, part], state, rtol=1e-6)
@@ -69,11 +69,13 @@ def test_running_is_what_stands_before_each_part():
 def test_documents_are_counted_from_the_one_that_goes_on():
     """0 where a part continues the document in which the part before ended; documents that begin count from 1."""
     segments = jnp.asarray([[1, 1, 1, 1, 1, 2, 2, 3, 3, 3, 3, 3, 4, 4, 4, 4]])
-    local = on_parts(lambda d: context.parts().documents(d), document_index(segments), out=ROWS[:2], context=4)
+    local = on_devices(
+        lambda d: sequence_parallel.here().local_documents(d), document_index(segments), out=ROWS[:2], context=4
+    )
     np.testing.assert_array_equal(local[0].reshape(4, 4), [[1, 1, 1, 1], [0, 1, 1, 2], [0, 0, 0, 0], [1, 1, 1, 1]])
 
 
-def test_handed_on_is_the_recurrence():
+def test_hand_over_is_the_recurrence():
     """A recurrence in no way linear, over four parts and three rows: values, the last state and gradients."""
     x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 16, 2)))
     states = jnp.ones((3, 2))
@@ -90,7 +92,7 @@ def test_handed_on_is_the_recurrence():
         return step(states, x)[::-1]
 
     def split(x, states):
-        on_device = lambda x, s: context.parts().handed_on(step, s, x)[::-1]
+        on_device = lambda x, s: sequence_parallel.here().hand_over(step, s, x)[::-1]
         axes = ((None, "seq", None), (None, None))
         return partition.local(on_device, (x, states), axes, list(axes))
 

@@ -1,0 +1,185 @@
+"""Agent attention as ops: causal, with a stream's state, and both ways, for sequences, packed documents and images."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attnlab.ops import agent_attention as both_ways
+from attnlab.ops.agent_causal import Averages, fixed_agent_attention
+from attnlab.ops.agent_refreshed import Stream, definition_refreshed_agents, refreshed_agent_attention
+from attnlab.ops.dispatch import Implementation, Op
+from attnlab.parallel.sequence_parallel import SequenceParallel
+
+
+@dataclasses.dataclass(frozen=True)
+class AgentSpec:
+    """The static facts by which an implementation is chosen. Lengths as in the ops."""
+
+    batch: int
+    positions: int
+    heads: int
+    width: int
+    agents: int
+    dtype: str
+    packed: bool
+    features: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        shape = f"B{self.batch} T{self.positions} H{self.heads} d{self.width} m{self.agents} {self.dtype}"
+        return " ".join([shape, *(["packed"] if self.packed else []), *self.features])
+
+
+def _causal_spec(
+    exchange: SequenceParallel | None, q, k, v, agents_Hmd, documents, before, *, refreshed: bool, chunk: int
+) -> AgentSpec:
+    features = ["causal", "refreshed" if refreshed else "fixed", *([] if before is None else ["stream"])]
+    return AgentSpec(*q.shape, agents_Hmd.shape[1], str(q.dtype), documents is not None, tuple(features))
+
+
+def _no_stream(spec: AgentSpec) -> str | None:
+    return "it needs the positions before" if "stream" in spec.features else None
+
+
+def causal_definition(q, k, v, agents_Hmd, documents, before, *, refreshed: bool, chunk: int):
+    """All pairs of positions."""
+    agents = agents_Hmd.astype(q.dtype)
+    documents = jnp.zeros(q.shape[:2], jnp.int32) if documents is None else documents
+    own = definition_refreshed_agents(q, agents, documents, chunk) if refreshed else agents[None, None]
+    t = jnp.arange(q.shape[1])
+    visible = (documents[:, :, None] == documents[:, None]) & (t[:, None] >= t)
+    return both_ways.definition(q, k, v, own, visible), None
+
+
+def causal_chunked(q, k, v, agents_Hmd, documents, before, *, refreshed: bool, chunk: int):
+    """In linear time, and where agents are refreshed one pass over the keys for each chunk."""
+    agents = agents_Hmd.astype(q.dtype)
+    if refreshed:
+        return refreshed_agent_attention(q, k, v, agents, documents, before, chunk=chunk)
+    o, after = fixed_agent_attention(q, k, v, agents[None], documents, before, chunk=chunk)
+    return o, None if before is None else after
+
+
+def _causal_chunked_over_devices(exchange, q, k, v, agents_Hmd, documents, before, *, refreshed: bool, chunk: int):
+    agents = agents_Hmd.astype(q.dtype)
+    if not refreshed:
+        return fixed_agent_attention(q, k, v, agents[None], documents, chunk=chunk, exchange=exchange)[0], None
+    q, k, v = map(exchange.all_gather, (q, k, v))
+    documents = None if documents is None else exchange.all_gather(documents)
+    return exchange.own(refreshed_agent_attention(q, k, v, agents, documents, chunk=chunk)[0]), None
+
+
+CAUSAL_AGENT_ATTENTION = Op(
+    "causal_agent_attention",
+    _causal_spec,
+    {
+        "definition": Implementation(causal_definition, _no_stream),
+        "chunked": Implementation(causal_chunked, split=_causal_chunked_over_devices),
+    },
+    preference=("chunked",),
+)
+
+
+def causal_agent_attention(
+    q_BTHd: jax.Array,
+    k_BTHd: jax.Array,
+    v_BTHe: jax.Array,
+    agents_Hmd: jax.Array,
+    documents_BT: jax.Array | None = None,
+    before: Averages | Stream | None = None,
+    *,
+    refreshed: bool,
+    chunk: int,
+    impl: str = "auto",
+) -> tuple[jax.Array, Averages | Stream | None]:
+    """Causal agent attention.
+
+    Args:
+      q_BTHd, k_BTHd, v_BTHe: queries, keys and values.
+      agents_Hmd: the agents, or those of a document's first chunk.
+      documents_BT: of `attnlab.ops.documents.document_index`; None: all positions continue one document.
+      before: what a stream's earlier positions left: `Averages` of fixed agents, `Stream` of refreshed ones.
+      refreshed: whether agents are made anew for every chunk of a document (`refreshed_agent_attention`).
+      chunk: positions computed together, or between refreshes.
+      impl: "auto", or a name in `CAUSAL_AGENT_ATTENTION.table`.
+
+    Returns:
+      o_BTHe in the dtype of q, and what later positions of a stream need; None where `before` is.
+    """
+    # A stream's positions and heads stay whole: its cache has heads and rows in one axis.
+    seq, heads = ("seq", "heads") if before is None else (None, None)
+    rows = ("batch", seq, heads, None)
+    of_stream = lambda x: ("batch", None, None, None)[: x.ndim]
+    streamed = jax.tree.map(of_stream, before)
+    after = [of_stream(x) for x in jax.tree.leaves(before)]
+    return CAUSAL_AGENT_ATTENTION(
+        q_BTHd, k_BTHd, v_BTHe, agents_Hmd, documents_BT, before,
+        axes=(rows, rows, rows, (heads, None, None), rows[:2], streamed), out_axes=[rows, *after],
+        impl=impl, refreshed=refreshed, chunk=chunk,
+    )  # fmt: skip
+
+
+def _both_ways_spec(exchange, q, k, v, segments, bias_in, bias_out, *, agents: int, grid: Any) -> AgentSpec:
+    features = [f"grid={grid[0]}x{grid[1]}"] if grid is not None else []
+    features += ["biases"] if bias_in is not None else []
+    return AgentSpec(*q.shape, agents, str(q.dtype), segments is not None, tuple(features))
+
+
+def both_ways_definition(q, k, v, segments, bias_in, bias_out, *, agents: int, grid: tuple[int, int] | None):
+    """All pairs of positions."""
+    segments = jnp.ones(q.shape[:2], jnp.int32) if segments is None else segments
+    own, visible, used = both_ways.definition_pooled_agents(q, segments, agents)
+    if grid is not None:
+        own, used = both_ways.definition_grid_agents(q, grid, agents), None
+    return both_ways.definition(q, k, v, own, visible, used, bias_in, bias_out)
+
+
+def both_ways_linear(q, k, v, segments, bias_in, bias_out, *, agents: int, grid: tuple[int, int] | None):
+    """In linear time."""
+    if segments is not None:
+        return both_ways.packed_agent_attention(q, k, v, segments, agents)
+    if grid is not None:
+        own = both_ways.grid_agents(q, grid, agents)
+    else:
+        own = both_ways.adaptive_pool(q, 1, min(agents, q.shape[1]))
+    return both_ways.agent_attention(q, k, v, own, bias_in, bias_out)
+
+
+AGENT_ATTENTION = Op(
+    "agent_attention",
+    _both_ways_spec,
+    {"definition": Implementation(both_ways_definition), "chunked": Implementation(both_ways_linear)},
+    preference=("chunked",),
+)
+
+
+def pooled_agent_attention(
+    q_BTHd: jax.Array,
+    k_BTHd: jax.Array,
+    v_BTHe: jax.Array,
+    segments_BT: jax.Array | None = None,
+    bias_in_HmT: jax.Array | None = None,
+    bias_out_HmT: jax.Array | None = None,
+    *,
+    agents: int,
+    grid: tuple[int, int] | None = None,
+    impl: str = "auto",
+) -> jax.Array:
+    """Agent attention without a causal order, by agents pooled from the queries: o_BTHe in the dtype of q.
+
+    Args:
+      q_BTHd, k_BTHd, v_BTHe: queries, keys and values.
+      segments_BT: ids of packed documents, 0 for padding; None: one document a row. Not with a grid.
+      bias_in_HmT, bias_out_HmT: added to the logits of agents over keys and of queries over agents; None: nothing.
+      agents: m, most agents of a document; a square number where there is a grid.
+      grid: rows and columns of the image that the last positions are; None: there is none.
+      impl: "auto", or a name in `AGENT_ATTENTION.table`.
+    """
+    rows, bias = ("batch", "seq", "heads", None), ("heads", None, None)
+    return AGENT_ATTENTION(
+        q_BTHd, k_BTHd, v_BTHe, segments_BT, bias_in_HmT, bias_out_HmT,
+        axes=(rows, rows, rows, rows[:2], bias, bias), out_axes=[rows], impl=impl, agents=agents, grid=grid,
+    )  # fmt: skip

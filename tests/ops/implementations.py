@@ -1,0 +1,158 @@
+"""Every op with inputs to hold its implementations to the definition by, kernels included."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnlab.errors import UserError
+from attnlab.ops import Mask, mask_from_segments
+from attnlab.ops.agent import AGENT_ATTENTION, CAUSAL_AGENT_ATTENTION, causal_agent_attention, pooled_agent_attention
+from attnlab.ops.attention import ATTENTION, ATTENTION_WITH_LSE, attention, attention_with_lse
+from attnlab.ops.cached_attention import CACHED_ATTENTION, cached_attention
+from attnlab.ops.delta_rule import DELTA_RULE, delta_rule
+from attnlab.ops.dispatch import Op, interpreted
+from attnlab.ops.flow_attention import FLOW_ATTENTION, flow_attention
+from attnlab.ops.flow_definition import FlowRule
+from attnlab.ops.linear_recurrence import LINEAR_RECURRENCE, linear_recurrence
+from attnlab.ops.local_linear import LOCAL_LINEAR, local_linear
+from attnlab.ops.neural_memory import NEURAL_MEMORY, MemorySpec, initial_state, neural_memory
+from attnlab.ops.parallax import PARALLAX, parallax
+from attnlab.ops.segmented_ema import SEGMENTED_EMA, segmented_ema
+
+SHORT, LONG = (2, 11, 2, 4), (1, 256, 2, 64)  # B, T, H, d; the long one is for kernels
+
+
+def arrays(count: int, shape: tuple[int, ...], seed: int = 0) -> list[jax.Array]:
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.standard_normal(shape), jnp.float32) for _ in range(count)]
+
+
+def segments(shape: tuple[int, ...]) -> jax.Array:
+    """Two documents, padding behind."""
+    B, T = shape[:2]
+    return jnp.broadcast_to(jnp.asarray([1] * (T // 3) + [2] * (T - T // 3 - 2) + [0] * 2), (B, T))
+
+
+def _attention(shape: tuple[int, ...], impl: str, op: Callable = attention) -> tuple[Callable, list[jax.Array]]:
+    mask = mask_from_segments(segments(shape), shape[1], causal=True)
+    return lambda q, k, v: op(q, k, v, mask, impl=impl), arrays(3, shape)
+
+
+def _with_lse(*args: Any, **options: Any) -> tuple[jax.Array, jax.Array]:
+    o, lse = attention_with_lse(*args, **options)
+    return o, jnp.maximum(lse, -100.0)  # whatever says that a row sees nothing
+
+
+def _cached(queries: int, impl: str) -> tuple[Callable, list[jax.Array]]:
+    q, k, v = *arrays(1, (2, queries, 4, 6)), *arrays(2, (4, 9, 6), seed=1)
+    mask = Mask(jnp.full((2, queries), 2), jnp.full((2, queries), 7))
+    return lambda q, k, v: cached_attention(q, k, v, mask, impl=impl), [q, k, v]
+
+
+def _memory(impl: str) -> tuple[Callable, list[jax.Array]]:
+    q, k, v = (x / 2 for x in arrays(3, SHORT))
+    gates = [-jnp.abs(x[..., 0]) / 4 for x in arrays(3, SHORT, seed=1)]
+    initial = initial_state(tuple(arrays(1, (2, 4, 4), seed=2)), 1, True)
+    spec = MemorySpec(4, False, (1.0,))
+    return lambda *a: neural_memory(*a[:5], -a[5] / 4, initial, spec, impl=impl), [q, k, v, *gates]
+
+
+def _delta(impl: str) -> tuple[Callable, list[jax.Array]]:
+    q, k, v = (x / 2 for x in arrays(3, SHORT))
+    decay, beta = (jax.nn.sigmoid(x[..., 0]) for x in arrays(2, SHORT, seed=1))
+    return lambda *a: delta_rule(*a, chunk=4, impl=impl), [q, k, v, -decay, beta]
+
+
+def _flow(causal: bool, impl: str) -> tuple[Callable, list[jax.Array]]:
+    features = [jax.nn.sigmoid(x) for x in arrays(3, SHORT)]
+    run = lambda *a: flow_attention(*a, FlowRule(), causal=causal, chunk=4, impl=impl).o
+    return run, features
+
+
+def _agents(refreshed: bool, impl: str) -> tuple[Callable, list[jax.Array]]:
+    inputs = [*arrays(3, SHORT), *arrays(1, (2, 2, 4), seed=1)]
+    run = lambda *a: causal_agent_attention(*a, refreshed=refreshed, chunk=4, impl=impl)[0]
+    return run, inputs
+
+
+# Per op: cases by name, each `impl` to a function and its arrays.
+CASES: dict[str, tuple[Op, dict[str, Callable[[str], tuple[Callable, list[jax.Array]]]]]] = {
+    "attention": (ATTENTION, {n: functools.partial(_attention, s) for n, s in (("short", SHORT), ("long", LONG))}),
+    "attention_with_lse": (ATTENTION_WITH_LSE, {"short": lambda impl: _attention(SHORT, impl, _with_lse)}),
+    "cached_attention": (CACHED_ATTENTION, {f"{n}": functools.partial(_cached, n) for n in (1, 3)}),
+    "local_linear": (
+        LOCAL_LINEAR,
+        {"short": lambda impl: (lambda *a: local_linear(*a, Mask(causal=True), 0.5, impl=impl)[0], arrays(3, SHORT))},
+    ),
+    "parallax": (
+        PARALLAX,
+        {"short": lambda impl: (lambda *a: parallax(*a, Mask(causal=True), impl=impl), arrays(4, SHORT))},
+    ),
+    "linear_recurrence": (
+        LINEAR_RECURRENCE,
+        {"short": lambda impl: (lambda *a: linear_recurrence(*a, chunk=4, impl=impl), arrays(3, SHORT))},
+    ),
+    "delta_rule": (DELTA_RULE, {"short": _delta}),
+    "flow_attention": (FLOW_ATTENTION, {f"causal={c}": functools.partial(_flow, c) for c in (True, False)}),
+    "neural_memory": (NEURAL_MEMORY, {"short": _memory}),
+    "causal_agent_attention": (
+        CAUSAL_AGENT_ATTENTION,
+        {f"refreshed={r}": functools.partial(_agents, r) for r in (False, True)},
+    ),
+    "agent_attention": (
+        AGENT_ATTENTION,
+        {"short": lambda impl: (lambda *a: pooled_agent_attention(*a, agents=3, impl=impl), arrays(3, SHORT))},
+    ),
+    "segmented_ema": (
+        SEGMENTED_EMA,
+        {
+            "short": lambda impl: (
+                lambda d, x, h: segmented_ema(jax.nn.sigmoid(d), x, h, impl=impl),
+                [*arrays(1, (2, 11, 3)), *arrays(1, (2, 11, 2, 3)), *arrays(1, (2, 2, 3))],
+            )
+        },
+    ),
+}
+
+
+def names(op: Op) -> list[str]:
+    """All implementations but the definition."""
+    return [name for name in op.table if name != "definition"]
+
+
+def held_to_the_definition(op: str, impl: str) -> None:
+    """Values and gradients of `impl`, forced and if need be interpreted, in every case that it serves: one at least."""
+    table, served = CASES[op][0].table, 0
+    assert impl in table
+    for make in CASES[op][1].values():
+
+        def both(impl: str, make: Callable = make) -> Any:
+            run, inputs = make(impl)
+            scalar = lambda inputs: (lambda y: (sum(jnp.sum(jnp.sin(a)) for a in jax.tree.leaves(y)), y))(run(*inputs))
+            return jax.jit(jax.value_and_grad(scalar, has_aux=True))(inputs)
+
+        with interpreted():
+            if not _serves(make, impl):
+                continue
+            served += 1
+            found = both(impl)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(both("definition")), strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4)
+    assert served, f"no case of {op} serves {impl}: add one to CASES"
+
+
+def _serves(make: Callable, impl: str) -> bool:
+    run, inputs = make(impl)
+    try:
+        jax.eval_shape(run, *inputs)
+    except UserError as error:
+        if "cannot serve" not in str(error):
+            raise
+        return False
+    return True

@@ -1,0 +1,109 @@
+"""Imports run one way, nobody imports another's private names, and no mixer is another's library."""
+
+import ast
+import functools
+import pathlib
+
+PACKAGE = pathlib.Path(__file__).parent.parent / "attnlab"
+# From top to bottom; a room may import those below it, and the leaves. Rooms on one line know nothing of each other.
+ROOMS = (
+    ("__main__",),
+    ("cli",),
+    ("ablate",),
+    ("diagnose", "interchange", "launch"),
+    ("train",),
+    ("evaluate",),
+    ("models",),
+    ("mixers",),
+    ("policies",),
+    ("ops",),
+    ("parallel",),
+)
+LEAVES = ("arguments", "config", "data", "errors", "memory", "output", "paths", "taps")
+KNOWN_UPWARD: set[tuple[str, str]] = set()  # (file, room) that are still the wrong way round: only to get fewer
+
+
+@functools.cache
+def trees():
+    return {path.relative_to(PACKAGE): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
+
+
+def imports(tree):
+    """(module, name or None) of all that is imported from attnlab."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names if alias.name.split(".")[0] == "attnlab")
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            if node.module and node.module.split(".")[0] == "attnlab":
+                yield from ((node.module, alias.name) for alias in node.names)
+
+
+def room_of(module, name):
+    parts = [*module.split("."), *([name] if name else [])]
+    return parts[1] if len(parts) > 1 else None
+
+
+def test_imports_run_one_way():
+    """A room imports only rooms below it and leaves; a leaf imports only leaves."""
+    level = {room: i for i, line in enumerate(ROOMS) for room in line}
+    upward = set()
+    for path, tree in trees().items():
+        own = path.parts[0].removesuffix(".py")
+        assert own in level or own in LEAVES or own == "__init__", f"{own} is in no room: say where it stands"
+        for module, name in imports(tree):
+            other = room_of(module, name)
+            if other == own or other in LEAVES or other not in level:
+                continue
+            if own in LEAVES or level[other] <= level[own]:
+                upward.add((str(path), other))
+    assert upward == KNOWN_UPWARD
+
+
+def test_no_private_name_is_imported():
+    """Nor read off another module: what others need has a public name."""
+    found = []
+    for path, tree in trees().items():
+        modules = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "attnlab":
+                found += [(str(path), a.name) for a in node.names if a.name.startswith("_")]
+                modules |= {a.asname or a.name for a in node.names}
+        found += [
+            (str(path), ast.unparse(node))
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules
+            and node.attr.startswith("_") and not node.attr.startswith("__")
+        ]  # fmt: skip
+    assert found == []
+
+
+def test_no_mixer_is_a_library():
+    """From the file of another mixer comes only what a mixer of the file is a kind of: the class, its Config and state.
+
+    What two mixers share stands in a file that registers none.
+    """
+    registers = lambda tree: any(
+        isinstance(node, ast.ClassDef) and any(ast.unparse(d).startswith("register(") for d in node.decorator_list)
+        for node in ast.walk(tree)
+    )
+    mixers = {f"attnlab.mixers.{p.stem}": t for p, t in trees().items() if p.parts[0] == "mixers" and registers(t)}
+    assert len(mixers) > 9
+    for module, tree in mixers.items():
+        bases = {ast.unparse(b) for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for b in node.bases}
+        for other in mixers:
+            names = {name for source, name in imports(tree) if source == other and module != other}
+            if not names:
+                continue
+            assert bases & names, f"{module} imports {names} from {other}, of which it is no kind"
+            classes = {node.name for node in ast.walk(mixers[other]) if isinstance(node, ast.ClassDef)}
+            assert names <= classes, f"{module} uses {other} as a library: {names - classes}"
+
+
+def test_launch_names_no_mixer_and_no_kernel():
+    """What kernels cost is said by their implementations."""
+    for path, tree in trees().items():
+        if path.parts[0] == "launch":
+            assert not any(module.startswith("attnlab.mixers") for module, _ in imports(tree)), path
+            strings = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+            assert not any("splash" in s for s in strings), path
