@@ -57,6 +57,8 @@ def test_seeds_share_what_was_compiled(source, tmp_path, capfd):
     assert runs.lines(tmp_path / "0") == runs.lines(tmp_path / "2") != runs.lines(tmp_path / "1")
     assert results[0].evaluation.loss == results[2].evaluation.loss != results[1].evaluation.loss
     assert capfd.readouterr() == ("", "")
+    drawn = [np.asarray(program.init(seed).params["embedding"]) for seed in (3, 4, 3)]  # the data differ anyway
+    assert (drawn[0] == drawn[2]).all() and (drawn[0] != drawn[1]).any()
     for i in range(3):
         assert '"attention"' in (tmp_path / str(i) / "config.json").read_text()  # chosen while the first was traced
 
