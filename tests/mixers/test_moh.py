@@ -379,7 +379,7 @@ def test_core_from_nodes_and_the_command_line():
         ({"router": "norm", "core": {"qk_norm": True}}, "qk_norm"),
         ({"router": "norm", "gate_norm": "paper"}, "gate_norm"),
         ({"router": "norm_dense", "impl": "gather"}, "impl = 'gather'.*heads that are off"),
-        ({"impl": "sparse"}, "auto, dense, gather"),
+        ({"impl": "sparse"}, "auto, definition, dense, gather"),
     ],
 )
 def test_impossible_configs(fields, message):

@@ -95,7 +95,7 @@ def segment_by_segment(mixed, x, positions):
         start = w if t % chunk == 0 else start
         read = np.einsum("hi,hio->ho", query[t], reader)
         k_read, v_read = jnp.split(mixed.retrieved(read.reshape(1, -1)), 2, axis=-1)
-        k_read = mixed.attention.turned(k_read.reshape(1, 1, *read.shape), positions[:, t : t + 1])
+        k_read = mixed.attention.rotated(k_read.reshape(1, 1, *read.shape), positions[:, t : t + 1])
         keys += [k[t], np.asarray(k_read)[0, 0]]
         values += [v[t], np.asarray(v_read).reshape(read.shape)]
         weights = np.exp(np.einsum("hd,nhd->nh", q[t], keys) / 2)

@@ -11,6 +11,8 @@ from attnlab import mixers
 from attnlab.errors import ConfigError
 from attnlab.ops import Mask, attention
 from attnlab.ops.documents import document_index
+from attnlab.ops.flow_attention import flow_attention
+from attnlab.ops.flow_definition import FlowRule
 from attnlab.parallel import partition, sequence_parallel
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
@@ -115,6 +117,22 @@ def test_attention_gathers_keys_and_values_only():
     gathered = re.findall(r"= \(?(\w+\[[\d,]*\])\S* all-gather", text)
     assert gathered and all(shape.endswith("16,2,6]") for shape in gathered), gathered
     assert "reduce-scatter" in text
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_bidirectional_flow_adds_up_what_devices_hold(packed):
+    """Sums over all positions, and the softmax over all sources, are of the whole row: values and gradients."""
+    q, k, v = (jnp.asarray(np.random.default_rng(i).random((2, 16, 2, 3)), jnp.float32) for i in range(3))
+    documents = document_index(jnp.asarray([[1] * 5 + [2] * 11, [3] * 16])) if packed else None
+
+    def both(q, k, v):
+        run = lambda *a: flow_attention(*a, FlowRule(), causal=False, documents=documents, chunk=4)
+        scalar = lambda *a: (lambda out: (jnp.sum(jnp.sin(out.o)) + jnp.sum(jnp.cos(out.outgoing)), out.o))(run(*a))
+        return jax.value_and_grad(scalar, (0, 1, 2), has_aux=True)(q, k, v)
+
+    found = jax.jit(partition.traced(both, mesh(context=4, data=2), sharding.ACTIVATION_RULES))(q, k, v)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(both(q, k, v)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 VARIANTS = (
