@@ -133,7 +133,7 @@ def right(finished, tmp_path_factory):
 
 
 @pytest.mark.parametrize("verb", VERBS)
-@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize("kind", [k if k == "flipped" else pytest.param(k, marks=pytest.mark.slow) for k in DAMAGE])
 def test_damage(finished, right, tmp_path, capsys, verb, kind):
     """No traceback, exit code 0 with a right figure or 2 with a line that says why; what was there is still there."""
     for file in finished.share(verb, list(DAMAGE).index(kind)):
