@@ -10,8 +10,7 @@ from flax import nnx
 
 from attnlab import mixers
 from attnlab.mixers.roles import Role
-from attnlab.models.lm import LanguageModel
-from attnlab.models.transformer import ModelConfig
+from attnlab.models.lm import LanguageModel, LanguageModelConfig
 from attnlab.ops.linear import per_channel
 
 
@@ -30,7 +29,7 @@ def test_one_weight_per_channel(shape):
 
 def test_projections_go_where_quantisers_look(monkeypatch):
     """Every matrix of a model meets its activations in `jax.lax.dot_general`, called by its public name."""
-    config = ModelConfig(vocab=32, width=16, layers=1, mixers={"S": mixers.get("gated").Config()}, pattern="S")
+    config = LanguageModelConfig(vocab=32, width=16, layers=1, mixers={"S": mixers.get("gated").Config()}, pattern="S")
     model = LanguageModel(config, rngs=nnx.Rngs(0))
     seen = []
     product = jax.lax.dot_general
