@@ -400,21 +400,33 @@ def test_cost(config):
         assert not cls.capabilities.fixed_state or longer == cost.state_bytes
 
 
-@every_config
-def test_roles(config):
-    """Law 12: a parameter is called a matrix where the program multiplies activations by it, and does nothing else."""
-    module = nnx.eval_shape(lambda: mixers.build(config, width=cases.WIDTH, rngs=nnx.Rngs(0)))
-    graphdef, params = cases.split(module)
-    leaves, treedef = jax.tree.flatten(params)
-    run = lambda leaves, x, seq: nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))(x, seq)
-    x, seq = cases.inputs(jnp.float32)
-    if getattr(config, "grid", None):  # tables of positions are read where there is an image
-        seq = dataclasses.replace(mixers.Sequence.whole(*x.shape[:2]), grid=config.grid)
-    found = uses.of(lambda leaves, x: run(leaves, x, seq).y, leaves, x)
-    stated = jax.tree_util.tree_leaves_with_path(roles.usages(params))
-    for (path, usage), used in zip(stated, found, strict=True):
-        assert used, f"{jax.tree_util.keystr(path)} is not used"
-        assert (usage.role is roles.Role.MATRIX) == (used == {uses.PRODUCT}), (jax.tree_util.keystr(path), usage, used)
+@pytest.mark.parametrize("name", mixers.names())
+def test_roles(name):
+    """Law 12: a parameter is called a matrix where the program multiplies activations by it, and does nothing else.
+
+    Of the configs that have the same parameters, one is traced.
+    """
+    seen = set()
+    for label, (config, _) in cases.configs(name).items():
+        module = nnx.eval_shape(lambda c=config: mixers.build(c, width=cases.WIDTH, rngs=nnx.Rngs(0)))
+        graphdef, params = cases.split(module)
+        stated = jax.tree_util.tree_leaves_with_path(roles.usages(params))
+        shapes = (
+            str([(jax.tree_util.keystr(path), usage) for path, usage in stated]),
+            str(jax.tree.map(jnp.shape, params)),
+        )
+        if shapes in seen:
+            continue
+        seen.add(shapes)
+        leaves, treedef = jax.tree.flatten(params)
+        run = lambda leaves, x, seq: nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))(x, seq)
+        x, seq = cases.inputs(jnp.float32)
+        if getattr(config, "grid", None):  # tables of positions are read where there is an image
+            seq = dataclasses.replace(mixers.Sequence.whole(*x.shape[:2]), grid=config.grid)
+        found = uses.of(lambda leaves, x: run(leaves, x, seq).y, leaves, x)
+        for (path, usage), used in zip(stated, found, strict=True):
+            assert used, f"{label}: {jax.tree_util.keystr(path)} is not used"
+            assert (usage.role is roles.Role.MATRIX) == (used == {uses.PRODUCT}), (label, path, usage, used)
 
 
 def keys_seen(config, t):

@@ -76,13 +76,11 @@ class Finished:
 
     def share(self, verb: str, turn: int) -> list[pathlib.Path]:
         """A verb's part of the files, which wanders with `turn`: outside of checkpoints all for training, which reads
-        them, and half for the others; within, where all read the same, an eighth for training and a quarter."""
+        them, and half for the others; within, where all read the same, an eighth."""
         outside = [f for f in self.files if f.parts[0] != "checkpoints"]
         within = [f for f in self.files if f.parts[0] == "checkpoints"]
-        half, eighths = (
-            {"train": (0, 1), "eval": (0,), "generate": (1,)},
-            {"train": (0,), "eval": (2, 5), "generate": (3, 7)},
-        )
+        half = {"train": (0, 1), "eval": (0,), "generate": (1,)}
+        eighths = {"train": (0,), "eval": (2,), "generate": (5,)}
         pick = lambda files, of, parts: [f for i, f in enumerate(files) if (i + turn) % of in parts]
         return pick(outside, 2, half[verb]) + pick(within, 8, eighths[verb])
 
