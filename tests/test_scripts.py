@@ -14,7 +14,7 @@ import time
 import pytest
 import yaml
 
-from attnlab import cli
+from attnlab import arguments
 from attnlab.train.config import load
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -350,7 +350,7 @@ def test_the_commands_of_the_page(tmp_path):
     read = [words[1:] for words in ran if words[0] == "attnlab"]
     read += [["train", *words[3:]] for words in ran if words[0] == "sbatch"]
     for words in read:
-        args, overrides = cli._parse(words)
+        args, overrides = arguments.parse(words)
         load(args.config, overrides)
     verbs = [words[0] for words in read]
     assert [verbs.count(verb) for verb in ("compile", "tokenizer", "train")] == [3, 2, 8]
