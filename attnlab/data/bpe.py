@@ -43,8 +43,6 @@ def train_tokenizer(
       ConfigError: vocab_size is not allowed.
       UserError: the source cannot be read, `out` is there, or it cannot be written.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
     if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or not _SMALLEST <= vocab_size <= _LARGEST:
         raise ConfigError(
             f"vocab_size = {show(vocab_size)} is not allowed: an integer of at least {_SMALLEST}, at most 2^24."
@@ -53,15 +51,7 @@ def train_tokenizer(
     source = Source(config)
     out = os.path.abspath(paths.expand(out))
     counts = {"documents": 0, "bytes": 0}
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_DOCUMENT],
-        show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    )
+    tokenizer, trainer = _byte_level(vocab_size)
 
     def check() -> None:
         paths.require_new_file(out, overwrite)
@@ -113,3 +103,19 @@ def _texts(source: Source, counts: dict[str, int], report: ProgressFn) -> Iterat
             if kept:
                 counts["bytes"] += size
                 yield piece
+
+
+def _byte_level(vocab_size: int) -> tuple[Any, Any]:
+    """A byte-level BPE tokenizer of the library that knows nothing yet, and its trainer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT],
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    return tokenizer, trainer

@@ -6,13 +6,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import logging
 import math
 import os
 import pathlib
 import re
 import shutil
-import sys
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -21,7 +19,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from attnlab.errors import Damaged, UserError
-from attnlab.train import digests, files, workdir
+from attnlab.train import digests, files, noise, workdir
 from attnlab.train.processes import Processes
 from attnlab.train.state import TrainState
 
@@ -29,7 +27,6 @@ T = TypeVar("T")
 
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _HOST = "host/metadata"  # the file of the item `host`
-_CLOSED = "Event loop is closed"  # says tensorstore, in threads of its own, where orbax has given up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +60,7 @@ class Checkpoints:
 
     def __init__(self, path: pathlib.Path, keep: int = 1, *, processes: Processes | None = None):
         self._processes, self._keep = processes, keep
-        _quiet()
+        noise.keep_out()
         self._workdir = path.absolute()
         self.directory = self._workdir / "checkpoints"
         self._open: ocp.AsyncCheckpointer | None = None
@@ -405,26 +402,6 @@ class Checkpoints:
         reasons = [reason] if self._processes is None else self._processes.gather(reason)
         _raise_damage(next(filter(None, reasons), ""))
         return found  # type: ignore[return-value]
-
-
-def _quiet() -> None:
-    """Keeps to the loop what matters to people: orbax reports each failure with its whole stack, and asyncio, through
-    its logger and as exceptions that nobody can catch, what orbax did not wait for."""
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    if getattr(sys.unraisablehook, "__name__", "") == "unraisable_unless_closed":
-        return
-    unraisable, exception = sys.unraisablehook, sys.excepthook
-
-    def unraisable_unless_closed(what: Any) -> None:
-        if str(what.exc_value) != _CLOSED:
-            unraisable(what)
-
-    def exception_unless_closed(kind: Any, value: Any, trace: Any) -> None:
-        if str(value) != _CLOSED:
-            exception(kind, value, trace)
-
-    sys.unraisablehook, sys.excepthook = unraisable_unless_closed, exception_unless_closed
 
 
 def _raise_damage(reason: str) -> None:
