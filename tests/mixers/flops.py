@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 
+from tests.mixers import cases
+
 
 def count(fn: Any, *args: Any) -> float:
     """FLOPs of all dot_generals of `fn(*args)`, a multiply-add counted as 2, loop bodies as often as they run."""
@@ -33,3 +35,13 @@ def _count(jaxpr: Any) -> float:
                 if hasattr(inner, "eqns"):
                     total += times * _count(inner)
     return total
+
+
+def keys_seen(config, t):
+    """Keys that a query at position t of one document sees."""
+    config = getattr(config, "core", config)
+    if config.node_name == "rat":  # the complete chunks before, and its own
+        return t // config.chunk + 1
+    if not config.causal:
+        return cases.LENGTH
+    return min(t + 1, getattr(config, "window", None) or cases.LENGTH)

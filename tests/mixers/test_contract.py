@@ -389,7 +389,7 @@ def test_cost(config):
     # Where pairs are counted, the program computes all and the declaration those that the mask lets through.
     declared = dict(cost.flops)
     if cost.span is not None:
-        span = sum(keys_seen(config, t) for t in range(cases.LENGTH)) / cases.LENGTH
+        span = sum(flops.keys_seen(config, t) for t in range(cases.LENGTH)) / cases.LENGTH
         assert cost.span == pytest.approx(span, rel=1e-6)
         declared["attention"] *= cases.LENGTH / span
     assert counted == pytest.approx(sum(declared.values()), rel=1e-6)
@@ -427,16 +427,6 @@ def test_roles(name):
         for (path, usage), used in zip(stated, found, strict=True):
             assert used, f"{label}: {jax.tree_util.keystr(path)} is not used"
             assert (usage.role is roles.Role.MATRIX) == (used == {uses.PRODUCT}), (label, path, usage, used)
-
-
-def keys_seen(config, t):
-    """Keys that a query at position t of one document sees."""
-    config = getattr(config, "core", config)
-    if config.node_name == "rat":  # the complete chunks before, and its own
-        return t // config.chunk + 1
-    if not config.causal:
-        return cases.LENGTH
-    return min(t + 1, getattr(config, "window", None) or cases.LENGTH)
 
 
 @pytest.mark.parametrize("name", mixers.names())
