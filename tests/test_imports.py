@@ -19,7 +19,7 @@ ROOMS = (
     ("ops",),
     ("parallel",),
 )
-LEAVES = ("arguments", "batch", "config", "data", "errors", "memory", "output", "paths", "taps")
+LEAVES = ("arguments", "batch", "config", "data", "errors", "memory", "output", "paths", "registry", "taps")
 KNOWN_UPWARD: set[tuple[str, str]] = set()  # (file, room) that are still the wrong way round: only to get fewer
 
 

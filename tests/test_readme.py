@@ -31,7 +31,7 @@ def example(tmp_path_factory):
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     yield module
-    del base._REGISTRY["average"], sys.modules[spec.name]
+    del base.MIXERS.classes["average"], sys.modules[spec.name]
 
 
 def laws():

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from attnlab import batch as batch_lib
-from attnlab import config as config_lib
+from attnlab.registry import Registry
 
 Arrays = dict[str, np.ndarray]
 DEFAULT = "text"  # what a config's `data` without a name is
@@ -112,26 +112,8 @@ class Data:
         return []
 
 
-_REGISTRY: dict[str, type[Data]] = {}
-
-
-def register(name: str):
-    """Class decorator: makes Data known by `name` to configs."""
-
-    def add(cls: type[Data]) -> type[Data]:
-        if name in _REGISTRY and _REGISTRY[name].__module__ != cls.__module__:
-            raise ValueError(f"two kinds of data are called {name!r}")
-        cls.name = name
-        cls.Config.node_name = name
-        _REGISTRY[name] = cls
-        return cls
-
-    return add
-
-
-def names() -> list[str]:
-    """Names of all registered kinds, in order."""
-    return sorted(_REGISTRY)
+KINDS: Registry[Data] = Registry("data", DEFAULT)
+register, names, config_from_node = KINDS.register, KINDS.names, KINDS.config_from_node
 
 
 def open_data(config: Any) -> Data:
@@ -140,19 +122,9 @@ def open_data(config: Any) -> Data:
     Raises:
       UserError: what it needs (a tokenizer) cannot be read.
     """
-    return _REGISTRY[config.node_name](config)
+    return KINDS.get(config.node_name)(config)
 
 
 def names_other(config: Any) -> tuple[str, ...]:
     """`Data.names_other` of a config."""
-    return _REGISTRY[config.node_name].names_other
-
-
-def config_from_node(tree: Any, path: str) -> Any:
-    """The typed config of a node; text where it has no name."""
-    if dataclasses.is_dataclass(tree):
-        return tree
-    if isinstance(tree, Mapping):
-        tree = {"name": DEFAULT, **tree}
-    name, rest = config_lib.split_name(tree, path, names())
-    return config_lib.build(_REGISTRY[name].Config, rest, path)
+    return KINDS.get(config.node_name).names_other

@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnlab import config as config_lib
-from attnlab.errors import ConfigError, UnsupportedPattern
+from attnlab.errors import UnsupportedPattern
 from attnlab.mixers import roles
 from attnlab.ops.documents import document_index, overflowed
+from attnlab.registry import Registry
 
 State = Any  # a pytree of arrays
 
@@ -258,45 +258,24 @@ def _marked(y: jax.Array, lost_BT: jax.Array, segments_BT: jax.Array) -> jax.Arr
     return jnp.where((lost_BT & (segments_BT != 0))[..., None], jnp.nan, y)
 
 
-_REGISTRY: dict[str, type[Mixer]] = {}
+MIXERS: Registry[Mixer] = Registry("mixer")
+names, get = MIXERS.names, MIXERS.get
 
 
 def register(name: str):
     """Class decorator: makes a Mixer known by `name` to configs, the command line and the contract battery."""
 
     def add(cls: type[Mixer]) -> type[Mixer]:
-        if name in _REGISTRY and _REGISTRY[name].__module__ != cls.__module__:
-            raise ValueError(f"two mixers are called {name!r}")
-        cls.name = name
-        cls.Config.node_name = name
         if cls.extension:  # said once, read in the docstring, in `attnlab list` and in docs/mixers.md
             cls.__doc__ = f"{inspect.cleandoc(cls.__doc__ or '')}\n\nExtension, not in the paper: {cls.extension}."
-        _REGISTRY[name] = cls
-        return cls
+        return MIXERS.register(name)(cls)
 
     return add
 
 
-def names() -> list[str]:
-    """Names of all registered mixers, in order."""
-    return sorted(_REGISTRY)
-
-
-def get(name: str) -> type[Mixer]:
-    """The Mixer class of a name; ConfigError if there is none."""
-    if name not in _REGISTRY:
-        raise ConfigError(
-            f"mixer {name!r} is unknown{config_lib.suggest(name, names())}; allowed: {', '.join(names())}"
-        )
-    return _REGISTRY[name]
-
-
 def config_from_node(node: Any, path: str = "mixer") -> Any:
     """The typed Config of a node `{"name": ..., **fields}`; a Config passes through."""
-    if dataclasses.is_dataclass(node):
-        return node
-    name, rest = config_lib.split_name(node, path, names())
-    return config_lib.build(get(name).Config, rest, path)
+    return MIXERS.config_from_node(node, path)
 
 
 def build(node: Any, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> Mixer:

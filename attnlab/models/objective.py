@@ -15,8 +15,8 @@ import numpy as np
 from flax import nnx
 
 from attnlab import batch as batch_lib
-from attnlab import config as config_lib
 from attnlab.mixers import MixerOutput
+from attnlab.registry import Registry
 
 Batch = Mapping[str, jax.Array]
 DEFAULT = "lm"  # what a config's `model` without a name is
@@ -137,38 +137,10 @@ class Objective(nnx.Module):
         raise NotImplementedError
 
 
-_REGISTRY: dict[str, type[Objective]] = {}
-
-
-def register(name: str):
-    """Class decorator: makes an Objective known by `name` to configs."""
-
-    def add(cls: type[Objective]) -> type[Objective]:
-        if name in _REGISTRY and _REGISTRY[name].__module__ != cls.__module__:
-            raise ValueError(f"two models are called {name!r}")
-        cls.name = name
-        cls.Config.node_name = name
-        _REGISTRY[name] = cls
-        return cls
-
-    return add
-
-
-def names() -> list[str]:
-    """Names of all registered models, in order."""
-    return sorted(_REGISTRY)
+MODELS: Registry[Objective] = Registry("model", DEFAULT)
+register, names, config_from_node = MODELS.register, MODELS.names, MODELS.config_from_node
 
 
 def of(config: Any) -> type[Objective]:
     """The Objective that a config is of."""
-    return _REGISTRY[config.node_name]
-
-
-def config_from_node(tree: Any, path: str) -> Any:
-    """The typed config of a node; a language model where it has no name."""
-    if dataclasses.is_dataclass(tree):
-        return tree
-    if isinstance(tree, Mapping):
-        tree = {"name": DEFAULT, **tree}
-    name, rest = config_lib.split_name(tree, path, names())
-    return config_lib.build(_REGISTRY[name].Config, rest, path)
+    return MODELS.get(config.node_name)

@@ -36,7 +36,7 @@ def test_a_mixer_without_heads(monkeypatch):
         pass
 
     Headless.Config = Config
-    monkeypatch.setitem(base._REGISTRY, "headless", Headless)
+    monkeypatch.setitem(base.MIXERS.classes, "headless", Headless)
     assert layers.default_config("headless") == Config()
     assert layers.default_config("softmax") == mixers.get("softmax").Config(heads=layers.HEADS)
 

@@ -149,7 +149,7 @@ def test_a_parameter_without_a_role_is_refused():
         node_name = "bare"
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(mixers.base._REGISTRY, "bare", Bare)
+        patch.setitem(mixers.base.MIXERS.classes, "bare", Bare)
         patch.setattr(mixers.base, "config_from_node", lambda node: BareConfig())
         with pytest.raises(ValueError, match=r"parameter inner.theta states no role; make it with .*roles.param"):
             mixers.build({"name": "bare"}, width=4, rngs=nnx.Rngs(0))
