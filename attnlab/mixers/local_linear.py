@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnlab import config as config_lib
-from attnlab.mixers.base import MixerOutput, knob, register
+from attnlab.mixers.attention import Attention, AttentionConfig
+from attnlab.mixers.base import MixerOutput, impl_knob, knob, register
 from attnlab.mixers.parts import Linear, param_dtype
 from attnlab.mixers.roles import Role, param
-from attnlab.mixers.softmax import Softmax, SoftmaxConfig
 from attnlab.ops.keys_values import KeysValues
 from attnlab.ops.local_linear import LOCAL_LINEAR, local_linear
 from attnlab.ops.masks import Mask, mean_visible_keys
@@ -23,42 +22,28 @@ _LEAST_RIDGE = 1e-3  # below it float32 loses the output
 
 
 @dataclasses.dataclass(frozen=True)
-class LocalLinearConfig(SoftmaxConfig):
-    """Knobs of local linear attention: those of softmax attention but sinks and soft_cap, and the regression's."""
+class LocalLinearConfig(AttentionConfig):
+    """Knobs of local linear attention: of its queries, keys and values, and of the regression.
 
-    # No knobs here: with sinks the weights would not sum to 1, the paper caps no logits, and one op serves caches too.
-    sinks: ClassVar[bool] = False
-    soft_cap: ClassVar[None] = None
-    decode_impl: ClassVar[str] = "auto"
+    It has no sinks, with which weights would not sum to 1, and no soft-cap, which the paper has not.
+    """
 
     qk_norm: bool = knob(True, "RMSNorm over each head of queries and keys, before RoPE: they must share one space",
                          other=(False,))  # fmt: skip
     ridge: float | None = knob(
         None, "ridge, on weights that sum to 1; none: learned per head and position, softplus(w x + b) + ridge_min, "
-        "1 at first where x = 0", other=(0.3,)
+        "1 at first where x = 0", other=(0.3,), least=_LEAST_RIDGE
     )  # fmt: skip
-    ridge_min: float = knob(0.01, f"least learned ridge, {_LEAST_RIDGE} or more", other=(0.1,))
-    iterations: int = knob(16, "iterations of conjugate gradients at most", other=(6,))
+    ridge_min: float = knob(0.01, f"least learned ridge, {_LEAST_RIDGE} or more", other=(0.1,), least=_LEAST_RIDGE,
+                             below=1)  # fmt: skip
+    iterations: int = knob(16, "iterations of conjugate gradients at most", other=(6,), least=1)
     tolerance: float | None = knob(None, "relative residual at which a solve is done; none: 1e-5, in float64 1e-13",
-                                   other=(1e-14,))  # fmt: skip
-    impl: str = knob("auto", f"{', '.join(LOCAL_LINEAR.names())}; cg stops when a block is done, cg_fixed never",
-                     other=("definition",))  # fmt: skip
-
-    def __post_init__(self) -> None:
-        own = ("sinks", "soft_cap", "impl", "decode_impl")
-        SoftmaxConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(SoftmaxConfig) if f.name not in own})
-        need = config_lib.require
-        need(_LEAST_RIDGE <= self.ridge_min < 1, "ridge_min", self.ridge_min, f"{_LEAST_RIDGE} or more, below 1")
-        if self.ridge is not None:
-            need(self.ridge >= _LEAST_RIDGE, "ridge", self.ridge, f"{_LEAST_RIDGE} or more, or none")
-        need(self.iterations >= 1, "iterations", self.iterations, "1 or more")
-        if self.tolerance is not None:
-            need(0 < self.tolerance < 1, "tolerance", self.tolerance, "between 0 and 1, or none")
-        config_lib.require_choice("impl", self.impl, LOCAL_LINEAR.names())
+                                   other=(1e-14,), above=0, below=1)  # fmt: skip
+    impl: str = impl_knob(LOCAL_LINEAR.names(), doc="cg stops when a block is done, cg_fixed never; one of")
 
 
 @register("local_linear")
-class LocalLinear(Softmax):
+class LocalLinear(Attention):
     """The value at the query of the affine map of keys that fits the values best, weighted by softmax attention.
 
     `attnlab.ops.local_linear` has the formula. Metrics are means over heads and positions: the relative residual of the

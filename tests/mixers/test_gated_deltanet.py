@@ -127,7 +127,7 @@ def naive(module, x):
     rows = np.concatenate([split(x @ weight(y)) for y in (module.q, module.k, module.v)], axis=-1)
     padded = np.concatenate([np.zeros((c.conv - 1, *rows.shape[1:])), rows])
     rows = silu(sum(filters[i] * padded[i : i + length] for i in range(c.conv)))
-    d = module.key_dim
+    d = module.head_dim
     q, k, v = rows[..., :d], rows[..., d : 2 * d], rows[..., 2 * d :]
     q, k = (y / np.sqrt((y * y).sum(-1, keepdims=True) + 1e-6) for y in (q, k))
     beta = 1 / (1 + np.exp(-x @ weight(module.beta)))
