@@ -35,7 +35,7 @@ def layer(module, x, positions, segments):
     """The whole layer for one row, head by head and query by query."""
     c = module.config
     kernel = lambda m: np.asarray(m.kernel[...])
-    d, group = module.head_dim, c.heads // module.kv_heads
+    d, group = module.head_dim, c.heads // c.key_heads
     q, k, v = (x @ kernel(m) for m in (module.q, module.k, module.v))
     out = np.zeros((len(x), c.heads * d))
     for h in range(c.heads):
