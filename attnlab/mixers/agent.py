@@ -32,16 +32,27 @@ class AgentConfig(HeadConfig):
     """Knobs of agent attention."""
 
     agents: int = knob(16, "agents m; a square number for images", other=(4,), least=1)
-    causal: bool | None = knob(None, "whether a position sees only itself and those before; none: true without a grid",
-                               other=(False,))  # fmt: skip
-    form: str | None = knob(None, "learned: agents are parameters, the state is of fixed size; pooled: means of "
-                            "queries, where causal of the chunk before; none: learned where causal, else pooled",
-                            other=("pooled",), choices=("learned", "pooled"))  # fmt: skip
-    grid: tuple[int, ...] | None = knob(None, "rows and columns of the images that biases are for; none: no biases",
-                                        other=((2, 3),))  # fmt: skip
+    causal: bool | None = knob(
+        None, "whether a position sees only itself and those before; none: true without a grid", other=(False,)
+    )
+    form: str | None = knob(
+        None,
+        "learned: agents are parameters, the state is of fixed size; pooled: means of "
+        "queries, where causal of the chunk before; none: learned where causal, else pooled",
+        other=("pooled",),
+        choices=("learned", "pooled"),
+    )
+    grid: tuple[int, ...] | None = knob(
+        None, "rows and columns of the images that biases are for; none: no biases", other=((2, 3),)
+    )
     conv: bool = knob(True, "add a depthwise convolution of the values, 3 wide", other=(False,))
-    chunk: int = knob(64, "where causal: positions computed together (learned), or between refreshes of the agents, a "
-                      "multiple of agents (pooled)", other=(4,), least=1)  # fmt: skip
+    chunk: int = knob(
+        64,
+        "where causal: positions computed together (learned), or between refreshes of the agents, a "
+        "multiple of agents (pooled)",
+        other=(4,),
+        least=1,
+    )
     impl: str = impl_knob(AGENT_ATTENTION.names())
 
     def __post_init__(self) -> None:

@@ -46,9 +46,13 @@ class BasedConfig(HeadConfig):
     """Knobs of Based's linear attention; `head_width` is that of values."""
 
     feature_width: int = knob(16, "width f of a head's queries and keys before the feature map", other=(5,), least=1)
-    features: str = knob("symmetric", "symmetric: 1 + f + f (f + 1) / 2 features; full: 1 + f + f^2, the same "
-                         "layer with every product of two channels twice", other=("full",),
-                         choices=FEATURES)  # fmt: skip
+    features: str = knob(
+        "symmetric",
+        "symmetric: 1 + f + f (f + 1) / 2 features; full: 1 + f + f^2, the same "
+        "layer with every product of two channels twice",
+        other=("full",),
+        choices=FEATURES,
+    )
     epsilon: float = knob(1e-12, "added to the denominator, which is at least 1/2", other=(0.5,), least=0)
     chunk: int = knob(64, "positions computed as one product; changes only speed and memory", other=(4,), least=1)
     impl: str = impl_knob(LINEAR_RECURRENCE.names())

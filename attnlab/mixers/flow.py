@@ -28,15 +28,21 @@ class FlowConfig(HeadConfig):
     """Knobs of flow attention."""
 
     causal: bool = knob(True, "whether a position sees only itself and those before", other=(False,))
-    feature: str = knob("sigmoid", f"feature map of queries and keys: {', '.join(FEATURES)}", other=("relu",),
-                        choices=FEATURES)  # fmt: skip
+    feature: str = knob(
+        "sigmoid", f"feature map of queries and keys: {', '.join(FEATURES)}", other=("relu",), choices=FEATURES
+    )
     competition: bool = knob(True, "whether sources compete: a softmax over them scales values", other=(False,))
     allocation: bool = knob(True, "whether outputs are scaled by the sigmoid of the incoming flow", other=(False,))
-    clip: float | None = knob(5.0, "competition clips outgoing flows (their mean is 1) to [-clip, clip]; none: not",
-                              other=(None,))  # fmt: skip
+    clip: float | None = knob(
+        5.0, "competition clips outgoing flows (their mean is 1) to [-clip, clip]; none: not", other=(None,)
+    )
     epsilon: float = knob(1e-6, "added to features and to their sums", other=(1e-2,), above=0)
-    form: str = knob("sums", "running sums, or averages: the same, and exact for streams beyond 2^24 positions; causal",
-                     other=("averages",), choices=("sums", "averages"))  # fmt: skip
+    form: str = knob(
+        "sums",
+        "running sums, or averages: the same, and exact for streams beyond 2^24 positions; causal",
+        other=("averages",),
+        choices=("sums", "averages"),
+    )
     chunk: int = knob(64, "positions in a chunk; changes only time and memory", other=(4,), least=1)
     impl: str = impl_knob(op.FLOW_ATTENTION.names())
 
@@ -86,9 +92,16 @@ class Flow(HeadMixer):
         q, k, v = (split_heads(y(x), self.head_dim) for y in (self.q, self.k, self.v))
         features = lambda y: FEATURES[c.feature](y.astype(param_dtype(self.dtype)))
         out = op.flow_attention(
-            features(q), features(k), v, c.rule(), causal=c.causal, documents=seq.documents, state=carried,
-            chunk=c.chunk, impl=c.impl,
-        )  # fmt: skip
+            features(q),
+            features(k),
+            v,
+            c.rule(),
+            causal=c.causal,
+            documents=seq.documents,
+            state=carried,
+            chunk=c.chunk,
+            impl=c.impl,
+        )
         metrics = {}
         if c.competition and c.clip is not None:
             metrics["flow_clipped"] = _share(out.outgoing > c.clip, seq.segments, out.outgoing.dtype)

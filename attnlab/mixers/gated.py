@@ -36,20 +36,36 @@ POSITIONS = {
 class GatedConfig(SoftmaxConfig):
     """Knobs of gated attention: those of softmax attention, and the gate's."""
 
-    position: str = knob("G1", f"what is gated: {'; '.join(f'{k} {v}' for k, v in POSITIONS.items())}",
-                         other=("G2", "G3", "G4", "G5"), choices=POSITIONS)  # fmt: skip
+    position: str = knob(
+        "G1",
+        f"what is gated: {'; '.join(f'{k} {v}' for k, v in POSITIONS.items())}",
+        other=("G2", "G3", "G4", "G5"),
+        choices=POSITIONS,
+    )
     granularity: str = knob(
-        "elementwise", "elementwise: a score per channel; headwise: one per head", other=("headwise",),
+        "elementwise",
+        "elementwise: a score per channel; headwise: one per head",
+        other=("headwise",),
         choices=("elementwise", "headwise"),
     )
-    sharing: str = knob("specific", "specific: scores of each head; shared: their mean over heads", other=("shared",),
-                       choices=("specific", "shared"))  # fmt: skip
-    operation: str = knob("multiplicative", "multiplicative: Y * score; additive: Y + score", other=("additive",),
-                         choices=("multiplicative", "additive"))  # fmt: skip
-    activation: str = knob("sigmoid", f"{', '.join(ACTIVATIONS)}", other=("silu", "ns_sigmoid", "identity"),
-                          choices=ACTIVATIONS)  # fmt: skip
-    input_dependent: bool = knob(True, "true: score act(x W); false: act(theta), theta learned, zero at first",
-                                 other=(False,))  # fmt: skip
+    sharing: str = knob(
+        "specific",
+        "specific: scores of each head; shared: their mean over heads",
+        other=("shared",),
+        choices=("specific", "shared"),
+    )
+    operation: str = knob(
+        "multiplicative",
+        "multiplicative: Y * score; additive: Y + score",
+        other=("additive",),
+        choices=("multiplicative", "additive"),
+    )
+    activation: str = knob(
+        "sigmoid", f"{', '.join(ACTIVATIONS)}", other=("silu", "ns_sigmoid", "identity"), choices=ACTIVATIONS
+    )
+    input_dependent: bool = knob(
+        True, "true: score act(x W); false: act(theta), theta learned, zero at first", other=(False,)
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -28,8 +28,9 @@ class GatedDeltaNetConfig(HeadConfig):
     """Knobs of Gated DeltaNet; `head_width` is that of queries and keys."""
 
     expand: float = knob(1.0, "width of values in head widths, e / d", other=(2.0,), above=0)
-    conv: int = knob(4, "positions that the convolution of q, k and v spans, itself included; 1: none", other=(1,),
-                     least=1)  # fmt: skip
+    conv: int = knob(
+        4, "positions that the convolution of q, k and v spans, itself included; 1: none", other=(1,), least=1
+    )
     gate: bool = knob(True, "multiply the normed outputs by silu(x W_g)", other=(False,))
     decay: bool = knob(True, "let the memory decay; false: DeltaNet", other=(False,))
     chunk: int = knob(64, "positions computed at once in training", other=(4,), least=1)

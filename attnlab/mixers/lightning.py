@@ -31,17 +31,30 @@ class LightningConfig(HeadConfig):
     """Knobs of lightning attention."""
 
     decay_scale: float = knob(
-        1.0, "c in the decay exp(-c * 2^(-8 (h + 1) / H)) per position of head h = 0 .. H - 1; 0: nothing decays. "
-        "TransNormerLLM's layer l of L has c = 1 - l / (L - 1) + 1e-5", other=(0.0,), least=0
-    )  # fmt: skip
-    activation: str = knob("silu", f"of queries, keys and values: {', '.join(ACTIVATIONS)}", other=("identity",),
-                           choices=ACTIVATIONS)  # fmt: skip
-    norm: str = knob("srmsnorm", f"of the output; {'; '.join(f'{k}: {v}' for k, v in NORMS.items())}",
-                     other=("rmsnorm", "layernorm"), choices=NORMS)  # fmt: skip
-    norm_over: str = knob("layer", "layer: over all heads' channels; head: over each head's own", other=("head",),
-                          choices=("layer", "head"))  # fmt: skip
-    gate_rank: int | None = knob(None, "r in the output's gate sigmoid(x W [D, r] W [r, H d]); none: d", other=(2,),
-                                 least=1)  # fmt: skip
+        1.0,
+        "c in the decay exp(-c * 2^(-8 (h + 1) / H)) per position of head h = 0 .. H - 1; 0: nothing decays. "
+        "TransNormerLLM's layer l of L has c = 1 - l / (L - 1) + 1e-5",
+        other=(0.0,),
+        least=0,
+    )
+    activation: str = knob(
+        "silu", f"of queries, keys and values: {', '.join(ACTIVATIONS)}", other=("identity",), choices=ACTIVATIONS
+    )
+    norm: str = knob(
+        "srmsnorm",
+        f"of the output; {'; '.join(f'{k}: {v}' for k, v in NORMS.items())}",
+        other=("rmsnorm", "layernorm"),
+        choices=NORMS,
+    )
+    norm_over: str = knob(
+        "layer",
+        "layer: over all heads' channels; head: over each head's own",
+        other=("head",),
+        choices=("layer", "head"),
+    )
+    gate_rank: int | None = knob(
+        None, "r in the output's gate sigmoid(x W [D, r] W [r, H d]); none: d", other=(2,), least=1
+    )
     chunk: int = knob(64, "positions computed as one product; changes only speed and memory", other=(4,), least=1)
     impl: str = impl_knob(LINEAR_RECURRENCE.names())
 

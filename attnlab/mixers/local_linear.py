@@ -28,17 +28,27 @@ class LocalLinearConfig(AttentionConfig):
     It has no sinks, with which weights would not sum to 1, and no soft-cap, which the paper has not.
     """
 
-    qk_norm: bool = knob(True, "RMSNorm over each head of queries and keys, before RoPE: they must share one space",
-                         other=(False,))  # fmt: skip
+    qk_norm: bool = knob(
+        True, "RMSNorm over each head of queries and keys, before RoPE: they must share one space", other=(False,)
+    )
     ridge: float | None = knob(
-        None, "ridge, on weights that sum to 1; none: learned per head and position, softplus(w x + b) + ridge_min, "
-        "1 at first where x = 0", other=(0.3,), least=_LEAST_RIDGE
-    )  # fmt: skip
-    ridge_min: float = knob(0.01, f"least learned ridge, {_LEAST_RIDGE} or more", other=(0.1,), least=_LEAST_RIDGE,
-                             below=1)  # fmt: skip
+        None,
+        "ridge, on weights that sum to 1; none: learned per head and position, softplus(w x + b) + ridge_min, "
+        "1 at first where x = 0",
+        other=(0.3,),
+        least=_LEAST_RIDGE,
+    )
+    ridge_min: float = knob(
+        0.01, f"least learned ridge, {_LEAST_RIDGE} or more", other=(0.1,), least=_LEAST_RIDGE, below=1
+    )
     iterations: int = knob(16, "iterations of conjugate gradients at most", other=(6,), least=1)
-    tolerance: float | None = knob(None, "relative residual at which a solve is done; none: 1e-5, in float64 1e-13",
-                                   other=(1e-14,), above=0, below=1)  # fmt: skip
+    tolerance: float | None = knob(
+        None,
+        "relative residual at which a solve is done; none: 1e-5, in float64 1e-13",
+        other=(1e-14,),
+        above=0,
+        below=1,
+    )
     impl: str = impl_knob(LOCAL_LINEAR.names(), doc="cg stops when a block is done, cg_fixed never; one of")
 
 

@@ -46,17 +46,25 @@ class MoHConfig(MixerConfig):
     heads: int = knob(4, "heads H, shared and routed together; handed to the core", other=(2,), least=1)
     shared: int | None = knob(None, "shared heads h_s; none: a quarter of H", other=(0,))
     active: int | None = knob(None, "routed heads K that a token takes; none: three quarters of H are on", other=(1,))
-    router: str = knob("learned", "; ".join(f"{k}: {v}" for k, v in _ROUTERS.items()), other=("norm",),
-                      choices=_ROUTERS)  # fmt: skip
-    gate_norm: str = knob("code", "code: as released, the weights of the heads that are on are 1 in the mean and the "
-                          "loss is K when balanced; paper: eq. 5 to 8, weights that sum to 1 or less, loss K / E",
-                          other=("paper",), choices=("code", "paper"))  # fmt: skip
+    router: str = knob(
+        "learned", "; ".join(f"{k}: {v}" for k, v in _ROUTERS.items()), other=("norm",), choices=_ROUTERS
+    )
+    gate_norm: str = knob(
+        "code",
+        "code: as released, the weights of the heads that are on are 1 in the mean and the "
+        "loss is K when balanced; paper: eq. 5 to 8, weights that sum to 1 or less, loss K / E",
+        other=("paper",),
+        choices=("code", "paper"),
+    )
     balance: float = knob(0.01, "coefficient of the load-balance loss; 0: none", other=(0.0,), least=0)
     causal: bool = knob(True, "handed to the core", other=(False,))
     core: Any = knob("softmax", "node of the mixer whose heads these are", other=("gated",), build=_core_node)
-    impl: str = knob("auto", "dense: every head, the weight may be 0; gather: only the heads that are on (cores "
-                     f"{' and '.join(_SOFTMAX_CORES)}); definition; auto: gather on CPU where it serves, else dense",
-                     other=("dense",))  # fmt: skip
+    impl: str = knob(
+        "auto",
+        "dense: every head, the weight may be 0; gather: only the heads that are on (cores "
+        f"{' and '.join(_SOFTMAX_CORES)}); definition; auto: gather on CPU where it serves, else dense",
+        other=("dense",),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

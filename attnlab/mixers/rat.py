@@ -28,11 +28,13 @@ class RATConfig(HeadConfig):
 
     even = True
 
-    chunk: int = knob(16, "positions in a chunk, L; 1: attention over all; the length: no attention", other=(3, 1),
-                      least=1)  # fmt: skip
+    chunk: int = knob(
+        16, "positions in a chunk, L; 1: attention over all; the length: no attention", other=(3, 1), least=1
+    )
     groups: int = knob(2, "projections of queries and of keys; head h has number h mod groups", other=(1,))
-    rope_base: float | None = knob(10_000.0, "base of the rotary embedding of chunks; none: none", other=(None,),
-                                   above=1)  # fmt: skip
+    rope_base: float | None = knob(
+        10_000.0, "base of the rotary embedding of chunks; none: none", other=(None,), above=1
+    )
     impl: str = impl_knob(SEGMENTED_EMA.names())
 
     def __post_init__(self) -> None:

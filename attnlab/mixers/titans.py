@@ -42,18 +42,28 @@ class TitansConfig(HeadConfig):
     chunk: int = knob(16, "positions whose gradients are taken at the same weights", other=(3,), least=1)
     momentum: bool = knob(True, "whether steps add up, decaying by eta", other=(False,))
     forgetting: bool = knob(True, "whether weights decay, by 1 - alpha", other=(False,))
-    grad_at: str = knob("prev", "prev: gradients at the chunk's first weights; decayed: at what is left of them",
-                        other=("decayed",), choices=("prev", "decayed"))  # fmt: skip
+    grad_at: str = knob(
+        "prev",
+        "prev: gradients at the chunk's first weights; decayed: at what is left of them",
+        other=("decayed",),
+        choices=("prev", "decayed"),
+    )
     read_after_write: bool = knob(True, "whether a position reads the weights that have learned it", other=(False,))
-    stability: str = knob("bound", "bound: theta is divided so that a chunk's steps add up to theta_max at most; none",
-                          other=("none",), choices=("bound", "none"))  # fmt: skip
+    stability: str = knob(
+        "bound",
+        "bound: theta is divided so that a chunk's steps add up to theta_max at most; none",
+        other=("none",),
+        choices=("bound", "none"),
+    )
     theta_max: float = knob(1.0, "largest step size theta", other=(0.5,), above=0)
     conv: int = knob(4, "width of the causal convolution of the memory's q, k, v; 0: none", other=(0,))
     persistent: int = knob(0, "learned keys and values that every query sees (mal, mag, mac)", other=(3,), least=0)
-    window: int = knob(256, "mal, mag: keys that a query sees; mac: positions of a segment, a multiple of chunk",
-                       other=(3,), least=1)  # fmt: skip
-    rope_base: float | None = knob(10_000.0, "base of attention's rotary embedding; none: no positions", other=(None,),
-                                   above=1)  # fmt: skip
+    window: int = knob(
+        256, "mal, mag: keys that a query sees; mac: positions of a segment, a multiple of chunk", other=(3,), least=1
+    )
+    rope_base: float | None = knob(
+        10_000.0, "base of attention's rotary embedding; none: no positions", other=(None,), above=1
+    )
     impl: str = impl_knob(NEURAL_MEMORY.names(), default="chunked", doc="implementation of the memory")
 
     def __post_init__(self) -> None:

@@ -69,9 +69,7 @@ class SegmentedMemory(nnx.Module):
         empty = jnp.zeros((batch, self.config.window, 2, self.config.heads, self.head_dim), dtype)
         return SegmentState(memory, memory.weights, self.memory.tail(batch, dtype), empty, empty)
 
-    def __call__(
-        self, x: jax.Array, seq: Sequence, state: SegmentState
-    ) -> tuple[jax.Array, jax.Array, SegmentState]:
+    def __call__(self, x: jax.Array, seq: Sequence, state: SegmentState) -> tuple[jax.Array, jax.Array, SegmentState]:
         """y and m [B, T, H, d], and the state after."""
         q, k, v = self.attention.positioned(x, seq.positions)
         wide = param_dtype(self.dtype)

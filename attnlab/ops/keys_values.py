@@ -173,9 +173,7 @@ class RollingCache:
     ) -> tuple[RollingCache, Cached, Mask]:  # fmt: skip
         """As `KVCache.append`."""
         new, slots = k_BTKd.shape[1], self.k.shape[1]
-        k, v = (
-            jnp.concatenate([old, _rows(y, old.dtype)], axis=1) for old, y in ((self.k, k_BTKd), (self.v, v_BTKe))
-        )
+        k, v = (jnp.concatenate([old, _rows(y, old.dtype)], axis=1) for old, y in ((self.k, k_BTKd), (self.v, v_BTKe)))
         mask = _mask(slots, offset_BT, padding_BT, window)
         view = Cached(k.astype(k_BTKd.dtype), v.astype(v_BTKe.dtype))
         return RollingCache(k[:, new:], v[:, new:]), view, mask

@@ -111,9 +111,7 @@ def mask_from_segments(segments_BT: jax.Array | None, length: int, *, causal: bo
     return mask_of_documents(positions_in_documents(documents), segments_BT, causal=causal, window=window)
 
 
-def mask_of_documents(
-    offset_BT: jax.Array, segments_BT: jax.Array, *, causal: bool, window: int | None = None
-) -> Mask:
+def mask_of_documents(offset_BT: jax.Array, segments_BT: jax.Array, *, causal: bool, window: int | None = None) -> Mask:
     """`mask_from_segments`, where `positions_in_documents` is at hand: `offset_BT`, 0 where a document begins."""
     _check_window(window)
     length = offset_BT.shape[1]
