@@ -198,7 +198,7 @@ def _list(args: argparse.Namespace, _: list[str]) -> int:
         output.write(f"{described['name']}: {described['summary']}\n{described['paper']}")
         if described["extension"]:
             output.write(f"extension, not in the paper: {described['extension']}")
-        output.write(f"positions split over devices (mesh.context): {described['context'] or 'no'}")
+        output.write(f"positions split over devices (mesh.context): {described['sequence_parallel'] or 'no'}")
         output.write_table("knobs", ["key", "default", "meaning"],
                [[k["key"], str(k["default"]), k["doc"]] for k in described["knobs"]])  # fmt: skip
         return 0

@@ -131,7 +131,7 @@ class Agent(HeadMixer):
 
     Config = AgentConfig
     capabilities = Capabilities(causal=True, bidirectional=True, streaming=True)
-    context = "the agents' averages are passed on"
+    sequence_parallel = "the agents' averages are passed on"
     paper = "Han et al. 2023, Agent Attention: On the Integration of Softmax and Linear Attention, arXiv:2312.08874"
     extension = (
         "causal forms: learned agents (running averages), and agents pooled from the queries of the chunk before, both "
@@ -167,9 +167,9 @@ class Agent(HeadMixer):
             self.conv_bias = param(jnp.zeros((inner,), kind), axes=("heads",), role=Role.BIAS)
 
     @classmethod
-    def context_of(cls, config: AgentConfig) -> str:
+    def sequence_parallel_of(cls, config: AgentConfig) -> str:
         """Agents pooled from queries see all keys, causal ones anew at every refresh."""
-        return cls.context if config.causal and not config.refreshed else ""
+        return cls.sequence_parallel if config.causal and not config.refreshed else ""
 
     # The contract.
 

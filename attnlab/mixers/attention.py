@@ -68,7 +68,7 @@ class Attention(HeadMixer):
     """Base of layers that project queries, keys and values and differ in `attend`."""
 
     capabilities = Capabilities(causal=True, bidirectional=True, streaming=True)
-    context = "keys and values are gathered, queries dealt out evenly"
+    sequence_parallel = "keys and values are gathered, queries dealt out evenly"
 
     def __init__(self, config: AttentionConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         super().__init__(config, width=width, rngs=rngs, dtype=dtype)

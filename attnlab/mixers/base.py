@@ -155,7 +155,7 @@ class Mixer(nnx.Module):
         The table of an op (`attnlab.ops.dispatch.Op`), or names alone where the mixer itself is the only place.
       variants: combinations of knobs that the contract battery must try besides each knob alone.
       counted: the implementation whose matrix products `flops` declares.
-      context: how positions are split over devices (mesh.context), in a few words; empty: they cannot be.
+      sequence_parallel: how positions are split over devices (mesh.context), in a few words; empty: they cannot be.
       contains_overflow: whether a document of a packed row that overflows leaves the row's other documents as they are;
         other rows it must leave in any case.
     """
@@ -168,7 +168,7 @@ class Mixer(nnx.Module):
     implementations: ClassVar[Collection[str]]
     variants: ClassVar[tuple[dict[str, Any], ...]] = ()
     counted: ClassVar[str] = "definition"
-    context: ClassVar[str] = ""
+    sequence_parallel: ClassVar[str] = ""
     contains_overflow: ClassVar[bool] = False
 
     def __init__(self, config: Any, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
@@ -204,9 +204,9 @@ class Mixer(nnx.Module):
         return Cost(parameters, flops, state_bytes, span)
 
     @classmethod
-    def context_of(cls, config: Any) -> str:
-        """`context`, where it depends on the config."""
-        return cls.context
+    def sequence_parallel_of(cls, config: Any) -> str:
+        """`sequence_parallel`, where it depends on the config."""
+        return cls.sequence_parallel
 
     def require(self, seq: Sequence, *, causal: bool) -> None:
         """Raises UnsupportedPattern for what `capabilities` rules out."""
@@ -214,7 +214,6 @@ class Mixer(nnx.Module):
         for asked, able, what in (
             (causal, can.causal, "causal mixing"),
             (not causal, can.bidirectional, "bidirectional mixing (causal=False)"),
-            (seq.context is not None, can.cross, "cross-attention (Sequence.context)"),
             (seq.segments is not None, can.packed, "packed documents or padding (Sequence.segments)"),
         ):
             if asked and not able:

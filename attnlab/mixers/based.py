@@ -73,7 +73,7 @@ class Based(HeadMixer):
 
     Config = BasedConfig
     capabilities = Capabilities(fixed_state=True)
-    context = "the state is passed on as a sum"
+    sequence_parallel = "the state is passed on as a sum"
     paper = (
         "Arora et al. 2024, Simple linear attention language models balance the recall-throughput tradeoff, "
         "arXiv:2402.18668"

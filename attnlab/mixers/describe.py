@@ -19,9 +19,8 @@ def mixer(name: str) -> dict[str, Any]:
     cls = base.get(name)
     knobs = [{"key": f.name, "default": f.default, "doc": f.metadata["doc"]} for f in dataclasses.fields(cls.Config)]
     summary = (cls.__doc__ or "").strip().splitlines()[0]
-    context = cls.context_of(cls.Config())
     described = {"name": name, "summary": summary, "paper": cls.paper, "extension": cls.extension}
-    return described | {"context": context, "knobs": knobs}
+    return described | {"sequence_parallel": cls.sequence_parallel_of(cls.Config()), "knobs": knobs}
 
 
 def parameters(name: str, width: int = WIDTH) -> list[dict[str, Any]]:

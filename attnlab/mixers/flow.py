@@ -67,7 +67,7 @@ class Flow(HeadMixer):
 
     Config = FlowConfig
     capabilities = Capabilities(causal=True, bidirectional=True, streaming=True, fixed_state=True)
-    context = "running sums are passed on, in three exchanges that depend on each other"
+    sequence_parallel = "running sums are passed on, in three exchanges that depend on each other"
     paper = "Wu et al. 2022, Flowformer: Linearizing Transformers with Conservation Flows, ICML 2022, arXiv:2202.06258"
     extension = (
         "the causal chunked and streaming form; form=averages; documents packed in a row; clip=none in the causal "

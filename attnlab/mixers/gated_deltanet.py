@@ -95,7 +95,7 @@ class GatedDeltaNet(HeadMixer):
 
     Config = GatedDeltaNetConfig
     capabilities = Capabilities(fixed_state=True)
-    context = "the state is passed on with its transition"
+    sequence_parallel = "the state is passed on with its transition"
     paper = "Yang et al. 2024, Gated Delta Networks: Improving Mamba2 with Delta Rule, arXiv:2412.06464"
     implementations = DELTA_RULE.table
     counted = "chunked"

@@ -74,7 +74,7 @@ class Lightning(HeadMixer):
 
     Config = LightningConfig
     capabilities = Capabilities(fixed_state=True)
-    context = "the state is passed on as a sum"
+    sequence_parallel = "the state is passed on as a sum"
     paper = "Qin et al. 2024, Lightning Attention-2, arXiv:2401.04658; TransNormerLLM, arXiv:2307.14995"
     extension = "norm_over=head (the paper's norm is over the layer's width), a gate_rank other than the head width"
     implementations = LINEAR_RECURRENCE.table

@@ -316,8 +316,8 @@ class MoH(HeadMixer):
             self.router = Router(config, width, rngs=rngs, dtype=dtype)
 
     @classmethod
-    def context_of(cls, config: MoHConfig) -> str:
-        return base.get(config.core.node_name).context_of(config.core)
+    def sequence_parallel_of(cls, config: MoHConfig) -> str:
+        return base.get(config.core.node_name).sequence_parallel_of(config.core)
 
     def require(self, seq: Sequence, *, causal: bool) -> None:
         super().require(seq, causal=causal)

@@ -99,7 +99,7 @@ class RAT(HeadMixer):
 
     Config = RATConfig
     capabilities = Capabilities()
-    context = "averages are passed on as sums; the ends of chunks are gathered"
+    sequence_parallel = "averages are passed on as sums; the ends of chunks are gathered"
     paper = (
         "Wei et al. 2025, RAT: Bridging RNN Efficiency and Attention Accuracy via Chunk-based Sequence Modeling, "
         "arXiv:2507.04416"

@@ -105,7 +105,7 @@ class Titans(HeadMixer):
 
     Config = TitansConfig
     capabilities = Capabilities(fixed_state=True)
-    context = "the memory is handed on from device to device, row by row"
+    sequence_parallel = "the memory is handed on from device to device, row by row"
     paper = "Behrouz et al. 2025, Titans: Learning to Memorize at Test Time, arXiv:2501.00663"
     extension = (
         "grad_at=decayed; stability=bound: theta is multiplied by (1 - eta) / chunk, and each layer's step by "

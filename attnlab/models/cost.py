@@ -40,12 +40,14 @@ def model_cost(config: Any, length: int) -> ModelCost:
 
 def stack_cost(config: StackConfig, length: int) -> ModelCost:
     """Costs of a model's stack of blocks."""
-    repeats = config.layers // len(config.pattern)
+    repeats, letters = config.layers // len(config.blocks), "".join(config.blocks)
     mlp = 3 * config.width * config.hidden
-    parameters = config.layers * (mlp + 2 * config.width)
+    parameters = config.layers * (mlp + config.width) + repeats * len(letters) * config.width
+    gated = [letter for block in config.blocks for letter in block if letter in config.gated]
+    parameters += repeats * (len(gated) + sum(set(block) <= set(config.gated) for block in config.blocks))
     flops = {"mlp": 2.0 * config.layers * mlp}
     state_bytes = 0
-    for letter in config.pattern:
+    for letter in letters:
         node = config.mixers[letter]
         cost = mixers.get(node.node_name).cost(node, config.width, length, config.compute_dtype)
         parameters += repeats * cost.parameters

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -15,7 +16,8 @@ from flax.core import FrozenDict
 from attnlab import config as config_lib
 from attnlab import mixers
 from attnlab.errors import ConfigError
-from attnlab.mixers.parts import Linear, RMSNorm
+from attnlab.mixers.parts import Linear, RMSNorm, param_dtype
+from attnlab.mixers.roles import Role, param
 from attnlab.parallel import partition
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
@@ -46,7 +48,8 @@ class StackConfig:
       width: D.
       layers: number of blocks, a multiple of the pattern's length.
       mixers: letter to mixer node.
-      pattern: which mixer sits in which layer, one period of it.
+      pattern: which mixer sits in which block, one period of it; `S+X` is one block of both, one after the other.
+      gated: letters whose sublayers come in through a learned gate, closed at first.
       mlp_width: hidden width of the SwiGLU; none: 8/3 D, rounded up to a multiple of 64.
       dtype: of activations and products; parameters are fp32 (float64 is for tests).
       remat: which activations backward keeps: none (all), attention, minimal, full.
@@ -63,6 +66,7 @@ class StackConfig:
     layers: int
     mixers: Any = config_lib.node(mixer_table)
     pattern: str = "M"
+    gated: str = ""
     mlp_width: int | None = None
     dtype: str = "float32"
     remat: str = "none"
@@ -75,8 +79,9 @@ class StackConfig:
         for key in ("width", "layers"):
             need(getattr(self, key) >= 1, f"model.{key}", getattr(self, key), "1 or more")
         known = ", ".join(self.mixers)
-        need(len(self.pattern) > 0, "model.pattern", self.pattern, f"letters of model.mixers ({known})")
-        for letter in self.pattern:
+        form = re.fullmatch(r"([^+](\+[^+])*)+", self.pattern)
+        need(form is not None, "model.pattern", self.pattern, f"letters of model.mixers ({known}), + between two")
+        for letter in "".join(self.blocks):
             if letter not in self.mixers:
                 raise ConfigError(
                     f"model.pattern = {self.pattern!r} names the mixer {letter!r}, which model.mixers does not have; "
@@ -87,12 +92,10 @@ class StackConfig:
                 raise ConfigError(
                     f"model.mixers.{letter} is in no layer: model.pattern = {self.pattern!r} does not name it"
                 )
-        need(
-            self.layers % len(self.pattern) == 0,
-            "model.layers",
-            self.layers,
-            f"multiples of the length of model.pattern {self.pattern!r} ({len(self.pattern)})",
-        )
+        need(set(self.gated) <= set(self.mixers), "model.gated", self.gated, f"letters of model.mixers ({known})")
+        count = len(self.blocks)
+        allowed = f"multiples of the blocks of model.pattern {self.pattern!r} ({count})"
+        need(self.layers % count == 0, "model.layers", self.layers, allowed)
         need(self.mlp_width is None or self.mlp_width >= 1, "model.mlp_width", self.mlp_width, "1 or more, or none")
         choice("model.dtype", self.dtype, list(DTYPES))
         choice("model.remat", self.remat, list(REMAT))
@@ -108,6 +111,11 @@ class StackConfig:
                 raise ConfigError(f"in {where} (model.width = {self.width}): {error}") from None
 
     @property
+    def blocks(self) -> tuple[str, ...]:
+        """Letters of each block of the pattern."""
+        return tuple(block.replace("+", "") for block in re.findall(r"[^+](?:\+[^+])*", self.pattern))
+
+    @property
     def described(self) -> str:
         """What it is, for messages."""
         return "a causal stack"
@@ -115,7 +123,7 @@ class StackConfig:
     def require_split(self, context: int) -> None:
         """Raises ConfigError unless positions can be split over `mesh.context` devices (-1: over some)."""
         for letter, mixer in self.mixers.items():
-            if context != 1 and not mixers.get(mixer.node_name).context_of(mixer):
+            if context != 1 and not mixers.get(mixer.node_name).sequence_parallel_of(mixer):
                 raise ConfigError(
                     f"mesh.context = {context}: model.mixers.{letter} ({mixer.node_name}, as configured) "
                     "cannot split its positions over devices; allowed: 1, as a number"
@@ -150,29 +158,39 @@ class SwiGLU(nnx.Module):
         return self.down(partition.constrain(hidden, "batch", "seq", "mlp"))
 
 
-class Block(nnx.Module):
-    """`x + mixer(norm(x))`, then `x + mlp(norm(x))`."""
+class Sublayer(nnx.Module):
+    """`x + gate * branch(norm(x))`, the branch a mixer or an MLP.
 
-    def __init__(self, config: StackConfig, mixer: Any, *, rngs: nnx.Rngs):
+    With a gate, tanh of a learned scalar, the sublayer is the identity at first (Alayrac et al. 2022, Flamingo,
+    arXiv:2204.14198, section 2.2).
+    """
+
+    def __init__(self, config: StackConfig, branch: Callable[..., nnx.Module], *, gated: bool, rngs: nnx.Rngs):
         dtype = config.compute_dtype
-        norm = lambda: RMSNorm(config.width, ("embed",), dtype=dtype, epsilon=config.norm_epsilon)
-        self.mixer_norm = norm()
-        self.mixer = mixers.build(mixer, width=config.width, rngs=rngs, dtype=dtype)
-        self.mlp_norm = norm()
-        self.mlp = SwiGLU(config.width, config.hidden, rngs=rngs, dtype=dtype)
+        self.norm = RMSNorm(config.width, ("embed",), dtype=dtype, epsilon=config.norm_epsilon)
+        self.branch = branch(rngs=rngs, dtype=dtype)
         self.dropout = config.dropout
+        if gated:
+            self.gate = param(jnp.zeros((), param_dtype(dtype)), axes=(), role=Role.SCALE)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the branch is a mixer."""
+        return isinstance(self.branch, mixers.Mixer)
 
     def __call__(
         self, x: jax.Array, seq: mixers.Sequence, state: Any = None, key: jax.Array | None = None
     ) -> mixers.MixerOutput:
         """x [B, T, D]; with a state the positions are the next ones of a stream."""
-        x = partition.constrain(x, "batch", "seq", None)
-        h = self.mixer_norm(x)
-        out = self.mixer(h, seq) if state is None else self.mixer.extend(h, seq, state)
-        keys = (None, None) if key is None else jax.random.split(key)
-        x = x + self._drop(out.y, keys[0])
-        x = x + self._drop(self.mlp(self.mlp_norm(x)), keys[1])
-        return dataclasses.replace(out, y=partition.constrain(x, "batch", "seq", None))
+        h = self.norm(x)
+        if not self.mixes:
+            out = mixers.MixerOutput(self.branch(h))
+        else:
+            out = self.branch(h, seq) if state is None else self.branch.extend(h, seq, state)
+        y = out.y
+        if hasattr(self, "gate"):
+            y = (jnp.tanh(self.gate[...]) * y).astype(y.dtype)
+        return dataclasses.replace(out, y=x + self._drop(y, key))
 
     def _drop(self, y: jax.Array, key: jax.Array | None) -> jax.Array:
         if key is None or self.dropout == 0:
@@ -181,11 +199,38 @@ class Block(nnx.Module):
         return jnp.where(keep, y / (1 - self.dropout), 0).astype(y.dtype)
 
 
+class Block(nnx.Module):
+    """Sublayers one after the other: the mixers of a block of the pattern, then a SwiGLU."""
+
+    def __init__(self, config: StackConfig, letters: str, *, rngs: nnx.Rngs):
+        make = functools.partial(Sublayer, config, rngs=rngs)
+        mixer = lambda letter: functools.partial(mixers.build, config.mixers[letter], width=config.width)
+        sublayers = [make(mixer(letter), gated=letter in config.gated) for letter in letters]
+        # The MLP belongs to what is gated where nothing else is in the block.
+        mlp = functools.partial(SwiGLU, config.width, config.hidden)
+        sublayers.append(make(mlp, gated=set(letters) <= set(config.gated)))
+        self.sublayers = nnx.List(sublayers)
+
+    def __call__(
+        self, x: jax.Array, seq: mixers.Sequence, states: list[Any] | None = None, key: jax.Array | None = None
+    ) -> tuple[jax.Array, list[mixers.MixerOutput]]:
+        """x after the block, and what its mixers returned; `states` are theirs, for the next positions of a stream."""
+        x = partition.constrain(x, "batch", "seq", None)
+        keys = [None] * len(self.sublayers) if key is None else jax.random.split(key, len(self.sublayers))
+        outs: list[mixers.MixerOutput] = []
+        for sublayer, k in zip(self.sublayers, keys, strict=True):
+            state = states[len(outs)] if states is not None and sublayer.mixes else None
+            out = sublayer(x, seq, state, k)
+            x = out.y
+            outs += [out] if sublayer.mixes else []
+        return partition.constrain(x, "batch", "seq", None), outs
+
+
 class Period(nnx.Module):
     """The blocks of one period of the pattern."""
 
     def __init__(self, config: StackConfig, *, rngs: nnx.Rngs):
-        self.blocks = nnx.List([Block(config, config.mixers[letter], rngs=rngs) for letter in config.pattern])
+        self.blocks = nnx.List([Block(config, letters, rngs=rngs) for letters in config.blocks])
 
 
 @jax.tree_util.register_dataclass
@@ -195,11 +240,11 @@ class StackState:
 
     Attributes:
       stream: where the stream stands.
-      layers: per repeat, per block of the period, the state of its mixer.
+      layers: per repeat, per block of the period, the states of its mixers.
     """
 
     stream: mixers.Stream
-    layers: list[list[Any]]
+    layers: list[list[list[Any]]]
 
 
 class Transformer(nnx.Module):
@@ -207,7 +252,7 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: StackConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.repeats = config.layers // len(config.pattern)
+        self.repeats = config.layers // len(config.blocks)
 
         @nnx.split_rngs(splits=self.repeats)
         @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: None})
@@ -223,16 +268,15 @@ class Transformer(nnx.Module):
         """
         seq = seq.derived()
         graphdef, params = nnx.split(self.periods)
-        keys = None if key is None else jax.random.split(key, (self.repeats, len(self.config.pattern)))
+        keys = None if key is None else jax.random.split(key, (self.repeats, len(self.config.blocks)))
 
         def run(x: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
             p, k = inputs
             losses, metrics = [], []
             for i, block in enumerate(nnx.merge(graphdef, p).blocks):
-                out = block(x, seq, key=None if k is None else k[i])
-                x = out.y
-                losses.append(out.losses)
-                metrics.append(out.metrics)
+                x, outs = block(x, seq, key=None if k is None else k[i])
+                losses += [out.losses for out in outs]
+                metrics += [out.metrics for out in outs]
             return x, (_stack_by_name(losses), _stack_by_name(metrics))
 
         if self.config.remat != "none":
@@ -244,7 +288,8 @@ class Transformer(nnx.Module):
         """The state before the first position, with room for `max_length` positions."""
         graphdef, params = nnx.split(self.periods)
         blocks = nnx.merge(graphdef, jax.tree.map(lambda p: p[0], params)).blocks
-        one = [b.mixer.init_state(batch, max_length, self.config.compute_dtype) for b in blocks]
+        state = lambda mixer: mixer.init_state(batch, max_length, self.config.compute_dtype)
+        one = [[state(sublayer.branch) for sublayer in block.sublayers if sublayer.mixes] for block in blocks]
         return StackState(mixers.Stream.start(batch), [jax.tree.map(jnp.copy, one) for _ in range(self.repeats)])
 
     def unstacked(self) -> list[Period]:
@@ -265,12 +310,11 @@ def extend(
     seq, stream = state.stream.extend(seq)
     layers = []
     for period, states in zip(periods, state.layers, strict=True):
-        outs = []
+        after = []
         for block, s in zip(period.blocks, states, strict=True):
-            out = block(x, seq, s)
-            x = out.y
-            outs.append(out.state)
-        layers.append(outs)
+            x, outs = block(x, seq, s)
+            after.append([out.state for out in outs])
+        layers.append(after)
     return x, StackState(stream, layers)
 
 

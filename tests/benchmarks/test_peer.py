@@ -34,12 +34,13 @@ def pair():
     put(peer.head.weight, kernels(lm.head))
     put(peer.norm.weight, lm.norm.scale[...])
     for block, (ours,) in zip(peer.blocks, (p.blocks for p in lm.transformer.unstacked()), strict=True):
-        put(block.attention_norm.weight, ours.mixer_norm.scale[...])
-        put(block.attention.qkv.weight, kernels(ours.mixer.q, ours.mixer.k, ours.mixer.v))
-        put(block.attention.out.weight, kernels(ours.mixer.out))
-        put(block.mlp_norm.weight, ours.mlp_norm.scale[...])
-        put(block.mlp.gate_up.weight, kernels(ours.mlp.gate, ours.mlp.up))
-        put(block.mlp.down.weight, kernels(ours.mlp.down))
+        attention, mlp = ours.sublayers
+        put(block.attention_norm.weight, attention.norm.scale[...])
+        put(block.attention.qkv.weight, kernels(attention.branch.q, attention.branch.k, attention.branch.v))
+        put(block.attention.out.weight, kernels(attention.branch.out))
+        put(block.mlp_norm.weight, mlp.norm.scale[...])
+        put(block.mlp.gate_up.weight, kernels(mlp.branch.gate, mlp.branch.up))
+        put(block.mlp.down.weight, kernels(mlp.branch.down))
     return model, params, peer
 
 

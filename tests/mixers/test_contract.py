@@ -286,7 +286,7 @@ def same_on_eight_devices(config):
     x, seq = cases.inputs(jnp.float64, behind=1)
     x, seq = jax.tree.map(lambda a: jnp.concatenate([a] * 4), (x, seq))
     expected = value_and_gradients(graphdef, params, x, seq)
-    context = mixers.get(config.node_name).context_of(config)
+    context = mixers.get(config.node_name).sequence_parallel_of(config)
     sizes = {"context": 2} if context else {"data": 2}
     mesh = sharding.make_mesh(MeshConfig(**{"data": 1, "fsdp": 2, "tensor": 2} | sizes), 8, length=x.shape[1])
     shardings = sharding.parameter_shardings(mesh, sharding.logical_axes(params), nnx.to_pure_dict(params))

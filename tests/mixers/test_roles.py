@@ -98,12 +98,11 @@ def test_roles_of_the_language_model(tied):
     layers = mixer_table({"M": {"name": "softmax"}}, "mixers")
     model = Model.of(LanguageModelConfig(vocab=20, width=16, layers=2, mixers=layers, tied=tied))
     found = {name: usage.role for name, usage in by_name(model.shapes).items()}
-    block = "transformer.periods.blocks.0"
-    matrices = {f"{block}.mixer.{n}" for n in "q k v out".split()} | {
-        f"{block}.mlp.{n}" for n in ("gate", "up", "down")
-    }
+    block = "transformer.periods.blocks.0.sublayers"
+    matrices = {f"{block}.0.branch.{n}" for n in "q k v out".split()}
+    matrices |= {f"{block}.1.branch.{n}" for n in ("gate", "up", "down")}
     expected = dict.fromkeys(matrices, Role.MATRIX)
-    expected |= dict.fromkeys(["norm", f"{block}.mixer_norm", f"{block}.mlp_norm"], Role.SCALE)
+    expected |= dict.fromkeys(["norm", f"{block}.0.norm", f"{block}.1.norm"], Role.SCALE)
     expected |= {"embedding": Role.EMBEDDING} | ({} if tied else {"head": Role.OUTPUT})
     assert found == expected
 

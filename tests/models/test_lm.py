@@ -113,8 +113,8 @@ def test_scan_is_the_loop(reference):
         whole = model.transformer(x, seq).y
         for period in model.transformer.unstacked():
             for block in period.blocks:
-                names.append(block.mixer.name)
-                x = block(x, seq).y
+                names.append(block.sublayers[0].branch.name)
+                x, _ = block(x, seq)
         return x, whole
 
     x, whole = run(params)
@@ -180,11 +180,12 @@ def test_dropout_is_a_function_of_the_key():
 def test_dropout_keeps_the_expectation(silent):
     """What mixer and MLP add is kept with 1 - p, each entry by itself, and is then 1 / (1 - p) of what it was."""
     c, p = config(dropout=0.3), 0.3
-    block = Block(c, c.mixers["A"], rngs=nnx.Rngs(0))
-    kernel = (block.mixer.out if silent == "mixer" else block.mlp.down).kernel
+    block = Block(c, "A", rngs=nnx.Rngs(0))
+    mixer, mlp = (sublayer.branch for sublayer in block.sublayers)
+    kernel = (mixer.out if silent == "mixer" else mlp.down).kernel
     kernel[...] = 0 * kernel[...]
     x, seq = jax.random.normal(jax.random.key(1), (16, 64, 8), jnp.float64), mixers.Sequence.whole(16, 64)
-    plain, dropped = (np.asarray(block(x, seq, key=key).y - x) for key in (None, jax.random.key(2)))
+    plain, dropped = (np.asarray(block(x, seq, key=key)[0] - x) for key in (None, jax.random.key(2)))
     kept = np.abs(dropped) > 1e-9 * np.abs(plain)
     np.testing.assert_allclose(dropped[kept], plain[kept] / (1 - p), rtol=1e-5, atol=1e-12)
     np.testing.assert_allclose(kept.mean((0, 1)), 1 - p, atol=4 * np.sqrt(p * (1 - p) / (16 * 64)))

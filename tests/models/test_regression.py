@@ -78,7 +78,7 @@ def test_norm_epsilon_is_the_models():
     small = Regression(config(norm_epsilon=1e12), rngs=nnx.Rngs(0))
     assert abs(small(batch()["inputs"]).y).max() < 1e-5
     blocks = nnx.merge(*nnx.split(small.transformer.periods)).blocks
-    assert {b.epsilon for block in blocks for b in (block.mixer_norm, block.mlp_norm)} == {1e12}
+    assert {sublayer.norm.epsilon for block in blocks for sublayer in block.sublayers} == {1e12}
     with pytest.raises(ConfigError, match="model.norm_epsilon = 0"):
         config(norm_epsilon=0.0)
 
