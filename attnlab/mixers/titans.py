@@ -19,7 +19,7 @@ from attnlab.mixers.titans_segments import SegmentedMemory, SegmentState, segmen
 from attnlab.ops.chunk_steps import positions_in_documents
 from attnlab.ops.documents import document_index
 from attnlab.ops.masks import mean_visible_keys
-from attnlab.ops.neural_memory import NEURAL_MEMORY, MemoryState, neural_memory
+from attnlab.ops.neural_memory import ACTIVATIONS, NEURAL_MEMORY, MemoryState, neural_memory
 
 VARIANTS = {
     "lmm": "the memory alone",
@@ -39,6 +39,10 @@ class TitansConfig(MixerConfig):
     depth: int = knob(2, "layers of the memory, 1 (a matrix) to 4", other=(1,))
     expansion: int = knob(4, "width of the memory's hidden layers, in head widths", other=(2,))
     residual_norm: bool | None = knob(None, "memory is k + LN(net(k)); none: from depth 2 on", other=(False,))
+    activation: str = knob("gelu_tanh", "between the memory's layers: gelu_tanh; gelu: exact, by erf", other=("gelu",))
+    norm_scale: bool = knob(False, "scale 1 + g of the memory's norm; g, 0 at first, is one more of its weights",
+                            other=(True,))  # fmt: skip
+    norm_epsilon: float = knob(1e-6, "added to the variance in the memory's norm", other=(1e-5,))
     chunk: int = knob(16, "positions whose gradients are taken at the same weights", other=(3,))
     momentum: bool = knob(True, "whether steps add up, decaying by eta", other=(False,))
     forgetting: bool = knob(True, "whether weights decay, by 1 - alpha", other=(False,))
@@ -65,6 +69,9 @@ class TitansConfig(MixerConfig):
             need(self.head_width >= 2 and self.head_width % 2 == 0, "head_width", self.head_width, "even, 2 or more")
         need(1 <= self.depth <= 4, "depth", self.depth, "1 to 4")
         need(self.expansion >= 1, "expansion", self.expansion, "1 or more")
+        choice("activation", self.activation, list(ACTIVATIONS))
+        need(self.normed or not self.norm_scale, "norm_scale", self.norm_scale, "false without the norm")
+        need(0 < self.norm_epsilon < 1, "norm_epsilon", self.norm_epsilon, "above 0, below 1")
         need(self.chunk >= 1, "chunk", self.chunk, "1 or more")
         choice("grad_at", self.grad_at, ["prev", "decayed"])
         need(self.forgetting or self.grad_at == "prev", "grad_at", self.grad_at, "prev without forgetting")
@@ -79,6 +86,11 @@ class TitansConfig(MixerConfig):
         if self.rope_base is not None:
             need(self.rope_base > 1, "rope_base", self.rope_base, "above 1, or none")
         choice("impl", self.impl, NEURAL_MEMORY.names())
+
+    @property
+    def normed(self) -> bool:
+        """Whether the memory has a norm."""
+        return self.depth > 1 if self.residual_norm is None else self.residual_norm
 
     def head_dim(self, width: int) -> int:
         """Head width d in a model of the given width; ConfigError if the heads do not divide it."""
@@ -136,7 +148,15 @@ class Titans(HeadMixer):
     variants = (
         {"variant": "mal", "depth": 1, "window": 4, "chunk": 4, "persistent": 2},
         {"variant": "mac", "depth": 1, "window": 4, "chunk": 2, "persistent": 2},
-        {"variant": "lmm", "depth": 1, "chunk": 4, "grad_at": "decayed", "read_after_write": False},
+        {
+            "variant": "lmm",
+            "depth": 1,
+            "chunk": 4,
+            "grad_at": "decayed",
+            "read_after_write": False,
+            "residual_norm": True,
+            "norm_scale": True,
+        },
     )
 
     def __init__(self, config: TitansConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):

@@ -50,16 +50,23 @@ class Memory(nnx.Module):
             weights = scale * jax.random.normal(rngs.params(), (heads, fan, out), wide)
             layer = param(weights, axes=("heads", "memory_in", "memory_out"), role=Role.MEMORY)
             setattr(self, f"layer_{index}", layer)
+        if config.norm_scale:
+            gain = jnp.zeros((heads, 1, head_dim), wide)
+            self.norm_gain = param(gain, axes=("heads", "memory_in", "memory_out"), role=Role.MEMORY)
 
     def initial(self) -> MemoryState:
         """Where every document begins; rows [1, ...]."""
-        weights = tuple(getattr(self, f"layer_{index}")[...] for index in range(self.config.depth))
-        return initial_state(weights, 1, self.config.momentum)
+        layers = [getattr(self, f"layer_{index}") for index in range(self.config.depth)]
+        if self.config.norm_scale:
+            layers.append(self.norm_gain)
+        return initial_state(tuple(layer[...] for layer in layers), 1, self.config.momentum)
 
     def blank(self, batch: int) -> MemoryState:
         """The state of a stream of which nothing has been seen: its first position begins a document."""
         wide, heads = self.gates.dtype, self.config.heads
         shapes = layer_widths(self.config, self.head_dim)
+        if self.config.norm_scale:
+            shapes.append((1, self.head_dim))
         return initial_state(tuple(jnp.zeros((heads, *s), wide) for s in shapes), batch, self.config.momentum)
 
     def tail(self, batch: int, dtype: Any) -> jax.Array:
@@ -114,14 +121,24 @@ def layer_widths(config: Any, head_dim: int) -> list[tuple[int, int]]:
 
 def memory_spec(config: Any, head_dim: int) -> MemorySpec:
     """The op's description of the memory."""
-    widths = layer_widths(config, head_dim)
-    rates = (1.0,) * config.depth
+    widths, learn = layer_widths(config, head_dim), config.depth + config.norm_scale
+    rates = (1.0,) * learn
     if config.stability == "bound":
         # A layer's step changes its output by theta times the squared length of its input: 1 for the keys, and
-        # about their number for hidden activations. The layers' changes add up.
-        rates = tuple(1 / (config.depth * (fan if index else 1)) for index, (fan, _) in enumerate(widths))
-    residual_norm = config.depth > 1 if config.residual_norm is None else config.residual_norm
-    return MemorySpec(config.chunk, residual_norm, rates, config.grad_at, config.read_after_write)
+        # about their number for hidden activations; the norm's scale, by the square of a normed entry, 1 on average.
+        # The changes add up.
+        rates = tuple(1 / (learn * (fan if index else 1)) for index, (fan, _) in enumerate(widths))
+        rates += (1 / learn,) * config.norm_scale
+    return MemorySpec(
+        config.chunk,
+        config.normed,
+        rates,
+        config.grad_at,
+        config.read_after_write,
+        config.activation,
+        config.norm_scale,
+        config.norm_epsilon,
+    )
 
 
 def memory_flops(config: Any, head_dim: int, length: int) -> float:
@@ -133,4 +150,6 @@ def memory_flops(config: Any, head_dim: int, length: int) -> float:
     for index, (fan, out) in enumerate(layer_widths(config, head_dim)):
         evaluated = 1 + stages + (index > 0)  # on keys, on queries, back through it
         per_head += 2.0 * fan * out * (evaluated + stages) + 2.0 * chunk * (fan + out)
+    if config.norm_scale:
+        per_head += 4.0 * head_dim * stages + 2.0 * chunk * (1 + head_dim)
     return padded * config.heads * per_head

@@ -112,7 +112,7 @@ class SegmentedMemory(nnx.Module):
         reader = choose_rows(first_B == 0, state.memory.weights, state.reader)
         reader = choose_rows(slots.fresh_B, initial.weights, reader)
 
-        read = forward(reader, query.swapaxes(1, 2), self.memory.spec.residual_norm).swapaxes(1, 2)
+        read = forward(self.memory.spec, reader, query.swapaxes(1, 2)).swapaxes(1, 2)
         k_read, v_read = jnp.split(self.retrieved(read.reshape(*read.shape[:2], -1)), 2, axis=-1)
         k_read = self.attention.rotated(k_read.reshape(k.shape), positions)
         keys = jnp.stack([k, k_read], axis=2).astype(state.keys.dtype)
