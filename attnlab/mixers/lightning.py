@@ -23,7 +23,11 @@ NORMS = {
     "rmsnorm": "x / rms(x), times a learned scale",
     "layernorm": "(x - mean(x)) / std(x), times a learned scale, plus a learned bias",
 }
-_EPSILON = 1e-6
+SLOPES = {
+    "geometric": "2^(-8 (h + 1) / H) for any H",
+    "interleaved": "the same for powers of two; else those of the power of two below, then every second one of the "
+    "power above, as in ALiBi's and TransNormerLLM's released code",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +36,16 @@ class LightningConfig(MixerConfig):
 
     heads: int = knob(4, "heads H", other=(2,))
     head_width: int | None = knob(None, "head width d; none: width / heads", other=(3,))
+    slopes: str = knob("geometric", f"m_h of head h = 0 .. H - 1; {'; '.join(f'{k}: {v}' for k, v in SLOPES.items())}",
+                       other=("interleaved",))  # fmt: skip
     decay_scale: float = knob(
-        1.0, "c in the decay exp(-c * 2^(-8 (h + 1) / H)) per position of head h = 0 .. H - 1; 0: nothing decays. "
+        1.0, "c in the decay exp(-c * m_h) per position of head h; 0: nothing decays. "
         "TransNormerLLM's layer l of L has c = 1 - l / (L - 1) + 1e-5", other=(0.0,)
     )  # fmt: skip
     activation: str = knob("silu", f"of queries, keys and values: {', '.join(ACTIVATIONS)}", other=("identity",))
     norm: str = knob("srmsnorm", f"of the output; {'; '.join(f'{k}: {v}' for k, v in NORMS.items())}",
                      other=("rmsnorm", "layernorm"))  # fmt: skip
+    norm_epsilon: float = knob(1e-6, "added to the mean square in the norm", other=(1e-5,))
     norm_over: str = knob("layer", "layer: over all heads' channels; head: over each head's own", other=("head",))
     gate_rank: int | None = knob(None, "r in the output's gate sigmoid(x W [D, r] W [r, H d]); none: d", other=(2,))
     chunk: int = knob(64, "positions computed as one product; changes only speed and memory", other=(4,))
@@ -52,6 +59,8 @@ class LightningConfig(MixerConfig):
             value = getattr(self, name)
             need(value is None or value >= 1, name, value, "1 or more, or none")
         need(0 <= self.decay_scale < float("inf"), "decay_scale", self.decay_scale, "0 or more")
+        choice("slopes", self.slopes, list(SLOPES))
+        need(0 < self.norm_epsilon < 1, "norm_epsilon", self.norm_epsilon, "above 0, below 1")
         choice("activation", self.activation, list(ACTIVATIONS))
         choice("norm", self.norm, list(NORMS))
         choice("norm_over", self.norm_over, ["layer", "head"])
@@ -65,8 +74,12 @@ class LightningConfig(MixerConfig):
         return self.head_width or width // self.heads
 
 
-def slopes(heads: int) -> jax.Array:
-    """ALiBi's slopes, 2^(-8 (h + 1) / H) for h = 0 .. H - 1 (Press et al. 2022, arXiv:2108.12409)."""
+def slopes(heads: int, form: str = "geometric") -> jax.Array:
+    """Slopes of heads by one of `SLOPES` (Press et al. 2022, arXiv:2108.12409, section 3, and its released code)."""
+    if form == "interleaved":
+        below = 1 << (heads.bit_length() - 1)
+        even = lambda n: [2.0 ** (-8 * (h + 1) / n) for h in range(n)]
+        return jnp.asarray(even(below) + even(2 * below)[::2][: heads - below])
     return jnp.exp2(-8 * (jnp.arange(heads) + 1) / heads)
 
 
@@ -85,7 +98,10 @@ class Lightning(HeadMixer):
     extension = "norm_over=head (the paper's norm is over the layer's width), a gate_rank other than the head width"
     implementations = LINEAR_RECURRENCE.table
     counted = "chunked"
-    variants = ({"heads": 2, "chunk": 3, "norm": "layernorm", "norm_over": "head", "decay_scale": 2.5},)
+    variants = (
+        {"heads": 2, "chunk": 3, "norm": "layernorm", "norm_over": "head", "decay_scale": 2.5},
+        {"heads": 3, "head_width": 4, "slopes": "interleaved", "norm_epsilon": 0.1},
+    )
 
     def __init__(self, config: LightningConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         self.config, self.dtype = config, dtype
@@ -105,7 +121,7 @@ class Lightning(HeadMixer):
 
     def heads(self, x: jax.Array, seq: Sequence, state: RecurrentState | None = None) -> MixerOutput:
         c = self.config
-        decay = None if c.decay_scale == 0 else -c.decay_scale * slopes(c.heads)
+        decay = None if c.decay_scale == 0 else -c.decay_scale * slopes(c.heads, c.slopes)
         q, k, v = (self._split(self._activated(linear(x))) for linear in (self.q, self.k, self.v))
         o, state = recur(q, k, v, seq, state, log_decay=decay, chunk=c.chunk, impl=c.impl)
         gate = self._split(self.gate_up(self.gate_down(x)))
@@ -135,7 +151,7 @@ class Lightning(HeadMixer):
         y = o_BTHe.astype(param_dtype(self.dtype))
         if c.norm == "layernorm":
             y -= jnp.mean(y, over, keepdims=True)
-        y *= jax.lax.rsqrt(jnp.mean(y * y, over, keepdims=True) + _EPSILON)
+        y *= jax.lax.rsqrt(jnp.mean(y * y, over, keepdims=True) + c.norm_epsilon)
         if c.norm != "srmsnorm":
             y *= self.scale[...].reshape(c.heads, -1)
         return y + self.bias[...].reshape(c.heads, -1) if c.norm == "layernorm" else y
