@@ -28,8 +28,13 @@ class GatedDeltaNetConfig(MixerConfig):
     """Knobs of Gated DeltaNet."""
 
     heads: int = knob(4, "heads H", other=(2,))
+    key_heads: int | None = knob(
+        None, "heads K of queries and keys, a divisor of heads; each serves heads / K neighbouring heads of values; "
+        "none: heads", other=(2,)
+    )  # fmt: skip
     head_width: int | None = knob(None, "width d of queries and keys; none: width / heads", other=(6,))
     expand: float = knob(1.0, "width of values in head widths, e / d", other=(2.0,))
+    query_scale: float | None = knob(1.0, "factor on queries of length 1; none: 1 / sqrt(d)", other=(None,))
     conv: int = knob(4, "positions that the convolution of q, k and v spans, itself included; 1: none", other=(1,))
     gate: bool = knob(True, "multiply the normed outputs by silu(x W_g)", other=(False,))
     decay: bool = knob(True, "let the memory decay; false: DeltaNet", other=(False,))
@@ -41,7 +46,12 @@ class GatedDeltaNetConfig(MixerConfig):
         for name in ("heads", "conv", "chunk"):
             need(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         need(self.head_width is None or self.head_width >= 1, "head_width", self.head_width, "1 or more, or none")
+        if self.key_heads is not None:
+            divides = self.key_heads >= 1 and self.heads % self.key_heads == 0
+            need(divides, "key_heads", self.key_heads, f"divisors of heads ({self.heads}), or none")
         need(self.expand > 0, "expand", self.expand, "above 0")
+        if self.query_scale is not None:
+            need(0 < self.query_scale < float("inf"), "query_scale", self.query_scale, "above 0, or none")
         config_lib.require_choice("impl", self.impl, DELTA_RULE.names())
 
     def head_dims(self, width: int) -> tuple[int, int]:
@@ -65,7 +75,7 @@ class DeltaState:
 
     Attributes:
       memory: [B, H, d, e], fp32 (fp64 in a float64 model).
-      tail: [B, conv - 1, H * (2d + e)], the last inputs of the convolution.
+      tail: [B, conv - 1, K * 2d + H * e], the last inputs of the convolution.
       segment: [B] int32, id of the current document, -1 before the first position.
     """
 
@@ -114,12 +124,16 @@ class GatedDeltaNet(HeadMixer):
     paper = "Yang et al. 2024, Gated Delta Networks: Improving Mamba2 with Delta Rule, arXiv:2412.06464"
     implementations = DELTA_RULE.table
     counted = "chunked"
-    variants = ({"heads": 2, "head_width": 4, "expand": 1.5, "conv": 2, "chunk": 3},)
+    variants = (
+        {"heads": 2, "head_width": 4, "expand": 1.5, "conv": 2, "chunk": 3},
+        {"key_heads": 2, "query_scale": None, "chunk": 4},
+    )
 
     def __init__(self, config: GatedDeltaNetConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         self.config, self.dtype = config, dtype
         self.key_dim, self.value_dim = config.head_dims(width)
-        keys, values = config.heads * self.key_dim, config.heads * self.value_dim
+        self.key_heads = config.key_heads or config.heads
+        keys, values = self.key_heads * self.key_dim, config.heads * self.value_dim
         linear = lambda fan_out, axis: Linear(width, fan_out, ("embed", axis), rngs=rngs, dtype=dtype)
         self.q, self.k, self.v = linear(keys, "heads"), linear(keys, "heads"), linear(values, "heads")
         if config.conv > 1:
@@ -137,19 +151,24 @@ class GatedDeltaNet(HeadMixer):
     def heads(self, x: jax.Array, seq: Sequence, state: DeltaState | None = None) -> MixerOutput:
         c, (B, T, _) = self.config, x.shape
         documents, segment = _documents(seq, state, B, T)
-        # One convolution for q, k and v, whose channels lie together head by head.
-        qkv = jnp.concatenate([y(x).reshape(B, T, c.heads, -1) for y in (self.q, self.k, self.v)], axis=-1)
+        # One convolution for q, k and v, whose channels lie together key head by key head.
+        qkv = jnp.concatenate([y(x).reshape(B, T, self.key_heads, -1) for y in (self.q, self.k, self.v)], axis=-1)
         tail = None if state is None else state.tail
         if c.conv > 1:
             flat, tail = causal_conv(qkv.reshape(B, T, -1), self.filters[...], documents, tail)
             qkv = flat.reshape(qkv.shape)
         qk, v = jnp.split(jax.nn.silu(qkv), [2 * self.key_dim], axis=-1)
-        q, k = jnp.split(qk, 2, axis=-1)
+        q, k = (unit(y) for y in jnp.split(qk, 2, axis=-1))
+        if c.query_scale != 1:
+            q = q * (self.key_dim**-0.5 if c.query_scale is None else c.query_scale)
+        if self.key_heads < c.heads:
+            q, k = (jnp.repeat(y, c.heads // self.key_heads, axis=2) for y in (q, k))
+            v = v.reshape(B, T, c.heads, -1)
         logits = self.beta(x)
         beta = jax.nn.sigmoid(logits.astype(param_dtype(logits.dtype)))
         o, memory = delta_rule(
-            unit(q),
-            unit(k),
+            q,
+            k,
             v,
             self.log_decay(x) if c.decay else jnp.zeros_like(beta),
             beta,
@@ -172,7 +191,7 @@ class GatedDeltaNet(HeadMixer):
         H, d, e = self.config.heads, self.key_dim, self.value_dim
         return DeltaState(
             memory=jnp.zeros((batch, H, d, e), param_dtype(self.dtype)),
-            tail=jnp.zeros((batch, self.config.conv - 1, H * (2 * d + e)), dtype),
+            tail=jnp.zeros((batch, self.config.conv - 1, self.key_heads * 2 * d + H * e), dtype),
             segment=jnp.full((batch,), -1, jnp.int32),
         )
 
@@ -181,7 +200,7 @@ class GatedDeltaNet(HeadMixer):
         H, (d, e) = config.heads, config.head_dims(width)
         small = 2 if config.decay else 1
         return {
-            "projections": 2.0 * width * H * (2 * d + (3 if config.gate else 2) * e),
+            "projections": 2.0 * width * ((config.key_heads or H) * 2 * d + H * (3 if config.gate else 2) * e),
             "gates": 2.0 * width * H * small,
             "memory": H * chunked_flops(config.chunk, length, d, e) / length,
         }, None
