@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnlab import config as config_lib
-from attnlab.mixers.base import MixerOutput, knob, register
+from attnlab.mixers.base import MixerOutput, Sequence, knob, register
 from attnlab.mixers.parts import Linear, param_dtype
 from attnlab.mixers.roles import Role, param
 from attnlab.mixers.softmax import Softmax, SoftmaxConfig
@@ -38,11 +38,16 @@ class LocalLinearConfig(SoftmaxConfig):
         "1 at first where x = 0", other=(0.3,)
     )  # fmt: skip
     ridge_min: float = knob(0.01, f"least learned ridge, {_LEAST_RIDGE} or more", other=(0.1,))
-    iterations: int = knob(16, "iterations of conjugate gradients at most", other=(6,))
+    iterations: int = knob(16, "iterations of conjugate gradients: those that declared FLOPs count, and the most where "
+                           "max_iterations is none", other=(6,))  # fmt: skip
+    max_iterations: int | None = knob(None, "bound for impl=cg, which goes on until `tolerance`; none: iterations",
+                                      other=(64,))  # fmt: skip
     tolerance: float | None = knob(None, "relative residual at which a solve is done; none: 1e-5, in float64 1e-13",
                                    other=(1e-14,))  # fmt: skip
-    impl: str = knob("auto", f"{', '.join(LOCAL_LINEAR.names())}; cg stops when a block is done, cg_fixed never",
-                     other=("definition",))  # fmt: skip
+    blocks: int = knob(1, "groups of channels, of d / blocks each; second moments between groups count as 0; a "
+                       "divisor of d / 2: the pairs that RoPE turns stay together", other=(2,))  # fmt: skip
+    impl: str = knob("auto", f"{', '.join(LOCAL_LINEAR.names())}; cg stops when a block of rows is done, cg_fixed "
+                     "after `iterations`", other=("definition",))  # fmt: skip
 
     def __post_init__(self) -> None:
         own = ("sinks", "soft_cap", "impl", "decode_impl")
@@ -52,6 +57,10 @@ class LocalLinearConfig(SoftmaxConfig):
         if self.ridge is not None:
             need(self.ridge >= _LEAST_RIDGE, "ridge", self.ridge, f"{_LEAST_RIDGE} or more, or none")
         need(self.iterations >= 1, "iterations", self.iterations, "1 or more")
+        if self.max_iterations is not None:
+            allowed = f"{self.iterations} (iterations) or more, or none"
+            need(self.max_iterations >= self.iterations, "max_iterations", self.max_iterations, allowed)
+        need(self.blocks >= 1, "blocks", self.blocks, "1 or more")
         if self.tolerance is not None:
             need(0 < self.tolerance < 1, "tolerance", self.tolerance, "between 0 and 1, or none")
         config_lib.require_choice("impl", self.impl, LOCAL_LINEAR.names())
@@ -68,22 +77,34 @@ class LocalLinear(Softmax):
     Config = LocalLinearConfig
     paper = "Zuo et al. 2025, Local Linear Attention, arXiv:2510.01450"
     extension = (
-        "The ridge is learned per head and position; queries and keys are normalised; sums are centred at the mean key"
+        "The ridge is learned per head and position; queries and keys are normalised; sums are centred at the mean "
+        "key; blocks"
     )
     implementations = LOCAL_LINEAR.table
     counted = "cg_fixed"
     variants = (
         {"kv_heads": 2, "window": 4, "rope_base": None, "head_width": 6},
         {"kv_heads": 1, "causal": False, "qk_norm": False},
+        {"kv_heads": 2, "blocks": 2, "max_iterations": 64, "ridge_min": 0.1},
     )
 
     def __init__(self, config: LocalLinearConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         super().__init__(config, width=width, rngs=rngs, dtype=dtype)
+        pairs = self.head_dim // 2
+        config_lib.require(pairs % config.blocks == 0, "blocks", config.blocks, f"divisors of {pairs}, half a head")
         if config.ridge is None:
             self.ridge = Linear(width, config.heads, ("embed", "heads"), rngs=rngs, dtype=dtype)
             bias = math.log(math.expm1(1 - config.ridge_min))
             rows = jnp.full((config.heads,), bias, param_dtype(dtype))
             self.ridge_bias = param(rows, axes=("heads",), role=Role.BIAS)
+
+    def positioned(self, x: jax.Array, seq: Sequence) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """As in softmax attention, the channels of queries and keys in the order of `blocks`."""
+        q, k, v = super().positioned(x, seq)
+        if self.config.blocks > 1:  # the same order for both leaves all scores as they are
+            halves = lambda y: y.reshape(*y.shape[:-1], 2, self.config.blocks, -1)
+            q, k = (halves(y).swapaxes(-3, -2).reshape(y.shape) for y in (q, k))
+        return q, k, v
 
     def attend(self, q: jax.Array, kv: KeysValues, mask: Mask, x: jax.Array) -> MixerOutput:
         c = self.config
@@ -93,7 +114,9 @@ class LocalLinear(Softmax):
             mask,
             self.ridge_of(x),
             iterations=c.iterations,
+            max_iterations=c.max_iterations,
             tolerance=c.tolerance,
+            blocks=c.blocks,
             impl=c.impl,
         )
         metrics = {
@@ -111,7 +134,7 @@ class LocalLinear(Softmax):
 
     @classmethod
     def flops(cls, config: LocalLinearConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:
-        """Solves at their cap of iterations; what an early exit saves is known only at run time."""
+        """Solves of `iterations` iterations; how many residuals ask for is known only at run time."""
         flops, _ = super().flops(config, width, length)
         d, span = config.head_dim(width), mean_visible_keys(length, config.causal, config.window)
         if config.ridge is None:
