@@ -6,11 +6,9 @@ import pkgutil
 from attnlab.mixers.base import (
     Capabilities,
     Cost,
-    HeadMixer,
     Mixer,
     MixerConfig,
     MixerOutput,
-    Sequence,
     build,
     config_from_node,
     get,
@@ -18,6 +16,8 @@ from attnlab.mixers.base import (
     names,
     register,
 )
+from attnlab.mixers.heads import HeadMixer
+from attnlab.mixers.sequence import Sequence, Stream
 
 __all__ = [
     "Capabilities",
@@ -27,6 +27,7 @@ __all__ = [
     "MixerConfig",
     "MixerOutput",
     "Sequence",
+    "Stream",
     "build",
     "config_from_node",
     "get",

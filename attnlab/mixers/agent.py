@@ -12,50 +12,44 @@ from flax import nnx
 
 from attnlab import config as config_lib
 from attnlab.errors import UnsupportedPattern
-from attnlab.mixers.base import Capabilities, HeadMixer, MixerConfig, MixerOutput, Sequence, knob, register
-from attnlab.mixers.parts import Linear, param_dtype
+from attnlab.mixers.base import Capabilities, MixerOutput, impl_knob, knob, register
+from attnlab.mixers.heads import HeadConfig, HeadMixer, Projections, split_heads
+from attnlab.mixers.parts import param_dtype
 from attnlab.mixers.roles import Role, param
+from attnlab.mixers.sequence import Sequence
 from attnlab.ops import agent_causal as causal_ops
 from attnlab.ops import agent_refreshed as refreshed_ops
 from attnlab.ops.agent import AGENT_ATTENTION, causal_agent_attention, pooled_agent_attention
 from attnlab.ops.agent_attention import depthwise_conv
 from attnlab.ops.causal_conv import causal_conv
-from attnlab.ops.documents import document_index
 
-_FORMS = ("learned", "pooled")
 _TAPS = 3  # of the convolution, along each axis
 _TABLE = 7  # rows and columns of the biases' tables
 
 
 @dataclasses.dataclass(frozen=True)
-class AgentConfig(MixerConfig):
+class AgentConfig(HeadConfig):
     """Knobs of agent attention."""
 
-    heads: int = knob(4, "heads H", other=(2,))
-    head_width: int | None = knob(None, "head width d; none: width / heads", other=(6,))
-    agents: int = knob(16, "agents m; a square number for images", other=(4,))
+    agents: int = knob(16, "agents m; a square number for images", other=(4,), least=1)
     causal: bool | None = knob(None, "whether a position sees only itself and those before; none: true without a grid",
                                other=(False,))  # fmt: skip
     form: str | None = knob(None, "learned: agents are parameters, the state is of fixed size; pooled: means of "
                             "queries, where causal of the chunk before; none: learned where causal, else pooled",
-                            other=("pooled",))  # fmt: skip
+                            other=("pooled",), choices=("learned", "pooled"))  # fmt: skip
     grid: tuple[int, ...] | None = knob(None, "rows and columns of the images that biases are for; none: no biases",
                                         other=((2, 3),))  # fmt: skip
     conv: bool = knob(True, "add a depthwise convolution of the values, 3 wide", other=(False,))
     chunk: int = knob(64, "where causal: positions computed together (learned), or between refreshes of the agents, a "
-                      "multiple of agents (pooled)", other=(4,))  # fmt: skip
-    impl: str = knob("auto", f"implementation of the op: {', '.join(AGENT_ATTENTION.names())}", other=("definition",))
+                      "multiple of agents (pooled)", other=(4,), least=1)  # fmt: skip
+    impl: str = impl_knob(AGENT_ATTENTION.names())
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         need = config_lib.require
         if self.causal is None:
             object.__setattr__(self, "causal", self.grid is None)
-        need(self.heads >= 1, "heads", self.heads, "1 or more")
-        need(self.head_width is None or self.head_width >= 1, "head_width", self.head_width, "1 or more, or none")
-        need(self.agents >= 1, "agents", self.agents, "1 or more")
-        need(self.chunk >= 1, "chunk", self.chunk, "1 or more")
         if self.form is not None:
-            config_lib.require_choice("form", self.form, _FORMS)
             need(self.causal or self.form == "pooled", "form", self.form, "pooled, or none, where causal is false")
         if self.grid is not None:
             need(len(self.grid) == 2 and min(self.grid) >= 1, "grid", self.grid, "two numbers, 1 or more, or none")
@@ -63,20 +57,11 @@ class AgentConfig(MixerConfig):
             need(_is_square(self.agents), "agents", self.agents, "square numbers where there is a grid")
         if self.refreshed:
             need(self.chunk % self.agents == 0, "chunk", self.chunk, f"multiples of agents ({self.agents})")
-        config_lib.require_choice("impl", self.impl, AGENT_ATTENTION.names())
 
     @property
     def refreshed(self) -> bool:
         """Whether the layer is causal with agents made of queries."""
         return bool(self.causal) and self.form == "pooled"
-
-    def head_dim(self, width: int) -> int:
-        """Head width d in a model of the given width; ConfigError if the heads do not divide it."""
-        if self.head_width is not None:
-            return self.head_width
-        allowed = f"divisors of the width {width}, or head_width set"
-        config_lib.require(width % self.heads == 0, "heads", self.heads, allowed)
-        return width // self.heads
 
 
 @jax.tree_util.register_dataclass
@@ -87,12 +72,10 @@ class AgentState:
     Attributes:
       seen: `Averages` of fixed agents (learned), or `Stream` (pooled).
       tail: [B, 2, H * d], the last values of the current document, for the convolution; None without one.
-      segment: [B] int32, id of the current document, -1 before the first position.
     """
 
     seen: causal_ops.Averages | refreshed_ops.Stream
     tail: jax.Array | None
-    segment: jax.Array
 
 
 class PositionBias(nnx.Module):
@@ -152,11 +135,11 @@ class Agent(HeadMixer):
     )
 
     def __init__(self, config: AgentConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
-        self.config, self.dtype = config, dtype
-        self.head_dim = config.head_dim(width)
+        super().__init__(config, width=width, rngs=rngs, dtype=dtype)
+        make = Projections(width, rngs=rngs, dtype=dtype)
         inner, kind = config.heads * self.head_dim, param_dtype(dtype)
-        self.q, self.k, self.v = (Linear(width, inner, ("embed", "heads"), rngs=rngs, dtype=dtype) for _ in range(3))
-        self.out = Linear(inner, width, ("heads", "embed"), rngs=rngs, dtype=dtype)
+        self.q, self.k, self.v = (make(inner) for _ in range(3))
+        self.out = make.out(inner)
         if config.causal:
             shape = (config.heads, config.agents, self.head_dim)
             agents = jax.nn.initializers.normal(1.0)(rngs.params(), shape, kind)  # as queries are at first
@@ -179,42 +162,30 @@ class Agent(HeadMixer):
 
     # The contract.
 
-    def heads(self, x: jax.Array, seq: Sequence, state: AgentState | None = None) -> MixerOutput:
+    def heads(self, x: jax.Array, seq: Sequence, carried: AgentState | None = None) -> MixerOutput:
         """As in the contract. With pooled agents, more positions than the state has room for give NaN."""
-        q, k, v = (y(x).reshape(*x.shape[:2], -1, self.head_dim) for y in (self.q, self.k, self.v))
+        q, k, v = (split_heads(y(x), self.head_dim) for y in (self.q, self.k, self.v))
         if not self.config.causal:
             return MixerOutput(self._bidirectional(q, k, v, seq))
-        segments, documents = seq.segments, None
-        if state is not None and segments is None:
-            segments = jnp.ones(x.shape[:2], jnp.int32)
-        if segments is not None:
-            documents = document_index(segments, None if state is None else state.segment)
-        o, seen = self._causal(q, k, v, documents, state)
+        o, seen = self._causal(q, k, v, seq.documents, carried)
+        tail = None
         if self.config.conv:
-            added, tail = causal_conv(
-                v.reshape(*x.shape[:2], -1), self.conv_kernel[...], documents, None if state is None else state.tail
-            )
+            before = None if carried is None else carried.tail
+            flat = v.reshape(*x.shape[:2], -1)
+            added, tail = causal_conv(flat, self.conv_kernel[...], seq.documents, before)
             o = self._add(o, added)
-        if segments is not None:
-            o = jnp.where((segments == 0)[..., None, None], 0, o)
-        if state is None:
+        if carried is None:
             return MixerOutput(o)
-        tail = tail.astype(state.tail.dtype) if self.config.conv else None
-        return MixerOutput(o, AgentState(seen, tail, segments[:, -1]))
+        return MixerOutput(o, AgentState(seen, tail if tail is None else tail.astype(carried.tail.dtype)))
 
-    def combine(self, o_BTHe: jax.Array, x: jax.Array) -> jax.Array:
-        return self.out(o_BTHe.reshape(*x.shape[:2], -1))
-
-    def init_state(self, batch: int, max_length: int, dtype: Any = jnp.float32) -> AgentState:
+    def init_carried(self, batch: int, max_length: int, dtype: Any) -> AgentState:
         c = self.config
-        if not c.causal:
-            raise UnsupportedPattern(f"mixer {self.name!r} with causal=False does not stream")
         if c.refreshed:
             seen = refreshed_ops.Stream.empty(batch, c.heads, c.agents, self.head_dim, max_length, dtype)
         else:
             seen = causal_ops.Averages.empty(batch, c.heads, c.agents, self.head_dim, param_dtype(dtype))
         tail = jnp.zeros((batch, _TAPS - 1, c.heads * self.head_dim), dtype) if c.conv else None
-        return AgentState(seen, tail, jnp.full((batch,), -1, jnp.int32))
+        return AgentState(seen, tail)
 
     @classmethod
     def flops(cls, config: AgentConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:
@@ -249,7 +220,6 @@ class Agent(HeadMixer):
         grid, B, T = seq.grid, *q.shape[:2]
         if grid is not None:
             self._check_image(seq, T)
-        documents = None if seq.segments is None else document_index(seq.segments)
         biases = (None, None)
         if grid is not None and self.config.grid is not None:
             biases = self.bias_in(grid, T), self.bias_out(grid, T)
@@ -257,9 +227,9 @@ class Agent(HeadMixer):
         o = pooled_agent_attention(q, k, v, seq.segments, *biases, agents=c.agents, grid=grid, impl=c.impl)
         if self.config.conv:
             image = v.reshape(B, T, -1)
-            added = depthwise_conv(image, self.conv_kernel[...], grid, documents)
+            added = depthwise_conv(image, self.conv_kernel[...], grid, seq.documents)
             o = self._add(o, added, 0 if grid is None else T - grid[0] * grid[1])
-        return o if seq.segments is None else jnp.where((seq.segments == 0)[..., None, None], 0, o)
+        return o
 
     def _add(self, o_BTHe: jax.Array, convolved_BTC: jax.Array, before: int = 0) -> jax.Array:
         """Heads' outputs plus convolved values and their bias, which positions `before` the image have not."""

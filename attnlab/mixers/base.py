@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import operator
 from collections.abc import Callable, Collection
 from typing import Any, ClassVar
 
@@ -19,37 +20,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from attnlab import config as config_lib
 from attnlab.errors import UnsupportedPattern
 from attnlab.mixers import roles
-from attnlab.ops.documents import document_index, overflowed
+from attnlab.mixers.sequence import Sequence
 from attnlab.registry import Registry
 
 State = Any  # a pytree of arrays
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Sequence:
-    """Where the positions of a batch stand.
-
-    Attributes:
-      positions: [B, T] int32, position within its document, for position encodings.
-      segments: [B, T] int32 or None. Documents packed in one row carry different ids and are contiguous; 0 is padding.
-        None says that every row is one document without padding.
-      context: [B, S, D] or None, what cross-attention reads.
-      grid: rows and columns of an image whose pixels or patches, row by row, are the last positions of every row of the
-        batch; those before them (a class token) are not of the image. None where there is no image.
-    """
-
-    positions: jax.Array
-    segments: jax.Array | None = None
-    context: jax.Array | None = None
-    grid: tuple[int, int] | None = dataclasses.field(default=None, metadata={"static": True})
-
-    @classmethod
-    def whole(cls, batch: int, length: int) -> Sequence:
-        """One unpadded document per row, positions 0 to length - 1."""
-        return cls(jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length)))
 
 
 @jax.tree_util.register_dataclass
@@ -105,24 +82,64 @@ class Cost:
         return sum(self.flops.values())
 
 
-def knob(default: Any, doc: str, *, other: tuple[Any, ...] = (), build: Callable[[Any, str], Any] | None = None) -> Any:
+def knob(
+    default: Any,
+    doc: str,
+    *,
+    other: tuple[Any, ...] = (),
+    least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: Collection[str] | None = None,
+    build: Callable[[Any, str], Any] | None = None,
+) -> Any:
     """A documented field of a mixer's Config.
 
     Args:
       default: the field's default.
       doc: what it does, with units; `attnlab list NAME` prints it.
       other: values that differ from the default and must make a difference; the contract battery tries each of them.
+      least, above, below: bounds of a number: `least` and more, more than `above`, less than `below`. None, where the
+        field may be, passes.
+      choices: the strings that are allowed.
       build: `(tree, path)` to the value, where a config node stands here; None: the value is of the annotated type.
     """
-    metadata = {"doc": doc, "other": other} | ({"build": build} if build else {})
-    return dataclasses.field(default=default, metadata=metadata)
+    metadata = {"doc": doc, "other": other, "least": least, "above": above, "below": below}
+    metadata["choices"] = choices
+    return dataclasses.field(default=default, metadata=metadata | ({"build": build} if build else {}))
+
+
+def impl_knob(names: Collection[str], *, default: str = "auto", doc: str = "implementation of the op") -> Any:
+    """The knob `impl` of a mixer: one of the op's `names`; `doc` is completed by them."""
+    return knob(default, f"{doc}: {', '.join(names)}", other=("definition",), choices=names)
+
+
+_BOUNDS = (("least", operator.ge, "{} or more"), ("above", operator.gt, "above {}"), ("below", operator.lt, "below {}"))
 
 
 class MixerConfig:
-    """Base class of the frozen dataclasses of knobs. A mixer with both directions makes `causal` a knob."""
+    """Base class of the frozen dataclasses of knobs. A mixer with both directions makes `causal` a knob.
+
+    What a knob by itself may be is checked here; a subclass that checks more calls `super().__post_init__()` first.
+    """
 
     node_name: ClassVar[str]
     causal: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, facts = getattr(self, field.name), field.metadata
+            optional = "None" in str(field.type)
+            if value is None and optional:
+                continue
+            bounds = [(facts[name], holds, said) for name, holds, said in _BOUNDS if facts.get(name) is not None]
+            if bounds:
+                finite = not isinstance(value, float) or math.isfinite(value)
+                allowed = ", ".join(said.format(bound) for bound, _, said in bounds) + ", or none" * optional
+                inside = finite and all(holds(value, bound) for bound, holds, _ in bounds)
+                config_lib.require(inside, field.name, value, allowed)
+            if facts.get("choices") is not None:
+                config_lib.require_choice(field.name, value, list(facts["choices"]))
 
 
 class Mixer(nnx.Module):
@@ -166,7 +183,7 @@ class Mixer(nnx.Module):
         raise UnsupportedPattern(f"mixer {self.name!r} does not stream")
 
     def extend(self, x: jax.Array, seq: Sequence, state: State) -> MixerOutput:
-        """Mixes the next T >= 1 positions, `x` [B, T, D], given the state of those before."""
+        """Mixes the next T >= 1 positions, `x` [B, T, D], given the state of those before; `seq` by `Stream.extend`."""
         raise UnsupportedPattern(f"mixer {self.name!r} does not stream")
 
     @classmethod
@@ -202,60 +219,6 @@ class Mixer(nnx.Module):
         ):
             if asked and not able:
                 raise UnsupportedPattern(f"mixer {self.name!r} does not support {what}")
-
-
-class HeadMixer(Mixer):
-    """A mixer that is a sum over heads: `heads` computes each head's output, `combine` projects and adds them.
-
-    What stands between the heads and their sum (MoH's gates) then works on any of them.
-
-    A document of a packed row whose inputs have overflowed (`attnlab.ops.documents.overflowed`) gives NaN, and changes
-    nothing in the others: `heads` reads zeros for it. Streaming states are dataclasses with `segment` [B] int32, the id
-    of the current document, -1 before the first position. Between calls of `extend` it is -2 - id where that
-    document has overflowed, which `heads` does not see.
-    """
-
-    contains_overflow = True
-
-    def heads(self, x: jax.Array, seq: Sequence, state: State = None) -> MixerOutput:
-        """Each head's output, `y` [B, T, H, e], ready to be projected: norms and gates on it are applied.
-
-        With a state the positions are the next T >= 1 of a stream and the output holds the new state; without, they
-        are whole sequences.
-        """
-        raise NotImplementedError
-
-    def combine(self, o_BTHe: jax.Array, x: jax.Array) -> jax.Array:
-        """The layer's output [B, T, D] from the heads' outputs: a projection, linear in them."""
-        raise NotImplementedError
-
-    def __call__(self, x: jax.Array, seq: Sequence) -> MixerOutput:
-        self.require(seq, causal=self.config.causal)
-        if seq.segments is None:
-            out = self.heads(x, seq)
-            return dataclasses.replace(out, y=self.combine(out.y, x), state=None)
-        lost_BT = overflowed(x, document_index(seq.segments), causal=self.config.causal)
-        x = jnp.where(lost_BT[..., None], 0, x)
-        out = self.heads(x, seq)
-        y = _marked(self.combine(out.y, x), lost_BT, seq.segments)
-        return dataclasses.replace(out, y=y, state=None)
-
-    def extend(self, x: jax.Array, seq: Sequence, state: State) -> MixerOutput:
-        self.require(seq, causal=True)
-        segments = jnp.ones(x.shape[:2], jnp.int32) if seq.segments is None else seq.segments
-        lost_B = state.segment < -1
-        state = dataclasses.replace(state, segment=jnp.where(lost_B, -2 - state.segment, state.segment))
-        lost_BT = overflowed(x, document_index(segments, state.segment), lost_B, causal=True)
-        x = jnp.where(lost_BT[..., None], 0, x)
-        out = self.heads(x, seq, state)
-        segment = out.state.segment
-        after = dataclasses.replace(out.state, segment=jnp.where(lost_BT[:, -1], -2 - segment, segment))
-        return dataclasses.replace(out, y=_marked(self.combine(out.y, x), lost_BT, segments), state=after)
-
-
-def _marked(y: jax.Array, lost_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
-    """NaN where a document has overflowed; padding stays finite."""
-    return jnp.where((lost_BT & (segments_BT != 0))[..., None], jnp.nan, y)
 
 
 MIXERS: Registry[Mixer] = Registry("mixer")

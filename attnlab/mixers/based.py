@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnlab import config as config_lib
-from attnlab.mixers.base import Capabilities, HeadMixer, MixerConfig, MixerOutput, Sequence, knob, register
-from attnlab.mixers.parts import Linear, param_dtype
-from attnlab.mixers.recurrent import RecurrentState, recur
-from attnlab.ops.linear_recurrence import LINEAR_RECURRENCE, flops_per_token
+from attnlab.mixers.base import Capabilities, MixerOutput, impl_knob, knob, register
+from attnlab.mixers.heads import HeadConfig, HeadMixer, Projections, split_heads
+from attnlab.mixers.parts import param_dtype
+from attnlab.mixers.sequence import Sequence
+from attnlab.ops.linear_recurrence import LINEAR_RECURRENCE, flops_per_token, linear_recurrence
 
 
 def full_features(x: jax.Array) -> jax.Array:
@@ -42,33 +42,16 @@ FEATURES = {"symmetric": symmetric_features, "full": full_features}
 
 
 @dataclasses.dataclass(frozen=True)
-class BasedConfig(MixerConfig):
-    """Knobs of Based's linear attention."""
+class BasedConfig(HeadConfig):
+    """Knobs of Based's linear attention; `head_width` is that of values."""
 
-    heads: int = knob(4, "heads H", other=(2,))
-    head_width: int | None = knob(None, "width e of a head's values; none: width / heads", other=(3,))
-    feature_width: int = knob(16, "width f of a head's queries and keys before the feature map", other=(5,))
+    feature_width: int = knob(16, "width f of a head's queries and keys before the feature map", other=(5,), least=1)
     features: str = knob("symmetric", "symmetric: 1 + f + f (f + 1) / 2 features; full: 1 + f + f^2, the same "
-                         "layer with every product of two channels twice", other=("full",))  # fmt: skip
-    epsilon: float = knob(1e-12, "added to the denominator, which is at least 1/2", other=(0.5,))
-    chunk: int = knob(64, "positions computed as one product; changes only speed and memory", other=(4,))
-    impl: str = knob("auto", f"implementation of the op: {', '.join(LINEAR_RECURRENCE.names())}", other=("definition",))
-
-    def __post_init__(self) -> None:
-        need, choice = config_lib.require, config_lib.require_choice
-        for name in ("heads", "feature_width", "chunk"):
-            need(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        need(self.head_width is None or self.head_width >= 1, "head_width", self.head_width, "1 or more, or none")
-        need(0 <= self.epsilon < float("inf"), "epsilon", self.epsilon, "0 or more")
-        choice("features", self.features, list(FEATURES))
-        choice("impl", self.impl, LINEAR_RECURRENCE.names())
-
-    def head_dim(self, width: int) -> int:
-        """Value width e in a model of the given width; ConfigError if the heads do not divide it."""
-        if self.head_width is None:
-            allowed = f"divisors of the width {width}, or any with head_width set"
-            config_lib.require(width % self.heads == 0, "heads", self.heads, allowed)
-        return self.head_width or width // self.heads
+                         "layer with every product of two channels twice", other=("full",),
+                         choices=FEATURES)  # fmt: skip
+    epsilon: float = knob(1e-12, "added to the denominator, which is at least 1/2", other=(0.5,), least=0)
+    chunk: int = knob(64, "positions computed as one product; changes only speed and memory", other=(4,), least=1)
+    impl: str = impl_knob(LINEAR_RECURRENCE.names())
 
     def feature_count(self) -> int:
         """Width of queries and keys after the feature map."""
@@ -100,34 +83,31 @@ class Based(HeadMixer):
     variants = ({"heads": 2, "feature_width": 3, "features": "full", "chunk": 3, "head_width": 6},)
 
     def __init__(self, config: BasedConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
-        self.config, self.dtype = config, dtype
-        self.head_dim = config.head_dim(width)
-        narrow, inner = config.heads * config.feature_width, config.heads * self.head_dim
-        linear = lambda fan_in, fan_out, *axes: Linear(fan_in, fan_out, axes, rngs=rngs, dtype=dtype)
-        self.q = linear(width, narrow, "embed", "heads")
-        self.k = linear(width, narrow, "embed", "heads")
-        self.v = linear(width, inner, "embed", "heads")
-        self.out = linear(inner, width, "heads", "embed")
+        super().__init__(config, width=width, rngs=rngs, dtype=dtype)
+        make, inner = Projections(width, rngs=rngs, dtype=dtype), config.heads * self.head_dim
+        self.q, self.k = (make(config.heads * config.feature_width) for _ in range(2))
+        self.v = make(inner)
+        self.out = make.out(inner)
 
-    def heads(self, x: jax.Array, seq: Sequence, state: RecurrentState | None = None) -> MixerOutput:
+    def heads(self, x: jax.Array, seq: Sequence, carried: jax.Array | None = None) -> MixerOutput:
+        """As in the contract; `carried` is the memory [B, H, features, e + 1]."""
         c, wide = self.config, param_dtype(self.dtype)
-        q, k, v = (linear(x).reshape(*x.shape[:2], c.heads, -1).astype(wide) for linear in (self.q, self.k, self.v))
-        q, k = (FEATURES[c.features](y) for y in (q, k))
+        q, k = (FEATURES[c.features](split_heads(y(x), c.feature_width).astype(wide)) for y in (self.q, self.k))
+        v = split_heads(self.v(x), self.head_dim).astype(wide)
         u = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
-        sums, state = recur(q, k, u, seq, state, chunk=c.chunk, impl=c.impl)
-        return MixerOutput(self.averaged(sums).astype(self.dtype), state)
+        sums, memory = linear_recurrence(
+            q, k, u, documents_BT=seq.documents, state_BHde=carried, chunk=c.chunk, impl=c.impl
+        )
+        return MixerOutput(self.averaged(sums).astype(self.dtype), memory)
 
     def averaged(self, sums_BTHe: jax.Array) -> jax.Array:
         """Sums of weighted values by the sum of weights, which is in the last column."""
         # Weights are at least 1/2; features of huge queries and keys cancel, and may round their sum to about 0.
         return sums_BTHe[..., :-1] / (jnp.maximum(sums_BTHe[..., -1:], 0.5) + self.config.epsilon)
 
-    def combine(self, o_BTHe: jax.Array, x: jax.Array) -> jax.Array:
-        return self.out(o_BTHe.reshape(*x.shape[:2], -1))
-
-    def init_state(self, batch: int, max_length: int, dtype: Any = jnp.float32) -> RecurrentState:
-        c = self.config
-        return RecurrentState.empty(batch, c.heads, c.feature_count(), self.head_dim + 1, dtype)
+    def init_carried(self, batch: int, max_length: int, dtype: Any) -> jax.Array:
+        shape = (batch, self.config.heads, self.config.feature_count(), self.head_dim + 1)
+        return jnp.zeros(shape, param_dtype(dtype))
 
     @classmethod
     def flops(cls, config: BasedConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:

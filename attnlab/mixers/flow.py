@@ -10,71 +10,45 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnlab import config as config_lib
-from attnlab.errors import UnsupportedPattern
-from attnlab.mixers.base import Capabilities, HeadMixer, MixerConfig, MixerOutput, Sequence, knob, register
-from attnlab.mixers.parts import Linear, param_dtype
+from attnlab.mixers.base import Capabilities, MixerOutput, impl_knob, knob, register
+from attnlab.mixers.heads import HeadConfig, HeadMixer, Projections, split_heads
+from attnlab.mixers.parts import param_dtype
+from attnlab.mixers.sequence import Sequence
 from attnlab.ops import flow_attention as op
-from attnlab.ops.documents import document_index
 from attnlab.ops.flow_definition import FlowRule, FlowState, empty_state
 
 FEATURES = {
     "sigmoid": jax.nn.sigmoid,
     "relu": lambda x: jax.nn.relu(x) + 1e-6,  # as in the authors' code for the Long Range Arena
 }
-_FORMS = ("sums", "averages")
 
 
 @dataclasses.dataclass(frozen=True)
-class FlowConfig(MixerConfig):
+class FlowConfig(HeadConfig):
     """Knobs of flow attention."""
 
-    heads: int = knob(4, "heads H", other=(2,))
-    head_width: int | None = knob(None, "head width d; none: width / heads", other=(6,))
     causal: bool = knob(True, "whether a position sees only itself and those before", other=(False,))
-    feature: str = knob("sigmoid", f"feature map of queries and keys: {', '.join(FEATURES)}", other=("relu",))
+    feature: str = knob("sigmoid", f"feature map of queries and keys: {', '.join(FEATURES)}", other=("relu",),
+                        choices=FEATURES)  # fmt: skip
     competition: bool = knob(True, "whether sources compete: a softmax over them scales values", other=(False,))
     allocation: bool = knob(True, "whether outputs are scaled by the sigmoid of the incoming flow", other=(False,))
     clip: float | None = knob(5.0, "competition clips outgoing flows (their mean is 1) to [-clip, clip]; none: not",
                               other=(None,))  # fmt: skip
-    epsilon: float = knob(1e-6, "added to features and to their sums", other=(1e-2,))
+    epsilon: float = knob(1e-6, "added to features and to their sums", other=(1e-2,), above=0)
     form: str = knob("sums", "running sums, or averages: the same, and exact for streams beyond 2^24 positions; causal",
-                     other=("averages",))  # fmt: skip
-    chunk: int = knob(64, "positions in a chunk; changes only time and memory", other=(4,))
-    impl: str = knob("auto", f"implementation of the op: {', '.join(op.FLOW_ATTENTION.names())}", other=("definition",))
+                     other=("averages",), choices=("sums", "averages"))  # fmt: skip
+    chunk: int = knob(64, "positions in a chunk; changes only time and memory", other=(4,), least=1)
+    impl: str = impl_knob(op.FLOW_ATTENTION.names())
 
     def __post_init__(self) -> None:
-        need, choice = config_lib.require, config_lib.require_choice
-        need(self.heads >= 1, "heads", self.heads, "1 or more")
-        need(self.head_width is None or self.head_width >= 1, "head_width", self.head_width, "1 or more, or none")
-        choice("feature", self.feature, list(FEATURES))
+        super().__post_init__()
+        need = config_lib.require
         need(self.clip is None or 0 <= self.clip <= 50, "clip", self.clip, "from 0 to 50, whose exp fits fp32, or none")
-        need(self.epsilon > 0, "epsilon", self.epsilon, "above 0")
-        choice("form", self.form, _FORMS)
         need(self.causal or self.form == "sums", "form", self.form, "sums where causal is false: nothing runs")
-        need(self.chunk >= 1, "chunk", self.chunk, "1 or more")
-        choice("impl", self.impl, op.FLOW_ATTENTION.names())
-
-    def head_dim(self, width: int) -> int:
-        """Head width d in a model of the given width; ConfigError if the heads do not divide it."""
-        if self.head_width is not None:
-            return self.head_width
-        config_lib.require(
-            width % self.heads == 0, "heads", self.heads, f"divisors of the width {width}, or head_width set"
-        )
-        return width // self.heads
 
     def rule(self) -> FlowRule:
         """What the op computes."""
         return FlowRule(self.competition, self.allocation, self.clip, self.epsilon, self.form == "averages")
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class FlowCache:
-    """The streaming state: the flows' sums, and the id of the current document [B] int32, -1 at first."""
-
-    flows: FlowState
-    segment: jax.Array
 
 
 @register("flow")
@@ -102,41 +76,27 @@ class Flow(HeadMixer):
     )
 
     def __init__(self, config: FlowConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
-        self.config, self.dtype = config, dtype
-        self.head_dim = config.head_dim(width)
-        inner = config.heads * self.head_dim
-        self.q, self.k, self.v = (Linear(width, inner, ("embed", "heads"), rngs=rngs, dtype=dtype) for _ in range(3))
-        self.out = Linear(inner, width, ("heads", "embed"), rngs=rngs, dtype=dtype)
+        super().__init__(config, width=width, rngs=rngs, dtype=dtype)
+        make, inner = Projections(width, rngs=rngs, dtype=dtype), config.heads * self.head_dim
+        self.q, self.k, self.v = (make(inner) for _ in range(3))
+        self.out = make.out(inner)
 
-    def heads(self, x: jax.Array, seq: Sequence, state: FlowCache | None = None) -> MixerOutput:
-        c, segments = self.config, seq.segments
-        if state is not None and segments is None:
-            segments = jnp.ones(x.shape[:2], jnp.int32)
-        split = lambda y: y.reshape(*x.shape[:2], c.heads, self.head_dim)
-        features = lambda y: FEATURES[c.feature](split(y).astype(param_dtype(self.dtype)))
-        documents = None if segments is None else document_index(segments, None if state is None else state.segment)
+    def heads(self, x: jax.Array, seq: Sequence, carried: FlowState | None = None) -> MixerOutput:
+        c = self.config
+        q, k, v = (split_heads(y(x), self.head_dim) for y in (self.q, self.k, self.v))
+        features = lambda y: FEATURES[c.feature](y.astype(param_dtype(self.dtype)))
         out = op.flow_attention(
-            features(self.q(x)), features(self.k(x)), split(self.v(x)), c.rule(), causal=c.causal, documents=documents,
-            state=None if state is None else state.flows, chunk=c.chunk, impl=c.impl,
+            features(q), features(k), v, c.rule(), causal=c.causal, documents=seq.documents, state=carried,
+            chunk=c.chunk, impl=c.impl,
         )  # fmt: skip
-        o = out.o
-        if segments is not None:
-            o = jnp.where((segments == 0)[..., None, None], 0, o)  # padding mixes nothing
         metrics = {}
         if c.competition and c.clip is not None:
-            metrics["flow_clipped"] = _share(out.outgoing > c.clip, segments, out.outgoing.dtype)
-        return MixerOutput(o, None if state is None else FlowCache(out.state, segments[:, -1]), metrics=metrics)
+            metrics["flow_clipped"] = _share(out.outgoing > c.clip, seq.segments, out.outgoing.dtype)
+        return MixerOutput(out.o, None if carried is None else out.state, metrics=metrics)
 
-    def combine(self, o_BTHe: jax.Array, x: jax.Array) -> jax.Array:
-        return self.out(o_BTHe.reshape(*x.shape[:2], -1))
-
-    def init_state(self, batch: int, max_length: int, dtype: Any = jnp.float32) -> FlowCache:
-        c = self.config
-        if not c.causal:
-            raise UnsupportedPattern(f"mixer {self.name!r} with causal=False does not stream")
+    def init_carried(self, batch: int, max_length: int, dtype: Any) -> FlowState:
         wide = param_dtype(self.dtype)  # sums along the sequence are fp32, or wider, whatever the activations are
-        flows = empty_state(c.rule(), batch, c.heads, self.head_dim, self.head_dim, wide)
-        return FlowCache(flows, jnp.full((batch,), -1, jnp.int32))
+        return empty_state(self.config.rule(), batch, self.config.heads, self.head_dim, self.head_dim, wide)
 
     @classmethod
     def flops(cls, config: FlowConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnlab import config as config_lib
-from attnlab.mixers.base import MixerOutput, Sequence, knob, register
+from attnlab.mixers.attention import Reads
+from attnlab.mixers.base import MixerOutput, knob, register
 from attnlab.mixers.parts import Linear, param_dtype
 from attnlab.mixers.roles import Role, param
-from attnlab.mixers.softmax import KVCache, Softmax, SoftmaxConfig
+from attnlab.mixers.softmax import Softmax, SoftmaxConfig
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "sigmoid": jax.nn.sigmoid,
@@ -36,30 +37,29 @@ class GatedConfig(SoftmaxConfig):
     """Knobs of gated attention: those of softmax attention, and the gate's."""
 
     position: str = knob("G1", f"what is gated: {'; '.join(f'{k} {v}' for k, v in POSITIONS.items())}",
-                         other=("G2", "G3", "G4", "G5"))  # fmt: skip
+                         other=("G2", "G3", "G4", "G5"), choices=POSITIONS)  # fmt: skip
     granularity: str = knob(
-        "elementwise", "elementwise: a score per channel; headwise: one per head", other=("headwise",)
+        "elementwise", "elementwise: a score per channel; headwise: one per head", other=("headwise",),
+        choices=("elementwise", "headwise"),
     )
-    sharing: str = knob("specific", "specific: scores of each head; shared: their mean over heads", other=("shared",))
-    operation: str = knob("multiplicative", "multiplicative: Y * score; additive: Y + score", other=("additive",))
-    activation: str = knob("sigmoid", f"{', '.join(ACTIVATIONS)}", other=("silu", "ns_sigmoid", "identity"))
+    sharing: str = knob("specific", "specific: scores of each head; shared: their mean over heads", other=("shared",),
+                       choices=("specific", "shared"))  # fmt: skip
+    operation: str = knob("multiplicative", "multiplicative: Y * score; additive: Y + score", other=("additive",),
+                         choices=("multiplicative", "additive"))  # fmt: skip
+    activation: str = knob("sigmoid", f"{', '.join(ACTIVATIONS)}", other=("silu", "ns_sigmoid", "identity"),
+                          choices=ACTIVATIONS)  # fmt: skip
     input_dependent: bool = knob(True, "true: score act(x W); false: act(theta), theta learned, zero at first",
                                  other=(False,))  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choice, need = config_lib.require_choice, config_lib.require
-        choice("position", self.position, list(POSITIONS))
-        choice("granularity", self.granularity, ["elementwise", "headwise"])
-        choice("sharing", self.sharing, ["specific", "shared"])
-        choice("operation", self.operation, ["multiplicative", "additive"])
-        choice("activation", self.activation, list(ACTIVATIONS))
+        need = config_lib.require
         if self.position == "G5":
             need(
                 self.granularity == "elementwise", "granularity", self.granularity, "elementwise at G5: it has no heads"
             )
             need(self.sharing == "specific", "sharing", self.sharing, "specific at G5: it has no heads")
-        groups = self.kv_heads if self.position in ("G2", "G3") and self.kv_heads else self.heads
+        groups = self.key_heads if self.position in ("G2", "G3") else self.heads
         need(groups > 1 or self.sharing == "specific", "sharing", self.sharing, "specific where one head is gated")
         if self.position in ("G3", "G4") and self.qk_norm and self.operation == "multiplicative":
             need(
@@ -130,8 +130,8 @@ class Gated(Softmax):
             q = self.gate.apply(q, x)
         return q, k, v
 
-    def heads(self, x: jax.Array, seq: Sequence, state: KVCache | None = None) -> MixerOutput:
-        out = super().heads(x, seq, state)
+    def attended(self, reads: Reads, x: jax.Array) -> MixerOutput:
+        out = super().attended(reads, x)
         return dataclasses.replace(out, y=self.gate.apply(out.y, x)) if self.config.position == "G1" else out
 
     def combine(self, o_BTHe: jax.Array, x: jax.Array) -> jax.Array:
@@ -153,33 +153,5 @@ def _gate_shape(config: GatedConfig, width: int) -> tuple[int, int, str]:
     if config.position == "G5":
         return 1, width, "embed_out"
     if config.position in ("G2", "G3"):
-        return config.kv_heads or config.heads, d, "kv_heads"
+        return config.key_heads, d, "kv_heads"
     return config.heads, d, "heads"
-
-
-def fuse_query_gate(q_kernel: jax.Array, gate_kernel: jax.Array, heads: int, kv_heads: int) -> jax.Array:
-    """One kernel for queries and G1 gates, in the layout of Qwen3's `q_proj`.
-
-    Args:
-      q_kernel: [D, H * d].
-      gate_kernel: [D, H * d] (elementwise) or [D, H] (headwise).
-      heads, kv_heads: H and K.
-
-    Returns:
-      [D, K * (G * d + G * d or G)], G = H / K: for each key/value head its group's queries, then its gates, so that a
-      split over key/value heads keeps the gates with their heads.
-    """
-    width = q_kernel.shape[0]
-    if q_kernel.shape[1] % heads or gate_kernel.shape[1] % heads or heads % kv_heads:
-        raise ValueError(
-            f"kernels {q_kernel.shape}, {gate_kernel.shape} do not hold {heads} heads in {kv_heads} groups"
-        )
-    parts = [kernel.reshape(width, kv_heads, -1) for kernel in (q_kernel, gate_kernel)]
-    return jnp.concatenate(parts, axis=2).reshape(width, -1)
-
-
-def split_query_gate(fused: jax.Array, heads: int, kv_heads: int, head_dim: int) -> tuple[jax.Array, jax.Array]:
-    """The inverse of `fuse_query_gate`: q_kernel, gate_kernel."""
-    width, queries = fused.shape[0], heads // kv_heads * head_dim
-    grouped = fused.reshape(width, kv_heads, -1)
-    return grouped[..., :queries].reshape(width, -1), grouped[..., queries:].reshape(width, -1)

@@ -11,61 +11,47 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnlab import config as config_lib
-from attnlab.errors import ConfigError
-from attnlab.mixers.base import Capabilities, HeadMixer, MixerConfig, MixerOutput, Sequence, knob, register
+from attnlab.mixers.base import Capabilities, MixerOutput, impl_knob, knob, register
+from attnlab.mixers.heads import HeadConfig, HeadMixer, Projections
 from attnlab.mixers.parts import Linear, RMSNorm, param_dtype
 from attnlab.mixers.roles import Role, param
+from attnlab.mixers.sequence import Sequence
 from attnlab.ops.causal_conv import causal_conv
 from attnlab.ops.delta_rule import DELTA_RULE, chunked_flops, delta_rule
-from attnlab.ops.documents import document_index
 
 _LARGEST_A = 16.0
 _TIME_STEPS = 1e-3, 0.1
 
 
 @dataclasses.dataclass(frozen=True)
-class GatedDeltaNetConfig(MixerConfig):
-    """Knobs of Gated DeltaNet."""
+class GatedDeltaNetConfig(HeadConfig):
+    """Knobs of Gated DeltaNet; `head_width` is that of queries and keys."""
 
-    heads: int = knob(4, "heads H", other=(2,))
     key_heads: int | None = knob(
         None, "heads K of queries and keys, a divisor of heads; each serves heads / K neighbouring heads of values; "
-        "none: heads", other=(2,)
+        "none: heads", other=(2,), least=1
     )  # fmt: skip
-    head_width: int | None = knob(None, "width d of queries and keys; none: width / heads", other=(6,))
-    expand: float = knob(1.0, "width of values in head widths, e / d", other=(2.0,))
-    query_scale: float | None = knob(1.0, "factor on queries of length 1; none: 1 / sqrt(d)", other=(None,))
-    conv: int = knob(4, "positions that the convolution of q, k and v spans, itself included; 1: none", other=(1,))
+    expand: float = knob(1.0, "width of values in head widths, e / d", other=(2.0,), above=0)
+    query_scale: float | None = knob(1.0, "factor on queries of length 1; none: 1 / sqrt(d)", other=(None,), above=0)
+    conv: int = knob(4, "positions that the convolution of q, k and v spans, itself included; 1: none", other=(1,),
+                     least=1)  # fmt: skip
     gate: bool = knob(True, "multiply the normed outputs by silu(x W_g)", other=(False,))
     decay: bool = knob(True, "let the memory decay; false: DeltaNet", other=(False,))
-    chunk: int = knob(64, "positions computed at once in training", other=(4,))
-    impl: str = knob("auto", f"implementation of the op: {', '.join(DELTA_RULE.names())}", other=("definition",))
+    chunk: int = knob(64, "positions computed at once in training", other=(4,), least=1)
+    impl: str = impl_knob(DELTA_RULE.names())
 
     def __post_init__(self) -> None:
-        need = config_lib.require
-        for name in ("heads", "conv", "chunk"):
-            need(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        need(self.head_width is None or self.head_width >= 1, "head_width", self.head_width, "1 or more, or none")
-        if self.key_heads is not None:
-            divides = self.key_heads >= 1 and self.heads % self.key_heads == 0
-            need(divides, "key_heads", self.key_heads, f"divisors of heads ({self.heads}), or none")
-        need(self.expand > 0, "expand", self.expand, "above 0")
-        if self.query_scale is not None:
-            need(0 < self.query_scale < float("inf"), "query_scale", self.query_scale, "above 0, or none")
-        config_lib.require_choice("impl", self.impl, DELTA_RULE.names())
+        super().__post_init__()
+        divides = self.heads % (self.key_heads or self.heads) == 0
+        config_lib.require(divides, "key_heads", self.key_heads, f"divisors of heads ({self.heads}), or none")
 
-    def head_dims(self, width: int) -> tuple[int, int]:
-        """d and e in a model of the given width; ConfigError if they are not integers."""
-        if self.head_width is None and width % self.heads:
-            raise ConfigError(
-                f"heads = {self.heads} does not divide width = {width}; "
-                "allowed: another number of heads, or head_width set"
-            )
-        d = self.head_width or width // self.heads
+    def value_dim(self, width: int) -> int:
+        """Width e of a head's values in a model of the given width; ConfigError if it is no integer."""
+        d = self.head_dim(width)
         config_lib.require(
             self.expand * d == int(self.expand * d) >= 1, "expand", self.expand, f"multiples of 1 / {d}, the head width"
         )
-        return d, int(self.expand * d)
+        return int(self.expand * d)
 
 
 @jax.tree_util.register_dataclass
@@ -76,12 +62,10 @@ class DeltaState:
     Attributes:
       memory: [B, H, d, e], fp32 (fp64 in a float64 model).
       tail: [B, conv - 1, K * 2d + H * e], the last inputs of the convolution.
-      segment: [B] int32, id of the current document, -1 before the first position.
     """
 
     memory: jax.Array
     tail: jax.Array
-    segment: jax.Array
 
 
 class Decay(nnx.Module):
@@ -130,37 +114,36 @@ class GatedDeltaNet(HeadMixer):
     )
 
     def __init__(self, config: GatedDeltaNetConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
-        self.config, self.dtype = config, dtype
-        self.key_dim, self.value_dim = config.head_dims(width)
+        super().__init__(config, width=width, rngs=rngs, dtype=dtype)
+        self.value_dim = config.value_dim(width)
         self.key_heads = config.key_heads or config.heads
-        keys, values = self.key_heads * self.key_dim, config.heads * self.value_dim
-        linear = lambda fan_out, axis: Linear(width, fan_out, ("embed", axis), rngs=rngs, dtype=dtype)
-        self.q, self.k, self.v = linear(keys, "heads"), linear(keys, "heads"), linear(values, "heads")
+        keys, values = self.key_heads * self.head_dim, config.heads * self.value_dim
+        make = Projections(width, rngs=rngs, dtype=dtype)
+        self.q, self.k, self.v = make(keys), make(keys), make(values)
         if config.conv > 1:
             bound, shape = 1 / math.sqrt(config.conv), (config.conv, 2 * keys + values)
             filters = jax.random.uniform(rngs.params(), shape, param_dtype(dtype), -bound, bound)
             self.filters = param(filters, axes=("conv", "heads"), role=Role.TAPS)
-        self.beta = linear(config.heads, "gates")
+        self.beta = make(config.heads, "gates")
         if config.decay:
             self.log_decay = Decay(width, config.heads, rngs=rngs, dtype=dtype)
         self.norm = RMSNorm(self.value_dim, ("head",), dtype=dtype)
         if config.gate:
-            self.gate = linear(values, "heads")
-        self.out = Linear(values, width, ("heads", "embed"), rngs=rngs, dtype=dtype)
+            self.gate = make(values)
+        self.out = make.out(values)
 
-    def heads(self, x: jax.Array, seq: Sequence, state: DeltaState | None = None) -> MixerOutput:
+    def heads(self, x: jax.Array, seq: Sequence, carried: DeltaState | None = None) -> MixerOutput:
         c, (B, T, _) = self.config, x.shape
-        documents, segment = _documents(seq, state, B, T)
         # One convolution for q, k and v, whose channels lie together key head by key head.
         qkv = jnp.concatenate([y(x).reshape(B, T, self.key_heads, -1) for y in (self.q, self.k, self.v)], axis=-1)
-        tail = None if state is None else state.tail
+        tail = None if carried is None else carried.tail
         if c.conv > 1:
-            flat, tail = causal_conv(qkv.reshape(B, T, -1), self.filters[...], documents, tail)
+            flat, tail = causal_conv(qkv.reshape(B, T, -1), self.filters[...], seq.documents, tail)
             qkv = flat.reshape(qkv.shape)
-        qk, v = jnp.split(jax.nn.silu(qkv), [2 * self.key_dim], axis=-1)
+        qk, v = jnp.split(jax.nn.silu(qkv), [2 * self.head_dim], axis=-1)
         q, k = (unit(y) for y in jnp.split(qk, 2, axis=-1))
         if c.query_scale != 1:
-            q = q * (self.key_dim**-0.5 if c.query_scale is None else c.query_scale)
+            q = q * (self.head_dim**-0.5 if c.query_scale is None else c.query_scale)
         if self.key_heads < c.heads:
             q, k = (jnp.repeat(y, c.heads // self.key_heads, axis=2) for y in (q, k))
             v = v.reshape(B, T, c.heads, -1)
@@ -172,32 +155,28 @@ class GatedDeltaNet(HeadMixer):
             v,
             self.log_decay(x) if c.decay else jnp.zeros_like(beta),
             beta,
-            documents_BT=documents,
-            state_BHde=None if state is None else state.memory,
+            documents_BT=seq.documents,
+            state_BHde=None if carried is None else carried.memory,
             chunk=c.chunk,
             impl=c.impl,
         )
         o = self.norm(o)
         if c.gate:
             o = o * jax.nn.silu(self.gate(x)).reshape(o.shape)
-        if state is None:
+        if carried is None:
             return MixerOutput(o)
-        return MixerOutput(o, DeltaState(memory, tail.astype(state.tail.dtype), segment))
+        return MixerOutput(o, DeltaState(memory, tail.astype(carried.tail.dtype)))
 
-    def combine(self, o_BTHe: jax.Array, x: jax.Array) -> jax.Array:
-        return self.out(o_BTHe.reshape(*x.shape[:2], -1))
-
-    def init_state(self, batch: int, max_length: int, dtype: Any = jnp.float32) -> DeltaState:
-        H, d, e = self.config.heads, self.key_dim, self.value_dim
+    def init_carried(self, batch: int, max_length: int, dtype: Any) -> DeltaState:
+        H, d, e = self.config.heads, self.head_dim, self.value_dim
         return DeltaState(
             memory=jnp.zeros((batch, H, d, e), param_dtype(self.dtype)),
             tail=jnp.zeros((batch, self.config.conv - 1, self.key_heads * 2 * d + H * e), dtype),
-            segment=jnp.full((batch,), -1, jnp.int32),
         )
 
     @classmethod
     def flops(cls, config: GatedDeltaNetConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:
-        H, (d, e) = config.heads, config.head_dims(width)
+        H, d, e = config.heads, config.head_dim(width), config.value_dim(width)
         small = 2 if config.decay else 1
         return {
             "projections": 2.0 * width * ((config.key_heads or H) * 2 * d + H * (3 if config.gate else 2) * e),
@@ -210,13 +189,3 @@ def unit(x: jax.Array) -> jax.Array:
     """x divided by its length over the last axis, in fp32 or wider."""
     x = x.astype(param_dtype(x.dtype))
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-6)
-
-
-def _documents(
-    seq: Sequence, state: DeltaState | None, batch: int, length: int
-) -> tuple[jax.Array | None, jax.Array | None]:
-    """`document_index`, None for whole rows, and the id of the document at the last position, None without a state."""
-    if state is None:
-        return (None if seq.segments is None else document_index(seq.segments)), None
-    segments = jnp.ones((batch, length), jnp.int32) if seq.segments is None else seq.segments
-    return document_index(segments, state.segment), segments[:, -1]

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnlab import config as config_lib
-from attnlab.mixers.base import Capabilities, HeadMixer, MixerConfig, MixerOutput, Sequence, knob, register
+from attnlab.mixers.base import Capabilities, MixerOutput, impl_knob, knob, register
+from attnlab.mixers.heads import HeadConfig, HeadMixer, Projections, split_heads
 from attnlab.mixers.parts import Linear, param_dtype
-from attnlab.mixers.recurrent import RecurrentState, recur
 from attnlab.mixers.roles import Role, param
-from attnlab.ops.linear_recurrence import LINEAR_RECURRENCE, flops_per_token
+from attnlab.mixers.sequence import Sequence
+from attnlab.ops.linear_recurrence import LINEAR_RECURRENCE, flops_per_token, linear_recurrence
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"silu": jax.nn.silu, "identity": lambda z: z}
 NORMS = {
@@ -31,47 +31,26 @@ SLOPES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class LightningConfig(MixerConfig):
+class LightningConfig(HeadConfig):
     """Knobs of lightning attention."""
 
-    heads: int = knob(4, "heads H", other=(2,))
-    head_width: int | None = knob(None, "head width d; none: width / heads", other=(3,))
     slopes: str = knob("geometric", f"m_h of head h = 0 .. H - 1; {'; '.join(f'{k}: {v}' for k, v in SLOPES.items())}",
-                       other=("interleaved",))  # fmt: skip
+                       other=("interleaved",), choices=SLOPES)  # fmt: skip
     decay_scale: float = knob(
         1.0, "c in the decay exp(-c * m_h) per position of head h; 0: nothing decays. "
-        "TransNormerLLM's layer l of L has c = 1 - l / (L - 1) + 1e-5", other=(0.0,)
+        "TransNormerLLM's layer l of L has c = 1 - l / (L - 1) + 1e-5", other=(0.0,), least=0
     )  # fmt: skip
-    activation: str = knob("silu", f"of queries, keys and values: {', '.join(ACTIVATIONS)}", other=("identity",))
+    activation: str = knob("silu", f"of queries, keys and values: {', '.join(ACTIVATIONS)}", other=("identity",),
+                           choices=ACTIVATIONS)  # fmt: skip
     norm: str = knob("srmsnorm", f"of the output; {'; '.join(f'{k}: {v}' for k, v in NORMS.items())}",
-                     other=("rmsnorm", "layernorm"))  # fmt: skip
-    norm_epsilon: float = knob(1e-6, "added to the mean square in the norm", other=(1e-5,))
-    norm_over: str = knob("layer", "layer: over all heads' channels; head: over each head's own", other=("head",))
-    gate_rank: int | None = knob(None, "r in the output's gate sigmoid(x W [D, r] W [r, H d]); none: d", other=(2,))
-    chunk: int = knob(64, "positions computed as one product; changes only speed and memory", other=(4,))
-    impl: str = knob("auto", f"implementation of the op: {', '.join(LINEAR_RECURRENCE.names())}", other=("definition",))
-
-    def __post_init__(self) -> None:
-        need, choice = config_lib.require, config_lib.require_choice
-        for name in ("heads", "chunk"):
-            need(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        for name in ("head_width", "gate_rank"):
-            value = getattr(self, name)
-            need(value is None or value >= 1, name, value, "1 or more, or none")
-        need(0 <= self.decay_scale < float("inf"), "decay_scale", self.decay_scale, "0 or more")
-        choice("slopes", self.slopes, list(SLOPES))
-        need(0 < self.norm_epsilon < 1, "norm_epsilon", self.norm_epsilon, "above 0, below 1")
-        choice("activation", self.activation, list(ACTIVATIONS))
-        choice("norm", self.norm, list(NORMS))
-        choice("norm_over", self.norm_over, ["layer", "head"])
-        choice("impl", self.impl, LINEAR_RECURRENCE.names())
-
-    def head_dim(self, width: int) -> int:
-        """Head width d in a model of the given width; ConfigError if the heads do not divide it."""
-        if self.head_width is None:
-            allowed = f"divisors of the width {width}, or any with head_width set"
-            config_lib.require(width % self.heads == 0, "heads", self.heads, allowed)
-        return self.head_width or width // self.heads
+                     other=("rmsnorm", "layernorm"), choices=NORMS)  # fmt: skip
+    norm_epsilon: float = knob(1e-6, "added to the mean square in the norm", other=(1e-5,), above=0, below=1)
+    norm_over: str = knob("layer", "layer: over all heads' channels; head: over each head's own", other=("head",),
+                          choices=("layer", "head"))  # fmt: skip
+    gate_rank: int | None = knob(None, "r in the output's gate sigmoid(x W [D, r] W [r, H d]); none: d", other=(2,),
+                                 least=1)  # fmt: skip
+    chunk: int = knob(64, "positions computed as one product; changes only speed and memory", other=(4,), least=1)
+    impl: str = impl_knob(LINEAR_RECURRENCE.names())
 
 
 def slopes(heads: int, form: str = "geometric") -> jax.Array:
@@ -104,35 +83,32 @@ class Lightning(HeadMixer):
     )
 
     def __init__(self, config: LightningConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
-        self.config, self.dtype = config, dtype
-        self.head_dim = config.head_dim(width)
+        super().__init__(config, width=width, rngs=rngs, dtype=dtype)
         inner, rank = config.heads * self.head_dim, config.gate_rank or self.head_dim
-        linear = lambda fan_in, fan_out, *axes: Linear(fan_in, fan_out, axes, rngs=rngs, dtype=dtype)
-        self.q = linear(width, inner, "embed", "heads")
-        self.k = linear(width, inner, "embed", "heads")
-        self.v = linear(width, inner, "embed", "heads")
-        self.gate_down = linear(width, rank, "embed", "gates")
-        self.gate_up = linear(rank, inner, "gates", "heads")
-        self.out = linear(inner, width, "heads", "embed")
+        make = Projections(width, rngs=rngs, dtype=dtype)
+        self.q, self.k, self.v = (make(inner) for _ in range(3))
+        self.gate_down = make(rank, "gates")
+        self.gate_up = Linear(rank, inner, ("gates", "heads"), rngs=rngs, dtype=dtype)
+        self.out = make.out(inner)
         if config.norm != "srmsnorm":
             self.scale = param(jnp.ones((inner,), param_dtype(dtype)), axes=("heads",), role=Role.SCALE)
         if config.norm == "layernorm":
             self.bias = param(jnp.zeros((inner,), param_dtype(dtype)), axes=("heads",), role=Role.BIAS)
 
-    def heads(self, x: jax.Array, seq: Sequence, state: RecurrentState | None = None) -> MixerOutput:
+    def heads(self, x: jax.Array, seq: Sequence, carried: jax.Array | None = None) -> MixerOutput:
+        """As in the contract; `carried` is the memory [B, H, d, d]."""
         c = self.config
         decay = None if c.decay_scale == 0 else -c.decay_scale * slopes(c.heads, c.slopes)
-        q, k, v = (self._split(self._activated(linear(x))) for linear in (self.q, self.k, self.v))
-        o, state = recur(q, k, v, seq, state, log_decay=decay, chunk=c.chunk, impl=c.impl)
-        gate = self._split(self.gate_up(self.gate_down(x)))
+        q, k, v = (split_heads(self._activated(linear(x)), self.head_dim) for linear in (self.q, self.k, self.v))
+        o, memory = linear_recurrence(
+            q, k, v, documents_BT=seq.documents, state_BHde=carried, log_decay=decay, chunk=c.chunk, impl=c.impl
+        )
+        gate = split_heads(self.gate_up(self.gate_down(x)), self.head_dim)
         o = self.normed(o) * jax.nn.sigmoid(gate.astype(param_dtype(self.dtype)))
-        return MixerOutput(o.astype(self.dtype), state)
+        return MixerOutput(o.astype(self.dtype), memory)
 
-    def combine(self, o_BTHe: jax.Array, x: jax.Array) -> jax.Array:
-        return self.out(o_BTHe.reshape(*x.shape[:2], -1))
-
-    def init_state(self, batch: int, max_length: int, dtype: Any = jnp.float32) -> RecurrentState:
-        return RecurrentState.empty(batch, self.config.heads, self.head_dim, self.head_dim, dtype)
+    def init_carried(self, batch: int, max_length: int, dtype: Any) -> jax.Array:
+        return jnp.zeros((batch, self.config.heads, self.head_dim, self.head_dim), param_dtype(dtype))
 
     @classmethod
     def flops(cls, config: LightningConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:
@@ -158,6 +134,3 @@ class Lightning(HeadMixer):
 
     def _activated(self, z: jax.Array) -> jax.Array:
         return ACTIVATIONS[self.config.activation](z.astype(param_dtype(self.dtype))).astype(self.dtype)
-
-    def _split(self, y: jax.Array) -> jax.Array:
-        return y.reshape(*y.shape[:2], self.config.heads, self.head_dim)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from attnlab import config as config_lib
-from attnlab.mixers.base import MixerOutput, Sequence, knob, register
+from attnlab.mixers.attention import Attention, AttentionConfig
+from attnlab.mixers.base import MixerOutput, impl_knob, knob, register
 from attnlab.mixers.parts import Linear, param_dtype
 from attnlab.mixers.roles import Role, param
-from attnlab.mixers.softmax import Softmax, SoftmaxConfig
+from attnlab.mixers.sequence import Sequence
 from attnlab.ops.keys_values import KeysValues
 from attnlab.ops.local_linear import LOCAL_LINEAR, local_linear
 from attnlab.ops.masks import Mask, mean_visible_keys
@@ -23,51 +24,47 @@ _LEAST_RIDGE = 1e-3  # below it float32 loses the output
 
 
 @dataclasses.dataclass(frozen=True)
-class LocalLinearConfig(SoftmaxConfig):
-    """Knobs of local linear attention: those of softmax attention but sinks and soft_cap, and the regression's."""
+class LocalLinearConfig(AttentionConfig):
+    """Knobs of local linear attention: of its queries, keys and values, and of the regression.
 
-    # No knobs here: with sinks the weights would not sum to 1, the paper caps no logits, and one op serves caches too.
-    sinks: ClassVar[bool] = False
-    soft_cap: ClassVar[None] = None
-    decode_impl: ClassVar[str] = "auto"
+    It has no sinks, with which weights would not sum to 1, and no soft-cap, which the paper has not.
+    """
 
     qk_norm: bool = knob(True, "RMSNorm over each head of queries and keys, before RoPE: they must share one space",
                          other=(False,))  # fmt: skip
     ridge: float | None = knob(
         None, "ridge, on weights that sum to 1; none: learned per head and position, softplus(w x + b) + ridge_min, "
-        "1 at first where x = 0", other=(0.3,)
+        "1 at first where x = 0", other=(0.3,), least=_LEAST_RIDGE
     )  # fmt: skip
-    ridge_min: float = knob(0.01, f"least learned ridge, {_LEAST_RIDGE} or more", other=(0.1,))
+    ridge_min: float = knob(0.01, f"least learned ridge, {_LEAST_RIDGE} or more", other=(0.1,), least=_LEAST_RIDGE,
+                             below=1)  # fmt: skip
     iterations: int = knob(16, "iterations of conjugate gradients: those that declared FLOPs count, and the most where "
-                           "max_iterations is none", other=(6,))  # fmt: skip
+                           "max_iterations is none", other=(6,), least=1)  # fmt: skip
     max_iterations: int | None = knob(None, "bound for impl=cg, which goes on until `tolerance`; none: iterations",
                                       other=(64,))  # fmt: skip
     tolerance: float | None = knob(None, "relative residual at which a solve is done; none: 1e-5, in float64 1e-13",
-                                   other=(1e-14,))  # fmt: skip
+                                   other=(1e-14,), above=0, below=1)  # fmt: skip
     blocks: int = knob(1, "groups of channels, of d / blocks each; second moments between groups count as 0; a "
-                       "divisor of d / 2: the pairs that RoPE turns stay together", other=(2,))  # fmt: skip
-    impl: str = knob("auto", f"{', '.join(LOCAL_LINEAR.names())}; cg stops when a block of rows is done, cg_fixed "
-                     "after `iterations`", other=("definition",))  # fmt: skip
+                       "divisor of d / 2: the pairs that RoPE turns stay together", other=(2,), least=1)  # fmt: skip
+    impl: str = impl_knob(
+        LOCAL_LINEAR.names(), doc="cg stops when a block of rows is done, cg_fixed after `iterations`; one of"
+    )
 
     def __post_init__(self) -> None:
-        own = ("sinks", "soft_cap", "impl", "decode_impl")
-        SoftmaxConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(SoftmaxConfig) if f.name not in own})
-        need = config_lib.require
-        need(_LEAST_RIDGE <= self.ridge_min < 1, "ridge_min", self.ridge_min, f"{_LEAST_RIDGE} or more, below 1")
-        if self.ridge is not None:
-            need(self.ridge >= _LEAST_RIDGE, "ridge", self.ridge, f"{_LEAST_RIDGE} or more, or none")
-        need(self.iterations >= 1, "iterations", self.iterations, "1 or more")
+        super().__post_init__()
         if self.max_iterations is not None:
             allowed = f"{self.iterations} (iterations) or more, or none"
-            need(self.max_iterations >= self.iterations, "max_iterations", self.max_iterations, allowed)
-        need(self.blocks >= 1, "blocks", self.blocks, "1 or more")
-        if self.tolerance is not None:
-            need(0 < self.tolerance < 1, "tolerance", self.tolerance, "between 0 and 1, or none")
-        config_lib.require_choice("impl", self.impl, LOCAL_LINEAR.names())
+            enough = self.max_iterations >= self.iterations
+            config_lib.require(enough, "max_iterations", self.max_iterations, allowed)
+
+    def head_dim(self, width: int) -> int:
+        d = super().head_dim(width)
+        config_lib.require(d // 2 % self.blocks == 0, "blocks", self.blocks, f"divisors of {d // 2}, half a head")
+        return d
 
 
 @register("local_linear")
-class LocalLinear(Softmax):
+class LocalLinear(Attention):
     """The value at the query of the affine map of keys that fits the values best, weighted by softmax attention.
 
     `attnlab.ops.local_linear` has the formula. Metrics are means over heads and positions: the relative residual of the
@@ -90,8 +87,6 @@ class LocalLinear(Softmax):
 
     def __init__(self, config: LocalLinearConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         super().__init__(config, width=width, rngs=rngs, dtype=dtype)
-        pairs = self.head_dim // 2
-        config_lib.require(pairs % config.blocks == 0, "blocks", config.blocks, f"divisors of {pairs}, half a head")
         if config.ridge is None:
             self.ridge = Linear(width, config.heads, ("embed", "heads"), rngs=rngs, dtype=dtype)
             bias = math.log(math.expm1(1 - config.ridge_min))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,8 +13,10 @@ from flax import nnx
 
 from attnlab import config as config_lib
 from attnlab.mixers import base
-from attnlab.mixers.base import Capabilities, HeadMixer, MixerConfig, MixerOutput, Sequence, State, knob, register
+from attnlab.mixers.base import Capabilities, MixerConfig, MixerOutput, State, knob, register
+from attnlab.mixers.heads import HeadMixer
 from attnlab.mixers.parts import Linear, param_dtype
+from attnlab.mixers.sequence import Sequence
 from attnlab.ops import router as route
 from attnlab.ops.dispatch import Implementation, Op
 from attnlab.ops.gathered_attention import interleaved, take_heads
@@ -42,14 +43,15 @@ def _core_node(tree: Any, path: str) -> Any:
 class MoHConfig(MixerConfig):
     """Knobs of mixture-of-head attention. H heads: h_s shared, always on, and E = H - h_s routed, K of them on."""
 
-    heads: int = knob(4, "heads H, shared and routed together; handed to the core", other=(2,))
+    heads: int = knob(4, "heads H, shared and routed together; handed to the core", other=(2,), least=1)
     shared: int | None = knob(None, "shared heads h_s; none: a quarter of H", other=(0,))
     active: int | None = knob(None, "routed heads K that a token takes; none: three quarters of H are on", other=(1,))
-    router: str = knob("learned", "; ".join(f"{k}: {v}" for k, v in _ROUTERS.items()), other=("norm",))
+    router: str = knob("learned", "; ".join(f"{k}: {v}" for k, v in _ROUTERS.items()), other=("norm",),
+                      choices=_ROUTERS)  # fmt: skip
     gate_norm: str = knob("code", "code: as released, the weights of the heads that are on are 1 in the mean and the "
                           "loss is K when balanced; paper: eq. 5 to 8, weights that sum to 1 or less, loss K / E",
-                          other=("paper",))  # fmt: skip
-    balance: float = knob(0.01, "coefficient of the load-balance loss; 0: none", other=(0.0,))
+                          other=("paper",), choices=("code", "paper"))  # fmt: skip
+    balance: float = knob(0.01, "coefficient of the load-balance loss; 0: none", other=(0.0,), least=0)
     causal: bool = knob(True, "handed to the core", other=(False,))
     core: Any = knob("softmax", "node of the mixer whose heads these are", other=("gated",), build=_core_node)
     impl: str = knob("auto", "dense: every head, the weight may be 0; gather: only the heads that are on (cores "
@@ -57,16 +59,13 @@ class MoHConfig(MixerConfig):
                      other=("dense",))  # fmt: skip
 
     def __post_init__(self) -> None:
-        need, choice = config_lib.require, config_lib.require_choice
-        need(self.heads >= 1, "heads", self.heads, "1 or more")
+        super().__post_init__()
+        need = config_lib.require
         need(self.shared is None or 0 <= self.shared <= self.heads, "shared", self.shared, f"0 to heads ({self.heads})")
         E = self.routed
         if self.active is not None:
             need(min(E, 1) <= self.active <= E, "active", self.active, f"{min(E, 1)} to heads - shared ({E})")
-        choice("router", self.router, list(_ROUTERS))
-        choice("gate_norm", self.gate_norm, ["code", "paper"])
-        choice("impl", self.impl, ROUTED_HEADS.names())
-        need(self.balance >= 0, "balance", self.balance, "0 or more")
+        config_lib.require_choice("impl", self.impl, ROUTED_HEADS.names())
         object.__setattr__(self, "core", self._typed_core())
         if self.reads_queries:
             where, cores = f"where router is {self.router}", ", ".join(_SOFTMAX_CORES)
@@ -250,15 +249,10 @@ def gather(layer: MoH, x, seq, state, used) -> tuple[MixerOutput, Routing]:
 
 def _of_softmax_core(layer: MoH, x, seq, state, routing: Routing | None, select) -> tuple[MixerOutput, Routing]:
     """The core's heads over `select(kv, routing)`; a router that reads queries routes by those that attend."""
-    c, found = layer.config, [routing]
-
-    def wrap(q: jax.Array, kv: KeysValues) -> KeysValues:
-        if c.reads_queries:  # RoPE, which they have behind them, keeps norms
-            found[0] = norm_routing(take_heads(q, shared_and_routed(c)[1]), c)
-        return select(kv, found[0])
-
-    out = with_keys(layer.core, wrap).heads(x, seq, state)
-    return out, found[0]
+    c, reads = layer.config, layer.core.reads(x, seq, state)
+    if routing is None:  # RoPE, which queries have behind them, keeps norms
+        routing = norm_routing(take_heads(reads.q, shared_and_routed(c)[1]), c)
+    return layer.core.attended(dataclasses.replace(reads, kv=select(reads.kv, routing)), x), routing
 
 
 def _no_gather(spec: RoutingSpec) -> str | None:
@@ -307,7 +301,7 @@ class MoH(HeadMixer):
     counted = "dense"  # with it a core computes what it declares
 
     def __init__(self, config: MoHConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype = config, dtype  # heads and their width are the core's
         core = dataclasses.replace(config.core, impl="definition") if config.impl == "definition" else config.core
         self.core = base.build(core, width=width, rngs=rngs, dtype=dtype)
         if not config.reads_queries:
@@ -321,16 +315,16 @@ class MoH(HeadMixer):
         super().require(seq, causal=causal)
         self.core.require(seq, causal=causal)
 
-    def init_state(self, batch: int, max_length: int, dtype: Any = jnp.float32) -> State:
-        return self.core.init_state(batch, max_length, dtype)
+    def init_carried(self, batch: int, max_length: int, dtype: Any) -> State:
+        return self.core.init_carried(batch, max_length, dtype)
 
-    def heads(self, x: jax.Array, seq: Sequence, state: State = None) -> MixerOutput:
+    def heads(self, x: jax.Array, seq: Sequence, carried: State = None) -> MixerOutput:
         used = None if seq.segments is None else seq.segments > 0
-        out, routing = self._routed_heads(x, seq, state, used)
+        out, routing = self._routed_heads(x, seq, carried, used)
         shared, routed = shared_and_routed(self.config)
         gates = interleaved(routing.shared[..., None], routing.routed[..., None], shared, routed)
         out = dataclasses.replace(out, y=(out.y * gates).astype(out.y.dtype))
-        if state is not None or routing.p is None:
+        if carried is not None or routing.p is None:
             return out
         losses, metrics = self._balance(routing, used)
         return dataclasses.replace(out, losses=out.losses | losses, metrics=out.metrics | metrics)
@@ -399,14 +393,6 @@ def key_heads_read(config: MoHConfig) -> int:
     K = getattr(config.core, "kv_heads", None) or config.heads
     always = len({h * K // config.heads for h in shared_and_routed(config)[0]})
     return always + min(K - always, config.taken)
-
-
-def with_keys(core: HeadMixer, wrap: Callable[[jax.Array, KeysValues], KeysValues]) -> HeadMixer:
-    """`core` (of the softmax family) attending to `wrap(q, kv)` instead of kv: a view with its parameters."""
-    view = copy.copy(core)
-    # Past nnx, which would take this for a change of the core's own state.
-    object.__setattr__(view, "attend", lambda q, kv, *args: type(core).attend(core, q, wrap(q, kv), *args))
-    return view
 
 
 def _top_k(logits: jax.Array, config: MoHConfig) -> jax.Array:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnlab import config as config_lib
-from attnlab.mixers.base import MixerOutput, Sequence, knob, register
+from attnlab.mixers.attention import Attention, AttentionConfig
+from attnlab.mixers.base import MixerOutput, impl_knob, knob, register
 from attnlab.mixers.parts import Linear, RMSNorm
-from attnlab.mixers.softmax import Softmax, SoftmaxConfig
+from attnlab.mixers.sequence import Sequence
 from attnlab.ops.keys_values import KeysValues
 from attnlab.ops.masks import Mask
 from attnlab.ops.parallax import PARALLAX, parallax
@@ -20,23 +20,15 @@ from attnlab.ops.rope import rope
 
 
 @dataclasses.dataclass(frozen=True)
-class ParallaxConfig(SoftmaxConfig):
-    """Knobs of Parallax: those of softmax attention but sinks and soft_cap."""
+class ParallaxConfig(AttentionConfig):
+    """Knobs of Parallax."""
 
-    sinks: ClassVar[bool] = False
-    soft_cap: ClassVar[None] = None
-    decode_impl: ClassVar[str] = "auto"
     qk_norm: bool = knob(True, "RMSNorm over each head of queries, probes and keys, before RoPE", other=(False,))
-    impl: str = knob("auto", f"implementation of the op: {', '.join(PARALLAX.names())}", other=("definition",))
-
-    def __post_init__(self) -> None:
-        own = ("sinks", "soft_cap", "impl", "decode_impl")
-        SoftmaxConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(SoftmaxConfig) if f.name not in own})
-        config_lib.require_choice("impl", self.impl, PARALLAX.names())
+    impl: str = impl_knob(PARALLAX.names())
 
 
 @register("parallax")
-class Parallax(Softmax):
+class Parallax(Attention):
     """Softmax attention with a correction along a projected probe; without the probe it is softmax attention.
 
     `attnlab.ops.parallax` has the formula. Where queries and keys are rotated by RoPE, so are the probes.

@@ -10,51 +10,35 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnlab import config as config_lib
-from attnlab.errors import ConfigError
-from attnlab.mixers.base import Capabilities, HeadMixer, MixerConfig, MixerOutput, Sequence, knob, register
-from attnlab.mixers.parts import Linear, param_dtype
+from attnlab.mixers.base import Capabilities, MixerOutput, impl_knob, knob, register
+from attnlab.mixers.heads import HeadConfig, HeadMixer, Projections
+from attnlab.mixers.parts import param_dtype
 from attnlab.mixers.roles import Role, param
+from attnlab.mixers.sequence import Sequence
 from attnlab.ops.attention import attention_with_lse
 from attnlab.ops.cached_attention import cached_attention
-from attnlab.ops.documents import document_index
 from attnlab.ops.masks import Mask
 from attnlab.ops.rope import rope
 from attnlab.ops.segmented_ema import SEGMENTED_EMA, segmented_ema
 
 
 @dataclasses.dataclass(frozen=True)
-class RATConfig(MixerConfig):
+class RATConfig(HeadConfig):
     """Knobs of RAT."""
 
-    heads: int = knob(4, "heads H", other=(2,))
-    head_width: int | None = knob(None, "head width d, even; none: width / heads", other=(6,))
-    chunk: int = knob(16, "positions in a chunk, L; 1: attention over all; the length: no attention", other=(3, 1))
+    even = True
+
+    chunk: int = knob(16, "positions in a chunk, L; 1: attention over all; the length: no attention", other=(3, 1),
+                      least=1)  # fmt: skip
     groups: int = knob(2, "projections of queries and of keys; head h has number h mod groups", other=(1,))
-    rope_base: float | None = knob(10_000.0, "base of the rotary embedding of chunks; none: none", other=(None,))
-    impl: str = knob("auto", f"{', '.join(SEGMENTED_EMA.names())}; auto: chunked", other=("definition",))
+    rope_base: float | None = knob(10_000.0, "base of the rotary embedding of chunks; none: none", other=(None,),
+                                   above=1)  # fmt: skip
+    impl: str = impl_knob(SEGMENTED_EMA.names())
 
     def __post_init__(self) -> None:
-        need = config_lib.require
-        for name in ("heads", "chunk"):
-            need(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        if self.head_width is not None:
-            need(self.head_width >= 2 and self.head_width % 2 == 0, "head_width", self.head_width, "even, 2 or more")
+        super().__post_init__()
         shared = self.groups >= 1 and self.heads % self.groups == 0
-        need(shared, "groups", self.groups, f"divisors of heads ({self.heads})")
-        if self.rope_base is not None:
-            need(self.rope_base > 1, "rope_base", self.rope_base, "above 1, or none")
-        config_lib.require_choice("impl", self.impl, SEGMENTED_EMA.names())
-
-    def head_dim(self, width: int) -> int:
-        """Head width d in a model of the given width; ConfigError if the heads do not divide it."""
-        if self.head_width is not None:
-            return self.head_width
-        if width % self.heads or (width // self.heads) % 2:
-            raise ConfigError(
-                f"heads = {self.heads} does not divide width = {width} into even head widths; "
-                "allowed: another number of heads, or head_width set"
-            )
-        return width // self.heads
+        config_lib.require(shared, "groups", self.groups, f"divisors of heads ({self.heads})")
 
 
 @jax.tree_util.register_dataclass
@@ -67,16 +51,12 @@ class RATState:
         one after the other.
       running: [B, 2, H * d], averages of values and of keys at the last position, fp32 (fp64 in a float64 model).
       entries: [B] int32, chunks completed so far.
-      position: [B] int32, positions of the current document so far.
-      segment: [B] int32, id of the current document, -1 before the first position.
     """
 
     k: jax.Array
     v: jax.Array
     running: jax.Array
     entries: jax.Array
-    position: jax.Array
-    segment: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,41 +110,36 @@ class RAT(HeadMixer):
     variants = ({"heads": 2, "chunk": 2, "head_width": 4, "rope_base": 100.0},)
 
     def __init__(self, config: RATConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
-        self.config, self.dtype = config, dtype
-        self.head_dim = config.head_dim(width)
+        super().__init__(config, width=width, rngs=rngs, dtype=dtype)
         inner, shared = config.heads * self.head_dim, config.groups * self.head_dim
-        linear = lambda fan_out, axis: Linear(width, fan_out, ("embed", axis), rngs=rngs, dtype=dtype)
-        self.z, self.v, self.g = linear(inner, "heads"), linear(inner, "heads"), linear(inner, "heads")
-        self.q, self.k = linear(shared, "kv_heads"), linear(shared, "kv_heads")
+        make = Projections(width, rngs=rngs, dtype=dtype)
+        self.z, self.v, self.g = (make(inner) for _ in range(3))
+        self.q, self.k = (make(shared, "kv_heads") for _ in range(2))
         # exp(b) is uniform in [1, L - 1]: averages reach back over about so many positions.
         longest = max(config.chunk - 1, 1)
         bias = jnp.log(jax.random.uniform(rngs.params(), (inner,), param_dtype(dtype), 1.0, longest))
         self.gate_bias = param(bias, axes=("heads",), role=Role.BIAS)
-        self.out = Linear(inner, width, ("heads", "embed"), rngs=rngs, dtype=dtype)
+        self.out = make.out(inner)
 
-    def heads(self, x: jax.Array, seq: Sequence, state: RATState | None = None) -> MixerOutput:
+    def heads(self, x: jax.Array, seq: Sequence, carried: RATState | None = None) -> MixerOutput:
         """As in the contract. More chunks than the state has room for give NaN, as jit can raise nothing."""
-        places, documents = self._places(seq, state, x.shape[1])
-        running = self._averages(x, places, state)
+        places = self._places(seq, carried, x.shape[1])
+        running = self._averages(x, places, carried)
         q, k, v = self._positioned(x, running, places)
-        if state is not None:
-            o, cache = self._extended(q, k, v, places, state)
+        if carried is not None:
+            o, cache = self._extended(q, k, v, places, carried)
         elif self.config.impl == "definition":
-            o = self._all_pairs(q, k, v, places, documents)
+            o = self._all_pairs(q, k, v, places, seq.documents)
         else:
             o = self._over_chunks(q, k, v, places, whole=seq.segments is None)
         z = jax.nn.sigmoid(self.z(x))
         o = o * z.reshape(o.shape)
-        if state is None:
+        if carried is None:
             return MixerOutput(o)
-        segment = jnp.ones_like(state.segment) if seq.segments is None else seq.segments[:, -1]
         after = places.entry[:, -1] + places.ends[:, -1]
-        return MixerOutput(o, RATState(*cache, running[:, -1], after, places.position[:, -1] + 1, segment))
+        return MixerOutput(o, RATState(*cache, running[:, -1], after))
 
-    def combine(self, o_BTHe: jax.Array, x: jax.Array) -> jax.Array:
-        return self.out(o_BTHe.reshape(*x.shape[:2], -1))
-
-    def init_state(self, batch: int, max_length: int, dtype: Any = jnp.float32) -> RATState:
+    def init_carried(self, batch: int, max_length: int, dtype: Any) -> RATState:
         H, d, L = self.config.heads, self.head_dim, self.config.chunk
         entries = jnp.zeros((batch * H, -(-max_length // L), d), dtype)
         return RATState(
@@ -172,8 +147,6 @@ class RAT(HeadMixer):
             v=entries,
             running=jnp.zeros((batch, 2, H * d), param_dtype(self.dtype)),
             entries=jnp.zeros((batch,), jnp.int32),
-            position=jnp.zeros((batch,), jnp.int32),
-            segment=jnp.full((batch,), -1, jnp.int32),
         )
 
     @classmethod
@@ -188,20 +161,13 @@ class RAT(HeadMixer):
 
     # Inside.
 
-    def _places(self, seq: Sequence, state: RATState | None, length: int) -> tuple[_Places, jax.Array | None]:
-        """The places, and the documents' indices, None for whole rows without a state."""
-        L, documents, done = self.config.chunk, None, 0
-        position = jnp.arange(length, dtype=jnp.int32)[None]
-        if state is not None or seq.segments is not None:
-            segments = jnp.ones(seq.positions.shape, jnp.int32) if seq.segments is None else seq.segments
-            documents = document_index(segments, None if state is None else state.segment)
-            begins = documents != jnp.pad(documents, ((0, 0), (1, 0)))[:, :-1]
-            before = 0 if state is None else state.position[:, None]
-            position = position - jax.lax.cummax(jnp.where(begins, position, -before), axis=1)
-            done = 0 if state is None else state.entries[:, None]
+    def _places(self, seq: Sequence, state: RATState | None, length: int) -> _Places:
+        L = self.config.chunk
+        position = jnp.arange(length, dtype=jnp.int32)[None] if seq.offsets is None else seq.offsets
         ends = position % L == L - 1
+        done = 0 if state is None else state.entries[:, None]
         entry = done + jnp.cumsum(ends, axis=1, dtype=jnp.int32) - ends
-        return _Places(position, position // L, entry, ends), documents
+        return _Places(position, position // L, entry, ends)
 
     def _averages(self, x: jax.Array, places: _Places, state: RATState | None) -> jax.Array:
         """Averages of values and of keys, [B, T, 2, H * d], in fp32 or wider."""

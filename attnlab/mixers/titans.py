@@ -10,14 +10,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnlab import config as config_lib
-from attnlab.errors import ConfigError
-from attnlab.mixers.base import Capabilities, HeadMixer, MixerConfig, MixerOutput, Sequence, knob, register
-from attnlab.mixers.parts import Linear, RMSNorm
+from attnlab.mixers.base import Capabilities, MixerOutput, impl_knob, knob, register
+from attnlab.mixers.heads import HeadConfig, HeadMixer, Projections
+from attnlab.mixers.parts import RMSNorm
+from attnlab.mixers.sequence import Sequence
 from attnlab.mixers.titans_attention import Attention
 from attnlab.mixers.titans_memory import Memory, memory_flops
 from attnlab.mixers.titans_segments import SegmentedMemory, SegmentState, segment_flops
-from attnlab.ops.chunk_steps import positions_in_documents
-from attnlab.ops.documents import document_index
+from attnlab.ops.keys_values import RollingCache
 from attnlab.ops.masks import mean_visible_keys
 from attnlab.ops.neural_memory import ACTIVATIONS, NEURAL_MEMORY, MemoryState, neural_memory
 
@@ -30,78 +30,52 @@ VARIANTS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class TitansConfig(MixerConfig):
-    """Knobs of Titans."""
+class TitansConfig(HeadConfig):
+    """Knobs of Titans; heads are those of the memory and of attention."""
 
-    variant: str = knob("mag", "; ".join(f"{k}: {v}" for k, v in VARIANTS.items()), other=("lmm",))
-    heads: int = knob(4, "heads H, of the memory and of attention", other=(2,))
-    head_width: int | None = knob(None, "head width d, even; none: width / heads", other=(6,))
+    even = True
+
+    variant: str = knob("mag", "; ".join(f"{k}: {v}" for k, v in VARIANTS.items()), other=("lmm",), choices=VARIANTS)
     depth: int = knob(2, "layers of the memory, 1 (a matrix) to 4", other=(1,))
-    expansion: int = knob(4, "width of the memory's hidden layers, in head widths", other=(2,))
+    expansion: int = knob(4, "width of the memory's hidden layers, in head widths", other=(2,), least=1)
     residual_norm: bool | None = knob(None, "memory is k + LN(net(k)); none: from depth 2 on", other=(False,))
-    activation: str = knob("gelu_tanh", "between the memory's layers: gelu_tanh; gelu: exact, by erf", other=("gelu",))
+    activation: str = knob("gelu_tanh", "between the memory's layers: gelu_tanh; gelu: exact, by erf", other=("gelu",),
+                           choices=ACTIVATIONS)  # fmt: skip
     norm_scale: bool = knob(False, "scale 1 + g of the memory's norm; g, 0 at first, is one more of its weights",
                             other=(True,))  # fmt: skip
-    norm_epsilon: float = knob(1e-6, "added to the variance in the memory's norm", other=(1e-5,))
-    chunk: int = knob(16, "positions whose gradients are taken at the same weights", other=(3,))
+    norm_epsilon: float = knob(1e-6, "added to the variance in the memory's norm", other=(1e-5,), above=0, below=1)
+    chunk: int = knob(16, "positions whose gradients are taken at the same weights", other=(3,), least=1)
     momentum: bool = knob(True, "whether steps add up, decaying by eta", other=(False,))
     forgetting: bool = knob(True, "whether weights decay, by 1 - alpha", other=(False,))
     grad_at: str = knob("prev", "prev: gradients at the chunk's first weights; decayed: at what is left of them",
-                        other=("decayed",))  # fmt: skip
+                        other=("decayed",), choices=("prev", "decayed"))  # fmt: skip
     read_after_write: bool = knob(True, "whether a position reads the weights that have learned it", other=(False,))
     stability: str = knob("bound", "bound: theta is divided so that a chunk's steps add up to theta_max at most; none",
-                          other=("none",))  # fmt: skip
-    theta_max: float = knob(1.0, "largest step size theta", other=(0.5,))
+                          other=("none",), choices=("bound", "none"))  # fmt: skip
+    theta_max: float = knob(1.0, "largest step size theta", other=(0.5,), above=0)
     conv: int = knob(4, "width of the causal convolution of the memory's q, k, v; 0: none", other=(0,))
-    persistent: int = knob(0, "learned keys and values that every query sees (mal, mag, mac)", other=(3,))
+    persistent: int = knob(0, "learned keys and values that every query sees (mal, mag, mac)", other=(3,), least=0)
     window: int = knob(256, "mal, mag: keys that a query sees; mac: positions of a segment, a multiple of chunk",
-                       other=(3,))  # fmt: skip
-    rope_base: float | None = knob(10_000.0, "base of attention's rotary embedding; none: no positions", other=(None,))
-    impl: str = knob(
-        "chunked", f"implementation of the memory: {', '.join(NEURAL_MEMORY.names())}", other=("definition",)
-    )
+                       other=(3,), least=1)  # fmt: skip
+    rope_base: float | None = knob(10_000.0, "base of attention's rotary embedding; none: no positions", other=(None,),
+                                   above=1)  # fmt: skip
+    impl: str = impl_knob(NEURAL_MEMORY.names(), default="chunked", doc="implementation of the memory")
 
     def __post_init__(self) -> None:
-        need, choice = config_lib.require, config_lib.require_choice
-        choice("variant", self.variant, list(VARIANTS))
-        need(self.heads >= 1, "heads", self.heads, "1 or more")
-        if self.head_width is not None:
-            need(self.head_width >= 2 and self.head_width % 2 == 0, "head_width", self.head_width, "even, 2 or more")
+        super().__post_init__()
+        need = config_lib.require
         need(1 <= self.depth <= 4, "depth", self.depth, "1 to 4")
-        need(self.expansion >= 1, "expansion", self.expansion, "1 or more")
-        choice("activation", self.activation, list(ACTIVATIONS))
         need(self.normed or not self.norm_scale, "norm_scale", self.norm_scale, "false without the norm")
-        need(0 < self.norm_epsilon < 1, "norm_epsilon", self.norm_epsilon, "above 0, below 1")
-        need(self.chunk >= 1, "chunk", self.chunk, "1 or more")
-        choice("grad_at", self.grad_at, ["prev", "decayed"])
         need(self.forgetting or self.grad_at == "prev", "grad_at", self.grad_at, "prev without forgetting")
-        choice("stability", self.stability, ["bound", "none"])
-        need(self.theta_max > 0, "theta_max", self.theta_max, "above 0")
         need(self.conv == 0 or self.conv >= 2, "conv", self.conv, "0, or 2 or more")
-        need(self.persistent >= 0, "persistent", self.persistent, "0 or more")
         need(self.variant != "lmm" or self.persistent == 0, "persistent", self.persistent, "0 in lmm: nothing attends")
-        need(self.window >= 1, "window", self.window, "1 or more")
         if self.variant == "mac":
             need(self.window % self.chunk == 0, "window", self.window, f"multiples of chunk ({self.chunk}) in mac")
-        if self.rope_base is not None:
-            need(self.rope_base > 1, "rope_base", self.rope_base, "above 1, or none")
-        choice("impl", self.impl, NEURAL_MEMORY.names())
 
     @property
     def normed(self) -> bool:
         """Whether the memory has a norm."""
         return self.depth > 1 if self.residual_norm is None else self.residual_norm
-
-    def head_dim(self, width: int) -> int:
-        """Head width d in a model of the given width; ConfigError if the heads do not divide it."""
-        if self.head_width is not None:
-            return self.head_width
-        if width % self.heads or (width // self.heads) % 2:
-            raise ConfigError(
-                f"heads = {self.heads} does not divide width = {width} into even head widths; "
-                "allowed: another number of heads, or head_width set"
-            )
-        return width // self.heads
 
 
 @jax.tree_util.register_dataclass
@@ -113,13 +87,11 @@ class TitansState:
       memory: of the memory; in mac with the segment's keys, values and reader.
       tail: [B, J, 3 H d], the last inputs of the memory's convolution; None in mac, where `memory` has them.
       cache: the newest window - 1 keys and values of attention (mal, mag).
-      segment: [B] int32, id of the current document, -1 before the first position.
     """
 
     memory: MemoryState | SegmentState
-    tail: jax.Array | None
-    cache: tuple[jax.Array, jax.Array] | None
-    segment: jax.Array
+    tail: jax.Array | None = None
+    cache: RollingCache | None = None
 
 
 @register("titans")
@@ -160,9 +132,9 @@ class Titans(HeadMixer):
     )
 
     def __init__(self, config: TitansConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
-        self.config, self.dtype = config, dtype
-        self.head_dim = d = config.head_dim(width)
-        total, variant = config.heads * d, config.variant
+        super().__init__(config, width=width, rngs=rngs, dtype=dtype)
+        d, variant = self.head_dim, config.variant
+        make, total = Projections(width, rngs=rngs, dtype=dtype), config.heads * d
         if variant == "mac":
             self.mixed = SegmentedMemory(config, width, d, rngs=rngs, dtype=dtype)
         else:
@@ -171,50 +143,34 @@ class Titans(HeadMixer):
             self.attention = Attention(config, width, d, rngs=rngs, dtype=dtype)
         self.memory_norm = RMSNorm(d, ("head",), dtype=dtype)
         if variant in ("lmm", "mal"):
-            self.gate = Linear(width, total, ("embed", "heads"), rngs=rngs, dtype=dtype)
+            self.gate = make(total)
         else:
             self.attention_norm = RMSNorm(d, ("head",), dtype=dtype)
         if variant == "mal":
-            self.between = Linear(total, width, ("heads", "embed"), rngs=rngs, dtype=dtype)
-        self.out = Linear(total, width, ("heads", "embed"), rngs=rngs, dtype=dtype)
+            self.between = make.out(total)
+        self.out = make.out(total)
 
-    def heads(self, x: jax.Array, seq: Sequence, state: TitansState | None = None) -> MixerOutput:
-        documents = segment = None
-        if state is not None or seq.segments is not None:
-            segments = jnp.ones(x.shape[:2], jnp.int32) if seq.segments is None else seq.segments
-            documents = document_index(segments, None if state is None else state.segment)
-            segment = segments[:, -1]
+    def heads(self, x: jax.Array, seq: Sequence, carried: TitansState | None = None) -> MixerOutput:
         if self.config.variant == "mac":
-            before = self.mixed.init_state(x.shape[0], self.dtype) if state is None else state.memory
-            y, m, memory = self.mixed(x, seq, documents, before)
-            after = TitansState(memory, None, None, segment)
-            return MixerOutput(self._gated(y, m), after)
+            before = self.mixed.init_state(x.shape[0], self.dtype) if carried is None else carried.memory
+            y, m, memory = self.mixed(x, seq, before)
+            return MixerOutput(self._gated(y, m), TitansState(memory))
 
-        m, memory, tail = self._memory(x, seq, documents, state)
+        m, memory, tail = self._memory(x, seq, carried)
         if self.config.variant == "lmm":
-            return MixerOutput(self._gated_by_input(m, x), TitansState(memory, tail, None, segment))
+            return MixerOutput(self._gated_by_input(m, x), TitansState(memory, tail))
         read = x
         if self.config.variant == "mal":
             read = self.between(self._gated_by_input(m, x).reshape(*x.shape[:2], -1))
-        cache = None
-        if state is None:
-            y = self.attention.whole(read, seq)
-        else:
-            position_BT = positions_in_documents(documents, state.memory.position_B)
-            y, cache = self.attention.extended(read, seq, position_BT, state.cache)
+        y, cache = self.attention(read, seq, None if carried is None else carried.cache)
         o = self._gated(y, m) if self.config.variant == "mag" else y
-        return MixerOutput(o, TitansState(memory, tail, cache, segment))
+        return MixerOutput(o, TitansState(memory, tail, cache))
 
-    def combine(self, o_BTHe: jax.Array, x: jax.Array) -> jax.Array:
-        return self.out(o_BTHe.reshape(*x.shape[:2], -1))
-
-    def init_state(self, batch: int, max_length: int, dtype: Any = jnp.float32) -> TitansState:
-        segment = jnp.full((batch,), -1, jnp.int32)
+    def init_carried(self, batch: int, max_length: int, dtype: Any) -> TitansState:
         if self.config.variant == "mac":
-            return TitansState(self.mixed.init_state(batch, dtype), None, None, segment)
-        memory = self.memory.blank(batch)
+            return TitansState(self.mixed.init_state(batch, dtype))
         cache = None if self.config.variant == "lmm" else self.attention.cache(batch, dtype)
-        return TitansState(memory, self.memory.tail(batch, dtype), cache, segment)
+        return TitansState(self.memory.blank(batch), self.memory.tail(batch, dtype), cache)
 
     @classmethod
     def flops(cls, config: TitansConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:
@@ -241,16 +197,15 @@ class Titans(HeadMixer):
     # Inside.
 
     def _memory(
-        self, x: jax.Array, seq: Sequence, documents: jax.Array | None, state: TitansState | None
+        self, x: jax.Array, seq: Sequence, state: TitansState | None
     ) -> tuple[jax.Array, MemoryState, jax.Array | None]:
         """m [B, T, H, d], and the state and the convolution's tail after."""
-        padding = None if seq.segments is None else seq.segments == 0
-        inputs, tail = self.memory.inputs(x, documents, None if state is None else state.tail, padding)
+        inputs, tail = self.memory.inputs(x, seq.documents, None if state is None else state.tail, seq.padding)
         m, memory = neural_memory(
             *inputs,
             self.memory.initial(),
             self.memory.spec,
-            documents_BT=documents,
+            documents_BT=seq.documents,
             state=None if state is None else state.memory,
             impl=self.config.impl,
         )

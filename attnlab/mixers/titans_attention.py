@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnlab.mixers.base import Sequence
+from attnlab.mixers.heads import split_heads
 from attnlab.mixers.parts import Linear, param_dtype
 from attnlab.mixers.roles import Role, param
-from attnlab.ops.keys_values import Cached, KeysValues, Whole
-from attnlab.ops.masks import Mask, mask_for_extension, mask_from_segments
+from attnlab.mixers.sequence import Sequence
+from attnlab.ops.keys_values import KeysValues, RollingCache, Whole, empty_cache
+from attnlab.ops.masks import Mask
 from attnlab.ops.rope import rope
 
 
@@ -31,7 +32,7 @@ class Attention(nnx.Module):
 
     def positioned(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """q, k, v [B, T, H, d] of x [B, T, fan_in]."""
-        q, k, v = (p(x).reshape(*x.shape[:2], -1, self.head_dim) for p in (self.q, self.k, self.v))
+        q, k, v = (split_heads(y(x), self.head_dim) for y in (self.q, self.k, self.v))
         return self.rotated(q, positions), self.rotated(k, positions), v
 
     def rotated(self, x_BTHd: jax.Array, positions: jax.Array) -> jax.Array:
@@ -39,36 +40,21 @@ class Attention(nnx.Module):
         base = self.config.rope_base
         return x_BTHd if base is None else rope(x_BTHd, positions, base)
 
-    def whole(self, x: jax.Array, seq: Sequence) -> jax.Array:
-        """Heads' outputs [B, T, H, d] over whole sequences."""
+    def __call__(
+        self, x: jax.Array, seq: Sequence, cache: RollingCache | None = None
+    ) -> tuple[jax.Array, RollingCache | None]:
+        """Heads' outputs [B, T, H, d] over whole sequences, or from the cache on, and the cache after them."""
         q, k, v = self.positioned(x, seq.positions)
-        mask = mask_from_segments(seq.segments, x.shape[1], causal=True, window=self.config.window)
-        return self._attend(q, Whole(k, v), mask)
+        window = self.config.window
+        if cache is None:
+            return self._attend(q, Whole(k, v), seq.mask(causal=True, window=window)), None
+        cache, kv, mask = cache.append(k, v, seq.offsets, seq.padding, window)
+        return self._attend(q, kv, mask), cache
 
-    def extended(
-        self, x: jax.Array, seq: Sequence, position_BT: jax.Array, cache: tuple[jax.Array, jax.Array]
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """Heads' outputs of the next positions, and the newest keys and values [B * H, window - 1, d] after them.
-
-        `position_BT` counts from the document's beginning in the stream.
-        """
-        new, slots = x.shape[1], cache[0].shape[1]
-        q, k, v = self.positioned(x, seq.positions)
-        rows = lambda y, old: jnp.concatenate(
-            [old, y.swapaxes(1, 2).reshape(-1, new, self.head_dim).astype(old.dtype)], axis=1
-        )
-        keys, values = rows(k, cache[0]), rows(v, cache[1])
-        start_BT = slots + jnp.arange(new, dtype=jnp.int32) - position_BT
-        if seq.segments is not None:
-            start_BT = jnp.where(seq.segments == 0, slots + new, start_BT)
-        mask = mask_for_extension(slots, new, start_BT, window=self.config.window)
-        o = self._attend(q, Cached(keys.astype(q.dtype), values.astype(q.dtype)), mask)
-        return o, (keys[:, new:], values[:, new:])
-
-    def cache(self, batch: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    def cache(self, batch: int, dtype: Any) -> RollingCache:
         """The keys and values before the first position."""
-        empty = jnp.zeros((batch * self.config.heads, self.config.window - 1, self.head_dim), dtype)
-        return empty, empty
+        c = self.config
+        return empty_cache(batch, c.heads, self.head_dim, c.window, dtype, window=c.window)
 
     def _attend(self, q: jax.Array, kv: KeysValues, mask: Mask) -> jax.Array:
         """Softmax attention, with the persistent keys in the same softmax.

@@ -18,14 +18,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnlab.mixers.base import Sequence
 from attnlab.mixers.parts import Linear, param_dtype
 from attnlab.mixers.roles import Fused
+from attnlab.mixers.sequence import Sequence
 from attnlab.mixers.titans_attention import Attention
 from attnlab.mixers.titans_memory import Memory, unit
 from attnlab.ops.causal_conv import causal_conv
-from attnlab.ops.chunk_steps import ChunkStep, choose_rows, positions_in_documents, scan_aligned, scan_chunk_steps
+from attnlab.ops.chunk_steps import ChunkStep, choose_rows, scan_aligned, scan_chunk_steps
 from attnlab.ops.dispatch import Implementation, Op
+from attnlab.ops.documents import positions_in_documents
 from attnlab.ops.neural_memory import Layers, MemoryState, chunk_step, definition_step, forward
 from attnlab.parallel import sequence_parallel
 from attnlab.parallel.sequence_parallel import SequenceParallel
@@ -69,17 +70,17 @@ class SegmentedMemory(nnx.Module):
         return SegmentState(memory, memory.weights, self.memory.tail(batch, dtype), empty, empty)
 
     def __call__(
-        self, x: jax.Array, seq: Sequence, documents: jax.Array | None, state: SegmentState
+        self, x: jax.Array, seq: Sequence, state: SegmentState
     ) -> tuple[jax.Array, jax.Array, SegmentState]:
-        """y and m [B, T, H, d], and the state after; documents None: whole rows from a document's beginning."""
+        """y and m [B, T, H, d], and the state after."""
         q, k, v = self.attention.positioned(x, seq.positions)
         wide = param_dtype(self.dtype)
         query = unit(jax.nn.silu(self.query(x).astype(wide)).reshape(q.shape))
-        padding = jnp.zeros(x.shape[:2], bool) if seq.segments is None else seq.segments == 0
+        padding = jnp.zeros(x.shape[:2], bool) if seq.padding is None else seq.padding
         inputs = (q, k, v, query, seq.positions, padding)
         graphdef, params = nnx.split(self)
         leaves, kind = jax.tree.flatten(params)
-        arrays = (tuple(leaves), state, inputs, documents)
+        arrays = (tuple(leaves), state, inputs, seq.documents)
         options = {"build": lambda leaves: nnx.merge(graphdef, jax.tree.unflatten(kind, leaves))}
         if not sequence_parallel.splits(x.shape[1]):
             # Heads are read all together, and so cannot be split here; XLA splits what is between.

@@ -188,6 +188,20 @@ class Period(nnx.Module):
         self.blocks = nnx.List([Block(config, config.mixers[letter], rngs=rngs) for letter in config.pattern])
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StackState:
+    """The streaming state of a stack.
+
+    Attributes:
+      stream: where the stream stands.
+      layers: per repeat, per block of the period, the state of its mixer.
+    """
+
+    stream: mixers.Stream
+    layers: list[list[Any]]
+
+
 class Transformer(nnx.Module):
     """Repeats of the pattern's period; parameters are stacked [repeats, ...] and the stack is a scan."""
 
@@ -207,6 +221,7 @@ class Transformer(nnx.Module):
 
         Losses and metrics are means over the layers that have them.
         """
+        seq = seq.derived()
         graphdef, params = nnx.split(self.periods)
         keys = None if key is None else jax.random.split(key, (self.repeats, len(self.config.pattern)))
 
@@ -225,12 +240,12 @@ class Transformer(nnx.Module):
         x, (losses, metrics) = jax.lax.scan(run, x, (params, keys), unroll=self._unroll())
         return mixers.MixerOutput(x, losses=jax.tree.map(jnp.mean, losses), metrics=jax.tree.map(jnp.mean, metrics))
 
-    def init_state(self, batch: int, max_length: int) -> list[Any]:
-        """Per repeat, per block of the period: the mixer's streaming state."""
+    def init_state(self, batch: int, max_length: int) -> StackState:
+        """The state before the first position, with room for `max_length` positions."""
         graphdef, params = nnx.split(self.periods)
         blocks = nnx.merge(graphdef, jax.tree.map(lambda p: p[0], params)).blocks
         one = [b.mixer.init_state(batch, max_length, self.config.compute_dtype) for b in blocks]
-        return [jax.tree.map(jnp.copy, one) for _ in range(self.repeats)]
+        return StackState(mixers.Stream.start(batch), [jax.tree.map(jnp.copy, one) for _ in range(self.repeats)])
 
     def unstacked(self) -> list[Period]:
         """The periods one by one: decoding unrolls them, as a scan would copy every weight at every token."""
@@ -243,17 +258,20 @@ class Transformer(nnx.Module):
         return self.repeats if partition.platform() == "cpu" else 1
 
 
-def extend(periods: list[Period], x: jax.Array, seq: mixers.Sequence, state: list[Any]) -> tuple[jax.Array, list[Any]]:
+def extend(
+    periods: list[Period], x: jax.Array, seq: mixers.Sequence, state: StackState
+) -> tuple[jax.Array, StackState]:
     """Runs the next positions, x [B, T, D], through unstacked periods; the new state."""
-    new_state = []
-    for period, states in zip(periods, state, strict=True):
+    seq, stream = state.stream.extend(seq)
+    layers = []
+    for period, states in zip(periods, state.layers, strict=True):
         outs = []
         for block, s in zip(period.blocks, states, strict=True):
             out = block(x, seq, s)
             x = out.y
             outs.append(out.state)
-        new_state.append(outs)
-    return x, new_state
+        layers.append(outs)
+    return x, StackState(stream, layers)
 
 
 def _stack_by_name(dicts: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:

@@ -68,14 +68,6 @@ def choose_rows(where_B: jax.Array, a: Tree, b: Tree) -> Tree:
     return jax.tree.map(lambda x, y: jnp.where(where_B.reshape(-1, *[1] * (y.ndim - 1)), x, y), a, b)
 
 
-def positions_in_documents(documents_BT: jax.Array, seen_B: jax.Array) -> jax.Array:
-    """int32 [B, T], position of each within its document; document 0 has had `seen_B` positions before."""
-    t = jnp.arange(documents_BT.shape[1], dtype=jnp.int32)[None]
-    before = jnp.pad(documents_BT, ((0, 0), (1, 0)))[:, :-1]
-    start = jax.lax.cummax(jnp.where(documents_BT != before, t, 0), axis=1)
-    return jnp.where(documents_BT == 0, seen_B[:, None] + t, t - start)
-
-
 def scan_aligned(
     body: Callable[[Tree, Tree, ChunkStep], tuple[Tree, Tree]], state: Tree, inputs: Tree, chunk: int
 ) -> tuple[Tree, Tree]:

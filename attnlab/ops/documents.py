@@ -22,6 +22,19 @@ def document_index(segments_BT: jax.Array, before_B: jax.Array | None = None) ->
     return jnp.cumsum(segments_BT != before, axis=1, dtype=jnp.int32)
 
 
+def positions_in_documents(documents_BT: jax.Array, seen_B: jax.Array | None = None) -> jax.Array:
+    """Position of each within its document, int32 [B, T].
+
+    Args:
+      documents_BT: of `document_index`.
+      seen_B: positions of document 0 before the first; None: the row begins with a new document.
+    """
+    t = jnp.arange(documents_BT.shape[1], dtype=jnp.int32)[None]
+    before = jnp.pad(documents_BT, ((0, 0), (1, 0)))[:, :-1]
+    start = jax.lax.cummax(jnp.where(documents_BT != before, t, 0), axis=1)
+    return t - start if seen_B is None else jnp.where(documents_BT == 0, seen_B[:, None] + t, t - start)
+
+
 def largest_input(dtype: jnp.dtype) -> float:
     """What counts as an overflow: the eighth root of the largest number, 65,536 in fp32 and bf16.
 

@@ -1,4 +1,7 @@
-"""Keys and values, and where they lie: whole sequences, or the rows of a cache. Attention reads either through them."""
+"""Keys and values, and where they lie: whole sequences, or the rows of a cache. Attention reads either through them.
+
+A cache takes the next keys and values by `append`, which gives the cache after them, what queries read, and their mask.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import jax.numpy as jnp
 from attnlab.ops.attention import attention
 from attnlab.ops.cached_attention import cached_attention
 from attnlab.ops.gathered_attention import gathered_attention, interleaved, selected_cached_attention
-from attnlab.ops.masks import Mask
+from attnlab.ops.masks import Mask, mask_for_extension
 
 
 class KeysValues(Protocol):
@@ -84,15 +87,19 @@ class Whole:
 
 @dataclasses.dataclass(frozen=True)
 class Cached:
-    """Keys and values [B * K, S, ...] of a cache: head `k` of sequence `b` is row `b * K + k`."""
+    """Keys and values [B * K, S, ...] of a cache: head `k` of sequence `b` is row `b * K + k`.
+
+    `fits` is a bool scalar: where it is false, what is read is NaN; None: it is true.
+    """
 
     k: jax.Array
     v: jax.Array
+    fits: jax.Array | None = None
 
     def attend(self, q_BTHd: jax.Array, mask: Mask, *, impl: str, decode_impl: str, **options: Any) -> jax.Array:
         """See `KeysValues`."""
         del impl
-        return cached_attention(q_BTHd, self.k, self.v, mask, impl=decode_impl, **options)
+        return self._or_nan(cached_attention(q_BTHd, self.k, self.v, mask, impl=decode_impl, **options))
 
     def attend_selected(
         self, q_BTHd, mask, wanted_BTE, *, shared, routed, active, key_heads, impl, decode_impl, **options
@@ -103,18 +110,96 @@ class Cached:
         if T > 1 or key_heads == K or sinks is not None:
             return self.attend(q_BTHd, mask, impl=impl, decode_impl=decode_impl, sinks_H=sinks, **options)
         on = interleaved(jnp.ones((B, 1, len(shared), 1), bool), wanted_BTE[..., None], shared, routed)
-        return selected_cached_attention(
-            q_BTHd,
-            self.k,
-            self.v,
-            mask,
-            on.reshape(-1, K, H // K).any(-1),
-            reads=key_heads,
-            impl=decode_impl,
-            **options,
+        on_BK = on.reshape(-1, K, H // K).any(-1)
+        return self._or_nan(
+            selected_cached_attention(q_BTHd, self.k, self.v, mask, on_BK, reads=key_heads, impl=decode_impl, **options)
         )
 
     def by_position(self, batch: int) -> tuple[jax.Array, jax.Array]:
         """See `KeysValues`."""
         rows = lambda x: x.reshape(batch, -1, *x.shape[1:]).swapaxes(1, 2)
-        return rows(self.k), rows(self.v)
+        return rows(self.k), self._or_nan(rows(self.v))
+
+    def _or_nan(self, x: jax.Array) -> jax.Array:
+        return x if self.fits is None else jnp.where(self.fits, x, jnp.nan)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """All keys and values so far.
+
+    Attributes:
+      k, v: [B * K, S, d] and [B * K, S, e], head k of sequence b in row b * K + k: the shape that products take, so
+        that a step changes one slot in place where it would else copy the cache. Slot j holds position j.
+      length: int32 scalar, positions seen. More than S give NaN, as jit can raise nothing.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    length: jax.Array
+
+    def append(
+        self, k_BTKd: jax.Array, v_BTKe: jax.Array, offset_BT: jax.Array, padding_BT: jax.Array | None,
+        window: int | None = None,
+    ) -> tuple[KVCache, Cached, Mask]:  # fmt: skip
+        """The cache after the next T positions, what they read, and which of it each sees.
+
+        Args:
+          k_BTKd, v_BTKe: of these positions.
+          offset_BT: positions of its document before each; those of other documents are not seen.
+          padding_BT: positions that see nothing; None: none.
+          window: keys that a position sees, itself included.
+        """
+        new, slots = k_BTKd.shape[1], self.k.shape[1]
+        put = lambda old, y: jax.lax.dynamic_update_slice_in_dim(old, _rows(y, old.dtype), self.length, axis=1)
+        cache = KVCache(put(self.k, k_BTKd), put(self.v, v_BTKe), self.length + new)
+        mask = _mask(self.length, offset_BT, padding_BT, window)
+        view = Cached(cache.k.astype(k_BTKd.dtype), cache.v.astype(v_BTKe.dtype), cache.length <= slots)
+        return cache, view, mask
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RollingCache:
+    """The newest w - 1 keys and values, for a window of w: k [B * K, w - 1, d], v [B * K, w - 1, e], newest last."""
+
+    k: jax.Array
+    v: jax.Array
+
+    def append(
+        self, k_BTKd: jax.Array, v_BTKe: jax.Array, offset_BT: jax.Array, padding_BT: jax.Array | None,
+        window: int | None = None,
+    ) -> tuple[RollingCache, Cached, Mask]:  # fmt: skip
+        """As `KVCache.append`."""
+        new, slots = k_BTKd.shape[1], self.k.shape[1]
+        k, v = (
+            jnp.concatenate([old, _rows(y, old.dtype)], axis=1) for old, y in ((self.k, k_BTKd), (self.v, v_BTKe))
+        )
+        mask = _mask(slots, offset_BT, padding_BT, window)
+        view = Cached(k.astype(k_BTKd.dtype), v.astype(v_BTKe.dtype))
+        return RollingCache(k[:, new:], v[:, new:]), view, mask
+
+
+def empty_cache(
+    batch: int, heads: int, width: int, max_length: int, dtype: Any, *, window: int | None = None
+) -> KVCache | RollingCache:
+    """The cache before the first position: a rolling one where a window is no longer than `max_length`."""
+    rolling = window is not None and window <= max_length
+    empty = jnp.zeros((batch * heads, window - 1 if rolling else max_length, width), dtype)
+    return RollingCache(empty, empty) if rolling else KVCache(empty, empty, jnp.zeros((), jnp.int32))
+
+
+def _rows(y_BTKd: jax.Array, dtype: Any) -> jax.Array:
+    """[B * K, T, d]."""
+    return y_BTKd.swapaxes(1, 2).reshape(-1, y_BTKd.shape[1], y_BTKd.shape[3]).astype(dtype)
+
+
+def _mask(first: jax.Array | int, offset_BT: jax.Array, padding_BT: jax.Array | None, window: int | None) -> Mask:
+    """Of queries of which the first is key `first` of those at hand."""
+    new = offset_BT.shape[1]
+    index_T = first + jnp.arange(new, dtype=jnp.int32)
+    start_BT = index_T - offset_BT
+    if padding_BT is not None:
+        start_BT = jnp.where(padding_BT, index_T + 1, start_BT)
+    return mask_for_extension(first, new, start_BT, window=window)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.errors import UserError
+from attnlab.ops.documents import document_index, positions_in_documents
 
 
 @jax.tree_util.register_dataclass
@@ -106,15 +107,23 @@ def mask_from_segments(segments_BT: jax.Array | None, length: int, *, causal: bo
         return Mask(causal=causal, window=window)
     if segments_BT.ndim != 2 or segments_BT.shape[1] != length:
         raise UserError(f"segments: shape {segments_BT.shape}, expected [batch, {length}]")
+    documents = document_index(segments_BT)
+    return mask_of_documents(positions_in_documents(documents), segments_BT, causal=causal, window=window)
+
+
+def mask_of_documents(
+    offset_BT: jax.Array, segments_BT: jax.Array, *, causal: bool, window: int | None = None
+) -> Mask:
+    """`mask_from_segments`, where `positions_in_documents` is at hand: `offset_BT`, 0 where a document begins."""
+    _check_window(window)
+    length = offset_BT.shape[1]
     t = jnp.arange(length, dtype=jnp.int32)[None]
-    changed = segments_BT[:, 1:] != segments_BT[:, :-1]
-    edge = jnp.ones_like(changed, shape=(segments_BT.shape[0], 1))
-    start = jax.lax.cummax(jnp.where(jnp.concatenate([edge, changed], 1), t, 0), axis=1)
     # A padding row's interval is empty, also where the static part gives the end.
-    start = jnp.where(segments_BT == 0, t + 1, start)
+    start = jnp.where(segments_BT == 0, t + 1, t - offset_BT)
     if causal:
         return Mask(start, None, causal=True, window=window, documents=True)
-    end = jax.lax.cummin(jnp.where(jnp.concatenate([changed, edge], 1), t + 1, length), axis=1, reverse=True)
+    last = jnp.pad(offset_BT[:, 1:] == 0, ((0, 0), (0, 1)), constant_values=True)
+    end = jax.lax.cummin(jnp.where(last, t + 1, length), axis=1, reverse=True)
     return Mask(start, jnp.where(segments_BT == 0, t + 1, end), causal=False, window=window, documents=True)
 
 

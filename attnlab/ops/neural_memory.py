@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.errors import UserError
-from attnlab.ops.chunk_steps import ChunkStep, choose_rows, positions_in_documents, scan_aligned, scan_chunk_steps
+from attnlab.ops.chunk_steps import ChunkStep, choose_rows, scan_aligned, scan_chunk_steps
 from attnlab.ops.dispatch import Implementation, Op
+from attnlab.ops.documents import positions_in_documents
 from attnlab.ops.two_stage import TwoStage, before, two_stage
 from attnlab.parallel import partition
 from attnlab.parallel.sequence_parallel import SequenceParallel

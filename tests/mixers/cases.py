@@ -12,6 +12,8 @@ import pytest
 from flax import nnx
 
 from attnlab import mixers
+from attnlab.mixers.attention import AttentionConfig
+from attnlab.mixers.heads import HeadConfig
 
 WIDTH, LENGTH = 16, 11
 
@@ -25,12 +27,13 @@ def configs(name: str) -> dict[str, tuple[Any, bool]]:
     """Every config to try, by a readable id, and whether it belongs to the everyday tests.
 
     The default, each other value of each knob alone, and the combinations that the mixer names. Knobs inherited from
-    another mixer's Config are tried there.
+    another mixer's Config are tried there, those of all attention layers with softmax.
     """
     cls = mixers.get(name)
+    own = {HeadConfig} | ({AttentionConfig} if name == "softmax" else set())
     found = {"default": (cls.Config(), True)}
     for field in dataclasses.fields(cls.Config):
-        if any(field.name in getattr(base, "__dataclass_fields__", ()) for base in cls.Config.__mro__[1:]):
+        if any(field.name in getattr(base, "__dataclass_fields__", ()) for base in set(cls.Config.__mro__[1:]) - own):
             continue
         for value in field.metadata["other"]:
             found[f"{field.name}={value}"] = (cls.Config(**{field.name: value}), False)
@@ -104,3 +107,16 @@ def long_inputs(config: Any, dtype: Any) -> tuple[jax.Array, mixers.Sequence, li
         segments[row, first:end], positions[row, first:end] = index + 1, np.arange(end - first)
     x = np.random.default_rng(3).standard_normal((3, T, WIDTH))
     return jnp.asarray(x, dtype), mixers.Sequence(jnp.asarray(positions), jnp.asarray(segments)), documents
+
+
+def streamed(extend: Any, state: Any, x: jax.Array, seq: mixers.Sequence, cuts: Any) -> tuple[jax.Array, Any]:
+    """y of `extend(x, seq, state)` over pieces of so many positions each, and the state after them."""
+    stream, parts, first = mixers.Stream.start(len(x)), [], 0
+    for n in cuts:
+        piece = slice(first, first + n)
+        segments = None if seq.segments is None else seq.segments[:, piece]
+        part, stream = stream.extend(mixers.Sequence(seq.positions[:, piece], segments))
+        out = extend(x[:, piece], part, state)
+        parts.append(out.y)
+        state, first = out.state, first + n
+    return jnp.concatenate(parts, axis=1), state

@@ -106,15 +106,11 @@ def test_step_is_chunk():
     the keys' features."""
     module = make()
     x, seq = whole()
-    state, parts = module.init_state(2, cases.LENGTH, jnp.float64), []
-    step = jax.jit(lambda x, state: module.extend(x, mixers.Sequence.whole(2, 1), state))
-    for t in range(cases.LENGTH):
-        out = step(x[:, t : t + 1], state)
-        state = out.state
-        parts.append(out.y)
-    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), module(x, seq).y, atol=1e-12)
+    state = module.init_state(2, cases.LENGTH, jnp.float64)
+    y, state = cases.streamed(jax.jit(module.extend), state, x, seq, [1] * cases.LENGTH)
+    np.testing.assert_allclose(y, module(x, seq).y, atol=1e-12)
     k = symmetric_features((x @ module.k.kernel[...]).reshape(*x.shape[:2], 4, -1))
-    np.testing.assert_allclose(state.memory[..., -1], k.sum(1), atol=1e-11)
+    np.testing.assert_allclose(state.carried[..., -1], k.sum(1), atol=1e-11)
 
 
 def test_values_of_one_give_one():

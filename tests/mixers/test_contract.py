@@ -138,15 +138,9 @@ def test_split_anywhere(config, x64):
     extend = jax.jit(lambda p, x, seq, state: nnx.merge(graphdef, p).extend(x, seq, state))
     for cut in CUTS:
         state = module.init_state(2, cases.LENGTH, jnp.float64)
-        parts, first = [], 0
-        for n in cut:
-            piece = slice(first, first + n)
-            part = mixers.Sequence(seq.positions[:, piece], seq.segments[:, piece])
-            out = extend(params, x[:, piece], part, state)
-            parts.append(out.y)
-            state, first = out.state, first + n
+        y, _ = cases.streamed(functools.partial(extend, params), state, x, seq, cut)
         used = np.asarray(seq.segments) > 0
-        assert_close(jnp.concatenate(parts, axis=1)[used], whole[used], 1e-10)
+        assert_close(y[used], whole[used], 1e-10)
 
 
 @some_configs
@@ -243,15 +237,8 @@ def held_to_overflow(config):
         return
     extend = jax.jit(lambda x, seq, state: nnx.merge(graphdef, params).extend(x, seq, state))
 
-    def streamed(x):
-        state, parts = nnx.merge(graphdef, params).init_state(2, 12), []
-        for cut in (slice(0, 6), slice(6, 12)):
-            out = extend(x[:, cut], mixers.Sequence(seq.positions[:, cut], seq.segments[:, cut]), state)
-            state = out.state
-            parts.append(np.asarray(out.y))
-        return np.concatenate(parts, axis=1)
-
-    y, y_bad = streamed(x), streamed(bad)
+    state = nnx.merge(graphdef, params).init_state(2, 12)
+    y, y_bad = (np.asarray(cases.streamed(extend, state, a, seq, (6, 6))[0]) for a in (x, bad))
     np.testing.assert_array_equal(y_bad[others], y[others])
     if mixers.get(config.node_name).contains_overflow:
         assert not np.any(np.isfinite(y_bad[0, 4:8]).all(-1))
@@ -270,7 +257,7 @@ def test_every_knob_turns(name):
         shapes = jax.tree.map(jnp.shape, nnx.to_pure_dict(params))
         programs = [str(jax.make_jaxpr(run)(params))]
         if config.causal and cls.capabilities.streaming:  # what chooses for one position of a stream shows there
-            one = mixers.Sequence(seq.positions[:, :1])
+            one, _ = mixers.Stream.start(2).extend(mixers.Sequence(seq.positions[:, :1]))
             state = nnx.merge(graphdef, params).init_state(2, cases.LENGTH)
             extend = lambda p: nnx.merge(graphdef, p).extend(x[:, :1], one, state).y
             programs.append(str(jax.make_jaxpr(extend)(params)))
@@ -340,8 +327,8 @@ def traced(module, dtype):
 
     functions = [(call_all, (params, x))]
     if module.config.causal and module.capabilities.streaming:
-        state = module.init_state(*x.shape[:2], dtype)
-        extend = lambda params, x, state: nnx.merge(graphdef, params).extend(x, seq, state)
+        state, (placed, _) = module.init_state(*x.shape[:2], dtype), mixers.Stream.start(len(x)).extend(seq)
+        extend = lambda params, x, state: nnx.merge(graphdef, params).extend(x, placed, state)
         functions.append((lambda *args: (extend(*args).y, extend(*args).state), (params, x, state)))
     return functions
 

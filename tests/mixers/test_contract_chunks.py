@@ -6,6 +6,7 @@ Documents begin at a chunk's edge and inside one, where the short rows of `test_
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 
 import jax
@@ -68,13 +69,9 @@ def test_split_anywhere(config, x64):
     whole = battery.call(graphdef, params, x, seq)
     extend = jax.jit(lambda p, x, seq, state: nnx.merge(graphdef, p).extend(x, seq, state))
     for cut in (T // 3, T - T // 3):  # two lengths, each of which is compiled once
-        state, parts = module.init_state(3, T, jnp.float64), []
-        for piece in (slice(0, cut), slice(cut, T)):
-            part = mixers.Sequence(seq.positions[:, piece], seq.segments[:, piece])
-            out = extend(params, x[:, piece], part, state)
-            state = out.state
-            parts.append(out.y)
-        battery.assert_close(jnp.concatenate(parts, axis=1), whole, 1e-10)
+        state = module.init_state(3, T, jnp.float64)
+        y, _ = cases.streamed(functools.partial(extend, params), state, x, seq, (cut, T - cut))
+        battery.assert_close(y, whole, 1e-10)
 
 
 @configs

@@ -10,7 +10,6 @@ from flax import nnx
 
 from attnlab import mixers
 from attnlab.errors import ConfigError
-from attnlab.mixers.gated import fuse_query_gate, split_query_gate
 from tests.mixers import cases
 
 
@@ -163,23 +162,6 @@ def test_scale_of_a_head_is_lost_in_qk_norm():
     x, _ = cases.inputs(jnp.float64)
     norm = make(qk_norm=True).q_norm
     np.testing.assert_allclose(norm(50.0 * x[..., :4]), norm(100.0 * x[..., :4]), atol=1e-6)
-
-
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("granularity", ["elementwise", "headwise"])
-def test_fused_layout_round_trip(kv_heads, granularity):
-    """Fusing queries and gates into one kernel and splitting it gives the kernels; a group's columns lie together."""
-    gated = make(kv_heads=kv_heads, granularity=granularity)
-    q, gate = gated.q.kernel[...], gated.gate.linear.kernel[...]
-    fused = fuse_query_gate(q, gate, 4, kv_heads)
-    for a, b in zip(split_query_gate(fused, 4, kv_heads, gated.head_dim), (q, gate)):
-        np.testing.assert_array_equal(a, b)
-    group = 4 // kv_heads
-    x, _ = cases.inputs(jnp.float64)
-    per_group = (x @ fused).reshape(*x.shape[:2], kv_heads, -1)
-    np.testing.assert_allclose(
-        per_group[:, :, 0, : group * gated.head_dim], (x @ q)[..., : group * gated.head_dim], atol=1e-12
-    )
 
 
 def test_gradient_of_the_gate():

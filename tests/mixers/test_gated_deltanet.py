@@ -129,7 +129,7 @@ def naive(module, x):
     rows = np.concatenate(parts, axis=-1)
     padded = np.concatenate([np.zeros((c.conv - 1, *rows.shape[1:])), rows])
     rows = silu(sum(filters[i] * padded[i : i + length] for i in range(c.conv)))
-    d = module.key_dim
+    d = module.head_dim
     q, k, v = rows[..., :d], rows[..., d : 2 * d], split(rows[..., 2 * d :])
     q, k = (y / np.sqrt((y * y).sum(-1, keepdims=True) + 1e-6) for y in (q, k))
     q = q * (d**-0.5 if c.query_scale is None else c.query_scale)
@@ -164,7 +164,7 @@ def test_shared_keys_are_repeated_ones():
     x and for the shared queries' kernel, which is the sum of the two."""
     few, all_heads = make(key_heads=2), make()
     nnx.update(all_heads, nnx.state(few, lambda path, _: path[0] not in ("q", "k", "filters")))
-    d, e = few.key_dim, few.value_dim
+    d, e = few.head_dim, few.value_dim
     pairs = lambda w: jnp.repeat(w.reshape(*w.shape[:-1], 2, d), 2, axis=-2).reshape(*w.shape[:-1], -1)
     taps = few.filters[...].reshape(few.config.conv, 2, -1)
     of_keys = jnp.repeat(taps[..., : 2 * d], 2, axis=1)

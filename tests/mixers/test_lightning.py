@@ -71,13 +71,9 @@ def test_naive_is_step():
     module = make()
     x, seq = whole()
     expected = module(x, seq).y
-    state, parts = module.init_state(2, cases.LENGTH, jnp.float64), []
-    step = jax.jit(lambda x, state: module.extend(x, mixers.Sequence.whole(2, 1), state))
-    for t in range(cases.LENGTH):
-        out = step(x[:, t : t + 1], state)
-        state = out.state
-        parts.append(out.y)
-    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), expected, atol=1e-12)
+    state = module.init_state(2, cases.LENGTH, jnp.float64)
+    y, _ = cases.streamed(jax.jit(module.extend), state, x, seq, [1] * cases.LENGTH)
+    np.testing.assert_allclose(y, expected, atol=1e-12)
 
 
 def test_slopes_are_alibis():

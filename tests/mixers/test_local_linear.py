@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -76,10 +77,8 @@ def test_steps_equal_prefill():
     graphdef, params = cases.split(module)
     step = jax.jit(lambda p, x, seq, state: nnx.merge(graphdef, p).extend(x, seq, state))
     state = module.init_state(2, cases.LENGTH, jnp.float64)
-    for t in range(5):
-        out = step(params, x[:, t : t + 1], mixers.Sequence(seq.positions[:, t : t + 1]), state)
-        state = out.state
-        np.testing.assert_allclose(out.y[:, 0], expected[:, t], atol=1e-10)
+    y, _ = cases.streamed(functools.partial(step, params), state, x, seq, [1] * 5)
+    np.testing.assert_allclose(y, expected[:, :5], atol=1e-10)
 
 
 @pytest.mark.parametrize("blocks", [1, 2])

@@ -265,20 +265,21 @@ def test_decoding_reads_the_key_heads_that_are_on(kv_heads, shared, reads):
     x, _ = packed()
     seq = mixers.Sequence.whole(2, cases.LENGTH)
     whole = run(module, x, seq).y
-    first = mixers.Sequence(seq.positions[:, :-1])
     graphdef, params = cases.split(module)
     extend = jax.jit(lambda x, seq, state: nnx.merge(graphdef, params).extend(x, seq, state))
-    state = extend(x[:, :-1], first, module.init_state(2, cases.LENGTH, jnp.float64)).state
-    K = kv_heads or 8
+    before, stream = mixers.Stream.start(2).extend(mixers.Sequence(seq.positions[:, :-1]))
+    state = extend(x[:, :-1], before, module.init_state(2, cases.LENGTH, jnp.float64)).state
+    K, cache = kv_heads or 8, state.carried
     on = (gates_of(module, x[:, -1:]) != 0).reshape(2, K, -1).any(-1)
-    v = state.v.reshape(2, K, *state.v.shape[1:])
+    v = cache.v.reshape(2, K, *cache.v.shape[1:])
     if reads < K:
         assert not on.all()
     # Only where the fixed number of reads is that of the heads on: a key head too many may be read besides.
     spare = reads - on.sum(-1)
     off = ~on & (spare == 0)[:, None]
-    state = dataclasses.replace(state, v=jnp.where(off[..., None, None], jnp.nan, v).reshape(state.v.shape))
-    last = mixers.Sequence(seq.positions[:, -1:])
+    cache = dataclasses.replace(cache, v=jnp.where(off[..., None, None], jnp.nan, v).reshape(cache.v.shape))
+    state = dataclasses.replace(state, carried=cache)
+    last, _ = stream.extend(mixers.Sequence(seq.positions[:, -1:]))
     np.testing.assert_allclose(extend(x[:, -1:], last, state).y[:, 0], whole[:, -1], atol=1e-12)
     assert off.any() or reads == K
 
@@ -326,11 +327,9 @@ def test_any_core_is_weighted_head_by_head(core):
 
     graphdef, params = cases.split(module)
     extend = jax.jit(lambda x, seq, state: nnx.merge(graphdef, params).extend(x, seq, state))
-    state, parts = module.init_state(2, cases.LENGTH, jnp.float64), []
-    for piece in (slice(0, 6), slice(6, None)):
-        out = extend(x[:, piece], mixers.Sequence(seq.positions[:, piece], seq.segments[:, piece]), state)
-        state, parts = out.state, [*parts, out.y]
-    assert_used_close(jnp.concatenate(parts, axis=1), y, seq, atol=1e-10)
+    state = module.init_state(2, cases.LENGTH, jnp.float64)
+    streamed, _ = cases.streamed(extend, state, x, seq, (6, cases.LENGTH - 6))
+    assert_used_close(streamed, y, seq, atol=1e-10)
 
 
 @pytest.mark.slow

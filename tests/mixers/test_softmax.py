@@ -103,10 +103,16 @@ def test_more_positions_than_room_are_loud():
     """A cache that overflows gives NaN, never a plausible number."""
     module = mixers.build({"name": "softmax"}, width=16, rngs=nnx.Rngs(0))
     state = module.init_state(1, 3)
-    x, seq = jnp.ones((1, 2, 16), jnp.float32), mixers.Sequence.whole(1, 2)
-    out = module.extend(x, seq, state)
-    assert np.isfinite(out.y).all()
-    assert np.isnan(module.extend(x, seq, out.state).y).all()
+    x, seq = jnp.ones((1, 4, 16), jnp.float32), mixers.Sequence.whole(1, 4)
+    y, _ = cases.streamed(module.extend, state, x, seq, (2, 2))
+    assert np.isfinite(y[:, :2]).all() and np.isnan(y[:, 2:]).all()
+
+
+def test_a_stream_says_where_it_stands():
+    """`extend` refuses a sequence whose documents nobody has derived."""
+    module = mixers.build({"name": "softmax"}, width=16, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="Stream.extend"):
+        module.extend(jnp.ones((1, 2, 16)), mixers.Sequence.whole(1, 2), module.init_state(1, 3))
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,7 @@ def test_state_does_not_grow(fields):
     sizes = lambda state: jax.tree.map(jnp.shape, state)
     before = jax.eval_shape(lambda: titans.init_state(2, 10, jnp.float64))
     x, seq = cases.inputs(jnp.float64)
+    seq, _ = mixers.Stream.start(2).extend(seq)
     after = jax.eval_shape(lambda: titans.extend(x, seq, titans.init_state(2, 10**6, jnp.float64)).state)
     assert sizes(before) == sizes(after)
 

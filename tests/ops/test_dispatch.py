@@ -154,7 +154,7 @@ def test_one_query_over_a_cache_has_a_knob_of_its_own():
     config = mixers.config_from_node({"name": "softmax", "impl": "definition", "decode_impl": "xla"})
     layer = cases.module(config, jnp.float32)
     x, seq = cases.inputs(jnp.float32)
-    state, one = layer.init_state(2, 4), mixers.Sequence(seq.positions[:, :1])
+    state, (one, _) = layer.init_state(2, 4), mixers.Stream.start(2).extend(mixers.Sequence(seq.positions[:, :1]))
     with ops.recording() as chosen:
         layer(x, seq)
         layer.extend(x[:, :1], one, state)

@@ -13,7 +13,7 @@ import pytest
 
 from attnlab.errors import UserError
 from attnlab.ops import chunk_steps
-from attnlab.ops.documents import document_index
+from attnlab.ops.documents import document_index, positions_in_documents
 from attnlab.ops.neural_memory import (
     ACTIVATIONS,
     MemorySpec,
@@ -305,7 +305,7 @@ def test_chunk_steps_take_every_position_once(chunk):
     for share in (0.02, 0.3, 0.9):
         starts = rng.random((64, 37)) < share
         documents = jnp.asarray(np.cumsum(starts, axis=1), jnp.int32)
-        position = chunk_steps.positions_in_documents(documents, jnp.asarray(rng.integers(1, 9, 64), jnp.int32))
+        position = positions_in_documents(documents, jnp.asarray(rng.integers(1, 9, 64), jnp.int32))
         start, taken = (np.asarray(x) for x in plan(documents, position, chunk))
         assert np.all(taken.sum(0) == 37) and np.all(start[1:] == (start + taken)[:-1])
         documents, position = np.asarray(documents), np.asarray(position)

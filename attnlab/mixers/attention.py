@@ -1,0 +1,132 @@
+"""Layers of queries, keys and values that differ in what a query makes of the keys it sees."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attnlab import config as config_lib
+from attnlab.mixers.base import Capabilities, MixerOutput, knob
+from attnlab.mixers.heads import HeadConfig, HeadMixer, Projections, split_heads
+from attnlab.mixers.parts import RMSNorm
+from attnlab.mixers.sequence import Sequence
+from attnlab.ops.keys_values import KeysValues, KVCache, RollingCache, Whole, empty_cache
+from attnlab.ops.masks import Mask, mean_visible_keys
+from attnlab.ops.rope import rope
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig(HeadConfig):
+    """Knobs of queries, keys and values."""
+
+    even = True
+
+    kv_heads: int | None = knob(
+        None, "key/value heads K, a divisor of heads; none: K = H; 1: multi-query", other=(1, 2)
+    )
+    causal: bool = knob(True, "whether a position sees only itself and those before", other=(False,))
+    window: int | None = knob(None, "keys that a query sees, itself included; none: all before it", other=(3,), least=1)
+    qk_norm: bool = knob(False, "RMSNorm over each head of queries and keys, before RoPE", other=(True,))
+    rope_base: float | None = knob(
+        10_000.0, "base of the rotary embedding; none: no positions", other=(100.0, None), above=1
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        divides = self.key_heads >= 1 and self.heads % self.key_heads == 0
+        config_lib.require(divides, "kv_heads", self.key_heads, f"divisors of heads ({self.heads})")
+        if self.window is not None:
+            config_lib.require(self.causal, "causal", self.causal, "true where window is set")
+
+    @property
+    def key_heads(self) -> int:
+        """K."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class Reads:
+    """Queries and what they read.
+
+    Attributes:
+      q: [B, T, H, d], positioned.
+      kv, mask: the keys and values, and which of them each query sees.
+      cache: of the stream after these positions; None for whole sequences.
+    """
+
+    q: jax.Array
+    kv: KeysValues
+    mask: Mask
+    cache: KVCache | RollingCache | None = None
+
+
+class Attention(HeadMixer):
+    """Base of layers that project queries, keys and values and differ in `attend`."""
+
+    capabilities = Capabilities(causal=True, bidirectional=True, streaming=True)
+    context = "keys and values are gathered, queries dealt out evenly"
+
+    def __init__(self, config: AttentionConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+        super().__init__(config, width=width, rngs=rngs, dtype=dtype)
+        make, inner = Projections(width, rngs=rngs, dtype=dtype), config.heads * self.head_dim
+        self.q = make(inner)
+        self.k, self.v = (make(config.key_heads * self.head_dim, "kv_heads") for _ in range(2))
+        self.out = make.out(inner)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(self.head_dim, ("head",), dtype=dtype)
+            self.k_norm = RMSNorm(self.head_dim, ("head",), dtype=dtype)
+
+    # Hooks for mixers that change one place of the layer (see gated.py).
+
+    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """q [B, T, H, d], k [B, T, K, d], v [B, T, K, d] of x [B, T, D], before QK-norm and RoPE."""
+        return tuple(split_heads(y(x), self.head_dim) for y in (self.q, self.k, self.v))
+
+    def positioned(self, x: jax.Array, seq: Sequence) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """`project`, then QK-norm and RoPE."""
+        q, k, v = self.project(x)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.config.rope_base is not None:
+            q, k = (rope(y, seq.positions, self.config.rope_base) for y in (q, k))
+        return q, k, v
+
+    def attend(self, q: jax.Array, kv: KeysValues, mask: Mask, x: jax.Array) -> MixerOutput:
+        """Heads' outputs [B, T, H, d] from positioned queries, what they attend to, and x [B, T, D]."""
+        raise NotImplementedError
+
+    # The contract, in two steps, so that a layer around this one (see moh.py) may read other keys.
+
+    def reads(self, x: jax.Array, seq: Sequence, cache: KVCache | RollingCache | None = None) -> Reads:
+        """Queries and what they read: the whole sequences, or the cache with these positions."""
+        (q, k, v), c = self.positioned(x, seq), self.config
+        if cache is None:
+            return Reads(q, Whole(k, v), seq.mask(causal=c.causal, window=c.window))
+        cache, kv, mask = cache.append(k, v, seq.offsets, seq.padding, c.window)
+        return Reads(q, kv, mask, cache)
+
+    def attended(self, reads: Reads, x: jax.Array) -> MixerOutput:
+        """Heads' outputs, and the cache as state."""
+        out = self.attend(reads.q, reads.kv, reads.mask, x)
+        return dataclasses.replace(out, state=reads.cache)
+
+    def heads(self, x: jax.Array, seq: Sequence, carried: KVCache | RollingCache | None = None) -> MixerOutput:
+        """As in the contract. More positions than the cache has room for give NaN, as jit can raise nothing."""
+        return self.attended(self.reads(x, seq, carried), x)
+
+    def init_carried(self, batch: int, max_length: int, dtype: Any) -> KVCache | RollingCache:
+        c = self.config
+        return empty_cache(batch, c.key_heads, self.head_dim, max_length, dtype, window=c.window)
+
+    @classmethod
+    def flops(cls, config: AttentionConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:
+        d = config.head_dim(width)
+        span = mean_visible_keys(length, config.causal, config.window)
+        return {
+            "projections": 2.0 * width * d * (2 * config.heads + 2 * config.key_heads),
+            "attention": 4.0 * config.heads * d * span,
+        }, span

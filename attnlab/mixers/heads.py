@@ -1,0 +1,148 @@
+"""Mixers that are a sum over heads, and what all of them share: head widths, padding, overflow, the way out."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attnlab import config as config_lib
+from attnlab.errors import ConfigError, UnsupportedPattern
+from attnlab.mixers.base import Mixer, MixerConfig, MixerOutput, State, knob
+from attnlab.mixers.parts import Linear
+from attnlab.mixers.sequence import Sequence
+from attnlab.ops.documents import overflowed
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadConfig(MixerConfig):
+    """Knobs of a mixer with heads. Where heads are rotated (`even`), their width is even."""
+
+    even: ClassVar[bool] = False
+
+    heads: int = knob(4, "heads H", other=(2,), least=1)
+    head_width: int | None = knob(None, "head width d; none: width / heads", other=(6,), least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.even and self.head_width is not None:
+            config_lib.require(self.head_width % 2 == 0, "head_width", self.head_width, "even, 2 or more, or none")
+
+    def head_dim(self, width: int) -> int:
+        """Head width d in a model of the given width; ConfigError if the heads do not divide it."""
+        if self.head_width is not None:
+            return self.head_width
+        if width % self.heads or (self.even and (width // self.heads) % 2):
+            raise ConfigError(
+                f"heads = {self.heads} does not divide width = {width} into {'even ' * self.even}head widths; "
+                "allowed: another number of heads, or head_width set"
+            )
+        return width // self.heads
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class HeadState:
+    """What a stream's next positions need of a layer.
+
+    Attributes:
+      carried: what `HeadMixer.heads` returned as its state.
+      lost: [B] bool, whether the current document has overflowed.
+    """
+
+    carried: State
+    lost: jax.Array
+
+
+class HeadMixer(Mixer):
+    """A mixer that is a sum over heads: `heads` computes each head's output, `combine` projects and adds them.
+
+    What stands between the heads and their sum (MoH's gates) then works on any of them. A subclass makes `out`, the
+    projection, last but for what does not project, and states what it carries by `init_carried`.
+
+    A document of a packed row whose inputs have overflowed (`attnlab.ops.documents.overflowed`) gives NaN, and changes
+    nothing in the others: `heads` reads zeros for it. What `heads` gives for padding is not used, and is to be finite.
+    """
+
+    contains_overflow = True
+
+    def __init__(self, config: Any, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+        del rngs
+        self.config, self.dtype = config, dtype
+        self.head_dim = config.head_dim(width)
+
+    def heads(self, x: jax.Array, seq: Sequence, carried: State = None) -> MixerOutput:
+        """Each head's output, `y` [B, T, H, e], ready to be projected: norms and gates on it are applied.
+
+        With `carried` the positions are the next T >= 1 of a stream and the output's state is what to carry on;
+        without, they are whole sequences. `seq` has its documents derived.
+        """
+        raise NotImplementedError
+
+    def combine(self, o_BTHe: jax.Array, x: jax.Array) -> jax.Array:
+        """The layer's output [B, T, D] from the heads' outputs: a projection, linear in them."""
+        return self.out(o_BTHe.reshape(*x.shape[:2], -1))
+
+    def init_carried(self, batch: int, max_length: int, dtype: Any) -> State:
+        """What `heads` needs before the first position; see `Mixer.init_state`."""
+        raise NotImplementedError
+
+    # The contract.
+
+    def __call__(self, x: jax.Array, seq: Sequence) -> MixerOutput:
+        self.require(seq, causal=self.config.causal)
+        seq = seq.derived()
+        if seq.segments is None:
+            out = self.heads(x, seq)
+            return dataclasses.replace(out, y=self.combine(out.y, x), state=None)
+        out, _ = self._contained(x, seq, None, None)
+        return dataclasses.replace(out, state=None)
+
+    def init_state(self, batch: int, max_length: int, dtype: Any = jnp.float32) -> HeadState:
+        if not self.config.causal:
+            raise UnsupportedPattern(f"mixer {self.name!r} with causal=False does not stream")
+        return HeadState(self.init_carried(batch, max_length, dtype), jnp.zeros((batch,), bool))
+
+    def extend(self, x: jax.Array, seq: Sequence, state: HeadState) -> MixerOutput:
+        self.require(seq, causal=True)
+        if seq.documents is None:
+            raise ValueError("extend: the sequence's documents are not known; it is to come from Stream.extend")
+        out, lost_B = self._contained(x, seq, state.carried, state.lost)
+        return dataclasses.replace(out, state=HeadState(out.state, lost_B))
+
+    # Inside.
+
+    def _contained(
+        self, x: jax.Array, seq: Sequence, carried: State, lost_B: jax.Array | None
+    ) -> tuple[MixerOutput, jax.Array]:
+        """`heads` and `combine` with overflow and padding kept where they are; which rows end in an overflow."""
+        lost_BT = overflowed(x, seq.documents, lost_B, causal=self.config.causal)
+        x = jnp.where(lost_BT[..., None], 0, x)
+        out = self.heads(x, seq, carried)
+        o = jnp.where(seq.padding[..., None, None], 0, out.y)  # padding mixes nothing
+        y = self.combine(o, x)
+        y = jnp.where((lost_BT & ~seq.padding)[..., None], jnp.nan, y)
+        return dataclasses.replace(out, y=y), lost_BT[:, -1]
+
+
+class Projections:
+    """Makes a layer's projections: `make(columns, axis)` from the model's width, `make.out(rows)` back to it."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs, dtype: Any):
+        self.width, self.rngs, self.dtype = width, rngs, dtype
+
+    def __call__(self, columns: int, axis: str = "heads", **options: Any) -> Linear:
+        """Of x [..., D] to [..., columns]."""
+        return Linear(self.width, columns, ("embed", axis), rngs=self.rngs, dtype=self.dtype, **options)
+
+    def out(self, rows: int) -> Linear:
+        """Of all heads' outputs [..., rows] to [..., D]."""
+        return Linear(rows, self.width, ("heads", "embed"), rngs=self.rngs, dtype=self.dtype)
+
+
+def split_heads(y: jax.Array, width: int) -> jax.Array:
+    """[B, T, H * width] to [B, T, H, width]."""
+    return y.reshape(*y.shape[:2], -1, width)

@@ -1,0 +1,90 @@
+"""Where the positions of a batch stand: documents, derived once for all layers, and the stream that they continue."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from attnlab.ops.documents import document_index, positions_in_documents
+from attnlab.ops.masks import Mask, mask_of_documents
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sequence:
+    """Where the positions of a batch stand.
+
+    Attributes:
+      positions: [B, T] int32, position within its document, for position encodings.
+      segments: [B, T] int32 or None. Documents packed in one row carry different ids and are contiguous; 0 is padding.
+        None says that every row is one document without padding.
+      documents: [B, T] int32, which document of the row a position is of (`attnlab.ops.documents`); 0 is the one that a
+        stream was in before. None where `segments` is, outside a stream. Derived from `segments`, as `offsets` is.
+      offsets: [B, T] int32, positions of its document before it, in the row and in the stream, whatever `positions`
+        says.
+      context: [B, S, D] or None, what cross-attention reads.
+      grid: rows and columns of an image whose pixels or patches, row by row, are the last positions of every row of the
+        batch; those before them (a class token) are not of the image. None where there is no image.
+    """
+
+    positions: jax.Array
+    segments: jax.Array | None = None
+    documents: jax.Array | None = None
+    offsets: jax.Array | None = None
+    context: jax.Array | None = None
+    grid: tuple[int, int] | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @classmethod
+    def whole(cls, batch: int, length: int) -> Sequence:
+        """One unpadded document per row, positions 0 to length - 1."""
+        return cls(jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length)))
+
+    @property
+    def padding(self) -> jax.Array | None:
+        """[B, T] bool, which positions are padding; None: none."""
+        return None if self.segments is None else self.segments == 0
+
+    def derived(self) -> Sequence:
+        """The same, of whole rows, with `documents` and `offsets`: a stack derives them once for all its layers."""
+        if self.segments is None or self.documents is not None:
+            return self
+        documents = document_index(self.segments)
+        return dataclasses.replace(self, documents=documents, offsets=positions_in_documents(documents))
+
+    def mask(self, *, causal: bool, window: int | None = None) -> Mask:
+        """Which positions of whole rows, `derived`, see which: those of their document, and none from padding."""
+        if self.segments is None:
+            return Mask(causal=causal, window=window)
+        return mask_of_documents(self.offsets, self.segments, causal=causal, window=window)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """Where a stream stands between two pieces: what all layers know of those before.
+
+    Attributes:
+      segment: [B] int32, id of the current document, -1 before the first position.
+      offset: [B] int32, positions of that document so far.
+    """
+
+    segment: jax.Array
+    offset: jax.Array
+
+    @classmethod
+    def start(cls, batch: int) -> Stream:
+        """Before the first position."""
+        return cls(jnp.full((batch,), -1, jnp.int32), jnp.zeros((batch,), jnp.int32))
+
+    def extend(self, seq: Sequence) -> tuple[Sequence, Stream]:
+        """The next positions with `documents` and `offsets`, as `Mixer.extend` takes them, and the stream after them.
+
+        Without segments all positions of the stream are one document of id 1.
+        """
+        segments = jnp.ones(seq.positions.shape, jnp.int32) if seq.segments is None else seq.segments
+        documents = document_index(segments, self.segment)
+        offsets = positions_in_documents(documents, self.offset)
+        seq = dataclasses.replace(seq, segments=segments, documents=documents, offsets=offsets)
+        return seq, Stream(segments[:, -1], offsets[:, -1] + 1)
