@@ -72,9 +72,10 @@ class Attention(HeadMixer):
 
     def __init__(self, config: AttentionConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         super().__init__(config, width=width, rngs=rngs, dtype=dtype)
-        make, inner = Projections(width, rngs=rngs, dtype=dtype), config.heads * self.head_dim
-        self.q = make(inner)
-        self.k, self.v = (make(config.key_heads * self.head_dim, "kv_heads") for _ in range(2))
+        make = Projections(width, rngs=rngs, dtype=dtype, bias=config.bias)
+        inner = config.heads * self.head_dim
+        self.q = make.qkv(inner)
+        self.k, self.v = (make.qkv(config.key_heads * self.head_dim, "kv_heads") for _ in range(2))
         self.out = make.out(inner)
         if config.qk_norm:
             self.q_norm = RMSNorm(self.head_dim, ("head",), dtype=dtype)

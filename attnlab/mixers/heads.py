@@ -25,6 +25,8 @@ class HeadConfig(MixerConfig):
 
     heads: int = knob(4, "heads H", other=(2,), least=1)
     head_width: int | None = knob(None, "head width d; none: width / heads", other=(6,), least=1)
+    bias: str = knob("none", "which projections add a bias: none; qkv: those of queries, keys and values; all: that of "
+                     "the output too", other=("qkv", "all"), choices=("none", "qkv", "all"))  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,7 +85,7 @@ class HeadMixer(Mixer):
         raise NotImplementedError
 
     def combine(self, o_BTHe: jax.Array, x: jax.Array) -> jax.Array:
-        """The layer's output [B, T, D] from the heads' outputs: a projection, linear in them."""
+        """The layer's output [B, T, D] from the heads' outputs: a projection, linear in them but for its bias."""
         return self.out(o_BTHe.reshape(*x.shape[:2], -1))
 
     def init_carried(self, batch: int, max_length: int, dtype: Any) -> State:
@@ -129,18 +131,26 @@ class HeadMixer(Mixer):
 
 
 class Projections:
-    """Makes a layer's projections: `make(columns, axis)` from the model's width, `make.out(rows)` back to it."""
+    """Makes a layer's projections: `make(columns, axis)` from the model's width, `make.out(rows)` back to it.
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs, dtype: Any):
-        self.width, self.rngs, self.dtype = width, rngs, dtype
+    `make.qkv` is as `make`; it, and `make.out`, add a bias where the layer's knob `bias` says so.
+    """
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs, dtype: Any, bias: str):
+        self.width, self.rngs, self.dtype, self.bias = width, rngs, dtype, bias
 
     def __call__(self, columns: int, axis: str = "heads", **options: Any) -> Linear:
         """Of x [..., D] to [..., columns]."""
         return Linear(self.width, columns, ("embed", axis), rngs=self.rngs, dtype=self.dtype, **options)
 
+    def qkv(self, columns: int, axis: str = "heads", **options: Any) -> Linear:
+        """Of x [..., D] to queries, keys or values [..., columns]."""
+        return self(columns, axis, bias=self.bias != "none", **options)
+
     def out(self, rows: int) -> Linear:
         """Of all heads' outputs [..., rows] to [..., D]."""
-        return Linear(rows, self.width, ("heads", "embed"), rngs=self.rngs, dtype=self.dtype)
+        bias = self.bias == "all"
+        return Linear(rows, self.width, ("heads", "embed"), rngs=self.rngs, dtype=self.dtype, bias=bias)
 
 
 def split_heads(y: jax.Array, width: int) -> jax.Array:

@@ -11,7 +11,8 @@ from flax import nnx
 
 from attnlab.mixers.attention import Attention, AttentionConfig
 from attnlab.mixers.base import MixerOutput, impl_knob, knob, register
-from attnlab.mixers.parts import Linear, RMSNorm
+from attnlab.mixers.heads import Projections
+from attnlab.mixers.parts import RMSNorm
 from attnlab.mixers.sequence import Sequence
 from attnlab.ops.keys_values import KeysValues
 from attnlab.ops.masks import Mask
@@ -45,7 +46,8 @@ class Parallax(Attention):
 
     def __init__(self, config: ParallaxConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         super().__init__(config, width=width, rngs=rngs, dtype=dtype)
-        self.r = Linear(width, config.heads * self.head_dim, ("embed", "heads"), rngs=rngs, dtype=dtype)
+        make = Projections(width, rngs=rngs, dtype=dtype, bias=config.bias)
+        self.r = make.qkv(config.heads * self.head_dim)
         if config.qk_norm:
             self.r_norm = RMSNorm(self.head_dim, ("head",), dtype=dtype)
 

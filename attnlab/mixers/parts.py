@@ -18,7 +18,9 @@ from attnlab.ops.norm import rms_norm
 
 
 class Linear(nnx.Module):
-    """`x @ kernel`, without bias; the kernel [in, out] is fp32, normal with standard deviation 1 / sqrt(in).
+    """`x @ kernel`, plus a bias [out] where asked; both are fp32.
+
+    The kernel [in, out] is normal with standard deviation 1 / sqrt(in) at first, the bias 0.
 
     Args:
       fan_in, fan_out: widths.
@@ -26,19 +28,22 @@ class Linear(nnx.Module):
       dtype: of the product.
       role: of the kernel; a matrix unless it is more than that.
       fused: the matrices side by side in the kernel, where the output is cut into parts.
+      bias: whether there is one.
     """
 
     def __init__(
         self, fan_in: int, fan_out: int, axes: tuple[str, str], *, rngs: nnx.Rngs, dtype: Any,
-        role: Role = Role.MATRIX, fused: Fused | None = None,
+        role: Role = Role.MATRIX, fused: Fused | None = None, bias: bool = False,
     ):  # fmt: skip
         init = jax.nn.initializers.normal(1 / math.sqrt(fan_in))
         value = init(rngs.params(), (fan_in, fan_out), param_dtype(dtype))
         self.kernel = param(value, axes=axes, role=role, fused=fused)
+        self.bias = param(jnp.zeros_like(value, shape=fan_out), axes=axes[1:], role=Role.BIAS) if bias else None
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return linear(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        y = linear(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
 class RMSNorm(nnx.Module):

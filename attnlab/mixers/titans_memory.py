@@ -32,7 +32,7 @@ class Memory(nnx.Module):
         self.config, self.head_dim, self.spec = config, head_dim, memory_spec(config, head_dim)
         wide, heads = param_dtype(dtype), config.heads
         qkv = Fused(tuple((name, head_dim) for name in "qkv"), groups=heads)
-        self.qkv = Linear(fan_in, qkv.width, axes, rngs=rngs, dtype=dtype, fused=qkv)
+        self.qkv = Linear(fan_in, qkv.width, axes, rngs=rngs, dtype=dtype, fused=qkv, bias=config.bias != "none")
         if config.conv:
             init = jax.nn.initializers.normal(config.conv**-0.5)
             taps = init(rngs.params(), (config.conv, qkv.width), wide)

@@ -59,9 +59,10 @@ class SegmentedMemory(nnx.Module):
         total = config.heads * head_dim
         self.attention = Attention(config, width, head_dim, rngs=rngs, dtype=dtype)
         self.memory = Memory(config, total, ("heads", "memory"), head_dim, rngs=rngs, dtype=dtype)
-        self.query = Linear(width, total, ("embed", "heads"), rngs=rngs, dtype=dtype)
+        options = {"rngs": rngs, "dtype": dtype, "bias": config.bias != "none"}
+        self.query = Linear(width, total, ("embed", "heads"), **options)
         kv = Fused((("k", total), ("v", total)))
-        self.retrieved = Linear(total, kv.width, ("heads", "memory"), rngs=rngs, dtype=dtype, fused=kv)
+        self.retrieved = Linear(total, kv.width, ("heads", "memory"), fused=kv, **options)
 
     def init_state(self, batch: int, dtype: Any) -> SegmentState:
         """Before the first position."""
