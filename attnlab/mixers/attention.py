@@ -11,19 +11,16 @@ from flax import nnx
 
 from attnlab import config as config_lib
 from attnlab.mixers.base import Capabilities, MixerOutput, knob
-from attnlab.mixers.heads import HeadConfig, HeadMixer, Projections, split_heads
+from attnlab.mixers.heads import HeadMixer, Projections, RotaryConfig, split_heads
 from attnlab.mixers.parts import RMSNorm
 from attnlab.mixers.sequence import Sequence
 from attnlab.ops.keys_values import KeysValues, KVCache, RollingCache, Whole, empty_cache
 from attnlab.ops.masks import Mask, mean_visible_keys
-from attnlab.ops.rope import rope
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentionConfig(HeadConfig):
+class AttentionConfig(RotaryConfig):
     """Knobs of queries, keys and values."""
-
-    even = True
 
     kv_heads: int | None = knob(
         None, "key/value heads K, a divisor of heads; none: K = H; 1: multi-query", other=(1, 2)
@@ -31,9 +28,6 @@ class AttentionConfig(HeadConfig):
     causal: bool = knob(True, "whether a position sees only itself and those before", other=(False,))
     window: int | None = knob(None, "keys that a query sees, itself included; none: all before it", other=(3,), least=1)
     qk_norm: bool = knob(False, "RMSNorm over each head of queries and keys, before RoPE", other=(True,))
-    rope_base: float | None = knob(
-        10_000.0, "base of the rotary embedding; none: no positions", other=(100.0, None), above=1
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,12 +83,10 @@ class Attention(HeadMixer):
 
     def positioned(self, x: jax.Array, seq: Sequence) -> tuple[jax.Array, jax.Array, jax.Array]:
         """`project`, then QK-norm and RoPE."""
-        q, k, v = self.project(x)
-        if self.config.qk_norm:
+        (q, k, v), c = self.project(x), self.config
+        if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        if self.config.rope_base is not None:
-            q, k = (rope(y, seq.positions, self.config.rope_base) for y in (q, k))
-        return q, k, v
+        return c.rotated(q, seq.positions), c.rotated(k, seq.positions), v
 
     def attend(self, q: jax.Array, kv: KeysValues, mask: Mask, x: jax.Array) -> MixerOutput:
         """Heads' outputs [B, T, H, d] from positioned queries, what they attend to, and x [B, T, D]."""

@@ -15,6 +15,7 @@ from attnlab.mixers.base import Mixer, MixerConfig, MixerOutput, State, knob
 from attnlab.mixers.parts import Linear
 from attnlab.mixers.sequence import Sequence
 from attnlab.ops.documents import overflowed
+from attnlab.ops.rope import rope
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,37 @@ class HeadConfig(MixerConfig):
                 "allowed: another number of heads, or head_width set"
             )
         return width // self.heads
+
+
+@dataclasses.dataclass(frozen=True)
+class RotaryConfig(HeadConfig):
+    """Knobs of a mixer whose queries and keys RoPE turns."""
+
+    even = True
+
+    rope_base: float | None = knob(
+        10_000.0, "base of the rotary embedding; none: no positions", other=(100.0, None), above=1
+    )
+    rope_width: int | None = knob(None, "channels of a head that it turns, its first ones, an even number; none: all",
+                                  other=(2,), least=2)  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rope_width is not None:
+            need = config_lib.require
+            need(self.rope_width % 2 == 0, "rope_width", self.rope_width, "even, 2 or more, or none")
+            need(self.rope_base is not None, "rope_width", self.rope_width, "none where rope_base is")
+
+    def head_dim(self, width: int) -> int:
+        d = super().head_dim(width)
+        config_lib.require((self.rope_width or 0) <= d, "rope_width", self.rope_width, f"{d}, a head's width, or less")
+        return d
+
+    def rotated(self, x_BTHd: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """Queries or keys after RoPE."""
+        if self.rope_base is None:
+            return x_BTHd
+        return rope(x_BTHd, positions_BT, self.rope_base, self.rope_width)
 
 
 @jax.tree_util.register_dataclass

@@ -57,6 +57,9 @@ class LocalLinearConfig(AttentionConfig):
             enough = self.max_iterations >= self.iterations
             config_lib.require(enough, "max_iterations", self.max_iterations, allowed)
 
+        whole = self.blocks == 1 or self.rope_width is None
+        config_lib.require(whole, "blocks", self.blocks, "1 where rope_width is set")
+
     def head_dim(self, width: int) -> int:
         d = super().head_dim(width)
         config_lib.require(d // 2 % self.blocks == 0, "blocks", self.blocks, f"divisors of {d // 2}, half a head")

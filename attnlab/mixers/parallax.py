@@ -17,7 +17,6 @@ from attnlab.mixers.sequence import Sequence
 from attnlab.ops.keys_values import KeysValues
 from attnlab.ops.masks import Mask
 from attnlab.ops.parallax import PARALLAX, parallax
-from attnlab.ops.rope import rope
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +56,7 @@ class Parallax(Attention):
         r = self.r(x).reshape(q.shape)
         if self.config.qk_norm:
             r = self.r_norm(r)
-        if self.config.rope_base is not None:
-            r = rope(r, seq.positions, self.config.rope_base)
-        return jnp.concatenate([q, r], axis=-1), k, v
+        return jnp.concatenate([q, self.config.rotated(r, seq.positions)], axis=-1), k, v
 
     def attend(self, q: jax.Array, kv: KeysValues, mask: Mask, x: jax.Array) -> MixerOutput:
         q, r = jnp.split(q, 2, axis=-1)
