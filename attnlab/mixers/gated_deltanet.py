@@ -18,6 +18,7 @@ from attnlab.mixers.roles import Role, param
 from attnlab.mixers.sequence import Sequence
 from attnlab.ops.causal_conv import causal_conv
 from attnlab.ops.delta_rule import DELTA_RULE, chunked_flops, delta_rule
+from attnlab.ops.norm import unit
 
 _LARGEST_A = 16.0
 _TIME_STEPS = 1e-3, 0.1
@@ -183,9 +184,3 @@ class GatedDeltaNet(HeadMixer):
             "gates": 2.0 * width * H * small,
             "memory": H * chunked_flops(config.chunk, length, d, e) / length,
         }, None
-
-
-def unit(x: jax.Array) -> jax.Array:
-    """x divided by its length over the last axis, in fp32 or wider."""
-    x = x.astype(param_dtype(x.dtype))
-    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-6)

@@ -30,8 +30,10 @@ class LocalLinearConfig(AttentionConfig):
     It has no sinks, with which weights would not sum to 1, and no soft-cap, which the paper has not.
     """
 
-    qk_norm: bool = knob(True, "RMSNorm over each head of queries and keys, before RoPE: they must share one space",
-                         other=(False,))  # fmt: skip
+    qk_norms = (False, True, "layer")  # cosine attention scales queries by their number of keys
+
+    qk_norm: bool | str = knob(True, "of each head's queries and keys, before RoPE: they must share one space; "
+                               "true: RMSNorm; layer: LayerNorm", other=(False, "layer"))  # fmt: skip
     ridge: float | None = knob(
         None, "ridge, on weights that sum to 1; none: learned per head and position, softplus(w x + b) + ridge_min, "
         "1 at first where x = 0", other=(0.3,), least=_LEAST_RIDGE
@@ -85,7 +87,7 @@ class LocalLinear(Attention):
     variants = (
         {"kv_heads": 2, "window": 4, "rope_base": None, "head_width": 6},
         {"kv_heads": 1, "causal": False, "qk_norm": False},
-        {"kv_heads": 2, "blocks": 2, "max_iterations": 64, "ridge_min": 0.1},
+        {"kv_heads": 2, "blocks": 2, "max_iterations": 64, "ridge_min": 0.1, "qk_norm": "layer"},
     )
 
     def __init__(self, config: LocalLinearConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):

@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnlab.mixers.attention import Attention, AttentionConfig
+from attnlab.mixers.attention import Attention, AttentionConfig, head_norm
 from attnlab.mixers.base import MixerOutput, impl_knob, knob, register
 from attnlab.mixers.heads import Projections
-from attnlab.mixers.parts import RMSNorm
 from attnlab.mixers.sequence import Sequence
 from attnlab.ops.keys_values import KeysValues
 from attnlab.ops.masks import Mask
@@ -23,7 +22,10 @@ from attnlab.ops.parallax import PARALLAX, parallax
 class ParallaxConfig(AttentionConfig):
     """Knobs of Parallax."""
 
-    qk_norm: bool = knob(True, "RMSNorm over each head of queries, probes and keys, before RoPE", other=(False,))
+    qk_norms = (False, True, "layer")  # cosine attention scales queries by their number of keys
+
+    qk_norm: bool | str = knob(True, "of each head's queries, probes and keys, before RoPE; "
+                               "true: RMSNorm; layer: LayerNorm", other=(False, "layer"))  # fmt: skip
     impl: str = impl_knob(PARALLAX.names())
 
 
@@ -41,6 +43,7 @@ class Parallax(Attention):
     variants = (
         {"kv_heads": 2, "window": 4, "qk_norm": False},
         {"kv_heads": 1, "causal": False, "rope_base": None},
+        {"qk_norm": "layer", "rope_width": 2, "bias": "all"},
     )
 
     def __init__(self, config: ParallaxConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
@@ -48,7 +51,7 @@ class Parallax(Attention):
         make = Projections(width, rngs=rngs, dtype=dtype, bias=config.bias)
         self.r = make.qkv(config.heads * self.head_dim)
         if config.qk_norm:
-            self.r_norm = RMSNorm(self.head_dim, ("head",), dtype=dtype)
+            self.r_norm = head_norm(config.qk_norm, self.head_dim, dtype)
 
     def positioned(self, x: jax.Array, seq: Sequence) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries with their probes behind them, [B, T, H, 2 d], keys and values."""

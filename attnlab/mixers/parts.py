@@ -14,7 +14,7 @@ from flax import nnx
 
 from attnlab.mixers.roles import Fused, Role, param
 from attnlab.ops.linear import linear
-from attnlab.ops.norm import rms_norm
+from attnlab.ops.norm import layer_norm, rms_norm
 
 
 class Linear(nnx.Module):
@@ -55,6 +55,18 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return rms_norm(x, self.scale[...], self.epsilon)
+
+
+class LayerNorm(nnx.Module):
+    """`attnlab.ops.norm.layer_norm` with a learned scale [width], initially one, and bias [width], initially zero."""
+
+    def __init__(self, width: int, axes: tuple[str], *, dtype: Any, epsilon: float = 1e-5):
+        self.scale = param(jnp.ones((width,), param_dtype(dtype)), axes=axes, role=Role.SCALE)
+        self.bias = param(jnp.zeros((width,), param_dtype(dtype)), axes=axes, role=Role.BIAS)
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return layer_norm(x, self.scale[...], self.bias[...], self.epsilon)
 
 
 def param_dtype(dtype: Any) -> Any:

@@ -12,10 +12,10 @@ from attnlab.mixers.parts import Linear, param_dtype
 from attnlab.mixers.roles import Fused, Role, param
 from attnlab.ops.causal_conv import causal_conv
 from attnlab.ops.neural_memory import MemorySpec, MemoryState, initial_state
+from attnlab.ops.norm import unit
 from attnlab.ops.two_stage import log_gate
 
 _ALPHA_BIAS = -4.0  # forgets about a fiftieth per position at first
-_UNIT_EPSILON = 1e-6
 
 
 class Memory(nnx.Module):
@@ -105,11 +105,6 @@ class Memory(nnx.Module):
             theta = jnp.where(padding[..., None], 0, theta)
             v = jnp.where(padding[..., None, None], 0, v)
         return unit(q), unit(k), v, log_keep, log_eta, theta
-
-
-def unit(x: jax.Array) -> jax.Array:
-    """x [..., d] divided by its length."""
-    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + _UNIT_EPSILON)
 
 
 def layer_widths(config: Any, head_dim: int) -> list[tuple[int, int]]:

@@ -13,8 +13,9 @@ from flax import nnx
 
 from attnlab import mixers
 from attnlab.errors import ConfigError
-from attnlab.mixers.gated_deltanet import GatedDeltaNetConfig, unit
+from attnlab.mixers.gated_deltanet import GatedDeltaNetConfig
 from attnlab.ops.delta_rule import delta_rule
+from attnlab.ops.norm import unit
 from attnlab.train import config as run_config
 from tests.mixers import cases
 

@@ -129,6 +129,8 @@ def test_gradients_reach_the_ridge():
         ({"tolerance": 2.0}, "tolerance = 2.0"),
         ({"max_iterations": 8}, r"max_iterations = 8 .*16 \(iterations\) or more"),
         ({"blocks": 0}, "blocks = 0"),
+        ({"blocks": 2, "rope_width": 2}, "blocks = 2 .*1 where rope_width is set"),
+        ({"qk_norm": "cosine"}, "qk_norm = 'cosine' .*false, true, layer"),
         ({"impl": "xla"}, "cg_fixed"),
         ({"window": 3, "causal": False}, "causal"),
         ({"kv_heads": 3}, "kv_heads = 3"),
