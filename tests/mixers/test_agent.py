@@ -105,10 +105,8 @@ def test_step_is_chunk_is_naive(form):
     np.testing.assert_allclose(jax.jit(module)(x, seq).y, expected, atol=1e-12)
     step = jax.jit(module.extend)
     state = module.init_state(2, x.shape[1], jnp.float64)
-    for t in range(x.shape[1]):
-        out = step(x[:, t : t + 1], mixers.Sequence(seq.positions[:, t : t + 1]), state)
-        np.testing.assert_allclose(out.y[:, 0], expected[:, t], atol=1e-12)
-        state = out.state
+    y, state = cases.streamed(step, state, x, seq, [1] * x.shape[1])
+    np.testing.assert_allclose(y, expected, atol=1e-12)
 
 
 def test_learned_agents_are_gated_slots():
@@ -208,7 +206,7 @@ def test_state_of_learned_agents_does_not_grow():
     """Learned: m (d + 2) numbers a head and the convolution's tail, whatever the length. Pooled: a cache besides."""
     cls = mixers.get("agent")
     cost = lambda length, **fields: cls.cost(cls.Config(**fields), 16, length).state_bytes
-    assert cost(32) == cost(4096) == 4 * (4 * 16 * (4 + 2) + 2 * 16 + 1)
+    assert cost(32) == cost(4096) == 4 * (4 * 16 * (4 + 2) + 2 * 16) + 1
     assert cost(4096, form="pooled") - cost(32, form="pooled") == 4 * (4096 - 32) * 2 * 16
 
 

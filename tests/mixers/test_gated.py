@@ -116,7 +116,7 @@ def test_closed_gate_prunes_the_head():
 def test_additive_identity_is_linear_on_top_of_softmax():
     """Y + x W: the gate's part of the output is x W W_O."""
     gated = make(operation="additive", activation="identity")
-    x, seq = cases.inputs(jnp.float64)
+    x, seq = cases.inputs(jnp.float64)[0], mixers.Sequence.whole(2, cases.LENGTH)
     linear = x @ gated.gate.linear.kernel[...] @ gated.out.kernel[...]
     np.testing.assert_allclose(gated(x, seq).y, plain(gated)(x, seq).y + linear, atol=1e-12)
 

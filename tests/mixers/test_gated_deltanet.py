@@ -192,15 +192,12 @@ def test_chunk_and_step_agree(chunk):
     module = make(chunk=chunk)
     x, seq = cases.inputs(jnp.float64)
     step = jax.jit(module.extend)
-    state, parts = module.init_state(2, cases.LENGTH, jnp.float64), []
-    whole = step(x, seq, state)
-    for t in range(cases.LENGTH):
-        at = slice(t, t + 1)
-        out = step(x[:, at], mixers.Sequence(seq.positions[:, at], seq.segments[:, at]), state)
-        state, parts = out.state, [*parts, out.y]
+    state = module.init_state(2, cases.LENGTH, jnp.float64)
+    _, whole = cases.streamed(step, state, x, seq, [cases.LENGTH])
+    y, state = cases.streamed(step, state, x, seq, [1] * cases.LENGTH)
     used = np.asarray(seq.segments) > 0
-    np.testing.assert_allclose(np.concatenate(parts, axis=1)[used], call(module, x, seq)[used], atol=1e-11)
-    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(whole.state), strict=True):
+    np.testing.assert_allclose(y[used], call(module, x, seq)[used], atol=1e-11)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-11)
 
 
@@ -225,12 +222,12 @@ def test_state_is_the_memory_and_the_tail():
     """H * d * e numbers in fp32, at any length, and conv - 1 inputs of the convolution."""
     module = make(heads=2, head_width=6, expand=1.5, conv=3)
     for length in (1, 1000):
-        state = module.init_state(1, length, jnp.float32)
+        state = module.init_state(1, length, jnp.float32).carried
         assert state.memory.shape == (1, 2, 6, 9) and state.tail.shape == (1, 2, 2 * (6 + 6 + 9))
     shared = make(heads=4, key_heads=2, head_width=6, conv=3).init_state(1, 1, jnp.float32)
     assert shared.memory.shape == (1, 4, 6, 6) and shared.tail.shape == (1, 2, 2 * (6 + 6) + 4 * 6)
     low = mixers.build({"name": "gated_deltanet"}, width=16, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
-    state = low.init_state(1, 10, jnp.bfloat16)
+    state = low.init_state(1, 10, jnp.bfloat16).carried
     assert (state.memory.dtype, state.tail.dtype) == (jnp.float32, jnp.bfloat16)
     assert state.memory.nbytes == 4 * 4 * 4 * 4
 
@@ -253,10 +250,10 @@ def test_hybrid_of_windows_and_memories():
     built = [config.mixers[letter] for letter in config.pattern]
     assert [c.node_name for c in built] == ["softmax"] + 3 * ["gated_deltanet"]
     cost = {length: [mixers.get(c.node_name).cost(c, config.width, length) for c in built] for length in (512, 4096)}
-    # keys and values of 127 positions before, in 4 heads of 32, and length, start and segment
-    assert cost[512][0].state_bytes == cost[4096][0].state_bytes == 4 * (2 * 127 * 128 + 3)
-    memory, tail, segment = 4 * 8 * 16, 3 * 4 * (8 + 8 + 16), 1
-    assert all(c.state_bytes == 4 * (memory + tail + segment) for length in cost for c in cost[length][1:])
+    # keys and values of 127 positions before, in 4 heads of 32, and whether the document has overflowed
+    assert cost[512][0].state_bytes == cost[4096][0].state_bytes == 4 * (2 * 127 * 128) + 1
+    memory, tail = 4 * 8 * 16, 3 * 4 * (8 + 8 + 16)
+    assert all(c.state_bytes == 4 * (memory + tail) + 1 for length in cost for c in cost[length][1:])
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def _run(graphdef, params, x, seq):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run_heads(graphdef, params, x, seq):
-    return nnx.merge(graphdef, params).heads(x, seq).y
+    return nnx.merge(graphdef, params).heads(x, seq.derived()).y
 
 
 def run(module, x, seq):

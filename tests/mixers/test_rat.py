@@ -140,17 +140,13 @@ def test_step_equals_parallel():
     x, seq = cases.inputs(jnp.float64)
     want = call(module, x, seq)
     step = jax.jit(module.extend)
-    state, rows = module.init_state(2, T, jnp.float64), []
-    assert state.k.shape == state.v.shape == (2 * 4, -(-T // 2), 4)
-    for t in range(T):
-        at = slice(t, t + 1)
-        out = step(x[:, at], mixers.Sequence(seq.positions[:, at], seq.segments[:, at]), state)
-        state, rows = out.state, [*rows, out.y]
+    state = module.init_state(2, T, jnp.float64)
+    assert state.carried.k.shape == state.carried.v.shape == (2 * 4, -(-T // 2), 4)
+    y, state = cases.streamed(step, state, x, seq, [1] * T)
     used = np.asarray(seq.segments) > 0
-    np.testing.assert_allclose(np.concatenate(rows, axis=1)[used], want[used], atol=1e-12)
-    for _ in range(6):
-        out = step(x[:, :1], mixers.Sequence(seq.positions[:, -1:], seq.segments[:, -1:]), out.state)
-    assert np.all(np.isnan(out.y)), "chunks beyond the room of the state must show"
+    np.testing.assert_allclose(y[used], want[used], atol=1e-12)
+    y, _ = cases.streamed(step, state, x[:, :7], mixers.Sequence.whole(2, 7), [1] * 7)
+    assert np.all(np.isnan(y[:, -1])), "chunks beyond the room of the state must show"
 
 
 @pytest.mark.parametrize("impl", ["definition", "chunked"])

@@ -70,7 +70,7 @@ def test_persistent_keys_are_in_the_same_softmax():
     x, seq = whole(7)
     q, k, v = (np.asarray(a[0]) for a in attention.positioned(x, seq.positions))
     keys, values = np.asarray(attention.persistent[...])
-    got = jax.jit(lambda x: attention.whole(x, seq)[0])(x)
+    got = jax.jit(lambda x: attention(x, seq)[0][0])(x)
     for t in range(7):
         rows = slice(max(0, t - 2), t + 1)
         all_keys, all_values = np.concatenate([keys, k[rows]]), np.concatenate([values, v[rows]])
@@ -118,7 +118,7 @@ def test_mac_is_its_formula(impl):
     """Both implementations against a loop over positions in NumPy, over three segments."""
     mixed = make(**MAC, impl=impl).mixed
     x, seq = whole(9)
-    got = jax.jit(lambda x: mixed(x, seq, None, mixed.init_state(1, jnp.float64))[:2])(x)
+    got = jax.jit(lambda x: mixed(x, seq, mixed.init_state(1, jnp.float64))[:2])(x)
     for a, b in zip(got, segment_by_segment(mixed, x, seq.positions)):
         np.testing.assert_allclose(a[0], b, atol=1e-11)
 
