@@ -224,7 +224,7 @@ def test_state_is_the_memory_and_the_tail():
     for length in (1, 1000):
         state = module.init_state(1, length, jnp.float32).carried
         assert state.memory.shape == (1, 2, 6, 9) and state.tail.shape == (1, 2, 2 * (6 + 6 + 9))
-    shared = make(heads=4, key_heads=2, head_width=6, conv=3).init_state(1, 1, jnp.float32)
+    shared = make(heads=4, key_heads=2, head_width=6, conv=3).init_state(1, 1, jnp.float32).carried
     assert shared.memory.shape == (1, 4, 6, 6) and shared.tail.shape == (1, 2, 2 * (6 + 6) + 4 * 6)
     low = mixers.build({"name": "gated_deltanet"}, width=16, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
     state = low.init_state(1, 10, jnp.bfloat16).carried
