@@ -147,9 +147,9 @@ class Agent(HeadMixer):
 
     def __init__(self, config: AgentConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         super().__init__(config, width=width, rngs=rngs, dtype=dtype)
-        make = Projections(width, rngs=rngs, dtype=dtype)
+        make = Projections(width, rngs=rngs, dtype=dtype, bias=config.bias)
         inner, kind = config.heads * self.head_dim, param_dtype(dtype)
-        self.q, self.k, self.v = (make(inner) for _ in range(3))
+        self.q, self.k, self.v = (make.qkv(inner) for _ in range(3))
         self.out = make.out(inner)
         if config.causal:
             shape = (config.heads, config.agents, self.head_dim)

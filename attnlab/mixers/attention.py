@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import math
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,28 +12,39 @@ from flax import nnx
 
 from attnlab import config as config_lib
 from attnlab.mixers.base import Capabilities, MixerOutput, knob
-from attnlab.mixers.heads import HeadConfig, HeadMixer, Projections, split_heads
-from attnlab.mixers.parts import RMSNorm
+from attnlab.mixers.heads import HeadMixer, Projections, RotaryConfig, split_heads
+from attnlab.mixers.parts import LayerNorm, RMSNorm, param_dtype
+from attnlab.mixers.roles import Role, param
 from attnlab.mixers.sequence import Sequence
 from attnlab.ops.keys_values import KeysValues, KVCache, RollingCache, Whole, empty_cache
 from attnlab.ops.masks import Mask, mean_visible_keys
-from attnlab.ops.rope import rope
+from attnlab.ops.norm import unit
+
+QK_NORMS = {
+    False: "none",
+    True: "RMSNorm",
+    "layer": "LayerNorm with scale and bias",
+    "cosine": "length 1, and logits q . k softplus(tau) ln(n) with tau per head and n the keys that the query sees",
+}
+_FIRST_TEMPERATURE = 1 / 0.24
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentionConfig(HeadConfig):
+class AttentionConfig(RotaryConfig):
     """Knobs of queries, keys and values."""
 
-    even = True
+    qk_norms: ClassVar[tuple[bool | str, ...]] = tuple(QK_NORMS)
 
     kv_heads: int | None = knob(
         None, "key/value heads K, a divisor of heads; none: K = H; 1: multi-query", other=(1, 2)
     )
     causal: bool = knob(True, "whether a position sees only itself and those before", other=(False,))
     window: int | None = knob(None, "keys that a query sees, itself included; none: all before it", other=(3,), least=1)
-    qk_norm: bool = knob(False, "RMSNorm over each head of queries and keys, before RoPE", other=(True,))
-    rope_base: float | None = knob(
-        10_000.0, "base of the rotary embedding; none: no positions", other=(100.0, None), above=1
+    qk_norm: bool | str = knob(
+        False,
+        "of each head's queries and keys, before RoPE; "
+        f"{'; '.join(f'{str(k).lower()}: {v}' for k, v in QK_NORMS.items())}",
+        other=(True, "layer", "cosine"),
     )
 
     def __post_init__(self) -> None:
@@ -41,6 +53,8 @@ class AttentionConfig(HeadConfig):
         config_lib.require(divides, "kv_heads", self.key_heads, f"divisors of heads ({self.heads})")
         if self.window is not None:
             config_lib.require(self.causal, "causal", self.causal, "true where window is set")
+        allowed = ", ".join(str(kind).lower() for kind in self.qk_norms)
+        config_lib.require(self.qk_norm in self.qk_norms, "qk_norm", self.qk_norm, allowed)
 
     @property
     def key_heads(self) -> int:
@@ -72,13 +86,16 @@ class Attention(HeadMixer):
 
     def __init__(self, config: AttentionConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         super().__init__(config, width=width, rngs=rngs, dtype=dtype)
-        make, inner = Projections(width, rngs=rngs, dtype=dtype), config.heads * self.head_dim
-        self.q = make(inner)
-        self.k, self.v = (make(config.key_heads * self.head_dim, "kv_heads") for _ in range(2))
+        make = Projections(width, rngs=rngs, dtype=dtype, bias=config.bias)
+        inner = config.heads * self.head_dim
+        self.q = make.qkv(inner)
+        self.k, self.v = (make.qkv(config.key_heads * self.head_dim, "kv_heads") for _ in range(2))
         self.out = make.out(inner)
-        if config.qk_norm:
-            self.q_norm = RMSNorm(self.head_dim, ("head",), dtype=dtype)
-            self.k_norm = RMSNorm(self.head_dim, ("head",), dtype=dtype)
+        if config.qk_norm == "cosine":
+            tau = jnp.full((config.heads,), math.log(math.expm1(_FIRST_TEMPERATURE)), param_dtype(dtype))
+            self.temperature = param(tau, axes=("heads",), role=Role.SCALE)
+        elif config.qk_norm:
+            self.q_norm, self.k_norm = (head_norm(config.qk_norm, self.head_dim, dtype) for _ in range(2))
 
     # Hooks for mixers that change one place of the layer (see gated.py).
 
@@ -88,12 +105,12 @@ class Attention(HeadMixer):
 
     def positioned(self, x: jax.Array, seq: Sequence) -> tuple[jax.Array, jax.Array, jax.Array]:
         """`project`, then QK-norm and RoPE."""
-        q, k, v = self.project(x)
-        if self.config.qk_norm:
+        (q, k, v), c = self.project(x), self.config
+        if c.qk_norm == "cosine":
+            q, k = (unit(y).astype(y.dtype) for y in (q, k))
+        elif c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        if self.config.rope_base is not None:
-            q, k = (rope(y, seq.positions, self.config.rope_base) for y in (q, k))
-        return q, k, v
+        return c.rotated(q, seq.positions), c.rotated(k, seq.positions), v
 
     def attend(self, q: jax.Array, kv: KeysValues, mask: Mask, x: jax.Array) -> MixerOutput:
         """Heads' outputs [B, T, H, d] from positioned queries, what they attend to, and x [B, T, D]."""
@@ -105,8 +122,11 @@ class Attention(HeadMixer):
         """Queries and what they read: the whole sequences, or the cache with these positions."""
         (q, k, v), c = self.positioned(x, seq), self.config
         if cache is None:
-            return Reads(q, Whole(k, v), seq.mask(causal=c.causal, window=c.window))
-        cache, kv, mask = cache.append(k, v, seq.offsets, seq.padding, c.window)
+            kv, mask = Whole(k, v), seq.mask(causal=c.causal, window=c.window)
+        else:
+            cache, kv, mask = cache.append(k, v, seq.offsets, seq.padding, c.window)
+        if c.qk_norm == "cosine":
+            q = self._length_scaled(q, mask.seen(q.shape[1], kv.k.shape[1]))
         return Reads(q, kv, mask, cache)
 
     def attended(self, reads: Reads, x: jax.Array) -> MixerOutput:
@@ -122,6 +142,13 @@ class Attention(HeadMixer):
         c = self.config
         return empty_cache(batch, c.key_heads, self.head_dim, max_length, dtype, window=c.window)
 
+    def _length_scaled(self, q: jax.Array, seen_BT: jax.Array) -> jax.Array:
+        """Queries of length 1 times `softplus(tau) ln(n)`, and what attention will divide logits by."""
+        tau_H = self.temperature[...]
+        length_BT = jnp.log(jnp.maximum(seen_BT, 1).astype(tau_H.dtype))
+        scale_BTH = self.head_dim**0.5 * length_BT[..., None] * jax.nn.softplus(tau_H)
+        return (q * scale_BTH[..., None]).astype(q.dtype)
+
     @classmethod
     def flops(cls, config: AttentionConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:
         d = config.head_dim(width)
@@ -130,3 +157,8 @@ class Attention(HeadMixer):
             "projections": 2.0 * width * d * (2 * config.heads + 2 * config.key_heads),
             "attention": 4.0 * config.heads * d * span,
         }, span
+
+
+def head_norm(kind: bool | str, width: int, dtype: Any) -> RMSNorm | LayerNorm:
+    """The norm of each head that `qk_norm` names, true or "layer"."""
+    return (LayerNorm if kind == "layer" else RMSNorm)(width, ("head",), dtype=dtype)

@@ -88,9 +88,9 @@ class Based(HeadMixer):
 
     def __init__(self, config: BasedConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         super().__init__(config, width=width, rngs=rngs, dtype=dtype)
-        make, inner = Projections(width, rngs=rngs, dtype=dtype), config.heads * self.head_dim
-        self.q, self.k = (make(config.heads * config.feature_width) for _ in range(2))
-        self.v = make(inner)
+        make, inner = Projections(width, rngs=rngs, dtype=dtype, bias=config.bias), config.heads * self.head_dim
+        self.q, self.k = (make.qkv(config.heads * config.feature_width) for _ in range(2))
+        self.v = make.qkv(inner)
         self.out = make.out(inner)
 
     def heads(self, x: jax.Array, seq: Sequence, carried: jax.Array | None = None) -> MixerOutput:

@@ -127,7 +127,14 @@ class Gated(Softmax):
     paper = "Qiu et al. 2025, Gated Attention for Large Language Models, NeurIPS 2025"
     variants = (
         {"kv_heads": 2, "window": 4, "sinks": True, "position": "G2", "granularity": "headwise", "sharing": "shared"},
-        {"kv_heads": 1, "position": "G4", "operation": "additive", "activation": "silu", "qk_norm": True},
+        {
+            "kv_heads": 1,
+            "position": "G4",
+            "operation": "additive",
+            "activation": "silu",
+            "qk_norm": True,
+            "bias": "qkv",
+        },
     )
 
     def __init__(self, config: GatedConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):

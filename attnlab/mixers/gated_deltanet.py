@@ -18,6 +18,7 @@ from attnlab.mixers.roles import Role, param
 from attnlab.mixers.sequence import Sequence
 from attnlab.ops.causal_conv import causal_conv
 from attnlab.ops.delta_rule import DELTA_RULE, chunked_flops, delta_rule
+from attnlab.ops.norm import unit
 
 _LARGEST_A = 16.0
 _TIME_STEPS = 1e-3, 0.1
@@ -27,7 +28,15 @@ _TIME_STEPS = 1e-3, 0.1
 class GatedDeltaNetConfig(HeadConfig):
     """Knobs of Gated DeltaNet; `head_width` is that of queries and keys."""
 
+    key_heads: int | None = knob(
+        None,
+        "heads K of queries and keys, a divisor of heads; each serves heads / K neighbouring heads of values; "
+        "none: heads",
+        other=(2,),
+        least=1,
+    )
     expand: float = knob(1.0, "width of values in head widths, e / d", other=(2.0,), above=0)
+    query_scale: float | None = knob(1.0, "factor on queries of length 1; none: 1 / sqrt(d)", other=(None,), above=0)
     conv: int = knob(
         4, "positions that the convolution of q, k and v spans, itself included; 1: none", other=(1,), least=1
     )
@@ -35,6 +44,11 @@ class GatedDeltaNetConfig(HeadConfig):
     decay: bool = knob(True, "let the memory decay; false: DeltaNet", other=(False,))
     chunk: int = knob(64, "positions computed at once in training", other=(4,), least=1)
     impl: str = impl_knob(DELTA_RULE.names())
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        divides = self.heads % (self.key_heads or self.heads) == 0
+        config_lib.require(divides, "key_heads", self.key_heads, f"divisors of heads ({self.heads}), or none")
 
     def value_dim(self, width: int) -> int:
         """Width e of a head's values in a model of the given width; ConfigError if it is no integer."""
@@ -52,7 +66,7 @@ class DeltaState:
 
     Attributes:
       memory: [B, H, d, e], fp32 (fp64 in a float64 model).
-      tail: [B, conv - 1, H * (2d + e)], the last inputs of the convolution.
+      tail: [B, conv - 1, K * 2d + H * e], the last inputs of the convolution.
     """
 
     memory: jax.Array
@@ -99,14 +113,18 @@ class GatedDeltaNet(HeadMixer):
     paper = "Yang et al. 2024, Gated Delta Networks: Improving Mamba2 with Delta Rule, arXiv:2412.06464"
     implementations = DELTA_RULE.table
     counted = "chunked"
-    variants = ({"heads": 2, "head_width": 4, "expand": 1.5, "conv": 2, "chunk": 3},)
+    variants = (
+        {"heads": 2, "head_width": 4, "expand": 1.5, "conv": 2, "chunk": 3},
+        {"key_heads": 2, "query_scale": None, "chunk": 4},
+    )
 
     def __init__(self, config: GatedDeltaNetConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         super().__init__(config, width=width, rngs=rngs, dtype=dtype)
         self.value_dim = config.value_dim(width)
-        keys, values = config.heads * self.head_dim, config.heads * self.value_dim
-        make = Projections(width, rngs=rngs, dtype=dtype)
-        self.q, self.k, self.v = make(keys), make(keys), make(values)
+        self.key_heads = config.key_heads or config.heads
+        keys, values = self.key_heads * self.head_dim, config.heads * self.value_dim
+        make = Projections(width, rngs=rngs, dtype=dtype, bias=config.bias)
+        self.q, self.k, self.v = make.qkv(keys), make.qkv(keys), make.qkv(values)
         if config.conv > 1:
             bound, shape = 1 / math.sqrt(config.conv), (config.conv, 2 * keys + values)
             filters = jax.random.uniform(rngs.params(), shape, param_dtype(dtype), -bound, bound)
@@ -121,19 +139,24 @@ class GatedDeltaNet(HeadMixer):
 
     def heads(self, x: jax.Array, seq: Sequence, carried: DeltaState | None = None) -> MixerOutput:
         c, (B, T, _) = self.config, x.shape
-        # One convolution for q, k and v, whose channels lie together head by head.
-        qkv = jnp.concatenate([y(x).reshape(B, T, c.heads, -1) for y in (self.q, self.k, self.v)], axis=-1)
+        # One convolution for q, k and v, whose channels lie together key head by key head.
+        qkv = jnp.concatenate([y(x).reshape(B, T, self.key_heads, -1) for y in (self.q, self.k, self.v)], axis=-1)
         tail = None if carried is None else carried.tail
         if c.conv > 1:
             flat, tail = causal_conv(qkv.reshape(B, T, -1), self.filters[...], seq.documents, tail)
             qkv = flat.reshape(qkv.shape)
         qk, v = jnp.split(jax.nn.silu(qkv), [2 * self.head_dim], axis=-1)
-        q, k = jnp.split(qk, 2, axis=-1)
+        q, k = (unit(y) for y in jnp.split(qk, 2, axis=-1))
+        if c.query_scale != 1:
+            q = q * (self.head_dim**-0.5 if c.query_scale is None else c.query_scale)
+        if self.key_heads < c.heads:
+            q, k = (jnp.repeat(y, c.heads // self.key_heads, axis=2) for y in (q, k))
+            v = v.reshape(B, T, c.heads, -1)
         logits = self.beta(x)
         beta = jax.nn.sigmoid(logits.astype(param_dtype(logits.dtype)))
         o, memory = delta_rule(
-            unit(q),
-            unit(k),
+            q,
+            k,
             v,
             self.log_decay(x) if c.decay else jnp.zeros_like(beta),
             beta,
@@ -153,7 +176,7 @@ class GatedDeltaNet(HeadMixer):
         H, d, e = self.config.heads, self.head_dim, self.value_dim
         return DeltaState(
             memory=jnp.zeros((batch, H, d, e), param_dtype(self.dtype)),
-            tail=jnp.zeros((batch, self.config.conv - 1, H * (2 * d + e)), dtype),
+            tail=jnp.zeros((batch, self.config.conv - 1, self.key_heads * 2 * d + H * e), dtype),
         )
 
     @classmethod
@@ -161,13 +184,7 @@ class GatedDeltaNet(HeadMixer):
         H, d, e = config.heads, config.head_dim(width), config.value_dim(width)
         small = 2 if config.decay else 1
         return {
-            "projections": 2.0 * width * H * (2 * d + (3 if config.gate else 2) * e),
+            "projections": 2.0 * width * ((config.key_heads or H) * 2 * d + H * (3 if config.gate else 2) * e),
             "gates": 2.0 * width * H * small,
             "memory": H * chunked_flops(config.chunk, length, d, e) / length,
         }, None
-
-
-def unit(x: jax.Array) -> jax.Array:
-    """x divided by its length over the last axis, in fp32 or wider."""
-    x = x.astype(param_dtype(x.dtype))
-    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-6)

@@ -15,6 +15,7 @@ from attnlab.mixers.base import Mixer, MixerConfig, MixerOutput, State, knob
 from attnlab.mixers.parts import Linear
 from attnlab.mixers.sequence import Sequence
 from attnlab.ops.documents import overflowed
+from attnlab.ops.rope import rope
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,12 @@ class HeadConfig(MixerConfig):
 
     heads: int = knob(4, "heads H", other=(2,), least=1)
     head_width: int | None = knob(None, "head width d; none: width / heads", other=(6,), least=1)
+    bias: str = knob(
+        "none",
+        "which projections add a bias: none; qkv: those of queries, keys and values; all: that of the output too",
+        other=("qkv", "all"),
+        choices=("none", "qkv", "all"),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -41,6 +48,38 @@ class HeadConfig(MixerConfig):
                 "allowed: another number of heads, or head_width set"
             )
         return width // self.heads
+
+
+@dataclasses.dataclass(frozen=True)
+class RotaryConfig(HeadConfig):
+    """Knobs of a mixer whose queries and keys RoPE turns."""
+
+    even = True
+
+    rope_base: float | None = knob(
+        10_000.0, "base of the rotary embedding; none: no positions", other=(100.0, None), above=1
+    )
+    rope_width: int | None = knob(
+        None, "channels of a head that it turns, its first ones, an even number; none: all", other=(2,), least=2
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rope_width is not None:
+            need = config_lib.require
+            need(self.rope_width % 2 == 0, "rope_width", self.rope_width, "even, 2 or more, or none")
+            need(self.rope_base is not None, "rope_width", self.rope_width, "none where rope_base is")
+
+    def head_dim(self, width: int) -> int:
+        d = super().head_dim(width)
+        config_lib.require((self.rope_width or 0) <= d, "rope_width", self.rope_width, f"{d}, a head's width, or less")
+        return d
+
+    def rotated(self, x_BTHd: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """Queries or keys after RoPE."""
+        if self.rope_base is None:
+            return x_BTHd
+        return rope(x_BTHd, positions_BT, self.rope_base, self.rope_width)
 
 
 @jax.tree_util.register_dataclass
@@ -83,7 +122,7 @@ class HeadMixer(Mixer):
         raise NotImplementedError
 
     def combine(self, o_BTHe: jax.Array, x: jax.Array) -> jax.Array:
-        """The layer's output [B, T, D] from the heads' outputs: a projection, linear in them."""
+        """The layer's output [B, T, D] from the heads' outputs: a projection, linear in them but for its bias."""
         return self.out(o_BTHe.reshape(*x.shape[:2], -1))
 
     def init_carried(self, batch: int, max_length: int, dtype: Any) -> State:
@@ -129,18 +168,26 @@ class HeadMixer(Mixer):
 
 
 class Projections:
-    """Makes a layer's projections: `make(columns, axis)` from the model's width, `make.out(rows)` back to it."""
+    """Makes a layer's projections: `make(columns, axis)` from the model's width, `make.out(rows)` back to it.
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs, dtype: Any):
-        self.width, self.rngs, self.dtype = width, rngs, dtype
+    `make.qkv` is as `make`; it, and `make.out`, add a bias where the layer's knob `bias` says so.
+    """
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs, dtype: Any, bias: str):
+        self.width, self.rngs, self.dtype, self.bias = width, rngs, dtype, bias
 
     def __call__(self, columns: int, axis: str = "heads", **options: Any) -> Linear:
         """Of x [..., D] to [..., columns]."""
         return Linear(self.width, columns, ("embed", axis), rngs=self.rngs, dtype=self.dtype, **options)
 
+    def qkv(self, columns: int, axis: str = "heads", **options: Any) -> Linear:
+        """Of x [..., D] to queries, keys or values [..., columns]."""
+        return self(columns, axis, bias=self.bias != "none", **options)
+
     def out(self, rows: int) -> Linear:
         """Of all heads' outputs [..., rows] to [..., D]."""
-        return Linear(rows, self.width, ("heads", "embed"), rngs=self.rngs, dtype=self.dtype)
+        bias = self.bias == "all"
+        return Linear(rows, self.width, ("heads", "embed"), rngs=self.rngs, dtype=self.dtype, bias=bias)
 
 
 def split_heads(y: jax.Array, width: int) -> jax.Array:

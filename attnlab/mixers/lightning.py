@@ -23,16 +23,26 @@ NORMS = {
     "rmsnorm": "x / rms(x), times a learned scale",
     "layernorm": "(x - mean(x)) / std(x), times a learned scale, plus a learned bias",
 }
-_EPSILON = 1e-6
+SLOPES = {
+    "geometric": "2^(-8 (h + 1) / H) for any H",
+    "interleaved": "the same for powers of two; else those of the power of two below, then every second one of the "
+    "power above, as in ALiBi's and TransNormerLLM's released code",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class LightningConfig(HeadConfig):
     """Knobs of lightning attention."""
 
+    slopes: str = knob(
+        "geometric",
+        f"m_h of head h = 0 .. H - 1; {'; '.join(f'{k}: {v}' for k, v in SLOPES.items())}",
+        other=("interleaved",),
+        choices=SLOPES,
+    )
     decay_scale: float = knob(
         1.0,
-        "c in the decay exp(-c * 2^(-8 (h + 1) / H)) per position of head h = 0 .. H - 1; 0: nothing decays. "
+        "c in the decay exp(-c * m_h) per position of head h; 0: nothing decays. "
         "TransNormerLLM's layer l of L has c = 1 - l / (L - 1) + 1e-5",
         other=(0.0,),
         least=0,
@@ -46,6 +56,7 @@ class LightningConfig(HeadConfig):
         other=("rmsnorm", "layernorm"),
         choices=NORMS,
     )
+    norm_epsilon: float = knob(1e-6, "added to the mean square in the norm", other=(1e-5,), above=0, below=1)
     norm_over: str = knob(
         "layer",
         "layer: over all heads' channels; head: over each head's own",
@@ -59,8 +70,12 @@ class LightningConfig(HeadConfig):
     impl: str = impl_knob(LINEAR_RECURRENCE.names())
 
 
-def slopes(heads: int) -> jax.Array:
-    """ALiBi's slopes, 2^(-8 (h + 1) / H) for h = 0 .. H - 1 (Press et al. 2022, arXiv:2108.12409)."""
+def slopes(heads: int, form: str = "geometric") -> jax.Array:
+    """Slopes of heads by one of `SLOPES` (Press et al. 2022, arXiv:2108.12409, section 3, and its released code)."""
+    if form == "interleaved":
+        below = 1 << (heads.bit_length() - 1)
+        even = lambda n: [2.0 ** (-8 * (h + 1) / n) for h in range(n)]
+        return jnp.asarray(even(below) + even(2 * below)[::2][: heads - below])
     return jnp.exp2(-8 * (jnp.arange(heads) + 1) / heads)
 
 
@@ -79,13 +94,16 @@ class Lightning(HeadMixer):
     extension = "norm_over=head (the paper's norm is over the layer's width), a gate_rank other than the head width"
     implementations = LINEAR_RECURRENCE.table
     counted = "chunked"
-    variants = ({"heads": 2, "chunk": 3, "norm": "layernorm", "norm_over": "head", "decay_scale": 2.5},)
+    variants = (
+        {"heads": 2, "chunk": 3, "norm": "layernorm", "norm_over": "head", "decay_scale": 2.5},
+        {"heads": 3, "head_width": 4, "slopes": "interleaved", "norm_epsilon": 0.1},
+    )
 
     def __init__(self, config: LightningConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         super().__init__(config, width=width, rngs=rngs, dtype=dtype)
         inner, rank = config.heads * self.head_dim, config.gate_rank or self.head_dim
-        make = Projections(width, rngs=rngs, dtype=dtype)
-        self.q, self.k, self.v = (make(inner) for _ in range(3))
+        make = Projections(width, rngs=rngs, dtype=dtype, bias=config.bias)
+        self.q, self.k, self.v = (make.qkv(inner) for _ in range(3))
         self.gate_down = make(rank, "gates")
         self.gate_up = Linear(rank, inner, ("gates", "heads"), rngs=rngs, dtype=dtype)
         self.out = make.out(inner)
@@ -97,7 +115,7 @@ class Lightning(HeadMixer):
     def heads(self, x: jax.Array, seq: Sequence, carried: jax.Array | None = None) -> MixerOutput:
         """As in the contract; `carried` is the memory [B, H, d, d]."""
         c = self.config
-        decay = None if c.decay_scale == 0 else -c.decay_scale * slopes(c.heads)
+        decay = None if c.decay_scale == 0 else -c.decay_scale * slopes(c.heads, c.slopes)
         q, k, v = (split_heads(self._activated(linear(x)), self.head_dim) for linear in (self.q, self.k, self.v))
         o, memory = linear_recurrence(
             q, k, v, documents_BT=seq.documents, state_BHde=carried, log_decay=decay, chunk=c.chunk, impl=c.impl
@@ -126,7 +144,7 @@ class Lightning(HeadMixer):
         y = o_BTHe.astype(param_dtype(self.dtype))
         if c.norm == "layernorm":
             y -= jnp.mean(y, over, keepdims=True)
-        y *= jax.lax.rsqrt(jnp.mean(y * y, over, keepdims=True) + _EPSILON)
+        y *= jax.lax.rsqrt(jnp.mean(y * y, over, keepdims=True) + c.norm_epsilon)
         if c.norm != "srmsnorm":
             y *= self.scale[...].reshape(c.heads, -1)
         return y + self.bias[...].reshape(c.heads, -1) if c.norm == "layernorm" else y

@@ -28,6 +28,7 @@ _ROUTERS = {
     "learned": "scores of x, two-stage weights",
     "norm": "the queries' norms, weights 0 or 1, gradient straight through to the heads taken",
     "norm_dense": "as norm, gradient to all heads",
+    "norm_hard": "as norm, no gradient through the weights",
 }
 # Cores whose attention is one call of the op for all heads: what `gather`, and a router that reads queries, stand on.
 _SOFTMAX_CORES = ("gated", "softmax")
@@ -47,7 +48,7 @@ class MoHConfig(MixerConfig):
     shared: int | None = knob(None, "shared heads h_s; none: a quarter of H", other=(0,))
     active: int | None = knob(None, "routed heads K that a token takes; none: three quarters of H are on", other=(1,))
     router: str = knob(
-        "learned", "; ".join(f"{k}: {v}" for k, v in _ROUTERS.items()), other=("norm",), choices=_ROUTERS
+        "learned", "; ".join(f"{k}: {v}" for k, v in _ROUTERS.items()), other=("norm", "norm_hard"), choices=_ROUTERS
     )
     gate_norm: str = knob(
         "code",
@@ -79,7 +80,7 @@ class MoHConfig(MixerConfig):
             where, cores = f"where router is {self.router}", ", ".join(_SOFTMAX_CORES)
             need(self.core.node_name in _SOFTMAX_CORES, "router", self.router, f"learned, or a core of {cores}")
             need(E != 1, "shared", self.shared, f"all heads, or at least two less, {where}: one norm has no spread")
-            need(not self.core.qk_norm, "core.qk_norm", True, f"false {where}, which reads norms")
+            need(not self.core.qk_norm, "core.qk_norm", self.core.qk_norm, f"false {where}, which reads norms")
             need(self.gate_norm == "code", "gate_norm", self.gate_norm, f"code {where}: weights are 0 or 1")
         reason = ROUTED_HEADS.table[self.impl].supports(RoutingSpec.of(self)) if self.impl != "auto" else None
         need(reason is None, "impl", self.impl, f"auto, dense or definition: {reason}")
@@ -177,6 +178,8 @@ def norm_routing(q_BTEd: jax.Array, config: MoHConfig) -> Routing:
     logits = route.norm_logits(q_BTEd)
     p, taken = route.softmax(logits), _top_k(logits, config)
     shared = jnp.ones((*p.shape[:-1], config.always), p.dtype)
+    if config.router == "norm_hard":
+        return Routing(shared, taken.astype(p.dtype), p, taken)
     return Routing(shared, route.straight_through(p, taken, dense=config.router == "norm_dense"), p, taken)
 
 

@@ -9,21 +9,26 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnlab.mixers.attention import Attention, AttentionConfig
+from attnlab.mixers.attention import Attention, AttentionConfig, head_norm
 from attnlab.mixers.base import MixerOutput, impl_knob, knob, register
-from attnlab.mixers.parts import Linear, RMSNorm
+from attnlab.mixers.heads import Projections
 from attnlab.mixers.sequence import Sequence
 from attnlab.ops.keys_values import KeysValues
 from attnlab.ops.masks import Mask
 from attnlab.ops.parallax import PARALLAX, parallax
-from attnlab.ops.rope import rope
 
 
 @dataclasses.dataclass(frozen=True)
 class ParallaxConfig(AttentionConfig):
     """Knobs of Parallax."""
 
-    qk_norm: bool = knob(True, "RMSNorm over each head of queries, probes and keys, before RoPE", other=(False,))
+    qk_norms = (False, True, "layer")  # cosine attention scales queries by their number of keys
+
+    qk_norm: bool | str = knob(
+        True,
+        "of each head's queries, probes and keys, before RoPE; true: RMSNorm; layer: LayerNorm",
+        other=(False, "layer"),
+    )
     impl: str = impl_knob(PARALLAX.names())
 
 
@@ -41,13 +46,15 @@ class Parallax(Attention):
     variants = (
         {"kv_heads": 2, "window": 4, "qk_norm": False},
         {"kv_heads": 1, "causal": False, "rope_base": None},
+        {"qk_norm": "layer", "rope_width": 2, "bias": "all"},
     )
 
     def __init__(self, config: ParallaxConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         super().__init__(config, width=width, rngs=rngs, dtype=dtype)
-        self.r = Linear(width, config.heads * self.head_dim, ("embed", "heads"), rngs=rngs, dtype=dtype)
+        make = Projections(width, rngs=rngs, dtype=dtype, bias=config.bias)
+        self.r = make.qkv(config.heads * self.head_dim)
         if config.qk_norm:
-            self.r_norm = RMSNorm(self.head_dim, ("head",), dtype=dtype)
+            self.r_norm = head_norm(config.qk_norm, self.head_dim, dtype)
 
     def positioned(self, x: jax.Array, seq: Sequence) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries with their probes behind them, [B, T, H, 2 d], keys and values."""
@@ -55,9 +62,7 @@ class Parallax(Attention):
         r = self.r(x).reshape(q.shape)
         if self.config.qk_norm:
             r = self.r_norm(r)
-        if self.config.rope_base is not None:
-            r = rope(r, seq.positions, self.config.rope_base)
-        return jnp.concatenate([q, r], axis=-1), k, v
+        return jnp.concatenate([q, self.config.rotated(r, seq.positions)], axis=-1), k, v
 
     def attend(self, q: jax.Array, kv: KeysValues, mask: Mask, x: jax.Array) -> MixerOutput:
         q, r = jnp.split(q, 2, axis=-1)

@@ -14,11 +14,13 @@ from flax import nnx
 
 from attnlab.mixers.roles import Fused, Role, param
 from attnlab.ops.linear import linear
-from attnlab.ops.norm import rms_norm
+from attnlab.ops.norm import layer_norm, rms_norm
 
 
 class Linear(nnx.Module):
-    """`x @ kernel`, without bias; the kernel [in, out] is fp32, normal with standard deviation 1 / sqrt(in).
+    """`x @ kernel`, plus a bias [out] where asked; both are fp32.
+
+    The kernel [in, out] is normal with standard deviation 1 / sqrt(in) at first, the bias 0.
 
     Args:
       fan_in, fan_out: widths.
@@ -26,19 +28,22 @@ class Linear(nnx.Module):
       dtype: of the product.
       role: of the kernel; a matrix unless it is more than that.
       fused: the matrices side by side in the kernel, where the output is cut into parts.
+      bias: whether there is one.
     """
 
     def __init__(
         self, fan_in: int, fan_out: int, axes: tuple[str, str], *, rngs: nnx.Rngs, dtype: Any,
-        role: Role = Role.MATRIX, fused: Fused | None = None,
+        role: Role = Role.MATRIX, fused: Fused | None = None, bias: bool = False,
     ):  # fmt: skip
         init = jax.nn.initializers.normal(1 / math.sqrt(fan_in))
         value = init(rngs.params(), (fan_in, fan_out), param_dtype(dtype))
         self.kernel = param(value, axes=axes, role=role, fused=fused)
+        self.bias = param(jnp.zeros_like(value, shape=fan_out), axes=axes[1:], role=Role.BIAS) if bias else None
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return linear(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        y = linear(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -50,6 +55,18 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return rms_norm(x, self.scale[...], self.epsilon)
+
+
+class LayerNorm(nnx.Module):
+    """`attnlab.ops.norm.layer_norm` with a learned scale [width], initially one, and bias [width], initially zero."""
+
+    def __init__(self, width: int, axes: tuple[str], *, dtype: Any, epsilon: float = 1e-5):
+        self.scale = param(jnp.ones((width,), param_dtype(dtype)), axes=axes, role=Role.SCALE)
+        self.bias = param(jnp.zeros((width,), param_dtype(dtype)), axes=axes, role=Role.BIAS)
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return layer_norm(x, self.scale[...], self.bias[...], self.epsilon)
 
 
 def param_dtype(dtype: Any) -> Any:

@@ -11,30 +11,24 @@ from flax import nnx
 
 from attnlab import config as config_lib
 from attnlab.mixers.base import Capabilities, MixerOutput, impl_knob, knob, register
-from attnlab.mixers.heads import HeadConfig, HeadMixer, Projections
+from attnlab.mixers.heads import HeadMixer, Projections, RotaryConfig
 from attnlab.mixers.parts import param_dtype
 from attnlab.mixers.roles import Role, param
 from attnlab.mixers.sequence import Sequence
 from attnlab.ops.attention import attention_with_lse
 from attnlab.ops.cached_attention import cached_attention
 from attnlab.ops.masks import Mask
-from attnlab.ops.rope import rope
 from attnlab.ops.segmented_ema import SEGMENTED_EMA, segmented_ema
 
 
 @dataclasses.dataclass(frozen=True)
-class RATConfig(HeadConfig):
-    """Knobs of RAT."""
-
-    even = True
+class RATConfig(RotaryConfig):
+    """Knobs of RAT; positions that RoPE turns by are those of chunks."""
 
     chunk: int = knob(
         16, "positions in a chunk, L; 1: attention over all; the length: no attention", other=(3, 1), least=1
     )
     groups: int = knob(2, "projections of queries and of keys; head h has number h mod groups", other=(1,))
-    rope_base: float | None = knob(
-        10_000.0, "base of the rotary embedding of chunks; none: none", other=(None,), above=1
-    )
     impl: str = impl_knob(SEGMENTED_EMA.names())
 
     def __post_init__(self) -> None:
@@ -114,9 +108,9 @@ class RAT(HeadMixer):
     def __init__(self, config: RATConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         super().__init__(config, width=width, rngs=rngs, dtype=dtype)
         inner, shared = config.heads * self.head_dim, config.groups * self.head_dim
-        make = Projections(width, rngs=rngs, dtype=dtype)
-        self.z, self.v, self.g = (make(inner) for _ in range(3))
-        self.q, self.k = (make(shared, "kv_heads") for _ in range(2))
+        make = Projections(width, rngs=rngs, dtype=dtype, bias=config.bias)
+        self.z, self.v, self.g = make(inner), make.qkv(inner), make(inner)
+        self.q, self.k = (make.qkv(shared, "kv_heads") for _ in range(2))
         # exp(b) is uniform in [1, L - 1]: averages reach back over about so many positions.
         longest = max(config.chunk - 1, 1)
         bias = jnp.log(jax.random.uniform(rngs.params(), (inner,), param_dtype(dtype), 1.0, longest))
@@ -190,9 +184,7 @@ class RAT(HeadMixer):
         heads = lambda y: y.astype(self.dtype).reshape(*x.shape[:2], -1, self.head_dim)
         q = heads(jnp.tile(self.q(x), (1, 1, c.heads // c.groups)))
         v, k = heads(running_BT2I[:, :, 0]), heads(running_BT2I[:, :, 1])
-        if c.rope_base is not None:
-            q, k = (rope(y, places.chunk, c.rope_base) for y in (q, k))
-        return q, k, v
+        return c.rotated(q, places.chunk), c.rotated(k, places.chunk), v
 
     def _all_pairs(
         self, q: jax.Array, k: jax.Array, v: jax.Array, places: _Places, documents: jax.Array | None

@@ -38,7 +38,8 @@ class Softmax(Attention):
     implementations = ATTENTION.table
     variants = (
         {"kv_heads": 2, "window": 4, "sinks": True, "soft_cap": 3.0, "qk_norm": True},
-        {"kv_heads": 1, "causal": False, "sinks": True},
+        {"kv_heads": 1, "causal": False, "sinks": True, "bias": "all"},
+        {"kv_heads": 2, "window": 4, "qk_norm": "cosine", "rope_width": 2},
     )
 
     def __init__(self, config: SoftmaxConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):

@@ -19,7 +19,7 @@ from attnlab.mixers.titans_memory import Memory, memory_flops
 from attnlab.mixers.titans_segments import SegmentedMemory, SegmentState, segment_flops
 from attnlab.ops.keys_values import RollingCache
 from attnlab.ops.masks import mean_visible_keys
-from attnlab.ops.neural_memory import NEURAL_MEMORY, MemoryState, neural_memory
+from attnlab.ops.neural_memory import ACTIVATIONS, NEURAL_MEMORY, MemoryState, neural_memory
 
 VARIANTS = {
     "lmm": "the memory alone",
@@ -39,6 +39,13 @@ class TitansConfig(HeadConfig):
     depth: int = knob(2, "layers of the memory, 1 (a matrix) to 4", other=(1,))
     expansion: int = knob(4, "width of the memory's hidden layers, in head widths", other=(2,), least=1)
     residual_norm: bool | None = knob(None, "memory is k + LN(net(k)); none: from depth 2 on", other=(False,))
+    activation: str = knob(
+        "gelu_tanh", "between the memory's layers: gelu_tanh; gelu: exact, by erf", other=("gelu",), choices=ACTIVATIONS
+    )
+    norm_scale: bool = knob(
+        False, "scale 1 + g of the memory's norm; g, 0 at first, is one more of its weights", other=(True,)
+    )
+    norm_epsilon: float = knob(1e-6, "added to the variance in the memory's norm", other=(1e-5,), above=0, below=1)
     chunk: int = knob(16, "positions whose gradients are taken at the same weights", other=(3,), least=1)
     momentum: bool = knob(True, "whether steps add up, decaying by eta", other=(False,))
     forgetting: bool = knob(True, "whether weights decay, by 1 - alpha", other=(False,))
@@ -70,11 +77,17 @@ class TitansConfig(HeadConfig):
         super().__post_init__()
         need = config_lib.require
         need(1 <= self.depth <= 4, "depth", self.depth, "1 to 4")
+        need(self.normed or not self.norm_scale, "norm_scale", self.norm_scale, "false without the norm")
         need(self.forgetting or self.grad_at == "prev", "grad_at", self.grad_at, "prev without forgetting")
         need(self.conv == 0 or self.conv >= 2, "conv", self.conv, "0, or 2 or more")
         need(self.variant != "lmm" or self.persistent == 0, "persistent", self.persistent, "0 in lmm: nothing attends")
         if self.variant == "mac":
             need(self.window % self.chunk == 0, "window", self.window, f"multiples of chunk ({self.chunk}) in mac")
+
+    @property
+    def normed(self) -> bool:
+        """Whether the memory has a norm."""
+        return self.depth > 1 if self.residual_norm is None else self.residual_norm
 
 
 @jax.tree_util.register_dataclass
@@ -119,13 +132,21 @@ class Titans(HeadMixer):
     variants = (
         {"variant": "mal", "depth": 1, "window": 4, "chunk": 4, "persistent": 2},
         {"variant": "mac", "depth": 1, "window": 4, "chunk": 2, "persistent": 2},
-        {"variant": "lmm", "depth": 1, "chunk": 4, "grad_at": "decayed", "read_after_write": False},
+        {
+            "variant": "lmm",
+            "depth": 1,
+            "chunk": 4,
+            "grad_at": "decayed",
+            "read_after_write": False,
+            "residual_norm": True,
+            "norm_scale": True,
+        },
     )
 
     def __init__(self, config: TitansConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         super().__init__(config, width=width, rngs=rngs, dtype=dtype)
         d, variant = self.head_dim, config.variant
-        make, total = Projections(width, rngs=rngs, dtype=dtype), config.heads * d
+        make, total = Projections(width, rngs=rngs, dtype=dtype, bias=config.bias), config.heads * d
         if variant == "mac":
             self.mixed = SegmentedMemory(config, width, d, rngs=rngs, dtype=dtype)
         else:

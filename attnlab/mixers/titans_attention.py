@@ -24,7 +24,8 @@ class Attention(nnx.Module):
     def __init__(self, config: Any, fan_in: int, head_dim: int, *, rngs: nnx.Rngs, dtype: Any):
         self.config, self.head_dim = config, head_dim
         width = config.heads * head_dim
-        self.q, self.k, self.v = (Linear(fan_in, width, ("embed", "heads"), rngs=rngs, dtype=dtype) for _ in range(3))
+        options = {"rngs": rngs, "dtype": dtype, "bias": config.bias != "none"}
+        self.q, self.k, self.v = (Linear(fan_in, width, ("embed", "heads"), **options) for _ in range(3))
         if config.persistent:
             shape = (2, config.persistent, config.heads, head_dim)
             rows = jax.random.normal(rngs.params(), shape, param_dtype(dtype))

@@ -12,10 +12,10 @@ from attnlab.mixers.parts import Linear, param_dtype
 from attnlab.mixers.roles import Fused, Role, param
 from attnlab.ops.causal_conv import causal_conv
 from attnlab.ops.neural_memory import MemorySpec, MemoryState, initial_state
+from attnlab.ops.norm import unit
 from attnlab.ops.two_stage import log_gate
 
 _ALPHA_BIAS = -4.0  # forgets about a fiftieth per position at first
-_UNIT_EPSILON = 1e-6
 
 
 class Memory(nnx.Module):
@@ -32,7 +32,7 @@ class Memory(nnx.Module):
         self.config, self.head_dim, self.spec = config, head_dim, memory_spec(config, head_dim)
         wide, heads = param_dtype(dtype), config.heads
         qkv = Fused(tuple((name, head_dim) for name in "qkv"), groups=heads)
-        self.qkv = Linear(fan_in, qkv.width, axes, rngs=rngs, dtype=dtype, fused=qkv)
+        self.qkv = Linear(fan_in, qkv.width, axes, rngs=rngs, dtype=dtype, fused=qkv, bias=config.bias != "none")
         if config.conv:
             init = jax.nn.initializers.normal(config.conv**-0.5)
             taps = init(rngs.params(), (config.conv, qkv.width), wide)
@@ -50,16 +50,23 @@ class Memory(nnx.Module):
             weights = scale * jax.random.normal(rngs.params(), (heads, fan, out), wide)
             layer = param(weights, axes=("heads", "memory_in", "memory_out"), role=Role.MEMORY)
             setattr(self, f"layer_{index}", layer)
+        if config.norm_scale:
+            gain = jnp.zeros((heads, 1, head_dim), wide)
+            self.norm_gain = param(gain, axes=("heads", "memory_in", "memory_out"), role=Role.MEMORY)
 
     def initial(self) -> MemoryState:
         """Where every document begins; rows [1, ...]."""
-        weights = tuple(getattr(self, f"layer_{index}")[...] for index in range(self.config.depth))
-        return initial_state(weights, 1, self.config.momentum)
+        layers = [getattr(self, f"layer_{index}") for index in range(self.config.depth)]
+        if self.config.norm_scale:
+            layers.append(self.norm_gain)
+        return initial_state(tuple(layer[...] for layer in layers), 1, self.config.momentum)
 
     def blank(self, batch: int) -> MemoryState:
         """The state of a stream of which nothing has been seen: its first position begins a document."""
         wide, heads = self.gates.dtype, self.config.heads
         shapes = layer_widths(self.config, self.head_dim)
+        if self.config.norm_scale:
+            shapes.append((1, self.head_dim))
         return initial_state(tuple(jnp.zeros((heads, *s), wide) for s in shapes), batch, self.config.momentum)
 
     def tail(self, batch: int, dtype: Any) -> jax.Array:
@@ -100,11 +107,6 @@ class Memory(nnx.Module):
         return unit(q), unit(k), v, log_keep, log_eta, theta
 
 
-def unit(x: jax.Array) -> jax.Array:
-    """x [..., d] divided by its length."""
-    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + _UNIT_EPSILON)
-
-
 def layer_widths(config: Any, head_dim: int) -> list[tuple[int, int]]:
     """Widths in and out of each of the memory's layers."""
     hidden = [config.expansion * head_dim] * (config.depth - 1)
@@ -114,14 +116,24 @@ def layer_widths(config: Any, head_dim: int) -> list[tuple[int, int]]:
 
 def memory_spec(config: Any, head_dim: int) -> MemorySpec:
     """The op's description of the memory."""
-    widths = layer_widths(config, head_dim)
-    rates = (1.0,) * config.depth
+    widths, learn = layer_widths(config, head_dim), config.depth + config.norm_scale
+    rates = (1.0,) * learn
     if config.stability == "bound":
         # A layer's step changes its output by theta times the squared length of its input: 1 for the keys, and
-        # about their number for hidden activations. The layers' changes add up.
-        rates = tuple(1 / (config.depth * (fan if index else 1)) for index, (fan, _) in enumerate(widths))
-    residual_norm = config.depth > 1 if config.residual_norm is None else config.residual_norm
-    return MemorySpec(config.chunk, residual_norm, rates, config.grad_at, config.read_after_write)
+        # about their number for hidden activations; the norm's scale, by the square of a normed entry, 1 on average.
+        # The changes add up.
+        rates = tuple(1 / (learn * (fan if index else 1)) for index, (fan, _) in enumerate(widths))
+        rates += (1 / learn,) * config.norm_scale
+    return MemorySpec(
+        config.chunk,
+        config.normed,
+        rates,
+        config.grad_at,
+        config.read_after_write,
+        config.activation,
+        config.norm_scale,
+        config.norm_epsilon,
+    )
 
 
 def memory_flops(config: Any, head_dim: int, length: int) -> float:
@@ -133,4 +145,6 @@ def memory_flops(config: Any, head_dim: int, length: int) -> float:
     for index, (fan, out) in enumerate(layer_widths(config, head_dim)):
         evaluated = 1 + stages + (index > 0)  # on keys, on queries, back through it
         per_head += 2.0 * fan * out * (evaluated + stages) + 2.0 * chunk * (fan + out)
+    if config.norm_scale:
+        per_head += 4.0 * head_dim * stages + 2.0 * chunk * (1 + head_dim)
     return padded * config.heads * per_head

@@ -22,12 +22,13 @@ from attnlab.mixers.parts import Linear, param_dtype
 from attnlab.mixers.roles import Fused
 from attnlab.mixers.sequence import Sequence
 from attnlab.mixers.titans_attention import Attention
-from attnlab.mixers.titans_memory import Memory, unit
+from attnlab.mixers.titans_memory import Memory
 from attnlab.ops.causal_conv import causal_conv
 from attnlab.ops.chunk_steps import ChunkStep, choose_rows, scan_aligned, scan_chunk_steps
 from attnlab.ops.dispatch import Implementation, Op
 from attnlab.ops.documents import positions_in_documents
 from attnlab.ops.neural_memory import Layers, MemoryState, chunk_step, definition_step, forward
+from attnlab.ops.norm import unit
 from attnlab.parallel import sequence_parallel
 from attnlab.parallel.sequence_parallel import SequenceParallel
 
@@ -59,9 +60,10 @@ class SegmentedMemory(nnx.Module):
         total = config.heads * head_dim
         self.attention = Attention(config, width, head_dim, rngs=rngs, dtype=dtype)
         self.memory = Memory(config, total, ("heads", "memory"), head_dim, rngs=rngs, dtype=dtype)
-        self.query = Linear(width, total, ("embed", "heads"), rngs=rngs, dtype=dtype)
+        options = {"rngs": rngs, "dtype": dtype, "bias": config.bias != "none"}
+        self.query = Linear(width, total, ("embed", "heads"), **options)
         kv = Fused((("k", total), ("v", total)))
-        self.retrieved = Linear(total, kv.width, ("heads", "memory"), rngs=rngs, dtype=dtype, fused=kv)
+        self.retrieved = Linear(total, kv.width, ("heads", "memory"), fused=kv, **options)
 
     def init_state(self, batch: int, dtype: Any) -> SegmentState:
         """Before the first position."""
@@ -111,7 +113,7 @@ class SegmentedMemory(nnx.Module):
         reader = choose_rows(first_B == 0, state.memory.weights, state.reader)
         reader = choose_rows(slots.fresh_B, initial.weights, reader)
 
-        read = forward(reader, query.swapaxes(1, 2), self.memory.spec.residual_norm).swapaxes(1, 2)
+        read = forward(self.memory.spec, reader, query.swapaxes(1, 2)).swapaxes(1, 2)
         k_read, v_read = jnp.split(self.retrieved(read.reshape(*read.shape[:2], -1)), 2, axis=-1)
         k_read = self.attention.rotated(k_read.reshape(k.shape), positions)
         keys = jnp.stack([k, k_read], axis=2).astype(state.keys.dtype)

@@ -36,7 +36,9 @@ def definition(
     *,
     scale: float,
     iterations: int,
+    max_iterations: int,
     tolerance: float | None,
+    blocks: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The formula, with every d x d matrix formed and factored. In float32, or float64 for float64 inputs."""
     dtype = jnp.promote_types(q_BTHd.dtype, jnp.float32)
@@ -55,7 +57,11 @@ def definition(
     mean = einsum("btsh,bshd->bthd", p, k)
     offset = jnp.where(total[:, :, 0, :, None] > 0, q - mean, 0)
     around = k[:, None] - mean[:, :, None]  # [B, T, S, H, d]
-    A = einsum("btsh,btshd,btshf->bthdf", p, around, around) + ridge[..., None, None] * jnp.eye(d, dtype=dtype)
+    moments = einsum("btsh,btshd,btshf->bthdf", p, around, around)
+    if blocks > 1:
+        block = jnp.arange(d) // (d // blocks)
+        moments = jnp.where(block[:, None] == block, moments, 0)
+    A = moments + ridge[..., None, None] * jnp.eye(d, dtype=dtype)
     x = jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(A), offset[..., None])[..., 0]
     weights = p * (1 + einsum("btshd,bthd->btsh", around, x))
     o = einsum("btsh,bshe->bthe", weights, v).astype(q_BTHd.dtype)
@@ -86,7 +92,9 @@ def local_linear(
     *,
     scale: float | None = None,
     iterations: int = 16,
+    max_iterations: int | None = None,
     tolerance: float | None = None,
+    blocks: int = 1,
     impl: str = "auto",
 ) -> tuple[jax.Array, Solves]:
     """Local linear attention: the value at q of the affine map that fits the values best around q.
@@ -106,10 +114,11 @@ def local_linear(
         zero gradients.
     ridge: above 0; a scalar, [H], or [B, T, H]. Relative to weights of sum 1, as in the authors' code, so that adding
         a number to a row's logits changes nothing.
-    iterations, tolerance: of conjugate gradients (`attnlab.ops.conjugate_gradient`); gradients are those of the exact
-        solution, wrong by about the residual. `definition` reads neither.
-    impl: "auto" (cg); "definition"; "cg": a block of rows stops when all of them are done; "cg_fixed": always all
-        `iterations`.
+    iterations, max_iterations, tolerance: of conjugate gradients (`attnlab.ops.conjugate_gradient`); gradients are
+        those of the exact solution, wrong by about the residual. `definition` reads none of them.
+    blocks: A keeps second moments of channels in one block alone: of so many equal blocks of neighbouring channels.
+    impl: "auto" (cg); "definition"; "cg": rows of a tile go on until all of them have a residual of `tolerance`, for
+        at most `max_iterations` (None: `iterations`); "cg_fixed": always `iterations`.
 
     Returns o_BTHe in the dtype of q, and how the systems were solved. Weights and the solver are float32 (float64 for
     float64 inputs). Differentiable (reverse mode) in q, k, v and ridge. Raises UserError for what does not fit.
@@ -124,8 +133,13 @@ def local_linear(
         raise UserError(f"local_linear: ridge {ridge.shape}, expected a scalar, [{H}] or [{B}, {T}, {H}]")
     if iterations < 1:
         raise UserError(f"local_linear: iterations={iterations} is not allowed; allowed: 1 or more")
+    max_iterations = iterations if max_iterations is None else max_iterations
+    if max_iterations < iterations:
+        raise UserError(f"local_linear: max_iterations={max_iterations} is not allowed; allowed: {iterations} or more")
+    if blocks < 1 or d % blocks:
+        raise UserError(f"local_linear: blocks={blocks} is not allowed; allowed: divisors of the width {d}")
     scale = d**-0.5 if scale is None else float(scale)
     queries = (q_BTHd, jnp.broadcast_to(ridge, (B, T, H)))
-    options = {"scale": scale, "iterations": iterations, "tolerance": tolerance, "impl": impl}
-    o, *facts = attend(LOCAL_LINEAR, queries, (k_BSKd, v_BSKe), mask, ranks=(4, 3, 3), **options)
+    solver = {"iterations": iterations, "max_iterations": max_iterations, "tolerance": tolerance, "blocks": blocks}
+    o, *facts = attend(LOCAL_LINEAR, queries, (k_BSKd, v_BSKe), mask, ranks=(4, 3, 3), scale=scale, impl=impl, **solver)
     return o, Solves(*jax.lax.stop_gradient(facts))

@@ -11,6 +11,9 @@ gradient g of the output e = g . v, c = e - sum p e, u = A^-1 sum p c k, s = (k 
     d logit = p (h - sum p h)           d v = p (1 + t) g        d ridge = -u . x
     d q = scale sum (d logit) k + u     d k = scale (d logit) q + p (c - s) x - p (1 + t) u
 
+Where A keeps only the second moments within blocks b of channels, the term s t in h is the sum over blocks of s_b t_b,
+and d k of a block has its own s_b and t_b in place of s and t.
+
 The authors' backward pass leaves out that the ridge they add, lambda times the sum of the weights, depends on q and k.
 """
 
@@ -45,6 +48,7 @@ class SolverConfig(blockwise.Config):
     iterations: int = 0
     tolerance: float | None = None
     early_exit: bool = True
+    channel_blocks: int = 1
 
 
 def local_linear(
@@ -56,7 +60,9 @@ def local_linear(
     *,
     scale: float,
     iterations: int,
+    max_iterations: int,
     tolerance: float | None,
+    blocks: int,
     early_exit: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `attnlab.ops.local_linear.local_linear`: the output, residuals and iterations.
@@ -67,7 +73,10 @@ def local_linear(
     B, T, H, _ = q_BTHd.shape
     static = Mask(causal=mask.causal, window=mask.window)
     scale = scale or _NO_SCALE
-    config = SolverConfig(static, scale, None, iterations=iterations, tolerance=tolerance, early_exit=early_exit)
+    most = max_iterations if early_exit else iterations
+    config = SolverConfig(
+        static, scale, None, iterations=most, tolerance=tolerance, early_exit=early_exit, channel_blocks=blocks
+    )
     stat = jnp.promote_types(q_BTHd.dtype, jnp.float32)
     ridge_BKGT = ridge_BTH.astype(stat).swapaxes(1, 2).reshape(B, k_BSKd.shape[2], -1, T)
     arrays = varying((q_BTHd, k_BSKd, v_BSKe, ridge_BKGT), (q_BTHd, k_BSKd, v_BSKe, ridge_BKGT, mask))
@@ -139,7 +148,7 @@ def _forward_head(config: SolverConfig, q_TGd, k_Sd, v_Se, ridge_GT, *, sinks, b
         highest = jnp.maximum(scores.max(-1, keepdims=True), LOWEST)
         p = jnp.exp2(scores - highest)
         total = jnp.maximum(p.sum(-1, keepdims=True), jnp.finfo(stat).tiny)
-        fit = _Fit.of((p / total).reshape(-1, keys[1]), k, ridge)
+        fit = _Fit.of(config, (p / total).reshape(-1, keys[1]), k, ridge)
         solved = fit.solve(config, jnp.where(_seen(highest), q.astype(stat).reshape(-1, d) - fit.mean, 0))
         weights = fit.p * (1 + fit.centred(solved.x_Nd))
         o = _product(weights.astype(v.dtype), v)
@@ -165,7 +174,7 @@ def _backward_head(config: SolverConfig, q_TGd, k_Sd, v_Se, ridge_GT, do_TGe, x_
         k, v = take(k_Sd, keys, 0), take(v_Se, keys, 0)
         q, do, x, lse, ridge = (take(y, rows, 1) for y in (*per_row, lse_GT, ridge_GT))
         scores, _ = tile_scores(config, q, k, bounds, rows, keys)
-        fit = _Fit.of(jnp.exp2(scores - lse[..., None]).reshape(-1, keys[1]), k, ridge)
+        fit = _Fit.of(config, jnp.exp2(scores - lse[..., None]).reshape(-1, keys[1]), k, ridge)
         mean = lambda y: (fit.p * y).sum(-1, keepdims=True)
         q, do, x = q.astype(stat).reshape(-1, d), do.reshape(-1, e), x.reshape(-1, d)
 
@@ -175,12 +184,17 @@ def _backward_head(config: SolverConfig, q_TGd, k_Sd, v_Se, ridge_GT, do_TGe, x_
         tilt = 1 + fit.centred(x)
         slope -= fit.centred(u)
         dlogits = slope * tilt
+        if fit.blocks > 1:
+            between, dk_between = fit.between_blocks(u, x)
+            dlogits += between
         # This mean is ridge * u . x where both systems are solved; taken itself, it makes the sum 0 in any case.
         dlogits = fit.p * (dlogits - mean(dlogits))
         slope, weights = fit.p * slope, fit.p * tilt
 
         dq = config.scale * _product(dlogits, fit.k) + u
         dk = config.scale * _product(q.T, dlogits) + _product(x.T, slope) - _product(u.T, weights)
+        if fit.blocks > 1:
+            dk += dk_between
         dv = _product(do.T, weights.astype(v.dtype))
         dk_dS = put(dk_dS, take(dk_dS, keys, 1) + dk, keys)
         dv_eS = put(dv_eS, take(dv_eS, keys, 1) + dv, keys)
@@ -196,30 +210,55 @@ def _backward_head(config: SolverConfig, q_TGd, k_Sd, v_Se, ridge_GT, do_TGe, x_
 
 @dataclasses.dataclass(frozen=True)
 class _Fit:
-    """The regressions of N rows on L keys: weights p, which sum to 1 (or are all 0), keys, mean key and ridge."""
+    """The regressions of N rows on L keys: weights p, which sum to 1 (or are all 0), keys, mean key and ridge.
+
+    Second moments are kept within each of `blocks` blocks of channels.
+    """
 
     p: jax.Array
     k: jax.Array
     mean: jax.Array
     ridge: jax.Array
+    blocks: int
 
     @classmethod
-    def of(cls, p_NL, k_Ld, ridge):
+    def of(cls, config: SolverConfig, p_NL, k_Ld, ridge):
         k = k_Ld.astype(p_NL.dtype)
-        return cls(p_NL, k, _product(p_NL, k), ridge.reshape(-1, 1))
+        return cls(p_NL, k, _product(p_NL, k), ridge.reshape(-1, 1), config.channel_blocks)
 
     def sum_of_keys(self, weights_NL):
         """`sum weights (k - mean)`: the mean's part is 0 but for rounding where the weights sum to 0."""
         return _product(weights_NL, self.k) - weights_NL.sum(-1, keepdims=True) * self.mean
 
-    def centred(self, y_Nd):
+    def centred(self, y_Nd, k_Ld=None):
         """`(k - mean) . y` for all keys [N, L], its weighted mean exactly 0 for a row that sees one key."""
-        t = _product(y_Nd, self.k.T)
+        t = _product(y_Nd, (self.k if k_Ld is None else k_Ld).T)
         return t - (self.p * t).sum(-1, keepdims=True)
 
     def covariance(self, y_Nd):
         """`(sum p (k - mean)(k - mean)^T + ridge) y`."""
-        return _product(self.p * self.centred(y_Nd), self.k) + self.ridge * y_Nd
+        if self.blocks == 1:
+            return _product(self.p * self.centred(y_Nd), self.k) + self.ridge * y_Nd
+        # One block after the other: each needs its own `centred`, as large as the tile's scores.
+        image = jax.lax.map(lambda yk: _product(self.p * self.centred(*yk), yk[1]), self._apart(y_Nd, self.k))
+        return image.swapaxes(0, 1).reshape(y_Nd.shape) + self.ridge * y_Nd
+
+    def between_blocks(self, u_Nd, x_Nd):
+        """What moments between blocks would put into the gradients and must not: off h [N, L], and off d k [d, L]."""
+        s, t = self.centred(u_Nd), self.centred(x_Nd)
+
+        def block(product, uxk):
+            u, x, k = uxk
+            own_s, own_t = self.centred(u, k), self.centred(x, k)
+            dk = _product(x.T, self.p * (s - own_s)) + _product(u.T, self.p * (t - own_t))
+            return product - own_s * own_t, dk
+
+        product, dk = jax.lax.scan(block, s * t, self._apart(u_Nd, x_Nd, self.k))
+        return product, dk.reshape(u_Nd.shape[1], -1)
+
+    def _apart(self, *arrays):
+        """Each [rows, d] as [blocks, rows, d / blocks]."""
+        return tuple(y.reshape(len(y), self.blocks, -1).swapaxes(0, 1) for y in arrays)
 
     def solve(self, config: SolverConfig, b_Nd) -> Solution:
         return conjugate_gradient(

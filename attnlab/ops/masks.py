@@ -68,6 +68,12 @@ class Mask:
             end = e if end is None else jnp.minimum(end, e)
         return start, end
 
+    def seen(self, length: int, keys: int) -> jax.Array:
+        """How many of `keys` keys each of `length` queries sees, int32 `[B, T]` (`[1, T]` when all rows agree)."""
+        start, end = self.bounds(length, keys)
+        start = jnp.zeros((1, length), jnp.int32) if start is None else jnp.maximum(start, 0)
+        return jnp.maximum((keys if end is None else jnp.minimum(end, keys)) - start, 0)
+
     def visible(self, length: int, keys: int) -> jax.Array:
         """The mask written out for definitions, bool `[B, T, S]` (`[1, T, S]` when all rows agree)."""
         start, end = self.bounds(length, keys)

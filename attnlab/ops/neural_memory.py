@@ -30,7 +30,7 @@ from attnlab.parallel.sequence_parallel import SequenceParallel
 
 Layers = tuple[jax.Array, ...]  # one array per layer of the memory, [..., i, o]
 
-EPSILON = 1e-6  # added to the variance in the memory's layer norm
+ACTIVATIONS = ("gelu_tanh", "gelu")
 _GELU = math.sqrt(2 / math.pi)
 
 
@@ -41,10 +41,14 @@ class MemorySpec:
     Attributes:
       chunk: steps whose gradients are taken at the same weights.
       residual_norm: M(x) = x + LN(net(x)) instead of net(x); LN without learned parameters.
-      rates: step of each layer relative to theta.
+      rates: step of each layer relative to theta, last that of the norm's scale where there is one.
       grad_at: "prev": gradients are taken at W_{t'}; "decayed": at keep_{t'+1} ... keep_t W_{t'}, what forgetting has
         left of it.
       read_after_write: y_t reads W_t; else W_{t-1}.
+      activation: between the layers, one of `ACTIVATIONS`: GELU in its tanh form, or by erf.
+      norm_scale: M(x) = x + (1 + g) LN(net(x)); g [..., 1, d] is the last of the memory's weights, and learns and is
+        forgotten as they are.
+      epsilon: added to the variance in LN.
     """
 
     chunk: int
@@ -52,6 +56,13 @@ class MemorySpec:
     rates: tuple[float, ...]
     grad_at: str = "prev"
     read_after_write: bool = True
+    activation: str = "gelu_tanh"
+    norm_scale: bool = False
+    epsilon: float = 1e-6
+
+    def parts(self, weights: Layers) -> tuple[Layers, jax.Array | None]:
+        """The network's layers, and g."""
+        return (weights[:-1], weights[-1]) if self.norm_scale else (weights, None)
 
 
 @jax.tree_util.register_dataclass
@@ -93,59 +104,83 @@ def initial_state(weights: Layers, batch: int, momentum: bool) -> MemoryState:
 # The network.
 
 
-def forward(weights: Layers, x: jax.Array, residual_norm: bool) -> jax.Array:
-    """M_W(x) for x [..., d] and weights [..., i, o]: GELU between the layers."""
+def forward(spec: MemorySpec, weights: Layers, x: jax.Array) -> jax.Array:
+    """M_W(x) for x [..., d] and weights [..., i, o]."""
+    layers, gain = spec.parts(weights)
     z = x
-    for index, w in enumerate(weights):
-        z = (gelu(z) if index else z) @ w
-    return x + normalized(z)[0] if residual_norm else z
+    for index, w in enumerate(layers):
+        z = (gelu(z, spec.activation) if index else z) @ w
+    return _around(spec, x, z, gain)
 
 
 def gradients(
-    weights: Layers, k: jax.Array, v: jax.Array, residual_norm: bool, scale: jax.Array | None = None
+    spec: MemorySpec, weights: Layers, k: jax.Array, v: jax.Array, scale: jax.Array | None = None
 ) -> tuple[Layers, Layers]:
     """Inputs a and deltas of every layer: the gradient of `1/2 |M(k_t) - v_t|^2` is `a_t^T delta_t` for each step t.
+
+    The norm's scale counts as a layer whose input is 1.
 
     Args:
       weights: [..., i, o]; k, v: [..., C, d].
       scale: [..., C], the gradient of step t is taken at scale_t times the weights; None: 1.
     """
     wide = 1.0 if scale is None else scale[..., None]
+    layers, gain = spec.parts(weights)
     inputs, slopes, z = [], [], k
-    for index, w in enumerate(weights):
+    for index, w in enumerate(layers):
         if index:
-            slopes.append(gelu_slope(z))
-            z = gelu(z)
+            slopes.append(gelu_slope(z, spec.activation))
+            z = gelu(z, spec.activation)
         inputs.append(z)
         z = wide * (z @ w)
-    if residual_norm:
-        y, deviation = normalized(z)
-        error = k + y - v
+    of_gain = []
+    if spec.residual_norm:
+        y, deviation = normalized(z, spec.epsilon)
+        if gain is None:
+            error = k + y - v
+        else:
+            gain = 1 + wide * gain
+            error = k + gain * y - v
+            inputs.append(jnp.ones_like(k[..., :1]))
+            of_gain.append(error * y)
+            error = gain * error
         delta = error - jnp.mean(error, -1, keepdims=True) - y * jnp.mean(error * y, -1, keepdims=True)
         delta = delta / deviation
     else:
         delta = z - v
     deltas = [delta]
-    for w, slope in zip(weights[:0:-1], reversed(slopes)):
+    for w, slope in zip(layers[:0:-1], reversed(slopes)):
         delta = wide * (delta @ jnp.swapaxes(w, -1, -2)) * slope
         deltas.append(delta)
-    return tuple(inputs), tuple(reversed(deltas))
+    return tuple(inputs), (*reversed(deltas), *of_gain)
 
 
-def normalized(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _around(spec: MemorySpec, x: jax.Array, z: jax.Array, gain: jax.Array | None) -> jax.Array:
+    """The memory's output from its network's, z."""
+    if not spec.residual_norm:
+        return z
+    y, _ = normalized(z, spec.epsilon)
+    return x + (y if gain is None else (1 + gain) * y)
+
+
+def normalized(z: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
     """(z - mean) / deviation over the last axis, and the deviation."""
     centred = z - jnp.mean(z, axis=-1, keepdims=True)
-    deviation = jnp.sqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + EPSILON)
+    deviation = jnp.sqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + epsilon)
     return centred / deviation, deviation
 
 
-def gelu(z: jax.Array) -> jax.Array:
-    """GELU in its tanh form (Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2)."""
+def gelu(z: jax.Array, form: str = "gelu_tanh") -> jax.Array:
+    """GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2), "gelu" by erf or "gelu_tanh"."""
+    if form == "gelu":
+        return z * jax.scipy.stats.norm.cdf(z)
     return 0.5 * z * (1 + jnp.tanh(_GELU * (z + 0.044715 * z**3)))
 
 
-def gelu_slope(z: jax.Array) -> jax.Array:
+def gelu_slope(z: jax.Array, form: str = "gelu_tanh") -> jax.Array:
     """The derivative of `gelu`."""
+    if form == "gelu":
+        return jax.scipy.stats.norm.cdf(z) + z * jax.scipy.stats.norm.pdf(z)
     t = jnp.tanh(_GELU * (z + 0.044715 * z**3))
     return 0.5 * (1 + t) + 0.5 * _GELU * z * (1 - t * t) * (1 + 3 * 0.044715 * z * z)
 
@@ -173,11 +208,11 @@ def chunk_step(
     start = choose_rows(begins_B, base.weights, base.start)
     log_kept_BH = jnp.where(begins_B[:, None], 0, base.log_keep_BH)
     scale = jnp.exp(log_kept_BH[..., None] + stage.log_keep_C) if spec.grad_at == "decayed" else None
-    inner, deltas = gradients(start, k, v, spec.residual_norm, scale)
+    inner, deltas = gradients(spec, start, k, v, scale)
     steps = tuple(rate * theta[..., None] * delta for rate, delta in zip(spec.rates, deltas))
 
     read = stage if spec.read_after_write else before(stage, seen)
-    y = _read(read, base, inner, steps, q, spec.residual_norm)
+    y = _read(spec, read, base, inner, steps, q)
 
     weights, momentum = _write(stage, base, inner, steps, slots)
     after = MemoryState(
@@ -191,19 +226,22 @@ def chunk_step(
 
 
 def _read(
-    stage: TwoStage, base: MemoryState, inner: Layers, steps: Layers, q: jax.Array, residual_norm: bool
+    spec: MemorySpec, stage: TwoStage, base: MemoryState, inner: Layers, steps: Layers, q: jax.Array
 ) -> jax.Array:
     """M_{W_t}(q_t) without W_t: each layer's weights are W, S and the chunk's steps, weighted by the coefficients."""
-    z = q
-    for index, (w, a, step) in enumerate(zip(base.weights, inner, steps)):
-        z = gelu(z) if index else z
+
+    def layer(index, z):
+        w, a, step = base.weights[index], inner[index], steps[index]
         change = (stage.kappa_CC * (z @ jnp.swapaxes(a, -1, -2))) @ step
         if base.momentum:
             kept, moved = jnp.split(z @ jnp.concatenate([w, base.momentum[index]], axis=-1), 2, axis=-1)
-            z = stage.beta_C[..., None] * kept + stage.rho_C[..., None] * moved - change
-        else:
-            z = stage.beta_C[..., None] * (z @ w) - change
-    return q + normalized(z)[0] if residual_norm else z
+            return stage.beta_C[..., None] * kept + stage.rho_C[..., None] * moved - change
+        return stage.beta_C[..., None] * (z @ w) - change
+
+    depth, z = len(spec.parts(base.weights)[0]), q
+    for index in range(depth):
+        z = layer(index, gelu(z, spec.activation) if index else z)
+    return _around(spec, q, z, layer(depth, jnp.ones_like(q[..., :1])) if spec.norm_scale else None)
 
 
 def _write(stage: TwoStage, base: MemoryState, inner: Layers, steps: Layers, slots: ChunkStep) -> tuple[Layers, Layers]:
@@ -251,7 +289,8 @@ class NeuralMemorySpec:
     ) -> NeuralMemorySpec:
         """Of the arrays of a device; where positions are split over several, of one row at a time."""
         q, alone = inputs[0], exchange is None
-        widths = tuple(w.shape[-1] for w in (initial.weights[0].swapaxes(-1, -2), *initial.weights))
+        layers, _ = memory.parts(initial.weights)
+        widths = tuple(w.shape[-1] for w in (layers[0].swapaxes(-1, -2), *layers))
         batch = q.shape[0] if alone else 1
         return cls(batch, *q.shape[1:3], widths, str(q.dtype), documents is not None or not alone, memory)
 
@@ -317,7 +356,7 @@ def definition_step(
     at = tuple(wide(jnp.exp(log_kept)) * w for w in start) if spec.grad_at == "decayed" else start
 
     def loss(weights, k, v):
-        return 0.5 * jnp.sum((forward(weights, k, spec.residual_norm) - v) ** 2)
+        return 0.5 * jnp.sum((forward(spec, weights, k) - v) ** 2)
 
     slopes = jax.vmap(jax.vmap(jax.grad(loss)))(at, k, v)
     steps = [rate * wide(theta) * slope for rate, slope in zip(spec.rates, slopes)]
@@ -326,7 +365,7 @@ def definition_step(
         surprise = [wide(jnp.exp(log_eta)) * s + new for s, new in zip(state.momentum, surprise)]
     weights = tuple(wide(keep) * w + s for w, s in zip(state.weights, surprise))
     read = weights if spec.read_after_write else state.weights
-    y = forward(read, q[..., None, :], spec.residual_norm)[..., 0, :]
+    y = forward(spec, read, q[..., None, :])[..., 0, :]
     momentum = tuple(surprise) if log_eta is not None else ()
     return MemoryState(weights, momentum, start, log_kept, state.position_B + 1), y
 

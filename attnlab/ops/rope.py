@@ -4,19 +4,24 @@ import jax
 import jax.numpy as jnp
 
 
-def rope(x_BTHd: jax.Array, positions_BT: jax.Array, base: float = 10_000.0) -> jax.Array:
-    """Rotates the pairs (i, i + d/2) of every head by the angle position * base^(-2i/d).
+def rope(x_BTHd: jax.Array, positions_BT: jax.Array, base: float = 10_000.0, width: int | None = None) -> jax.Array:
+    """Rotates the pairs (i, i + r/2) of every head's first r channels by the angle position * base^(-2i/r).
 
     Args:
-      x_BTHd: queries or keys, d even.
+      x_BTHd: queries or keys.
       positions_BT: position of each token in its document.
       base: longest wavelength / 2 pi, in positions.
+      width: r, even; the channels behind stay as they are. None: d.
 
     Returns:
       An array like `x_BTHd`; angles and the rotation are computed in fp32 (fp64 for fp64 inputs).
 
-    Source: Su et al. 2021, RoFormer, eq. 15 and 34, in the half-split order of pairs of GPT-NeoX.
+    Source: Su et al. 2021, RoFormer, eq. 15 and 34, in the half-split order of pairs of GPT-NeoX, whose code also has
+    r below d.
     """
+    if width is not None and width < x_BTHd.shape[-1]:
+        turned = rope(x_BTHd[..., :width], positions_BT, base)
+        return jnp.concatenate([turned, x_BTHd[..., width:]], axis=-1)
     d = x_BTHd.shape[-1]
     dtype = jnp.promote_types(x_BTHd.dtype, jnp.float32)
     inverse_wavelength_F = base ** (-jnp.arange(0, d, 2, dtype=dtype) / d)

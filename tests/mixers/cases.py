@@ -13,7 +13,7 @@ from flax import nnx
 
 from attnlab import mixers
 from attnlab.mixers.attention import AttentionConfig
-from attnlab.mixers.heads import HeadConfig
+from attnlab.mixers.heads import HeadConfig, RotaryConfig
 
 WIDTH, LENGTH = 16, 11
 
@@ -30,7 +30,7 @@ def configs(name: str) -> dict[str, tuple[Any, bool]]:
     another mixer's Config are tried there, those of all attention layers with softmax.
     """
     cls = mixers.get(name)
-    own = {HeadConfig} | ({AttentionConfig} if name == "softmax" else set())
+    own = {HeadConfig, RotaryConfig} | ({AttentionConfig} if name == "softmax" else set())
     found = {"default": (cls.Config(), True)}
     for field in dataclasses.fields(cls.Config):
         if any(field.name in getattr(base, "__dataclass_fields__", ()) for base in set(cls.Config.__mro__[1:]) - own):

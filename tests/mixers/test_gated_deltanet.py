@@ -13,8 +13,9 @@ from flax import nnx
 
 from attnlab import mixers
 from attnlab.errors import ConfigError
-from attnlab.mixers.gated_deltanet import GatedDeltaNetConfig, unit
+from attnlab.mixers.gated_deltanet import GatedDeltaNetConfig
 from attnlab.ops.delta_rule import delta_rule
+from attnlab.ops.norm import unit
 from attnlab.train import config as run_config
 from tests.mixers import cases
 
@@ -123,35 +124,66 @@ def naive(module, x):
     silu = lambda z: z / (1 + np.exp(-z))
     split = lambda y: y.reshape(length, c.heads, -1)
     weight = lambda linear: np.asarray(linear.kernel[...])
-    filters = np.asarray(module.filters[...]).reshape(c.conv, c.heads, -1)
-    rows = np.concatenate([split(x @ weight(y)) for y in (module.q, module.k, module.v)], axis=-1)
+    K = c.key_heads or c.heads
+    filters = np.asarray(module.filters[...]).reshape(c.conv, K, -1)
+    parts = [(x @ weight(y)).reshape(length, K, -1) for y in (module.q, module.k, module.v)]
+    rows = np.concatenate(parts, axis=-1)
     padded = np.concatenate([np.zeros((c.conv - 1, *rows.shape[1:])), rows])
     rows = silu(sum(filters[i] * padded[i : i + length] for i in range(c.conv)))
     d = module.head_dim
-    q, k, v = rows[..., :d], rows[..., d : 2 * d], rows[..., 2 * d :]
+    q, k, v = rows[..., :d], rows[..., d : 2 * d], split(rows[..., 2 * d :])
     q, k = (y / np.sqrt((y * y).sum(-1, keepdims=True) + 1e-6) for y in (q, k))
+    q = q * (d**-0.5 if c.query_scale is None else c.query_scale)
     beta = 1 / (1 + np.exp(-x @ weight(module.beta)))
     steps = np.log1p(np.exp(x @ weight(module.log_decay.linear) + np.asarray(module.log_decay.dt_bias[...])))
     a = np.exp(-np.exp(np.asarray(module.log_decay.a_log[...])) * steps)
     S, o = np.zeros((c.heads, v.shape[-1], d)), np.zeros_like(v)
     for t in range(length):
         for h in range(c.heads):
-            kk = k[t, h]
+            kk, qq = (y[t, h * K // c.heads] for y in (k, q))
             S[h] = a[t, h] * S[h] @ (np.eye(d) - beta[t, h] * np.outer(kk, kk)) + beta[t, h] * np.outer(v[t, h], kk)
-            o[t, h] = S[h] @ q[t, h]
+            o[t, h] = S[h] @ qq
     o = o / np.sqrt((o * o).mean(-1, keepdims=True) + 1e-6) * np.asarray(module.norm.scale[...])
     gate = silu(split(x @ weight(module.gate)))
     return (o * gate).reshape(length, -1) @ weight(module.out)
 
 
+@pytest.mark.parametrize("shared", [{}, {"key_heads": 2, "query_scale": None}, {"key_heads": 1, "query_scale": 0.01}])
 @pytest.mark.parametrize("impl", ["definition", "chunked"])
-def test_layer_is_the_formula(impl):
-    """The whole layer written out, with values wider than keys, chunks that do not divide the length."""
-    module = make(expand=2.0, chunk=4, impl=impl)
+def test_layer_is_the_formula(impl, shared):
+    """The whole layer written out, with values wider than keys, chunks that do not divide the length, and heads of
+    values that share queries and keys."""
+    module = make(expand=2.0, chunk=4, impl=impl, **shared)
     x, _ = cases.inputs(jnp.float64)
     y = call(module, x, mixers.Sequence.whole(*x.shape[:2]))
     for row in range(2):
         np.testing.assert_allclose(y[row], naive(module, np.asarray(x[row])), atol=1e-12)
+
+
+def test_shared_keys_are_repeated_ones():
+    """Two key heads for four heads are four with pairs of equal projections and filters: values, and the gradients for
+    x and for the shared queries' kernel, which is the sum of the two."""
+    few, all_heads = make(key_heads=2), make()
+    nnx.update(all_heads, nnx.state(few, lambda path, _: path[0] not in ("q", "k", "filters")))
+    d, e = few.head_dim, few.value_dim
+    pairs = lambda w: jnp.repeat(w.reshape(*w.shape[:-1], 2, d), 2, axis=-2).reshape(*w.shape[:-1], -1)
+    taps = few.filters[...].reshape(few.config.conv, 2, -1)
+    of_keys = jnp.repeat(taps[..., : 2 * d], 2, axis=1)
+    all_heads.filters[...] = jnp.concatenate([of_keys, taps[..., 2 * d :].reshape(-1, 4, e)], -1).reshape(len(taps), -1)
+    for name in ("q", "k"):
+        getattr(all_heads, name).kernel[...] = pairs(getattr(few, name).kernel[...])
+    x, seq = cases.inputs(jnp.float64)
+    waves = jnp.cos(jnp.arange(x.size)).reshape(x.shape) * (seq.segments > 0)[..., None]
+    scalar = lambda graphdef, params, x: jnp.sum(waves * compiled(graphdef, params, x, seq))
+    results = []
+    for module in (few, all_heads):
+        graphdef, params = cases.split(module)
+        value, (of_params, of_x) = jax.value_and_grad(lambda p, x: scalar(graphdef, p, x), (0, 1))(params, x)
+        results.append((value, of_x, of_params["q"]["kernel"][...]))
+    (value, of_x, of_q), (want, want_of_x, wide) = results
+    np.testing.assert_allclose(value, want, rtol=1e-12)
+    np.testing.assert_allclose(of_x, want_of_x, atol=1e-12)
+    np.testing.assert_allclose(of_q, wide.reshape(-1, 2, 2, d).sum(2).reshape(of_q.shape), atol=1e-12)
 
 
 @pytest.mark.parametrize("chunk", [3, 64])
@@ -192,6 +224,8 @@ def test_state_is_the_memory_and_the_tail():
     for length in (1, 1000):
         state = module.init_state(1, length, jnp.float32).carried
         assert state.memory.shape == (1, 2, 6, 9) and state.tail.shape == (1, 2, 2 * (6 + 6 + 9))
+    shared = make(heads=4, key_heads=2, head_width=6, conv=3).init_state(1, 1, jnp.float32).carried
+    assert shared.memory.shape == (1, 4, 6, 6) and shared.tail.shape == (1, 2, 2 * (6 + 6) + 4 * 6)
     low = mixers.build({"name": "gated_deltanet"}, width=16, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
     state = low.init_state(1, 10, jnp.bfloat16).carried
     assert (state.memory.dtype, state.tail.dtype) == (jnp.float32, jnp.bfloat16)
@@ -227,6 +261,8 @@ def test_hybrid_of_windows_and_memories():
     [
         ({"heads": 3}, "heads = 3 does not divide width = 16"),
         ({"expand": 0.3}, "multiples of 1 / 4"),
+        ({"key_heads": 3}, r"key_heads = 3 .*divisors of heads \(4\)"),
+        ({"query_scale": 0.0}, "query_scale = 0.0"),
         ({"expand": 0.0}, "expand = 0.0"),
         ({"conv": 0}, "conv = 0"),
         ({"chunk": 0}, "chunk = 0"),

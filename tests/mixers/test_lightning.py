@@ -33,7 +33,7 @@ def whole():
 
 def projections(module, x):
     """SiLU of queries, keys and values [B, T, H, d], and the gate [B, T, H, d]."""
-    split = lambda y: np.asarray(y).reshape(*x.shape[:2], HEADS, -1)
+    split = lambda y: np.asarray(y).reshape(*x.shape[:2], module.config.heads, -1)
     silu = lambda z: z / (1 + np.exp(-z))
     q, k, v = (split(silu(np.asarray(x @ w.kernel[...]))) for w in (module.q, module.k, module.v))
     z = np.asarray(x @ module.gate_down.kernel[...] @ module.gate_up.kernel[...])
@@ -42,7 +42,7 @@ def projections(module, x):
 
 def finished(module, o, gate, x):
     """The layer's output from the sums o: the norm without scale over all heads, gate, projection."""
-    o = o / np.sqrt((o**2).mean((-2, -1), keepdims=True) + 1e-6)
+    o = o / np.sqrt((o**2).mean((-2, -1), keepdims=True) + module.config.norm_epsilon)
     return (o * gate).reshape(*x.shape[:2], -1) @ np.asarray(module.out.kernel[...])
 
 
@@ -79,6 +79,25 @@ def test_naive_is_step():
 def test_slopes_are_alibis():
     """2^(-8 (h + 1) / H): a half, a quarter ... for eight heads."""
     np.testing.assert_allclose(slopes(8), 0.5 ** np.arange(1, 9), rtol=1e-15)
+
+
+def test_interleaved_slopes_are_those_of_the_released_code():
+    """Powers of two as they are; else the power of two below, then every second of the one above: a geometric series
+    of ratio 2^(-2^(3 - log2 n)) each."""
+    series = lambda n: (2.0 ** -(2.0 ** (3 - np.log2(n)))) ** np.arange(1, n + 1)
+    for heads in (1, 2, 8, 16):
+        np.testing.assert_allclose(slopes(heads, "interleaved"), slopes(heads), rtol=1e-15)
+    np.testing.assert_allclose(slopes(3, "interleaved"), [2**-4, 2**-8, 2**-2], rtol=1e-15)
+    np.testing.assert_allclose(slopes(12, "interleaved"), [*series(8), *series(16)[[0, 2, 4, 6]]], rtol=1e-14)
+
+
+def test_layer_with_interleaved_slopes_and_another_epsilon():
+    """Three heads, written out; the epsilon is added to the mean square."""
+    module = make(heads=3, head_width=4, slopes="interleaved", norm_epsilon=0.1)
+    x, seq = whole()
+    q, k, v, gate = projections(module, x)
+    expected = finished(module, naive(q, k, v, [2.0**-4, 2.0**-8, 2.0**-2]), gate, x)
+    np.testing.assert_allclose(module(x, seq).y, expected, atol=1e-12)
 
 
 def test_no_decay_is_linear_attention():
@@ -154,6 +173,8 @@ def test_combine_is_linear():
         ({"heads": 0}, "heads = 0"),
         ({"decay_scale": -1.0}, "decay_scale = -1.0"),
         ({"norm": "groupnorm"}, "srmsnorm, rmsnorm, layernorm"),
+        ({"norm_epsilon": 0.0}, "norm_epsilon = 0.0"),
+        ({"slopes": "alibi"}, "geometric, interleaved"),
         ({"gate_rank": 0}, "gate_rank = 0"),
         ({"chunk": 0}, "chunk = 0"),
     ],

@@ -81,9 +81,10 @@ def test_steps_equal_prefill():
     np.testing.assert_allclose(y, expected[:, :5], atol=1e-10)
 
 
-def test_relative_positions():
-    """RoPE and an isotropic ridge: shifting all positions changes nothing."""
-    module = make()
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_relative_positions(blocks):
+    """RoPE and an isotropic ridge: shifting all positions changes nothing, as the pairs it turns are in one block."""
+    module = make(blocks=blocks)
     x, seq = whole()
     np.testing.assert_allclose(module(x, mixers.Sequence(seq.positions + 1000)).y, module(x, seq).y, atol=1e-9)
 
@@ -126,6 +127,10 @@ def test_gradients_reach_the_ridge():
         ({"ridge_min": 1e-5}, "ridge_min"),
         ({"iterations": 0}, "iterations = 0"),
         ({"tolerance": 2.0}, "tolerance = 2.0"),
+        ({"max_iterations": 8}, r"max_iterations = 8 .*16 \(iterations\) or more"),
+        ({"blocks": 0}, "blocks = 0"),
+        ({"blocks": 2, "rope_width": 2}, "blocks = 2 .*1 where rope_width is set"),
+        ({"qk_norm": "cosine"}, "qk_norm = 'cosine' .*false, true, layer"),
         ({"impl": "xla"}, "cg_fixed"),
         ({"window": 3, "causal": False}, "causal"),
         ({"kv_heads": 3}, "kv_heads = 3"),
@@ -134,3 +139,16 @@ def test_gradients_reach_the_ridge():
 def test_impossible_configs(fields, message):
     with pytest.raises(ConfigError, match=message):
         mixers.config_from_node({"name": "local_linear", **fields})
+
+
+def test_blocks_must_divide_half_a_head():
+    with pytest.raises(ConfigError, match="blocks = 3 .*divisors of 2"):
+        make(blocks=3)
+
+
+def test_declared_flops_are_those_of_the_stated_iterations():
+    """Whatever the bound: 2 products with the keys an iteration."""
+    cls = mixers.get("local_linear")
+    flops = lambda **fields: cls.cost(cls.Config(**fields), 64, 32).flops["attention"]
+    assert flops(max_iterations=64) == flops() == flops(blocks=2)
+    assert flops(iterations=17) - flops() == 4 * 64 * 33 / 2

@@ -173,9 +173,12 @@ def test_head_that_no_token_takes_has_no_gradient(impl):
     assert np.all(np.abs(np.delete(rows, off, axis=0)).max(-1) > 1e-3)
 
 
-@pytest.mark.parametrize("router, impl", [("norm", "gather"), ("norm", "dense"), ("norm_dense", "dense")])
+@pytest.mark.parametrize("router, impl", [
+    ("norm", "gather"), ("norm", "dense"), ("norm_dense", "dense"), ("norm_hard", "gather"), ("norm_hard", "dense"),
+])  # fmt: skip
 def test_norm_router_zeroes_heads_and_passes_gradients_straight_through(router, impl):
-    """Forward the core with heads set to 0; backward the gradient of the weights p, of all heads or of those taken."""
+    """Forward the core with heads set to 0; backward the gradient of the weights p, of all heads or of those taken, or
+    of none."""
     module = make(shared=1, active=2, router=router, impl=impl)
     x, _ = packed()
     seq = mixers.Sequence.whole(*x.shape[:2])
@@ -200,6 +203,8 @@ def test_norm_router_zeroes_heads_and_passes_gradients_straight_through(router, 
         through = through[:, :, np.asarray(routed)]
         if router == "norm":
             through = jnp.where(taken, through, 0)
+        if router == "norm_hard":
+            through = jnp.zeros_like(through)
         return jnp.sum(upstream * m.core.combine(o * mask[..., None], x)) + jnp.sum(through * prob)
 
     want = jax.jit(jax.grad(expected))(params)
@@ -376,6 +381,7 @@ def test_core_from_nodes_and_the_command_line():
         ({"core": {"windo": 3}}, "did you mean 'window'"),
         ({"router": "norm", "shared": 3}, "one norm has no spread"),
         ({"router": "norm", "core": {"qk_norm": True}}, "qk_norm"),
+        ({"router": "norm_hard", "core": {"qk_norm": "layer"}}, "core.qk_norm = 'layer'"),
         ({"router": "norm", "gate_norm": "paper"}, "gate_norm"),
         ({"router": "norm_dense", "impl": "gather"}, "impl = 'gather'.*heads that are off"),
         ({"impl": "sparse"}, "auto, definition, dense, gather"),

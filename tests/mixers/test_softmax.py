@@ -23,28 +23,40 @@ def rms(x, scale):
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * scale
 
 
-def rotate(x, positions, base):
-    """Complex form of RoPE, one head vector at a time."""
+def normed(x, norm, kind):
+    """RMSNorm or LayerNorm with the module's parameters; cosine: length 1."""
+    if kind == "cosine":
+        return x / np.sqrt((x * x).sum(-1, keepdims=True) + 1e-6)
+    if kind == "layer":
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        return x * np.asarray(norm.scale[...]) + np.asarray(norm.bias[...])
+    return rms(x, np.asarray(norm.scale[...]))
+
+
+def rotate(x, positions, base, width):
+    """Complex form of RoPE, one head vector at a time, of the first `width` channels."""
+    x, rest = np.split(x, [width or x.shape[-1]], axis=-1)
     d = x.shape[-1]
     z = x[..., : d // 2] + 1j * x[..., d // 2 :]
     z = z * np.exp(1j * positions[:, None] * base ** (-2.0 * np.arange(d // 2) / d))
-    return np.concatenate([z.real, z.imag], -1)
+    return np.concatenate([z.real, z.imag, rest], -1)
 
 
 def layer(module, x, positions, segments):
     """The whole layer for one row, head by head and query by query."""
     c = module.config
-    kernel = lambda m: np.asarray(m.kernel[...])
+    projected = lambda m, x: x @ np.asarray(m.kernel[...]) + (0 if m.bias is None else np.asarray(m.bias[...]))
     d, group = module.head_dim, c.heads // c.key_heads
-    q, k, v = (x @ kernel(m) for m in (module.q, module.k, module.v))
+    q, k, v = (projected(m, x) for m in (module.q, module.k, module.v))
     out = np.zeros((len(x), c.heads * d))
     for h in range(c.heads):
         a, b = h * d, (h // group) * d
         qh, kh, vh = q[:, a : a + d], k[:, b : b + d], v[:, b : b + d]
         if c.qk_norm:
-            qh, kh = rms(qh, np.asarray(module.q_norm.scale[...])), rms(kh, np.asarray(module.k_norm.scale[...]))
+            norms = (None, None) if c.qk_norm == "cosine" else (module.q_norm, module.k_norm)
+            qh, kh = (normed(y, norm, c.qk_norm) for y, norm in zip((qh, kh), norms))
         if c.rope_base is not None:
-            qh, kh = rotate(qh, positions, c.rope_base), rotate(kh, positions, c.rope_base)
+            qh, kh = (rotate(y, positions, c.rope_base, c.rope_width) for y in (qh, kh))
         for t in range(len(x)):
             seen = [
                 s
@@ -55,12 +67,15 @@ def layer(module, x, positions, segments):
             ]
             if not seen:
                 continue
-            logits = kh[seen] @ qh[t] / np.sqrt(d)
+            scale = d**-0.5
+            if c.qk_norm == "cosine":
+                scale = np.log1p(np.exp(float(module.temperature[...][h]))) * np.log(len(seen))
+            logits = kh[seen] @ qh[t] * scale
             if c.soft_cap is not None:
                 logits = c.soft_cap * np.tanh(logits / c.soft_cap)
             total = np.exp(logits).sum() + (np.exp(float(module.sinks[...][h])) if c.sinks else 0)
             out[t, a : a + d] = np.exp(logits) / total @ vh[seen]
-    return out @ kernel(module.out)
+    return projected(module.out, out)
 
 
 @pytest.mark.parametrize("name", list(cases.configs("softmax")))
@@ -91,6 +106,51 @@ def test_relative_positions():
     seq = mixers.Sequence.whole(*x.shape[:2])
     shifted = mixers.Sequence(seq.positions + 1000)
     np.testing.assert_allclose(module(x, shifted).y, module(x, seq).y, atol=1e-10)
+
+
+def test_biases_of_keys_cancel_and_those_of_values_are_added():
+    """Without RoPE a bias of keys adds one number to all logits of a query: nothing changes, and its gradient is 0.
+    Weights sum to 1: a bias of values comes out through the output's projection, whose own bias is added."""
+    make = lambda bias: cases.module(mixers.get("softmax").Config(bias=bias, rope_base=None), jnp.float64)
+    plain, full = make("none"), make("all")
+    for name in ("q", "k", "v", "out"):
+        getattr(full, name).kernel[...] = getattr(plain, name).kernel[...]
+    full.q.bias[...] = jnp.zeros(16)
+    x, _ = cases.inputs(jnp.float64)
+    seq = mixers.Sequence.whole(*x.shape[:2])
+    added = full.v.bias[...] @ full.out.kernel[...] + full.out.bias[...]
+    assert np.abs(full.k.bias[...]).min() > 1e-3 and np.abs(added).max() > 0.1
+    np.testing.assert_allclose(full(x, seq).y, plain(x, seq).y + added, atol=1e-12)
+    graphdef, params = cases.split(full)
+    gradient = jax.grad(lambda p: jnp.sum(jnp.sin(nnx.merge(graphdef, p)(x, seq).y)))(params)
+    np.testing.assert_allclose(gradient["k"]["bias"][...], 0, atol=1e-12)
+    assert np.abs(gradient["v"]["bias"][...]).min() > 1e-3
+
+
+def test_cosine_attention_does_not_see_the_length_of_keys():
+    """Scaling W_k and W_q changes nothing but through the epsilon of 1e-6; the first temperature is 1 / 0.24."""
+    module = cases.module(mixers.get("softmax").Config(qk_norm="cosine"), jnp.float64)
+    x, seq = cases.inputs(jnp.float64)
+    first = module(1e3 * x, seq).y
+    for name in ("q", "k"):
+        getattr(module, name).kernel[...] = 7 * getattr(module, name).kernel[...]
+    np.testing.assert_allclose(module(1e3 * x, seq).y, first, atol=1e-7)
+    fresh = mixers.build({"name": "softmax", "qk_norm": "cosine"}, width=16, rngs=nnx.Rngs(0), dtype=jnp.float64)
+    np.testing.assert_allclose(jax.nn.softplus(fresh.temperature[...]), np.full(4, 1 / 0.24), rtol=1e-12)
+
+
+def test_logits_of_cosine_attention_grow_with_the_number_of_keys():
+    """One key that agrees with the query, against n - 1 that are orthogonal to it, weighs n^s / (n^s + n - 1), with
+    s = softplus(tau)."""
+    module = cases.module(mixers.get("softmax").Config(qk_norm="cosine", rope_base=None, causal=False), jnp.float64)
+    s = np.asarray(jax.nn.softplus(module.temperature[...]))
+    for n in (3, 9):
+        q = jnp.zeros((1, n, 4, 4)).at[..., 0].set(1.0)
+        k = jnp.zeros((1, n, 4, 4)).at[..., 1].set(1.0).at[:, 0].set(q[:, 0])
+        v = jnp.zeros((1, n, 4, 4)).at[:, 0].set(1.0)
+        module.positioned = lambda x, seq, qkv=(q, k, v): qkv
+        o = module.heads(jnp.zeros((1, n, 16)), mixers.Sequence.whole(1, n)).y
+        np.testing.assert_allclose(o[0, 0, :, 0], n**s / (n**s + n - 1), rtol=1e-12)
 
 
 def test_windowed_state_does_not_grow():
@@ -125,6 +185,10 @@ def test_a_stream_says_where_it_stands():
         ({"head_width": 3}, "head_width = 3"),
         ({"soft_cap": -1.0}, "soft_cap"),
         ({"impl": "cuda"}, "impl = 'cuda'"),
+        ({"bias": "kv"}, "none, qkv, all"),
+        ({"rope_width": 3}, "rope_width = 3 .*even"),
+        ({"rope_width": 2, "rope_base": None}, "rope_width = 2 .*none where rope_base is"),
+        ({"qk_norm": "rms"}, "qk_norm = 'rms' .*false, true, layer, cosine"),
         ({"widow": 3}, "did you mean 'window'"),
         ({"heads": "four"}, "an integer"),
     ],
@@ -138,3 +202,8 @@ def test_impossible_configs(fields, message):
 def test_heads_that_do_not_divide_the_width():
     with pytest.raises(ConfigError, match="heads = 3 does not divide width = 16"):
         mixers.build({"name": "softmax", "heads": 3}, width=16, rngs=nnx.Rngs(0))
+
+
+def test_rope_turns_no_more_than_a_head():
+    with pytest.raises(ConfigError, match="rope_width = 6 .*4, a head's width, or less"):
+        mixers.build({"name": "softmax", "rope_width": 6}, width=16, rngs=nnx.Rngs(0))

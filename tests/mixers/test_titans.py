@@ -180,6 +180,9 @@ def test_keys_have_length_one_and_values_do_not():
         ({"variant": "mac", "window": 20}, "multiples of chunk"),
         ({"grad_at": "decayed", "forgetting": False}, "prev without forgetting"),
         ({"head_width": 3}, "even"),
+        ({"activation": "relu"}, "gelu_tanh, gelu"),
+        ({"depth": 1, "norm_scale": True}, "norm_scale = True .*false without the norm"),
+        ({"norm_epsilon": 0.0}, "norm_epsilon = 0.0"),
         ({"stability": "clip"}, "bound, none"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,16 @@ import pytest
 from attnlab.errors import UserError
 from attnlab.ops import chunk_steps
 from attnlab.ops.documents import document_index, positions_in_documents
-from attnlab.ops.neural_memory import MemorySpec, forward, gelu, gelu_slope, gradients, initial_state, neural_memory
+from attnlab.ops.neural_memory import (
+    ACTIVATIONS,
+    MemorySpec,
+    forward,
+    gelu,
+    gelu_slope,
+    gradients,
+    initial_state,
+    neural_memory,
+)
 
 B, T, H, d = 2, 13, 2, 3
 LINEAR, MLP = MemorySpec(4, False, (1.0,)), MemorySpec(4, True, (0.5, 0.2))
@@ -74,10 +84,13 @@ def test_chunks_are_the_sequential_recurrence(chunk, packed):
     dataclasses.replace(MLP, grad_at="decayed"),
     dataclasses.replace(MLP, read_after_write=False, chunk=3),
     MemorySpec(5, False, (0.3, 0.1, 0.1, 0.1)),
+    dataclasses.replace(MLP, rates=(0.5, 0.2, 0.3), activation="gelu", norm_scale=True, grad_at="decayed"),
 ])  # fmt: skip
 def test_networks_and_their_gradients_are_those_of_the_recurrence(spec):
     """Deeper memories, and the gradients of outputs and final state for all that enters."""
-    weights = layers(d, *[6] * (len(spec.rates) - 1), d)
+    weights = layers(d, *[6] * (len(spec.rates) - 1 - spec.norm_scale), d)
+    if spec.norm_scale:
+        weights += (jnp.asarray(np.random.default_rng(5).standard_normal((H, 1, d))),)
     documents = document_index(jnp.asarray(SEGMENTS))
 
     def scalar(weights, inputs, impl):
@@ -135,7 +148,7 @@ def test_no_step_leaves_the_initial_memory():
     weights = layers(d, 6, d)
     y, _ = memory(weights, (q, k, v, log_keep, log_eta, 0 * theta), MLP)
     beta = jnp.exp(jnp.cumsum(log_keep, axis=1))[..., None, None]
-    close(y, forward(tuple(beta * w for w in weights), q[..., None, :], True)[..., 0, :])
+    close(y, forward(MLP, tuple(beta * w for w in weights), q[..., None, :])[..., 0, :])
 
 
 def test_forgetting_everything_leaves_the_last_surprise():
@@ -163,10 +176,10 @@ def test_dual_form_is_explicit_weights_per_position():
     weights = layers(d, 6, d)
     spec = dataclasses.replace(MLP, chunk=T)
     y, _ = memory(weights, inputs, spec)
-    inner, deltas = gradients(weights, k.swapaxes(1, 2), v.swapaxes(1, 2), True)
+    inner, deltas = gradients(spec, weights, k.swapaxes(1, 2), v.swapaxes(1, 2))
     w, s = list(weights), [0.0] * 2
     wide = lambda x, t: x[:, t, :, None, None]
-    read = jax.jit(lambda w, q: forward(w, q, True))
+    read = jax.jit(lambda w, q: forward(spec, w, q))
     for t in range(T):
         for layer, rate in enumerate(spec.rates):
             slope = jnp.einsum("bhi,bho->bhio", inner[layer][:, :, t], deltas[layer][:, :, t])
@@ -176,15 +189,21 @@ def test_dual_form_is_explicit_weights_per_position():
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4])
-@pytest.mark.parametrize("residual_norm", [False, True])
-def test_hand_written_gradient_is_that_of_jax(depth, residual_norm):
-    """a^T delta of every layer is `jax.grad` of the loss, also at scaled weights."""
+@pytest.mark.parametrize("options", [
+    {"residual_norm": False},
+    {"residual_norm": True},
+    {"residual_norm": True, "activation": "gelu", "norm_scale": True, "epsilon": 0.1},
+])  # fmt: skip
+def test_hand_written_gradient_is_that_of_jax(depth, options):
+    """a^T delta of every layer, and of the norm's scale, is `jax.grad` of the loss, also at scaled weights."""
+    spec = dataclasses.replace(LINEAR, **options)
     rng = np.random.default_rng(0)
     widths = [d, *[5] * (depth - 1), d]
-    weights = tuple(jnp.asarray(rng.standard_normal(s)) for s in zip(widths[:-1], widths[1:]))
+    shapes = [*zip(widths[:-1], widths[1:]), *[(1, d)] * spec.norm_scale]
+    weights = tuple(jnp.asarray(rng.standard_normal(s)) for s in shapes)
     k, v, scale = (jnp.asarray(rng.standard_normal(s)) for s in ((4, d), (4, d), (4,)))
-    inner, deltas = gradients(weights, k, v, residual_norm, scale)
-    loss = lambda w, k, v: 0.5 * jnp.sum((forward(w, k, residual_norm) - v) ** 2)
+    inner, deltas = gradients(spec, weights, k, v, scale)
+    loss = lambda w, k, v: 0.5 * jnp.sum((forward(spec, w, k) - v) ** 2)
     expected = [jax.grad(loss)(tuple(c * w for w in weights), a, b) for a, b, c in zip(k, v, scale)]
     for t in range(4):
         close([jnp.outer(a[t], b[t]) for a, b in zip(inner, deltas)], list(expected[t]))
@@ -192,8 +211,32 @@ def test_hand_written_gradient_is_that_of_jax(depth, residual_norm):
 
 def test_gelu_and_its_slope():
     z = jnp.linspace(-5, 5, 41)
-    close(gelu(z), jax.nn.gelu(z, approximate=True))
-    close(gelu_slope(z), jax.vmap(jax.grad(gelu))(z))
+    for form in ACTIVATIONS:
+        close(gelu(z, form), jax.nn.gelu(z, approximate=form == "gelu_tanh"))
+        close(gelu_slope(z, form), jax.vmap(jax.grad(lambda z: gelu(z, form)))(z))
+
+
+def test_memory_written_out():
+    """M(x) = x + (1 + g) LN(W2 gelu(W1 x)) in NumPy, for the exact GELU and an epsilon that counts."""
+    spec = dataclasses.replace(MLP, activation="gelu", norm_scale=True, epsilon=0.5)
+    rng = np.random.default_rng(4)
+    first, second, g, x = (rng.standard_normal(s) for s in ((d, 5), (5, d), (1, d), (7, d)))
+    hidden = x @ first
+    z = 0.5 * hidden * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2))) @ second
+    normed = (z - z.mean(-1, keepdims=True)) / np.sqrt(z.var(-1, keepdims=True) + 0.5)
+    close(forward(spec, tuple(map(jnp.asarray, (first, second, g))), jnp.asarray(x)), x + (1 + g) * normed)
+
+
+def test_scale_that_does_not_learn_is_none():
+    """g = 0 at a rate of 0 is the norm without a scale; at another rate it is not."""
+    weights = layers(d, 6, d)
+    plain, _ = memory(weights, data(), MLP)
+    scaled = [
+        memory((*weights, jnp.zeros((H, 1, d))), data(), dataclasses.replace(MLP, norm_scale=True, rates=rates))[0]
+        for rates in ((*MLP.rates, 0.0), (*MLP.rates, 0.3))
+    ]
+    close(scaled[0], plain)
+    assert np.abs(scaled[1] - plain).max() > 1e-3
 
 
 @pytest.mark.parametrize("read_after_write", [True, False])
