@@ -164,6 +164,20 @@ def test_state_does_not_grow(fields):
     assert sizes(before) == sizes(after)
 
 
+def test_memory_that_learns_nothing_reads_its_parameters():
+    """theta and alpha 0: `q + (1 + g) LN(W2 gelu(W1 q))` with the layer's own W1, W2, g, GELU and epsilon."""
+    module = make(variant="lmm", activation="gelu", norm_scale=True, norm_epsilon=0.1, forgetting=False, momentum=False)
+    memory = module.memory
+    memory.gate_bias[...] = jnp.full_like(memory.gate_bias[...], -1e3)
+    x, seq = whole(7)
+    q = memory.inputs(x, None, None, None)[0][0].swapaxes(1, 2)
+    z = jax.nn.gelu(q @ memory.layer_0[...], approximate=False) @ memory.layer_1[...]
+    normed = (z - z.mean(-1, keepdims=True)) / jnp.sqrt(z.var(-1, keepdims=True) + 0.1)
+    m = (q + (1 + memory.norm_gain[...]) * normed).swapaxes(1, 2)
+    expected = module.memory_norm(m) * jax.nn.sigmoid(module.gate(x).reshape(m.shape))
+    np.testing.assert_allclose(module.heads(x, seq).y, expected, atol=1e-12)
+
+
 def test_keys_have_length_one_and_values_do_not():
     q, k, v, *_ = make().memory.inputs(*whole(7)[:1], document_index(jnp.ones((1, 7), jnp.int32)), None, None)[0]
     for x in (q, k):
