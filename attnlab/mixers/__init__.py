@@ -17,10 +17,11 @@ from attnlab.mixers.base import (
     register,
 )
 from attnlab.mixers.heads import HeadMixer
-from attnlab.mixers.sequence import Sequence, Stream
+from attnlab.mixers.sequence import Context, Sequence, Stream
 
 __all__ = [
     "Capabilities",
+    "Context",
     "Cost",
     "HeadMixer",
     "Mixer",

@@ -16,7 +16,7 @@ from attnlab.mixers.heads import HeadMixer, Projections, RotaryConfig, split_hea
 from attnlab.mixers.parts import LayerNorm, RMSNorm, param_dtype
 from attnlab.mixers.roles import Role, param
 from attnlab.mixers.sequence import Sequence
-from attnlab.ops.keys_values import KeysValues, KVCache, RollingCache, Whole, empty_cache
+from attnlab.ops.keys_values import Cached, KeysValues, KVCache, RollingCache, Whole, empty_cache
 from attnlab.ops.masks import Mask, mean_visible_keys
 from attnlab.ops.norm import unit
 
@@ -56,6 +56,10 @@ class AttentionConfig(RotaryConfig):
         allowed = ", ".join(str(kind).lower() for kind in self.qk_norms)
         config_lib.require(self.qk_norm in self.qk_norms, "qk_norm", self.qk_norm, allowed)
 
+    def read_width(self, width: int) -> int:
+        """Width of what keys and values are made of, in a model of the given width."""
+        return width
+
     @property
     def key_heads(self) -> int:
         """K."""
@@ -89,7 +93,8 @@ class Attention(HeadMixer):
         make = Projections(width, rngs=rngs, dtype=dtype, bias=config.bias)
         inner = config.heads * self.head_dim
         self.q = make.qkv(inner)
-        self.k, self.v = (make.qkv(config.key_heads * self.head_dim, "kv_heads") for _ in range(2))
+        columns, fan_in = config.key_heads * self.head_dim, config.read_width(width)
+        self.k, self.v = (make.qkv(columns, "kv_heads", fan_in=fan_in) for _ in range(2))
         self.out = make.out(inner)
         if config.qk_norm == "cosine":
             tau = jnp.full((config.heads,), math.log(math.expm1(_FIRST_TEMPERATURE)), param_dtype(dtype))
@@ -99,18 +104,27 @@ class Attention(HeadMixer):
 
     # Hooks for mixers that change one place of the layer (see gated.py).
 
-    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """q [B, T, H, d], k [B, T, K, d], v [B, T, K, d] of x [B, T, D], before QK-norm and RoPE."""
-        return tuple(split_heads(y(x), self.head_dim) for y in (self.q, self.k, self.v))
+    def queries(self, x: jax.Array) -> jax.Array:
+        """q [B, T, H, d] of x [B, T, D], before QK-norm and RoPE."""
+        return split_heads(self.q(x), self.head_dim)
+
+    def keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """k [B, T, K, d], v [B, T, K, d] of x [B, T, D], before QK-norm and RoPE."""
+        return split_heads(self.k(x), self.head_dim), split_heads(self.v(x), self.head_dim)
 
     def positioned(self, x: jax.Array, seq: Sequence) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """`project`, then QK-norm and RoPE."""
-        (q, k, v), c = self.project(x), self.config
+        """Queries, keys and values after QK-norm and RoPE."""
+        k, v = self.keys_values(x)
+        return self.placed(self.queries(x), seq.positions, "q"), self.placed(k, seq.positions, "k"), v
+
+    def placed(self, y: jax.Array, positions: jax.Array | None, name: str) -> jax.Array:
+        """Queries (`name` q) or keys (k) after QK-norm, and RoPE where positions are given."""
+        c = self.config
         if c.qk_norm == "cosine":
-            q, k = (unit(y).astype(y.dtype) for y in (q, k))
+            y = unit(y).astype(y.dtype)
         elif c.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return c.rotated(q, seq.positions), c.rotated(k, seq.positions), v
+            y = (self.q_norm if name == "q" else self.k_norm)(y)
+        return y if positions is None else c.rotated(y, positions)
 
     def attend(self, q: jax.Array, kv: KeysValues, mask: Mask, x: jax.Array) -> MixerOutput:
         """Heads' outputs [B, T, H, d] from positioned queries, what they attend to, and x [B, T, D]."""
@@ -125,9 +139,7 @@ class Attention(HeadMixer):
             kv, mask = Whole(k, v), seq.mask(causal=c.causal, window=c.window)
         else:
             cache, kv, mask = cache.append(k, v, seq.offsets, seq.padding, c.window)
-        if c.qk_norm == "cosine":
-            q = self._length_scaled(q, mask.seen(q.shape[1], kv.k.shape[1]))
-        return Reads(q, kv, mask, cache)
+        return Reads(self.scaled(q, kv, mask), kv, mask, cache)
 
     def attended(self, reads: Reads, x: jax.Array) -> MixerOutput:
         """Heads' outputs, and the cache as state."""
@@ -142,9 +154,11 @@ class Attention(HeadMixer):
         c = self.config
         return empty_cache(batch, c.key_heads, self.head_dim, max_length, dtype, window=c.window)
 
-    def _length_scaled(self, q: jax.Array, seen_BT: jax.Array) -> jax.Array:
-        """Queries of length 1 times `softplus(tau) ln(n)`, and what attention will divide logits by."""
-        tau_H = self.temperature[...]
+    def scaled(self, q: jax.Array, kv: Whole | Cached, mask: Mask) -> jax.Array:
+        """In cosine attention queries times `softplus(tau) ln(n)` and what attention will divide logits by; else q."""
+        if self.config.qk_norm != "cosine":
+            return q
+        tau_H, seen_BT = self.temperature[...], mask.seen(q.shape[1], kv.k.shape[1])
         length_BT = jnp.log(jnp.maximum(seen_BT, 1).astype(tau_H.dtype))
         scale_BTH = self.head_dim**0.5 * length_BT[..., None] * jax.nn.softplus(tau_H)
         return (q * scale_BTH[..., None]).astype(q.dtype)

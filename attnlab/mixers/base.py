@@ -13,7 +13,7 @@ import dataclasses
 import inspect
 import math
 import operator
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -23,7 +23,7 @@ from flax import nnx
 from attnlab import config as config_lib
 from attnlab.errors import UnsupportedPattern
 from attnlab.mixers import roles
-from attnlab.mixers.sequence import Sequence
+from attnlab.mixers.sequence import Context, Sequence
 from attnlab.registry import Registry
 
 State = Any  # a pytree of arrays
@@ -69,12 +69,14 @@ class Cost:
         counted, averaged over a sequence of the given length. Backward is twice this.
       state_bytes: bytes of `init_state` per sequence at the given length.
       span: mean number of keys that a query sees, None where no part's cost depends on it.
+      context_flops: of cross-attention, per row of the context and not per token, which `flops` does not count.
     """
 
     parameters: int
     flops: dict[str, float]
     state_bytes: int
     span: float | None = None
+    context_flops: float = 0.0
 
     @property
     def total_flops(self) -> float:
@@ -178,8 +180,13 @@ class Mixer(nnx.Module):
         """Mixes whole sequences, `x` [B, T, D]: the training form."""
         raise NotImplementedError
 
-    def init_state(self, batch: int, max_length: int, dtype: Any = jnp.float32) -> State:
-        """The state before the first position, with room for `max_length` positions where it grows."""
+    def init_state(
+        self, batch: int, max_length: int, dtype: Any = jnp.float32, contexts: Mapping[str, Context] | None = None
+    ) -> State:
+        """The state before the first position, with room for `max_length` positions where it grows.
+
+        What cross-attention reads in `contexts` is read here, once.
+        """
         raise UnsupportedPattern(f"mixer {self.name!r} does not stream")
 
     def extend(self, x: jax.Array, seq: Sequence, state: State) -> MixerOutput:
@@ -194,14 +201,24 @@ class Mixer(nnx.Module):
     @classmethod
     def cost(cls, config: Any, width: int, length: int, dtype: Any = jnp.float32) -> Cost:
         """Costs of one layer on sequences of `length` positions; parameters and state are counted on the real thing."""
-        module = nnx.eval_shape(lambda: cls(config, width=width, rngs=nnx.Rngs(0), dtype=dtype))
-        parameters = sum(math.prod(p.shape) for p in jax.tree.leaves(nnx.state(module, nnx.Param)))
+        build = lambda: cls(config, width=width, rngs=nnx.Rngs(0), dtype=dtype)
+        parameters = sum(math.prod(p.shape) for p in jax.tree.leaves(nnx.state(nnx.eval_shape(build), nnx.Param)))
         state_bytes = 0
         if cls.capabilities.streaming and config.causal:
-            state = jax.eval_shape(lambda: module.init_state(1, length, dtype))
-            state_bytes = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(state))
+            blank = lambda: build().init_state(1, length, dtype, contexts=cls.blank_contexts(config, width, length))
+            state_bytes = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(jax.eval_shape(blank)))
         flops, span = cls.flops(config, width, length)
-        return Cost(parameters, flops, state_bytes, span)
+        return Cost(parameters, flops, state_bytes, span, cls.context_flops(config, width))
+
+    @classmethod
+    def context_flops(cls, config: Any, width: int) -> float:
+        """`Cost.context_flops`; 0 where nothing is read but the sequence."""
+        return 0.0
+
+    @classmethod
+    def blank_contexts(cls, config: Any, width: int, rows: int) -> Mapping[str, Context] | None:
+        """What `init_state` reads of a context of so many rows, for costs; None: it reads none."""
+        return None
 
     @classmethod
     def sequence_parallel_of(cls, config: Any) -> str:

@@ -140,18 +140,20 @@ class Gated(Softmax):
     def __init__(self, config: GatedConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         super().__init__(config, width=width, rngs=rngs, dtype=dtype)
         groups, head_dim, axis = _gate_shape(config, width)
-        self.gate = Gate(config, width, groups, head_dim, axis, rngs=rngs, dtype=dtype)
+        gated_by = config.read_width(width) if config.position in ("G2", "G3") else width
+        self.gate = Gate(config, gated_by, groups, head_dim, axis, rngs=rngs, dtype=dtype)
 
-    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        q, k, v = super().project(x)
-        position = self.config.position
-        if position == "G2":
+    def queries(self, x: jax.Array) -> jax.Array:
+        q = super().queries(x)
+        return self.gate.apply(q, x) if self.config.position == "G4" else q
+
+    def keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        k, v = super().keys_values(x)
+        if self.config.position == "G2":
             v = self.gate.apply(v, x)
-        elif position == "G3":
+        elif self.config.position == "G3":
             k = self.gate.apply(k, x)
-        elif position == "G4":
-            q = self.gate.apply(q, x)
-        return q, k, v
+        return k, v
 
     def attended(self, reads: Reads, x: jax.Array) -> MixerOutput:
         out = super().attended(reads, x)
@@ -165,9 +167,21 @@ class Gated(Softmax):
     def flops(cls, config: GatedConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:
         flops, span = super().flops(config, width, length)
         if config.input_dependent:
-            groups, head_dim, _ = _gate_shape(config, width)
-            flops["gate"] = 2.0 * width * groups * (head_dim if config.granularity == "elementwise" else 1)
+            if config.source is None or config.position not in ("G2", "G3"):
+                flops["gate"] = cls._gate_flops(config, width, width)
         return flops, span
+
+    @classmethod
+    def context_flops(cls, config: GatedConfig, width: int) -> float:
+        flops = super().context_flops(config, width)
+        if config.source is not None and config.input_dependent and config.position in ("G2", "G3"):
+            flops += cls._gate_flops(config, width, config.read_width(width))
+        return flops
+
+    @staticmethod
+    def _gate_flops(config: GatedConfig, width: int, fan_in: int) -> float:
+        groups, head_dim, _ = _gate_shape(config, width)
+        return 2.0 * fan_in * groups * (head_dim if config.granularity == "elementwise" else 1)
 
 
 def _gate_shape(config: GatedConfig, width: int) -> tuple[int, int, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -13,7 +14,7 @@ from attnlab import config as config_lib
 from attnlab.errors import ConfigError, UnsupportedPattern
 from attnlab.mixers.base import Mixer, MixerConfig, MixerOutput, State, knob
 from attnlab.mixers.parts import Linear
-from attnlab.mixers.sequence import Sequence
+from attnlab.mixers.sequence import Context, Sequence
 from attnlab.ops.documents import overflowed
 from attnlab.ops.rope import rope
 
@@ -140,7 +141,9 @@ class HeadMixer(Mixer):
         out, _ = self._contained(x, seq, None, None)
         return dataclasses.replace(out, state=None)
 
-    def init_state(self, batch: int, max_length: int, dtype: Any = jnp.float32) -> HeadState:
+    def init_state(
+        self, batch: int, max_length: int, dtype: Any = jnp.float32, contexts: Mapping[str, Context] | None = None
+    ) -> HeadState:
         if not self.config.causal:
             raise UnsupportedPattern(f"mixer {self.name!r} with causal=False does not stream")
         return HeadState(self.init_carried(batch, max_length, dtype), jnp.zeros((batch,), bool))
@@ -176,9 +179,9 @@ class Projections:
     def __init__(self, width: int, *, rngs: nnx.Rngs, dtype: Any, bias: str):
         self.width, self.rngs, self.dtype, self.bias = width, rngs, dtype, bias
 
-    def __call__(self, columns: int, axis: str = "heads", **options: Any) -> Linear:
-        """Of x [..., D] to [..., columns]."""
-        return Linear(self.width, columns, ("embed", axis), rngs=self.rngs, dtype=self.dtype, **options)
+    def __call__(self, columns: int, axis: str = "heads", fan_in: int | None = None, **options: Any) -> Linear:
+        """Of x [..., D], or of what is `fan_in` wide, to [..., columns]."""
+        return Linear(fan_in or self.width, columns, ("embed", axis), rngs=self.rngs, dtype=self.dtype, **options)
 
     def qkv(self, columns: int, axis: str = "heads", **options: Any) -> Linear:
         """Of x [..., D] to queries, keys or values [..., columns]."""

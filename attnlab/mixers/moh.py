@@ -82,6 +82,8 @@ class MoHConfig(MixerConfig):
             need(E != 1, "shared", self.shared, f"all heads, or at least two less, {where}: one norm has no spread")
             need(not self.core.qk_norm, "core.qk_norm", self.core.qk_norm, f"false {where}, which reads norms")
             need(self.gate_norm == "code", "gate_norm", self.gate_norm, f"code {where}: weights are 0 or 1")
+        source = getattr(self.core, "source", None)
+        need(source is None, "core.source", source, "none: heads are routed over the sequence's own keys")
         reason = ROUTED_HEADS.table[self.impl].supports(RoutingSpec.of(self)) if self.impl != "auto" else None
         need(reason is None, "impl", self.impl, f"auto, dense or definition: {reason}")
 

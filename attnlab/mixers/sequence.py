@@ -3,12 +3,58 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
 from attnlab.ops.documents import document_index, positions_in_documents
 from attnlab.ops.masks import Mask, mask_of_documents
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What cross-attention reads: S rows per row of the batch, and which of them each query sees.
+
+    A query sees rows of its own segment, where both have segments, that lie in its interval, where there are intervals;
+    one that sees none gets exactly 0.
+
+    Attributes:
+      rows: [B, S, D_c]; None in a stream, whose state has the keys and values made of them.
+      segments: [B, S] int32 or None. Rows of a document carry its id in `Sequence.segments` and are contiguous; 0 is
+        padding, which nobody sees. In a stream they are those given to `init_state`.
+      positions: [B, S] int32, for mixers that rotate them too; None: 0 to S - 1.
+      starts, ends: [B, T] int32 or None: query t sees rows s with `starts[t] <= s < ends[t]`.
+    """
+
+    rows: jax.Array | None = None
+    segments: jax.Array | None = None
+    positions: jax.Array | None = None
+    starts: jax.Array | None = None
+    ends: jax.Array | None = None
+
+    @classmethod
+    def aligned(cls, rows: jax.Array, length: int) -> Context:
+        """Query t of `length` sees rows s <= t S / length: two streams that run along each other, as in translation."""
+        batch, S = rows.shape[:2]
+        ends = jnp.arange(length, dtype=jnp.int32) * S // length + 1
+        return cls(rows, ends=jnp.broadcast_to(ends, (batch, length)))
+
+    def mask(self, seq: Sequence, segments: jax.Array | None, size: int) -> Mask:
+        """Which of `size` rows, of `segments`, the positions of `seq` see."""
+        batch, length = seq.positions.shape
+        start = jnp.zeros((batch, length), jnp.int32) if self.starts is None else self.starts
+        end = jnp.full((batch, length), size, jnp.int32) if self.ends is None else jnp.minimum(self.ends, size)
+        if segments is not None:
+            own = jnp.ones((batch, length), jnp.int32) if seq.segments is None else seq.segments
+            same = (own[:, :, None] == segments[:, None]) & (own != 0)[..., None]
+            s = jnp.arange(size, dtype=jnp.int32)
+            start = jnp.maximum(start, jnp.min(jnp.where(same, s, size), axis=-1, initial=size))
+            end = jnp.minimum(end, jnp.max(jnp.where(same, s + 1, 0), axis=-1, initial=0))
+        if seq.padding is not None:
+            end = jnp.where(seq.padding, 0, end)
+        return Mask(start, end)
 
 
 @jax.tree_util.register_dataclass
@@ -24,7 +70,7 @@ class Sequence:
         stream was in before. None where `segments` is, outside a stream. Derived from `segments`, as `offsets` is.
       offsets: [B, T] int32, positions of its document before it, in the row and in the stream, whatever `positions`
         says.
-      context: [B, S, D] or None, what cross-attention reads.
+      contexts: by name, what cross-attention reads; None: nothing.
       grid: rows and columns of an image whose pixels or patches, row by row, are the last positions of every row of the
         batch; those before them (a class token) are not of the image. None where there is no image.
     """
@@ -33,7 +79,7 @@ class Sequence:
     segments: jax.Array | None = None
     documents: jax.Array | None = None
     offsets: jax.Array | None = None
-    context: jax.Array | None = None
+    contexts: Mapping[str, Context] | None = None
     grid: tuple[int, int] | None = dataclasses.field(default=None, metadata={"static": True})
 
     @classmethod

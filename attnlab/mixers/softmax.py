@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnlab.mixers.attention import Attention, AttentionConfig
 from attnlab.mixers.base import MixerOutput, impl_knob, knob, register
+from attnlab.mixers.cross import CrossAttention, CrossConfig
 from attnlab.mixers.parts import param_dtype
 from attnlab.mixers.roles import Role, param
 from attnlab.ops.attention import ATTENTION
@@ -20,7 +20,7 @@ from attnlab.ops.masks import Mask
 
 
 @dataclasses.dataclass(frozen=True)
-class SoftmaxConfig(AttentionConfig):
+class SoftmaxConfig(CrossConfig):
     """Knobs of softmax attention."""
 
     sinks: bool = knob(False, "a learned logit per head that takes weight and gives nothing", other=(True,))
@@ -30,7 +30,7 @@ class SoftmaxConfig(AttentionConfig):
 
 
 @register("softmax")
-class Softmax(Attention):
+class Softmax(CrossAttention):
     """`softmax(q k^T / sqrt(d)) v` per head, then a projection (Vaswani et al. 2017, eq. 1 and section 3.2.2)."""
 
     Config = SoftmaxConfig

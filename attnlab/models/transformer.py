@@ -15,7 +15,7 @@ from flax.core import FrozenDict
 
 from attnlab import config as config_lib
 from attnlab import mixers
-from attnlab.errors import ConfigError
+from attnlab.errors import ConfigError, UserError
 from attnlab.mixers.parts import Linear, RMSNorm, param_dtype
 from attnlab.mixers.roles import Role, param
 from attnlab.parallel import partition
@@ -59,6 +59,7 @@ class StackConfig:
     """
 
     node_name: ClassVar[str]
+    context_names: ClassVar[tuple[str, ...]] = ()  # of the contexts that a model of this kind gives its stack
     # Where and how it is computed: its numbers change by rounding only.
     placement: ClassVar[tuple[str, ...]] = ("remat", "unroll")
 
@@ -105,6 +106,9 @@ class StackConfig:
         for letter, mixer in self.mixers.items():
             where = f"model.mixers.{letter}"
             need(mixer.causal, f"{where}.causal", mixer.causal, f"true in {self.described}")
+            source, given = getattr(mixer, "source", None), ", ".join(self.context_names)
+            allowed = f"{given}, or none" if given else f"none: {self.described} has no contexts"
+            need(source is None or source in self.context_names, f"{where}.source", source, allowed)
             try:  # what only mixer and width together can tell, before any compile
                 nnx.eval_shape(lambda m=mixer: mixers.build(m, width=self.width, rngs=nnx.Rngs(0)))
             except ConfigError as error:
@@ -119,6 +123,13 @@ class StackConfig:
     def described(self) -> str:
         """What it is, for messages."""
         return "a causal stack"
+
+    def require_contexts(self, contexts: Mapping[str, mixers.Context] | None) -> None:
+        """Raises UserError unless contexts are those that the mixers read."""
+        read = {m.source for m in self.mixers.values() if getattr(m, "source", None) is not None}
+        if read != set(contexts or ()):
+            shown = lambda names: ", ".join(sorted(names)) or "none"
+            raise UserError(f"contexts given: {shown(contexts or ())}; the layers read: {shown(read)}")
 
     def require_split(self, context: int) -> None:
         """Raises ConfigError unless positions can be split over `mesh.context` devices (-1: over some)."""
@@ -266,6 +277,7 @@ class Transformer(nnx.Module):
 
         Losses and metrics are means over the layers that have them.
         """
+        self.config.require_contexts(seq.contexts)
         seq = seq.derived()
         graphdef, params = nnx.split(self.periods)
         keys = None if key is None else jax.random.split(key, (self.repeats, len(self.config.blocks)))
@@ -284,13 +296,15 @@ class Transformer(nnx.Module):
         x, (losses, metrics) = jax.lax.scan(run, x, (params, keys), unroll=self._unroll())
         return mixers.MixerOutput(x, losses=jax.tree.map(jnp.mean, losses), metrics=jax.tree.map(jnp.mean, metrics))
 
-    def init_state(self, batch: int, max_length: int) -> StackState:
-        """The state before the first position, with room for `max_length` positions."""
-        graphdef, params = nnx.split(self.periods)
-        blocks = nnx.merge(graphdef, jax.tree.map(lambda p: p[0], params)).blocks
-        state = lambda mixer: mixer.init_state(batch, max_length, self.config.compute_dtype)
-        one = [[state(sublayer.branch) for sublayer in block.sublayers if sublayer.mixes] for block in blocks]
-        return StackState(mixers.Stream.start(batch), [jax.tree.map(jnp.copy, one) for _ in range(self.repeats)])
+    def init_state(
+        self, batch: int, max_length: int, contexts: Mapping[str, mixers.Context] | None = None
+    ) -> StackState:
+        """The state before the first position, with room for `max_length` positions; contexts are read here, once."""
+        self.config.require_contexts(contexts)
+        state = lambda mixer: mixer.init_state(batch, max_length, self.config.compute_dtype, contexts=contexts)
+        of = lambda block: [state(sublayer.branch) for sublayer in block.sublayers if sublayer.mixes]
+        layers = [[of(block) for block in period.blocks] for period in self.unstacked()]
+        return StackState(mixers.Stream.start(batch), layers)
 
     def unstacked(self) -> list[Period]:
         """The periods one by one: decoding unrolls them, as a scan would copy every weight at every token."""

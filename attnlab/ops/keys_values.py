@@ -152,7 +152,7 @@ class KVCache:
           window: keys that a position sees, itself included.
         """
         new, slots = k_BTKd.shape[1], self.k.shape[1]
-        put = lambda old, y: jax.lax.dynamic_update_slice_in_dim(old, _rows(y, old.dtype), self.length, axis=1)
+        put = lambda old, y: jax.lax.dynamic_update_slice_in_dim(old, cache_rows(y, old.dtype), self.length, axis=1)
         cache = KVCache(put(self.k, k_BTKd), put(self.v, v_BTKe), self.length + new)
         mask = _mask(self.length, offset_BT, padding_BT, window)
         view = Cached(cache.k.astype(k_BTKd.dtype), cache.v.astype(v_BTKe.dtype), cache.length <= slots)
@@ -173,7 +173,9 @@ class RollingCache:
     ) -> tuple[RollingCache, Cached, Mask]:  # fmt: skip
         """As `KVCache.append`."""
         new, slots = k_BTKd.shape[1], self.k.shape[1]
-        k, v = (jnp.concatenate([old, _rows(y, old.dtype)], axis=1) for old, y in ((self.k, k_BTKd), (self.v, v_BTKe)))
+        k, v = (
+            jnp.concatenate([old, cache_rows(y, old.dtype)], axis=1) for old, y in ((self.k, k_BTKd), (self.v, v_BTKe))
+        )
         mask = _mask(slots, offset_BT, padding_BT, window)
         view = Cached(k.astype(k_BTKd.dtype), v.astype(v_BTKe.dtype))
         return RollingCache(k[:, new:], v[:, new:]), view, mask
@@ -188,8 +190,8 @@ def empty_cache(
     return RollingCache(empty, empty) if rolling else KVCache(empty, empty, jnp.zeros((), jnp.int32))
 
 
-def _rows(y_BTKd: jax.Array, dtype: Any) -> jax.Array:
-    """[B * K, T, d]."""
+def cache_rows(y_BTKd: jax.Array, dtype: Any) -> jax.Array:
+    """Keys or values as the rows [B * K, T, d] of a cache."""
     return y_BTKd.swapaxes(1, 2).reshape(-1, y_BTKd.shape[1], y_BTKd.shape[3]).astype(dtype)
 
 

@@ -16,6 +16,7 @@ from attnlab.mixers.attention import AttentionConfig
 from attnlab.mixers.heads import HeadConfig, RotaryConfig
 
 WIDTH, LENGTH = 16, 11
+CROSS = {"source", "context_width", "rope_context"}  # knobs of what reads a context: tried in test_cross.py
 
 # Row 0: two documents and padding behind. Row 1: padding in front, one document, which is cut by the padding's end.
 SEGMENTS = np.array([[1, 1, 1, 1, 2, 2, 2, 2, 2, 0, 0], [0, 0, 3, 3, 3, 3, 3, 3, 3, 3, 3]], np.int32)
@@ -34,6 +35,8 @@ def configs(name: str) -> dict[str, tuple[Any, bool]]:
     found = {"default": (cls.Config(), True)}
     for field in dataclasses.fields(cls.Config):
         if any(field.name in getattr(base, "__dataclass_fields__", ()) for base in set(cls.Config.__mro__[1:]) - own):
+            continue
+        if field.name in CROSS:
             continue
         for value in field.metadata["other"]:
             found[f"{field.name}={value}"] = (cls.Config(**{field.name: value}), False)

@@ -38,7 +38,7 @@ def test_equals_the_formula():
     x, seq = cases.inputs(jnp.float64)
     y = np.asarray(module(x, seq).y)[0]
     d = module.head_dim
-    q, k, v = (np.asarray(a)[0] for a in module.project(x))
+    q, k, v = (np.asarray(a)[0] for a in (module.queries(x), *module.keys_values(x)))
     rms = lambda a, n: a / np.sqrt((a * a).mean(-1, keepdims=True) + 1e-6) * np.asarray(n.scale[...])
     turned = lambda a: np.asarray(rope(jnp.asarray(a)[None], seq.positions[:1]))[0]
     q, k = turned(rms(q, module.q_norm)), turned(rms(k, module.k_norm))

@@ -183,7 +183,7 @@ def test_norm_router_zeroes_heads_and_passes_gradients_straight_through(router, 
     x, _ = packed()
     seq = mixers.Sequence.whole(*x.shape[:2])
     shared, routed = moh.shared_and_routed(module.config)
-    norm = jnp.linalg.norm(module.core.project(x)[0][:, :, np.asarray(routed)], axis=-1)  # before RoPE
+    norm = jnp.linalg.norm(module.core.queries(x)[:, :, np.asarray(routed)], axis=-1)  # before RoPE
     taken = route.top_k_mask(norm, 2)
     mask = jnp.ones((2, cases.LENGTH, 4)).at[:, :, np.asarray(routed)].set(taken)
     heads = heads_of(module.core, x, seq)
@@ -196,7 +196,7 @@ def test_norm_router_zeroes_heads_and_passes_gradients_straight_through(router, 
     def expected(p):
         """The heads on are weighted by p for the gradient of p, and by their mask for that of all else."""
         m = nnx.merge(graphdef, p)
-        norm = jnp.linalg.norm(m.core.project(x)[0][:, :, np.asarray(routed)], axis=-1)
+        norm = jnp.linalg.norm(m.core.queries(x)[:, :, np.asarray(routed)], axis=-1)
         prob = jax.nn.softmax(norm / jnp.std(norm, axis=-1, ddof=1, keepdims=True), axis=-1)
         o = m.core.heads(x, seq).y
         through = jnp.sum(jax.lax.stop_gradient(_to_heads(m, upstream)) * jax.lax.stop_gradient(o), axis=-1)
