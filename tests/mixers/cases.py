@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from attnlab import mixers
+from attnlab.errors import ConfigError
 from attnlab.mixers.attention import AttentionConfig
 from attnlab.mixers.heads import HeadConfig, RotaryConfig
 
@@ -27,44 +28,65 @@ DOCUMENTS = [(0, 0, 4), (0, 4, 9), (1, 2, 11)]  # row, first, end
 def configs(name: str) -> dict[str, tuple[Any, bool]]:
     """Every config to try, by a readable id, and whether it belongs to the everyday tests.
 
-    The default, each other value of each knob alone, and the combinations that the mixer names. Knobs inherited from
-    another mixer's Config are tried there, those of all attention layers with softmax.
+    The default, the other direction, all other values of all knobs, as many in one config as go together, and the
+    combinations that the mixer names. Knobs inherited from another mixer's Config are tried there, those of all
+    attention layers with softmax.
     """
     cls = mixers.get(name)
     own = {HeadConfig, RotaryConfig} | ({AttentionConfig} if name == "softmax" else set())
-    found = {"default": (cls.Config(), True)}
+    found, knobs = {"default": (cls.Config(), True)}, []
     for field in dataclasses.fields(cls.Config):
-        if any(field.name in getattr(base, "__dataclass_fields__", ()) for base in set(cls.Config.__mro__[1:]) - own):
-            continue
-        if field.name in CROSS:
+        inherited = set(cls.Config.__mro__[1:]) - own
+        if field.name in CROSS or any(field.name in getattr(b, "__dataclass_fields__", ()) for b in inherited):
             continue
         for value in field.metadata["other"]:
-            found[f"{field.name}={value}"] = (cls.Config(**{field.name: value}), False)
-    for fields in cls.variants:
+            if field.name == "causal":
+                found[f"causal={value}"] = (cls.Config(causal=value), False)
+            elif field.name not in ("impl", "decode_impl"):  # laws name implementations themselves
+                knobs.append((field.name, value))
+    for fields in [*_together(cls, knobs), *cls.variants]:
         found[",".join(f"{k}={v}" for k, v in fields.items())] = (cls.Config(**fields), False)
     return found
 
 
-def alone(config: Any) -> bool:
-    """Whether the config is another value of one knob, the direction apart: not the default nor a named combination."""
+def _together(cls: type[mixers.Mixer], knobs: list[tuple[str, Any]]) -> list[dict[str, Any]]:
+    """The knobs' values in few configs. What turns something off stands apart from what it would hide."""
+    groups: list[dict[str, Any]] = []
+    for name, value in knobs:
+        for fields in groups:
+            if name not in fields and bool(value) == bool(next(iter(fields.values()))):
+                try:
+                    config = cls.Config(**fields, **{name: value})
+                    getattr(config, "head_dim", int)(WIDTH)  # which refuses what does not divide the width
+                except ConfigError:
+                    continue
+                fields[name] = value
+                break
+        else:
+            groups.append({name: value})
+    return groups
+
+
+def of_knobs(config: Any) -> bool:
+    """Whether the config is other values of knobs, the direction apart: not the default nor a named combination."""
     cls = mixers.get(config.node_name)
     named = [cls.Config(), *(cls.Config(**fields) for fields in cls.variants)]
     return config not in named and config.causal == named[0].causal
 
 
-def parameters(knobs_alone: bool = True, combinations: bool = True) -> list[Any]:
+def parameters(knobs: bool = True, combinations: bool = True) -> list[Any]:
     """pytest parameters `config` for all mixers.
 
     Args:
-      knobs_alone: whether each other value of a knob by itself is tried, too, or only the default, the combinations
-        that the mixer names, and the other direction.
+      knobs: whether other values of knobs are tried, too, or only the default, the combinations that the mixer names,
+        and the other direction.
       combinations: whether these combinations are tried.
     """
     return [
         pytest.param(config, id=f"{name}-{label}", marks=() if everyday else pytest.mark.slow)
         for name in mixers.names()
         for label, (config, everyday) in configs(name).items()
-        if knobs_alone or everyday or (not alone(config) and (combinations or label.startswith("causal=")))
+        if knobs or everyday or (not of_knobs(config) and (combinations or label.startswith("causal=")))
     ]
 
 

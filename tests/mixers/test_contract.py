@@ -22,11 +22,11 @@ from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
 from tests.mixers import cases, flops, precision, uses
 
-# A knob alone is held to the definition, on packed documents; most else is tried in the default, the combinations and
+# Knobs are held to the definition, on packed documents; most else is tried in the default, the combinations and
 # both directions; what no combination decides, in both directions.
 every_config = pytest.mark.parametrize("config", cases.parameters())
-some_configs = pytest.mark.parametrize("config", cases.parameters(knobs_alone=False))
-few_configs = pytest.mark.parametrize("config", cases.parameters(knobs_alone=False, combinations=False))
+some_configs = pytest.mark.parametrize("config", cases.parameters(knobs=False))
+few_configs = pytest.mark.parametrize("config", cases.parameters(knobs=False, combinations=False))
 KEPT_AS_GIVEN = {"k", "v", "keys", "values", "cache", "tail"}  # parts of states that hold inputs, not sums
 CUTS = ([1] * cases.LENGTH, [3, 1, 5, 2])  # few lengths: each is compiled once
 
@@ -83,9 +83,9 @@ def kernels(cls):
 
 @every_config
 def test_definition(config, x64):
-    """Laws 1 and 7: each implementation equals the definition in float64, value and gradients (a knob alone: value)."""
+    """Laws 1 and 7: each implementation equals the definition in float64, value and gradients (other knobs: value)."""
     x, seq = cases.inputs(jnp.float64)
-    run = call if cases.alone(config) else value_and_gradients
+    run = call if cases.of_knobs(config) else value_and_gradients
     results = {}
     for impl in implementations(config):
         graphdef, params = cases.split(cases.module(dataclasses.replace(config, impl=impl), jnp.float64))
@@ -196,7 +196,7 @@ def test_overflow(config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", cases.parameters(knobs_alone=False))
+@pytest.mark.parametrize("config", cases.parameters(knobs=False))
 def test_overflow_in_every_implementation(config):
     """Law 10, each implementation by its name."""
     for impl in everywhere(mixers.get(config.node_name)):

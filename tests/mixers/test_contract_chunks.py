@@ -19,7 +19,7 @@ from attnlab import mixers
 from tests.mixers import cases
 from tests.mixers import test_contract as battery
 
-configs = pytest.mark.parametrize("config", cases.parameters(knobs_alone=False, combinations=False))
+configs = pytest.mark.parametrize("config", cases.parameters(knobs=False, combinations=False))
 # Those whose blocks and caches are softmax attention's take long to compile again.
 own_chunks = pytest.mark.parametrize(
     "config",
@@ -27,7 +27,7 @@ own_chunks = pytest.mark.parametrize(
         pytest.param(
             *p.values, id=p.id, marks=pytest.mark.slow if p.id.startswith(("gated-", "parallax-")) else p.marks
         )
-        for p in cases.parameters(knobs_alone=False, combinations=False)
+        for p in cases.parameters(knobs=False, combinations=False)
     ],
 )
 
