@@ -20,7 +20,8 @@ from attnlab.models.transformer import mixer_table
 from attnlab.train.state import Model
 from tests.mixers import cases
 
-# Mixer -> role -> parameters, over all its configs; `.kernel` of matrices and `.scale` of norms left out.
+# Mixer -> role -> parameters, over all its configs; `.kernel` of matrices and `.scale` of norms left out, and the
+# `.bias` of projections and norms (test_heads.py has those of projections).
 _QKVO = "q k v out"
 ROLES = {
     "agent": {
@@ -42,7 +43,7 @@ ROLES = {
     },
     "parallax": {"matrix": f"{_QKVO} r", "scale": "q_norm k_norm r_norm"},
     "rat": {"matrix": f"{_QKVO} g z", "bias": "gate_bias"},
-    "softmax": {"matrix": _QKVO, "bias": "sinks", "scale": "q_norm k_norm"},
+    "softmax": {"matrix": _QKVO, "bias": "sinks", "scale": "q_norm k_norm temperature"},
     "titans": {
         "matrix": "attention.q attention.k attention.v between gate memory.gates memory.qkv mixed.attention.q "
         "mixed.attention.k mixed.attention.v mixed.memory.gates mixed.memory.qkv mixed.query mixed.retrieved out",
@@ -50,7 +51,7 @@ ROLES = {
         "bias": "memory.gate_bias mixed.memory.gate_bias",
         "scale": "attention_norm memory_norm",
         "tokens": "attention.persistent mixed.attention.persistent",
-        "memory": "memory.layer_0 memory.layer_1 mixed.memory.layer_0",
+        "memory": "memory.layer_0 memory.layer_1 memory.norm_gain mixed.memory.layer_0",
     },
 }  # fmt: skip
 
@@ -76,6 +77,9 @@ def test_roles_of_every_parameter(name):
     for config, _ in cases.configs(name).values():
         module = nnx.eval_shape(lambda c=config: mixers.build(c, width=cases.WIDTH, rngs=nnx.Rngs(0)))
         for parameter, usage in by_name(nnx.state(module, nnx.Param)).items():
+            if parameter.endswith(".bias"):
+                assert usage.role is Role.BIAS
+                continue
             found.setdefault(usage.role.value, set()).add(parameter)
             fused |= {parameter} if usage.fused else set()
     assert found == {role: set(names.split()) for role, names in ROLES[name].items()}
