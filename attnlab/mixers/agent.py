@@ -147,7 +147,7 @@ class Agent(HeadMixer):
 
     def __init__(self, config: AgentConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         super().__init__(config, width=width, rngs=rngs, dtype=dtype)
-        make = Projections(width, rngs=rngs, dtype=dtype, bias=config.bias)
+        make = Projections(config, width, rngs=rngs, dtype=dtype)
         inner, kind = config.heads * self.head_dim, param_dtype(dtype)
         self.q, self.k, self.v = (make.qkv(inner) for _ in range(3))
         self.out = make.out(inner)

@@ -90,7 +90,7 @@ class Attention(HeadMixer):
 
     def __init__(self, config: AttentionConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         super().__init__(config, width=width, rngs=rngs, dtype=dtype)
-        make = Projections(width, rngs=rngs, dtype=dtype, bias=config.bias)
+        make = Projections(config, width, rngs=rngs, dtype=dtype)
         inner = config.heads * self.head_dim
         self.q = make.qkv(inner)
         columns, fan_in = config.key_heads * self.head_dim, config.read_width(width)

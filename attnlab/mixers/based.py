@@ -88,7 +88,7 @@ class Based(HeadMixer):
 
     def __init__(self, config: BasedConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         super().__init__(config, width=width, rngs=rngs, dtype=dtype)
-        make, inner = Projections(width, rngs=rngs, dtype=dtype, bias=config.bias), config.heads * self.head_dim
+        make, inner = Projections(config, width, rngs=rngs, dtype=dtype), config.heads * self.head_dim
         self.q, self.k = (make.qkv(config.heads * config.feature_width) for _ in range(2))
         self.v = make.qkv(inner)
         self.out = make.out(inner)

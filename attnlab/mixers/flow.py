@@ -83,7 +83,7 @@ class Flow(HeadMixer):
 
     def __init__(self, config: FlowConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         super().__init__(config, width=width, rngs=rngs, dtype=dtype)
-        make, inner = Projections(width, rngs=rngs, dtype=dtype, bias=config.bias), config.heads * self.head_dim
+        make, inner = Projections(config, width, rngs=rngs, dtype=dtype), config.heads * self.head_dim
         self.q, self.k, self.v = (make.qkv(inner) for _ in range(3))
         self.out = make.out(inner)
 

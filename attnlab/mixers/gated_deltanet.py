@@ -123,7 +123,7 @@ class GatedDeltaNet(HeadMixer):
         self.value_dim = config.value_dim(width)
         self.key_heads = config.key_heads or config.heads
         keys, values = self.key_heads * self.head_dim, config.heads * self.value_dim
-        make = Projections(width, rngs=rngs, dtype=dtype, bias=config.bias)
+        make = Projections(config, width, rngs=rngs, dtype=dtype)
         self.q, self.k, self.v = make.qkv(keys), make.qkv(keys), make.qkv(values)
         if config.conv > 1:
             bound, shape = 1 / math.sqrt(config.conv), (config.conv, 2 * keys + values)

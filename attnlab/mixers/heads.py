@@ -176,8 +176,8 @@ class Projections:
     `make.qkv` is as `make`; it, and `make.out`, add a bias where the layer's knob `bias` says so.
     """
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs, dtype: Any, bias: str):
-        self.width, self.rngs, self.dtype, self.bias = width, rngs, dtype, bias
+    def __init__(self, config: HeadConfig, width: int, *, rngs: nnx.Rngs, dtype: Any):
+        self.width, self.rngs, self.dtype, self.bias = width, rngs, dtype, config.bias
 
     def __call__(self, columns: int, axis: str = "heads", fan_in: int | None = None, **options: Any) -> Linear:
         """Of x [..., D], or of what is `fan_in` wide, to [..., columns]."""

@@ -102,7 +102,7 @@ class Lightning(HeadMixer):
     def __init__(self, config: LightningConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         super().__init__(config, width=width, rngs=rngs, dtype=dtype)
         inner, rank = config.heads * self.head_dim, config.gate_rank or self.head_dim
-        make = Projections(width, rngs=rngs, dtype=dtype, bias=config.bias)
+        make = Projections(config, width, rngs=rngs, dtype=dtype)
         self.q, self.k, self.v = (make.qkv(inner) for _ in range(3))
         self.gate_down = make(rank, "gates")
         self.gate_up = Linear(rank, inner, ("gates", "heads"), rngs=rngs, dtype=dtype)

@@ -51,7 +51,7 @@ class Parallax(Attention):
 
     def __init__(self, config: ParallaxConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         super().__init__(config, width=width, rngs=rngs, dtype=dtype)
-        make = Projections(width, rngs=rngs, dtype=dtype, bias=config.bias)
+        make = Projections(config, width, rngs=rngs, dtype=dtype)
         self.r = make.qkv(config.heads * self.head_dim)
         if config.qk_norm:
             self.r_norm = head_norm(config.qk_norm, self.head_dim, dtype)

@@ -108,7 +108,7 @@ class RAT(HeadMixer):
     def __init__(self, config: RATConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         super().__init__(config, width=width, rngs=rngs, dtype=dtype)
         inner, shared = config.heads * self.head_dim, config.groups * self.head_dim
-        make = Projections(width, rngs=rngs, dtype=dtype, bias=config.bias)
+        make = Projections(config, width, rngs=rngs, dtype=dtype)
         self.z, self.v, self.g = make(inner), make.qkv(inner), make(inner)
         self.q, self.k = (make.qkv(shared, "kv_heads") for _ in range(2))
         # exp(b) is uniform in [1, L - 1]: averages reach back over about so many positions.

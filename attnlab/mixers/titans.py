@@ -146,7 +146,7 @@ class Titans(HeadMixer):
     def __init__(self, config: TitansConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         super().__init__(config, width=width, rngs=rngs, dtype=dtype)
         d, variant = self.head_dim, config.variant
-        make, total = Projections(width, rngs=rngs, dtype=dtype, bias=config.bias), config.heads * d
+        make, total = Projections(config, width, rngs=rngs, dtype=dtype), config.heads * d
         if variant == "mac":
             self.mixed = SegmentedMemory(config, width, d, rngs=rngs, dtype=dtype)
         else:
