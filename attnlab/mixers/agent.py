@@ -53,7 +53,7 @@ class AgentConfig(HeadConfig):
         other=(4,),
         least=1,
     )
-    impl: str = impl_knob(AGENT_ATTENTION.names())
+    impl: str = impl_knob(AGENT_ATTENTION)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -24,6 +24,7 @@ from attnlab import config as config_lib
 from attnlab.errors import UnsupportedPattern
 from attnlab.mixers import roles
 from attnlab.mixers.sequence import Context, Sequence
+from attnlab.ops.dispatch import Op
 from attnlab.registry import Registry
 
 State = Any  # a pytree of arrays
@@ -92,7 +93,7 @@ def knob(
     least: float | None = None,
     above: float | None = None,
     below: float | None = None,
-    choices: Collection[str] | None = None,
+    choices: Collection[str] | Callable[[], Collection[str]] | None = None,
     build: Callable[[Any, str], Any] | None = None,
 ) -> Any:
     """A documented field of a mixer's Config.
@@ -103,7 +104,7 @@ def knob(
       other: values that differ from the default and must make a difference; the contract battery tries each of them.
       least, above, below: bounds of a number: `least` and more, more than `above`, less than `below`. None, where the
         field may be, passes.
-      choices: the strings that are allowed.
+      choices: the strings that are allowed, or what gives them.
       build: `(tree, path)` to the value, where a config node stands here; None: the value is of the annotated type.
     """
     metadata = {"doc": doc, "other": other, "least": least, "above": above, "below": below}
@@ -111,9 +112,9 @@ def knob(
     return dataclasses.field(default=default, metadata=metadata | ({"build": build} if build else {}))
 
 
-def impl_knob(names: Collection[str], *, default: str = "auto", doc: str = "implementation of the op") -> Any:
-    """The knob `impl` of a mixer: one of the op's `names`; `doc` is completed by them."""
-    return knob(default, f"{doc}: {', '.join(names)}", other=("definition",), choices=names)
+def impl_knob(op: Op, *, default: str = "auto", doc: str = "implementation of the op") -> Any:
+    """The knob `impl` of a mixer: one of the op's names, also of those that enter its table later."""
+    return knob(default, f"{doc}: {', '.join(op.names())}", other=("definition",), choices=op.names)
 
 
 _BOUNDS = (("least", operator.ge, "{} or more"), ("above", operator.gt, "above {}"), ("below", operator.lt, "below {}"))
@@ -140,8 +141,8 @@ class MixerConfig:
                 allowed = ", ".join(said.format(bound) for bound, _, said in bounds) + ", or none" * optional
                 inside = finite and all(holds(value, bound) for bound, holds, _ in bounds)
                 config_lib.require(inside, field.name, value, allowed)
-            if facts.get("choices") is not None:
-                config_lib.require_choice(field.name, value, list(facts["choices"]))
+            if (choices := facts.get("choices")) is not None:
+                config_lib.require_choice(field.name, value, list(choices() if callable(choices) else choices))
 
 
 class Mixer(nnx.Module):

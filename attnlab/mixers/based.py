@@ -55,7 +55,7 @@ class BasedConfig(HeadConfig):
     )
     epsilon: float = knob(1e-12, "added to the denominator, which is at least 1/2", other=(0.5,), least=0)
     chunk: int = knob(64, "positions computed as one product; changes only speed and memory", other=(4,), least=1)
-    impl: str = impl_knob(LINEAR_RECURRENCE.names())
+    impl: str = impl_knob(LINEAR_RECURRENCE)
 
     def feature_count(self) -> int:
         """Width of queries and keys after the feature map."""

@@ -44,7 +44,7 @@ class FlowConfig(HeadConfig):
         choices=("sums", "averages"),
     )
     chunk: int = knob(64, "positions in a chunk; changes only time and memory", other=(4,), least=1)
-    impl: str = impl_knob(op.FLOW_ATTENTION.names())
+    impl: str = impl_knob(op.FLOW_ATTENTION)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -43,7 +43,7 @@ class GatedDeltaNetConfig(HeadConfig):
     gate: bool = knob(True, "multiply the normed outputs by silu(x W_g)", other=(False,))
     decay: bool = knob(True, "let the memory decay; false: DeltaNet", other=(False,))
     chunk: int = knob(64, "positions computed at once in training", other=(4,), least=1)
-    impl: str = impl_knob(DELTA_RULE.names())
+    impl: str = impl_knob(DELTA_RULE)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -67,7 +67,7 @@ class LightningConfig(HeadConfig):
         None, "r in the output's gate sigmoid(x W [D, r] W [r, H d]); none: d", other=(2,), least=1
     )
     chunk: int = knob(64, "positions computed as one product; changes only speed and memory", other=(4,), least=1)
-    impl: str = impl_knob(LINEAR_RECURRENCE.names())
+    impl: str = impl_knob(LINEAR_RECURRENCE)
 
 
 def slopes(heads: int, form: str = "geometric") -> jax.Array:

@@ -71,7 +71,7 @@ class LocalLinearConfig(AttentionConfig):
         least=1,
     )
     impl: str = impl_knob(
-        LOCAL_LINEAR.names(), doc="cg stops when a block of rows is done, cg_fixed after `iterations`; one of"
+        LOCAL_LINEAR, doc="cg stops when a block of rows is done, cg_fixed after `iterations`; one of"
     )
 
     def __post_init__(self) -> None:

@@ -29,7 +29,7 @@ class ParallaxConfig(AttentionConfig):
         "of each head's queries, probes and keys, before RoPE; true: RMSNorm; layer: LayerNorm",
         other=(False, "layer"),
     )
-    impl: str = impl_knob(PARALLAX.names())
+    impl: str = impl_knob(PARALLAX)
 
 
 @register("parallax")

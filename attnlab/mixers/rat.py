@@ -29,7 +29,7 @@ class RATConfig(RotaryConfig):
         16, "positions in a chunk, L; 1: attention over all; the length: no attention", other=(3, 1), least=1
     )
     groups: int = knob(2, "projections of queries and of keys; head h has number h mod groups", other=(1,))
-    impl: str = impl_knob(SEGMENTED_EMA.names())
+    impl: str = impl_knob(SEGMENTED_EMA)
 
     def __post_init__(self) -> None:
         super().__post_init__()

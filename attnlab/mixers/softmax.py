@@ -25,8 +25,8 @@ class SoftmaxConfig(CrossConfig):
 
     sinks: bool = knob(False, "a learned logit per head that takes weight and gives nothing", other=(True,))
     soft_cap: float | None = knob(None, "c in c * tanh(logits / c); none: no cap", other=(2.0,), above=0)
-    impl: str = impl_knob(ATTENTION.names())
-    decode_impl: str = impl_knob(CACHED_ATTENTION.names(), doc="implementation of the op over a cache")
+    impl: str = impl_knob(ATTENTION)
+    decode_impl: str = impl_knob(CACHED_ATTENTION, doc="implementation of the op over a cache")
 
 
 @register("softmax")

@@ -71,7 +71,7 @@ class TitansConfig(HeadConfig):
     rope_base: float | None = knob(
         10_000.0, "base of attention's rotary embedding; none: no positions", other=(None,), above=1
     )
-    impl: str = impl_knob(NEURAL_MEMORY.names(), default="chunked", doc="implementation of the memory")
+    impl: str = impl_knob(NEURAL_MEMORY, default="chunked", doc="implementation of the memory")
 
     def __post_init__(self) -> None:
         super().__post_init__()
