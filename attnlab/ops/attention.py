@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from attnlab.ops import attention_splash, attention_xla
+from attnlab.ops import attention_cudnn, attention_splash, attention_xla
 from attnlab.ops.attention_frame import AttentionSpec, attend, check_shapes, over_devices
 from attnlab.ops.dispatch import Implementation, Op
 from attnlab.ops.masks import Mask
@@ -74,8 +74,14 @@ ATTENTION = Op(
             split=attention_splash.over_devices,
             kernel_flops=attention_splash.kernel_flops,
         ),
+        "cudnn": Implementation(
+            attention_cudnn.attention,
+            attention_cudnn.unsupported,
+            platforms=("gpu",),
+            kernel_flops=attention_cudnn.kernel_flops,
+        ),
     },
-    preference=("splash", "xla"),
+    preference=("splash", "cudnn", "xla"),
     split=over_devices,
 )
 ATTENTION_WITH_LSE = Op(
