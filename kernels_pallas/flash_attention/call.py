@@ -1,0 +1,22 @@
+"""What the kernels of all platforms are told."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+LOG2E = math.log2(math.e)
+NOTHING = 1e30  # lse2, for the backward, of a row that sees nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What is static, as given to `flash_attention`."""
+
+    platform: str
+    scale: float
+    soft_cap: float | None
+    interpret: Any
+    blocks: Any
+    deterministic: bool
