@@ -39,8 +39,9 @@ def visible(starts: jax.Array | None, ends: jax.Array | None, rows: int, keys: i
 def tile_ranges(starts: jax.Array, ends: jax.Array, rows: int, keys: int) -> jax.Array:
     """Which tiles of `keys` keys each tile of `rows` rows meets, [B, N, 4]: (first, full, full_end, end).
 
-    Row tile `n` meets no key tile outside [first, end); those in [full, full_end) are full: every row that sees
-    anything sees all of the tile. The others are partial; some of them may be empty where intervals leave gaps.
+    Row tile `n` meets no key tile outside [first, end). Starts hide keys in tiles before `full` alone, ends in tiles
+    from `full_end` on alone: those in [full, full_end) are full, all rows that see anything see all of the tile. The
+    others are partial; some of them may be empty where intervals leave gaps. `full_end < full` is possible.
 
     Args:
       starts, ends: from `intervals`, [B, T], `T % rows == 0`.
@@ -57,7 +58,7 @@ def tile_ranges(starts: jax.Array, ends: jax.Array, rows: int, keys: int) -> jax
     first = jnp.where(any_row, low // keys, 0)
     end = jnp.where(any_row, -(-high // keys), 0)
     full = jnp.clip(-(-last_start // keys), first, end)
-    full_end = jnp.clip(first_end // keys, full, end)
+    full_end = jnp.clip(first_end // keys, first, end)
     return jnp.stack([first, full, full_end, end], -1)
 
 

@@ -67,7 +67,7 @@ def flash_attention(
         raise ValueError(f"flash_attention: no kernel for platform {platform!r}; allowed: {', '.join(PLATFORMS)}")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     soft_cap = None if soft_cap is None else float(soft_cap)
-    call = Call(platform, scale, soft_cap, interpret, blocks, deterministic)
+    call = Call(platform, scale, soft_cap, interpret, blocks, deterministic, starts is not None, ends is not None)
     return attention(call, q, k, v, starts, ends, sinks, gate, key_bias)
 
 

@@ -12,7 +12,7 @@ NOTHING = 1e30  # lse2, for the backward, of a row that sees nothing
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What is static, as given to `flash_attention`."""
+    """What is static, as given to `flash_attention`; `low`, `high`: whether there are starts, and ends."""
 
     platform: str
     scale: float
@@ -20,3 +20,5 @@ class Call:
     interpret: Any
     blocks: Any
     deterministic: bool
+    low: bool
+    high: bool
