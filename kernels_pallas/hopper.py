@@ -100,7 +100,9 @@ class Device:
     def kernel(self, body: Callable[..., None], **options: Any) -> Callable[..., Any]:
         return plgpu.kernel(body, compiler_params=_params(), interpret=self.interpret, **options)
 
-    def kernel_into(self, total: Any, body: Callable[..., None], *, out_type: Any, scratch_types: Any, **mesh: Any) -> Any:
+    def kernel_into(
+        self, total: Any, body: Callable[..., None], *, out_type: Any, scratch_types: Any, **mesh: Any
+    ) -> Any:
         """A kernel whose last operand is a Ref, `total`, that its blocks add to. jax 0.10 has it in another form."""
         if _RECENT:
             run = self.kernel(body, out_type=out_type, scratch_types=scratch_types, **mesh)

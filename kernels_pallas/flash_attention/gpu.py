@@ -66,7 +66,8 @@ def backward(call: Call, q, k, v, bounds, key_bias, do, lse2, delta):
     width = 128 if wide or max(d, e) > 64 else 64
     q, k, v, do = (_padded(x, n, width) for x, n in ((q, rows), (k, keys), (v, keys), (do, rows)))
     more = (0, 0), (0, 0), (0, q.shape[1] - T)
-    stats = jnp.stack([jnp.pad(lse2, more, constant_values=NOTHING), jnp.pad(delta, more)], 2)
+    lse2, delta = jnp.pad(lse2, more, constant_values=NOTHING), jnp.pad(delta, more)
+    stats = gpu_backward.statistics(lse2, delta, call.scale, call.soft_cap)
     options = {"scale": call.scale, "soft_cap": call.soft_cap, "wide": wide}
     arrays, bias = (device, q, k, v, do, stats, bounds), _bias(key_bias, keys)
     if split:

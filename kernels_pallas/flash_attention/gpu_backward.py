@@ -22,19 +22,25 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import hopper, masks
 from kernels_pallas.flash_attention.call import LOG2E
-from kernels_pallas.hopper import COLUMNS, ROWS, by_column, by_row, remainder
+from kernels_pallas.hopper import COLUMNS, ROWS, by_column, by_row
 
 HIDDEN = -1e30  # what the accumulator of a hidden score starts at: exp2 of it is 0, whatever the product adds
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """Tile sizes: rows of a tile, keys of a block, tiles of q and of do in flight."""
+    """Tile sizes: rows of a tile, keys of a block. Two tiles of rows are in flight."""
 
     rows: int = 64
     keys: int = 128
-    stages: int = 2
-    do_stages: int = 2
+
+
+def statistics(lse2: jax.Array, delta: jax.Array, scale: float, soft_cap: float | None) -> jax.Array:
+    """[B, H, 2, T]: what the accumulators of the scores and of dp start at, of rows with this log-sum-exp and delta.
+
+    With a cap, what the capped score starts at, in log2 units.
+    """
+    return jnp.stack([-lse2 if soft_cap is not None else lse2 * (-1 / (scale * LOG2E)), -delta], 2)
 
 
 def row_ranges(bounds: tuple[jax.Array, jax.Array], blocks: Blocks, keys: int) -> jax.Array:
@@ -70,7 +76,7 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """dk, dv, and dbias [B, K, S] (None without a bias); adds to the Ref `dq`, float32, what is to be scaled.
 
-    stats: [B, H, 2, T], the log-sum-exp in log2 units and delta. bias: [B, K or 1, S] float32, log2 units; its gradient
+    stats: from `statistics`. bias: [B, K or 1, S] float32, log2 units; its gradient
     is that of the logit.
     """
     (B, T, H, d), (S, K, e) = q.shape, v.shape[1:]
@@ -82,7 +88,7 @@ def backward(
         scratch_types=launch.scratch(bounds is not None, bias is not None),
         grid=(S // blocks.keys, K, B),
         grid_names=("j", "h", "b"),
-        num_threads=2 + launch.copier,
+        num_threads=2,
         thread_name="wg",
     )
     run = device.kernel_into(dq, launch.body, **options) if fused else device.kernel(launch.body, **options)
@@ -108,12 +114,6 @@ class _Backward:
     wide: bool
 
     @property
-    def copier(self) -> bool:
-        """Whether a third warpgroup copies. Where the two meet in every step, one of them can: each then has 255
-        registers, not 240."""
-        return not self.fused
-
-    @property
     def own(self) -> tuple[int, int, int]:
         """Keys, and the widths of dk and dv, of a warpgroup."""
         if self.wide:
@@ -134,19 +134,16 @@ class _Backward:
         return {
             "k_s": tiles((b.keys, self.d), self.dtype),
             "v_s": tiles((b.keys, self.e), self.dtype),
-            "q_s": tiles((b.stages, b.rows, self.d), self.dtype),
-            "do_s": tiles((b.do_stages, b.rows, self.e), self.dtype),
-            "stats_s": plgpu.SMEM((b.stages, 2, b.rows), jnp.float32),
-            "intervals_s": plgpu.SMEM((b.stages, 2, b.rows), jnp.int32) if masked else None,
+            "q_s": tiles((2, b.rows, self.d), self.dtype),
+            "do_s": tiles((2, b.rows, self.e), self.dtype),
+            "stats_s": plgpu.SMEM((2, 2, b.rows), jnp.float32),
+            "intervals_s": plgpu.SMEM((2, 2, b.rows), jnp.int32) if masked else None,
             "ds_s": tiles((2, b.keys, b.rows), self.dtype) if self.fused else None,
             "dq_s": tiles((2, *self.dq_tile), jnp.float32) if self.fused else None,
             "dbias_s": plgpu.SMEM((2, self.own[0]), jnp.float32) if biased else None,
             "keys_here": bars(1 if self.wide else 2, 2),
-            "q_here": bars(b.stages, 2 + masked),
-            "do_here": bars(b.do_stages),
-            "q_free": bars(b.stages, 2) if self.copier else None,
-            "do_free": bars(b.do_stages, 2) if self.copier else None,
-            "meeting": bars(1, 2) if self.fused or self.wide else None,
+            "rows_here": bars(2, 3 + masked),
+            "meeting": bars(1, 2),
         }
 
     def body(self, q, k, v, do, stats, intervals, tiles, bias, *rest: Any, **scratch: Any) -> None:
@@ -163,47 +160,29 @@ class _Backward:
             first_key=j * self.blocks.keys + (0 if self.wide else wg * keys), **scratch,
         )  # fmt: skip
         t.ks, t.vs = (t.k_s, t.v_s) if self.wide else (t.k_s.at[part], t.v_s.at[part])
-        pl.when(wg < 2)(lambda: self.compute(t))
-        if self.copier:
-            pl.when(wg == 2)(lambda: self.copy(t))
+        self.compute(t)
 
-    def count(self, t: Any, g: Any, i: jax.Array) -> jax.Array:
-        """How many tiles come before tile i of the group's g-th head."""
-        return g * (t.end - t.first) + i - t.first
-
-    def copy(self, t: Any) -> None:
-        """The third warpgroup: fills the rings of q and do."""
-        self.device.set_registers(hopper.REGISTERS[1], action="decrease")
-        pl.loop(0, self.group)(lambda g: pl.loop(t.first, t.end)(lambda i: self.fetch(t, g, i)))
-        count = self.group * (t.end - t.first)
-        for stages, free in ((self.blocks.stages, t.q_free), (self.blocks.do_stages, t.do_free)):
-            drain = pl.loop(lax.max(count - stages, 0), count)
-            drain(lambda n, free=free, stages=stages: plgpu.barrier_wait(free.at[remainder(n, stages)]))
+    def slot(self, t: Any, g: Any, i: Any) -> jax.Array:
+        """Which of two places tile i of the group's g-th head has: that of an even or an odd number of tiles before."""
+        return (g * (t.end - t.first) + i - t.first) & 1
 
     def fetch(self, t: Any, g: Any, i: jax.Array) -> None:
         """Copies tile i of the group's g-th head, with its statistics and intervals."""
-        b, n = self.blocks, self.count(t, g, i)
-        at, do_at = remainder(n, b.stages), remainder(n, b.do_stages)
-        head, rows = t.h * self.group + g, pl.ds(i * b.rows, b.rows)
-        if self.copier:
-            pl.when(n >= b.stages)(lambda: plgpu.barrier_wait(t.q_free.at[at]))
-        plgpu.copy_gmem_to_smem(t.q.at[t.b, rows, head], t.q_s.at[at], t.q_here.at[at])
-        plgpu.copy_gmem_to_smem(t.stats.at[t.b, head, :, rows], t.stats_s.at[at], t.q_here.at[at])
+        at, head, rows = self.slot(t, g, i), t.h * self.group + g, pl.ds(i * self.blocks.rows, self.blocks.rows)
+        copy = lambda source, target: plgpu.copy_gmem_to_smem(source, target.at[at], t.rows_here.at[at])
+        copy(t.q.at[t.b, rows, head], t.q_s)
+        copy(t.stats.at[t.b, head, :, rows], t.stats_s)
         if t.intervals is not None:
-            plgpu.copy_gmem_to_smem(t.intervals.at[t.row, :, rows], t.intervals_s.at[at], t.q_here.at[at])
-        if self.copier:
-            pl.when(n >= b.do_stages)(lambda: plgpu.barrier_wait(t.do_free.at[do_at]))
-        plgpu.copy_gmem_to_smem(t.do.at[t.b, rows, head], t.do_s.at[do_at], t.do_here.at[do_at])
+            copy(t.intervals.at[t.row, :, rows], t.intervals_s)
+        copy(t.do.at[t.b, rows, head], t.do_s)
 
     def meet(self, t: Any) -> None:
         plgpu.barrier_arrive(t.meeting)
         plgpu.barrier_wait(t.meeting)
 
     def compute(self, t: Any) -> None:
-        """A computing warpgroup."""
+        """A warpgroup."""
         keys, d, e = self.own
-        if self.copier:
-            self.device.set_registers(hopper.REGISTERS[0], action="increase")
         here = t.keys_here.at[0 if self.wide else t.wg]
 
         @pl.when((t.wg == 0) | (not self.wide))
@@ -211,8 +190,7 @@ class _Backward:
             for source, target in ((t.k, t.ks), (t.v, t.vs)):
                 plgpu.copy_gmem_to_smem(source.at[t.b, pl.ds(t.first_key, keys), t.h], target, here)
 
-        if not self.copier:
-            pl.when((t.wg == 0) & (t.end > t.first))(lambda: self.fetch(t, jnp.int32(0), t.first))
+        pl.when((t.wg == 0) & (t.end > t.first))(lambda: self.fetch(t, jnp.int32(0), t.first))
         t.key_bias = None
         if t.bias is not None:
             row = t.bias.at[t.b, t.h if t.bias.shape[1] > 1 else t.h & 0, pl.ds(t.first_key, keys)]
@@ -235,12 +213,10 @@ class _Backward:
 
     def step(self, t: Any, g: jax.Array, i: jax.Array, dk: Any, dv: Any, dbias: Any) -> None:
         """The products of a tile of rows with the block's keys: scores, dp, and what they add to dv, dk and dq."""
-        device, b, n = self.device, self.blocks, self.count(t, g, i)
-        at, do_at = remainder(n, b.stages), remainder(n, b.do_stages)
-        q, do = t.q_s.at[at], t.do_s.at[do_at]
+        device, at = self.device, self.slot(t, g, i)
+        q, do = t.q_s.at[at], t.do_s.at[at]
         own = lambda x, width: x.at[:, pl.ds(t.wg * width, width)] if self.wide else x
-        plgpu.barrier_wait(t.q_here.at[at])
-        plgpu.barrier_wait(t.do_here.at[do_at])
+        plgpu.barrier_wait(t.rows_here.at[at])
         dp, slope, weights = self.scores(t, i, at, q, do)
         device.wgmma(dv, weights, own(do, self.own[2]))
         slope = slope.astype(jnp.float32) * dp
@@ -249,22 +225,20 @@ class _Backward:
             dbias[...] = dbias[...] + grad.sum(axis=1)
         ds = slope.astype(self.dtype)
         if self.fused:
-            shared = t.ds_s.at[remainder(n, 2)]  # two, so that one meeting a step is enough
+            shared = t.ds_s.at[at]  # one of two, so that one meeting a step is enough
             shared.at[t.part][...] = ds
             plgpu.commit_smem()
-            plgpu.barrier_arrive(t.meeting)
+        plgpu.barrier_arrive(t.meeting)
         device.wgmma(dk, ds, own(q, self.own[1]))
+        plgpu.barrier_wait(t.meeting)  # both are done with the tile before, and with ds
+        last = (i + 1 == t.end).astype(jnp.int32)
+        following = lambda: self.fetch(t, g + last, i + 1 - last * (t.end - t.first))
+        pl.when((t.wg == 0) & (g + last < self.group))(following)
         if self.fused:
-            plgpu.barrier_wait(t.meeting)
-            last = (i + 1 == t.end).astype(jnp.int32)
-            following = lambda: self.fetch(t, g + last, i + 1 - last * (t.end - t.first))
-            pl.when((t.wg == 0) & (g + last < self.group))(following)
             self.add_dq(t, i, t.h * self.group + g, shared)
         else:
             device.wgmma_wait(0)
             plgpu.commit_smem()  # orders the plain reads of statistics and intervals before the next copy over them
-            plgpu.barrier_arrive(t.do_free.at[do_at])
-            plgpu.barrier_arrive(t.q_free.at[at])
 
     def scores(self, t: Any, i: jax.Array, at: jax.Array, q: Any, do: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         """dp less delta, by what it makes the gradient of the product `k . q` (less the scale), and the weights."""
@@ -272,7 +246,7 @@ class _Backward:
         factor = self.scale * LOG2E if cap is None else 1.0
         statistic = lambda x: by_column(device.load(t.stats_s.at[at, x], COLUMNS), shape)
         # Less the log-sum-exp, less delta, hidden: the accumulators start so, and nothing is left to do afterwards.
-        start = statistic(0) * (-1 / factor) if cap is None else device.zeros(*shape)
+        start = statistic(0) if cap is None else device.zeros(*shape)
         if t.key_bias is not None and cap is None:
             start = start + by_row(t.key_bias * (1 / factor), shape)
         if t.intervals is not None:
@@ -285,17 +259,23 @@ class _Backward:
 
             start = lax.cond((i < t.full) | (i >= t.full_end), hidden, lambda: start)
 
+        keys, values = t.ks, t.vs
+        if not self.wide and t.tiles is not None:
+            # The minimum is 0, which no compiler knows: it would keep every operand's address in registers otherwise.
+            part = pl.ds((t.wg + lax.min(i, 0)) * shape[0], shape[0])
+            keys, values = t.k_s.at[part], t.v_s.at[part]
+
         def products(refs: Any) -> None:
             s, dp, slope, weights = refs
-            device.wgmma(s, t.ks, q.T)
-            device.wgmma(dp, t.vs, do.T)
+            device.wgmma(s, keys, q.T)
+            device.wgmma(dp, values, do.T)
             s = device.read(s, 1)
             if cap is None:
                 p = jnp.exp2(s * factor)
                 found = p.astype(self.dtype), p.astype(self.dtype)
             else:
                 capped = jnp.tanh(s * (self.scale / cap))
-                logit = capped * (cap * LOG2E) - statistic(0)
+                logit = capped * (cap * LOG2E) + statistic(0)
                 p = jnp.exp2(logit if t.key_bias is None else logit + by_row(t.key_bias, shape))
                 if t.intervals is not None:
                     p = jnp.where(s > HIDDEN / 2, p, 0.0)
@@ -303,7 +283,7 @@ class _Backward:
             slope[...], weights[...] = lax.optimization_barrier(found)
 
         empty = device.zeros(*shape).astype(self.dtype)
-        states = device.start(start), device.start(-statistic(1)), empty, empty
+        states = device.start(start), device.start(statistic(1)), empty, empty
         _, dp, slope, weights = device.state(products)(states)
         return dp, slope, weights
 
@@ -334,8 +314,7 @@ class _Backward:
     def finish(self, t: Any, dk: jax.Array, dv: jax.Array, dbias: jax.Array | None) -> None:
         """Stores dk and dv, by way of the memory of k and v."""
         keys, d, e = self.own
-        if t.meeting is not None:
-            self.meet(t)  # neither reads k and v any more
+        self.meet(t)  # neither reads k and v any more
         for grad, memory, width, factor in ((dk, t.ks, d, self.scale), (dv, t.vs, e, 1.0)):
             mine = memory.at[:, pl.ds(t.wg * width, width)] if self.wide else memory
             mine[...] = (grad * factor).astype(self.dtype)

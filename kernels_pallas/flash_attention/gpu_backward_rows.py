@@ -155,7 +155,7 @@ class _Rows:
             plgpu.copy_gmem_to_smem(t.do.at[t.b, mine, t.h], t.dos, here)
 
         vector = lambda ref: device.load(ref, ROWS, optimized=False)
-        t.lse2, t.delta = (vector(t.stats.at[t.b, t.h, x, mine]) for x in (0, 1))
+        t.lse, t.delta = (vector(t.stats.at[t.b, t.h, x, mine]) for x in (0, 1))
         if t.starts is not None:
             t.low, t.high = vector(t.starts.at[t.row, mine]), vector(t.ends.at[t.row, mine])
             batch = t.b if t.tiles.shape[0] > 1 else t.b & 0
@@ -197,8 +197,11 @@ class _Rows:
         """The gradient of the product `q . k`, less the scale."""
         device, cap, N = self.device, self.soft_cap, self.blocks.keys
         shape, factor = (_ROWS, N), self.scale * LOG2E
-        bias = None if t.bias is None else by_column(device.load(t.bias_s.at[at], COLUMNS), shape)
-        start = device.zeros(*shape) if bias is None or cap is not None else bias * (1 / factor)
+        biased = t.bias is not None
+        bias = lambda: by_column(device.load(t.bias_s.at[at], COLUMNS), shape)
+        start = device.zeros(*shape) if cap is not None else by_row(t.lse, shape)
+        if biased and cap is None:
+            start = start + bias() * (1 / factor)
         if t.starts is not None:
 
             def hidden() -> jax.Array:
@@ -214,15 +217,15 @@ class _Rows:
             device.wgmma(dp, t.dos, t.v_s.at[at].T)
             s = device.read(s, 1)
             if cap is None:
-                found = jnp.exp2(s * factor - by_row(t.lse2, shape))
+                found = jnp.exp2(s * factor)
             else:
                 capped = jnp.tanh(s * (self.scale / cap))
-                logit = capped * (cap * LOG2E) - by_row(t.lse2, shape)
-                p = jnp.exp2(logit if bias is None else logit + bias)
+                logit = capped * (cap * LOG2E) + by_row(t.lse, shape)
+                p = jnp.exp2(logit + bias() if biased else logit)
                 found = jnp.where(s > HIDDEN / 2, p * (1.0 - capped * capped), 0.0)
             slope[...] = lax.optimization_barrier(found)
 
-        states = device.start(start), device.start(by_row(-t.delta, shape)), device.zeros(*shape)
+        states = device.start(start), device.start(by_row(t.delta, shape)), device.zeros(*shape)
         _, dp, slope = device.state(products)(states)
         plgpu.barrier_arrive(t.v_free.at[at])
         return (slope * dp).astype(self.dtype)

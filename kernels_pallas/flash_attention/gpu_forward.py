@@ -283,6 +283,8 @@ class _Forward:
         device = self.device
         acc, highest, total, weights = carry
         at, before = t.slot(j), t.slot(j - 1)
+        # The minimum is 0, which no compiler knows: it would keep every operand's address in registers otherwise.
+        q = t.q_s.at[t.wg + lax.min(j, 0)]
         plgpu.barrier_wait(t.k_here.at[at])
         plgpu.barrier_wait(t.v_here.at[before])
         self.turn(t)
@@ -291,7 +293,7 @@ class _Forward:
             acc, *new = refs
 
             def issue(s: Any) -> jax.Array:
-                device.wgmma(s, t.qs, t.k_s.at[at].T)
+                device.wgmma(s, q, t.k_s.at[at].T)
                 device.wgmma(acc, weights, t.v_s.at[before])
                 return device.read(s, 1)
 

@@ -24,10 +24,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels_pallas import masks
-from kernels_pallas.flash_attention import tpu
+from kernels_pallas.flash_attention import gpu, tpu
 from kernels_pallas.flash_attention.call import LOG2E, NOTHING, Call
 
-KERNELS: dict[str, types.ModuleType] = {"tpu": tpu}
+KERNELS: dict[str, types.ModuleType] = {"tpu": tpu, "cuda": gpu}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
