@@ -19,6 +19,7 @@ CYCLES = {"v5e": 16, "v5p": 16, "v6e": 8, "tpu7x": 8}
 UNITS = {"v5e": 4, "v5p": 4, "v6e": 2, "tpu7x": 2}
 SLOTS = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLD", "FILL", "VST", "SPILL", "SALU")
 _BUNDLES = "final_bundles.txt"
+_ALLOCATIONS = "pre-finalize-registers-and-allocations.txt"
 _USE = "final_hlo-static-per-bundle-utilization.txt"
 
 
@@ -67,6 +68,13 @@ def kernels(folder: pathlib.Path, name: str, chip: str) -> list[Region]:
         bundles = [path for path in folder.glob(f"{number}-*{name}*{_BUNDLES}") if "schedule-analysis" not in path.name]
         found.append(read(bundles[0].read_text(errors="replace"), use.read_text(), chip))
     return found
+
+
+def vmem(folder: pathlib.Path, name: str) -> int:
+    """Bytes of fast memory that the first kernel of that name is given: its windows and scratch."""
+    path = sorted(folder.glob(f"*{name}*{_ALLOCATIONS}"))[0]
+    sizes = re.findall(r"space=vmem, size = (0x[0-9a-f]+), scoped", path.read_text())
+    return sum(int(size, 16) for size in sizes)
 
 
 def clear(folder: pathlib.Path) -> None:

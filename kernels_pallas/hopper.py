@@ -1,4 +1,4 @@
-"""What the Hopper kernels are written in: Mosaic GPU's primitives, and stand-ins with which the same source runs on CPU.
+"""What the Hopper kernels are written in: Mosaic GPU's primitives, and stand-ins to run the same source on a CPU.
 
 `DEVICE` is the real thing. jax's GPU interpreter simulates TMA, barriers, warpgroups and shared memory, but no tensor
 core accumulator: `interpreted()` gives the primitives with every `wgmma` a plain product of values. It sees races and
@@ -56,8 +56,8 @@ def barriers(count: int, arrivals: int = 1) -> Any:
 class Device:
     """The primitives on a GPU.
 
-    `scoped(f, shape)` gives `f` an accumulator of zeros; `state(f)(tree)` gives `f` Refs of the tree, accumulators where
-    it has `start(x)`, and returns what they hold in the end.
+    `scoped(f, shape)` gives `f` an accumulator of zeros; `state(f)(tree)` gives `f` Refs of the tree, accumulators
+    where it has `start(x)`, and returns what they hold in the end.
     """
 
     interpret: Any = None
@@ -97,25 +97,28 @@ class Device:
         """Adds shared memory to global memory, float32, as one of many blocks that do."""
         plgpu.copy_smem_to_gmem(source, target, reduction_op="add")
 
-    def kernel(self, body: Callable[..., None], **options: Any) -> Callable[..., Any]:
-        return plgpu.kernel(body, compiler_params=_params(), interpret=self.interpret, **options)
+    def kernel(self, name: str, body: Callable[..., None], **options: Any) -> Callable[..., Any]:
+        """A kernel that profiles, and what ptxas says, call by this name."""
+        named = _named(name, body)
+        return plgpu.kernel(named, compiler_params=_params(), interpret=self.interpret, kernel_name=name, **options)
 
     def kernel_into(
-        self, total: Any, body: Callable[..., None], *, out_type: Any, scratch_types: Any, **mesh: Any
+        self, total: Any, name: str, body: Callable[..., None], *, out_type: Any, scratch_types: Any, **mesh: Any
     ) -> Any:
         """A kernel whose last operand is a Ref, `total`, that its blocks add to. jax 0.10 has it in another form."""
         if _RECENT:
-            run = self.kernel(body, out_type=out_type, scratch_types=scratch_types, **mesh)
+            run = self.kernel(name, body, out_type=out_type, scratch_types=scratch_types, **mesh)
             return lambda *arrays: run(*arrays, total)
 
         def call(*arrays: Any) -> Any:
             def stateful(refs: Any) -> None:
-                @pl.core_map(plgpu.Mesh(**mesh), compiler_params=_params())
-                def _() -> None:
+                def launch() -> None:
                     run = lambda **scratch: body(*refs[0], refs[1], *refs[2], **scratch)
                     pl.run_scoped(run, collective_axes=mesh["thread_name"], **scratch_types)
 
-            empty = [jnp.zeros(o.shape, o.dtype) for o in out_type]
+                pl.core_map(plgpu.Mesh(**mesh), compiler_params=_params(), name=name)(_named(name, launch))
+
+            empty = jax.tree.map(lambda o: jnp.zeros(o.shape, o.dtype), list(out_type))
             _, added, out = pl.run_state(stateful)((arrays, total[...], empty))
             total[...] = added
             return out
@@ -124,6 +127,14 @@ class Device:
 
 
 DEVICE = Device()
+
+
+def _named(name: str, body: Callable[..., None]) -> Callable[..., None]:
+    def run(*refs: Any, **scratch: Any) -> None:
+        body(*refs, **scratch)
+
+    run.__name__ = run.__qualname__ = name
+    return run
 
 
 def _params() -> plgpu.CompilerParams:
@@ -216,4 +227,6 @@ class Interpreted(Device):
         return ref[...]
 
     def add(self, source: Any, target: Any) -> None:
-        target[...] = target[...] + source[...]
+        added = target[...] + source[...]
+        if not self.races:  # blocks add in no order, and the interpreter would call it a race
+            target[...] = added

@@ -70,11 +70,29 @@ def tile_kinds(ranges: jax.Array, tiles: int) -> jax.Array:
     return jnp.where(met, jnp.where((tile >= full) & (tile < full_end), FULL, PARTIAL), EMPTY)
 
 
-def seen_keys(starts: jax.Array, ends: jax.Array, keys: int) -> jax.Array:
-    """Which keys any row sees, bool [B, S]: as many intervals have begun at it as have ended only where none holds it.
+def seen_keys(starts: jax.Array, ends: jax.Array, keys: int, *, low: bool = True, high: bool = True) -> jax.Array:
+    """Which keys any row sees, bool [B, S]: those at which more intervals have begun than ended.
 
-    starts, ends: from `intervals`.
+    Args:
+      starts, ends: from `intervals`.
+      keys: S.
+      low, high: whether rows may begin after the first key, end before the last.
     """
-    s = jnp.arange(keys, dtype=jnp.int32)
-    count = jax.vmap(lambda x: jnp.searchsorted(jnp.sort(x), s, side="right", method="sort"))
-    return count(starts) > count(ends)
+    s = jnp.arange(keys, dtype=jnp.int32)[None]
+    if not low:
+        return s < ends.max(-1, keepdims=True)
+    if not high:
+        return s >= jnp.where(ends > starts, starts, keys).min(-1, keepdims=True)
+    return jnp.cumsum(_counts(starts, keys) - _counts(ends, keys), -1) > 0
+
+
+def _counts(x: jax.Array, size: int) -> jax.Array:
+    """How often each number below `size` is in a row of x [B, T], float32 [B, size].
+
+    A product of two digits' one-hot matrices: sorting and scattering, which would do, are slow on TPU.
+    """
+    base = 128
+    digit = lambda x, n: (x[..., None] == jnp.arange(n, dtype=jnp.int32)).astype(jnp.bfloat16)
+    high, low = digit(x // base, -(-size // base)), digit(x % base, base)
+    counts = jnp.einsum("btm,btn->bmn", high, low, preferred_element_type=jnp.float32)
+    return counts.reshape(x.shape[0], -1)[:, :size]

@@ -91,15 +91,15 @@ def table(kind: str, kernel: str) -> dict:
     return json.loads(path.read_text()) if kind and path.exists() else {}
 
 
-def forward_blocks(rows: int, keys: int) -> ForwardBlocks:
-    """Tiles for so many rows and keys."""
-    wanted = ForwardBlocks(**table(kind(), "flash_forward").get("default", {}))
+def forward_blocks(kind: str, rows: int, keys: int) -> ForwardBlocks:
+    """Tiles for so many rows and keys on devices of a kind."""
+    wanted = ForwardBlocks(**table(kind, "flash_forward").get("default", {}))
     return _fitted(wanted, rows, keys)
 
 
-def backward_blocks(rows: int, keys: int) -> BackwardBlocks:
-    """Tiles for so many rows and keys."""
-    wanted = BackwardBlocks(**table(kind(), "flash_backward").get("default", {}))
+def backward_blocks(kind: str, rows: int, keys: int) -> BackwardBlocks:
+    """Tiles for so many rows and keys on devices of a kind."""
+    wanted = BackwardBlocks(**table(kind, "flash_backward").get("default", {}))
     return _fitted(wanted, rows, keys)
 
 
@@ -109,15 +109,15 @@ BACKWARD_REST = 12 * 2**20
 _VMEM = {"v5e": 128, "v5p": 64, "v6e": 128, "tpu7x": 64}  # MiB of a core (jax's `pltpu.get_tpu_info`)
 
 
-def vmem_limit() -> int:
-    """Bytes of fast memory that a kernel may use."""
-    return _VMEM.get(kind(), 64) * 2**20 * 3 // 4
+def vmem_limit(kind: str) -> int:
+    """Bytes of fast memory that a kernel may use on devices of a kind."""
+    return _VMEM.get(kind, 64) * 2**20 * 3 // 4
 
 
-def resident_keys(each: int, keys: int, tile: int, rest: int) -> int:
+def resident_keys(kind: str, each: int, keys: int, tile: int, rest: int) -> int:
     """How many keys, in whole tiles, stand in fast memory at a time, of `keys` and `each` bytes; in even parts."""
     tiles = -(-keys // tile)
-    most = max((vmem_limit() - rest) // (each * tile), 1)
+    most = max((vmem_limit(kind) - rest) // (each * tile), 1)
     parts = -(-tiles // most)
     return -(-tiles // parts) * tile
 

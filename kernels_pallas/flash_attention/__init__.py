@@ -6,11 +6,13 @@ from typing import Any
 
 import jax
 
+from kernels_pallas import tuning
+from kernels_pallas.flash_attention import tpu
 from kernels_pallas.flash_attention.call import Call
 from kernels_pallas.flash_attention.definition import definition
 from kernels_pallas.flash_attention.gradient import KERNELS, attention
 
-__all__ = ["definition", "flash_attention"]
+__all__ = ["definition", "flash_attention", "tpu_kernel_runs"]
 
 PLATFORMS = tuple(KERNELS)
 
@@ -67,8 +69,15 @@ def flash_attention(
         raise ValueError(f"flash_attention: no kernel for platform {platform!r}; allowed: {', '.join(PLATFORMS)}")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     soft_cap = None if soft_cap is None else float(soft_cap)
-    call = Call(platform, scale, soft_cap, interpret, blocks, deterministic, starts is not None, ends is not None)
+    call = Call(
+        platform, tuning.kind(), scale, soft_cap, interpret, blocks, deterministic, starts is not None, ends is not None
+    )
     return attention(call, q, k, v, starts, ends, sinks, gate, key_bias)
+
+
+def tpu_kernel_runs(q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruct, v: jax.ShapeDtypeStruct) -> dict[str, int]:
+    """How often a forward and a backward run each kernel on TPU, by name: more than once for very many keys."""
+    return tpu.kernel_runs(Call("tpu", tuning.kind(), 1.0, None, False, None, True, False, False), q, k, v, False)
 
 
 def _check(q, k, v, starts, ends, sinks, gate, key_bias, soft_cap) -> None:

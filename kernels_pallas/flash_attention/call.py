@@ -12,9 +12,15 @@ NOTHING = 1e30  # lse2, for the backward, of a row that sees nothing
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What is static, as given to `flash_attention`; `low`, `high`: whether there are starts, and ends."""
+    """What is static, as given to `flash_attention`.
+
+    Attributes:
+      kind: of the devices, for their tables (`kernels_pallas.tuning.kind`).
+      low, high: whether there are starts, and ends.
+    """
 
     platform: str
+    kind: str
     scale: float
     soft_cap: float | None
     interpret: Any

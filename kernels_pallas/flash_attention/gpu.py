@@ -37,6 +37,13 @@ def default_blocks(d: int, e: int) -> Blocks:
     return Blocks(forward, backward, gpu_backward_rows.Blocks(keys=128 if widest == 64 else 64))
 
 
+def kernel_widths(d: int, e: int) -> dict[str, int]:
+    """Widths of the products that each kernel makes for a pair of a row and a key, added up, by the kernel's name."""
+    if max(d, e) <= _NARROW:
+        return {"flash_forward": d + e, "flash_backward": 3 * d + 2 * e}
+    return {"flash_forward": d + e, "flash_backward_keys": 3 * (d + e), "flash_backward_rows": 3 * d + 2 * e}
+
+
 def forward(call: Call, q, k, v, bounds, sinks, gate, key_bias, *, keep: bool):
     """See `gradient`."""
     device, blocks = _prepared(call, q, v)

@@ -1,4 +1,4 @@
-"""The backward kernel for Hopper: a block owns keys, loops over the rows that see them, and makes dk, dv and dq at once.
+"""The backward kernel for Hopper: a block owns keys, loops over the rows that see them, and makes dk, dv and dq.
 
 Scores are transposed, [keys, rows], so that weights and their gradients are operands in registers. dq is added up in
 float32 by TMA, in no fixed order; without it (`dq=None`) the kernel is the first half of the deterministic form, whose
@@ -91,7 +91,10 @@ def backward(
         num_threads=2,
         thread_name="wg",
     )
-    run = device.kernel_into(dq, launch.body, **options) if fused else device.kernel(launch.body, **options)
+    if fused:
+        run = device.kernel_into(dq, "flash_backward", launch.body, **options)
+    else:
+        run = device.kernel("flash_backward_keys", launch.body, **options)
     tiles = None if bounds is None else row_ranges(bounds, blocks, S)
     intervals = None if bounds is None else jnp.stack(bounds, 1)
     return run(q, k, v, do, stats, intervals, tiles, bias)

@@ -59,6 +59,7 @@ def backward_rows(
     (B, T, H, d), (S, K, e) = q.shape, v.shape[1:]
     launch = _Rows(device, blocks, H // K, S, scale, soft_cap, d, e, q.dtype, wide)
     run = device.kernel(
+        "flash_backward_rows",
         launch.body,
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         scratch_types=launch.scratch(bias is not None),

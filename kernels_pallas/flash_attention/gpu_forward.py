@@ -107,6 +107,7 @@ def forward(
     lse = jax.ShapeDtypeStruct((B, H, T), jnp.float32)
     keep = keep and gate is not None
     run = device.kernel(
+        "flash_forward",
         launch.body,
         out_type=[o, o if keep else None, lse],
         scratch_types=launch.scratch(gate is not None, bias is not None),

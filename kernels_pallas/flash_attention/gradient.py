@@ -37,7 +37,7 @@ def attention(call: Call, q, k, v, starts, ends, sinks, gate, key_bias):
 
 
 def _forward(call: Call, q, k, v, starts, ends, sinks, gate, key_bias, *, keep: bool):
-    bounds, k, v, some = _prepared(q, k, v, starts, ends)
+    bounds, k, v, some = _prepared(call, q, k, v, starts, ends)
     o, raw, lse2 = KERNELS[call.platform].forward(call, q, k, v, bounds, sinks, gate, key_bias, keep=keep)
     lse = lse2.swapaxes(1, 2) / LOG2E
     if some is not None:
@@ -57,7 +57,7 @@ def _attention_forward(call: Call, *arrays):
 def _attention_backward(call: Call, residuals, cotangents):
     (q, k, v, starts, ends, sinks, gate, key_bias), raw, lse = residuals
     do, dlse = (x.astype(jnp.float32) for x in cotangents)
-    bounds, k_, v_, some = _prepared(q, k, v, starts, ends)
+    bounds, k_, v_, some = _prepared(call, q, k, v, starts, ends)
     dgate, wide = None, raw.astype(jnp.float32)
     if gate is not None:
         open_ = jax.nn.sigmoid(gate.astype(jnp.float32))
@@ -86,11 +86,11 @@ def _attention_backward(call: Call, residuals, cotangents):
 attention.defvjp(_attention_forward, _attention_backward)
 
 
-def _prepared(q, k, v, starts, ends):
+def _prepared(call: Call, q, k, v, starts, ends):
     """The intervals, keys and values with 0 for what no row sees, and which rows see anything [B, T] (None: all)."""
     T, S = q.shape[1], k.shape[1]
     bounds = masks.intervals(starts, ends, T, S)
     if bounds is None:
         return None, k, v, None
-    seen = masks.seen_keys(*bounds, S)[..., None, None]
+    seen = masks.seen_keys(*bounds, S, low=call.low, high=call.high)[..., None, None]
     return bounds, jnp.where(seen, k, 0), jnp.where(seen, v, 0), bounds[1] > bounds[0]

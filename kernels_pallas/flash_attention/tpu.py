@@ -19,17 +19,14 @@ _WIDTH = 16  # head widths are padded to multiples of it
 def forward(call: Call, q, k, v, bounds, sinks, gate, key_bias, *, keep: bool):
     """See `kernels_pallas.flash_attention.gradient`."""
     T, (S, K), e = q.shape[1], k.shape[1:3], v.shape[3]
-    blocks = _given(call, "forward", tuning.ForwardBlocks) or tuning.forward_blocks(T, S)
-    tuning.check(blocks)
-    each = 2 * (_round(q.shape[3], 128) + _round(e, _WIDTH) + tpu_forward.ONES) * q.dtype.itemsize
-    keys = tuning.resident_keys(each + (0 if key_bias is None else 64), S, blocks.keys, tuning.FORWARD_REST)
+    blocks, keys = _forward_tiles(call, q, k, v, key_bias is not None)
     rows, whole = _round(T, blocks.rows), _round(S, keys)
     bounds, low, high = _padded_bounds(call, bounds, T, S, rows, whole)
     q, gate = (None if x is None else _heads(x, rows) for x in (q, gate))
     k, v = _heads(k, whole), _heads(v, whole)
     bias = _bias(key_bias, K, S, whole)
     plan = Plan.of(call, blocks, q.dtype, low, high, sinks is not None or bias is not None)
-    options = {"vmem": tuning.vmem_limit(), "interpret": call.interpret}
+    options = {"vmem": tuning.vmem_limit(call.kind), "interpret": call.interpret}
     if keys == whole:
         o, raw, lse2 = tpu_forward.run(
             plan, q, k, v, bounds, sinks, gate, bias, keep=keep, out_dtype=q.dtype, **options
@@ -45,22 +42,17 @@ def forward(call: Call, q, k, v, bounds, sinks, gate, key_bias, *, keep: bool):
 
 def backward(call: Call, q, k, v, bounds, key_bias, do, lse2, delta):
     """See `kernels_pallas.flash_attention.gradient`."""
-    (T, d), (S, K), e = q.shape[1::2], k.shape[1:3], v.shape[3]
-    blocks = _given(call, "backward", tuning.BackwardBlocks) or tuning.backward_blocks(T, S)
-    tuning.check(blocks)
-    each = 2 * (_round(d, 128) + _round(e, 128)) * q.dtype.itemsize + 8 * (_round(d, _WIDTH) + _round(e, _WIDTH))
-    keys = tuning.resident_keys(each + (0 if key_bias is None else 128), S, blocks.keys, tuning.BACKWARD_REST)
+    (T, d), (S, K), e, dtype = q.shape[1::2], k.shape[1:3], v.shape[3], q.dtype
+    blocks, keys = _backward_tiles(call, q, k, v, key_bias is not None)
     rows, whole = _round(T, blocks.rows), _round(S, keys)
     bounds, low, high = _padded_bounds(call, bounds, T, S, rows, whole)
-    dtype = q.dtype
     q, do = _heads(q, rows), _heads(do, rows)
     k, v = _heads(k, whole), _heads(v, whole)
-    lse2, delta = (
-        jnp.pad(x, ((0, 0), (0, 0), (0, rows - T)), constant_values=c) for x, c in ((lse2, NOTHING), (delta, 0))
-    )
+    behind = ((0, 0), (0, 0), (0, rows - T))
+    lse2, delta = jnp.pad(lse2, behind, constant_values=NOTHING), jnp.pad(delta, behind)
     bias = _bias(key_bias, K, S, whole)
     plan = Plan.of(call, blocks, dtype, low, high, bias is not None)
-    options = {"vmem": tuning.vmem_limit(), "interpret": call.interpret}
+    options = {"vmem": tuning.vmem_limit(call.kind), "interpret": call.interpret}
     if keys == whole:
         dq, dk, dv, dbias = tpu_backward.run(plan, q, k, v, do, lse2, delta, bounds, bias, out_dtype=dtype, **options)
     else:
@@ -79,12 +71,38 @@ def backward(call: Call, q, k, v, bounds, key_bias, do, lse2, delta):
     return back(dq, T, d), back(dk, S, d), back(dv, S, e), dbias
 
 
-def _given(call: Call, name: str, kind: type) -> Any:
+def kernel_runs(call: Call, q, k, v, bias: bool) -> dict[str, int]:
+    """How often each kernel runs in a forward and a backward, by name; of q, k, v only shapes and dtypes matter."""
+    S = k.shape[1]
+    counts = {}
+    for name, tiles in (("flash_forward", _forward_tiles), ("flash_backward", _backward_tiles)):
+        counts[name] = -(-S // tiles(call, q, k, v, bias)[1])
+    return counts
+
+
+def _forward_tiles(call: Call, q, k, v, bias: bool) -> tuple[tuning.ForwardBlocks, int]:
+    """Tiles, and how many keys are in fast memory at a time, in two buffers."""
+    T, S, d, e = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
+    blocks = _given(call, "forward") or tuning.forward_blocks(call.kind, T, S)
+    tuning.check(blocks)
+    each = 2 * (_round(d, 128) + _round(e, _WIDTH) + tpu_forward.ONES) * q.dtype.itemsize + 64 * bias
+    return blocks, tuning.resident_keys(call.kind, each, S, blocks.keys, tuning.FORWARD_REST)
+
+
+def _backward_tiles(call: Call, q, k, v, bias: bool) -> tuple[tuning.BackwardBlocks, int]:
+    """Tiles, and how many keys are in fast memory at a time with their float32 gradients, in two buffers."""
+    T, S, d, e = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
+    blocks = _given(call, "backward") or tuning.backward_blocks(call.kind, T, S)
+    tuning.check(blocks)
+    each = 2 * (_round(d, 128) + _round(e, 128)) * q.dtype.itemsize + 8 * (_round(d, _WIDTH) + _round(e, _WIDTH))
+    return blocks, tuning.resident_keys(call.kind, each + 128 * bias, S, blocks.keys, tuning.BACKWARD_REST)
+
+
+def _given(call: Call, name: str) -> Any:
     """Tiles that the caller gave."""
-    blocks = None if call.blocks is None else getattr(call.blocks, name, None)
     if call.blocks is not None and not isinstance(call.blocks, tuning.Blocks):
         raise ValueError(f"flash_attention: blocks={call.blocks!r}; allowed on TPU: None or tuning.Blocks(...)")
-    return blocks
+    return None if call.blocks is None else getattr(call.blocks, name)
 
 
 def _round(n: int, to: int) -> int:

@@ -3,13 +3,14 @@
 Scores are transposed, keys by rows, so that maxima and sums over keys are plain operations on registers and the
 statistics of a row take one lane. Keys and values of a head stay in fast memory. A row tile walks its key tiles from
 the last to the first in steps that ask for the scores of one tile while they finish the one before: nothing in a step
-waits for anything else in it. Only partial tiles are masked: the first in the walk as its scores are made, others in
-place. Logits are in log2 units, their scale folded into q.
+waits for anything else in it. Only partial tiles are masked, as their scores are made. Logits are in log2 units, their
+scale folded into q.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,7 +24,6 @@ from kernels_pallas.flash_attention.tpu_plan import HIDDEN, Plan, Slots, fold8, 
 
 LOWEST = -1e20  # where a row's maximum begins: above HIDDEN, so that a row that sees nothing has weights of 0
 ONES = 16  # rows of ones under v^T: what bfloat16 tiles are made of
-_HIDE = 64  # keys that are hidden at once: so many that they pass through registers
 
 
 class RowTile:
@@ -58,11 +58,11 @@ class RowTile:
         else:  # eight partial sums, the sink in one of them
             r["l"][...] = jnp.where(lax.broadcasted_iota(jnp.int32, total.shape, 0) == 0, total, 0.0)
 
-    def hidden(self, scores, tile, keys: slice, rows: slice, low: bool, high: bool):
+    def hidden(self, scores, tile, keys: slice, rows: slice):
         """Scores [keys, rows] with those out of a row's interval hidden."""
         bounds, plan = self.refs["bounds"], self.plan
         key = tile * plan.blocks.keys + keys.start + lax.broadcasted_iota(jnp.int32, scores.shape, 0)
-        low, high = bounds[0:1, rows] if low else None, bounds[1:2, rows] if high else None
+        low, high = bounds[0:1, rows] if plan.low else None, bounds[1:2, rows] if plan.high else None
         return jnp.where(in_bounds(key, low, high), scores, HIDDEN)
 
     def scores(self, t, slot: int, masked: bool = False) -> None:
@@ -78,34 +78,13 @@ class RowTile:
                 if "bias" in r:
                     s += r["bias"][tile, :, keys].T[:, 0:1]
                 if masked:
-                    s = self.hidden(s, tile, keys, rows, plan.low, plan.high)
+                    s = self.hidden(s, tile, keys, rows)
                 r["s"][slot, keys, rows] = s
                 if not plan.bounded:
                     part = fold8(s, jnp.max)
                     top = part if top is None else jnp.maximum(top, part)
             if not plan.bounded:
                 r["top"][slot, :, rows] = top
-
-    def hide(self, t, slot: int) -> None:
-        """Hides in place what a partial tile's rows do not see, one end of the intervals at a time."""
-        plan, r, tile = self.plan, self.refs, self.tile(t)
-
-        def one_end(low: bool, high: bool) -> None:
-            top, size = None, min(_HIDE, plan.blocks.sub_keys)
-            for first in range(0, plan.blocks.keys, size):
-                keys = slice(first, first + size)
-                s = self.hidden(r["s"][slot, keys, :], tile, keys, slice(0, plan.blocks.rows), low, high)
-                r["s"][slot, keys, :] = s
-                if not plan.bounded:
-                    part = fold8(s, jnp.max)
-                    top = part if top is None else jnp.maximum(top, part)
-            if not plan.bounded:
-                r["top"][slot] = top
-
-        if plan.low:
-            pl.when((t > 0) & (tile < self.full))(lambda: one_end(True, False))
-        if plan.high:
-            pl.when((t > 0) & (tile >= self.full_end))(lambda: one_end(False, True))
 
     def finish(self, t, slot: int) -> None:
         """Adds a tile's weighted values to the output."""
@@ -129,42 +108,37 @@ class RowTile:
             if not plan.blocks.ones:
                 r["l"][:, rows] = r["l"][:, rows] * shrink + total if not plan.bounded else r["l"][:, rows] + total
 
+    def ask(self, t, slot: int, then: Callable[[], None] = lambda: None, valid=True) -> None:
+        """The scores of step `t` where `valid`, masked if its tile is partial; in one block of code with `then`."""
+
+        def with_scores(masked: bool) -> None:
+            self.scores(t, slot, masked)
+            then()
+
+        tile = self.tile(t)
+        whole = (tile >= self.full) & (tile < self.full_end)
+        if not (self.plan.low or self.plan.high):
+            pl.when(valid)(lambda: with_scores(False))
+        else:
+            pl.when(whole & valid)(lambda: with_scores(False))
+            pl.when(~whole & valid)(lambda: with_scores(True))
+
     def walk(self) -> None:
         """All tiles: two steps to a turn of the loop, so that slots are constants; the last asks for nothing more."""
         count = self.end - self.first
 
-        def step(t, slot: int) -> None:
-            self.hide(t, slot)
-            self.scores(t + 1, 1 - slot)
-            self.finish(t, slot)
-
-        def last(t, slot: int) -> None:
-            self.hide(t, slot)
-            self.finish(t, slot)
-
-        def pair(u, carry):
-            step(2 * u, 0)
-            step(2 * u + 1, 1)
+        def turn(u, carry):
+            t = 2 * u
+            self.ask(t + 1, 1, lambda: self.finish(t, 0))
+            self.ask(t + 2, 0, lambda: self.finish(t + 1, 1), valid=t + 2 < count)
             return carry
 
-        @pl.when(count > 0)
-        def _():
-            if self.plan.low or self.plan.high:
-                whole = (self.end > self.full) & (self.end <= self.full_end)
-                pl.when(whole)(lambda: self.scores(0, 0))
-                pl.when(~whole)(lambda: self.scores(0, 0, masked=True))
-            else:
-                self.scores(0, 0)
-            lax.fori_loop(0, (count - 1) >> 1, pair, 0)
+        self.ask(0, 0, valid=count > 0)
+        lax.fori_loop(0, count >> 1, turn, 0)
+        for slot in (0, 1):
+            pl.when((count > 0) & (count & 1 == 1 - slot))(lambda slot=slot: self.finish(count - 1, slot))
 
-            @pl.when(count & 1 == 0)
-            def _():
-                step(count - 2, 0)
-                last(count - 1, 1)
-
-            pl.when(count & 1 == 1)(lambda: last(count - 1, 0))
-
-    def end_(self) -> None:
+    def finish_rows(self) -> None:
         """Writes the output, gated, and the log-sum-exp."""
         r, plan = self.refs, self.plan
         width = r["o"].shape[1]
@@ -191,7 +165,7 @@ def _kernel(plan: Plan, names: tuple[str, ...], tiles: int, batched: bool, range
     row_tile = RowTile(plan, refs, tuple(ranges[at + n] for n in range(4)))
     row_tile.begin(refs["sinks"][h] if "sinks" in refs else None)
     row_tile.walk()
-    row_tile.end_()
+    row_tile.finish_rows()
 
 
 def run(

@@ -109,7 +109,7 @@ class Slots:
         interpret: Any,
     ) -> dict[str, jax.Array]:
         """The outputs of `kernel(table, *refs)`, by name; `table` is flat, in scalar memory before the grid begins."""
-        out = pl.pallas_call(
+        run = pl.pallas_call(
             kernel,
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=1,
@@ -122,5 +122,7 @@ class Slots:
             compiler_params=compat.tpu_params(dimension_semantics=semantics, vmem_limit_bytes=vmem),
             name=name,
             interpret=interpret,
-        )(table.reshape(-1), *(x for x, _ in self.inputs.values()))
+        )
+        with jax.named_scope("flash_attention"):  # else the kernel's own name gets those of jax's transformations
+            out = run(table.reshape(-1), *(x for x, _ in self.inputs.values()))
         return dict(zip(self.outputs, out, strict=True))
