@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import importlib.metadata
 import json
 import os
@@ -18,7 +17,7 @@ import pathlib
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks import llo
@@ -27,6 +26,7 @@ TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "
 BATCH, LENGTH, HEADS, KEY_HEADS, WIDTH = 64, 4096, 2, 1, 128  # more than fast memory holds
 LENGTHS = (4096, 16384)  # of the estimates
 SPLASH_TILES = (512, 1024)
+Fact = tuple[str, str, dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +34,9 @@ class Case:
     """Features of a call of flash attention."""
 
     low: bool = False
-    high: bool = True
     sinks: bool = False
     gate: bool = False
-    bias: bool = False
     cap: float | None = None
-    width: int = WIDTH
-    value_width: int = WIDTH
 
 
 CASES = {
@@ -48,8 +44,6 @@ CASES = {
     "intervals": Case(low=True),
     "causal, soft cap": Case(cap=50.0),
     "causal, sinks, gate": Case(sinks=True, gate=True),
-    "causal, sinks, soft cap": Case(sinks=True, cap=50.0),
-    "causal, key bias": Case(bias=True),
 }
 
 
@@ -65,17 +59,15 @@ def compile_flash(case: Case, target: Any, chip: str) -> None:
     placed = SingleDeviceSharding(target.devices[0])
     of = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
     arrays = {
-        "q": of(BATCH, LENGTH, HEADS, case.width),
-        "k": of(BATCH, LENGTH, KEY_HEADS, case.width),
-        "v": of(BATCH, LENGTH, KEY_HEADS, case.value_width),
+        "q": of(BATCH, LENGTH, HEADS, WIDTH),
+        "k": of(BATCH, LENGTH, KEY_HEADS, WIDTH),
+        "v": of(BATCH, LENGTH, KEY_HEADS, WIDTH),
     }
     if case.sinks:
         arrays["sinks"] = of(HEADS, dtype=jnp.float32)
     if case.gate:
-        arrays["gate"] = of(BATCH, LENGTH, HEADS, case.value_width)
-    if case.bias:
-        arrays["key_bias"] = of(BATCH, LENGTH, dtype=jnp.float32)
-    bounds = {name: of(1, LENGTH, dtype=jnp.int32) for name in ("starts",) * case.low + ("ends",) * case.high}
+        arrays["gate"] = of(BATCH, LENGTH, HEADS, WIDTH)
+    bounds = {name: of(1, LENGTH, dtype=jnp.int32) for name in ("starts",) * case.low + ("ends",)}
 
     def loss(arrays, bounds):
         with tuning.device_kind(chip):
@@ -244,24 +236,23 @@ def splash(tile: int, chip: str, folder: pathlib.Path, target: Any) -> dict[str,
     return found
 
 
-def measure(chips: list[str], cases: list[str], folder: pathlib.Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Facts by chip and kernel; libtpu must not have been loaded before."""
+def measure(chips: list[str], cases: list[str], tiles: tuple[int, ...], folder: pathlib.Path) -> Iterator[Fact]:
+    """(chip, kernel, facts) of flash attention's cases, and of splash attention with square tiles.
+
+    libtpu must not have been loaded before.
+    """
     os.environ["LIBTPU_INIT_ARGS"] = llo.arguments(folder)
     from attnlab.launch import targets
 
     targets.prepare()
-    found: dict[str, Any] = {}
     for chip in chips:
         target = targets.Target.of(TOPOLOGIES[chip])
         for name in cases:
             for part, facts in flash(CASES[name], chip, folder, target).items():
-                found.setdefault(chip, {})[f"flash {part}, {name}"] = facts
-                say(row(chip, f"flash {part}, {name}", facts))
-        for tile in SPLASH_TILES:
+                yield chip, f"flash {part}, {name}", facts
+        for tile in tiles:
             for part, facts in splash(tile, chip, folder, target).items():
-                found[chip][f"splash {part}, causal, tile {tile}"] = facts
-                say(row(chip, f"splash {part}, causal, tile {tile}", facts))
-    return found
+                yield chip, f"splash {part}, causal, tile {tile}", facts
 
 
 TITLES = (f"{'':6}{'kernel':44}{'full':>7}{'masked':>8}{'floor':>7}{'matrix':>8}{'spills':>8}{'VMEM MiB':>10}",
@@ -283,23 +274,22 @@ def versions() -> dict[str, str]:
 
 def main() -> int:
     args = _parser().parse_args()
-    say = functools.partial(print, flush=True)
-    say("".join(TITLES))
+    print("".join(TITLES), flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(args.chips, args.cases, pathlib.Path(folder), say)
-    if args.write:
-        for chip, kernels in found.items():
-            write(chip, kernels)
+        for chip, name, facts in measure(args.chips, args.cases, SPLASH_TILES, pathlib.Path(folder)):
+            print(row(chip, name, facts), flush=True)
+            if args.write:
+                write(chip, name, facts)
     return 0
 
 
-def write(chip: str, kernels: dict[str, Any]) -> None:
-    """Keeps figures in the chip's table, beside those of other kernels that are of the same versions."""
+def write(chip: str, name: str, found: dict[str, Any]) -> None:
+    """Keeps a kernel's figures in the chip's table, beside others that are of the same versions."""
     path = recorded(chip)
     facts = {"versions": versions(), "shape": [BATCH, LENGTH, HEADS, KEY_HEADS, WIDTH], "kernels": {}}
     if path.exists() and (known := json.loads(path.read_text()))["versions"] == facts["versions"]:
         facts["kernels"] = known["kernels"]
-    facts["kernels"] |= kernels
+    facts["kernels"][name] = found
     rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(x)}" for name, x in facts.pop("kernels").items())
     head = ",\n".join(f" {json.dumps(name)}: {json.dumps(x)}" for name, x in facts.items())
     path.write_text(f'{{\n{head},\n "kernels": {{\n{rows}\n }}\n}}\n')
