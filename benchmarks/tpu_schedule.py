@@ -17,7 +17,7 @@ import pathlib
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from benchmarks import llo
@@ -26,6 +26,7 @@ TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "
 BATCH, LENGTH, HEADS, KEY_HEADS, WIDTH = 64, 4096, 2, 1, 128  # more than fast memory holds
 LENGTHS = (4096, 16384)  # of the estimates
 SPLASH_TILES = (512, 1024)
+GROWTH, CHECKED = 0.05, ("full", "masked", "spills", "kernel_bundles", "vmem")
 Fact = tuple[str, str, dict[str, Any]]
 
 
@@ -236,7 +237,7 @@ def splash(tile: int, chip: str, folder: pathlib.Path, target: Any) -> dict[str,
     return found
 
 
-def measure(chips: list[str], cases: list[str], tiles: tuple[int, ...], folder: pathlib.Path) -> Iterator[Fact]:
+def measure(chips: list[str], cases: list[str], tiles: Sequence[int], folder: pathlib.Path) -> Iterator[Fact]:
     """(chip, kernel, facts) of flash attention's cases, and of splash attention with square tiles.
 
     libtpu must not have been loaded before.
@@ -273,14 +274,38 @@ def versions() -> dict[str, str]:
 
 
 def main() -> int:
+    """0, or 1 where `--check` finds that a schedule has grown."""
     args = _parser().parse_args()
     print("".join(TITLES), flush=True)
+    complaints: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
-        for chip, name, facts in measure(args.chips, args.cases, SPLASH_TILES, pathlib.Path(folder)):
+        for chip, name, facts in measure(args.chips, args.cases, args.tiles, pathlib.Path(folder)):
             print(row(chip, name, facts), flush=True)
+            if args.check:
+                complaints += [f"{chip} {name}: {what}" for what in grown(facts, known(chip, name))]
             if args.write:
                 write(chip, name, facts)
-    return 0
+    for complaint in complaints:
+        print(complaint)
+    return int(bool(complaints))
+
+
+def known(chip: str, name: str) -> dict[str, Any] | None:
+    """A kernel's recorded figures; None where there are none of these versions of jax and libtpu."""
+    path = recorded(chip)
+    table = json.loads(path.read_text()) if path.exists() else {"versions": None}
+    return table["kernels"].get(name) if table["versions"] == versions() else None
+
+
+def grown(facts: dict[str, Any], before: dict[str, Any] | None) -> list[str]:
+    """What is more than `GROWTH` above what it was."""
+    if before is None:
+        return ["nothing is recorded for these versions of jax and libtpu"]
+    flat = lambda x: (
+        {name: x[name] for name in CHECKED} | {f"causal cycles {n}": c for n, c in x["causal_cycles"].items()}
+    )
+    now, then = flat(facts), flat(before)
+    return [f"{name} {then[name]} -> {now[name]}" for name in then if now[name] > (1 + GROWTH) * then[name]]
 
 
 def write(chip: str, name: str, found: dict[str, Any]) -> None:
@@ -310,6 +335,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--chips", nargs="+", choices=list(TOPOLOGIES), default=list(TOPOLOGIES))
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--tiles", nargs="*", type=int, default=SPLASH_TILES, help="of splash attention")
+    parser.add_argument("--check", action="store_true", help=f"fail where a figure is {GROWTH:.0%} above the kept one")
     parser.add_argument("--write", action="store_true", help="keep the figures in kernels_pallas/tables")
     return parser
 

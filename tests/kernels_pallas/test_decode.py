@@ -20,8 +20,8 @@ from tests.kernels_pallas import pairwise
 pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent")
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 AXES = {
-    "shape": [(1, 1, 8, 2), (3, 4, 6, 3), (2, 1, 3, 3), (2, 5, 4, 1)],  # B, T, H, K
-    "slots": [300, 128, 1000, 9],
+    "shape": [(1, 1, 8, 2), (3, 4, 6, 3), (2, 5, 4, 1)],  # B, T, H, K
+    "slots": [300, 128, 9],
     "widths": [(64, 40), (128, 128), (192, 128)],
     "splits": [1, 3],
     "dtype": ["float32", "bfloat16"],
