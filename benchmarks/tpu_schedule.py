@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import importlib.metadata
 import json
 import os
@@ -18,7 +17,7 @@ import pathlib
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from benchmarks import llo
@@ -27,6 +26,8 @@ TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "
 BATCH, LENGTH, HEADS, KEY_HEADS, WIDTH = 64, 4096, 2, 1, 128  # more than fast memory holds
 LENGTHS = (4096, 16384)  # of the estimates
 SPLASH_TILES = (512, 1024)
+GROWTH, CHECKED = 0.05, ("full", "masked", "spills", "kernel_bundles", "vmem")
+Fact = tuple[str, str, dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +35,9 @@ class Case:
     """Features of a call of flash attention."""
 
     low: bool = False
-    high: bool = True
     sinks: bool = False
     gate: bool = False
-    bias: bool = False
     cap: float | None = None
-    width: int = WIDTH
-    value_width: int = WIDTH
 
 
 CASES = {
@@ -48,8 +45,6 @@ CASES = {
     "intervals": Case(low=True),
     "causal, soft cap": Case(cap=50.0),
     "causal, sinks, gate": Case(sinks=True, gate=True),
-    "causal, sinks, soft cap": Case(sinks=True, cap=50.0),
-    "causal, key bias": Case(bias=True),
 }
 
 
@@ -65,17 +60,15 @@ def compile_flash(case: Case, target: Any, chip: str) -> None:
     placed = SingleDeviceSharding(target.devices[0])
     of = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
     arrays = {
-        "q": of(BATCH, LENGTH, HEADS, case.width),
-        "k": of(BATCH, LENGTH, KEY_HEADS, case.width),
-        "v": of(BATCH, LENGTH, KEY_HEADS, case.value_width),
+        "q": of(BATCH, LENGTH, HEADS, WIDTH),
+        "k": of(BATCH, LENGTH, KEY_HEADS, WIDTH),
+        "v": of(BATCH, LENGTH, KEY_HEADS, WIDTH),
     }
     if case.sinks:
         arrays["sinks"] = of(HEADS, dtype=jnp.float32)
     if case.gate:
-        arrays["gate"] = of(BATCH, LENGTH, HEADS, case.value_width)
-    if case.bias:
-        arrays["key_bias"] = of(BATCH, LENGTH, dtype=jnp.float32)
-    bounds = {name: of(1, LENGTH, dtype=jnp.int32) for name in ("starts",) * case.low + ("ends",) * case.high}
+        arrays["gate"] = of(BATCH, LENGTH, HEADS, WIDTH)
+    bounds = {name: of(1, LENGTH, dtype=jnp.int32) for name in ("starts",) * case.low + ("ends",)}
 
     def loss(arrays, bounds):
         with tuning.device_kind(chip):
@@ -244,24 +237,23 @@ def splash(tile: int, chip: str, folder: pathlib.Path, target: Any) -> dict[str,
     return found
 
 
-def measure(chips: list[str], cases: list[str], folder: pathlib.Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Facts by chip and kernel; libtpu must not have been loaded before."""
+def measure(chips: list[str], cases: list[str], tiles: Sequence[int], folder: pathlib.Path) -> Iterator[Fact]:
+    """(chip, kernel, facts) of flash attention's cases, and of splash attention with square tiles.
+
+    libtpu must not have been loaded before.
+    """
     os.environ["LIBTPU_INIT_ARGS"] = llo.arguments(folder)
     from attnlab.launch import targets
 
     targets.prepare()
-    found: dict[str, Any] = {}
     for chip in chips:
         target = targets.Target.of(TOPOLOGIES[chip])
         for name in cases:
             for part, facts in flash(CASES[name], chip, folder, target).items():
-                found.setdefault(chip, {})[f"flash {part}, {name}"] = facts
-                say(row(chip, f"flash {part}, {name}", facts))
-        for tile in SPLASH_TILES:
+                yield chip, f"flash {part}, {name}", facts
+        for tile in tiles:
             for part, facts in splash(tile, chip, folder, target).items():
-                found[chip][f"splash {part}, causal, tile {tile}"] = facts
-                say(row(chip, f"splash {part}, causal, tile {tile}", facts))
-    return found
+                yield chip, f"splash {part}, causal, tile {tile}", facts
 
 
 TITLES = (f"{'':6}{'kernel':44}{'full':>7}{'masked':>8}{'floor':>7}{'matrix':>8}{'spills':>8}{'VMEM MiB':>10}",
@@ -282,24 +274,47 @@ def versions() -> dict[str, str]:
 
 
 def main() -> int:
+    """0, or 1 where `--check` finds that a schedule has grown."""
     args = _parser().parse_args()
-    say = functools.partial(print, flush=True)
-    say("".join(TITLES))
+    print("".join(TITLES), flush=True)
+    complaints: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(args.chips, args.cases, pathlib.Path(folder), say)
-    if args.write:
-        for chip, kernels in found.items():
-            write(chip, kernels)
-    return 0
+        for chip, name, facts in measure(args.chips, args.cases, args.tiles, pathlib.Path(folder)):
+            print(row(chip, name, facts), flush=True)
+            if args.check:
+                complaints += [f"{chip} {name}: {what}" for what in grown(facts, known(chip, name))]
+            if args.write:
+                write(chip, name, facts)
+    for complaint in complaints:
+        print(complaint)
+    return int(bool(complaints))
 
 
-def write(chip: str, kernels: dict[str, Any]) -> None:
-    """Keeps figures in the chip's table, beside those of other kernels that are of the same versions."""
+def known(chip: str, name: str) -> dict[str, Any] | None:
+    """A kernel's recorded figures; None where there are none of these versions of jax and libtpu."""
+    path = recorded(chip)
+    table = json.loads(path.read_text()) if path.exists() else {"versions": None}
+    return table["kernels"].get(name) if table["versions"] == versions() else None
+
+
+def grown(facts: dict[str, Any], before: dict[str, Any] | None) -> list[str]:
+    """What is more than `GROWTH` above what it was."""
+    if before is None:
+        return ["nothing is recorded for these versions of jax and libtpu"]
+    flat = lambda x: (
+        {name: x[name] for name in CHECKED} | {f"causal cycles {n}": c for n, c in x["causal_cycles"].items()}
+    )
+    now, then = flat(facts), flat(before)
+    return [f"{name} {then[name]} -> {now[name]}" for name in then if now[name] > (1 + GROWTH) * then[name]]
+
+
+def write(chip: str, name: str, found: dict[str, Any]) -> None:
+    """Keeps a kernel's figures in the chip's table, beside others that are of the same versions."""
     path = recorded(chip)
     facts = {"versions": versions(), "shape": [BATCH, LENGTH, HEADS, KEY_HEADS, WIDTH], "kernels": {}}
     if path.exists() and (known := json.loads(path.read_text()))["versions"] == facts["versions"]:
         facts["kernels"] = known["kernels"]
-    facts["kernels"] |= kernels
+    facts["kernels"][name] = found
     rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(x)}" for name, x in facts.pop("kernels").items())
     head = ",\n".join(f" {json.dumps(name)}: {json.dumps(x)}" for name, x in facts.items())
     path.write_text(f'{{\n{head},\n "kernels": {{\n{rows}\n }}\n}}\n')
@@ -320,6 +335,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--chips", nargs="+", choices=list(TOPOLOGIES), default=list(TOPOLOGIES))
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--tiles", nargs="*", type=int, default=SPLASH_TILES, help="of splash attention")
+    parser.add_argument("--check", action="store_true", help=f"fail where a figure is {GROWTH:.0%} above the kept one")
     parser.add_argument("--write", action="store_true", help="keep the figures in kernels_pallas/tables")
     return parser
 

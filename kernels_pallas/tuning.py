@@ -122,6 +122,17 @@ def resident_keys(kind: str, each: int, keys: int, tile: int, rest: int) -> int:
     return -(-tiles // parts) * tile
 
 
+def decode_block(heads: int, slots: int, width: int, itemsize: int) -> int:
+    """Slots of a cache that are read at a time, of `heads` key heads, `width` that of keys and values together."""
+    wanted = 2 * 2**20 // (heads * width * itemsize) // LANES * LANES
+    return min(max(wanted, LANES), 2048, -(-slots // LANES) * LANES)
+
+
+def decode_splits(kind: str, batch: int) -> int:
+    """Parts of a cache's slots: where a device is two cores, and one sequence would keep one."""
+    return 2 if kind == "v5p" and batch == 1 else 1
+
+
 def _fitted(wanted, rows: int, keys: int):
     """Smaller tiles where arrays are short: little of the last one is padding."""
     tile_rows, tile_keys = _tile(rows, wanted.rows), _tile(keys, wanted.keys)

@@ -25,7 +25,7 @@ def forward(call: Call, q, k, v, bounds, sinks, gate, key_bias, *, keep: bool):
     q, gate = (None if x is None else _heads(x, rows) for x in (q, gate))
     k, v = _heads(k, whole), _heads(v, whole)
     bias = _bias(key_bias, K, S, whole)
-    plan = Plan.of(call, blocks, q.dtype, low, high, sinks is not None or bias is not None)
+    plan = Plan.of(call, blocks, low, high, sinks is not None or bias is not None)
     options = {"vmem": tuning.vmem_limit(call.kind), "interpret": call.interpret}
     if keys == whole:
         o, raw, lse2 = tpu_forward.run(
@@ -51,7 +51,7 @@ def backward(call: Call, q, k, v, bounds, key_bias, do, lse2, delta):
     behind = ((0, 0), (0, 0), (0, rows - T))
     lse2, delta = jnp.pad(lse2, behind, constant_values=NOTHING), jnp.pad(delta, behind)
     bias = _bias(key_bias, K, S, whole)
-    plan = Plan.of(call, blocks, dtype, low, high, bias is not None)
+    plan = Plan.of(call, blocks, low, high, bias is not None)
     options = {"vmem": tuning.vmem_limit(call.kind), "interpret": call.interpret}
     if keys == whole:
         dq, dk, dv, dbias = tpu_backward.run(plan, q, k, v, do, lse2, delta, bounds, bias, out_dtype=dtype, **options)

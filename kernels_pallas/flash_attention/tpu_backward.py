@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels_pallas.flash_attention.call import LOG2E
-from kernels_pallas.flash_attention.tpu_plan import HIDDEN, Plan, Slots, fold8, in_bounds, key_ranges
+from kernels_pallas.flash_attention.tpu_plan import HIDDEN, Plan, Slots, fold8, in_bounds, key_ranges, product
 
 LSE, DELTA = 0, 1  # rows of the statistics, and places of their columns
 
@@ -46,8 +46,8 @@ class RowTile:
         """A block's logits in log2 units, what tanh was (with a cap, else None), and `do . v`."""
         plan, r = self.plan, self.refs
         at = self.at(tile, keys)
-        logits = plan.dot(r["qs"][rows, :], r["k"][at, :], 1, 1)
-        dp = plan.dot(r["do"][rows, :], r["v"][at, :], 1, 1)
+        logits = product(r["qs"][rows, :], r["k"][at, :], 1, 1)
+        dp = product(r["do"][rows, :], r["v"][at, :], 1, 1)
         tanh = None
         if plan.cap is not None:
             tanh = jnp.tanh(logits)
@@ -91,9 +91,9 @@ class RowTile:
                 ds *= 1 - tanh * tanh
             dtype = r["k"].dtype
             p, ds = p.astype(dtype), ds.astype(dtype)
-            add("dv", keys, plan.dot(r["do_t"][:, rows], p, 1, 0))
-            add("dk", keys, plan.dot(r["q_t"][:, rows], ds, 1, 0))
-            add("dq", rows, plan.dot(ds, r["k"][self.at(tile, keys), :], 1, 0))
+            add("dv", keys, product(r["do_t"][:, rows], p, 1, 0))
+            add("dk", keys, product(r["q_t"][:, rows], ds, 1, 0))
+            add("dq", rows, product(ds, r["k"][self.at(tile, keys), :], 1, 0))
         for keys in self.key_parts:
             for name in ("dv", "dk", "dbias"):
                 if name in r:

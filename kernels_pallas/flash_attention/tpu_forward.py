@@ -20,9 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.flash_attention.call import LOG2E
-from kernels_pallas.flash_attention.tpu_plan import HIDDEN, Plan, Slots, fold8, in_bounds, key_ranges
+from kernels_pallas.flash_attention.tpu_plan import HIDDEN, LOWEST, Plan, Slots, fold8, in_bounds, key_ranges, product
 
-LOWEST = -1e20  # where a row's maximum begins: above HIDDEN, so that a row that sees nothing has weights of 0
 ONES = 16  # rows of ones under v^T: what bfloat16 tiles are made of
 
 
@@ -72,7 +71,7 @@ class RowTile:
             top = None
             for keys in self.key_parts:
                 at = pl.multiple_of(tile * plan.blocks.keys + keys.start, plan.blocks.sub_keys)
-                s = plan.dot(r["k"][pl.ds(at, plan.blocks.sub_keys), :], r["qs"][rows, :], 1, 1)
+                s = product(r["k"][pl.ds(at, plan.blocks.sub_keys), :], r["qs"][rows, :], 1, 1)
                 if plan.cap is not None:
                     s = jnp.tanh(s) * plan.cap
                 if "bias" in r:
@@ -102,7 +101,7 @@ class RowTile:
                 if not plan.blocks.ones:
                     part = fold8(p, jnp.sum)
                     total = part if total is None else total + part
-                part = plan.dot(r["v"][tile, :, keys], p.astype(r["v"].dtype), 1, 0)
+                part = product(r["v"][tile, :, keys], p.astype(r["v"].dtype), 1, 0)
                 out = part if out is None else out + part
             r["acc"][:, rows] = r["acc"][:, rows] * shrink + out if not plan.bounded else r["acc"][:, rows] + out
             if not plan.blocks.ones:
@@ -152,7 +151,8 @@ class RowTile:
         if "raw" in r:
             r["raw"][...] = out.astype(r["raw"].dtype)
         if "gate" in r:
-            out *= jax.nn.sigmoid(r["gate"][...].astype(jnp.float32))
+            # The logistic function: tanh is one operation of the unit that has it, exp and a division are two.
+            out *= 0.5 + 0.5 * jnp.tanh(0.5 * r["gate"][...].astype(jnp.float32))
         r["o"][...] = out.astype(r["o"].dtype)
         lse = jnp.log2(total)
         r["lse"][...] = lse if plan.bounded else lse + r["m"][0:1, :]

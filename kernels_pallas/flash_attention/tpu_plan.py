@@ -16,6 +16,7 @@ from kernels_pallas import compat, masks
 from kernels_pallas.flash_attention.call import LOG2E, Call
 
 HIDDEN = -1e30  # of a hidden logit
+LOWEST = -1e20  # where a row's maximum begins: above HIDDEN, so that a row that sees nothing has weights of 0
 _BOUNDED_CAP = 60.0  # up to it exp of a capped logit is far from float32's ends, summed over any number of keys
 
 
@@ -30,7 +31,6 @@ class Plan:
       cap: the soft cap in log2 units, or None.
       low, high: whether rows may begin after the first key, end before the last.
       bounded: whether logits are known to be so small that exp of them needs no maximum taken off.
-      exact: whether products are in full float32.
     """
 
     blocks: Any
@@ -40,21 +40,21 @@ class Plan:
     low: bool
     high: bool
     bounded: bool
-    exact: bool
 
     @classmethod
-    def of(cls, call: Call, blocks: Any, dtype: Any, low: bool, high: bool, added: bool) -> Plan:
+    def of(cls, call: Call, blocks: Any, low: bool, high: bool, added: bool) -> Plan:
         """`added`: whether anything is added to capped logits, or beside them."""
         cap = None if call.soft_cap is None else call.soft_cap * LOG2E
         fold = call.scale * LOG2E if call.soft_cap is None else call.scale / call.soft_cap
         bounded = call.soft_cap is not None and call.soft_cap <= _BOUNDED_CAP and not added
-        return cls(blocks, call.scale, fold, cap, low, high, bounded, dtype == jnp.float32)
+        return cls(blocks, call.scale, fold, cap, low, high, bounded)
 
-    def dot(self, a, b, a_axis: int, b_axis: int):
-        """The product of two matrices over an axis of each, in float32."""
-        precision = lax.Precision.HIGHEST if self.exact else None
-        axes = (((a_axis,), (b_axis,)), ((), ()))
-        return lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
+
+def product(a, b, a_axis: int, b_axis: int):
+    """The product of two matrices over an axis of each, in float32; in full float32 where they are."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    axes = (((a_axis,), (b_axis,)), ((), ()))
+    return lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
 
 
 def fold8(x, combine: Callable[..., Any]):
@@ -105,7 +105,7 @@ class Slots:
         grid: tuple[int, ...],
         semantics: tuple[str, ...],
         name: str,
-        vmem: int,
+        vmem: int | None,
         interpret: Any,
     ) -> dict[str, jax.Array]:
         """The outputs of `kernel(table, *refs)`, by name; `table` is flat, in scalar memory before the grid begins."""

@@ -141,12 +141,12 @@ def test_equals_the_definition(case, monkeypatch):
         np.testing.assert_array_equal(np.isfinite(ours[name]), finite)
         off, xla_off = (np.abs(x[name][finite] - value[finite]) for x in (ours, xla))
         # Of a few keys all but rounding cancels in some gradients: that of float32 sums of so many products.
-        slack = eps * np.max(np.abs(value[finite]), initial=0) + 64 * np.finfo(np.float32).eps
+        slack = eps / 4 * np.max(np.abs(value[finite]), initial=0) + 64 * np.finfo(np.float32).eps
         if name == "lse" and case["dtype"] == "bfloat16":
             slack = 2 * eps
         mean = lambda x: np.sqrt(np.mean(x**2)) if x.size else 0
-        assert mean(off) <= 2 * mean(xla_off) + slack / 4, f"{name}: {mean(off)}, XLA {mean(xla_off)}"
-        assert np.max(off, initial=0) <= 3 * np.max(xla_off, initial=0) + slack, f"{name}: {off.max()}"
+        assert mean(off) <= 2 * mean(xla_off) + slack, f"{name}: {mean(off)}, XLA {mean(xla_off)}"
+        assert np.max(off, initial=0) <= 3 * np.max(xla_off, initial=0) + 4 * slack, f"{name}: {off.max()}"
 
 
 def test_cases_are_pairwise():
