@@ -176,6 +176,17 @@ def test_report_for_gpus():
     assert "the compiler has no count of its own" in "\n".join(describe.program(report))
 
 
+@needs_cuda
+def test_kernels_for_gpus():
+    """Asked for, the Hopper kernels run once a layer, forward and backward, and their FLOPs are counted."""
+    targets.prepare()
+    c = config(model__layers=2, model__mixers__M__impl="flash")
+    report = compile_lib.compile_step(c, targets.Target.of("h100:2"))
+    assert report["kernels"] == {"flash_forward": 2, "flash_backward": 2}
+    attention = c.data.batch * c.data.length / 2 * model_cost(c.model, c.data.length).flops["softmax.attention"]
+    assert report["flops"]["kernels"] == pytest.approx(3.5 * attention)
+
+
 @needs_libtpu
 @pytest.mark.slow
 def test_slices_are_domains(target):
