@@ -6,6 +6,7 @@ gives: the suite's eight devices bring them.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 
@@ -17,7 +18,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from kernels_pallas import hopper, masks
-from kernels_pallas.flash_attention import definition, flash_attention, gpu_backward, gpu_forward
+from kernels_pallas.flash_attention import (
+    definition,
+    flash_attention,
+    gpu,
+    gpu_backward,
+    gpu_backward_rows,
+    gpu_forward,
+)
 from tests.kernels_pallas.test_flash_attention import inputs, plain, results, typed
 
 H100 = AbstractMesh(
@@ -29,12 +37,19 @@ needs_interpreter = pytest.mark.skipif(
 NOTHING = dict(sinks=False, gate=False, bias=None, cap=None)
 EVERYTHING = dict(sinks=True, gate=True, bias="keys of heads", cap=3.0)
 ROWS = dict(length=200, widths=(64, 64), heads=(1, 2, 1), dtype="bfloat16")
+SMALL = gpu.Blocks(gpu_forward.Blocks(keys=64), gpu_backward.Blocks(rows=128), gpu_backward_rows.Blocks(keys=64))
+TURNS = dataclasses.replace(SMALL, forward=gpu_forward.Blocks(keys=64, stages=3, pingpong=True))
+# What is attended, the tiles, and whether gradients are to be the same bits in every run. Rings go round in all.
 CASES = {
-    "all keys, another number than rows": (ROWS | NOTHING | dict(mask="all", widths=(128, 128)), False),
-    "packed, everything": (ROWS | EVERYTHING | dict(mask="packed", heads=(2, 4, 2)), False),
-    "any intervals, in one order": (ROWS | NOTHING | dict(mask="anything", bias="keys", sinks=True), True),
-    "window, unlike widths": (ROWS | EVERYTHING | dict(mask="window", widths=(192, 96), length=130, cap=None), False),
-    "a single row": (ROWS | NOTHING | dict(mask="causal", length=1, gate=True), False),
+    "all keys, another number than rows": (ROWS | NOTHING | dict(mask="all", widths=(128, 128)), None, False),
+    "packed, everything": (ROWS | EVERYTHING | dict(mask="packed", heads=(2, 4, 2)), SMALL, False),
+    "any intervals, in one order": (ROWS | NOTHING | dict(mask="anything", bias="keys", sinks=True), TURNS, True),
+    "window, unlike widths": (
+        ROWS | EVERYTHING | dict(mask="window", widths=(192, 96), length=130, cap=None),
+        None,
+        False,
+    ),
+    "a single row": (ROWS | NOTHING | dict(mask="causal", length=1, gate=True), None, False),
 }
 
 
@@ -42,12 +57,14 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_definition(name):
     """Values and gradients err at most twice as much as XLA's form of the same dtype, and nowhere far more."""
-    case, deterministic = CASES[name]
+    case, blocks, deterministic = CASES[name]
     arrays, rest = inputs(case)
     with jax.enable_x64(True):
         exact = results(definition, {name: jnp.asarray(x, jnp.float64) for name, x in arrays.items()}, rest)
     xla = results(plain, typed(arrays, "bfloat16"), rest)
-    kernel = functools.partial(flash_attention, platform="cuda", interpret=True, deterministic=deterministic)
+    kernel = functools.partial(
+        flash_attention, platform="cuda", interpret=True, blocks=blocks, deterministic=deterministic
+    )
     ours = results(kernel, typed(arrays, "bfloat16"), rest)
     assert set(ours) == set(exact)
     for name, value in exact.items():
@@ -69,12 +86,8 @@ def test_no_races(widths, deterministic):
 
     case = ROWS | dict(mask="window", length=256, widths=widths, sinks=True, gate=True, bias="keys", cap=None)
     arrays, rest = inputs(case)
-    device = plgpu.InterpretGPUParams(detect_races=True)
-    results(
-        functools.partial(flash_attention, platform="cuda", interpret=device, deterministic=deterministic),
-        typed(arrays, "bfloat16"),
-        rest,
-    )
+    options = dict(interpret=_races(), deterministic=deterministic, blocks=SMALL if widths == (64, 64) else None)
+    results(functools.partial(flash_attention, platform="cuda", **options), typed(arrays, "bfloat16"), rest)
     assert not gpu_callbacks.get_races().races_found
 
 
@@ -158,7 +171,7 @@ def test_tiles_of_every_mask():
     seen = np.asarray(masks.visible(*bounds, T, S))
     some = seen.any(-1)
     rows, keys = 64, 64
-    found = np.asarray(gpu_forward.ranges(bounds, rows, keys))
+    found = np.asarray(jax.jit(lambda bounds: gpu_forward.ranges(bounds, rows, keys))(bounds))
     for b, block, wg in np.ndindex(3, T // 128, 2):
         first, end, full, full_end = *found[b, block, :2], *found[b, block, 2 + 2 * wg : 4 + 2 * wg]
         own = slice((2 * block + wg) * rows, (2 * block + wg + 1) * rows)
@@ -166,15 +179,16 @@ def test_tiles_of_every_mask():
         assert first < end and first <= full <= full_end <= end
         assert not tile[:, : first * keys].any() and not tile[:, end * keys :].any()
         assert tile[:, full * keys : full_end * keys].all()
-    found = np.asarray(gpu_backward.row_ranges(bounds, gpu_backward.Blocks(64, 128), S))
+    causal = found[1]
+    assert (causal[:, 3] - causal[:, 2]).sum() > 4  # most tiles of a causal mask are full
+    blocks = gpu_backward.Blocks(64, 128)
+    found = np.asarray(jax.jit(lambda bounds: gpu_backward.row_ranges(bounds, blocks, S))(bounds))
     for b, block in np.ndindex(3, S // 128):
         first, end, full, full_end = found[b, block]
         tile = seen[b, :, block * 128 : (block + 1) * 128]
         assert not tile[: first * 64].any() and not tile[end * 64 :].any()
         whole = slice(full * 64, full_end * 64)
         assert first <= full <= full_end <= end and tile[whole][some[b, whole]].all()
-    causal = np.asarray(gpu_forward.ranges(tuple(x[1:2] for x in bounds), rows, keys))[0]
-    assert (causal[:, 3] - causal[:, 2]).sum() > 4  # most tiles of a causal mask are full
 
 
 @pytest.mark.parametrize(
