@@ -24,11 +24,9 @@ SPILLS = {
 KERNELS = {
     "64 i": ["flash_backward", "flash_forward"],
     "64 iscgb": ["flash_backward", "flash_forward"],
-    "128": ["flash_backward", "flash_forward"],
     "128 i": ["flash_backward", "flash_forward"],
     "128 iscgb": ["flash_backward", "flash_forward"],
     "128 isgbd": ["flash_backward_keys", "flash_backward_rows", "flash_forward"],
-    "192/128 i": ["flash_backward_keys", "flash_backward_rows", "flash_forward"],
     "256 i": ["flash_backward_keys", "flash_backward_rows", "flash_forward"],
     "256 iscgb": ["flash_backward_keys", "flash_backward_rows", "flash_forward"],
 }
