@@ -28,12 +28,13 @@ from benchmarks.kernels_cases import PARITY, TIMED, Case
 
 _NO_GPU = "benchmarks.kernels times kernels on a GPU, and jax sees none here; --dry-run tries the rest of it"
 _ANSWER_S = 90  # a program is compiled and run in less, or it hangs
+_SPARE_S = 20  # nothing is begun with less left
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=pathlib.Path, default=pathlib.Path("kernels.json"), help="the figures' file")
-    parser.add_argument("--minutes", type=float, default=9.0, help="after which nothing more is begun")
+    parser.add_argument("--minutes", type=float, default=9.0, help="in which it ends")
     parser.add_argument("--dry-run", action="store_true", help="in small, interpreted, and no figures")
     parser.add_argument("--cases", nargs="*", default=None, help="only those whose names hold one of these")
     parser.add_argument("--worker", choices=("jax", "torch"), help=argparse.SUPPRESS)
@@ -175,6 +176,8 @@ class Run:
         for case in self.chosen(TIMED):
             rows = []
             for peer, kind in self.peers.items():
+                if self.over(f"{case.name}, {peer}"):
+                    continue
                 answer = self.ask(kind, do="time", case=dataclasses.asdict(case), peer=peer)
                 row = {"case": case.name, "peer": peer, **answer}
                 if peer == "ours" and (case.d, case.e) in wrong:
@@ -208,15 +211,19 @@ class Run:
         for case in cases:
             if self.args.cases is not None and not any(part in case.name for part in self.args.cases):
                 continue
-            if time.monotonic() < self.until:
+            if not self.over(case.name):
                 yield case
-            else:
-                self.found.setdefault("left_out", []).append(case.name)
-                self.say(f"{case.name}: left out, the time is over")
+
+    def over(self, what: str) -> bool:
+        """Whether there is no time for it, which is noted."""
+        if time.monotonic() < self.until - _SPARE_S:
+            return False
+        self.found.setdefault("left_out", []).append(what)
+        self.say(f"{what}: left out, the time is over")
+        return True
 
     def ask(self, kind: str, **request: Any) -> dict[str, Any]:
-        seconds = min(_ANSWER_S, max(5.0, self.until + 30 - time.monotonic()))
-        return self.workers[kind].ask(seconds, **request)
+        return self.workers[kind].ask(min(_ANSWER_S, max(1.0, self.until - time.monotonic())), **request)
 
     def say(self, text: str) -> None:
         print(text, flush=True)

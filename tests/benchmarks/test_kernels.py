@@ -38,7 +38,15 @@ def test_a_dry_run(tmp_path):
     rows = {(row["case"], row["peer"]): row for row in found["times"]}
     assert rows["192/128 causal", "ours"] == {"case": "192/128 causal", "peer": "ours", "lowered": True}
     assert "another width" in rows["192/128 causal", "cudnn"]["unsupported"]
-    assert not any("tflops" in json.dumps(row) for row in found["times"])
+    assert not found["ceilings"] and not any("ms" in row for row in found["times"])
+
+
+def test_it_ends_in_time(tmp_path):
+    """What there is no time for is named, and what was found is kept."""
+    args = argparse.Namespace(minutes=0.0, dry_run=True, json=tmp_path / "k.json", cases=["128 causal cap"])
+    run = kernels.Run(args)
+    run.times(set())
+    assert json.loads(args.json.read_text())["left_out"] == ["128 causal cap"]
 
 
 def test_wrong_kernels_are_found(monkeypatch):
