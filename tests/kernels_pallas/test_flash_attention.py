@@ -15,8 +15,8 @@ from kernels_pallas.tuning import BackwardBlocks, Blocks, ForwardBlocks
 from tests.kernels_pallas import pairwise
 
 TILES = {
-    "smallest": Blocks(ForwardBlocks(128, 128, 128, 128, True), BackwardBlocks(128, 128, 128, 128)),
-    "several products": Blocks(ForwardBlocks(256, 256, 128, 128, False), BackwardBlocks(256, 256, 128, 128)),
+    "keys in parts": Blocks(ForwardBlocks(128, 256, 128, 128, True), BackwardBlocks(256, 128, 128, 128)),
+    "rows in parts": Blocks(ForwardBlocks(256, 128, 128, 128, False), BackwardBlocks(128, 256, 128, 128)),
     "default": None,
 }
 AXES = {
@@ -160,7 +160,8 @@ def test_cases_are_pairwise():
 
 SMALL = dict(mask="causal", length=256, widths=(64, 64), heads=(1, 3, 1), dtype="float32", sinks=True, gate=True,
              bias="keys", cap=None)  # fmt: skip
-kernel = functools.partial(flash_attention, interpret=True, blocks=TILES["smallest"])
+SMALLEST = Blocks(ForwardBlocks(128, 128, 128, 128, True), BackwardBlocks(128, 128, 128, 128))
+kernel = functools.partial(flash_attention, interpret=True, blocks=SMALLEST)
 
 
 def test_what_no_row_sees_changes_nothing():
