@@ -76,7 +76,10 @@ def _kernel(op: Instruction) -> str | None:
     name = target[1] if target else ""
     if name == "tpu_custom_call":
         return re.sub(r"[.\d]+$", "", op.name)
-    return name if name.startswith(("__cu", "__gpu$", "mosaic_gpu")) else None
+    if name.startswith("mosaic_gpu"):
+        own = re.search(r'op_name="(?:[^"]*/)?([^"/]+)/mpmd_map"', op.attributes)
+        return own[1] if own else name
+    return name if name.startswith(("__cu", "__gpu$")) else None
 
 
 class _Program:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from attnlab.ops import attention_splash, attention_xla
+from attnlab.ops import attention_cudnn, attention_flash, attention_splash, attention_xla
 from attnlab.ops.attention_frame import AttentionSpec, attend, check_shapes, over_devices
 from attnlab.ops.dispatch import Implementation, Op
 from attnlab.ops.masks import Mask
@@ -66,6 +66,14 @@ ATTENTION = Op(
     {
         "definition": Implementation(definition),
         "xla": Implementation(attention_xla.attention),
+        "flash": Implementation(
+            attention_flash.attention,
+            attention_flash.unsupported,
+            worth=attention_flash.worth,
+            platforms=("tpu", "gpu"),
+            interpretable=True,
+            kernel_flops=attention_flash.kernel_flops,
+        ),
         "splash": Implementation(
             attention_splash.attention,
             attention_splash.unsupported,
@@ -74,8 +82,14 @@ ATTENTION = Op(
             split=attention_splash.over_devices,
             kernel_flops=attention_splash.kernel_flops,
         ),
+        "cudnn": Implementation(
+            attention_cudnn.attention,
+            attention_cudnn.unsupported,
+            platforms=("gpu",),
+            kernel_flops=attention_cudnn.kernel_flops,
+        ),
     },
-    preference=("splash", "xla"),
+    preference=("flash", "splash", "cudnn", "xla"),
     split=over_devices,
 )
 ATTENTION_WITH_LSE = Op(
@@ -84,8 +98,16 @@ ATTENTION_WITH_LSE = Op(
     {
         "definition": Implementation(definition_with_lse),
         "xla": Implementation(attention_xla.attention_with_lse),
+        "flash": Implementation(
+            attention_flash.attention_with_lse,
+            attention_flash.unsupported,
+            worth=attention_flash.worth,
+            platforms=("tpu", "gpu"),
+            interpretable=True,
+            kernel_flops=attention_flash.kernel_flops,
+        ),
     },
-    preference=("xla",),
+    preference=("flash", "xla"),
     split=over_devices,
 )
 _NO_KEYS = -1e20  # the log-sum-exp of no keys, finite so that differences are

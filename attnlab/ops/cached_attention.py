@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from attnlab.ops import attention_xla
+from attnlab.ops import attention_xla, cached_flash
 from attnlab.ops.attention import definition
 from attnlab.ops.attention_frame import AttentionSpec, attend, check_shapes, over_devices
 from attnlab.ops.dispatch import Implementation, Op
@@ -56,6 +56,9 @@ CACHED_ATTENTION = Op(
         "definition": Implementation(functools.partial(_by_position, definition)),
         "xla": Implementation(functools.partial(_by_position, attention_xla.attention)),
         "one_query": Implementation(one_query, _several),
+        "decode": Implementation(
+            cached_flash.attention, cached_flash.unsupported, platforms=("tpu",), interpretable=True
+        ),
     },
     preference=("one_query", "xla"),
     split=over_devices,

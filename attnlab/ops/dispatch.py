@@ -200,11 +200,14 @@ class Record:
     def kernel_flops(self, runs: Mapping[str, int]) -> float:
         """FLOPs inside the kernels of a program that runs them so often, by name.
 
-        Where kernels of one name were chosen for several specs, a run counts as the mean over these choices.
+        Where kernels of one name were chosen for several specs, a run counts as the mean over these choices. A kernel
+        is the one of whose name it begins with the most.
         """
         total = 0.0
+        names = {name for choice in self.choices for name in choice.kernel_flops}
         for kernel, count in runs.items():
-            flops = [f for c in self.choices for name, f in c.kernel_flops.items() if kernel.startswith(name)]
+            own = max((name for name in names if kernel.startswith(name)), key=len, default=None)
+            flops = [choice.kernel_flops[own] for choice in self.choices if own in choice.kernel_flops]
             total += count * sum(flops) / max(len(flops), 1)
         return total
 

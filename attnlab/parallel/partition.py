@@ -43,6 +43,7 @@ _inside: contextvars.ContextVar[Mapping[str, Split]] = contextvars.ContextVar(
     "inside", default=types.MappingProxyType({})
 )
 _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+_device_kind: contextvars.ContextVar[str | None] = contextvars.ContextVar("device_kind", default=None)
 
 
 @contextlib.contextmanager
@@ -51,7 +52,9 @@ def use(mesh: Mesh | None, rules: Mapping[str, tuple[str, ...]]) -> Iterator[Non
     partition = None if mesh is None or mesh.size == 1 else Partition(mesh, rules)
     tokens = [(_current, _current.set(partition))]
     if mesh is not None:
-        tokens.append((_platform, _platform.set(mesh.devices.flat[0].platform)))
+        device = mesh.devices.flat[0]
+        tokens.append((_platform, _platform.set(device.platform)))
+        tokens.append((_device_kind, _device_kind.set(device.device_kind)))
     try:
         yield
     finally:
@@ -62,6 +65,11 @@ def use(mesh: Mesh | None, rules: Mapping[str, tuple[str, ...]]) -> Iterator[Non
 def platform() -> str:
     """Platform of the devices that the program will run on, e.g. "cpu"; not always that of this process."""
     return _platform.get() or jax.default_backend()
+
+
+def device_kind() -> str:
+    """What jax calls the devices that the program will run on, e.g. "TPU v5p"."""
+    return _device_kind.get() or jax.devices()[0].device_kind
 
 
 def ways(axis: str) -> int:

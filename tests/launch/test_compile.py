@@ -68,10 +68,8 @@ def test_report_of_a_tiny_run(report):
     assert 0.95 < memory["arguments"] / (12 * cost.parameters / 4) < 1.3
     assert memory["aliased"] > 0.9 * 12 * cost.parameters / 4  # the state is donated
     assert memory["fits"] and memory["temporaries"] > 0
-    assert set(report["implementations"]["attention"].values()) == {"splash"}
-    assert report["kernels"] == {
-        f"splash_mha_{part}_residuals": 3 for part in ("fwd_segmented", "dq_segmented_no", "dkv_segmented_no")
-    }
+    assert set(report["implementations"]["attention"].values()) == {"flash"}
+    assert report["kernels"] == {"flash_forward": 3, "flash_backward": 3}
     assert report["collectives"]["all-gather"]["bytes"] > 0
     assert report["unknown_loops"] == 0
     assert report["bound"] in report["floor_seconds"] and 0 < report["mfu_at_most"] <= 1
@@ -85,8 +83,8 @@ def test_products_of_the_program_are_the_declared_ones(report):
     tokens = c.data.batch * c.data.length / 4
     expected = 3 * tokens * sum(value for part, value in flops.items() if part != "softmax.attention")
     assert report["flops"]["compiler"] == pytest.approx(expected, rel=0.01)
-    # The kernels for the backward pass repeat the scores, and the product for dp: 1 + 1.5 + 2 forward passes, not 3.
-    assert report["flops"]["kernels"] == pytest.approx(4.5 * tokens * flops["softmax.attention"])
+    # The kernel for the backward pass repeats the scores: 1 + 2.5 forward passes, not 3.
+    assert report["flops"]["kernels"] == pytest.approx(3.5 * tokens * flops["softmax.attention"])
     assert report["flops"]["compiler_loops_once"] < 0.7 * expected
 
 
@@ -94,7 +92,7 @@ def test_products_of_the_program_are_the_declared_ones(report):
 def test_a_report_can_be_printed(report):
     """In words and in JSON."""
     text = "\n".join(describe.program(report))
-    for part in ("v5e:2x2", "splash", "arguments", "all-gather", "bound by"):
+    for part in ("v5e:2x2", "flash", "arguments", "all-gather", "bound by"):
         assert part in text
     json.dumps(report)
 
@@ -176,6 +174,17 @@ def test_report_for_gpus():
     assert sum(products.values()) + attention < report["flops"]["compiler"] < sum(products.values()) + 3.5 * attention
     assert report["unknown_loops"] == 0
     assert "the compiler has no count of its own" in "\n".join(describe.program(report))
+
+
+@needs_cuda
+def test_kernels_for_gpus():
+    """Asked for, the Hopper kernels run once a layer, forward and backward, and their FLOPs are counted."""
+    targets.prepare()
+    c = config(model__layers=2, model__mixers__M__impl="flash")
+    report = compile_lib.compile_step(c, targets.Target.of("h100:2"))
+    assert report["kernels"] == {"flash_forward": 2, "flash_backward": 2}
+    attention = c.data.batch * c.data.length / 2 * model_cost(c.model, c.data.length).flops["softmax.attention"]
+    assert report["flops"]["kernels"] == pytest.approx(3.5 * attention)
 
 
 @needs_libtpu

@@ -167,7 +167,8 @@ ENTRY %main (a: f32[32,8]) -> f32[8,8] {
 
 
 def test_calls_of_libraries_are_named():
-    """What cuDNN computes is not in the products, and is not hidden; an allocation is no kernel."""
+    """What cuDNN, or a kernel under its own name, computes is not in the products, and is not hidden; an allocation is
+    no kernel."""
     text = """HloModule jit_f
 
 ENTRY %main (a: f32[4,8]) -> f32[4,8] {
@@ -177,6 +178,10 @@ ENTRY %main (a: f32[4,8]) -> f32[4,8] {
 }
 """
     assert hlo.analyse(text).kernels == {"__cudnn$convForward": 1}
+    ours = text.replace("__cudnn$convForward", "mosaic_gpu_v2")
+    assert hlo.analyse(ours).kernels == {"mosaic_gpu_v2": 1}
+    named = ours.replace('gpu_v2"', 'gpu_v2", metadata={op_name="jit(f)/shard_map/flash_forward/mpmd_map"}')
+    assert hlo.analyse(named).kernels == {"flash_forward": 1}
 
 
 @pytest.mark.parametrize(

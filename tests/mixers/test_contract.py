@@ -72,13 +72,17 @@ def document(x, seq, row, first, end):
 
 def everywhere(cls):
     """Names of the implementations that run on every platform."""
-    return [name for name in cls.implementations if name not in kernels(cls)]
+    return [name for name in cls.implementations if name not in ways(cls) or ways(cls)[name].platforms is None]
 
 
 def kernels(cls):
-    """Names of the others; a mixer without an op names its implementations only."""
-    ways = cls.implementations.items() if isinstance(cls.implementations, Mapping) else ()
-    return [name for name, way in ways if way.platforms is not None]
+    """Names of those that can be interpreted elsewhere."""
+    return [name for name, way in ways(cls).items() if way.interpretable]
+
+
+def ways(cls):
+    """Implementations by name; a mixer without an op names its implementations only."""
+    return cls.implementations if isinstance(cls.implementations, Mapping) else {}
 
 
 @every_config

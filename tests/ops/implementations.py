@@ -122,8 +122,9 @@ CASES: dict[str, tuple[Op, dict[str, Callable[[str], tuple[Callable, list[jax.Ar
 
 
 def names(op: Op) -> list[str]:
-    """All implementations but the definition."""
-    return [name for name in op.table if name != "definition"]
+    """All implementations but the definition, and what only another machine can run: a library's kernel."""
+    ways = op.table.items()
+    return [n for n, way in ways if n != "definition" and (way.platforms is None or way.interpretable)]
 
 
 def held_to_the_definition(op: str, impl: str) -> None:

@@ -419,7 +419,7 @@ def test_a_named_implementation_that_cannot_serve_raises(monkeypatch):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda q, k, v: attention(q, k, v, Mask(), impl="fast"), "'fast'; allowed: auto, definition, xla, splash"),
+        (lambda q, k, v: attention(q, k, v, Mask(), impl="fast"), "'fast'; allowed: auto, definition, xla, flash"),
         (lambda q, k, v: attention(q[:, :, :3], k[:, :, :2], v[:, :, :2], Mask()), "3 query heads over 2"),
         (lambda q, k, v: attention(q, k[..., :2], v, Mask()), "do not fit"),
         (lambda q, k, v: attention(q[0], k, v, Mask()), "must be"),

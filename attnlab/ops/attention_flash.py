@@ -1,0 +1,115 @@
+"""Softmax attention by our Pallas kernels (`kernels_pallas.flash_attention`): any mask of intervals, any length."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+
+from attnlab.ops import attention_splash
+from attnlab.ops.attention_frame import AttentionSpec
+from attnlab.ops.masks import Mask, mean_visible_keys
+from attnlab.parallel import partition
+from kernels_pallas import flash_attention as kernels
+from kernels_pallas import tuning
+from kernels_pallas.flash_attention import gpu
+
+_HOPPER = re.compile(r"NVIDIA (GH200|H\d)")
+_LANES = 128  # below so many queries or keys most of a tile is padding
+
+
+def unsupported(spec: AttentionSpec) -> str | None:
+    """Why the kernels cannot serve, or None."""
+    if partition.platform() == "gpu":
+        reasons = (
+            (spec.dtype != "bfloat16", f"on GPUs it computes bfloat16, not {spec.dtype}"),
+            (max(spec.width, spec.value_width) > gpu.WIDEST, f"on GPUs head widths are at most {gpu.WIDEST}"),
+            (not _HOPPER.search(partition.device_kind()), f"its kernels are for Hopper, not {partition.device_kind()}"),
+        )
+        return next((reason for fails, reason in reasons if fails), None)
+    known = spec.dtype in ("bfloat16", "float32")
+    return None if known else f"it computes bfloat16 and float32, not {spec.dtype}"
+
+
+def worth(spec: AttentionSpec) -> bool:
+    """Whether "auto" takes it: not for less than a tile, nor where splash serves and is recorded to be as fast.
+
+    Not on GPUs either: there the kernels have been neither run nor timed.
+    """
+    if min(spec.queries, spec.keys) < _LANES or partition.platform() == "gpu":
+        return False
+    return attention_splash.unsupported(spec) is not None or faster_than_splash(partition.device_kind())
+
+
+@functools.cache
+def faster_than_splash(kind: str) -> bool:
+    """By the schedules recorded for a kind of TPU: cycles of a causal forward and backward over 4096 positions."""
+    recorded = tuning.table(tuning.KINDS.get(kind, kind), "schedule").get("kernels", {})
+    cycles = lambda *names: sum(recorded[name]["causal_cycles"]["4096"] for name in names)
+    if not recorded:
+        return False
+    flash = cycles("flash forward, causal", "flash backward, causal")
+    return flash < cycles(*(f"splash {part}, causal, tile 512" for part in ("fwd", "dq", "dkv")))
+
+
+def kernel_flops(spec: AttentionSpec) -> dict[str, float]:
+    """FLOPs of one run of each kernel; pairs that the static mask hides are not counted, those of documents are.
+
+    The forward has two products a tile, the backward five: three over the width of keys, two over that of values.
+    """
+    seen = mean_visible_keys(spec.keys, spec.causal, spec.window)
+    pairs = 2.0 * spec.batch * spec.heads * spec.queries * seen
+    of = lambda length, heads, width: jax.ShapeDtypeStruct((spec.batch, length, heads, width), spec.dtype)
+    arrays = (
+        of(spec.queries, spec.heads, spec.width),
+        of(spec.keys, spec.kv_heads, spec.width),
+        of(spec.keys, spec.kv_heads, spec.value_width),
+    )
+    if partition.platform() == "gpu":
+        return {name: pairs * width for name, width in gpu.kernel_widths(spec.width, spec.value_width).items()}
+    with tuning.device_kind(partition.device_kind()):
+        runs = kernels.tpu_kernel_runs(*arrays)
+    widths = {
+        "flash_forward": spec.width + spec.value_width,
+        "flash_backward": 3 * spec.width + 2 * spec.value_width,
+    }
+    return {name: pairs * width / runs[name] for name, width in widths.items()}
+
+
+def attention(
+    q_BTHd: jax.Array, k_BSKd: jax.Array, v_BSKe: jax.Array, mask: Mask, sinks_H=None, **options
+) -> jax.Array:
+    """See `attnlab.ops.attention.attention`; options as for `attention_with_lse`."""
+    return attention_with_lse(q_BTHd, k_BSKd, v_BSKe, mask, sinks_H, **options)[0]
+
+
+def attention_with_lse(
+    q_BTHd: jax.Array,
+    k_BSKd: jax.Array,
+    v_BSKe: jax.Array,
+    mask: Mask,
+    sinks_H: jax.Array | None = None,
+    *,
+    scale: float,
+    soft_cap: float | None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """See `attnlab.ops.attention.attention_with_lse`; `interpret` runs the TPU's as plain XLA, on any platform.
+
+    Scores and statistics are float32, products bfloat16 for bfloat16 inputs, for which the TPU's round the scaled
+    queries once more. Backward recomputes the scores from the output and the log-sum-exp, which carry the checkpoint
+    names "attention_o" and "attention_lse".
+    """
+    starts, ends = mask.bounds(q_BTHd.shape[1], k_BSKd.shape[1])
+    with tuning.device_kind(partition.device_kind()):
+        o, lse = kernels.flash_attention(
+            q_BTHd, k_BSKd, v_BSKe,
+            starts=starts, ends=ends, sinks=sinks_H, soft_cap=soft_cap, scale=scale,
+            platform="cuda" if partition.platform() == "gpu" else "tpu", interpret=interpret,
+        )  # fmt: skip
+    return o, jnp.maximum(lse, NO_KEYS)
+
+
+NO_KEYS = -1e20  # the log-sum-exp of no keys, finite so that differences are

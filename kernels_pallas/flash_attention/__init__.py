@@ -1,0 +1,112 @@
+"""Softmax attention by tiles: scores never leave the chip (Dao et al. 2022, arXiv:2205.14135)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from kernels_pallas import tuning
+from kernels_pallas.flash_attention import tpu
+from kernels_pallas.flash_attention.call import Call
+from kernels_pallas.flash_attention.definition import definition
+from kernels_pallas.flash_attention.gradient import KERNELS, attention
+
+__all__ = ["definition", "flash_attention", "tpu_kernel_runs"]
+
+PLATFORMS = tuple(KERNELS)
+
+
+def flash_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    starts: jax.Array | None = None,
+    ends: jax.Array | None = None,
+    sinks: jax.Array | None = None,
+    gate: jax.Array | None = None,
+    key_bias: jax.Array | None = None,
+    soft_cap: float | None = None,
+    scale: float | None = None,
+    platform: str | None = None,
+    interpret: bool = False,
+    blocks: Any = None,
+    deterministic: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """`o[t] = sum_s p[t, s] v[s]`, `p = softmax_s(scale * q[t] . k[s])` over the keys that row `t` sees.
+
+    Args:
+      q: queries [B, T, H, d]; k: keys [B, S, K, d]; v: values [B, S, K, e]; all bfloat16, or all float32. `H % K == 0`:
+        query head `h` reads key head `h // (H / K)`.
+      starts, ends: int [B, T] or [1, T]. Row `t` sees the keys `starts[t] <= s < ends[t]`; None: from the first key,
+        to the last.
+      sinks: [H], a logit per head that adds to the softmax's denominator alone.
+      gate: [B, T, H, e], logits: `o` becomes `o * sigmoid(gate)`.
+      key_bias: [B, S], or [B, K, S] for each key head, added to the logits (after the cap).
+      soft_cap: logits become `soft_cap * tanh(logits / soft_cap)`.
+      scale: of the logits; `d ** -0.5` by default.
+      platform: whose kernel runs, of `PLATFORMS`; by default that of jax's default device, or "tpu" if interpreted.
+      interpret: runs the kernel as plain XLA operations on any platform, or, on a CPU, as its interpreter's parameters
+        say (`jax.experimental.pallas.tpu.InterpretParams`).
+      blocks: tile sizes (`kernels_pallas.tuning.Blocks`); by default those that `tuning` gives.
+      deterministic: whether gradients must be the same bits in every run. Kernels for TPU always are.
+
+    Returns:
+      o [B, T, H, e] in the dtype of q, and lse [B, T, H] in float32, the natural logarithm of the softmax's
+      denominator, sinks included. Both differentiable (reverse mode) in q, k, v, sinks, gate and key_bias. A row that
+      sees nothing has o = 0, gradients 0 and an lse of -inf (with sinks: of its sink). What no row sees, NaN included,
+      changes nothing.
+
+    Raises:
+      ValueError: shapes, dtypes or options that do not fit, or no kernel for the platform.
+    """
+    _check(q, k, v, starts, ends, sinks, gate, key_bias, soft_cap)
+    if platform is None:
+        default = jax.default_backend()
+        platform = "tpu" if interpret else {"gpu": "cuda"}.get(default, default)
+    if platform not in PLATFORMS:
+        raise ValueError(f"flash_attention: no kernel for platform {platform!r}; allowed: {', '.join(PLATFORMS)}")
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    soft_cap = None if soft_cap is None else float(soft_cap)
+    call = Call(
+        platform, tuning.kind(), scale, soft_cap, interpret, blocks, deterministic, starts is not None, ends is not None
+    )
+    return attention(call, q, k, v, starts, ends, sinks, gate, key_bias)
+
+
+def tpu_kernel_runs(q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruct, v: jax.ShapeDtypeStruct) -> dict[str, int]:
+    """How often a forward and a backward run each kernel on TPU, by name: more than once for very many keys."""
+    return tpu.kernel_runs(Call("tpu", tuning.kind(), 1.0, None, False, None, True, False, False), q, k, v, False)
+
+
+def _check(q, k, v, starts, ends, sinks, gate, key_bias, soft_cap) -> None:
+    def need(ok: bool, what: str) -> None:
+        if not ok:
+            raise ValueError(f"flash_attention: {what}")
+
+    shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
+    need(q.ndim == k.ndim == v.ndim == 4, f"{shapes}; each must be [batch, length, heads, width]")
+    (B, T, H, d), (S, K), e = q.shape, k.shape[1:3], v.shape[3]
+    need(
+        k.shape == (B, S, K, d) and v.shape[:3] == (B, S, K),
+        f"{shapes} do not fit; expected q [B, T, H, d], k [B, S, K, d], v [B, S, K, e]",
+    )
+    need(min(B, T, S, K, H, d, e) > 0, f"{shapes}; no size may be 0")
+    need(H % K == 0, f"{H} query heads over {K} key heads; H must be a multiple of K")
+    dtypes = q.dtype, k.dtype, v.dtype
+    need(
+        len(set(dtypes)) == 1 and q.dtype in ("bfloat16", "float32"),
+        f"q {q.dtype}, k {k.dtype}, v {v.dtype}; allowed: all bfloat16, or all float32",
+    )
+    for name, bound in (("starts", starts), ("ends", ends)):
+        if bound is not None:
+            need(bound.shape in ((B, T), (1, T)), f"{name} {bound.shape}; expected [{B}, {T}] or [1, {T}]")
+            need(bound.dtype.kind in "iu", f"{name} {bound.dtype}; expected integers")
+    need(sinks is None or sinks.shape == (H,), f"sinks {getattr(sinks, 'shape', ())}; expected [{H}], one per head")
+    need(gate is None or gate.shape == (B, T, H, e), f"gate {getattr(gate, 'shape', ())}; expected {[B, T, H, e]}")
+    need(
+        key_bias is None or key_bias.shape in ((B, S), (B, K, S)),
+        f"key_bias {getattr(key_bias, 'shape', ())}; expected {[B, S]} or {[B, K, S]}",
+    )
+    need(soft_cap is None or soft_cap > 0, f"soft_cap={soft_cap}; allowed: None or a number > 0")

@@ -1,0 +1,131 @@
+"""Flash attention on NVIDIA's Hopper: the sizes that kernels want, and which of them run (the seam of `gradient`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import hopper
+from kernels_pallas.flash_attention import gpu_backward, gpu_backward_rows, gpu_forward
+from kernels_pallas.flash_attention.call import LOG2E, NOTHING, Call
+
+WIDEST = 256
+_NARROW = 128  # widest heads whose gradients one kernel makes
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Tile sizes of the three kernels."""
+
+    forward: gpu_forward.Blocks
+    backward: gpu_backward.Blocks
+    rows: gpu_backward_rows.Blocks
+
+
+def default_blocks(d: int, e: int) -> Blocks:
+    """Tile sizes for heads so wide, chosen by what compiles without spills; none has been timed."""
+    widest = max(_up(d, 64), _up(e, 64))
+    if widest == 64:
+        forward, backward = gpu_forward.Blocks(keys=128, stages=3), gpu_backward.Blocks(rows=128, keys=128)
+    elif widest <= _NARROW:
+        forward, backward = gpu_forward.Blocks(keys=128, stages=2), gpu_backward.Blocks(rows=64, keys=128)
+    else:
+        forward, backward = gpu_forward.Blocks(keys=64, stages=2), gpu_backward.Blocks(rows=64, keys=64)
+    return Blocks(forward, backward, gpu_backward_rows.Blocks(keys=128 if widest == 64 else 64))
+
+
+def kernel_widths(d: int, e: int) -> dict[str, int]:
+    """Widths of the products that each kernel makes for a pair of a row and a key, added up, by the kernel's name."""
+    if max(d, e) <= _NARROW:
+        return {"flash_forward": d + e, "flash_backward": 3 * d + 2 * e}
+    return {"flash_forward": d + e, "flash_backward_keys": 3 * (d + e), "flash_backward_rows": 3 * d + 2 * e}
+
+
+def forward(call: Call, q, k, v, bounds, sinks, gate, key_bias, *, keep: bool):
+    """See `gradient`."""
+    device, blocks = _prepared(call, q, v)
+    (T, S), e = (q.shape[1], k.shape[1]), v.shape[3]
+    rows, keys = gpu_forward.WARPGROUPS * blocks.forward.rows, blocks.forward.keys
+    bounds = _padded_bounds(bounds, T, S, rows, keys)
+    q, k, v = _padded(q, rows, 64), _padded(k, keys, 64), _padded(v, keys, 64)
+    gate = None if gate is None else _padded(gate.astype(q.dtype), rows, 64)
+    sinks = None if sinks is None else sinks.astype(jnp.float32) * LOG2E
+    o, raw, lse2 = gpu_forward.forward(
+        device, q, k, v, bounds, sinks, gate, _bias(key_bias, keys),
+        scale=call.scale, soft_cap=call.soft_cap, keep=keep, blocks=blocks.forward,
+    )  # fmt: skip
+    return o[:, :T, :, :e], None if raw is None else raw[:, :T, :, :e], lse2[..., :T]
+
+
+def backward(call: Call, q, k, v, bounds, key_bias, do, lse2, delta):
+    """See `gradient`."""
+    device, blocks = _prepared(call, q, v)
+    (T, d), (S, e) = q.shape[1::2], v.shape[1::2]
+    wide = max(d, e) > _NARROW
+    split = wide or call.deterministic
+    rows = gpu_backward_rows.block_rows(wide) if split else blocks.backward.rows
+    keys = max(blocks.backward.keys, blocks.rows.keys if split else 0)
+    bounds = _padded_bounds(bounds, T, S, rows, keys)
+    # Both halves of a wide head, and both of a narrow one, are as wide as a tile is.
+    width = 128 if wide or max(d, e) > 64 else 64
+    q, k, v, do = (_padded(x, n, width) for x, n in ((q, rows), (k, keys), (v, keys), (do, rows)))
+    more = (0, 0), (0, 0), (0, q.shape[1] - T)
+    lse2, delta = jnp.pad(lse2, more, constant_values=NOTHING), jnp.pad(delta, more)
+    stats = gpu_backward.statistics(lse2, delta, call.scale, call.soft_cap)
+    options = {"scale": call.scale, "soft_cap": call.soft_cap, "wide": wide}
+    arrays, bias = (device, q, k, v, do, stats, bounds), _bias(key_bias, keys)
+    if split:
+        dk, dv, dbias = gpu_backward.backward(*arrays, bias, None, blocks=blocks.backward, **options)
+        dq = gpu_backward_rows.backward_rows(*arrays, bias, blocks=blocks.rows, **options)
+    else:
+        total = jax.new_ref(jnp.zeros(q.shape, jnp.float32))
+        dk, dv, dbias = gpu_backward.backward(*arrays, bias, total, blocks=blocks.backward, **options)
+        dq = (total[...] * call.scale).astype(q.dtype)
+    dbias = None if dbias is None else dbias[..., :S]
+    return dq[:, :T, :, :d], dk[:, :S, :, :d], dv[:, :S, :, :e], dbias
+
+
+def _prepared(call: Call, q: jax.Array, v: jax.Array) -> tuple[hopper.Device, Blocks]:
+    """The primitives and tile sizes; ValueError for what the kernels cannot do."""
+    d, e = q.shape[3], v.shape[3]
+    if q.dtype != jnp.bfloat16:
+        raise ValueError(f"flash_attention on cuda: q, k and v are {q.dtype}; allowed: bfloat16")
+    if max(d, e) > WIDEST:
+        raise ValueError(f"flash_attention on cuda: head widths {d} and {e}; allowed: up to {WIDEST}")
+    if not call.scale > 0:
+        raise ValueError(f"flash_attention on cuda: scale={call.scale}; allowed: a number > 0")
+    blocks = default_blocks(d, e) if call.blocks is None else call.blocks
+    if not isinstance(blocks, Blocks):
+        raise ValueError(f"flash_attention on cuda: blocks={blocks}; allowed: None or {Blocks.__module__}.Blocks")
+    if call.interpret is False:
+        return hopper.DEVICE, blocks
+    return hopper.interpreted(races=bool(getattr(call.interpret, "detect_races", False))), blocks
+
+
+def _up(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+def _padded(x: jax.Array, length: int, width: int) -> jax.Array:
+    """[B, T, H, d] with zeros up to multiples of a length and a width."""
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % length), (0, 0), (0, -x.shape[3] % width)])
+
+
+def _bias(key_bias: jax.Array | None, keys: int) -> jax.Array | None:
+    """[B, K or 1, S] in log2 units."""
+    if key_bias is None:
+        return None
+    bias = (key_bias[:, None] if key_bias.ndim == 2 else key_bias).astype(jnp.float32) * LOG2E
+    return jnp.pad(bias, [(0, 0), (0, 0), (0, -bias.shape[2] % keys)])
+
+
+def _padded_bounds(bounds: Any, T: int, S: int, rows: int, keys: int) -> tuple[jax.Array, jax.Array] | None:
+    """Intervals for padded rows, which see nothing, and keys, which nobody sees; None where there is none of either."""
+    if bounds is None:
+        if T % rows == 0 and S % keys == 0:
+            return None
+        bounds = jnp.zeros((1, T), jnp.int32), jnp.full((1, T), S, jnp.int32)
+    return tuple(jnp.pad(x, [(0, 0), (0, -T % rows)]) for x in bounds)

@@ -1,0 +1,96 @@
+"""The gradient around the kernels, the same for every platform.
+
+A platform is a module with two functions, on arrays as the user gives them (B batch, T rows, H heads, S keys, K key
+heads). `lse2` is the log-sum-exp in log2 units, float32 [B, H, T], sinks included.
+
+    forward(call, q, k, v, bounds, sinks, gate, key_bias, *, keep) -> (o, raw, lse2)
+        o [B, T, H, e]; raw: o before the gate if `keep` and there is a gate, else None. What it gives for rows that see
+        nothing is not used.
+    backward(call, q, k, v, bounds, key_bias, do, lse2, delta) -> (dq, dk, dv, dkey_bias or None)
+        do: the gradient of the ungated output; delta [B, H, T] float32: `sum_e raw * do`, less the gradient of lse. The
+        gradient of a logit is `p (do . v - delta)`. Rows that see nothing have q = do = delta = 0 and lse2 = `NOTHING`,
+        so that each p is 0 there. dkey_bias [B, K, S], float32.
+
+`bounds` is from `masks.intervals`: None, or starts and ends. Keys and values that no row sees are 0.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from kernels_pallas import masks
+from kernels_pallas.flash_attention import gpu, tpu
+from kernels_pallas.flash_attention.call import LOG2E, NOTHING, Call
+
+KERNELS: dict[str, types.ModuleType] = {"tpu": tpu, "cuda": gpu}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attention(call: Call, q, k, v, starts, ends, sinks, gate, key_bias):
+    """o, and the natural lse; see `flash_attention`."""
+    return _forward(call, q, k, v, starts, ends, sinks, gate, key_bias, keep=False)[0]
+
+
+def _forward(call: Call, q, k, v, starts, ends, sinks, gate, key_bias, *, keep: bool):
+    bounds, k, v, some = _prepared(call, q, k, v, starts, ends)
+    o, raw, lse2 = KERNELS[call.platform].forward(call, q, k, v, bounds, sinks, gate, key_bias, keep=keep)
+    lse = lse2.swapaxes(1, 2) / LOG2E
+    if some is not None:
+        o = jnp.where(some[..., None, None], o, 0)
+        raw = None if raw is None else jnp.where(some[..., None, None], raw, 0)
+        lse = jnp.where(some[..., None], lse, -jnp.inf if sinks is None else sinks.astype(jnp.float32))
+    return (o, lse), raw
+
+
+def _attention_forward(call: Call, *arrays):
+    (o, lse), raw = _forward(call, *arrays, keep=True)
+    o, lse = checkpoint_name(o, "attention_o"), checkpoint_name(lse, "attention_lse")
+    raw = None if raw is None else checkpoint_name(raw, "attention_o")
+    return (o, lse), (arrays, o if raw is None else raw, lse)
+
+
+def _attention_backward(call: Call, residuals, cotangents):
+    (q, k, v, starts, ends, sinks, gate, key_bias), raw, lse = residuals
+    do, dlse = (x.astype(jnp.float32) for x in cotangents)
+    bounds, k_, v_, some = _prepared(call, q, k, v, starts, ends)
+    dgate, wide = None, raw.astype(jnp.float32)
+    if gate is not None:
+        open_ = jax.nn.sigmoid(gate.astype(jnp.float32))
+        dgate = (do * wide * open_ * (1 - open_)).astype(gate.dtype)
+        do = do * open_
+    do = do.astype(q.dtype)
+    delta = (wide * do.astype(jnp.float32)).sum(-1)
+    if some is not None:  # the lse of what sees nothing is no function of q, k or v
+        do, q = (jnp.where(some[..., None, None], x, 0) for x in (do, q))
+        delta = jnp.where(some[..., None], delta, 0)
+    delta -= dlse
+    dsinks = None
+    if sinks is not None:
+        weight = jnp.exp(sinks.astype(jnp.float32) - lse)
+        dsinks = -(weight * delta).sum((0, 1)).astype(sinks.dtype)
+    lse2 = lse * LOG2E
+    if some is not None:
+        delta, lse2 = jnp.where(some[..., None], delta, 0), jnp.where(some[..., None], lse2, NOTHING)
+    rows = [x.swapaxes(1, 2) for x in (lse2, delta)]
+    dq, dk, dv, dbias = KERNELS[call.platform].backward(call, q, k_, v_, bounds, key_bias, do, *rows)
+    if key_bias is not None:
+        dbias = (dbias.sum(1) if key_bias.ndim == 2 else dbias).astype(key_bias.dtype)
+    return dq, dk, dv, None, None, dsinks, dgate, dbias
+
+
+attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _prepared(call: Call, q, k, v, starts, ends):
+    """The intervals, keys and values with 0 for what no row sees, and which rows see anything [B, T] (None: all)."""
+    T, S = q.shape[1], k.shape[1]
+    bounds = masks.intervals(starts, ends, T, S)
+    if bounds is None:
+        return None, k, v, None
+    seen = masks.seen_keys(*bounds, S, low=call.low, high=call.high)[..., None, None]
+    return bounds, jnp.where(seen, k, 0), jnp.where(seen, v, 0), bounds[1] > bounds[0]

@@ -1,0 +1,174 @@
+"""Flash attention on TPU: arrays as the kernels want them; keys too many for fast memory by blocks of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kernels_pallas import tuning
+from kernels_pallas.flash_attention import tpu_backward, tpu_forward
+from kernels_pallas.flash_attention.call import LOG2E, NOTHING, Call
+from kernels_pallas.flash_attention.tpu_plan import Plan
+
+_WIDTH = 16  # head widths are padded to multiples of it
+
+
+def forward(call: Call, q, k, v, bounds, sinks, gate, key_bias, *, keep: bool):
+    """See `kernels_pallas.flash_attention.gradient`."""
+    T, (S, K), e = q.shape[1], k.shape[1:3], v.shape[3]
+    blocks, keys = _forward_tiles(call, q, k, v, key_bias is not None)
+    rows, whole = _round(T, blocks.rows), _round(S, keys)
+    bounds, low, high = _padded_bounds(call, bounds, T, S, rows, whole)
+    q, gate = (None if x is None else _heads(x, rows) for x in (q, gate))
+    k, v = _heads(k, whole), _heads(v, whole)
+    bias = _bias(key_bias, K, S, whole)
+    plan = Plan.of(call, blocks, low, high, sinks is not None or bias is not None)
+    options = {"vmem": tuning.vmem_limit(call.kind), "interpret": call.interpret}
+    if keys == whole:
+        o, raw, lse2 = tpu_forward.run(
+            plan, q, k, v, bounds, sinks, gate, bias, keep=keep, out_dtype=q.dtype, **options
+        )
+    else:
+        wide, lse2 = _by_key_blocks(plan, q, k, v, bounds, bias, keys, options)
+        wide, lse2 = _with_sinks(wide, lse2, sinks)
+        raw = wide.astype(q.dtype) if keep and gate is not None else None
+        o = (wide if gate is None else wide * jax.nn.sigmoid(gate.astype(jnp.float32))).astype(q.dtype)
+    back = lambda x: None if x is None else x[:, :, :T, :e].swapaxes(1, 2)
+    return back(o), back(raw), lse2[:, :, :T]
+
+
+def backward(call: Call, q, k, v, bounds, key_bias, do, lse2, delta):
+    """See `kernels_pallas.flash_attention.gradient`."""
+    (T, d), (S, K), e, dtype = q.shape[1::2], k.shape[1:3], v.shape[3], q.dtype
+    blocks, keys = _backward_tiles(call, q, k, v, key_bias is not None)
+    rows, whole = _round(T, blocks.rows), _round(S, keys)
+    bounds, low, high = _padded_bounds(call, bounds, T, S, rows, whole)
+    q, do = _heads(q, rows), _heads(do, rows)
+    k, v = _heads(k, whole), _heads(v, whole)
+    behind = ((0, 0), (0, 0), (0, rows - T))
+    lse2, delta = jnp.pad(lse2, behind, constant_values=NOTHING), jnp.pad(delta, behind)
+    bias = _bias(key_bias, K, S, whole)
+    plan = Plan.of(call, blocks, low, high, bias is not None)
+    options = {"vmem": tuning.vmem_limit(call.kind), "interpret": call.interpret}
+    if keys == whole:
+        dq, dk, dv, dbias = tpu_backward.run(plan, q, k, v, do, lse2, delta, bounds, bias, out_dtype=dtype, **options)
+    else:
+
+        def turn(dq, n):
+            part = _key_block(n, keys, k, v, bounds, bias)
+            more, *of_keys = tpu_backward.run(
+                plan, q, part[0], part[1], do, lse2, delta, *part[2:], out_dtype=jnp.float32, **options
+            )
+            return dq + more, of_keys
+
+        dq, of_keys = lax.scan(turn, jnp.zeros(q.shape, jnp.float32), jnp.arange(whole // keys))
+        dk, dv, dbias = (None if x is None else jnp.concatenate(list(x), 2) for x in of_keys)
+    back = lambda x, n, width: x[:, :, :n, :width].swapaxes(1, 2).astype(dtype)
+    dbias = None if dbias is None else dbias[:, :, :S]
+    return back(dq, T, d), back(dk, S, d), back(dv, S, e), dbias
+
+
+def kernel_runs(call: Call, q, k, v, bias: bool) -> dict[str, int]:
+    """How often each kernel runs in a forward and a backward, by name; of q, k, v only shapes and dtypes matter."""
+    S = k.shape[1]
+    counts = {}
+    for name, tiles in (("flash_forward", _forward_tiles), ("flash_backward", _backward_tiles)):
+        counts[name] = -(-S // tiles(call, q, k, v, bias)[1])
+    return counts
+
+
+def _forward_tiles(call: Call, q, k, v, bias: bool) -> tuple[tuning.ForwardBlocks, int]:
+    """Tiles, and how many keys are in fast memory at a time, in two buffers."""
+    T, S, d, e = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
+    blocks = _given(call, "forward") or tuning.forward_blocks(call.kind, T, S)
+    tuning.check(blocks)
+    each = 2 * (_round(d, 128) + _round(e, _WIDTH) + tpu_forward.ONES) * q.dtype.itemsize + 64 * bias
+    return blocks, tuning.resident_keys(call.kind, each, S, blocks.keys, tuning.FORWARD_REST)
+
+
+def _backward_tiles(call: Call, q, k, v, bias: bool) -> tuple[tuning.BackwardBlocks, int]:
+    """Tiles, and how many keys are in fast memory at a time with their float32 gradients, in two buffers."""
+    T, S, d, e = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
+    blocks = _given(call, "backward") or tuning.backward_blocks(call.kind, T, S)
+    tuning.check(blocks)
+    each = 2 * (_round(d, 128) + _round(e, 128)) * q.dtype.itemsize + 8 * (_round(d, _WIDTH) + _round(e, _WIDTH))
+    return blocks, tuning.resident_keys(call.kind, each + 128 * bias, S, blocks.keys, tuning.BACKWARD_REST)
+
+
+def _given(call: Call, name: str) -> Any:
+    """Tiles that the caller gave."""
+    if call.blocks is not None and not isinstance(call.blocks, tuning.Blocks):
+        raise ValueError(f"flash_attention: blocks={call.blocks!r}; allowed on TPU: None or tuning.Blocks(...)")
+    return None if call.blocks is None else getattr(call.blocks, name)
+
+
+def _round(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+def _heads(x_BTHd: jax.Array, length: int) -> jax.Array:
+    """[B, H, length, width], zeros behind, the width a multiple of `_WIDTH`."""
+    x = x_BTHd.swapaxes(1, 2)
+    return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, -x.shape[3] % _WIDTH)))
+
+
+def _bias(key_bias: jax.Array | None, heads: int, keys: int, whole: int) -> jax.Array | None:
+    """[B, K, whole], zeros behind."""
+    if key_bias is None:
+        return None
+    bias = key_bias[:, None] if key_bias.ndim == 2 else key_bias
+    bias = jnp.broadcast_to(bias.astype(jnp.float32), (bias.shape[0], heads, keys))
+    return jnp.pad(bias, ((0, 0), (0, 0), (0, whole - keys)))
+
+
+def _padded_bounds(call: Call, bounds, length: int, keys: int, rows: int, whole: int):
+    """The intervals of padded rows, which see nothing, and which ends of them are to be looked at."""
+    if bounds is None and whole == keys:
+        return None, False, False
+    if bounds is None:
+        bounds = jnp.zeros((1, length), jnp.int32), jnp.full((1, length), keys, jnp.int32)
+    behind = ((0, 0), (0, rows - length))
+    return tuple(jnp.pad(x, behind) for x in bounds), call.low, call.high or whole != keys
+
+
+def _key_block(n, keys: int, k, v, bounds, bias):
+    """Block `n` of so many keys: its keys, values, intervals and bias."""
+    cut = lambda x: None if x is None else lax.dynamic_slice_in_dim(x, n * keys, keys, 2)
+    own = None if bounds is None else tuple(jnp.clip(x - n * keys, 0, keys) for x in bounds)
+    return cut(k), cut(v), own, cut(bias)
+
+
+def _by_key_blocks(plan: Plan, q, k, v, bounds, bias, keys: int, options: dict[str, Any]):
+    """The output, float32 and ungated, and lse2, put together from those over each block of keys."""
+
+    def turn(carry, n):
+        o, lse2 = carry
+        k_, v_, own, bias_ = _key_block(n, keys, k, v, bounds, bias)
+        o_, _, lse2_ = tpu_forward.run(
+            plan, q, k_, v_, own, None, None, bias_, keep=False, out_dtype=jnp.float32, **options
+        )
+        if own is not None:
+            some = (own[1] > own[0])[:, None]
+            o_, lse2_ = jnp.where(some[..., None], o_, 0), jnp.where(some, lse2_, -NOTHING)
+        return _merged(o, lse2, o_, lse2_), None
+
+    empty = jnp.zeros((*q.shape[:3], v.shape[3]), jnp.float32), jnp.full(q.shape[:3], -NOTHING, jnp.float32)
+    return lax.scan(turn, empty, jnp.arange(k.shape[2] // keys))[0]
+
+
+def _merged(o, lse2, other, other_lse2):
+    """Two outputs over different keys, as one."""
+    top = jnp.maximum(lse2, other_lse2)
+    a, b = jnp.exp2(lse2 - top), jnp.exp2(other_lse2 - top)
+    o = (o * a[..., None] + other * b[..., None]) / (a + b)[..., None]
+    return o, top + jnp.log2(a + b)
+
+
+def _with_sinks(o, lse2, sinks):
+    if sinks is None:
+        return o, lse2
+    sink = jnp.broadcast_to(sinks.astype(jnp.float32)[:, None] * LOG2E, lse2.shape)
+    return _merged(o, lse2, jnp.zeros_like(o), sink)

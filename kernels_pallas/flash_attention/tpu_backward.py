@@ -1,0 +1,200 @@
+"""The backward on TPU: one sweep of five products.
+
+Scores are rows by keys. Row tiles are outside, key tiles inside; the gradients of a head's keys and values are
+accumulated transposed, in float32, in windows that stay in fast memory over all rows of all heads that read it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from kernels_pallas.flash_attention.call import LOG2E
+from kernels_pallas.flash_attention.tpu_plan import HIDDEN, Plan, Slots, fold8, in_bounds, key_ranges, product
+
+LSE, DELTA = 0, 1  # rows of the statistics, and places of their columns
+
+
+class RowTile:
+    """One row tile against its key tiles."""
+
+    def __init__(self, plan: Plan, refs: dict[str, Any], bounds: tuple):
+        self.plan, self.refs = plan, refs
+        self.first, self.full, self.full_end, self.end = bounds
+        blocks = plan.blocks
+        self.row_parts = [slice(r, r + blocks.sub_rows) for r in range(0, blocks.rows, blocks.sub_rows)]
+        self.key_parts = [slice(c, c + blocks.sub_keys) for c in range(0, blocks.keys, blocks.sub_keys)]
+
+    def begin(self) -> None:
+        """The row tile's queries, scaled, and its statistics and bounds as columns, over all lanes."""
+        plan, r = self.plan, self.refs
+        q = r["q"][...]
+        r["qs"][...] = (q.astype(jnp.float32) * plan.fold).astype(q.dtype)
+        r["acc"][...] = jnp.zeros_like(r["acc"])
+        columns = r["statistics"][...].T
+        for n in (LSE, DELTA):
+            r["columns"][n] = jnp.broadcast_to(columns[:, n : n + 1], r["columns"].shape[1:])
+        if "bounds" in r:
+            r["bound_columns"][...] = r["bounds"][...].T
+
+    def ask(self, tile, rows: slice, keys: slice, masked: bool):
+        """A block's logits in log2 units, what tanh was (with a cap, else None), and `do . v`."""
+        plan, r = self.plan, self.refs
+        at = self.at(tile, keys)
+        logits = product(r["qs"][rows, :], r["k"][at, :], 1, 1)
+        dp = product(r["do"][rows, :], r["v"][at, :], 1, 1)
+        tanh = None
+        if plan.cap is not None:
+            tanh = jnp.tanh(logits)
+            logits = tanh * plan.cap
+        if "bias" in r:
+            logits += r["bias"][tile, 0:1, keys]
+        if masked:
+            bounds = r["bound_columns"]
+            key = tile * plan.blocks.keys + keys.start + lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+            low = bounds[rows, 0:1] if plan.low else None
+            high = bounds[rows, 1:2] if plan.high else None
+            logits = jnp.where(in_bounds(key, low, high), logits, HIDDEN)
+        return logits, tanh, dp
+
+    def at(self, tile, keys: slice):
+        return pl.ds(
+            pl.multiple_of(tile * self.plan.blocks.keys + keys.start, self.plan.blocks.sub_keys),
+            self.plan.blocks.sub_keys,
+        )
+
+    def key_tile(self, tile, masked: bool) -> None:
+        """All gradients from one tile. The next block is asked for before one is finished."""
+        plan, r = self.plan, self.refs
+        blocks = [(rows, keys) for rows in self.row_parts for keys in self.key_parts]
+        wide = lambda n, rows: jnp.tile(r["columns"][n, rows, :], (1, plan.blocks.sub_keys // 128))
+        sums: dict[tuple[str, int], Any] = {}
+
+        def add(name: str, at: slice, x) -> None:
+            sums[name, at.start] = sums[name, at.start] + x if (name, at.start) in sums else x
+
+        asked = self.ask(tile, *blocks[0], masked)
+        for n, (rows, keys) in enumerate(blocks):
+            logits, tanh, dp = asked
+            if n + 1 < len(blocks):
+                asked = self.ask(tile, *blocks[n + 1], masked)
+            p = jnp.exp2(logits - wide(LSE, rows))
+            ds = p * (dp - wide(DELTA, rows))
+            if "bias" in r:
+                add("dbias", keys, fold8(ds, jnp.sum))
+            if tanh is not None:
+                ds *= 1 - tanh * tanh
+            dtype = r["k"].dtype
+            p, ds = p.astype(dtype), ds.astype(dtype)
+            add("dv", keys, product(r["do_t"][:, rows], p, 1, 0))
+            add("dk", keys, product(r["q_t"][:, rows], ds, 1, 0))
+            add("dq", rows, product(ds, r["k"][self.at(tile, keys), :], 1, 0))
+        for keys in self.key_parts:
+            for name in ("dv", "dk", "dbias"):
+                if name in r:
+                    r[name][tile, :, keys] += sums[name, keys.start]
+        for rows in self.row_parts:
+            r["acc"][rows, :] += sums["dq", rows.start]
+
+    def walk(self) -> None:
+        """All tiles."""
+        masks = self.plan.low or self.plan.high
+
+        def turn(tile, carry):
+            if not masks:
+                self.key_tile(tile, False)
+                return carry
+            whole = (tile >= self.full) & (tile < self.full_end)
+            pl.when(whole)(lambda: self.key_tile(tile, False))
+            pl.when(~whole)(lambda: self.key_tile(tile, True))
+            return carry
+
+        lax.fori_loop(self.first, self.end, turn, 0)
+
+
+def _kernel(plan: Plan, names: tuple[str, ...], tiles: int, batched: bool, ranges, *refs) -> None:
+    b, g, i = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+    refs = dict(zip(names, refs, strict=True))
+
+    @pl.when((g == 0) & (i == 0))
+    def _():
+        for name in ("dk", "dv", "dbias"):
+            if name in refs:
+                refs[name][...] = jnp.zeros_like(refs[name])
+
+    at = ((b * tiles if batched else 0) + i) * 4
+    row_tile = RowTile(plan, refs, tuple(ranges[at + n] for n in range(4)))
+    row_tile.begin()
+    row_tile.walk()
+    refs["dq"][...] = (refs["acc"][...] * plan.scale).astype(refs["dq"].dtype)
+
+
+def run(
+    plan: Plan,
+    q_BHTd: jax.Array,
+    k_BKSd: jax.Array,
+    v_BKSe: jax.Array,
+    do_BHTe: jax.Array,
+    lse2_BHT: jax.Array,
+    delta_BHT: jax.Array,
+    bounds: tuple[jax.Array, jax.Array] | None,
+    bias_BKS: jax.Array | None,
+    *,
+    out_dtype: Any,
+    vmem: int,
+    interpret: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """dq [B, H, T, d] in `out_dtype`; dk [B, K, S, d], dv [B, K, S, e] and that of the bias [B, K, S] in float32.
+
+    T and S are whole tiles; `bounds` is None where every row sees all keys. The scale is in dq and dk.
+    """
+    blocks, (B, H, T, d), (K, S, e) = plan.blocks, q_BHTd.shape, v_BKSe.shape[1:]
+    G, tiles, key_tiles = H // K, T // blocks.rows, S // blocks.keys
+    ranges = key_ranges(bounds, blocks, T, S)
+    batched = ranges.shape[0] > 1
+    statistics = jnp.stack([lse2_BHT, delta_BHT], 2)
+    statistics = jnp.pad(statistics, ((0, 0), (0, 0), (0, 6), (0, 0)))
+
+    row = lambda width: pl.BlockSpec((None, None, blocks.rows, width), lambda b, h, g, i, *_: (b, h * G + g, i, 0))
+    column = lambda width: pl.BlockSpec((None, None, width, blocks.rows), lambda b, h, g, i, *_: (b, h * G + g, 0, i))
+    keys = lambda *shape: pl.BlockSpec((None, None, *shape), lambda b, h, g, i, *_: (b, h, *(0 for _ in shape)))
+    slots = Slots()
+    slots.input("q", q_BHTd, row(d))
+    slots.input("k", k_BKSd, keys(S, d))
+    slots.input("v", v_BKSe, keys(S, e))
+    slots.input("do", do_BHTe, row(e))
+    slots.input("q_t", q_BHTd.swapaxes(2, 3), column(d))
+    slots.input("do_t", do_BHTe.swapaxes(2, 3), column(e))
+    slots.input("statistics", statistics, column(8))
+    if bounds is not None:
+        stacked = jnp.pad(jnp.stack(bounds, 1), ((0, 0), (0, 6), (0, 0)))
+        spec = pl.BlockSpec((None, 8, blocks.rows), lambda b, h, g, i, *_: (b if batched else 0, 0, i))
+        slots.input("bounds", stacked, spec)
+        slots.scratch("bound_columns", (blocks.rows, 8), jnp.int32)
+    slots.output("dq", (B, H, T, d), out_dtype, row(d))
+    for name, width in (("dk", d), ("dv", e)):
+        slots.output(name, (B, K, key_tiles, width, blocks.keys), jnp.float32, keys(key_tiles, width, blocks.keys))
+    if bias_BKS is not None:
+        tiled = (bias_BKS.astype(jnp.float32) * LOG2E).reshape(B, K, key_tiles, 1, blocks.keys)
+        slots.input("bias", tiled, keys(key_tiles, 1, blocks.keys))
+        slots.output("dbias", (B, K, key_tiles, 8, blocks.keys), jnp.float32, keys(key_tiles, 8, blocks.keys))
+    slots.scratch("qs", (blocks.rows, d), q_BHTd.dtype)
+    slots.scratch("columns", (2, blocks.rows, 128), jnp.float32)
+    slots.scratch("acc", (blocks.rows, d), jnp.float32)
+    found = slots.call(
+        functools.partial(_kernel, plan, slots.names(), tiles, batched),
+        ranges,
+        grid=(B, K, G, tiles),
+        semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
+        name="flash_backward",
+        vmem=vmem,
+        interpret=interpret,
+    )
+    plain = lambda x: x.swapaxes(3, 4).reshape(B, K, S, -1)
+    dbias = found["dbias"].sum(3).reshape(B, K, S) if bias_BKS is not None else None
+    return found["dq"], plain(found["dk"]) * plan.scale, plain(found["dv"]), dbias

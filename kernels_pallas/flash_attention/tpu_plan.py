@@ -1,0 +1,128 @@
+"""What forward and backward on TPU share: the static facts of a call, and how a kernel's arrays get their names."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas import compat, masks
+from kernels_pallas.flash_attention.call import LOG2E, Call
+
+HIDDEN = -1e30  # of a hidden logit
+LOWEST = -1e20  # where a row's maximum begins: above HIDDEN, so that a row that sees nothing has weights of 0
+_BOUNDED_CAP = 60.0  # up to it exp of a capped logit is far from float32's ends, summed over any number of keys
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is static of one call of a kernel.
+
+    Attributes:
+      blocks: tiles, which divide the padded rows and keys.
+      scale: of the logits.
+      fold: what q is multiplied with, so that its product with k is a logit in log2 units, or what tanh is of.
+      cap: the soft cap in log2 units, or None.
+      low, high: whether rows may begin after the first key, end before the last.
+      bounded: whether logits are known to be so small that exp of them needs no maximum taken off.
+    """
+
+    blocks: Any
+    scale: float
+    fold: float
+    cap: float | None
+    low: bool
+    high: bool
+    bounded: bool
+
+    @classmethod
+    def of(cls, call: Call, blocks: Any, low: bool, high: bool, added: bool) -> Plan:
+        """`added`: whether anything is added to capped logits, or beside them."""
+        cap = None if call.soft_cap is None else call.soft_cap * LOG2E
+        fold = call.scale * LOG2E if call.soft_cap is None else call.scale / call.soft_cap
+        bounded = call.soft_cap is not None and call.soft_cap <= _BOUNDED_CAP and not added
+        return cls(blocks, call.scale, fold, cap, low, high, bounded)
+
+
+def product(a, b, a_axis: int, b_axis: int):
+    """The product of two matrices over an axis of each, in float32; in full float32 where they are."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    axes = (((a_axis,), (b_axis,)), ((), ()))
+    return lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
+
+
+def fold8(x, combine: Callable[..., Any]):
+    """[n, m] to [8, m] by whole registers."""
+    return combine(x.reshape(x.shape[0] // 8, 8, x.shape[1]), 0)
+
+
+def in_bounds(key, low, high):
+    """Which keys are in [low, high); None: no bound, not both."""
+    if low is None:
+        return key < high
+    return key >= low if high is None else (key >= low) & (key < high)
+
+
+def key_ranges(bounds: tuple[jax.Array, jax.Array] | None, blocks: Any, rows: int, keys: int) -> jax.Array:
+    """`masks.tile_ranges`; without bounds every tile is full."""
+    if bounds is not None:
+        return masks.tile_ranges(*bounds, blocks.rows, blocks.keys)
+    tiles = keys // blocks.keys
+    return jnp.broadcast_to(jnp.asarray([0, 0, tiles, tiles], jnp.int32), (1, rows // blocks.rows, 4))
+
+
+class Slots:
+    """Inputs, outputs and scratch of a kernel by name, in the order in which a kernel gets them."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, tuple[jax.Array, pl.BlockSpec]] = {}
+        self.outputs: dict[str, tuple[jax.ShapeDtypeStruct, pl.BlockSpec]] = {}
+        self.scratches: dict[str, Any] = {}
+
+    def input(self, name: str, array: jax.Array, spec: pl.BlockSpec) -> None:
+        self.inputs[name] = array, spec
+
+    def output(self, name: str, shape: tuple[int, ...], dtype: Any, spec: pl.BlockSpec) -> None:
+        self.outputs[name] = jax.ShapeDtypeStruct(shape, dtype), spec
+
+    def scratch(self, name: str, shape: tuple[int, ...], dtype: Any) -> None:
+        self.scratches[name] = pltpu.VMEM(shape, dtype)
+
+    def names(self) -> tuple[str, ...]:
+        return *self.inputs, *self.outputs, *self.scratches
+
+    def call(
+        self,
+        kernel: Callable[..., None],
+        table: jax.Array,
+        *,
+        grid: tuple[int, ...],
+        semantics: tuple[str, ...],
+        name: str,
+        vmem: int | None,
+        interpret: Any,
+    ) -> dict[str, jax.Array]:
+        """The outputs of `kernel(table, *refs)`, by name; `table` is flat, in scalar memory before the grid begins."""
+        run = pl.pallas_call(
+            kernel,
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=1,
+                grid=grid,
+                in_specs=[spec for _, spec in self.inputs.values()],
+                out_specs=[spec for _, spec in self.outputs.values()],
+                scratch_shapes=list(self.scratches.values()),
+            ),
+            out_shape=[shape for shape, _ in self.outputs.values()],
+            compiler_params=compat.tpu_params(dimension_semantics=semantics, vmem_limit_bytes=vmem),
+            name=name,
+            interpret=interpret,
+        )
+        with jax.named_scope("flash_attention"):  # else the kernel's own name gets those of jax's transformations
+            out = run(table.reshape(-1), *(x for x, _ in self.inputs.values()))
+        return dict(zip(self.outputs, out, strict=True))

@@ -1,0 +1,166 @@
+"""Tile sizes of the kernels: a heuristic that always answers, and tables of what was found best per kind of device.
+
+A table is `tables/<kind>/<kernel>.json`: `{"versions": {...}, "default": {field: value}}`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Iterator
+
+import jax
+
+LANES = 128
+TABLES = pathlib.Path(__file__).parent / "tables"
+# What jax calls a device, and the folder of its tables.
+KINDS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardBlocks:
+    """Tiles of the TPU forward.
+
+    Attributes:
+      rows, keys: of a tile; multiples of 128.
+      sub_rows, sub_keys: of what is one matrix product; they divide `rows` and `keys`.
+      ones: whether the matrix unit adds up the weights of a row, beside `p @ v`, not the vector unit.
+    """
+
+    rows: int = 512
+    keys: int = 1024
+    sub_rows: int = 256
+    sub_keys: int = 512
+    ones: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardBlocks:
+    """Tiles of the TPU backward; as in `ForwardBlocks`."""
+
+    rows: int = 1024
+    keys: int = 512
+    sub_rows: int = 512
+    sub_keys: int = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Tiles of both directions on TPU; None: by `tuning`."""
+
+    forward: ForwardBlocks | None = None
+    backward: BackwardBlocks | None = None
+
+
+_kind: contextvars.ContextVar[str | None] = contextvars.ContextVar("kind", default=None)
+
+
+@contextlib.contextmanager
+def device_kind(kind: str) -> Iterator[None]:
+    """What is traced inside is for devices of this kind ("TPU v6e", or a folder's name), which need not be here."""
+    token = _kind.set(KINDS.get(kind, kind))
+    try:
+        yield
+    finally:
+        _kind.reset(token)
+
+
+def kind() -> str:
+    """Folder of the tables of the device that is traced for; "" where the device is of no known kind."""
+    if _kind.get() is not None:
+        return _kind.get()
+    return KINDS.get(jax.devices()[0].device_kind, "")
+
+
+@functools.cache
+def table(kind: str, kernel: str) -> dict:
+    """A kind's table for a kernel; empty where there is none."""
+    path = TABLES / kind / f"{kernel}.json"
+    return json.loads(path.read_text()) if kind and path.exists() else {}
+
+
+def forward_blocks(kind: str, rows: int, keys: int) -> ForwardBlocks:
+    """Tiles for so many rows and keys on devices of a kind."""
+    wanted = ForwardBlocks(**table(kind, "flash_forward").get("default", {}))
+    return _fitted(wanted, rows, keys)
+
+
+def backward_blocks(kind: str, rows: int, keys: int) -> BackwardBlocks:
+    """Tiles for so many rows and keys on devices of a kind."""
+    wanted = BackwardBlocks(**table(kind, "flash_backward").get("default", {}))
+    return _fitted(wanted, rows, keys)
+
+
+# Bytes of fast memory beside what belongs to keys: row tiles and scratch.
+FORWARD_REST = 8 * 2**20
+BACKWARD_REST = 12 * 2**20
+_VMEM = {"v5e": 128, "v5p": 64, "v6e": 128, "tpu7x": 64}  # MiB of a core (jax's `pltpu.get_tpu_info`)
+
+
+def vmem_limit(kind: str) -> int:
+    """Bytes of fast memory that a kernel may use on devices of a kind."""
+    return _VMEM.get(kind, 64) * 2**20 * 3 // 4
+
+
+def resident_keys(kind: str, each: int, keys: int, tile: int, rest: int) -> int:
+    """How many keys, in whole tiles, stand in fast memory at a time, of `keys` and `each` bytes; in even parts."""
+    tiles = -(-keys // tile)
+    most = max((vmem_limit(kind) - rest) // (each * tile), 1)
+    parts = -(-tiles // most)
+    return -(-tiles // parts) * tile
+
+
+def decode_block(heads: int, slots: int, width: int, itemsize: int) -> int:
+    """Slots of a cache that are read at a time, of `heads` key heads, `width` that of keys and values together."""
+    wanted = 2 * 2**20 // (heads * width * itemsize) // LANES * LANES
+    return min(max(wanted, LANES), 2048, -(-slots // LANES) * LANES)
+
+
+def decode_splits(kind: str, batch: int) -> int:
+    """Parts of a cache's slots: where a device is two cores, and one sequence would keep one."""
+    return 2 if kind == "v5p" and batch == 1 else 1
+
+
+def _fitted(wanted, rows: int, keys: int):
+    """Smaller tiles where arrays are short: little of the last one is padding."""
+    tile_rows, tile_keys = _tile(rows, wanted.rows), _tile(keys, wanted.keys)
+    return dataclasses.replace(
+        wanted,
+        rows=tile_rows,
+        keys=tile_keys,
+        sub_rows=_divisor(tile_rows, wanted.sub_rows),
+        sub_keys=_divisor(tile_keys, wanted.sub_keys),
+    )
+
+
+def _tile(length: int, most: int) -> int:
+    """A multiple of 128 up to `most`, for which padding and the cost of each tile's start are least together."""
+    start = 48  # positions that a tile's start costs as much as
+    sizes = range(LANES, most + 1, LANES)
+    return min(sizes, key=lambda size: -(-length // size) * (size + start))
+
+
+def _divisor(size: int, most: int) -> int:
+    return next(n for n in range(min(size, most), 0, -LANES) if size % n == 0)
+
+
+def check(blocks) -> None:
+    """Raises ValueError for tiles that cannot be."""
+    for name in ("rows", "keys"):
+        whole, sub = getattr(blocks, name), getattr(blocks, f"sub_{name}")
+        if sub < LANES or sub % LANES or whole % sub:
+            raise ValueError(
+                f"tile {name}={whole}, sub_{name}={sub}; allowed: sub_{name} a multiple of {LANES} that divides {name}"
+            )

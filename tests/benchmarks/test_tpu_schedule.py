@@ -1,0 +1,80 @@
+"""Schedules of TPU kernels: how they are read, and that none has grown."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import llo, tpu_schedule
+from kernels_pallas import tuning
+from kernels_pallas.tuning import ForwardBlocks
+
+# A loop of four bundles with one in it that a branch goes around; made up, in the compiler's form.
+BUNDLES = """\
+// comment
+     0x0   :  { %1 = sst 0 }
+     0x1 LB: > { %2 = vmatmul.bf16.gmra.mxu0 %v1 /* Start region 1 */ }
+     0x2   : > { %3 = sbr.rel (%p0) target = $region3
+   and more of the same word }
+     0x3   : > { %4 = nop }
+     0x4   : > { %5 = nop }
+     0x5   : > { %6 = nop }
+     0x6   : > { %7 = nop }
+     0x7 PF: >> { %8 = vmatmul.f32.gmra.mxu1 %v2 }
+     0x8   : > { %9 = scmp.ge.s32 %s1, 10 /* loop exit test */ ; Start region 3 }
+     0x9   : > { %10 = sbr.rel (!%p1) target = $region1 }
+     0xa   :  { }
+     0xb   :  { }
+     0xc   :  { }
+     0xd   :  { }
+     0xe   :  { }
+"""
+USE = "MXU XLU\n 4 3 4 2 1 3 3 1 1 2\n" + "".join(f" {int(i == 7)} 0 2 0 0 0 0 1 {int(i == 1)} 0\n" for i in range(15))
+
+
+def test_reading():
+    """What a branch goes around and back over, with the slots used, products by their rows, and the loop's turns."""
+    root = llo.read(BUNDLES, USE, "v6e")
+    (loop,) = root.inside
+    (when,) = loop.inside
+    assert (loop.kind, loop.start, loop.end, loop.trips) == ("loop", 1, 14, 10)
+    assert (when.kind, when.start, when.end) == ("when", 7, 8)
+    assert root.own["bundles"] == 2 and loop.own["bundles"] == 12 and when.own["bundles"] == 1
+    assert when.own["MXU"] == 1 and when.own["products"] == 0.5 and loop.own["products"] == 1
+    assert root.total()["VALU"] == 30 and root.total()["SPILL"] == 1 == loop.own["SPILL"]
+    assert len(list(llo.lines(root, "v6e", least=1))) == 3
+    with pytest.raises(ValueError, match="15 bundles, and counts of 14"):
+        llo.read(BUNDLES, USE.rpartition("\n 0")[0], "v6e")
+
+
+def test_causal_walks():
+    """Key tiles that a row tile meets, from the last, and which of them the mask cuts."""
+    assert tpu_schedule.causal_walks(512, ForwardBlocks(128, 256)) == [[True], [True], [True, False], [True, False]]
+    assert tpu_schedule.causal_walks(512, ForwardBlocks(256, 128)) == [[True, True], [True, True, False, False]]
+
+
+def test_growth_is_said():
+    """What is within 5 % is not."""
+    then = {name: 100 for name in tpu_schedule.CHECKED} | {"causal_cycles": {"4096": 1000}}
+    assert tpu_schedule.grown(then, then) == []
+    assert tpu_schedule.grown(then | {"full": 104, "spills": 107}, then) == ["spills 100 -> 107"]
+    assert tpu_schedule.grown(then | {"causal_cycles": {"4096": 1100}}, then) == ["causal cycles 4096 1000 -> 1100"]
+    assert "nothing is recorded" in tpu_schedule.grown(then, None)[0]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.parametrize(
+    "chip", [c if c == "v6e" else pytest.param(c, marks=pytest.mark.slow) for c in tpu_schedule.TOPOLOGIES]
+)
+def test_no_schedule_has_grown(chip):
+    """Of flash attention with a causal mask, by more than 5 % of what is recorded for these versions."""
+    table = tuning.table(chip, "schedule")
+    if table["versions"] != tpu_schedule.versions():
+        pytest.skip(f"schedules are recorded for {table['versions']}, these are {tpu_schedule.versions()}")
+    command = ["-m", "benchmarks.tpu_schedule", "--check", "--chips", chip, "--cases", "causal", "--tiles"]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("flash") == 2

@@ -1,0 +1,123 @@
+"""Compiles the Hopper kernels for an H100 that is not here, by the ptxas of jax's CUDA plugin, and reads what it says.
+
+    python -m tests.kernels_pallas.ahead_of_time [case ...]     one JSON line for each kernel of each case
+
+A program of its own: ptxas writes to the process's file descriptors, and speaks only if asked before jax starts.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ |= {"JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_PTXAS": "1"}
+
+import contextlib  # noqa: E402
+import json  # noqa: E402
+import re  # noqa: E402
+import sys  # noqa: E402
+import tempfile  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
+from typing import Any, ClassVar  # noqa: E402
+
+import jax  # noqa: E402
+import jax.experimental.mosaic.gpu.core as mosaic  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh  # noqa: E402
+
+from attnlab.launch.targets import Target  # noqa: E402
+from kernels_pallas import hopper  # noqa: E402
+from kernels_pallas.flash_attention import flash_attention  # noqa: E402
+
+H100 = AbstractMesh(
+    (), (), abstract_device=AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=132)
+)
+B, T, H, K = 2, 4096, 8, 2
+# Features by letter: intervals, sinks, cap, gate, bias of keys, deterministic.
+CASES = {
+    "64 i": (64, 64, "i"),
+    "64 iscgb": (64, 64, "iscgb"),
+    "128": (128, 128, ""),
+    "128 i": (128, 128, "i"),
+    "128 iscgb": (128, 128, "iscgb"),
+    "128 isgbd": (128, 128, "isgbd"),
+    "192/128 i": (192, 128, "i"),
+    "256 i": (256, 256, "i"),
+    "256 iscgb": (256, 256, "iscgb"),
+}
+
+
+class _Limit(int):
+    """Mosaic's limit of shared memory, which notes what each kernel asks for."""
+
+    asked: ClassVar[list[int]] = []
+
+    def __lt__(self, other: int) -> bool:
+        if other == int(self):  # Mosaic takes the smaller of its own limit, which is the same, and this: this one
+            return True
+        self.asked.append(int(other))
+        return int(self) < other
+
+
+@contextlib.contextmanager
+def captured() -> Iterator[list[str]]:
+    """What anything writes to standard output and error meanwhile."""
+    text: list[str] = []
+    with tempfile.TemporaryFile() as file:
+        kept = os.dup(1), os.dup(2)
+        sys.stdout.flush()
+        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+        try:
+            yield text
+        finally:
+            os.dup2(kept[0], 1), os.dup2(kept[1], 2)
+            file.seek(0)
+            text.append(file.read().decode(errors="replace"))
+
+
+def program(d: int, e: int, features: str, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
+    """Attention and its gradient, and the arrays that it takes."""
+    of = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+    arrays = {"q": of(B, T, H, d), "k": of(B, T, K, d), "v": of(B, T, K, e)}
+    more = {"s": ("sinks", of(H, dtype=jnp.float32)), "g": ("gate", of(B, T, H, e)),
+            "b": ("key_bias", of(B, K, T, dtype=jnp.float32))}  # fmt: skip
+    arrays |= dict(more[f] for f in features if f in more)
+    bounds = {name: of(1, T, dtype=jnp.int32) for name in ("starts", "ends") if "i" in features}
+
+    def run(arrays: dict[str, Any], bounds: dict[str, Any], do: Any, dlse: Any) -> Any:
+        cap = 30.0 if "c" in features else None
+        attend = lambda a: flash_attention(**a, **bounds, soft_cap=cap, platform="cuda", deterministic="d" in features)
+        out, vjp = jax.vjp(attend, arrays)
+        return out, vjp((do, dlse))
+
+    return run, [arrays, bounds, of(B, T, H, e), of(B, T, H, dtype=jnp.float32)]
+
+
+def kernels(case: str, placed: Any) -> Iterator[dict[str, Any]]:
+    """For each kernel of a case: its name, bytes of spills and registers; and of all of the case's the most bytes of
+    shared memory, and the C75 warnings, each of which says that the tensor cores were serialized."""
+    run, arrays = program(*CASES[case], placed)
+    _Limit.asked.clear()
+    with captured() as text, use_abstract_mesh(H100):
+        jax.jit(run).lower(*arrays).compile()
+    parts = re.split(r"Compiling entry function '(\w+)_mosaic_gpu_kernel'", text[0])
+    assert len(parts) // 2 == len(_Limit.asked) > 0, text[0][-2000:]
+    warnings = sorted(set(re.findall(r"C75\d\d", text[0])))
+    for name, said in zip(parts[1::2], parts[2::2]):
+        spills = re.search(r"(\d+) bytes spill stores", said)
+        registers = re.search(r"Used (\d+) registers", said)
+        yield {
+            "case": case, "kernel": name, "spills": int(spills[1]), "registers": int(registers[1]),
+            "shared_memory": max(_Limit.asked), "serialized": warnings,
+        }  # fmt: skip
+
+
+def main() -> None:
+    mosaic._SMEM_SIZE_BOUND = _Limit(hopper.SMEM_BYTES)
+    placed = SingleDeviceSharding(Target.of("h100:1").devices[0])
+    for case in sys.argv[1:] or CASES:
+        for found in kernels(case, placed):
+            print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""The Hopper kernels by the real ptxas, with no GPU: no spills, products that overlap, shared memory that is there."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+
+import jaxlib
+import pytest
+
+from kernels_pallas import hopper
+
+# Bytes that a kernel may spill. A cap keeps its slope beside weights and scores, and the last statistics are read after
+# the product instead of being where the accumulator starts.
+SPILLS = {
+    ("64 iscgb", "flash_backward"): 80,
+    ("128 iscgb", "flash_backward"): 24,
+    ("256 iscgb", "flash_backward_keys"): 8,
+    ("256 iscgb", "flash_backward_rows"): 24,
+}
+KERNELS = {
+    "64 i": ["flash_backward", "flash_forward"],
+    "64 iscgb": ["flash_backward", "flash_forward"],
+    "128 i": ["flash_backward", "flash_forward"],
+    "128 iscgb": ["flash_backward", "flash_forward"],
+    "128 isgbd": ["flash_backward_keys", "flash_backward_rows", "flash_forward"],
+    "256 i": ["flash_backward_keys", "flash_backward_rows", "flash_forward"],
+    "256 iscgb": ["flash_backward_keys", "flash_backward_rows", "flash_forward"],
+}
+
+
+def absent() -> str | None:
+    """Which package of the compiler is missing, or None."""
+    for package in ("jax-cuda13-plugin", "jax-cuda13-pjrt"):
+        try:
+            if importlib.metadata.version(package) != jaxlib.__version__:
+                return f"{package} is not of jaxlib's version, {jaxlib.__version__}"
+        except importlib.metadata.PackageNotFoundError:
+            return f"{package} is not installed, and with it ptxas"
+    return None
+
+
+@pytest.mark.skipif(absent() is not None, reason=str(absent()))
+def test_compiles_without_spills():
+    """Widths 64 to 256, every feature: forward and backward; the exceptions are those listed, and no more."""
+    command = [sys.executable, "-m", "tests.kernels_pallas.ahead_of_time", *KERNELS]
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    by_case = {case: sorted(x["kernel"] for x in found if x["case"] == case) for case in KERNELS}
+    assert by_case == KERNELS
+    for kernel in found:
+        assert not kernel["serialized"], kernel
+        assert kernel["spills"] <= SPILLS.get((kernel["case"], kernel["kernel"]), 0), kernel
+        assert kernel["shared_memory"] <= hopper.SMEM_BYTES, kernel

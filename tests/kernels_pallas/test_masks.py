@@ -1,0 +1,69 @@
+"""Tiles of a mask against the mask written out."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas import masks
+
+T, S, ROWS, KEYS = 48, 70, 8, 10
+t = np.arange(T)
+CASES = {
+    "causal": (None, t[None] + 1),
+    "window": (t[None] - 5, t[None] + 4),
+    "from somewhere": (t[None] + 3, None),
+    "beyond both ends": (t[None] - 100, np.minimum(t[None] + 60, 1000)),
+    "two documents and padding": (np.where(t < 20, 0, 20)[None] + (t > 40)[None] * 99, np.where(t < 20, 20, 40)[None]),
+    "anything": tuple(np.sort(np.random.default_rng(0).integers(-5, S + 9, (2, 3, T)), 0)),
+    "nothing": (np.full((1, T), 7), np.full((1, T), 7)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tiles_are_those_of_the_mask_written_out(name):
+    """No visible pair is outside; starts hide nothing from `full` on, ends nothing before `full_end`."""
+    starts, ends = (None if x is None else jnp.asarray(x, jnp.int32) for x in CASES[name])
+    seen = np.asarray(masks.visible(starts, ends, T, S))
+
+    given = {"low": starts is not None, "high": ends is not None}
+    seen_keys = functools.partial(masks.seen_keys, **given)
+
+    @jax.jit  # intervals may be traced
+    def tiles(starts, ends):
+        bounds = masks.intervals(starts, ends, T, S)
+        ranges = masks.tile_ranges(*bounds, ROWS, KEYS)
+        return bounds, ranges, masks.tile_kinds(ranges, S // KEYS), seen_keys(*bounds, S)
+
+    bounds, ranges, kinds, any_row = tiles(starts, ends)
+    np.testing.assert_array_equal(any_row, seen.any(1))
+    some = seen.any(-1)
+    for b, n, j in np.ndindex(*kinds.shape):
+        rows = slice(n * ROWS, (n + 1) * ROWS)
+        tile = seen[b, rows, j * KEYS : (j + 1) * KEYS]
+        first, full, full_end, end = ranges[b, n]
+        assert (kinds[b, n, j] == masks.EMPTY) == (not first <= j < end)
+        if kinds[b, n, j] == masks.EMPTY:
+            assert not tile.any()
+        assert (kinds[b, n, j] == masks.FULL) == (first <= j < end and full <= j < full_end)
+        key = np.arange(j * KEYS, (j + 1) * KEYS)
+        if kinds[b, n, j] == masks.FULL:
+            assert tile[some[b, rows]].all()
+        elif first <= j < end:
+            begun = key >= np.asarray(bounds[0])[b, rows, None]
+            not_ended = key < np.asarray(bounds[1])[b, rows, None]
+            assert j < full or begun[some[b, rows]].all()
+            assert j >= full_end or not_ended[some[b, rows]].all()
+
+
+def test_tiles_are_few():
+    """Of a causal mask half, of a window its own, none where rows see nothing."""
+    n = 64 * 8
+    t = jnp.arange(n)[None]
+    kinds = lambda starts, ends: masks.tile_kinds(masks.tile_ranges(*masks.intervals(starts, ends, n, n), 64, 64), 8)
+    causal = np.asarray(kinds(None, t + 1)[0])
+    np.testing.assert_array_equal(causal, np.tril(np.full((8, 8), masks.FULL), -1) + np.eye(8) * masks.PARTIAL)
+    assert (np.asarray(kinds(t - 63, t + 1)) > 0).sum() == 15
+    assert not np.any(kinds(t, t))
