@@ -200,7 +200,7 @@ def test_overflow(config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", cases.parameters(knobs=False))
+@few_configs
 def test_overflow_in_every_implementation(config):
     """Law 10, each implementation by its name."""
     for impl in everywhere(mixers.get(config.node_name)):
