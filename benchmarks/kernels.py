@@ -96,6 +96,7 @@ class Worker:
 def work(kind: str, dry: bool) -> int:
     """Answers requests until standard input ends; a request that raises is answered by what it raised."""
     out, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints must not be taken for an answer
+    del sys.argv[1:]  # tokamax would read them as its own
     if kind == "jax":
         from benchmarks.kernels_jax import Jax as Kind
     else:

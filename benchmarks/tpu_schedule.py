@@ -125,6 +125,10 @@ class Reading:
         """The loop over the grid."""
         return max((r for r in self.root.inside if r.kind == "loop"), key=lambda r: r.total()["bundles"])
 
+    def beside(self) -> int:
+        """Bundles of a step of the grid beside those that products are in, and what runs now and then."""
+        return sum(r.own["bundles"] for r in self.root.walk() if r.inside and not r.own["products"] and r != self.root)
+
     def facts(self) -> dict[str, Any]:
         """The figures of a tile."""
         (full, spills), (masked, masked_spills) = self.tiles()[0], self.tiles()[-1]
@@ -145,7 +149,7 @@ def forward_facts(reading: Reading, blocks: Any) -> dict[str, Any]:
     ends = lambda r: 0 < r.own["products"] < reading.most
     first = sorted(reading.bundles(lambda r: ends(r) and r.start < loop))
     last = reading.bundles(lambda r: ends(r) and r.start > loop)[0]
-    beside = sum(r.own["bundles"] for r in reading.root.walk() if r.own["products"] == 0 and r.kind != "kernel")
+    beside = reading.beside()
     facts = reading.facts() | {
         "first": round(first[0][0], 3),
         "first_masked": round(first[-1][0], 3),
@@ -168,13 +172,15 @@ def forward_facts(reading: Reading, blocks: Any) -> dict[str, Any]:
 
 def backward_facts(reading: Reading, blocks: Any) -> dict[str, Any]:
     """Of flash attention's backward; gradients of keys are set to 0 once for a key head's query heads."""
-    beside = sum(r.own["bundles"] for r in reading.root.walk() if r.own["products"] == 0 and r.kind != "kernel")
-    facts = reading.facts() | {"beside": beside}
+    beside = reading.beside()
+    zeroes = max(r.own["bundles"] for r in reading.root.walk() if not r.inside and not r.own["products"])
+    facts = reading.facts() | {"beside": beside, "zeroes": zeroes}
     cost = {name: max(facts[name], facts["floor"]) * reading.unit for name in ("full", "masked")}
     total = {}
     for length in LENGTHS:
         walks = causal_walks(length, blocks)
-        cycles = sum(beside + sum(cost["masked" if masked else "full"] for masked in walk) for walk in walks)
+        cycles = zeroes * length / LENGTH * KEY_HEADS / HEADS
+        cycles += sum(beside + sum(cost["masked" if masked else "full"] for masked in walk) for walk in walks)
         total[str(length)] = round(cycles)
     return facts | {"causal_cycles": total}
 

@@ -20,11 +20,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas import compat
+
 LAYOUT = plgpu.Layout.WGMMA  # of an accumulator [64 n, m], over the 128 threads of a warpgroup
 ROWS, COLUMNS = LAYOUT.reduce(1), LAYOUT.reduce(0)  # of what has one number per row of it, per column
 SMEM_BYTES = 227 * 1024  # that a block of threads may have
 REGISTERS = 240, 24  # of two computing warpgroups and of one that copies: 2 * 240 + 24 is what three start with, 504
-_RECENT = tuple(int(x) for x in jax.__version__.split(".")[:2]) >= (0, 11)
+_RECENT = compat.VERSION >= (0, 11)
 
 
 def by_row(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
@@ -35,11 +37,6 @@ def by_row(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
 def by_column(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
     """[n] over the rows of [m, n]."""
     return lax.broadcast_in_dim(x, shape, [1])
-
-
-def remainder(n: jax.Array, k: int) -> jax.Array:
-    """`n % k` of n >= 0; Mosaic has no `%`, and a power of two costs one instruction."""
-    return n & (k - 1) if k & (k - 1) == 0 else lax.rem(n, k)
 
 
 def tiles(shape: tuple[int, ...], dtype: Any) -> Any:

@@ -118,19 +118,19 @@ def _kernel(
 
 def _block(r: dict[str, Any], block: int, at, cap: float | None, masked: bool) -> None:
     """Adds a block of slots, head by head."""
+    if masked:
+        slot = at * block + lax.broadcasted_iota(jnp.int32, (r["q"].shape[1], block), 1)
+        seen = in_bounds(slot, r["bounds"][:, 0:1], r["bounds"][:, 1:2])
+        by_any = jnp.max(jnp.where(seen, 1.0, 0.0), 0, keepdims=True)
+        by_any = jnp.broadcast_to(by_any, (8, block)).T[:, 0:1] > 0
     for head in range(r["q"].shape[0]):
         logits = product(r["qs"][head], r["k"][head], 1, 1)
         values = r["v"][head]
         if cap is not None:
             logits = jnp.tanh(logits) * cap
-        if masked:
-            slot = at * block + lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-            seen = in_bounds(slot, r["bounds"][:, 0:1], r["bounds"][:, 1:2])
+        if masked:  # of the values, too: 0 * NaN of a slot that no row sees is NaN
             logits = jnp.where(seen, logits, HIDDEN)
-            # 0 * NaN of a slot that no row sees is NaN: such values are taken out.
-            by_any = jnp.max(jnp.where(seen, 1.0, 0.0), 0, keepdims=True)
-            by_any = jnp.broadcast_to(by_any, (8, block)).T[:, 0:1]
-            values = jnp.where(by_any > 0, values.astype(jnp.float32), 0).astype(values.dtype)
+            values = jnp.where(by_any, values.astype(jnp.float32), 0).astype(values.dtype)
         old = r["m"][head]
         new = jnp.maximum(old, jnp.max(logits, 1, keepdims=True))
         p = jnp.exp2(logits - new[:, :1])

@@ -47,9 +47,11 @@ def flash_attention(
       soft_cap: logits become `soft_cap * tanh(logits / soft_cap)`.
       scale: of the logits; `d ** -0.5` by default.
       platform: whose kernel runs, of `PLATFORMS`; by default that of jax's default device, or "tpu" if interpreted.
+        That of "cuda" is for Hopper: bfloat16, widths up to 256.
       interpret: runs the kernel as plain XLA operations on any platform, or, on a CPU, as its interpreter's parameters
-        say (`jax.experimental.pallas.tpu.InterpretParams`).
-      blocks: tile sizes (`kernels_pallas.tuning.Blocks`); by default those that `tuning` gives.
+        say (`jax.experimental.pallas.tpu.InterpretParams`). For "cuda" always by the interpreter, from jax 0.11 on.
+      blocks: tile sizes (`kernels_pallas.tuning.Blocks`, for "cuda" `kernels_pallas.flash_attention.gpu.Blocks`); by
+        default those that `tuning`, or `gpu`, gives.
       deterministic: whether gradients must be the same bits in every run. Kernels for TPU always are.
 
     Returns:

@@ -113,6 +113,7 @@ class _Rows:
         shared = lambda x: b if x is None or x.shape[0] > 1 else b & 0
         first, end = 0, self.keys // self.blocks.keys
         if tiles is not None:
+            i = tiles.shape[1] - 1 - i  # as in the forward
             first, end = tiles[shared(tiles), i, 0], tiles[shared(tiles), i, 1]
         t = types.SimpleNamespace(
             q=q, k=k, v=v, do=do, stats=stats, starts=starts, ends=ends, tiles=tiles, bias=bias, dq=dq, h=h, i=i, b=b,

@@ -170,6 +170,7 @@ class _Forward:
         if tiles is None:
             first, end = 0, self.keys // self.blocks.keys
         else:
+            i = tiles.shape[1] - 1 - i  # of a causal mask the longest first, so that the last to begin end soon
             first, end = tiles[shared(tiles), i, 0], tiles[shared(tiles), i, 1]
         t = types.SimpleNamespace(
             q=q, k=k, v=v, starts=starts, ends=ends, tiles=tiles, sinks=sinks, gate=gate, bias=bias, o=o, raw=raw,

@@ -85,65 +85,34 @@ class RowTile:
             if not plan.bounded:
                 r["top"][slot, :, rows] = top
 
-    def finish(self, t, slot: int, last: bool = False) -> None:
-        """Adds a tile's weighted values to the output; after the last tile writes it."""
+    def finish(self, t, slot: int) -> None:
+        """Adds a tile's weighted values to the output."""
         plan, r, tile = self.plan, self.refs, self.tile(t)
         for rows in self.row_parts:
-            top, shrink = None, None
             if not plan.bounded:
                 old = r["m"][0:1, rows]
-                top = jnp.maximum(old, r["top"][slot, :, rows].max(0, keepdims=True))
-                r["m"][:, rows] = jnp.broadcast_to(top, (8, plan.blocks.sub_rows))
-                shrink = jnp.exp2(old - top)
+                new = jnp.maximum(old, r["top"][slot, :, rows].max(0, keepdims=True))
+                r["m"][:, rows] = jnp.broadcast_to(new, (8, plan.blocks.sub_rows))
+                shrink = jnp.exp2(old - new)
             out, total = None, None
             for keys in self.key_parts:
                 s = r["s"][slot, keys, rows]
-                p = jnp.exp2(s if plan.bounded else s - top)
+                p = jnp.exp2(s if plan.bounded else s - new)
                 if not plan.blocks.ones:
                     part = fold8(p, jnp.sum)
                     total = part if total is None else total + part
                 part = product(r["v"][tile, :, keys], p.astype(r["v"].dtype), 1, 0)
                 out = part if out is None else out + part
-            added = lambda name, x: (r[name][:, rows] if plan.bounded else r[name][:, rows] * shrink) + x
-            out = added("acc", out)
-            total = None if plan.blocks.ones else added("l", total)
-            if last:
-                self.write(rows, out, total, top)
-                continue
-            r["acc"][:, rows] = out
+            r["acc"][:, rows] = r["acc"][:, rows] * shrink + out if not plan.bounded else r["acc"][:, rows] + out
             if not plan.blocks.ones:
-                r["l"][:, rows] = total
+                r["l"][:, rows] = r["l"][:, rows] * shrink + total if not plan.bounded else r["l"][:, rows] + total
 
-    def write(self, rows: slice, out, total, top) -> None:
-        """The output of some rows, gated, and their log-sum-exp."""
-        r, plan = self.refs, self.plan
-        inner = out.shape[0] - ONES if plan.blocks.ones else out.shape[0]
-        total = out[inner : inner + 1] if plan.blocks.ones else total.sum(0, keepdims=True)
-        total = jnp.maximum(total, 1e-30)
-        out = (out[:inner] * (1 / total)).T
-        if "raw" in r:
-            r["raw"][rows, :] = out.astype(r["raw"].dtype)
-        if "gate" in r:
-            # The logistic function: tanh is one operation of the unit that has it, exp and a division are two.
-            out *= 0.5 + 0.5 * jnp.tanh(0.5 * r["gate"][rows, :].astype(jnp.float32))
-        r["o"][rows, :] = out.astype(r["o"].dtype)
-        lse = jnp.log2(total)
-        r["lse"][:, rows] = lse if plan.bounded else lse + top
-
-    def ask(
-        self,
-        t,
-        slot: int,
-        valid,
-        before: Callable[[], None] = lambda: None,
-        after: Callable[[], None] = lambda: None,
-    ) -> None:
-        """The scores of step `t` where `valid`, masked if its tile is partial; in one block of code with the others."""
+    def ask(self, t, slot: int, then: Callable[[], None] = lambda: None, valid=True) -> None:
+        """The scores of step `t` where `valid`, masked if its tile is partial; in one block of code with `then`."""
 
         def with_scores(masked: bool) -> None:
-            before()
             self.scores(t, slot, masked)
-            after()
+            then()
 
         tile = self.tile(t)
         whole = (tile >= self.full) & (tile < self.full_end)
@@ -153,27 +122,40 @@ class RowTile:
             pl.when(whole & valid)(lambda: with_scores(False))
             pl.when(~whole & valid)(lambda: with_scores(True))
 
-    def walk(self, sink) -> None:
+    def walk(self) -> None:
         """All tiles: two steps to a turn of the loop, so that slots are constants; the last asks for nothing more."""
         count = self.end - self.first
 
         def turn(u, carry):
             t = 2 * u
-            self.ask(t + 1, 1, True, after=lambda: self.finish(t, 0))
-            self.ask(t + 2, 0, t + 2 < count, after=lambda: self.finish(t + 1, 1))
+            self.ask(t + 1, 1, lambda: self.finish(t, 0))
+            self.ask(t + 2, 0, lambda: self.finish(t + 1, 1), valid=t + 2 < count)
             return carry
 
-        self.ask(0, 0, count > 0, before=lambda: self.begin(sink))
+        self.ask(0, 0, valid=count > 0)
         lax.fori_loop(0, count >> 1, turn, 0)
         for slot in (0, 1):
-            odd = count & 1 == 1 - slot
-            pl.when((count > 0) & odd)(lambda slot=slot: self.finish(count - 1, slot, last=True))
+            pl.when((count > 0) & (count & 1 == 1 - slot))(lambda slot=slot: self.finish(count - 1, slot))
 
-        @pl.when(count == 0)  # what is written is not used, but must be a number
-        def _():
-            for name in ("raw", "o", "lse"):
-                if name in self.refs:
-                    self.refs[name][...] = jnp.zeros_like(self.refs[name])
+    def finish_rows(self) -> None:
+        """Writes the output, gated, and the log-sum-exp."""
+        r, plan = self.refs, self.plan
+        width = r["o"].shape[1]
+        if plan.blocks.ones:
+            inner = r["acc"].shape[0] - ONES
+            total = r["acc"][inner : inner + 1, :]
+        else:
+            total = r["l"][...].sum(0, keepdims=True)
+        total = jnp.maximum(total, 1e-30)
+        out = (r["acc"][:width, :] * (1 / total)).T
+        if "raw" in r:
+            r["raw"][...] = out.astype(r["raw"].dtype)
+        if "gate" in r:
+            # The logistic function: tanh is one operation of the unit that has it, exp and a division are two.
+            out *= 0.5 + 0.5 * jnp.tanh(0.5 * r["gate"][...].astype(jnp.float32))
+        r["o"][...] = out.astype(r["o"].dtype)
+        lse = jnp.log2(total)
+        r["lse"][...] = lse if plan.bounded else lse + r["m"][0:1, :]
 
 
 def _kernel(plan: Plan, names: tuple[str, ...], tiles: int, batched: bool, ranges, *refs) -> None:
@@ -181,7 +163,9 @@ def _kernel(plan: Plan, names: tuple[str, ...], tiles: int, batched: bool, range
     refs = dict(zip(names, refs, strict=True))
     at = ((b * tiles if batched else 0) + i) * 4
     row_tile = RowTile(plan, refs, tuple(ranges[at + n] for n in range(4)))
-    row_tile.walk(refs["sinks"][h] if "sinks" in refs else None)
+    row_tile.begin(refs["sinks"][h] if "sinks" in refs else None)
+    row_tile.walk()
+    row_tile.finish_rows()
 
 
 def run(
