@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.ops import attention_cudnn, attention_flash, attention_splash, attention_xla
-from attnlab.ops.attention_frame import AttentionSpec, attend, check_shapes, over_devices
+from attnlab.ops.attention_frame import NO_KEYS, AttentionSpec, attend, check_shapes, over_devices
 from attnlab.ops.dispatch import Implementation, Op
 from attnlab.ops.masks import Mask
 
@@ -55,7 +55,7 @@ def definition_with_lse(
         total += jnp.exp(sinks - highest)
     some = total > 0
     total = jnp.where(some, total, 1)
-    lse = jnp.where(some, highest + jnp.log(total), _NO_KEYS)[..., 0]
+    lse = jnp.where(some, highest + jnp.log(total), NO_KEYS)[..., 0]
     o = jnp.einsum("bhts,bshe->bthe", weights / total, v, precision="highest").astype(q_BTHd.dtype)
     return o, lse.swapaxes(1, 2)
 
@@ -110,7 +110,6 @@ ATTENTION_WITH_LSE = Op(
     preference=("flash", "xla"),
     split=over_devices,
 )
-_NO_KEYS = -1e20  # the log-sum-exp of no keys, finite so that differences are
 
 
 def attention(

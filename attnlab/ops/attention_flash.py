@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.ops import attention_splash
-from attnlab.ops.attention_frame import AttentionSpec
+from attnlab.ops.attention_frame import NO_KEYS, AttentionSpec
 from attnlab.ops.masks import Mask, mean_visible_keys
 from attnlab.parallel import partition
 from kernels_pallas import flash_attention as kernels
@@ -110,6 +110,3 @@ def attention_with_lse(
             platform="cuda" if partition.platform() == "gpu" else "tpu", interpret=interpret,
         )  # fmt: skip
     return o, jnp.maximum(lse, NO_KEYS)
-
-
-NO_KEYS = -1e20  # the log-sum-exp of no keys, finite so that differences are

@@ -17,6 +17,8 @@ from attnlab.ops.masks import Mask
 from attnlab.parallel import partition, sequence_parallel
 from attnlab.parallel.sequence_parallel import SequenceParallel
 
+NO_KEYS = -1e20  # the log-sum-exp of no keys, finite so that differences are
+
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:

@@ -192,9 +192,7 @@ def run(
     ranges = key_ranges(bounds, blocks, T, S)
     batched = ranges.shape[0] > 1
     height = e + ONES if blocks.ones else e
-    v = v_BKSe
-    if blocks.ones:
-        v = jnp.concatenate([v, jnp.ones((*v.shape[:3], ONES), v.dtype)], -1)
+    v = jnp.pad(v_BKSe, ((0, 0),) * 3 + ((0, height - e),), constant_values=1)
     v = v.reshape(B, K, key_tiles, blocks.keys, height).swapaxes(3, 4)
 
     row = lambda width: pl.BlockSpec((None, None, blocks.rows, width), lambda b, h, i, *_: (b, h, i, 0))
