@@ -66,11 +66,11 @@ def test_growth_is_said():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-@pytest.mark.parametrize(
-    "chip", [c if c == "v6e" else pytest.param(c, marks=pytest.mark.slow) for c in tpu_schedule.TOPOLOGIES]
-)
-def test_no_schedule_has_grown(chip):
-    """Of flash attention with a causal mask, by more than 5 % of what is recorded for these versions."""
+def test_no_schedule_has_grown(chip="v6e"):
+    """Of flash attention with a causal mask, by more than 5 % of what is recorded for these versions.
+
+    One generation stands for all: `python -m benchmarks.tpu_schedule --check` compiles for the others.
+    """
     table = tuning.table(chip, "schedule")
     if table["versions"] != tpu_schedule.versions():
         pytest.skip(f"schedules are recorded for {table['versions']}, these are {tpu_schedule.versions()}")
