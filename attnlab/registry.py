@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
@@ -10,6 +11,11 @@ from attnlab import config as config_lib
 from attnlab.errors import ConfigError
 
 T = TypeVar("T")
+
+
+def _undefined(cls: type) -> list[str]:
+    """Names of abstract methods, which instances of most metaclasses could be made with."""
+    return [name for name in dir(cls) if getattr(inspect.getattr_static(cls, name), "__isabstractmethod__", False)]
 
 
 class Registry(Generic[T]):
@@ -28,11 +34,18 @@ class Registry(Generic[T]):
         self.classes: dict[str, type[T]] = {}
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
-        """Class decorator: makes a class known by `name`. ValueError if another module has taken the name."""
+        """Class decorator: makes a class known by `name`.
+
+        Raises:
+          ValueError: another module has taken the name.
+          TypeError: the class or its Config leaves out what its kind must define (`abc.abstractmethod`).
+        """
 
         def add(cls: type[T]) -> type[T]:
             if name in self.classes and self.classes[name].__module__ != cls.__module__:
                 raise ValueError(f"two of the kind {self._what} are called {name!r}")
+            if missing := [*_undefined(cls), *(f"Config.{method}" for method in _undefined(cls.Config))]:
+                raise TypeError(f"{self._what} {name!r} does not define {', '.join(missing)}")
             cls.name = name
             cls.Config.node_name = name
             self.classes[name] = cls

@@ -3,8 +3,10 @@
 import ast
 import functools
 import pathlib
+import sys
 
-PACKAGE = pathlib.Path(__file__).parent.parent / "attnlab"
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGE = ROOT / "attnlab"
 # From top to bottom; a room may import those below it, and the leaves. Rooms on one line know nothing of each other.
 ROOMS = (
     ("__main__",),
@@ -107,3 +109,36 @@ def test_launch_names_no_mixer_and_no_kernel():
             assert not any(module.startswith("attnlab.mixers") for module, _ in imports(tree)), path
             strings = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
             assert not any("splash" in s for s in strings), path
+
+
+def imported(tree):
+    """Dotted names of all modules that are imported, and of what is imported from them."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.module, alias.name) for alias in node.names)
+
+
+def test_kernels_stand_alone():
+    """They import jax, numpy and the standard library only, so that they can be used without the rest."""
+    allowed = {"jax", "numpy", "kernels_pallas"} | sys.stdlib_module_names
+    for path in (ROOT / "kernels_pallas").rglob("*.py"):
+        found = {module.split(".")[0] for module, _ in imported(ast.parse(path.read_text()))}
+        assert found <= allowed, f"{path.relative_to(ROOT)} imports {found - allowed}"
+
+
+def test_kernels_are_used_by_their_public_names():
+    """Ops alone use them, and no module inside a kernel's folder."""
+    folders = {p.parent.name for p in (ROOT / "kernels_pallas").glob("*/__init__.py")}
+    for path, tree in trees().items():
+        for module, name in imported(tree):
+            if module.split(".")[0] == "kernels_pallas":
+                assert path.parts[0] == "ops", f"{path} is above ops"
+                inside = [*module.split("."), name][1:]
+                hidden = [part for part in inside[1:2] if inside[0] in folders and part in submodules(inside[0])]
+                assert not hidden, f"{path} reaches into kernels_pallas.{'.'.join(inside)}"
+
+
+def submodules(folder):
+    return {p.stem for p in (ROOT / "kernels_pallas" / folder).glob("*.py")}

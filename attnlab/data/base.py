@@ -5,6 +5,7 @@ A kind of data is one file in this package: a config, and a `Data` under `@regis
 
 from __future__ import annotations
 
+import abc
 import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -77,6 +78,7 @@ class Data:
         """The arrays of a batch."""
         return self.config.batch_spec()
 
+    @abc.abstractmethod
     def training(self, *, seed: int, rows: Sequence[int] | None = None) -> Training:
         """The training batches of one process.
 
@@ -84,15 +86,14 @@ class Data:
           seed: of the run.
           rows: which of a batch's rows this process gets, ascending; None: all.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def heldout(self, *, batches: int | None = None, rows: Sequence[int] | None = None) -> Heldout:
         """The held-out batches of one process: all, or the first `batches`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def describe(self, summary: Mapping[str, Any]) -> str:
         """A summary in one line, for people."""
-        raise NotImplementedError
 
     def require_readable(self, trained_on: Mapping[str, Any], who: str, *, named: bool) -> list[str]:
         """What to know of a model's figures on this data that can be told before any of it is read.

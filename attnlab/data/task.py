@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import sys
@@ -45,13 +46,13 @@ class TaskConfig:
             config_lib.require(value >= least, f"data.{key}", value, f"{least} or more")
 
     @property
+    @abc.abstractmethod
     def length(self) -> int:
         """Positions of an example."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def batch_spec(self) -> batch_lib.Spec:
         """The arrays of a batch."""
-        raise NotImplementedError
 
     def identity(self) -> dict[str, Any]:
         """What an example depends on besides split and index."""
@@ -63,17 +64,17 @@ class TaskConfig:
 class Task(Data):
     """Base class of tasks: they say what an example is."""
 
+    @abc.abstractmethod
     def example(self, stream: Stream) -> Arrays:
         """One row, drawn from a stream."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def baselines(self, rows: Arrays) -> dict[str, np.ndarray]:
         """What others predict: by name, float64 of the form of `targets`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def seen(self) -> np.ndarray:
         """int [T]: how many examples of the task come before each position of a row."""
-        raise NotImplementedError
 
     def rows(self, split: str, indices: Sequence[int]) -> Arrays:
         """The examples of a split ("train" or "valid") by index."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 from typing import Any, ClassVar
@@ -126,9 +127,9 @@ class Attention(HeadMixer):
             y = (self.q_norm if name == "q" else self.k_norm)(y)
         return y if positions is None else c.rotated(y, positions)
 
+    @abc.abstractmethod
     def attend(self, q: jax.Array, kv: KeysValues, mask: Mask, x: jax.Array) -> MixerOutput:
         """Heads' outputs [B, T, H, d] from positioned queries, what they attend to, and x [B, T, D]."""
-        raise NotImplementedError
 
     # The contract, in two steps, so that a layer around this one (see moh.py) may read other keys.
 

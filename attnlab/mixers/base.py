@@ -9,6 +9,7 @@ output is cut into parts says which (`roles.Fused`).
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import inspect
 import math
@@ -174,12 +175,13 @@ class Mixer(nnx.Module):
     sequence_parallel: ClassVar[str] = ""
     contains_overflow: ClassVar[bool] = False
 
+    @abc.abstractmethod
     def __init__(self, config: Any, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
-        raise NotImplementedError
+        """Makes the parameters."""
 
+    @abc.abstractmethod
     def __call__(self, x: jax.Array, seq: Sequence) -> MixerOutput:
         """Mixes whole sequences, `x` [B, T, D]: the training form."""
-        raise NotImplementedError
 
     def init_state(
         self, batch: int, max_length: int, dtype: Any = jnp.float32, contexts: Mapping[str, Context] | None = None
@@ -195,9 +197,9 @@ class Mixer(nnx.Module):
         raise UnsupportedPattern(f"mixer {self.name!r} does not stream")
 
     @classmethod
+    @abc.abstractmethod
     def flops(cls, config: Any, width: int, length: int) -> tuple[dict[str, float], float | None]:
         """`Cost.flops` and `Cost.span`."""
-        raise NotImplementedError
 
     @classmethod
     def cost(cls, config: Any, width: int, length: int, dtype: Any = jnp.float32) -> Cost:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -114,13 +115,13 @@ class HeadMixer(Mixer):
         self.config, self.dtype = config, dtype
         self.head_dim = config.head_dim(width)
 
+    @abc.abstractmethod
     def heads(self, x: jax.Array, seq: Sequence, carried: State = None) -> MixerOutput:
         """Each head's output, `y` [B, T, H, e], ready to be projected: norms and gates on it are applied.
 
         With `carried` the positions are the next T >= 1 of a stream and the output's state is what to carry on;
         without, they are whole sequences. `seq` has its documents derived.
         """
-        raise NotImplementedError
 
     def combine(self, o_BTHe: jax.Array, x: jax.Array) -> jax.Array:
         """The layer's output [B, T, D] from the heads' outputs: a projection, linear in them but for its bias."""
@@ -128,7 +129,7 @@ class HeadMixer(Mixer):
 
     def init_carried(self, batch: int, max_length: int, dtype: Any) -> State:
         """What `heads` needs before the first position; see `Mixer.init_state`."""
-        raise NotImplementedError
+        raise UnsupportedPattern(f"mixer {self.name!r} does not stream")
 
     # The contract.
 

@@ -6,6 +6,7 @@ and an `Objective` under `@register(name)`.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
@@ -104,14 +105,16 @@ class Objective(nnx.Module):
     options: ClassVar[tuple[str, ...]] = ()
     decodes: ClassVar[bool] = False
 
+    @abc.abstractmethod
     def __init__(self, config: Any, *, rngs: nnx.Rngs):
-        raise NotImplementedError
+        """Makes the parameters."""
 
     @classmethod
+    @abc.abstractmethod
     def batch_spec(cls, config: Any, length: int) -> batch_lib.Spec:
         """The arrays of a batch whose rows have `length` positions."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def loss(self, batch: Batch, key: jax.Array | None, options: Mapping[str, Any]) -> Sums:
         """The loss of a batch.
 
@@ -120,21 +123,20 @@ class Objective(nnx.Module):
           key: of what is random (dropout); None: nothing is.
           options: values of `options`.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def evaluate(self, batch: Batch, options: Mapping[str, Any]) -> dict[str, jax.Array]:
         """Sums over a held-out batch, which add up over batches."""
-        raise NotImplementedError
 
     @classmethod
+    @abc.abstractmethod
     def summarize(cls, sums: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> Figures:
         """Figures from the sums of all held-out batches (float64) and what the data knows of these."""
-        raise NotImplementedError
 
     @classmethod
+    @abc.abstractmethod
     def cost(cls, config: Any, length: int) -> Any:
         """`attnlab.models.cost.ModelCost` of sequences of `length` positions."""
-        raise NotImplementedError
 
 
 MODELS: Registry[Objective] = Registry("model", DEFAULT)

@@ -14,7 +14,6 @@ from attnlab.ops.masks import Mask, mean_visible_keys
 from attnlab.parallel import partition
 from kernels_pallas import flash_attention as kernels
 from kernels_pallas import tuning
-from kernels_pallas.flash_attention import gpu
 
 _HOPPER = re.compile(r"NVIDIA (GH200|H\d)")
 _LANES = 128  # below so many queries or keys most of a tile is padding
@@ -23,9 +22,13 @@ _LANES = 128  # below so many queries or keys most of a tile is padding
 def unsupported(spec: AttentionSpec) -> str | None:
     """Why the kernels cannot serve, or None."""
     if partition.platform() == "gpu":
+        widest = kernels.GPU_WIDEST
         reasons = (
             (spec.dtype != "bfloat16", f"on GPUs it computes bfloat16, not {spec.dtype}"),
-            (max(spec.width, spec.value_width) > gpu.WIDEST, f"on GPUs head widths are at most {gpu.WIDEST}"),
+            (
+                max(spec.width, spec.value_width) > kernels.GPU_WIDEST,
+                f"on GPUs head widths are at most {kernels.GPU_WIDEST}",
+            ),
             (not _HOPPER.search(partition.device_kind()), f"its kernels are for Hopper, not {partition.device_kind()}"),
         )
         return next((reason for fails, reason in reasons if fails), None)
@@ -68,7 +71,7 @@ def kernel_flops(spec: AttentionSpec) -> dict[str, float]:
         of(spec.keys, spec.kv_heads, spec.value_width),
     )
     if partition.platform() == "gpu":
-        return {name: pairs * width for name, width in gpu.kernel_widths(spec.width, spec.value_width).items()}
+        return {name: pairs * width for name, width in kernels.gpu_kernel_widths(spec.width, spec.value_width).items()}
     with tuning.device_kind(partition.device_kind()):
         runs = kernels.tpu_kernel_runs(*arrays)
     widths = {

@@ -7,14 +7,16 @@ from typing import Any
 import jax
 
 from kernels_pallas import tuning
-from kernels_pallas.flash_attention import tpu
+from kernels_pallas.flash_attention import gpu, tpu
 from kernels_pallas.flash_attention.call import Call
 from kernels_pallas.flash_attention.definition import definition
 from kernels_pallas.flash_attention.gradient import KERNELS, attention
 
-__all__ = ["definition", "flash_attention", "tpu_kernel_runs"]
+__all__ = ["definition", "flash_attention", "gpu_kernel_widths", "tpu_kernel_runs"]
 
 PLATFORMS = tuple(KERNELS)
+GPU_WIDEST = gpu.WIDEST  # head width, of keys or values
+gpu_kernel_widths = gpu.kernel_widths
 
 
 def flash_attention(

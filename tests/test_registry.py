@@ -1,0 +1,39 @@
+"""A kind of thing that configs choose by name is whole when it is registered."""
+
+import pytest
+from flax import nnx
+
+from attnlab.data.base import Data
+from attnlab.data.task import Task, TaskConfig
+from attnlab.mixers.base import Mixer
+from attnlab.mixers.heads import HeadConfig, HeadMixer
+from attnlab.models.objective import Objective
+from attnlab.registry import Registry
+
+
+class Config:
+    """Of nothing."""
+
+
+@pytest.mark.parametrize(
+    "base, config, missing",
+    [
+        (Mixer, Config, "__call__, __init__, flops"),
+        (HeadMixer, HeadConfig, "flops, heads"),
+        (Objective, Config, "__init__, batch_spec, cost, evaluate, loss, summarize"),
+        (Data, Config, "describe, heldout, training"),
+        (Task, TaskConfig, "baselines, example, seen, Config.batch_spec, Config.length"),
+    ],
+)
+def test_what_a_class_leaves_out_is_said_when_it_is_registered(base, config, missing):
+    """Not when a run first asks for it; and what is whole is taken."""
+    registry = Registry("thing")
+    with pytest.raises(TypeError, match=f"thing 'half' does not define {missing}$"):
+        registry.register("half")(type("Half", (base,), {"Config": config}))
+    assert registry.names() == []
+
+
+def test_what_is_whole_is_registered():
+    whole = {"Config": Config, "__init__": lambda self: None, "__call__": lambda self, x, seq: x, "flops": nnx.vmap}
+    registry = Registry("thing")
+    assert registry.register("whole")(type("Whole", (Mixer,), whole)).name == "whole" and registry.names() == ["whole"]
