@@ -25,10 +25,7 @@ def unsupported(spec: AttentionSpec) -> str | None:
         widest = kernels.GPU_WIDEST
         reasons = (
             (spec.dtype != "bfloat16", f"on GPUs it computes bfloat16, not {spec.dtype}"),
-            (
-                max(spec.width, spec.value_width) > kernels.GPU_WIDEST,
-                f"on GPUs head widths are at most {kernels.GPU_WIDEST}",
-            ),
+            (max(spec.width, spec.value_width) > widest, f"on GPUs head widths are at most {widest}"),
             (not _HOPPER.search(partition.device_kind()), f"its kernels are for Hopper, not {partition.device_kind()}"),
         )
         return next((reason for fails, reason in reasons if fails), None)
