@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
 from attnlab import mixers
-from attnlab.mixers.heads import HeadConfig
+from attnlab.mixers.heads import HeadConfig, HeadMixer
+from tests.mixers import cases
 
 QKV = {"q", "k", "v"}
 BIASED = {  # projections of queries, keys and values by mixer, where they are not these three; `out` is everybody's
@@ -35,3 +38,16 @@ def test_projections_that_have_a_bias(name):
         for bias, biased in (("qkv", qkv), ("all", qkv | out)):
             new = {path: shape for path, shape in shapes[bias].items() if path not in shapes["none"]}
             assert new == {f"{p}.bias": shapes["none"][f"{p}.kernel"][1:] for p in biased}
+
+
+@pytest.mark.parametrize("name", [n for n in mixers.names() if issubclass(mixers.get(n), HeadMixer)])
+def test_padding_gives_zero(name):
+    """Whatever a layer computes there: its output, without a bias, is exactly 0 at padding, of rows and of a stream."""
+    module = cases.module(mixers.get(name).Config(), jnp.float32)
+    x, seq = cases.inputs(jnp.float32)
+    padding = np.asarray(seq.segments) == 0
+    y = jax.jit(module)(x, seq).y
+    streamed, _ = cases.streamed(jax.jit(module.extend), module.init_state(2, cases.LENGTH), x, seq, [cases.LENGTH])
+    for found in (y, streamed):
+        np.testing.assert_array_equal(np.asarray(found)[padding], 0)
+        assert np.all(np.abs(np.asarray(found)[~padding]).max(-1) > 0)
