@@ -299,12 +299,16 @@ class Transformer(nnx.Module):
     def init_state(
         self, batch: int, max_length: int, contexts: Mapping[str, mixers.Context] | None = None
     ) -> StackState:
-        """The state before the first position, with room for `max_length` positions; contexts are read here, once."""
+        """The state before the first position, with room for `max_length` positions; contexts are read here, once.
+
+        Every leaf is a buffer of its own, though layers start equal keys and values as one: jit takes the state as
+        donated.
+        """
         self.config.require_contexts(contexts)
         state = lambda mixer: mixer.init_state(batch, max_length, self.config.compute_dtype, contexts=contexts)
         of = lambda block: [state(sublayer.branch) for sublayer in block.sublayers if sublayer.mixes]
         layers = [[of(block) for block in period.blocks] for period in self.unstacked()]
-        return StackState(mixers.Stream.start(batch), layers)
+        return jax.tree.map(jnp.copy, StackState(mixers.Stream.start(batch), layers))
 
     def unstacked(self) -> list[Period]:
         """The periods one by one: decoding unrolls them, as a scan would copy every weight at every token."""
