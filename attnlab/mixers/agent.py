@@ -15,7 +15,7 @@ from attnlab.errors import UnsupportedPattern
 from attnlab.mixers.base import Capabilities, MixerOutput, impl_knob, knob, register
 from attnlab.mixers.heads import HeadConfig, HeadMixer, Projections, split_heads
 from attnlab.mixers.parts import param_dtype
-from attnlab.mixers.roles import Role, param
+from attnlab.mixers.roles import Role, drawn, normal, param
 from attnlab.mixers.sequence import Sequence
 from attnlab.ops import agent_causal as causal_ops
 from attnlab.ops import agent_refreshed as refreshed_ops
@@ -98,10 +98,9 @@ class PositionBias(nnx.Module):
 
     def __init__(self, config: AgentConfig, *, rngs: nnx.Rngs, dtype: Any):
         rows, columns = config.grid
-        init, kind = jax.nn.initializers.truncated_normal(0.02), param_dtype(dtype)
-        shape, axes = (config.heads, config.agents), ("heads", "agents")
-        table = lambda sizes, names: param(
-            init(rngs.params(), (*shape, *sizes), kind), axes=(*axes, *names), role=Role.POSITIONS
+        kind, shape, axes = param_dtype(dtype), (config.heads, config.agents), ("heads", "agents")
+        table = lambda sizes, names: drawn(
+            rngs, _near_zero, (*shape, *sizes), kind, axes=(*axes, *names), role=Role.POSITIONS
         )
         self.table = table((_TABLE, _TABLE), ("rows", "columns"))
         self.row = table((rows,), ("rows",))
@@ -114,6 +113,10 @@ class PositionBias(nnx.Module):
         image = image.reshape(*image.shape[:2], -1)
         leading = jnp.broadcast_to(self.leading[...][..., None], (*image.shape[:2], length - image.shape[2]))
         return jnp.concatenate([leading, image], axis=-1)
+
+
+def _near_zero(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return jax.nn.initializers.truncated_normal(0.02)(key, shape, dtype)
 
 
 def resize(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -153,17 +156,15 @@ class Agent(HeadMixer):
         self.out = make.out(inner)
         if config.causal:
             shape = (config.heads, config.agents, self.head_dim)
-            agents = jax.nn.initializers.normal(1.0)(rngs.params(), shape, kind)  # as queries are at first
-            self.agents = param(agents, axes=("heads", "agents", "head"), role=Role.TOKENS)
+            axes = ("heads", "agents", "head")
+            self.agents = drawn(rngs, normal, shape, kind, 1.0, axes=axes, role=Role.TOKENS)  # as queries are at first
         if config.grid is not None:
             self.bias_in = PositionBias(config, rngs=rngs, dtype=dtype)
             self.bias_out = PositionBias(config, rngs=rngs, dtype=dtype)
         if config.conv:
             taps = (_TAPS,) if config.causal else (_TAPS, _TAPS)
-            init = jax.nn.initializers.normal(1 / math.sqrt(math.prod(taps)))
-            axes = ("taps",) * len(taps)
-            kernel = init(rngs.params(), (*taps, inner), kind)
-            self.conv_kernel = param(kernel, axes=(*axes, "heads"), role=Role.TAPS)
+            axes, args = ("taps",) * len(taps), ((*taps, inner), kind, 1 / math.sqrt(math.prod(taps)))
+            self.conv_kernel = drawn(rngs, normal, *args, axes=(*axes, "heads"), role=Role.TAPS)
             self.conv_bias = param(jnp.zeros((inner,), kind), axes=("heads",), role=Role.BIAS)
 
     @classmethod

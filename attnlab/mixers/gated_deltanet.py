@@ -14,7 +14,7 @@ from attnlab import config as config_lib
 from attnlab.mixers.base import Capabilities, MixerOutput, impl_knob, knob, register
 from attnlab.mixers.heads import HeadConfig, HeadMixer, Projections
 from attnlab.mixers.parts import Linear, RMSNorm, param_dtype
-from attnlab.mixers.roles import Role, param
+from attnlab.mixers.roles import Role, drawn
 from attnlab.mixers.sequence import Sequence
 from attnlab.ops.causal_conv import causal_conv
 from attnlab.ops.delta_rule import DELTA_RULE, chunked_flops, delta_rule
@@ -82,17 +82,25 @@ class Decay(nnx.Module):
     def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs, dtype: Any):
         kind = param_dtype(dtype)
         self.linear = Linear(width, heads, ("embed", "gates"), rngs=rngs, dtype=dtype)
-        a = _LARGEST_A * (1 - jax.random.uniform(rngs.params(), (heads,), kind))
-        self.a_log = param(jnp.log(a), axes=("gates",), role=Role.DECAY_RATE)
-        low, high = (math.log(t) for t in _TIME_STEPS)
-        step = jnp.exp(jax.random.uniform(rngs.params(), (heads,), kind, low, high))
-        bias = step + jnp.log(-jnp.expm1(-step))  # inverse of softplus
-        self.dt_bias = param(bias, axes=("gates",), role=Role.DECAY_RATE)
+        self.a_log = drawn(rngs, _log_rates, heads, kind, axes=("gates",), role=Role.DECAY_RATE)
+        self.dt_bias = drawn(rngs, _time_steps, heads, kind, axes=("gates",), role=Role.DECAY_RATE)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         logits = self.linear(x)
         step = jax.nn.softplus(logits.astype(param_dtype(logits.dtype)) + self.dt_bias[...])
         return -jnp.exp(self.a_log[...]) * step
+
+
+def _log_rates(key: jax.Array, heads: int, dtype: Any) -> jax.Array:
+    """Logarithms of numbers uniform in (0, 16]."""
+    return jnp.log(_LARGEST_A * (1 - jax.random.uniform(key, (heads,), dtype)))
+
+
+def _time_steps(key: jax.Array, heads: int, dtype: Any) -> jax.Array:
+    """What softplus makes log-uniform time steps of."""
+    low, high = (math.log(t) for t in _TIME_STEPS)
+    step = jnp.exp(jax.random.uniform(key, (heads,), dtype, low, high))
+    return step + jnp.log(-jnp.expm1(-step))
 
 
 @register("gated_deltanet")
@@ -127,8 +135,8 @@ class GatedDeltaNet(HeadMixer):
         self.q, self.k, self.v = make.qkv(keys), make.qkv(keys), make.qkv(values)
         if config.conv > 1:
             bound, shape = 1 / math.sqrt(config.conv), (config.conv, 2 * keys + values)
-            filters = jax.random.uniform(rngs.params(), shape, param_dtype(dtype), -bound, bound)
-            self.filters = param(filters, axes=("conv", "heads"), role=Role.TAPS)
+            args = (shape, param_dtype(dtype), -bound, bound)
+            self.filters = drawn(rngs, jax.random.uniform, *args, axes=("conv", "heads"), role=Role.TAPS)
         self.beta = make(config.heads, "gates")
         if config.decay:
             self.log_decay = Decay(width, config.heads, rngs=rngs, dtype=dtype)

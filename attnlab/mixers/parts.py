@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnlab.mixers.roles import Fused, Role, param
+from attnlab.mixers.roles import Fused, Role, drawn, normal, param
 from attnlab.ops.linear import linear
 from attnlab.ops.norm import layer_norm, rms_norm
 
@@ -35,10 +35,9 @@ class Linear(nnx.Module):
         self, fan_in: int, fan_out: int, axes: tuple[str, str], *, rngs: nnx.Rngs, dtype: Any,
         role: Role = Role.MATRIX, fused: Fused | None = None, bias: bool = False,
     ):  # fmt: skip
-        init = jax.nn.initializers.normal(1 / math.sqrt(fan_in))
-        value = init(rngs.params(), (fan_in, fan_out), param_dtype(dtype))
-        self.kernel = param(value, axes=axes, role=role, fused=fused)
-        self.bias = param(jnp.zeros_like(value, shape=fan_out), axes=axes[1:], role=Role.BIAS) if bias else None
+        kind, deviation = param_dtype(dtype), 1 / math.sqrt(fan_in)
+        self.kernel = drawn(rngs, normal, (fan_in, fan_out), kind, deviation, axes=axes, role=role, fused=fused)
+        self.bias = param(jnp.zeros((fan_out,), kind), axes=axes[1:], role=Role.BIAS) if bias else None
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:

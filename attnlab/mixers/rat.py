@@ -13,7 +13,7 @@ from attnlab import config as config_lib
 from attnlab.mixers.base import Capabilities, MixerOutput, impl_knob, knob, register
 from attnlab.mixers.heads import HeadMixer, Projections, RotaryConfig
 from attnlab.mixers.parts import param_dtype
-from attnlab.mixers.roles import Role, param
+from attnlab.mixers.roles import Role, drawn
 from attnlab.mixers.sequence import Sequence
 from attnlab.ops.attention import attention_with_lse
 from attnlab.ops.cached_attention import cached_attention
@@ -76,6 +76,11 @@ class _Places:
         return Mask(self.entry - self.chunk, self.entry)
 
 
+def _reaches(key: jax.Array, count: int, dtype: Any, longest: int) -> jax.Array:
+    """Logarithms of numbers uniform in [1, longest]."""
+    return jnp.log(jax.random.uniform(key, (count,), dtype, 1.0, longest))
+
+
 @register("rat")
 class RAT(HeadMixer):
     """Queries attend to one entry of each chunk before theirs, and to their own chunk so far, in one softmax.
@@ -113,8 +118,7 @@ class RAT(HeadMixer):
         self.q, self.k = (make.qkv(shared, "kv_heads") for _ in range(2))
         # exp(b) is uniform in [1, L - 1]: averages reach back over about so many positions.
         longest = max(config.chunk - 1, 1)
-        bias = jnp.log(jax.random.uniform(rngs.params(), (inner,), param_dtype(dtype), 1.0, longest))
-        self.gate_bias = param(bias, axes=("heads",), role=Role.BIAS)
+        self.gate_bias = drawn(rngs, _reaches, inner, param_dtype(dtype), longest, axes=("heads",), role=Role.BIAS)
         self.out = make.out(inner)
 
     def heads(self, x: jax.Array, seq: Sequence, carried: RATState | None = None) -> MixerOutput:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -95,14 +96,52 @@ class Usage:
     fused: Fused | None = None
 
 
-def param(value: jax.Array, *, axes: tuple[str, ...], role: Role, fused: Fused | None = None) -> nnx.Param:
-    """A parameter of a layer.
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """How a parameter's first value is drawn: `make(key, *args)`.
+
+    A model draws each of its parameters anew, with a key of the parameter's own (`attnlab.models.initial`).
+    """
+
+    make: Callable[..., jax.Array]
+    args: tuple[Any, ...]
+
+    def __call__(self, key: jax.Array) -> jax.Array:
+        return self.make(key, *self.args)
+
+
+def drawn(
+    rngs: nnx.Rngs, make: Callable[..., jax.Array], *args: Any,
+    axes: tuple[str, ...], role: Role, fused: Fused | None = None,
+) -> nnx.Param:  # fmt: skip
+    """A parameter whose first value is random.
+
+    Args:
+      rngs: stream `params`.
+      make: `make(key, *args)` is the value; a function of a module, so that equal layers say the same.
+      args: hashable.
+      axes, role, fused: of `param`.
+    """
+    draw = Draw(make, args)
+    return param(draw(rngs.params()), axes=axes, role=role, fused=fused, draw=draw)
+
+
+def normal(key: jax.Array, shape: tuple[int, ...], dtype: Any, deviation: float) -> jax.Array:
+    """Normal with mean 0, for `drawn`."""
+    return deviation * jax.random.normal(key, shape, dtype)
+
+
+def param(
+    value: jax.Array, *, axes: tuple[str, ...], role: Role, fused: Fused | None = None, draw: Draw | None = None
+) -> nnx.Param:
+    """A parameter of a layer whose first value is the same for every seed; `drawn` makes the others.
 
     Args:
       value: at first.
       axes: logical axes, one for each of the array's, by which it is split over devices.
       role: what it is to the layer, by which optimizers decide.
       fused: the matrices that lie side by side in a matrix's last axis; Muon orthogonalises each by itself.
+      draw: how the value was drawn, if it was.
 
     Raises:
       ValueError: these do not go together.
@@ -118,7 +157,7 @@ def param(value: jax.Array, *, axes: tuple[str, ...], role: Role, fused: Fused |
         raise ValueError(f"only a matrix has fused parts; this parameter {axes} is {role.value}")
     if fused is not None and fused.width != value.shape[-1]:
         raise ValueError(f"{fused} is {fused.width} wide, the parameter {list(value.shape)} is not")
-    return nnx.Param(value, axes=axes, role=role, fused=fused)
+    return nnx.Param(value, axes=axes, role=role, fused=fused, draw=draw)
 
 
 def usages(params: nnx.State) -> Any:

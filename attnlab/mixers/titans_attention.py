@@ -11,7 +11,7 @@ from flax import nnx
 
 from attnlab.mixers.heads import split_heads
 from attnlab.mixers.parts import Linear, param_dtype
-from attnlab.mixers.roles import Role, param
+from attnlab.mixers.roles import Role, drawn, normal
 from attnlab.mixers.sequence import Sequence
 from attnlab.ops.keys_values import KeysValues, RollingCache, Whole, empty_cache
 from attnlab.ops.masks import Mask
@@ -28,8 +28,8 @@ class Attention(nnx.Module):
         self.q, self.k, self.v = (Linear(fan_in, width, ("embed", "heads"), **options) for _ in range(3))
         if config.persistent:
             shape = (2, config.persistent, config.heads, head_dim)
-            rows = jax.random.normal(rngs.params(), shape, param_dtype(dtype))
-            self.persistent = param(rows, axes=("kind", "persistent", "heads", "head"), role=Role.TOKENS)
+            axes = ("kind", "persistent", "heads", "head")
+            self.persistent = drawn(rngs, normal, shape, param_dtype(dtype), 1.0, axes=axes, role=Role.TOKENS)
 
     def positioned(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """q, k, v [B, T, H, d] of x [B, T, fan_in]."""

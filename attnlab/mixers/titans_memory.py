@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnlab.mixers.parts import Linear, param_dtype
-from attnlab.mixers.roles import Fused, Role, param
+from attnlab.mixers.roles import Fused, Role, drawn, normal, param
 from attnlab.ops.causal_conv import causal_conv
 from attnlab.ops.neural_memory import MemorySpec, MemoryState, initial_state
 from attnlab.ops.norm import unit
@@ -34,9 +34,8 @@ class Memory(nnx.Module):
         qkv = Fused(tuple((name, head_dim) for name in "qkv"), groups=heads)
         self.qkv = Linear(fan_in, qkv.width, axes, rngs=rngs, dtype=dtype, fused=qkv, bias=config.bias != "none")
         if config.conv:
-            init = jax.nn.initializers.normal(config.conv**-0.5)
-            taps = init(rngs.params(), (config.conv, qkv.width), wide)
-            self.kernel = param(taps, axes=("conv", "heads"), role=Role.TAPS)
+            args = ((config.conv, qkv.width), wide, config.conv**-0.5)
+            self.kernel = drawn(rngs, normal, *args, axes=("conv", "heads"), role=Role.TAPS)
         bias = {"alpha": _ALPHA_BIAS} if config.forgetting else {}
         bias |= {"eta": 0.0} if config.momentum else {}
         bias |= {"theta": 0.0}
@@ -47,9 +46,8 @@ class Memory(nnx.Module):
         for index, (fan, out) in enumerate(layer_widths(config, head_dim)):
             # The first layer of a network reads keys of length 1, the others entries of about 1.
             scale = 1.0 if index == 0 and config.depth > 1 else fan**-0.5
-            weights = scale * jax.random.normal(rngs.params(), (heads, fan, out), wide)
-            layer = param(weights, axes=("heads", "memory_in", "memory_out"), role=Role.MEMORY)
-            setattr(self, f"layer_{index}", layer)
+            axes, args = ("heads", "memory_in", "memory_out"), ((heads, fan, out), wide, scale)
+            setattr(self, f"layer_{index}", drawn(rngs, normal, *args, axes=axes, role=Role.MEMORY))
         if config.norm_scale:
             gain = jnp.zeros((heads, 1, head_dim), wide)
             self.norm_gain = param(gain, axes=("heads", "memory_in", "memory_out"), role=Role.MEMORY)

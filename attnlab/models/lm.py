@@ -15,7 +15,7 @@ from attnlab import batch as batch_lib
 from attnlab import config as config_lib
 from attnlab import mixers
 from attnlab.mixers.parts import Linear, RMSNorm, param_dtype
-from attnlab.mixers.roles import Role, param
+from attnlab.mixers.roles import Role, drawn, normal
 from attnlab.models.cost import ModelCost, stack_cost
 from attnlab.models.objective import Batch, Objective, Sums, register
 from attnlab.models.perplexity import Perplexity
@@ -62,9 +62,8 @@ class LanguageModel(Objective):
     def __init__(self, config: LanguageModelConfig, *, rngs: nnx.Rngs):
         self.config = config
         dtype = config.compute_dtype
-        init = jax.nn.initializers.normal(config.width**-0.5)
-        rows = init(rngs.params(), (config.vocab, config.width), param_dtype(dtype))
-        self.embedding = param(rows, axes=("vocab", "embed"), role=Role.EMBEDDING)
+        args = ((config.vocab, config.width), param_dtype(dtype), config.width**-0.5)
+        self.embedding = drawn(rngs, normal, *args, axes=("vocab", "embed"), role=Role.EMBEDDING)
         self.transformer = Transformer(config, rngs=rngs)
         self.norm = RMSNorm(config.width, ("embed",), dtype=dtype, epsilon=config.norm_epsilon)
         if not config.tied:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from attnlab import models
 from attnlab.mixers import roles
+from attnlab.models import initial
 from attnlab.train import sharding
 
 
@@ -71,9 +72,9 @@ class Model:
         return nnx.merge(self.graphdef, state)
 
     def init(self, seed: Any) -> Any:
-        """Fresh parameters, a pure dict; the seed is an integer, traced or not."""
-        rngs = nnx.Rngs(jax.random.key(seed))
-        return nnx.to_pure_dict(nnx.state(self.objective(self.config, rngs=rngs), nnx.Param))
+        """Fresh parameters, a pure dict, each drawn by its path; the seed is an integer, traced or not."""
+        key = jax.random.key(seed)
+        return initial.by_path(self.objective(self.config, rngs=nnx.Rngs(key)), key)
 
     @property
     def pure_shapes(self) -> Any:

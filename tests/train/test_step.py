@@ -81,7 +81,7 @@ def test_micro_batches_weigh_by_tokens():
     _, nll, _ = params_and_losses()
     used = ragged_batch()["segments"]
     halves = [nll[i::2].sum() / used[i::2].sum() for i in (0, 1)]
-    assert abs(float(np.mean(halves)) - float(nll.sum() / used.sum())) > 1e-3
+    assert abs(float(np.mean(halves)) - float(nll.sum() / used.sum())) > 5e-4
 
 
 MESHES = (

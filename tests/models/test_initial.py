@@ -1,0 +1,95 @@
+"""First values of parameters: each is a function of the seed and of its own name."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from attnlab import mixers, models
+from attnlab.models import initial
+from attnlab.train.state import Model
+
+WIDTH = 8
+
+
+def values(seed=0, **changes):
+    """First values by path of a tiny language model, and how many layers a period of it has."""
+    tree = {"name": "lm", "vocab": 11, "width": WIDTH, "layers": 4, "mlp_width": 12}
+    tree |= {"mixers": {"M": {"name": "softmax", "heads": 2}}, **changes}
+    config = models.config_from_node(tree, "model")
+    flat = jax.tree_util.tree_leaves_with_path(jax.jit(Model.of(config).init)(seed))
+    return {jax.tree_util.keystr(p, simple=True, separator="."): np.asarray(v) for p, v in flat}
+
+
+def layer(found, number, period, part):
+    """A layer's arrays of one part (`sublayers.N`) in a stack that repeats `period` blocks, by their names in it."""
+    start = f"transformer.periods.blocks.{number % period}.{part}."
+    return {k.removeprefix(start): v[number // period] for k, v in found.items() if k.startswith(start)}
+
+
+def test_arms_that_differ_in_a_layer_share_every_other_array():
+    """Whatever a pattern repeats, layers, MLPs, embedding and head of one name and shape are bitwise the same."""
+    softmax = {"name": "softmax", "heads": 2}
+    plain = values()
+    hybrid = values(pattern="MMMX", mixers={"M": softmax, "X": {"name": "gated", "heads": 2}})
+    double = values(pattern="M+X", mixers={"M": softmax, "X": {"name": "gated_deltanet", "heads": 2}})
+    for key in ("embedding", "head.kernel"):
+        for other in (hybrid, double):
+            np.testing.assert_array_equal(plain[key], other[key])
+    for number in range(4):
+        mixer, mlp = layer(plain, number, 1, "sublayers.0"), layer(plain, number, 1, "sublayers.1")
+        assert mixer and mlp
+        for key, value in mlp.items():
+            np.testing.assert_array_equal(value, layer(hybrid, number, 4, "sublayers.1")[key])
+            np.testing.assert_array_equal(value, layer(double, number, 1, "sublayers.2")[key])
+        for key, value in mixer.items():  # the gate of `gated` comes besides the others
+            np.testing.assert_array_equal(value, layer(hybrid, number, 4, "sublayers.0")[key])
+            np.testing.assert_array_equal(value, layer(double, number, 1, "sublayers.0")[key])
+
+
+def test_every_draw_is_of_its_own():
+    """Two parameters, two layers or two seeds have no draw in common, and draws are as wide as they are declared."""
+    found, other = values(), values(seed=1)
+    drawn = [v for k, v in found.items() if v.ndim >= 2 and "norm" not in k]
+    flat = np.concatenate([v.ravel() for v in drawn])
+    assert flat.size - len(np.unique(flat)) <= 3  # fp32 has few enough normal numbers for a coincidence
+    assert np.intersect1d(flat, np.concatenate([v.ravel() for v in other.values() if v.ndim >= 2])).size <= 3
+    kernel = found["transformer.periods.blocks.0.sublayers.1.branch.gate.kernel"]
+    assert abs(kernel.std() * WIDTH**0.5 - 1) < 0.1 and abs(kernel.mean()) < 0.05
+
+
+@pytest.mark.parametrize("name", mixers.names())
+def test_what_depends_on_the_key_says_how_it_is_drawn(name):
+    """A mixer's random first values are all declared; one that is not would depend on the order of construction."""
+    cls = mixers.get(name)
+    for knobs in ({}, *cls.variants):
+        build = lambda seed: nnx.state(mixers.build({"name": name, **knobs}, width=32, rngs=nnx.Rngs(seed)), nnx.Param)
+        first, second = (nnx.to_flat_state(build(seed)) for seed in (0, 1))
+        for (path, a), (_, b) in zip(first, second, strict=True):
+            declared = a.get_metadata()["draw"] is not None
+            assert declared or np.array_equal(a[...], b[...]), f"{name} {knobs}: {path} is random; use roles.drawn"
+
+
+def test_first_values_are_those_of_one_device():
+    """Drawn where each part of an array lies, they are the same as drawn on one device."""
+    from attnlab.train import sharding
+    from attnlab.train.config import MeshConfig
+
+    config = models.config_from_node(
+        {"name": "lm", "vocab": 16, "width": WIDTH, "layers": 2, "mixers": {"M": {"name": "softmax", "heads": 2}}}, "m"
+    )
+    model = Model.of(config)
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), 2, length=4)
+    places = sharding.parameter_shardings(mesh, model.axes, model.pure_shapes)
+    spread, whole = jax.jit(model.init, out_shardings=places)(3), jax.jit(model.init)(3)
+    assert any(len(v.sharding.device_set) == 4 and not v.is_fully_replicated for v in jax.tree.leaves(spread))
+    jax.tree.map(np.testing.assert_array_equal, spread, whole)
+
+
+def test_a_module_without_a_stack():
+    """A bare mixer's parameters are drawn by their paths, too."""
+    build = lambda seed: mixers.build({"name": "softmax", "heads": 2}, width=WIDTH, rngs=nnx.Rngs(seed))
+    key = jax.random.key(5)
+    jax.tree.map(np.testing.assert_array_equal, initial.by_path(build(0), key), initial.by_path(build(1), key))
