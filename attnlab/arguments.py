@@ -89,6 +89,13 @@ def _path(text: str) -> pathlib.Path:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def _slice(text: str) -> tuple[int, int]:
+    index, slash, count = text.partition("/")
+    if slash and index.isdecimal() and count.isdecimal() and int(index) < int(count) < 2**20:
+        return int(index), int(count)
+    raise argparse.ArgumentTypeError(f"{config_lib.show(text)} is not possible; allowed: I/N, I from 0 to N - 1")
+
+
 def _integer(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
     return _number(int, lambda value: least <= value <= most, f"an integer from {least} to {most}")
 
@@ -138,6 +145,7 @@ def build() -> argparse.ArgumentParser:
     sub = verb("cost", "parameters, FLOPs per token and state of a config", config=True, machine=True)
     sub.add_argument("--length", type=_count, metavar="T", help="sequence length; default: data.length")
 
+    _add_ablate(verbs)
     _add_compile(verbs)
     _add_tokenizer(verbs)
     return parser
@@ -145,9 +153,9 @@ def build() -> argparse.ArgumentParser:
 
 def _verb(
     verbs: Any, name: str, text: str, *,
-    config: bool = False, workdir: bool = False, machine: bool = False, more: str = "",
+    config: bool | None = False, workdir: bool = False, machine: bool = False, more: str = "",
 ) -> argparse.ArgumentParser:  # fmt: skip
-    reads = config or workdir
+    reads = config is not False or workdir
     notes = (_CONFIG if config else "") + (_OVERRIDES if reads else "")
     sub = verbs.add_parser(name, help=text, description=text + more, epilog=notes)
     sub.set_defaults(parser=sub, overrides=reads)
@@ -156,7 +164,7 @@ def _verb(
                          help="a config file, e.g. configs/lm.py:mixer=gated,size=nano")  # fmt: skip
     if workdir:
         sub.add_argument("--workdir", required=True, type=_path, metavar="DIR",
-                         help="where the run is, or will be" if config else "of the run")  # fmt: skip
+                         help="of the run" if config is False else "where the run is, or will be")  # fmt: skip
     if machine:
         sub.add_argument("--json", action="store_true", help="print one JSON object")
     return sub
@@ -180,6 +188,25 @@ def _add_generate(verbs: Any) -> None:
     sub.add_argument("--seed", type=_integer(0), default=0, metavar="N", help="of the draws (0)")
     sub.add_argument("--stop", default="eod", metavar="eod|none|TEXT",
                      help="token that ends a sample (eod: end of document)")  # fmt: skip
+
+
+def _add_ablate(verbs: Any) -> None:
+    more = (
+        "\n\nA plan names arms, seeds, what is held equal, metrics and margins. It is written to DIR/plan.json before the\n"
+        "first run. Runs are in DIR/arms/ARM/seedK, each an ordinary workdir; results.json, results.csv and the report\n"
+        "come at the end. The same command goes on where it stopped, and repeats no run. Exit code 3: a run failed."
+    )
+    sub = _verb(verbs, "ablate", "compare arms by a plan: runs, statistics, report",
+                config=None, workdir=True, machine=True, more=more)  # fmt: skip
+    sub.add_argument("--config", metavar="PATH[:arg=value,...]", help="a plan, e.g. configs/ablations/quick.py")
+    sub.add_argument("--dry-run", action="store_true", help="tell what it would cost, and run nothing")
+    sub.add_argument("--self-test", action="store_true",
+                     help="compare arms that are the same, by plans of tiny runs: how often is a difference seen?")  # fmt: skip
+    sub.add_argument("--processes", type=_integer(1, 512), metavar="N",
+                     help="on this machine; default: one per core of a CPU, up to 8, and one with accelerators")  # fmt: skip
+    sub.add_argument("--slice", type=_slice, default=(0, 1), metavar="I/N",
+                     help="only the runs of slice I of N, from 0: others take the rest, in the same DIR")  # fmt: skip
+    sub.add_argument("--retry-failed", action="store_true", help="run again what failed")
 
 
 def _add_compile(verbs: Any) -> None:

@@ -40,7 +40,7 @@ def _main(argv: list[str]) -> int:
     args, overrides = arguments.parse(argv)
     say = lambda text: output.note(f"attnlab {args.verb}: {text}")
     try:
-        if args.verb not in ("train", "tokenizer"):  # what these do is in files
+        if args.verb not in ("train", "ablate", "tokenizer"):  # what these do is in files
             output.require()
         _start(args, overrides)
         return _VERBS[args.verb](args, overrides) or 0
@@ -240,6 +240,33 @@ def _cost(args: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
+def _ablate(args: argparse.Namespace, overrides: list[str]) -> int:
+    import rich.console
+
+    from attnlab.ablation import announce, price, runner, self_test
+
+    if args.self_test == (args.config is not None):
+        raise UserError("one of --config PATH and --self-test is needed")
+    options = runner.Options(args.processes, *args.slice, args.retry_failed)
+    out = output.Lasting(sys.stderr if args.json else sys.stdout)
+    console = rich.console.Console(file=out)
+    if args.self_test:
+        found = self_test.run(args.workdir, options, console)
+        output.write_json(found) if args.json else output.write("\n".join(self_test.lines(found)))
+        return 0 if found["holds"] else 1
+    if not args.dry_run:
+        return runner.ablate(args.config, overrides, args.workdir, options, console)
+    config, cells = announce.load(args.config, overrides)
+    processes = runner.processes(options, len(cells) * len(config.seeds))
+    priced = price.price(config, cells, args.workdir, processes, output.note)
+    if args.json:
+        output.write_json(priced)
+        return 0
+    output.write_table(*price.table(priced))
+    output.write("\n".join([price.summary(priced), *(f"note: {note}" for note in priced["notes"])]))
+    return 0
+
+
 def _compile(args: argparse.Namespace, overrides: list[str]) -> int:
     from attnlab.launch import compile as compile_lib
     from attnlab.launch import describe, search, targets
@@ -301,6 +328,7 @@ _VERBS = {
     "generate": _generate,
     "list": _list,
     "cost": _cost,
+    "ablate": _ablate,
     "compile": _compile,
     "tokenizer": _tokenizer,
 }

@@ -358,18 +358,27 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
         if key in seen:
             raise ConfigError(f"--config.{key} is given twice: {seen[key]!r} and {text!r}")
         seen[key] = text
-        here = tree
-        for i, name in enumerate(parents):
-            child = here.setdefault(name, {})
-            if not isinstance(child, dict):
-                where = ".".join(parents[: i + 1])
-                raise ConfigError(f"unknown key {key!r} (value {text!r}): {where} is a single value, {show(child)}")
-            here = child
-        if isinstance(here.get(last), dict) and "name" in here[last]:
-            here[last]["name"] = Override(text)  # `optimizer=lion` picks the thing and keeps its other keys
-        else:
-            here[last] = Override(text)
+        put(tree, key, Override(text))
     return tree
+
+
+def put(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Sets a dotted key of a tree in place; ConfigError if it is below something that holds no keys.
+
+    A name in the place of a thing chosen by name, `optimizer` to "lion", picks the thing and keeps its other keys.
+    """
+    *parents, last = key.split(".")
+    here = tree
+    for i, name in enumerate(parents):
+        child = here.setdefault(name, {})
+        if not isinstance(child, dict):
+            where = ".".join(parents[: i + 1])
+            raise ConfigError(f"unknown key {key!r} (value {show(value)}): {where} is a single value, {show(child)}")
+        here = child
+    if isinstance(here.get(last), dict) and "name" in here[last] and isinstance(value, (str, Override)):
+        here[last]["name"] = value
+    else:
+        here[last] = value
 
 
 def load(cls: type[T], spec: str, overrides: Sequence[str] = ()) -> T:

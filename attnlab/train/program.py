@@ -24,7 +24,7 @@ from attnlab.train.config import RunConfig
 from attnlab.train.state import Model, TrainState, init_state, state_shardings
 from attnlab.train.step import make_eval_step, make_train_step
 
-_MOST = 4  # programs that are shared: each holds what was compiled for it
+_most = 4  # programs that are shared: each holds what was compiled for it
 
 
 class Program:
@@ -50,9 +50,15 @@ class Program:
         if key not in _shared:
             _shared[key] = cls(config, devices, batches=batches)
         _shared.move_to_end(key)
-        while len(_shared) > _MOST:
+        while len(_shared) > _most:
             _shared.popitem(last=False)
         return _shared[key]
+
+    @staticmethod
+    def share(count: int) -> None:
+        """From now on the newest `count` programs are shared, if that is more than were: many kinds of runs take turns."""
+        global _most
+        _most = max(_most, count)
 
     @staticmethod
     def forget() -> None:
