@@ -10,13 +10,13 @@ import dataclasses
 import json
 import math
 import pathlib
-import time
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from attnlab import config as config_lib
+from attnlab import data
 from attnlab.ablation import statistics
-from attnlab.ablation.results import Arm, Cost, Metric, Plan, Results, Run, Sample
+from attnlab.ablation.results import Arm, Cost, Figure, Metric, Plan, Results, Run, Sample
 from attnlab.errors import ConfigError, Damaged, UserError
 from attnlab.models.cost import ModelCost, model_cost
 from attnlab.train import files, metrics
@@ -25,7 +25,8 @@ from attnlab.train.config import RunConfig, free_keys
 SEEDS = ("seed", "data.seed")
 _TIMED = ("tokens_per_second", "step_seconds", "mfu")
 _COLUMNS = ("tokens", *_TIMED)
-HIGHER = ("accuracy", "exact", "gap_closed", "r2")  # endings of figures of which more is better
+_HIGHER = ("accuracy", "exact", "gap_closed", "r2")  # endings of figures of which more is better
+_REFERENCES = ("chance_", "oracle_")  # beginnings of figures that no model changes
 HELDOUT = "heldout_"
 
 
@@ -58,9 +59,9 @@ class Workdir:
 
     def identity(self) -> dict[str, Any]:
         """What two runs must share to be a pair: their data, what they are evaluated on, the kind of device."""
-        data, flat = self.info.get("data") or {}, self.flat
+        read, flat = self.info.get("data") or {}, self.flat
         devices = self.info.get("devices") or {}
-        digest = {f"data: {key}": value for key, value in data.items() if key != "source"}
+        digest = {f"data: {key}": value for key, value in read.items() if key != "source"}
         config = {key: value for key, value in flat.items() if key.startswith("data.") and key != "data.source"}
         evaluation = {key: flat[key] for key in ("train.eval_batches", "train.accumulate")}
         return digest | config | evaluation | {"device": f"{devices.get('platform')} {devices.get('kind')}"}
@@ -132,7 +133,10 @@ def collect(
     arms = {first: arms.pop(first), **arms}
     if paired:
         _require_pairs(arms)
-    runs = [_run(arm, workdir, _costs(group)) for arm, group in arms.items() for workdir in group]
+    runs = []
+    for arm, group in arms.items():
+        cost = model_cost(group[0].config.model, group[0].config.data.length)
+        runs += [_run(arm, workdir, cost) for workdir in group]
     chosen = _metrics(runs, metric)
     seeds = sorted({run.seed for run in runs})
     plan = Plan(
@@ -162,9 +166,8 @@ def _arms(workdirs: list[Workdir]) -> dict[str, list[Workdir]]:
         for workdir in group:
             other = seeds.setdefault(workdir.config.seed, workdir)
             if other is not workdir:
-                raise UserError(
-                    f"{other.path} and {workdir.path} are of one config and seed ({workdir.config.seed}); name one of them"
-                )
+                both = f"{other.path} and {workdir.path}"
+                raise UserError(f"{both} are of one config and seed ({workdir.config.seed}); name one of them")
         group.sort(key=lambda workdir: workdir.config.seed)
     trees = [group[0].grouped for group in groups.values()]
     return dict(zip(_names(trees, [group[0] for group in groups.values()]), groups.values()))
@@ -226,6 +229,15 @@ def _arm(name: str, group: list[Workdir], base: Workdir) -> Arm:
 def _require_pairs(arms: dict[str, list[Workdir]]) -> None:
     """Raises UserError unless runs of one seed share what makes them a pair."""
     by_seed: dict[int, Workdir] = {}
+    first, *others = arms
+    theirs = sorted({workdir.config.seed for workdir in arms[first]})
+    for arm in others:
+        ours = sorted({workdir.config.seed for workdir in arms[arm]})
+        if not set(ours) & set(theirs):
+            raise UserError(
+                f"{arm} (seeds {ours}) and {first} (seeds {theirs}) have no seed in common\n"
+                "compare them as independent runs with --unpaired"
+            )
     for group in arms.values():
         for workdir in group:
             other = by_seed.setdefault(workdir.config.seed, workdir)
@@ -244,40 +256,64 @@ def _require_pairs(arms: dict[str, list[Workdir]]) -> None:
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
-def _costs(group: list[Workdir]) -> ModelCost:
-    config = group[0].config
-    return model_cost(config.model, config.data.length)
-
-
 def _run(arm: str, workdir: Workdir, cost: ModelCost) -> Run:
-    info, records = workdir.info, workdir.records
-    steps, done = workdir.config.train.steps, records[-1]["step"] if records else 0
-    diverged = bool(records) and records[-1].get("loss") is None
-    status = "failed" if diverged else "done" if done >= steps else "missing"
-    reason = "the loss is not finite" if diverged else None if status == "done" else f"step {done} of {steps}"
+    info, records, steps = workdir.info, workdir.records, workdir.config.train.steps
+    end = records[-1] if records else {}
+    done = end.get("step", 0)
+    status, reason = _status(records, done, steps)
     evaluated = [record for record in records if any(key.startswith(HELDOUT) for key in record)]
     last = evaluated[-1] if evaluated and evaluated[-1]["step"] == done else {}
-    final = {key: value for key, value in last.items() if key.startswith(HELDOUT) and _numeric(value)}
+    final = {k: v for k, v in last.items() if k.startswith(HELDOUT) and "/" not in k and _numeric(v)}
     if status == "done":
-        final["loss"] = records[-1].get("loss")
-    other = {"step", "loss", "nonfinite", "learning_rate", *_COLUMNS}
-    diagnostics = {
-        key: value for key, value in (records[-1] if records else {}).items()
-        if key not in other and not key.startswith(HELDOUT) and _numeric(value)
-    }  # fmt: skip
+        final["loss"] = end.get("loss")
+    own, told = ("step", "loss", "nonfinite", "learning_rate", *_COLUMNS), (HELDOUT, *_REFERENCES)
+    diagnostics = {k: v for k, v in end.items() if k not in own and not k.startswith(told) and _numeric(v)}
     curve = _curve(records, 3 * cost.total_flops)
-    seconds = curve["seconds"][-1] if curve.get("seconds") else None
     rates = sorted(r["tokens_per_second"] for r in records if r.get("tokens_per_second"))
-    commit, devices = (info.get("git") or {}).get("commit"), info.get("devices") or {}
     return Run(
-        arm, workdir.config.seed, str(workdir.path), status, reason, device=devices.get("kind"), commit=commit,
-        seconds=seconds, tokens=records[-1].get("tokens") if records else None, curve=curve, final=final,
-        diagnostics=diagnostics, impl=_implementations(info), samples=_samples(workdir.path / "samples.txt"),
-        cost=Cost(
-            cost.parameters, cost.parameters - cost.embedding_parameters, cost.total_flops, cost.state_bytes,
-            rates[len(rates) // 2] if rates else None,
-        ),
+        arm, workdir.config.seed, str(workdir.path), status, reason,
+        device=(info.get("devices") or {}).get("kind"), commit=(info.get("git") or {}).get("commit"),
+        seconds=curve["seconds"][-1] if "seconds" in curve else None, tokens=end.get("tokens"), curve=curve,
+        final=final, diagnostics=diagnostics, impl=_implementations(info),
+        tasks=_tasks(workdir.config.data.node_name, last, records[0] if records else {}),
+        samples=_samples(workdir.path / "samples.txt"),
+        cost=Cost(cost.parameters, cost.parameters - cost.embedding_parameters, cost.total_flops, cost.state_bytes,
+                  rates[len(rates) // 2] if rates else None),
     )  # fmt: skip
+
+
+def _status(records: list[dict[str, Any]], done: int, steps: int) -> tuple[str, str | None]:
+    """How a run ended, and why it is not done, from what it logged."""
+    last = records[-1] if records else {}
+    if records and last.get("loss") is None:
+        return "failed", f"the loss is not finite at step {done}"
+    if done >= steps:
+        return "done", None
+    if last.get("nonfinite"):
+        return "failed", f"gradients were not finite, and the run ended at step {done} of {steps}"
+    return "missing", f"step {done} of {steps}"
+
+
+def _tasks(name: str, last: dict[str, Any], first: dict[str, Any]) -> dict[str, dict[str, Figure]]:
+    """Held-out figures of generated data with their slices, and what guessing and knowing score; none of text."""
+    if name == data.DEFAULT:
+        return {}
+    figures: dict[str, Figure] = {}
+    for key, value in last.items():
+        metric, _, part = key.removeprefix(HELDOUT).partition("/")
+        if key.startswith(HELDOUT) and _numeric(value):
+            chance, oracle = (first.get(f"{who}{metric}") for who in _REFERENCES)
+            figure = figures.setdefault(metric, Figure(None, None, {}, chance, oracle, direction(metric)))
+            if part:
+                figure.slices[part] = value
+            else:
+                figures[metric] = dataclasses.replace(figure, value=value)
+    return {name: figures} if figures else {}
+
+
+def direction(metric: str) -> Literal["lower", "higher"]:
+    """Which end of a figure is good, by its name."""
+    return "higher" if any(part.endswith(_HIGHER) for part in metric.split("/")[:2]) else "lower"
 
 
 def _numeric(value: Any) -> bool:
@@ -330,19 +366,13 @@ def _samples(path: pathlib.Path) -> list[Sample]:
 
 
 def _metrics(runs: list[Run], wanted: str | None) -> list[Metric]:
-    """The one that is asked for, as primary, and other held-out figures that all completed runs have."""
+    """The one that is asked for."""
     done = [run for run in runs if run.status == "done"]
     if not done:
         raise UserError(f"none of {len(runs)} runs is complete: {runs[0].workdir} is at {runs[0].reason}")
-    known = sorted({name for run in done for name in run.final})
+    known = sorted({name for run in done for name in run.figures()})
     name = wanted or "heldout_loss"
     if name not in known:
         asked = f"--metric {name!r}" if wanted else "heldout_loss (no --metric is given)"
         raise UserError(f"{asked} is not in these runs{config_lib.suggest(name, known)}; allowed: {', '.join(known)}")
-    direction = "higher" if name.partition("/")[0].endswith(HIGHER) else "lower"
-    return [Metric(name, direction)]
-
-
-def stamp(results: Results) -> Results:
-    """The same, dated now."""
-    return dataclasses.replace(results, created=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    return [Metric(name, direction(name))]

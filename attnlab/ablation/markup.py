@@ -18,14 +18,15 @@ def escape(value: Any) -> Markup:
     return value if isinstance(value, Markup) else Markup(html.escape(str(value), quote=True))
 
 
-def tag(name: str, *children: Any, **attributes: Any) -> Markup:
+def tag(element: str, /, *children: Any, **attributes: Any) -> Markup:
     """An element; `_` in an attribute's name is `-` (`class_` is `class`), one that is None is left out."""
     given = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{escape(value)}"'
         for key, value in attributes.items()
         if value is not None
     )
-    return Markup(f"<{name}{given}>{''.join(map(escape, children))}</{name}>")
+    end = "" if element == "input" else f"</{element}>"
+    return Markup(f"<{element}{given}>{''.join(map(escape, children))}{end}")
 
 
 def join(parts: Sequence[Any], separator: Any = "") -> Markup:

@@ -14,6 +14,7 @@ from attnlab.ablation import charts, compare, results_file, sections
 from attnlab.ablation.markup import Markup, escape, join, tag
 from attnlab.ablation.results import Results
 from attnlab.ablation.view import View
+from attnlab.errors import UserError
 from attnlab.train import files
 
 _PLAIN = 200_000  # bytes of results.json that are embedded as they are; more are compressed
@@ -21,19 +22,25 @@ _MOST = 1_000_000  # bytes of an embedded file
 _TRAINING_LOSS = "loss"
 
 
-def write(workdir: pathlib.Path, results: Results) -> pathlib.Path:
+def write(workdir: pathlib.Path, results: Results) -> tuple[Results, pathlib.Path]:
     """Compares, and writes `results.json`, `results.csv` and `report.html` into a directory, which is made.
 
     Returns:
-      The path of the report.
+      The results with their comparisons, and the path of the report.
+
+    Raises:
+      UserError: the directory cannot be made or written.
     """
     results = compare.compare(results)
     if results.created is None:
         results = dataclasses.replace(results, created=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
-    workdir.mkdir(parents=True, exist_ok=True)
-    results_file.write(workdir / "results.json", results)
-    files.replace(workdir / "results.csv", results_file.to_csv(results))
-    return remake(workdir)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        results_file.write(workdir / "results.json", results)
+        files.replace(workdir / "results.csv", results_file.to_csv(results))
+        return results, remake(workdir)
+    except OSError as error:
+        raise UserError(f"{workdir}: the report cannot be written: {error.strerror}; name another directory") from None
 
 
 def remake(workdir: pathlib.Path) -> pathlib.Path:

@@ -21,7 +21,7 @@ from attnlab.ablation.markup import (
     table,
     tag,
 )  # fmt: skip
-from attnlab.ablation.results import Comparison, Metric, Run
+from attnlab.ablation.results import Comparison, Metric, Results, Run
 from attnlab.ablation.view import View, spread
 
 _GOOD, _BAD = ("better", "trivially better"), ("worse", "trivially worse")
@@ -288,14 +288,17 @@ def equal(view: View) -> Markup:
     return join(parts)
 
 
-def config_table(view: View) -> Markup:
-    """The resolved config: keys that differ, and only those."""
+def differences(view: View) -> dict[str, list[str]]:
+    """Config keys that differ, and only those, with each arm's value."""
     keys = sorted({key for arm in view.plan.arms.values() for key in arm.config_diff})
     base = {key: diff[key][0] for diff in (arm.config_diff for arm in view.plan.arms.values()) for key in diff}
-    rows = []
-    for key in keys:
-        value = lambda arm: view.plan.arms[arm].config_diff.get(key, [None, base[key]])[1]
-        rows.append([key, *(shown(value(arm)) for arm in view.arms)])
+    value = lambda arm, key: shown(view.plan.arms[arm].config_diff.get(key, [None, base[key]])[1])
+    return {key: [value(arm, key) for arm in view.arms] for key in keys}
+
+
+def config_table(view: View) -> Markup:
+    """`differences` as a table."""
+    rows = [[key, *values] for key, values in differences(view).items()]
     return table(["key", *view.arms], rows, "Config keys that differ") if rows else tag("p", "No config key differs.")
 
 
@@ -321,3 +324,19 @@ def runs(view: View) -> Markup:
         rows.append([run.arm, cell(str(run.seed), run.seed), run.status, *values, seconds, run.workdir])
     columns = ["arm", "seed", "status", *names, "seconds", "workdir"]
     return details("runs", table(columns, rows, "Every run", sortable=True))
+
+
+def plain(results: Results) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Title, columns and rows of what the command line tells: the keys that differ, and the comparisons."""
+    view = View(results)
+    differing = [[key, *values] for key, values in differences(view).items()]
+    rows = []
+    for c in results.comparisons:
+        numbers = [_difference(c), str(c.n), probability(c.p if c.p_holm is None else c.p_holm), number(c.mde80, 3)]
+        rows.append([c.arm, *numbers, c.verdict, "; ".join(_notes(c))])
+    columns = ["arm", "difference [95 % CI]", "n", "p (Holm)", "80 % power at", "verdict", "notes"]
+    name = results.plan.metrics[0].name
+    return [
+        ("config keys that differ", ["key", *view.arms], differing),
+        (f"{name}, against {results.plan.baseline}", columns, rows),
+    ]
