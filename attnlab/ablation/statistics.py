@@ -148,7 +148,8 @@ def _rounding(a: np.ndarray, b: np.ndarray) -> float:
 @functools.lru_cache(maxsize=4096)
 def _noncentrality(df: float, power: float, level: float) -> float:
     critical = special.stdtrit(df, 1 - level / 2)
-    found = lambda nc: stats.nct.sf(critical, df, nc) + stats.nct.cdf(-critical, df, nc)
+    other = lambda nc: np.nan_to_num(stats.nct.cdf(-critical, df, nc))  # far below 1e-12 where SciPy gives NaN
+    found = lambda nc: stats.nct.sf(critical, df, nc) + other(nc)
     high = 2.0 * critical
     while found(high) < power:
         high *= 2

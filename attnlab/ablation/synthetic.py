@@ -51,19 +51,22 @@ class Rates:
       plans: how many were drawn.
       rejections: share of single comparisons with p below 5 %, unadjusted.
       claims: share of plans in which any arm is called better or worse.
+      better: share of plans in which any arm is called better.
     """
 
     plans: int
     rejections: float
     claims: float
+    better: float
 
 
 def null_rate(plans: int = 10_000, seeds: int = 5, arms: int = 2, seed: int = 0) -> Rates:
     """Runs the statistics of a plan on identical arms, many times; a right level gives 5 %."""
     names = {"baseline": 0.0, **{f"arm{i}": 0.0 for i in range(1, arms)}}
-    rejections, claims = 0, 0
+    rejections, claims, better = 0, 0, 0
     for i in range(plans):
         found = compare(results(names, seeds, seed=seed * plans + i)).comparisons
         rejections += sum(c.p < statistics.LEVEL for c in found)
         claims += any(c.verdict in ("better", "worse") for c in found)
-    return Rates(plans, rejections / plans / (arms - 1), claims / plans)
+        better += any(c.verdict == "better" for c in found)
+    return Rates(plans, rejections / plans / (arms - 1), claims / plans, better / plans)
