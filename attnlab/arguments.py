@@ -148,6 +148,7 @@ def build() -> argparse.ArgumentParser:
     _add_ablate(verbs)
     _add_compile(verbs)
     _add_tokenizer(verbs)
+    _add_report(verbs)
     return parser
 
 
@@ -247,3 +248,23 @@ def _add_tokenizer(verbs: Any) -> None:
             sub.add_argument("--vocab", type=_integer(257, 2**24), default=32_768, metavar="V", help="entries (32768)")
         else:
             sub.add_argument("--shards", type=_integer(1, 99999), default=8, metavar="N", help="files (8)")
+
+
+def _add_report(verbs: Any) -> None:
+    more = (
+        "\n\nRuns whose configs differ in the seed alone are one arm; runs of one seed are pairs. Says what differs,\n"
+        "and writes report.html (one file, no network), results.json and results.csv. Nothing announced these\n"
+        "comparisons before the runs, so all of it is stamped exploratory. A directory with a results.json and no\n"
+        "run gets its report.html made anew from that."
+    )
+    sub = _verb(verbs, "report", "compare runs that are there: statistics, and one page", machine=True, more=more)
+    sub.add_argument("workdirs", nargs="+", type=_path, metavar="DIR",
+                     help="workdirs of attnlab train, or directories with some (two levels down, at most)")  # fmt: skip
+    sub.add_argument("--out", type=_path, metavar="DIR", help="where the files go, made if need be (report)")
+    sub.add_argument("--baseline", metavar="ARM|DIR",
+                     help="what the others are compared with; default: the arm of the first workdir")  # fmt: skip
+    sub.add_argument("--metric", metavar="NAME",
+                     help="what is compared: a figure of the last evaluation (heldout_loss)")  # fmt: skip
+    sub.add_argument("--unpaired", action="store_true",
+                     help="compare arms as independent runs (Welch's test), other data, evaluation sets and devices "
+                          "included")  # fmt: skip

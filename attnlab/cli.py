@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import logging
 import os
+import pathlib
 import signal
 import sys
 from collections.abc import Iterator
@@ -69,7 +71,12 @@ def _start(args: argparse.Namespace, overrides: list[str]) -> None:
     from attnlab.launch import runtime
 
     runtime.quiet()
-    if args.verb in ("list", "cost", "tokenizer"):  # these need no chip, and a TPU serves one process at a time
+    if args.verb in (
+        "list",
+        "cost",
+        "tokenizer",
+        "report",
+    ):  # these need no chip, and a TPU serves one process at a time
         os.environ["JAX_PLATFORMS"] = "cpu"
     if args.verb == "train":  # before anything touches a device
         from attnlab.launch import cluster
@@ -307,6 +314,31 @@ def _tokenizer(args: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
+def _report(args: argparse.Namespace, _: list[str]) -> int:
+    from attnlab.ablation import collect, report, sections
+
+    first = args.workdirs[0]
+    if len(args.workdirs) == 1 and (first / "results.json").is_file() and not (first / "config.json").is_file():
+        if args.out or args.baseline or args.metric or args.unpaired:
+            raise UserError(f"{first} holds results.json, of which the report is made anew; it takes no other argument")
+        path = report.remake(first)
+        output.write_json({"report": str(path)}) if args.json else output.write(f"wrote {path}")
+        return 0
+    results = collect.collect(args.workdirs, baseline=args.baseline, metric=args.metric, paired=not args.unpaired)
+    out = pathlib.Path("report") if args.out is None else args.out
+    results, path = report.write(out, results)
+    with output.after(f"{path} is written"):
+        if args.json:
+            output.write_json(
+                {"report": str(path), "comparisons": [dataclasses.asdict(c) for c in results.comparisons]}
+            )
+            return 0
+        for table in sections.plain(results):
+            output.write_table(*table)
+        output.write(f"exploratory: no plan announced these comparisons\nwrote {path}, results.json and results.csv")
+    return 0
+
+
 @contextlib.contextmanager
 def _ending_in_order() -> Iterator[None]:
     """SIGTERM and SIGHUP end the process as an exception does, so that what is half written goes."""
@@ -331,4 +363,5 @@ _VERBS = {
     "ablate": _ablate,
     "compile": _compile,
     "tokenizer": _tokenizer,
+    "report": _report,
 }

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "attnlab"
 ROOMS = (
     ("__main__",),
     ("cli",),
-    ("ablate",),
+    ("ablation",),
     ("diagnose", "interchange", "launch"),
     ("train",),
     ("evaluate",),

@@ -50,9 +50,7 @@ def load(spec: str, overrides: Sequence[str]) -> tuple[PlanConfig, list[Cell]]:
     return config, plan_lib.cells(config)
 
 
-def announce(
-    config: PlanConfig, cells: list[Cell], workdir: pathlib.Path, say: Callable[[str], None]
-) -> Announced:
+def announce(config: PlanConfig, cells: list[Cell], workdir: pathlib.Path, say: Callable[[str], None]) -> Announced:
     """The plan of a workdir: the one that is there, which must be this one, or this one, written now.
 
     Raises:

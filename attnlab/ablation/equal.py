@@ -79,9 +79,7 @@ def amount(cell: Cell, equal: Equal, step_seconds: float = 0.0) -> float:
     return cell.tree["train"]["steps"] * step_seconds
 
 
-def solve(
-    plan: PlanConfig, cells: list[Cell], step_seconds: Mapping[str, float] | None = None
-) -> dict[str, Solved]:
+def solve(plan: PlanConfig, cells: list[Cell], step_seconds: Mapping[str, float] | None = None) -> dict[str, Solved]:
     """Every cell at the cost of the baseline's cell on its task, by the cells' names.
 
     Args:
@@ -141,9 +139,7 @@ def _notes(cell: Cell, first: Cell, knob: str) -> tuple[str, ...]:
     return (f"{cell.name}: the MLP is {now} wide, the baseline's {before}: less than two thirds",)
 
 
-def nearest(
-    cell: Cell, knob: str, multiple: int, residual: Callable[[Cell], float]
-) -> tuple[Cell, int, float] | None:
+def nearest(cell: Cell, knob: str, multiple: int, residual: Callable[[Cell], float]) -> tuple[Cell, int, float] | None:
     """The legal value of an integer knob whose residual is nearest to 0, by bisection; the residual is monotone in it.
 
     Returns:

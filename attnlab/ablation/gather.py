@@ -132,9 +132,7 @@ def _arm(plan: Announced, arm: str, now: Schedule, workdir: pathlib.Path) -> res
 # --- the runs ---------------------------------------------------------------------------------------------------------
 
 
-def _run(
-    plan: Announced, arm: str, seed: int, now: Schedule, view: View, workdir: pathlib.Path
-) -> results_lib.Run:
+def _run(plan: Announced, arm: str, seed: int, now: Schedule, view: View, workdir: pathlib.Path) -> results_lib.Run:
     """What an arm came to under a seed, on all tasks."""
     cells = [c for c in plan.cells if c.arm == arm]
     names = {c.task: f"arms/{c.name}/seed{seed}" for c in cells}
@@ -162,12 +160,19 @@ def _run(
         tokens=sum(event["tokens"] for event in done.values()) if done else None,
         curve=_curve(lines, first),
         final=figures.get("", {}),
-        tasks={task: {name: results_lib.Figure(value, better=plan.config.metrics_of(task)[name].direction)
-                      for name, value in found.items()} for task, found in figures.items() if task},  # fmt: skip
+        tasks={
+            task: {
+                name: results_lib.Figure(value, better=plan.config.metrics_of(task)[name].direction)
+                for name, value in found.items()
+            }
+            for task, found in figures.items()
+            if task
+        },  # fmt: skip
         diagnostics=_diagnostics(last["metrics"], plan.config, first.task) if last else {},
         cost=_cost(first, lines),
-        impl={op: ", ".join(sorted(set(found.values())))
-              for op, found in (about.get("implementations") or {}).items()},  # fmt: skip
+        impl={
+            op: ", ".join(sorted(set(found.values()))) for op, found in (about.get("implementations") or {}).items()
+        },  # fmt: skip
     )
 
 

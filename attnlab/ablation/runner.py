@@ -83,7 +83,9 @@ def finish(plan: Announced, workdir: pathlib.Path, console: rich.console.Console
         left = f"{len(missing)} reported runs are not over: {shown}"
         if not others:
             raise TrainingFailed(f"{left}; the same command goes on")
-        console.print(f"this slice is done; {left}; the slice that is last writes the report", soft_wrap=True, markup=False)
+        console.print(
+            f"this slice is done; {left}; the slice that is last writes the report", soft_wrap=True, markup=False
+        )
         return 0
     results_file.write(workdir / "results.json", results)
     (workdir / "results.csv").write_text(results_file.to_csv(results), encoding="utf-8")

@@ -59,7 +59,7 @@ def replace(path: pathlib.Path, text: str) -> None:
     """Replaces a file in one step, so that a kill leaves the old or the new one."""
     new = path.with_name(path.name + ".new")
     new.unlink(missing_ok=True)
-    with new.open("x") as file:  # never through a link
+    with new.open("x", encoding="utf-8", errors="backslashreplace") as file:  # never through a link
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -60,7 +60,10 @@ def test_tokens_flops_and_seconds():
     assert solved(half, "tokens")["b"].values == {"train.steps": 200}
     arms = {"a": {}, "b": {"model.layers": 8}}
     s = solved(arms, "flops", knob="train.steps")["b"]
-    ratio = equal.cost_of(solved(arms, "flops", knob="train.steps")["a"].cell).total_flops / equal.cost_of(s.cell).total_flops
+    ratio = (
+        equal.cost_of(solved(arms, "flops", knob="train.steps")["a"].cell).total_flops
+        / equal.cost_of(s.cell).total_flops
+    )
     assert s.values["train.steps"] == round(100 * ratio) < 100
     config = config_lib.build(PlanConfig, {
         "question": "q", "base": base(), "arms": arms, "metrics": METRICS, "equal": {"what": "seconds"},
@@ -80,7 +83,11 @@ def test_an_mlp_that_gives_a_third_is_told():
     "arms, more, says",
     [
         ({"a": {}, "b": {"train.steps": 50}}, {"what": "steps"}, "arm 'b' has train.steps = 50"),
-        ({"a": {}, "b": {"model.layers": 1}}, {"what": "parameters", "knob": "model.mlp_width", "multiple": 512}, "% off"),
+        (
+            {"a": {}, "b": {"model.layers": 1}},
+            {"what": "parameters", "knob": "model.mlp_width", "multiple": 512},
+            "% off",
+        ),
         ({"a": {}, "b": {"model.layers": 1}}, {"what": "parameters", "knob": "model.mlp"}, "unknown key"),
         ({"a": {"model.mixers.M": {"name": "softmax", "heads": 4}}, "b": {}}, {"what": "parameters"}, "same config"),
     ],
