@@ -193,18 +193,18 @@ def _add_generate(verbs: Any) -> None:
 
 def _add_ablate(verbs: Any) -> None:
     more = (
-        "\n\nA plan names arms, seeds, what is held equal, metrics and margins. It is written to DIR/plan.json before the\n"
-        "first run. Runs are in DIR/arms/ARM/seedK, each an ordinary workdir; results.json, results.csv and the report\n"
-        "come at the end. The same command goes on where it stopped, and repeats no run. Exit code 3: a run failed."
+        "\n\nA plan names arms, seeds, what is held equal, metrics and margins. It is written to DIR/plan.json before\n"
+        "the first run. Runs are in DIR/arms/ARM/seedK, each an ordinary workdir; results.json, results.csv and the\n"
+        "report come at the end. The same command goes on where it stopped, and repeats no run. Exit code 3: one failed."
     )
     sub = _verb(verbs, "ablate", "compare arms by a plan: runs, statistics, report",
                 config=None, workdir=True, machine=True, more=more)  # fmt: skip
     sub.add_argument("--config", metavar="PATH[:arg=value,...]", help="a plan, e.g. configs/ablations/quick.py")
     sub.add_argument("--dry-run", action="store_true", help="tell what it would cost, and run nothing")
     sub.add_argument("--self-test", action="store_true",
-                     help="compare arms that are the same, by plans of tiny runs: how often is a difference seen?")  # fmt: skip
+                     help="compare arms that are the same by tiny runs: is a difference seen?")  # fmt: skip
     sub.add_argument("--processes", type=_integer(1, 512), metavar="N",
-                     help="on this machine; default: one per core of a CPU, up to 8, and one with accelerators")  # fmt: skip
+                     help="on this machine; default: one per core of a CPU, up to 8; else 1")  # fmt: skip
     sub.add_argument("--slice", type=_slice, default=(0, 1), metavar="I/N",
                      help="only the runs of slice I of N, from 0: others take the rest, in the same DIR")  # fmt: skip
     sub.add_argument("--retry-failed", action="store_true", help="run again what failed")

@@ -261,9 +261,9 @@ def _ablate(args: argparse.Namespace, overrides: list[str]) -> int:
         found = self_test.run(args.workdir, options, console)
         output.write_json(found) if args.json else output.write("\n".join(self_test.lines(found)))
         return 0 if found["holds"] else 1
-    if not args.dry_run:
-        return runner.ablate(args.config, overrides, args.workdir, options, console)
     config, cells = announce.load(args.config, overrides)
+    if not args.dry_run:
+        return runner.run_plan(config, cells, args.workdir, options, console)
     processes = runner.processes(options, len(cells) * len(config.seeds))
     priced = price.price(config, cells, args.workdir, processes, output.note)
     if args.json:

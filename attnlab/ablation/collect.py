@@ -136,7 +136,7 @@ def collect(
     runs = []
     for arm, group in arms.items():
         cost = model_cost(group[0].config.model, group[0].config.data.length)
-        runs += [_run(arm, workdir, cost) for workdir in group]
+        runs += [run(arm, workdir, cost) for workdir in group]
     chosen = _metrics(runs, metric)
     seeds = sorted({run.seed for run in runs})
     plan = Plan(
@@ -256,7 +256,8 @@ def _require_pairs(arms: dict[str, list[Workdir]]) -> None:
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
-def _run(arm: str, workdir: Workdir, cost: ModelCost) -> Run:
+def run(arm: str, workdir: Workdir, cost: ModelCost) -> Run:
+    """What a workdir holds, as a run of an arm; `cost` is its model's at the length of its data."""
     info, records, steps = workdir.info, workdir.records, workdir.config.train.steps
     end = records[-1] if records else {}
     done = end.get("step", 0)

@@ -178,7 +178,7 @@ def nearest(cell: Cell, knob: str, multiple: int, residual: Callable[[Cell], flo
 
 
 def _crossing(low: int, high: int, at_low: float, at_high: float) -> int:
-    """Where a straight line crosses 0, kept off the ends so that the interval shrinks: most costs are nearly straight."""
+    """Where a straight line crosses 0, kept off the ends so that the interval shrinks: costs are nearly straight."""
     line = low + (high - low) * at_low / (at_low - at_high)
     edge = max((high - low) // 16, 1)
     return int(min(max(round(line), low + edge), high - edge))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import shlex
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 from attnlab import config as config_lib
+from attnlab.ablation import collect as collect_lib
 from attnlab.ablation import results as results_lib
 from attnlab.ablation.announce import Announced
 from attnlab.ablation.compare import seeds_due
@@ -21,13 +22,7 @@ from attnlab.ablation.schedule import Run, Schedule, schedule
 from attnlab.ablation.state import Log, View
 from attnlab.ablation.statistics import stopping
 from attnlab.errors import Damaged, UserError
-from attnlab.train import files
 from attnlab.train.metrics import read_lines
-
-_OWN = (
-    "step", "loss", "tokens", "tokens_per_second", "step_seconds", "mfu", "grad_norm", "learning_rate", "nonfinite",
-    "skipped",
-)  # fmt: skip
 
 
 def records(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -61,7 +56,7 @@ def answered(plan: Announced, workdir: pathlib.Path) -> Callable[[int, View], bo
     def ask(count: int, view: View) -> bool:
         seeds = plan.config.seeds[:count]
         now = Schedule([], False, _searches(plan, view), plan.config.seeds)
-        runs = [_run(plan, arm, seed, now, view, workdir) for arm in plan.config.arms for seed in seeds]
+        runs = [_run(plan, arm, seed, view, workdir) for arm in plan.config.arms for seed in seeds]
         return not seeds_due(Results(_plan(plan, now, workdir), runs))
 
     return ask
@@ -71,7 +66,7 @@ def collect(plan: Announced, workdir: pathlib.Path) -> Results:
     """The results of a plan as they are now; runs that are not over are missing."""
     view = Log(workdir).read()
     now = schedule(plan.config, plan.cells, view, answered(plan, workdir))
-    runs = [_run(plan, arm, seed, now, view, workdir) for arm in plan.config.arms for seed in now.seeds]
+    runs = [_run(plan, arm, seed, view, workdir) for arm in plan.config.arms for seed in now.seeds]
     environment = {**plan.tree["versions"], **{k: str(v) for k, v in plan.tree["git"].items()}}
     checks = {"identical_arms": []}  # such a plan is refused
     created = time.strftime("%Y-%m-%dT%H:%M:%S%z")
@@ -132,99 +127,52 @@ def _arm(plan: Announced, arm: str, now: Schedule, workdir: pathlib.Path) -> res
 # --- the runs ---------------------------------------------------------------------------------------------------------
 
 
-def _run(plan: Announced, arm: str, seed: int, now: Schedule, view: View, workdir: pathlib.Path) -> results_lib.Run:
-    """What an arm came to under a seed, on all tasks."""
+def _run(plan: Announced, arm: str, seed: int, view: View, workdir: pathlib.Path) -> results_lib.Run:
+    """What an arm came to under a seed, on all tasks; curves and costs are of the first one."""
     cells = [c for c in plan.cells if c.arm == arm]
-    names = {c.task: f"arms/{c.name}/seed{seed}" for c in cells}
-    states = {task: view.status(name) for task, name in names.items()}
-    status = "failed" if "failed" in states.values() else "missing" if "open" in states.values() else "done"
-    reasons = [
-        f"{task}: {event['reason']}" if task else event["reason"]
-        for task, name in names.items()
-        if states[task] == "failed" and (event := view.last(name, "failed")) is not None
-    ]
-    done = {task: view.last(name, "done") for task, name in names.items() if states[task] == "done"}
-    first, shown = cells[0], workdir / names[cells[0].task]
-    figures = {task: _numbers(event["metrics"], plan.config, task) for task, event in done.items()}
-    lines, about = records(shown), _about(shown)
-    last = done.get(first.task)
-    return results_lib.Run(
-        arm=arm,
+    parts = [_part(plan.config, cell, f"arms/{cell.name}/seed{seed}", view, workdir) for cell in cells]
+    first = parts[0]
+    statuses = [part.status for part in parts]
+    known = lambda values: [v for v in values if v is not None]
+    return dataclasses.replace(
+        first,
         seed=seed,
-        workdir=str(shown if len(cells) == 1 else workdir / "arms" / arm),
-        status=status,
-        reason="; ".join(reasons) or None,
-        device=None if last is None else last.get("device"),
-        commit=about.get("git", {}).get("commit"),
-        seconds=sum(_seconds(view, name) for name in names.values()) if done else None,
-        tokens=sum(event["tokens"] for event in done.values()) if done else None,
-        curve=_curve(lines, first),
-        final=figures.get("", {}),
-        tasks={
-            task: {
-                name: results_lib.Figure(value, better=plan.config.metrics_of(task)[name].direction)
-                for name, value in found.items()
-            }
-            for task, found in figures.items()
-            if task
-        },  # fmt: skip
-        diagnostics=_diagnostics(last["metrics"], plan.config, first.task) if last else {},
-        cost=_cost(first, lines),
-        impl={
-            op: ", ".join(sorted(set(found.values()))) for op, found in (about.get("implementations") or {}).items()
-        },  # fmt: skip
+        workdir=first.workdir if len(parts) == 1 else str(workdir / "arms" / arm),
+        status=next((s for s in ("failed", "missing") if s in statuses), "done"),
+        reason="; ".join(_said(cell.task, part.reason) for cell, part in zip(cells, parts) if part.reason) or None,
+        seconds=sum(known(part.seconds for part in parts)) or None,
+        tokens=sum(known(part.tokens for part in parts)) or None,
+        final={} if first is not parts[-1] else first.final,
+        tasks={task: figures for part in parts for task, figures in part.tasks.items()},
     )
 
 
-def _about(path: pathlib.Path) -> dict[str, Any]:
+def _said(task: str, reason: str) -> str:
+    return f"{task}: {reason}" if task else reason
+
+
+def _part(plan: PlanConfig, cell: Cell, name: str, view: View, workdir: pathlib.Path) -> results_lib.Run:
+    """One workdir of an arm; its status is what the plan's log says of it."""
+    path, status = workdir / name, view.status(name)
     try:
-        return files.read_json(path / "config.json")
-    except (FileNotFoundError, Damaged):
-        return {}
-
-
-def _numbers(metrics: dict[str, Any], plan: PlanConfig, task: str) -> dict[str, float | None]:
-    return {name: metrics.get(name) for name in plan.metrics_of(task)}
-
-
-def _diagnostics(metrics: dict[str, Any], plan: PlanConfig, task: str) -> dict[str, float | None]:
-    """What else the layers and the evaluation said at the end."""
-    known = (*_OWN, *plan.metrics_of(task))
-    return {k: v for k, v in metrics.items() if k not in known and not isinstance(v, str)}
-
-
-def _seconds(view: View, name: str) -> float:
-    """Of all the times that a run was at it; of one that was killed nobody knows."""
-    return sum(e.get("seconds", 0.0) for e in view.events.get(name, ()) if e["event"] in ("done", "stopped"))
-
-
-def _curve(lines: list[dict[str, Any]], cell: Cell) -> dict[str, list[Any]]:
-    """Columns by step: budgets, losses and what was evaluated."""
-    if not lines:
-        return {}
-    names = dict.fromkeys(k for line in lines for k, v in line.items() if k == "loss" or k.startswith("heldout_"))
-    per_token = 3 * cost_of(cell).total_flops
-    seconds, before, total = [], 0, 0.0
-    for line in lines:
-        total += (line.get("step_seconds") or 0.0) * (line["step"] - before)
-        before = line["step"]
-        seconds.append(total)
-    return {
-        "step": [line["step"] for line in lines],
-        "tokens": [line["tokens"] for line in lines],
-        "flops": [per_token * line["tokens"] for line in lines],
-        "seconds": seconds,
-        **{name: [line.get(name) for line in lines] for name in names},
-    }
-
-
-def _cost(cell: Cell, lines: list[dict[str, Any]]) -> results_lib.Cost:
-    cost = cost_of(cell)
-    rates = [line["tokens_per_second"] for line in lines if line.get("tokens_per_second")]
-    return results_lib.Cost(
-        parameters=cost.parameters,
-        non_embedding=cost.parameters - cost.embedding_parameters,
-        flops_per_token=cost.total_flops,
-        state_bytes=cost.state_bytes,
-        tokens_per_second=statistics.median(rates) if rates else None,
-    )
+        run = collect_lib.run(cell.arm, collect_lib.read(path), cost_of(cell))
+    except UserError:  # it has not begun, or failed before it had
+        run = results_lib.Run(cell.arm, 0, str(path), "missing")
+    if status != "done":
+        event = view.last(name, "failed") if status == "failed" else None
+        reason = event["reason"] if event is not None else run.reason
+        return dataclasses.replace(
+            run, status="missing" if event is None else "failed", reason=reason, final={}, tasks={}
+        )
+    event = view.last(name, "done")
+    values = {metric: event["metrics"].get(metric) for metric in plan.metrics_of(cell.task)}
+    run = dataclasses.replace(run, status="done", reason=None, tokens=event["tokens"], device=event["device"])
+    if not cell.task:
+        return dataclasses.replace(run, final=run.final | values)
+    told = {metric: figure for figures in run.tasks.values() for metric, figure in figures.items()}
+    figures = {}
+    for metric, value in values.items():
+        better = plan.metrics_of(cell.task)[metric].direction
+        like = told.get(metric.removeprefix(collect_lib.HELDOUT), results_lib.Figure(None))
+        figures[metric] = dataclasses.replace(like, value=value, better=better)
+    return dataclasses.replace(run, tasks={cell.task: figures})

@@ -1,7 +1,7 @@
 """A plan: which arms are compared with which baseline, on what, with which seeds, at equal what, and by which rule.
 
 A plan file is a config file whose `get_config` returns the tree of a `PlanConfig`. Everything in it is checked before
-anything runs, and `plan.json` with its hash is written before the first run: what a report says beyond it is exploratory.
+anything runs, and `plan.json` with its hash is written before the first run: what a report says beyond is exploratory.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class PlanConfig:
       seeds: of the runs that are reported; pairs are runs of one seed.
       metrics: figure of metrics.jsonl to `Metric`.
       looks: numbers of seeds after which the comparisons are made, the last of all seeds: no more are run once every
-        primary one is decided. None of them: once, at the end. Allowed are those of `attnlab.ablation.statistics.stopping`.
+        primary one is decided. None of them: once, at the end. `statistics.stopping` says which are allowed.
       equal, tuning: see their classes.
     """
 

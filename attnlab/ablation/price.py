@@ -26,8 +26,8 @@ def price(
       say: is told what is timed.
 
     Returns:
-      `arms`: a row for each cell; `runs`, `tokens`, `train_flops`: sums; `hours`: of training steps alone, by steps timed
-      one process at a time, without compiling and evaluating, None where an arm cannot be timed here; `notes`.
+      `arms`: a row for each cell; `runs`, `tokens`, `train_flops`: sums; `hours`: of training steps alone, without
+      compiling and evaluating, None where an arm cannot be timed here; `notes`.
     """
     there = announce.read(workdir)
     announce.require_metrics(config, cells)

@@ -10,15 +10,14 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import rich.console
 
-from attnlab import config as config_lib
-from attnlab.ablation import announce, compare, gather, report, results_file, worker
+from attnlab.ablation import announce, gather, report, worker
 from attnlab.ablation.announce import Announced
+from attnlab.ablation.plan import Cell, PlanConfig
 from attnlab.ablation.progress import Live
 from attnlab.ablation.state import Log
 from attnlab.ablation.worker import Part
@@ -46,25 +45,23 @@ class Options:
     retry_failed: bool = False
 
 
-def ablate(
-    spec: str, overrides: Sequence[str], workdir: pathlib.Path, options: Options, console: rich.console.Console
+def run_plan(
+    config: PlanConfig, cells: list[Cell], workdir: pathlib.Path, options: Options, console: rich.console.Console
 ) -> int:
     """Runs a plan, or goes on with it, and writes results.json, results.csv and the report.
 
     Returns:
-      0; `FAILED` if a run failed.
+      0; `FAILED` if a run failed; 128 and the number of the signal that stopped it.
 
     Raises:
       UserError: the plan cannot be, or the workdir holds another one.
-      TrainingFailed: the processes kept dying, or other slices' runs are missing.
+      TrainingFailed: the processes kept dying.
     """
-    config, cells = announce.load(spec, overrides)
     count = processes(options, len(cells) * len(config.seeds))
     console.print(f"checking the plan: {config.question}", soft_wrap=True, markup=False)
     plan = announce.announce(config, cells, workdir, lambda text: console.print(text, soft_wrap=True, markup=False))
-    log = Log(workdir)
     if options.retry_failed:
-        _retry(plan, workdir, log)
+        _retry(Log(workdir))
     console.print(f"plan {plan.hash[:12]} is in {workdir / announce.NAME}", soft_wrap=True, markup=False)
     with Live(plan, workdir, console):
         stopped = _run(Part(str(workdir), options.slice_index, options.slices), count)
@@ -76,7 +73,7 @@ def ablate(
 
 def finish(plan: Announced, workdir: pathlib.Path, console: rich.console.Console, *, others: bool = False) -> int:
     """Writes the results of a plan whose runs are over; where they are not, `others` are at them, or it has failed."""
-    results = compare.compare(gather.collect(plan, workdir))
+    results = gather.collect(plan, workdir)
     missing = [run for run in results.runs if run.status == "missing"]
     if missing:
         shown = ", ".join(f"{run.arm}/seed{run.seed}" for run in missing[:5]) + ", ..." * (len(missing) > 5)
@@ -87,22 +84,15 @@ def finish(plan: Announced, workdir: pathlib.Path, console: rich.console.Console
             f"this slice is done; {left}; the slice that is last writes the report", soft_wrap=True, markup=False
         )
         return 0
-    results_file.write(workdir / "results.json", results)
-    (workdir / "results.csv").write_text(results_file.to_csv(results), encoding="utf-8")
-    report.write(workdir, results)
+    _, page = report.write(workdir, results)
     failed = [run for run in results.runs if run.status == "failed"]
     for run in failed:
         console.print(f"failed: {run.arm}/seed{run.seed}: {run.reason}", soft_wrap=True, markup=False)
-    console.print(f"results.json, results.csv and the report are in {workdir}", soft_wrap=True, markup=False)
-    return FAILED if failed or _failed_trials(plan, workdir) else 0
+    console.print(f"the report is {page}; results.json and results.csv are beside it", soft_wrap=True, markup=False)
+    return FAILED if failed else 0
 
 
-def _failed_trials(plan: Announced, workdir: pathlib.Path) -> bool:
-    view = Log(workdir).read()
-    return any(view.status(name) == "failed" for name in view.events if name.startswith("arms/"))
-
-
-def _retry(plan: Announced, workdir: pathlib.Path, log: Log) -> None:
+def _retry(log: Log) -> None:
     view = log.read()
     for name in view.events:
         if view.status(name) == "failed":

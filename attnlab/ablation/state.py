@@ -1,8 +1,8 @@
 """Where a plan stands: an append-only log of what happened to its runs, and claims that keep two processes off one run.
 
 Many processes, on one host or on several that share the directory, read and write both. A claim is a file made with
-O_EXCL whose time its holder renews; one that was not renewed for `STALE` seconds, or whose process on this host is gone,
-is another's to take. What a killed process had done of its run is in the run's own checkpoints.
+O_EXCL whose time its holder renews; one that was not renewed for `STALE` seconds, or whose process on this host is
+gone, is another's to take. What a killed process had done of its run is in the run's own checkpoints.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Log:
 
     @contextlib.contextmanager
     def claim(self, run: str) -> Iterator[bool]:
-        """Holds a run, its claim renewed, while what runs inside goes on; False where another holds it, or it is over."""
+        """Holds a run, its claim renewed, while what is inside runs; False where another holds it, or it is over."""
         path = self._file(run)
         with self._locked():
             got = self.read().status(run) == "open" and self._take(path)

@@ -1,7 +1,7 @@
 """The sweep language: lists of flat dicts `{dotted key: value}`, made by functions that return such lists.
 
-`prod(param("model.mixers.M.window", 32, 64), param("optimizer.name", "adamw", "muon"))` is four of them. A plan's `arms`
-may be such a list: arms are then named after what differs. The language is the one of simply's sweeps
+`prod(param("model.mixers.M.window", 32, 64), param("optimizer.name", "adamw", "muon"))` is four of them. A plan's
+`arms` may be such a list: arms are then named after what differs. The language is the one of simply's sweeps
 (github.com/google-deepmind/simply, utils/sweep.py), with strict zips and `where`.
 """
 

@@ -1,8 +1,9 @@
 """First values of a model's parameters: each is drawn with a key of its own, made of the seed and the parameter's name.
 
 So a model that differs from another in one layer has all its other values in common with it, bit for bit: neither what
-was drawn before nor in which order matters. Layers are counted through the stack, whatever its pattern repeats, and a block's
-MLP has one name whatever stands before it: `pattern=MMMS` shares all but the mixers of every fourth layer with `pattern=M`.
+was drawn before nor in which order matters. Layers are counted through the stack, whatever its pattern repeats, and a
+block's MLP has one name whatever stands before it: `pattern=MMMS` shares all but the mixers of every fourth layer with
+`pattern=M`.
 """
 
 from __future__ import annotations

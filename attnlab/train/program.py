@@ -56,7 +56,7 @@ class Program:
 
     @staticmethod
     def share(count: int) -> None:
-        """From now on the newest `count` programs are shared, if that is more than were: many kinds of runs take turns."""
+        """From now on the newest `count` programs are shared, if that is more: many kinds of runs take turns."""
         global _most
         _most = max(_most, count)
 

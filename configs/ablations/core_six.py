@@ -1,7 +1,8 @@
 """The core six against softmax attention at equal parameters and tokens, each at its own learning rate.
 
-`attnlab ablate --config configs/ablations/core_six.py:size=nano --workdir runs/core_six`; `size` is one of configs/lm.py.
-Five seeds: enough for a claim about differences of 1.7 deviations of the paired differences. `--dry-run` tells the price.
+`attnlab ablate --config configs/ablations/core_six.py:size=nano --workdir runs/core_six`; sizes are those of
+configs/lm.py. Five seeds: enough for a claim about a difference of 1.7 deviations of paired differences. `--dry-run`
+tells the price.
 """
 
 import pathlib

@@ -1,7 +1,7 @@
 """A first look, in minutes: four mixers against softmax attention on Python's standard library, read as bytes.
 
-`attnlab ablate --config configs/ablations/quick.py --workdir runs/quick`; with `:steps=800` runs are longer. Three seeds
-are a look, not a claim.
+`attnlab ablate --config configs/ablations/quick.py --workdir runs/quick`; with `:steps=800` runs are longer. Three
+seeds are a look, not a claim.
 """
 
 import pathlib

@@ -14,9 +14,10 @@ METRICS = {"heldout_loss": {"primary": True}}
 
 
 def base(width=128, layers=4, **mixer):
+    mixer = {"name": "softmax", "heads": 4, **mixer}
     return {
         "data": {"source": "stdlib", "tokenizer": "bytes", "length": 64, "batch": 8},
-        "model": {"vocab": 272, "width": width, "layers": layers, "mixers": {"M": {"name": "softmax", "heads": 4, **mixer}}},
+        "model": {"vocab": 272, "width": width, "layers": layers, "mixers": {"M": mixer}},
         "optimizer": {"name": "adamw"},
         "train": {"steps": 100},
     }  # fmt: skip
