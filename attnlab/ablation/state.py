@@ -100,7 +100,9 @@ class Log:
 
     def held(self) -> dict[str, dict[str, Any]]:
         """Runs that a process works on, and who."""
-        found = {}
+        found: dict[str, dict[str, Any]] = {}
+        if not self._claims.is_dir():
+            return found
         now = self._now()
         with contextlib.suppress(FileNotFoundError):
             for path in sorted(self._claims.glob("*.json")):
