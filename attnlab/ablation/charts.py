@@ -74,7 +74,7 @@ def differences(view: View, metric: Metric) -> Markup:
             layers.append(frame.path([(c.ci95[0], row + 0.12), (c.ci95[1], row + 0.12)], f"interval c{style % 8}"))
         layers.append(frame.mark(c.mean, row + 0.12, style, f"{c.arm}: mean difference {number(c.mean, 6)}"))
     title = f"Difference to {view.plan.baseline} in {metric.name}"
-    shaded = f"; shaded: ±{number(margin)}, too small to matter" if margin else ""
+    shaded = f"; shaded: ±{margin:g}, too small to matter" if margin else ""
     counts = ", ".join(f"{c.arm} {c.n}" for c in found)
     caption = f"Mean and 95 % interval ({found[0].test}), small: pairs; n: {counts}{shaded}."
     side = "left" if metric.direction == "lower" else "right"
@@ -196,7 +196,7 @@ def rates(view: View) -> Markup:
     metric = next((m for m in view.plan.metrics if m.primary), view.plan.metrics[0])
     frame = Frame(
         Axis.over("learning rate", _limits([p[0] for found in points.values() for p in found]), log=True),
-        Axis.over(f"{view.label(metric)}, tuning runs", _limits([p[1] for found in points.values() for p in found])),
+        Axis.over(view.label(metric), _limits([p[1] for found in points.values() for p in found])),
     )
     lines, marks, rows = [], [], []
     for arm, found in points.items():
@@ -245,7 +245,7 @@ def pareto(view: View, metric: Metric, name: str, cost: Callable[[Run], float | 
         return Markup()
     xs = [x for _, x, _ in dots]
     frame = Frame(Axis.over(name, xs, log=max(xs) / min(xs) > 3), Axis.over(view.label(metric), [y for *_, y in dots]))
-    layers = [frame.path(sorted(_frontier(list(means.values()), lower, metric.direction == "lower")), "frontier")]
+    layers = [frame.path(sorted(frontier(list(means.values()), lower, metric.direction == "lower")), "frontier")]
     layers += [frame.mark(x, y, view.style(arm), f"{arm}: {short(x)}, {number(y, 6)}", "dot") for arm, x, y in dots]
     layers += [
         frame.mark(x, y, view.style(arm), f"{arm}: mean {number(y, 6)} at {short(x)}", "mark big")
@@ -260,7 +260,7 @@ def pareto(view: View, metric: Metric, name: str, cost: Callable[[Run], float | 
                   details("as a table", table(["arm", name, f"mean {metric.name}"], rows, title)))  # fmt: skip
 
 
-def _frontier(points: list[tuple[float, float]], lower_x: bool, lower_y: bool) -> list[tuple[float, float]]:
+def frontier(points: list[tuple[float, float]], lower_x: bool, lower_y: bool) -> list[tuple[float, float]]:
     """Points that no other is at least as good as in both and better in one."""
     a, b = (1 if lower_x else -1), (1 if lower_y else -1)
     beats = lambda p, q: a * p[0] <= a * q[0] and b * p[1] <= b * q[1] and p != q

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from attnlab import config as config_lib
-from attnlab import data
 from attnlab.ablation import statistics
 from attnlab.ablation.results import Arm, Cost, Figure, Metric, Plan, Results, Run, Sample
+from attnlab.data.base import DEFAULT as TEXT
 from attnlab.errors import ConfigError, Damaged, UserError
 from attnlab.models.cost import ModelCost, model_cost
 from attnlab.train import files, metrics
@@ -297,7 +297,7 @@ def _status(records: list[dict[str, Any]], done: int, steps: int) -> tuple[str, 
 
 def _tasks(name: str, last: dict[str, Any], first: dict[str, Any]) -> dict[str, dict[str, Figure]]:
     """Held-out figures of generated data with their slices, and what guessing and knowing score; none of text."""
-    if name == data.DEFAULT:
+    if name == TEXT:
         return {}
     figures: dict[str, Figure] = {}
     for key, value in last.items():

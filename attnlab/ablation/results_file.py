@@ -101,7 +101,7 @@ def _typed(kind: Any, value: Any, path: str) -> Any:
     good = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
     good = good and (kind is not float or abs(value) <= sys.float_info.max)  # JSON has numbers that no float holds
     need(good, path, value, {int: "an integer", float: "a finite number", str: "text", bool: "true or false"}[kind])
-    return kind(value)
+    return value
 
 
 def _built(kind: type, value: Any, path: str) -> Any:

@@ -260,19 +260,33 @@ def _notes(points: Points, intervals: dict[str, list[float]]) -> list[str]:
 
 
 def _minimum(groups: Sequence[np.ndarray], starts: Sequence[np.ndarray] | None = None) -> np.ndarray:
-    """[e, then a, alpha, b, beta of each group] of the least Huber loss of log residuals."""
+    """[e, then a, alpha, b, beta of each group] of the least Huber loss of log residuals.
+
+    It is sought where ln N and ln D are measured from their means: there a hardly depends on alpha, nor b on beta, and
+    a start at a = alpha mean(ln N) is at 0.
+    """
+    means = np.array([[*group[:2].mean(axis=1)] for group in groups])
+    centred = [group - np.array([[n], [d], [0.0]]) for group, (n, d) in zip(groups, means)]
     if starts is None:
-        means = [group.mean(axis=1) for group in groups]
-        own = lambda alpha, beta: [x for n, d, _ in means for x in (alpha * n, alpha, beta * d, beta)]
-        starts = [np.array([e, *own(alpha, beta)]) for alpha, beta, e in _STARTS]
+        starts = [np.array([e, *[0.0, alpha, 0.0, beta] * len(groups)]) for alpha, beta, e in _STARTS]
+    else:
+        starts = [_moved(start, -means) for start in starts]
     found = [
         optimize.least_squares(
-            _residuals, start, _jacobian, loss="huber", f_scale=_HUBER, x_scale="jac", args=(groups,),
-            ftol=1e-15, xtol=1e-15, gtol=1e-15, max_nfev=2000,
+            residuals, start, jacobian, loss="huber", f_scale=_HUBER, x_scale="jac", args=(centred,),
+            ftol=1e-12, xtol=1e-12, gtol=1e-12, max_nfev=1000,
         )
         for start in starts
     ]  # fmt: skip
-    return min(found, key=lambda result: result.cost).x
+    return _moved(min(found, key=lambda result: result.cost).x, means)
+
+
+def _moved(x: np.ndarray, means: np.ndarray) -> np.ndarray:
+    """The same terms of ln N and ln D that are measured from elsewhere."""
+    moved = x.copy()
+    own = moved[1:].reshape(-1, 4)
+    own[:, 0::2] += own[:, 1::2] * means
+    return moved
 
 
 def _terms(x: np.ndarray, groups: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -283,12 +297,19 @@ def _terms(x: np.ndarray, groups: Sequence[np.ndarray]) -> list[np.ndarray]:
     return terms
 
 
-def _residuals(x: np.ndarray, groups: Sequence[np.ndarray]) -> np.ndarray:
+def residuals(x: np.ndarray, groups: Sequence[np.ndarray]) -> np.ndarray:
+    """Log residuals of all groups' points.
+
+    Args:
+      x: [e, then a, alpha, b, beta of each group], logs of E, A and B.
+      groups: `Points.logs` of each.
+    """
     predicted = np.concatenate([np.logaddexp.reduce(term, axis=0) for term in _terms(x, groups)])
     return predicted - np.concatenate([group[2] for group in groups])
 
 
-def _jacobian(x: np.ndarray, groups: Sequence[np.ndarray]) -> np.ndarray:
+def jacobian(x: np.ndarray, groups: Sequence[np.ndarray]) -> np.ndarray:
+    """Derivatives [points, coefficients] of `residuals`."""
     columns, row = np.zeros((sum(group.shape[1] for group in groups), len(x))), 0
     for i, (group, term) in enumerate(zip(groups, _terms(x, groups))):
         n, d, e = np.exp(term - np.logaddexp.reduce(term, axis=0))  # shares of the loss

@@ -50,8 +50,12 @@ def header(view: View) -> Markup:
     """The question, and for every arm and primary metric one line."""
     plan, results = view.plan, view.results
     primary = [c for c in results.comparisons if c.primary]
-    reasons = sorted({reason for c in primary if (reason := exploratory(c))})
-    stamp = tag("p", STAMP, f" {'; '.join(reasons)}") if reasons else ""
+    reasons: dict[str, list[str]] = {}
+    for c in primary:
+        if reason := exploratory(c):
+            reasons.setdefault(reason, []).append(c.arm)
+    shared = {why: "" if len(arms) == len(primary) else f"{', '.join(arms)}: " for why, arms in reasons.items()}
+    stamp = tag("p", STAMP, " ", "; ".join(arms + why for why, arms in shared.items())) if reasons else ""
     unique = lambda values: ", ".join(sorted({str(v) for v in values if v})) or "unknown"
     looks = plan.stopping.looks
     look = f"look {view.look.number} of {len(looks)}" if view.look.number else "before its first look"
@@ -105,8 +109,14 @@ _COSTS: tuple[tuple[str, str], ...] = (
 def main_table(view: View, metric: Metric, *, costs: bool) -> Markup:
     """Arms by what they came to."""
     best = view.best(metric)
-    columns = ["arm", "learning rate", "n", f"{metric.name}, mean ± sd", f"− {view.plan.baseline} [95 % CI]"]
-    columns += ["p (Holm)" if metric.primary else "p", "verdict"]
+    columns = [
+        "arm",
+        "learning rate",
+        "n",
+        f"{metric.name}, mean ± sd",
+        f"difference to {view.plan.baseline} [95 % CI]",
+    ]
+    columns += ["p (Holm)" if metric.primary else "p", "verdict", "found with 80 %"]
     rows = []
     for arm in view.arms:
         node, c = view.plan.arms[arm], view.comparison(metric.name, arm)
@@ -120,7 +130,7 @@ def main_table(view: View, metric: Metric, *, costs: bool) -> Markup:
             cell(f"{n} of {len(view.results.of(arm))}", n),
             cell(tag("b", figure) if arm == best else figure, mean),
         ]
-        row += ["", "", "baseline"] if c is None else _tested(c)
+        row += ["", "", "baseline", ""] if c is None else _tested(c)
         if costs:
             row += [_cost(view, arm, field) for field, _ in _COSTS]
         rows.append(row)
@@ -135,7 +145,8 @@ def _tested(c: Comparison) -> list[Markup]:
     p = c.p_holm if c.primary else c.p
     reason = exploratory(c)
     stamp = join([" ", tag("span", "exploratory", class_="stamp", title=reason)]) if reason else ""
-    return [cell(_difference(c), c.mean), cell(probability(p), p), cell(join([word(c.verdict), stamp]), c.verdict)]
+    verdict = cell(join([word(c.verdict), stamp]), c.verdict)
+    return [cell(_difference(c), c.mean), cell(probability(p), p), verdict, cell(number(c.mde80, 3), c.mde80)]
 
 
 def _cost(view: View, arm: str, field: str) -> Markup:

@@ -61,16 +61,17 @@ class Axis:
         """Round values, and how they are written."""
         if self.names:
             return [(float(i), name) for i, name in enumerate(self.names)]
-        if self.log:
-            return [(value, short(value)) for value in self._decades(count)]
-        step = _round_step((self.high - self.low) / count)
-        first, last = math.ceil(self.low / step), math.floor(self.high / step)
-        places = max(0, -math.floor(math.log10(step) + 1e-9))
-        plain = lambda v: short(v) if abs(v) >= 1e4 else f"{v:.{places}f}".replace("-", "−")
-        text = plain if places <= 6 else lambda v: f"{v:.2g}".replace("-", "−")
-        return [(i * step, text(i * step + 0.0)) for i in range(first, last + 1)]
+        if self.log and len(values := self._decades(count)) >= 3:
+            return [(value, short(value)) for value in values]
+        for wanted in (count, 2 * count):
+            step = _round_step((self.high - self.low) / wanted)
+            first, last = math.ceil(self.low / step), math.floor(self.high / step)
+            if last - first >= 2:
+                break
+        return [(i * step, _plain(i * step, step)) for i in range(first, last + 1)]
 
     def _decades(self, count: int) -> list[float]:
+        """Powers of ten, with what lies between where there are fewer than three; nothing where that is few, too."""
         first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
         for parts in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
             every = max(1, round((last - first) / count)) if parts == (1,) else 1
@@ -78,12 +79,23 @@ class Axis:
             kept = [value for value in made if self.low <= value <= self.high]
             if len(kept) >= 3:
                 return kept
-        return kept or [self.low, self.high]
+        return []
 
 
 def _round_step(rough: float) -> float:
     size = 10.0 ** math.floor(math.log10(rough))
-    return next(size * part for part in (1, 2, 5, 10) if size * part >= rough * 0.999)
+    return next(size * part for part in (1, 2, 2.5, 5, 10) if size * part >= rough * 0.999)
+
+
+def _plain(value: float, step: float) -> str:
+    """A tick with as many decimals as its neighbours need to differ."""
+    if abs(value) >= 1e4:
+        return short(value)
+    places = max(0, 1 - math.floor(math.log10(step) + 1e-9))
+    text = f"{value + 0.0:.{places}f}" if places <= 7 else f"{value + 0.0:.3g}"
+    if f"{step:.1e}"[2] == "0" and 0 < places <= 7:  # a step of one digit needs one decimal fewer
+        text = f"{value + 0.0:.{places - 1}f}"
+    return text.replace("-", "−")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +127,7 @@ class Frame:
         """The picture: axes first, then the layers."""
         bottom, right = self.height - BOTTOM, WIDTH - RIGHT
         parts = [tag("title", title), tag("desc", description)]
-        for value, text in self.x.ticks(4):
+        for value, text in self.x.ticks():
             a, _ = self.at(value, 0)
             parts += [_line(a, TOP, a, bottom, "grid"), _text(a, bottom + 14, text, "tick", "middle")]
         for value, text in self.y.ticks(5 if not self.y.names else len(self.y.names)):
@@ -123,8 +135,10 @@ class Frame:
             parts += [_line(self.left, b, right, b, "grid"), _text(self.left - 5, b + 3.5, text, "tick", "end")]
         parts.append(_line(self.left, bottom, right, bottom, "edge"))
         parts.append(_line(self.left, TOP, self.left, bottom, "edge"))
-        parts.append(_text((self.left + right) / 2, self.height - 8, self.x.label, "axis", "middle"))
-        parts.append(_text(0, 0, self.y.label, "axis", "middle", f"translate(11 {(TOP + bottom) / 2}) rotate(-90)"))
+        parts.append(_text((self.left + right) / 2, self.height - 8, shorten(self.x.label, 52), "axis", "middle"))
+        parts.append(
+            _text(0, 0, shorten(self.y.label, 36), "axis", "middle", f"translate(11 {(TOP + bottom) / 2}) rotate(-90)")
+        )
         box = f"0 0 {WIDTH} {self.height:g}"
         return tag("svg", *parts, *layers, viewBox=box, role="img", aria_label=f"{title}. {description}")
 
