@@ -195,7 +195,7 @@ def _add_ablate(verbs: Any) -> None:
     more = (
         "\n\nA plan names arms, seeds, what is held equal, metrics and margins. It is written to DIR/plan.json before\n"
         "the first run. Runs are in DIR/arms/ARM/seedK, each an ordinary workdir; results.json, results.csv and the\n"
-        "report come at the end. The same command goes on where it stopped, and repeats no run. Exit code 3: one failed."
+        "report come at the end. The same command goes on where it stopped, and repeats none. Exit code 3: one failed."
     )
     sub = _verb(verbs, "ablate", "compare arms by a plan: runs, statistics, report",
                 config=None, workdir=True, machine=True, more=more)  # fmt: skip

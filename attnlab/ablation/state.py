@@ -73,7 +73,7 @@ class Log:
         events: dict[str, list[dict[str, Any]]] = {}
         with contextlib.suppress(FileNotFoundError):
             for line in self.path.read_bytes().split(b"\n"):
-                with contextlib.suppress(ValueError):
+                with contextlib.suppress(ValueError, KeyError, TypeError):
                     entry = json.loads(line)
                     events.setdefault(entry["run"], []).append(entry)
         return View(events)

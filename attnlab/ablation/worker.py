@@ -111,7 +111,7 @@ def _execute(run: Run, plan: Announced, workdir: pathlib.Path, log: Log) -> str 
         return None
     try:
         step = max(Checkpoints(path).steps(), default=0)
-        _require_progress(run, step, log)
+        require_progress(run, step, log)
         log.write("started", run.name, step=step, cores=cores())
         began = time.perf_counter()
         result = train(run.config(), path)
@@ -127,7 +127,7 @@ def _execute(run: Run, plan: Announced, workdir: pathlib.Path, log: Log) -> str 
     return None
 
 
-def _require_progress(run: Run, step: int, log: Log) -> None:
+def require_progress(run: Run, step: int, log: Log) -> None:
     """Raises UserError where the run has ended its process too often at one step: it would do so again."""
     ended = 0
     for event in log.read().events.get(run.name, ()):

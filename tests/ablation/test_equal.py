@@ -75,7 +75,7 @@ def test_tokens_flops_and_seconds():
 def test_an_mlp_that_gives_a_third_is_told():
     """The report says so where the MLP has shrunk by more than a third."""
     tree = base(width=32, layers=2)
-    wide = {"a": {}, "b": {"model.mixers.M": {"name": "gated_deltanet", "heads": 2, "head_width": 32, "expand": 2.0}}}
+    wide = {"a": {}, "b": {"model.mixers.M": {"name": "gated_deltanet", "heads": 2, "head_width": 32, "expand": 1.0}}}
     s = solved(wide, "parameters", tree=tree, multiple=1)["b"]
     assert s.notes and "less than two thirds" in s.notes[0]
 
