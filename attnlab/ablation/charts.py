@@ -117,11 +117,13 @@ def _curve(view: View, metric: str, label: str, axis: str, panes: int) -> Markup
     runs = [(run, *view.curve(run, metric, axis)) for run in view.results.runs]
     runs = [(run, x, y) for run, x, y in runs if len(x)]
     most = max(x.max() for _, x, _ in runs)
-    late = [y[x >= 0.05 * most] for _, x, y in runs]
-    shown = np.concatenate(late)
-    early = sum(len(x) for _, x, _ in runs) > len(shown) and len(shown)
-    every = shown if early else np.concatenate([y for _, _, y in runs])
-    frame = Frame(Axis.over(AXIS_NAMES[axis], [0.0, most]), Axis.over(label, every))
+    # The first losses would leave no room for the rest.
+    late = np.concatenate([y[x >= 0.05 * most] for _, x, y in runs])
+    early = 0 < len(late) < sum(len(x) for _, x, _ in runs)
+    frame = Frame(
+        Axis.over(AXIS_NAMES[axis], [0.0, most]),
+        Axis.over(label, late if early else np.concatenate([y for *_, y in runs])),
+    )
     points = int(np.clip(_POINTS / panes / (len(runs) + 3 * len(view.arms)) / 3, 40, 400))
     bands, lines, means = [], [], []
     for run, x, y in runs:
@@ -129,14 +131,13 @@ def _curve(view: View, metric: str, label: str, axis: str, panes: int) -> Markup
         lines.append(frame.path(zip(x[kept], y[kept]), f"run c{view.style(run.arm) % 8}"))
     for arm in view.arms:
         x, mean, low, high = view.mean_curve(arm, metric, axis)
-        kept = np.union1d(scaling.decimate(low, points), scaling.decimate(high, points))
-        style = f"c{view.style(arm) % 8}"
+        if not len(x):
+            continue
+        kept, style = np.union1d(scaling.decimate(low, points), scaling.decimate(high, points)), view.style(arm)
         around = [*zip(x[kept], high[kept]), *zip(x[kept][::-1], low[kept][::-1])]
-        bands.append(frame.path(around, f"band {style}", closed=True))
-        means.append(frame.path(zip(x[kept], mean[kept]), f"mean {style}"))
-        means += [
-            frame.mark(x[-1], mean[-1], view.style(arm), f"{arm}: mean {number(mean[-1], 6)} at {short(x[-1])}")
-        ] * (len(x) > 0)
+        bands.append(frame.path(around, f"band c{style % 8}", closed=True))
+        means.append(frame.path(zip(x[kept], mean[kept]), f"mean c{style % 8}"))
+        means.append(frame.mark(x[-1], mean[-1], style, f"{arm}: mean {number(mean[-1], 6)} at {short(x[-1])}"))
     note = " What lies outside the range of the last 95 % of the x axis is drawn at the edge." if early else ""
     return frame.draw(f"{metric} over {AXIS_NAMES[axis]}", f"Curves of {len(runs)} runs.{note}", *bands, *lines, *means)
 

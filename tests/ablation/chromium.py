@@ -13,7 +13,8 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 FOUND = next((path for name in NAMES if (path := shutil.which(name))), None)
 _PROBE = """
 addEventListener("load", () => {
-  const page = frames[0], root = page.document.documentElement, all = (what) => [...page.document.querySelectorAll(what)];
+  const page = frames[0], root = page.document.documentElement;
+  const all = (what) => [...page.document.querySelectorAll(what)];
   const seen = (node) => node.getClientRects().length > 0;
   const sizes = { width: page.innerWidth, scroll: root.scrollWidth, client: root.clientWidth };
   const before = all("table.sortable")[0]?.tBodies[0].rows[0].cells[0].textContent;
@@ -32,8 +33,9 @@ def opened(home: pathlib.Path, page: pathlib.Path, width: int, *, scripts: bool 
 
     The window is a frame: Chromium makes none of its own below 500 px.
     """
-    allowed = "allow-same-origin" + (" allow-scripts" if scripts else "")
-    frame = f'<iframe sandbox="{allowed}" style="width:{width}px;height:900px;border:0" srcdoc="{html.escape(page.read_text())}">'
+    off = "" if scripts else 'sandbox="allow-same-origin"'
+    text = html.escape(page.read_text())
+    frame = f'<iframe {off} style="width:{width}px;height:900px;border:0" srcdoc="{text}">'
     outer = home / f"outer-{width}-{scripts}.html"
     outer.write_text(f"<!DOCTYPE html><meta charset=utf-8><script>{_PROBE}</script><body>{frame}</iframe>")
     flags = ("--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--window-size=1400,1000")

@@ -274,9 +274,8 @@ def test_downloads(written, tmp_path):
     ).read_bytes()
     assert files["results.csv"] == (path.parent / "results.csv").read_bytes()
     rng, large = np.random.default_rng(0), results.runs[0]
-    big = lambda n: dataclasses.replace(
-        results, runs=[dataclasses.replace(large, items={"x": rng.normal(size=n).tolist()})]
-    )
+    items = lambda n: {"x": rng.normal(size=n).tolist()}
+    big = lambda n: dataclasses.replace(results, runs=[dataclasses.replace(large, items=items(n))], comparisons=[])
     compressed = held(Page(report.render(big(20_000))))["results.json.gz"]
     assert len(json.loads(gzip.decompress(compressed))["runs"][0]["items"]["x"]) == 20_000
     text = report.render(big(200_000))
@@ -342,7 +341,8 @@ def test_spread_sets_the_digits():
 
 @pytest.mark.parametrize("values, log", [
     ([0, 1], False), ([2.3, 2.31], False), ([5, 5], False), ([0, 0], False), ([-3e9, 8e9], False),
-    ([1e-7, 3e-7], False), ([1e-3, 8e-3], True), ([1, 1e9], True), ([5, 5], True), ([2.9, 3.1], True), ([0, 10], True), ([], True),
+    ([1e-7, 3e-7], False), ([1e-3, 8e-3], True), ([1, 1e9], True), ([5, 5], True), ([2.9, 3.1], True),
+    ([0, 10], True), ([], True),
 ])  # fmt: skip
 def test_axes(values, log):
     """Three to ten ticks inside, each with a text of its own; values lie in order between the ends."""
