@@ -157,8 +157,7 @@ def test_a_run_that_ends_its_process_is_not_tried_for_ever(tmp_path):
 
 @pytest.mark.slow
 def test_killed_twice(tmp_path, source):
-    """A plan whose processes are all killed with SIGKILL, twice, gives the unbroken one's curves bit for bit, and no run
-    is done twice or begun again from its first step once it has a checkpoint."""
+    """Killed with SIGKILL, all processes, twice, a plan gives an unbroken one's curves bitwise, each run done once."""
     tree = plans.tree(source)
     tree["base"]["train"] |= {"steps": 400, "save_every": 20, "log_every": 20, "eval_every": 100}
     path = plans.write(tmp_path / "plan.py", tree)
