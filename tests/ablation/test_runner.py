@@ -16,6 +16,7 @@ from attnlab import config as config_lib
 from attnlab.ablation import plan, schedule, worker
 from attnlab.ablation.plan import PlanConfig
 from attnlab.ablation.state import Log, View
+from attnlab.train.checkpoints import Checkpoints
 from tests.ablation import plans
 from tests.train.runs import ROOT, corpus
 
@@ -159,7 +160,7 @@ def test_a_run_that_ends_its_process_is_not_tried_for_ever(tmp_path):
 def test_killed_twice(tmp_path, source):
     """Killed with SIGKILL, all processes, twice, a plan gives an unbroken one's curves bitwise, each run done once."""
     tree = plans.tree(source)
-    tree["base"]["train"] |= {"steps": 400, "save_every": 20, "log_every": 20, "eval_every": 100}
+    tree["base"]["train"] |= {"steps": 200, "save_every": 20, "log_every": 20, "eval_every": 100}
     path = plans.write(tmp_path / "plan.py", tree)
     command = lambda work: [sys.executable, "-m", "attnlab", "ablate", "--config", path, "--workdir", work,
                             "--processes", "2"]  # fmt: skip
@@ -191,7 +192,7 @@ def in_the_middle(workdir, log, before):
     """Whether a run that was begun since has a checkpoint and is not over."""
     view = log.read()
     begun = [n for n in view.events if view.count(n, "started") > before.get(n, 0) and view.status(n) == "open"]
-    return any(list((workdir / n / "checkpoints").glob("[1-9]*")) for n in begun)
+    return any(Checkpoints(workdir / n).steps() for n in begun)
 
 
 def wait_for(condition, seconds):
