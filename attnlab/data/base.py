@@ -91,6 +91,10 @@ class Data:
     def heldout(self, *, batches: int | None = None, rows: Sequence[int] | None = None) -> Heldout:
         """The held-out batches of one process: all, or the first `batches`."""
 
+    def references(self) -> dict[str, float]:
+        """Figures that no model changes (what guessing scores), which metrics.jsonl has once, at step 1."""
+        return {}
+
     @abc.abstractmethod
     def describe(self, summary: Mapping[str, Any]) -> str:
         """A summary in one line, for people."""

@@ -109,11 +109,12 @@ class Program:
 
     @functools.cached_property
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """ShapeDtypeStructs of a step's batch, with their shardings."""
-        one = lambda field: jax.ShapeDtypeStruct(
-            (self.config.data.batch, *field.shape), field.dtype, sharding=sharding.batch_sharding(self.mesh, field.axes)
+        """ShapeDtypeStructs of a step's batch, as the data yields it, with their shardings."""
+        placed = lambda name: sharding.batch_sharding(self.mesh, self.batch_spec[name].axes)
+        one = lambda name, field: jax.ShapeDtypeStruct(
+            (self.config.data.batch, *field.shape), field.dtype, sharding=placed(name)
         )
-        return {name: one(field) for name, field in self.batch_spec.items()}
+        return {name: one(name, field) for name, field in self.config.data.batch_spec().items()}
 
     @functools.cached_property
     def init(self) -> Callable[[int], TrainState]:
