@@ -65,6 +65,7 @@ class Copying(TokenTask):
     """What both tasks share."""
 
     Config = CopyConfig
+    variants = ({"shortest": 1, "form": "lm"},)
 
     def places(self, stream: Stream, count: int) -> np.ndarray:
         """Ascending positions of the items, before the mark."""

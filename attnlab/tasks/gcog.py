@@ -97,6 +97,11 @@ class GcogConfig(TokenTaskConfig):
         config_lib.require(multiple == 1, "multiple", multiple, "1: a grid has one size")
         return self
 
+    def different(self) -> float:
+        """Of the shortest rules, with the fewest distractors."""
+        rules = float(len(NAMES) * self.shapes * self.colours) ** min(self.depths)
+        return rules * self.grid ** (2 * (min(self.depths) + self.distractors[0]))
+
     def batch_spec(self) -> batch_lib.Spec:
         spec = super().batch_spec()
         if self.form == "concat":
@@ -117,6 +122,11 @@ class Gcog(TokenTask):
     title = "composing operators about a scene"
     source = "Ito et al. 2024, gCOG, arXiv:2401.03056; rules are nested on one branch, which is ours"
     commonest = True
+    variants = (
+        {"shift": "distractors", "heldout_distractors": (6, 9)},
+        {"shift": "productive", "heldout_depths": (7,)},
+        {"depths": (3,), "shift": "systematic"},
+    )
 
     def example(self, stream: Stream, split: str) -> Arrays:
         c = self.config

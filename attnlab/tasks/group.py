@@ -126,5 +126,5 @@ class Group(TokenTask):
         """By how many elements are multiplied, and at the row's end."""
         c = self.config
         count = np.where(rows["weights"] > 0, np.arange(1, c.length + 1), 0)
-        last = np.where(count == (rows["segments"] > 0).sum(1, keepdims=True), 0, -1)
-        return {"elements": buckets(count, c.length, least=1), "at": (["end"], last)}
+        end = count == (rows["segments"] > 0).sum(1, keepdims=True)
+        return {"elements": buckets(count, c.length, least=1), "at": (["before_the_end", "the_end"], end.astype(int))}

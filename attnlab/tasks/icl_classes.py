@@ -42,7 +42,7 @@ class IclClassesConfig(TokenTaskConfig):
         1.0, "share of bursty rows: the item asked for is of one of their classes", other=(0.5,), least=0
     )
     p_novel: float = knob(
-        0.0, "share of rows with classes that are new and have labels for this row only", other=(0.5,), least=0
+        0.0, "share of bursty rows whose classes are new, with labels for this row only", other=(0.5,), least=0
     )
     zipf: float = knob(0.0, "class k comes with probability ~ k^-zipf", other=(1.0,), least=0)
     positions: str = knob("rope", "rope: the mixers' own; onehot: 65 more inputs that say it, from a random offset on",
@@ -95,6 +95,7 @@ class IclClasses(TokenTask):
 
     Config = IclClassesConfig
     inputs = ("inputs",)
+    variants = ({"p_burst": 0.3, "p_novel": 0.3}, {"pairs": 16, "burst": 1})
     title = "labels from the context, or from the weights"
     source = "Reddy 2023, The mechanistic basis of data dependence and abrupt learning, arXiv:2312.03002"
 
@@ -113,7 +114,7 @@ class IclClasses(TokenTask):
         chance = stream.uniform(2)
         kind = "as_trained" if split == "train" else SETS[stream.integer(len(SETS))]
         bursty = kind in SETS[1:3] or (kind == "as_trained" and chance[0] < c.p_burst)
-        novel = kind == "new_classes" or (kind == "as_trained" and chance[1] < c.p_novel)
+        novel = kind == "new_classes" or (kind == "as_trained" and bursty and chance[1] < c.p_novel)
         if bursty:
             order = np.repeat(np.arange(c.pairs // c.burst), c.burst)[stream.permutation(c.pairs)]
             which = np.append(order, order[stream.integer(c.pairs)])
@@ -156,8 +157,8 @@ class IclClasses(TokenTask):
         c = self.config
         items, told = inputs[0::2, : c.width], inputs[1::2, : c.width]
         labels = ((told[:, None] - self._vectors) ** 2).sum(-1).argmin(1)
-        # Items of a class differ by 2 eps^2 / (1 + eps^2) on average, others by 2.
-        near = ((items[:-1] - items[-1]) ** 2).sum(-1) < 1 / (1 + c.eps**2)
+        # Items of a class differ by 2 eps^2 / (1 + eps^2) on average, others by 2: between the two, by ratios.
+        near = ((items[:-1] - items[-1]) ** 2).sum(-1) < 2 * np.sqrt(max(c.eps, 0.05) ** 2 / (1 + c.eps**2))
         return labels, near
 
     def solve(self, row: Arrays) -> np.ndarray:

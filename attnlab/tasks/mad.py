@@ -142,6 +142,7 @@ class MadRecall(Recall):
     """`k v k v ..`: the value of every key that was seen before."""
 
     title = "in-context recall"
+    variants = ({"noise": 0.3, "noise_vocab": 4}, {"motif": 2})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +158,7 @@ class MadNoisyRecall(Recall):
     """Recall with noise ids between the pairs."""
 
     Config = NoisyRecallConfig
+    variants = ({"length": 256, "motif": 2},)
     title = "in-context recall among noise"
 
 
@@ -175,6 +177,7 @@ class MadFuzzyRecall(Recall):
 
     Config = FuzzyRecallConfig
     title = "in-context recall of keys and values of several tokens"
+    variants = ({"noise": 0.3, "noise_vocab": 4},)
 
     def answers(self) -> None:
         return None  # within a motif no id comes twice

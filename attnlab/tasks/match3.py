@@ -51,7 +51,8 @@ class Match3Config(TokenTaskConfig):
         return True
 
     def longer(self, multiple: int) -> Match3Config:
-        return dataclasses.replace(self, length=multiple * self.length, modulus=self.numbers)
+        modulus = self.modulus if multiple == 1 else self.numbers
+        return dataclasses.replace(self, length=multiple * self.length, modulus=modulus)
 
 
 @register("match3")

@@ -37,7 +37,7 @@ class MqarConfig(TokenTaskConfig):
         1, "ids of a key: 1, or 2, of which neither alone tells the value", other=(2,), least=1, below=3
     )
     loss: str = knob("scored", "scored: of answers; all: training also tells every next token, as the publication does",
-                     choices=("scored", "all"))  # fmt: skip
+                     other=("all",), choices=("scored", "all"))  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,6 +84,7 @@ class Mqar(TokenTask):
     Config = MqarConfig
     title = "recall of many pairs, asked at once"
     source = "Arora et al. 2023, Zoology, arXiv:2312.04927; disjoint filler and compound keys are ours"
+    variants = ({"updates": 2, "compound": 2, "passes": 2, "length": 96}, {"filler": "any", "power": 1.0})
 
     def example(self, stream: Stream, split: str) -> Arrays:
         c = self.config

@@ -105,6 +105,11 @@ class Needle(TokenTask):
     Config = NeedleConfig
     title = "finding what was told long ago: needle, passkey, several keys and values"
     source = "Hsieh et al. 2024, RULER, arXiv:2404.06654; as ids, so that small models read it, is ours"
+    variants = (
+        {"needles_k": 4, "queries": 2},
+        {"needles_k": 3, "needles_v": 2, "queries": 2, "depth": "0,0.5,1"},
+        {"haystack": "needle", "depth": "0.3"},
+    )
 
     def example(self, stream: Stream, split: str) -> Arrays:
         c = self.config
