@@ -1,11 +1,11 @@
 """Generated tasks. `--config configs/tasks.py:task=NAME,mixer=NAME,pattern=LETTERS`
 
-`attnlab list tasks` says what each tests, and docs/tasks.md what to expect. A preset is one task with the sizes that two
-CPU cores train in minutes; `match2`, `parity`, `s3`, `gcog_cross` and the like are tasks with other fields.
+`attnlab list tasks` says what each tests, docs/tasks.md what to expect. A preset is one task with the sizes that two CPU
+cores train in minutes; `match2`, `parity`, `s3`, `gcog_cross` and the like are tasks with other fields.
 
-Letters of a pattern: M is the mixer, S softmax attention, W softmax attention over a window of 4 keys, X the mixer reading
-the context, where the task has one. Without a pattern it is the preset's. In recall tasks every mixer gets a W before it,
-which can look one token back: else the task measures who can shift a sequence.
+Letters of a pattern: M is the mixer, S softmax attention, W softmax attention over a window of 4 keys, X the mixer
+reading the context, where the task has one. Without a pattern it is the preset's. In recall tasks every mixer gets a W
+before it, which can look one token back: else the task measures who can shift a sequence.
 """
 
 from ml_collections import ConfigDict

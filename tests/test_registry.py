@@ -4,11 +4,11 @@ import pytest
 from flax import nnx
 
 from attnlab.data.base import Data
-from attnlab.tasks.base import Task, TaskConfig
 from attnlab.mixers.base import Mixer
 from attnlab.mixers.heads import HeadConfig, HeadMixer
 from attnlab.models.objective import Objective
 from attnlab.registry import Registry
+from attnlab.tasks.base import Task, TaskConfig
 
 
 class Config:

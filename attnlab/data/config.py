@@ -84,6 +84,10 @@ class DataConfig:
         targets = dataclasses.replace(plain, about=NEXT)
         return {"tokens": plain, "targets": targets, "segments": plain, "positions": plain}
 
+    def longer(self, multiple: int) -> DataConfig:
+        """The same text in rows of `multiple` times the length."""
+        return dataclasses.replace(self, length=multiple * self.length)
+
     @property
     def kind(self) -> str:
         """`stdlib`, `text`, `jsonl`, `parquet` or `array_record`."""

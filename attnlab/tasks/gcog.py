@@ -120,7 +120,9 @@ class Gcog(TokenTask):
     Config = GcogConfig
     inputs = ("tokens", "context")
     title = "composing operators about a scene"
-    source = "Ito et al. 2024, gCOG, arXiv:2401.03056; rules are nested on one branch, which is ours"
+    source = (
+        "Ito et al. 2024, On the generalization capacity of neural networks during generic multimodal reasoning (gCOG)"
+    )
     commonest = True
     variants = (
         {"shift": "distractors", "heldout_distractors": (6, 9)},

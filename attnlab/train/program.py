@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -131,6 +132,11 @@ class Program:
     def eval_step(self) -> Any:
         """`eval_step(params, batch) -> sums`, jitted."""
         return jax.jit(make_eval_step(self.model, self.config.train, self.mesh))
+
+    @property
+    def rows_ways(self) -> int:
+        """Over how many devices the rows of a batch are split."""
+        return math.prod(self.mesh.shape[axis] for axis in sharding.BATCH_AXES)
 
     def put(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
         """A batch on the devices, from this process's rows of it (`rows`)."""

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from attnlab import data as data_lib
+from attnlab.errors import ConfigError, UserError
 from attnlab.tasks.icl_regression import IclRegressionConfig
 from attnlab.tasks.streams import Stream
-from attnlab.errors import ConfigError, UserError
 
 
 def opened(**fields):
