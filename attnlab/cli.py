@@ -141,10 +141,15 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> int:
     sampling = Sampling(args.tokens, args.temperature, args.top_k, args.top_p, args.seed)
     prompts = _prompts(args)
     trained = restore.load(args.workdir, args.checkpoint, overrides, evaluating=False)
-    if not trained.program.model.objective.decodes or trained.data.tokenizer is None:
+    if not trained.program.model.objective.decodes:
         raise UserError(
             f"--workdir {args.workdir} holds a model of kind {trained.config.model.node_name!r}, which continues no "
             "text; allowed: a run of a language model (attnlab eval tells this one's figures)"
+        )
+    if trained.data.tokenizer is None:
+        raise UserError(
+            f"--workdir {args.workdir}: data.name = {trained.data.name!r} has no text to continue; allowed: text "
+            "(attnlab eval tells this run's figures)"
         )
     tokenizer = trained.data.tokenizer
     sampling, ids = prepare(tokenizer, sampling, prompts, args.samples, args.stop)

@@ -1,6 +1,6 @@
 """Generated tasks. `--config configs/tasks.py:task=NAME,mixer=NAME,pattern=LETTERS`
 
-`attnlab list tasks` says what each tests, docs/tasks.md what to expect. A preset is one task with the sizes that two CPU
+`attnlab list tasks` says what each tests, docs/tasks.md what to expect. A preset is a task with the sizes that two CPU
 cores train in minutes; `match2`, `parity`, `s3`, `gcog_cross` and the like are tasks with other fields.
 
 Letters of a pattern: M is the mixer, S softmax attention, W softmax attention over a window of 4 keys, X the mixer

@@ -160,7 +160,8 @@ def buckets(values: np.ndarray, most: int, least: int = 0) -> tuple[list[str], n
     edges = [least]
     while edges[-1] <= most:
         edges.append(max(edges[-1] + 1, 2 * edges[-1]) if edges[-1] else 1)
-    named = [str(lo) if hi == lo + 1 else f"{lo}-{min(hi - 1, most)}" for lo, hi in zip(edges, edges[1:])]
+    last = [min(hi - 1, most) for hi in edges[1:]]
+    named = [str(lo) if lo == hi else f"{lo}-{hi}" for lo, hi in zip(edges, last)]
     index = np.searchsorted(edges, values, side="right") - 1
     return named, np.where((values >= least) & (values <= most), index, -1)
 

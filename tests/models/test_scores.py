@@ -1,4 +1,4 @@
-"""Language models with weights: losses and right answers where these say, in slices; and the kinds of model beside it."""
+"""Language models with weights: losses and right answers where these say, in slices; the kinds of model beside it."""
 
 from __future__ import annotations
 
