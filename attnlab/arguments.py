@@ -17,6 +17,7 @@ from attnlab.errors import UserError
 _EXAMPLES = """\
 examples:
   attnlab list                                                       the mixers; `attnlab list gated`: its knobs
+  attnlab list tasks                                                 generated tasks; `attnlab list mqar`: its fields
   attnlab train --config configs/lm.py:mixer=gated --workdir runs/a  train one; the same command goes on with it
   attnlab eval --workdir runs/a                                      its held-out loss
   attnlab generate --workdir runs/a --prompt "def main("             continue a text
@@ -111,6 +112,12 @@ def _number(kind: type, possible: Callable[[Any], bool], allowed: str) -> Callab
 
 
 _count = _integer(1)
+
+
+def _integers(text: str) -> list[int]:
+    return [_count(part) for part in text.split(",")]
+
+
 _temperature = _number(float, lambda x: 0 <= x < math.inf, "a finite number, 0 or more")
 _share = _number(float, lambda x: 0 < x <= 1, "above 0, at most 1")
 _positive = _number(float, lambda x: 0 < x < math.inf, "a finite number above 0")
@@ -132,11 +139,13 @@ def build() -> argparse.ArgumentParser:
     sub.add_argument("--checkpoint", default="best", metavar="best|latest|STEP",
                      help="which one; best: of the lowest held-out loss (best)")  # fmt: skip
     sub.add_argument("--batches", type=_count, metavar="N", help="only the first N held-out batches; default: all")
+    sub.add_argument("--lengths", type=_integers, metavar="M,M,..",
+                     help="at these multiples of data.length, e.g. 1,2,4,8,16")  # fmt: skip
 
     _add_generate(verbs)
 
-    sub = verb("list", "the mixers; with a name, its knobs", machine=True)
-    sub.add_argument("name", nargs="?", metavar="MIXER")
+    sub = verb("list", "the mixers, or the tasks; with a name, its knobs", machine=True)
+    sub.add_argument("name", nargs="?", metavar="MIXER|tasks|TASK")
     sub.add_argument("--parameters", action="store_true",
                      help="of MIXER: shapes, axes and roles, and what optimizers make of these")  # fmt: skip
     sub.add_argument("--length", type=_count, metavar="T", help="positions at which state and FLOPs are told (4096)")

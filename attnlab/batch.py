@@ -13,21 +13,29 @@ class Field:
     """One array of a batch, told of one of its rows; the axis `batch` comes before the row's own.
 
     Attributes:
-      shape: of a row.
+      shape: of a row; None in what a model takes: any size.
       dtype: e.g. "int32".
       axes: logical axes of the row, e.g. ("seq",); None for one that is never split over devices.
       ids: its values are ids below this; None: they are not, or it is not known yet.
       said: what sets `ids`, for messages.
+      about: what the values are, where arrays of one form could be taken for each other.
+      optional: a model takes it where it is there, and does without it.
     """
 
-    shape: tuple[int, ...]
+    shape: tuple[int | None, ...]
     dtype: str
     axes: tuple[str | None, ...]
     ids: int | None = None
     said: str = ""
+    about: str = ""
+    optional: bool = False
 
 
 Spec = Mapping[str, Field]
+
+# What `targets` are.
+NEXT = "what comes next"
+OWN = "the position's own class"
 
 
 def require_match(taken: Spec, yielded: Spec, taker: str, source: str) -> None:
@@ -38,18 +46,32 @@ def require_match(taken: Spec, yielded: Spec, taker: str, source: str) -> None:
       yielded: what the source yields.
       taker, source: what they are, as a config says it, e.g. "model.name = 'lm'".
     """
-    if _arrays(taken) != _arrays(yielded):
+    needed = {name for name, field in taken.items() if not field.optional}
+    here = needed <= yielded.keys() <= taken.keys()
+    if not here or not all(_fits(taken[name], field) for name, field in yielded.items()):
         raise ConfigError(
             f"{source} yields {', '.join(_arrays(yielded))}; {taker} takes {', '.join(_arrays(taken))}: "
             "they do not fit; allowed: data of that form, or a model for this one"
         )
-    for name, field in taken.items():
-        ids = yielded[name].ids
+    for name in yielded:
+        field, ids = taken[name], yielded[name].ids
         if field.ids is not None and ids is not None and ids > field.ids:
             raise ConfigError(
                 f"{field.said} = {field.ids} is smaller than {yielded[name].said}; allowed: {ids} or more"
             )
 
 
+def _fits(taken: Field, yielded: Field) -> bool:
+    sizes = len(taken.shape) == len(yielded.shape) and all(
+        a is None or a == b for a, b in zip(taken.shape, yielded.shape, strict=True)
+    )
+    return sizes and (taken.dtype, taken.about) == (yielded.dtype, yielded.about)
+
+
 def _arrays(spec: Spec) -> list[str]:
-    return sorted(f"{name} {field.dtype}{list(field.shape)}" for name, field in spec.items())
+    def shown(name: str, field: Field) -> str:
+        sizes = ", ".join("any" if size is None else str(size) for size in field.shape)
+        about = f" ({field.about})" if field.about else ""
+        return f"{name} {field.dtype}[{sizes}]{about}{' if there' if field.optional else ''}"
+
+    return sorted(shown(name, field) for name, field in spec.items())

@@ -110,6 +110,8 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
 
     trained = restore.load(args.workdir, args.checkpoint, overrides)
     hardware.require_memory(trained.config, memory.size(trained.program.batch), memory.size(trained.params))
+    if args.lengths:
+        return _eval_lengths(args, trained)
     evaluation, notes = restore.evaluate_heldout(trained, args.batches)
     summary = {"step": trained.step, **evaluation.summary(), "notes": notes}
     if args.json:
@@ -122,6 +124,23 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
+def _eval_lengths(args: argparse.Namespace, trained: Any) -> int:
+    from attnlab.train import restore
+
+    found = restore.evaluate_lengths(trained, args.lengths, args.batches)
+    if args.json:
+        rows = [{"multiple": m, "length": t, **figures.summary()} for m, t, figures in found]
+        output.write_json({"step": trained.step, "trained_length": trained.trained_length, "lengths": rows})
+        return 0
+    records = [figures.record() for _, _, figures in found]
+    names = [name for name in records[0] if "/" not in name]
+    output.write_table(f"step {trained.step}, trained on rows of {trained.trained_length}",
+           ["times", "positions", *(name.removeprefix("heldout_") for name in names)],
+           [[str(m), f"{t:,}", *(f"{record[name]:.4f}" for name in names)]
+            for (m, t, _), record in zip(found, records)])  # fmt: skip
+    return 0
+
+
 def _generate(args: argparse.Namespace, overrides: list[str]) -> int:
     from attnlab.evaluate.generate import Sampling, generate, prepare
     from attnlab.train import restore
@@ -129,10 +148,15 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> int:
     sampling = Sampling(args.tokens, args.temperature, args.top_k, args.top_p, args.seed)
     prompts = _prompts(args)
     trained = restore.load(args.workdir, args.checkpoint, overrides, evaluating=False)
-    if not trained.program.model.objective.decodes or trained.data.tokenizer is None:
+    if not trained.program.model.objective.decodes:
         raise UserError(
             f"--workdir {args.workdir} holds a model of kind {trained.config.model.node_name!r}, which continues no "
             "text; allowed: a run of a language model (attnlab eval tells this one's figures)"
+        )
+    if trained.data.tokenizer is None:
+        raise UserError(
+            f"--workdir {args.workdir}: data.name = {trained.data.name!r} has no text to continue; allowed: text "
+            "(attnlab eval tells this run's figures)"
         )
     tokenizer = trained.data.tokenizer
     sampling, ids = prepare(tokenizer, sampling, prompts, args.samples, args.stop)
@@ -183,6 +207,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
 
 
 def _list(args: argparse.Namespace, _: list[str]) -> int:
+    from attnlab import tasks
     from attnlab.mixers import describe
 
     width = describe.WIDTH if args.width is None else args.width
@@ -197,6 +222,8 @@ def _list(args: argparse.Namespace, _: list[str]) -> int:
         title = f"{args.name} with default knobs, width {width}; the last column is with optimizer=muon"
         output.write_table(title, *describe.parameter_table(rows))
         return 0
+    if args.name is not None and (args.name == "tasks" or args.name in tasks.names()):
+        return _list_tasks(args)
     if args.name is not None:
         described = describe.mixer(args.name)
         if args.json:
@@ -217,6 +244,30 @@ def _list(args: argparse.Namespace, _: list[str]) -> int:
            ["name", "paper", "can", f"state bytes at {length}", "FLOPs / softmax", "extension, not in the paper"],
            [[r["name"], r["paper"], ", ".join(r["capabilities"]), f"{r['state_bytes']:,}",
              f"{r['relative_flops']:.2f}", r["extension"] or "-"] for r in rows])  # fmt: skip
+    return 0
+
+
+def _list_tasks(args: argparse.Namespace) -> int:
+    from attnlab.tasks import describe
+
+    if args.name != "tasks":
+        described = describe.task(args.name)
+        if args.json:
+            output.write_json(described)
+            return 0
+        output.write(f"{args.name}: {described['summary']}\n{described['tests']}; {described['source']}")
+        output.write_table(f"fields; its model is model.name={described['model']}", ["key", "default", "meaning"],
+               [[k["key"], str(k["default"]), k["doc"]] for k in described["fields"]])  # fmt: skip
+        return 0
+    rows = describe.all_tasks()
+    if args.json:
+        output.write_json(rows)
+        return 0
+    chance = lambda row: f"{row['chance']['accuracy']:.4g}" if row["chance"] else "measured"
+    output.write_table("tasks with default fields: attnlab train --config configs/tasks.py:task=NAME,mixer=MIXER",
+           ["name", "tests", "model", "T", "chance", "source"],
+           [[r["name"], r["tests"], r["model"], str(r["length"]), chance(r) if r["model"] != "regression" else "-",
+             r["source"]] for r in rows])  # fmt: skip
     return 0
 
 

@@ -13,12 +13,13 @@ import difflib
 import json
 import math
 import numbers
+import operator
 import os
 import pathlib
 import traceback
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 from attnlab import paths
@@ -68,6 +69,53 @@ def require_choice(key: str, value: Any, choices: Sequence[str]) -> None:
     if value not in choices:
         hint = suggest(str(value), choices)
         raise ConfigError(f"{key} = {show(value)} is unknown{hint}; allowed: {', '.join(choices)}")
+
+
+def knob(
+    default: Any,
+    doc: str,
+    *,
+    other: tuple[Any, ...] = (),
+    least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: Collection[str] | Callable[[], Collection[str]] | None = None,
+    build: Callable[[Any, str], Any] | None = None,
+) -> Any:
+    """A documented field of the Config of a mixer or of a task.
+
+    Args:
+      default: the field's default.
+      doc: what it does, with units; `attnlab list NAME` prints it.
+      other: values that differ from the default and must make a difference; the battery of laws tries each of them.
+      least, above, below: bounds of a number: `least` and more, more than `above`, less than `below`. None, where the
+        field may be, passes.
+      choices: the strings that are allowed, or what gives them.
+      build: `(tree, path)` to the value, where a config node stands here; None: the value is of the annotated type.
+    """
+    metadata = {"doc": doc, "other": other, "least": least, "above": above, "below": below}
+    metadata["choices"] = choices
+    return dataclasses.field(default=default, metadata=metadata | ({"build": build} if build else {}))
+
+
+_BOUNDS = (("least", operator.ge, "{} or more"), ("above", operator.gt, "above {}"), ("below", operator.lt, "below {}"))
+
+
+def require_knobs(config: Any, prefix: str = "") -> None:
+    """Raises a ConfigError, whose key is `prefix` and the field, unless every knob is what by itself it may be."""
+    for field in dataclasses.fields(config):
+        value, facts, key = getattr(config, field.name), field.metadata, prefix + field.name
+        optional = "None" in str(field.type)
+        if value is None and optional:
+            continue
+        bounds = [(facts[name], holds, said) for name, holds, said in _BOUNDS if facts.get(name) is not None]
+        if bounds:
+            finite = not isinstance(value, float) or math.isfinite(value)
+            allowed = ", ".join(said.format(bound) for bound, _, said in bounds) + ", or none" * optional
+            inside = finite and all(holds(value, bound) for bound, holds, _ in bounds)
+            require(inside, key, value, allowed)
+        if (choices := facts.get("choices")) is not None:
+            require_choice(key, value, list(choices() if callable(choices) else choices))
 
 
 # --- trees to dataclasses ---------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ ROOMS = (
     ("diagnose", "interchange", "launch"),
     ("train",),
     ("evaluate",),
-    ("models",),
+    ("models", "tasks"),
     ("mixers",),
     ("policies",),
     ("ops",),

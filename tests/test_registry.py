@@ -4,11 +4,11 @@ import pytest
 from flax import nnx
 
 from attnlab.data.base import Data
-from attnlab.data.task import Task, TaskConfig
 from attnlab.mixers.base import Mixer
 from attnlab.mixers.heads import HeadConfig, HeadMixer
 from attnlab.models.objective import Objective
 from attnlab.registry import Registry
+from attnlab.tasks.base import Task, TaskConfig
 
 
 class Config:
@@ -22,7 +22,7 @@ class Config:
         (HeadMixer, HeadConfig, "flops, heads"),
         (Objective, Config, "__init__, batch_spec, cost, evaluate, loss, summarize"),
         (Data, Config, "describe, heldout, training"),
-        (Task, TaskConfig, "baselines, example, seen, Config.batch_spec, Config.length"),
+        (Task, TaskConfig, "example, facts, Config.batch_spec, Config.fitting, Config.length"),
     ],
 )
 def test_what_a_class_leaves_out_is_said_when_it_is_registered(base, config, missing):

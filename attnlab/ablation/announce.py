@@ -71,7 +71,7 @@ def announce(config: PlanConfig, cells: list[Cell], workdir: pathlib.Path, say: 
 def solve(config: PlanConfig, cells: list[Cell], say: Callable[[str], None]) -> dict[str, Any]:
     """What plan.json holds besides the hash."""
     seconds = None
-    if config.equal.what == "seconds":
+    if "seconds" in (config.equal.what, *config.equal.tasks.values()):
         say(f"timing {calibrate.STEPS} steps of each arm, in turns")
         seconds = calibrate.step_seconds(cells)
     solved = equal.solve(config, cells, seconds)
@@ -158,10 +158,8 @@ def evaluated(cell: Cell) -> list[str]:
     data = open_data(run)
     program = Program.of(run)
     micro = data.resized(run.data.batch // run.train.accumulate)
-    batch = {
-        name: jax.ShapeDtypeStruct((micro.config.batch, *field.shape), field.dtype)
-        for name, field in program.batch_spec.items()
-    }
+    rows = micro.config.batch
+    batch = {k: jax.ShapeDtypeStruct((rows, *s.shape[1:]), s.dtype) for k, s in program.batch.items()}
     sums = jax.eval_shape(program.eval_step, program.model.pure_shapes, batch)
     ones = {name: np.ones(value.shape) for name, value in sums.items()}
     facts = micro.heldout(batches=run.train.eval_batches or None).facts()

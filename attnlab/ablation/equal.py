@@ -94,17 +94,18 @@ def solve(plan: PlanConfig, cells: list[Cell], step_seconds: Mapping[str, float]
     seconds = step_seconds or {}
     for cell in cells:
         first = next(c for c in cells if c.arm == plan.first and c.task == cell.task)
-        target = amount(first, plan.equal, seconds.get(first.name, 0.0))
+        what = plan.equal.on(cell.task)
+        target = amount(first, what, seconds.get(first.name, 0.0))
         if not target:
             raise ConfigError(
-                f"equal.what = {plan.equal.what!r}: the baseline {plan.first!r} has none; take another baseline"
+                f"equal.what = {what.what!r}: the baseline {plan.first!r} has none; take another baseline"
             )
         solved[cell.name] = _equalised(plan, cell, first, target, seconds.get(cell.name, 0.0))
     return solved
 
 
 def _equalised(plan: PlanConfig, cell: Cell, first: Cell, target: float, step_seconds: float) -> Solved:
-    equal = plan.equal
+    equal = plan.equal.on(cell.task)
     residual = lambda c: 100 * (amount(c, equal, step_seconds) / target - 1)
     if cell is first or residual(cell) == 0:
         return Solved(cell, {}, 0.0)

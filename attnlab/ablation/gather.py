@@ -97,11 +97,20 @@ def _plan(plan: Announced, now: Schedule, workdir: pathlib.Path) -> results_lib.
         stopping=stopping(config.looks),
         hash=plan.hash,
         margins={name: m.margin for name, m in config.metrics.items() if m.margin is not None},
-        equal=results_lib.Equal(config.equal.what, residual, list(held["notes"])),
+        equal=results_lib.Equal(config.equal.on(next(iter(config.tasks))).what, residual, _equal_notes(plan)),
         tuning=tuned,
         paired=len({cell.seed_offset for cell in plan.cells}) == 1,
         created=plan.tree["created"],
     )
+
+
+def _equal_notes(plan: Announced) -> list[str]:
+    """What shrank, and what was held equal on the tasks after the first, with the largest residual there."""
+    held, notes = plan.tree["solved"], list(plan.tree["solved"]["notes"])
+    for task in list(plan.config.tasks)[1:]:
+        off = max((held["residual"][c.name] for c in plan.cells if c.task == task), key=abs)
+        notes.append(f"on {task}: {plan.config.equal.on(task).what}, at most {off:+.2f} % off")
+    return notes
 
 
 def _arm(plan: Announced, arm: str, now: Schedule, workdir: pathlib.Path) -> results_lib.Arm:

@@ -58,6 +58,7 @@ class Equal:
       multiple: values of the knob are multiples of it; train.steps may be any number.
       tolerance: per cent by which an arm may miss the baseline's.
       length: positions at which state_bytes is counted; none: data.length.
+      tasks: by task, what is held equal there where it is something else; its knob is then the usual one.
     """
 
     what: str = "steps"
@@ -66,9 +67,12 @@ class Equal:
     multiple: int = 8
     tolerance: float = 1.0
     length: int | None = None
+    tasks: dict = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         config_lib.require_choice("what", self.what, EQUAL)
+        for task, what in self.tasks.items():
+            config_lib.require_choice(f"tasks.{task}", what, EQUAL)
         config_lib.require(self.multiple >= 1, "multiple", self.multiple, "1 or more")
         config_lib.require(0 < self.tolerance < 100, "tolerance", self.tolerance, "above 0, below 100 (per cent)")
         config_lib.require(self.length is None or self.length >= 1, "length", self.length, "1 or more, or none")
@@ -76,6 +80,11 @@ class Equal:
         needed = "train.steps, or none" if timed else "none" if self.what == "steps" else "a key of the config, or none"
         good = self.knob is None or self.what not in ("steps", "tokens", "seconds") or (timed and self.knob == _STEPS)
         config_lib.require(good, "knob", self.knob, f"{needed} where what = {self.what!r}")
+
+    def on(self, task: str) -> Equal:
+        """What is held equal on a task."""
+        what = self.tasks.get(task, self.what)
+        return self if what == self.what else dataclasses.replace(self, what=what, knob=None, knobs={}, tasks={})
 
     def knob_of(self, arm: str) -> str:
         """The key that is solved for in an arm."""
@@ -193,6 +202,8 @@ class PlanConfig:
                 need(task in self.tasks and "/" in name, "metrics", name, f"TASK/METRIC of {', '.join(self.tasks)}")
         for name in self.equal.knobs:
             config_lib.require_choice("equal.knobs", name, list(self.arms))
+        for name in self.equal.tasks:
+            config_lib.require_choice("equal.tasks", name, list(self.tasks))
 
     @property
     def first(self) -> str:

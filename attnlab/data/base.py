@@ -42,6 +42,9 @@ class Training(Protocol):
 class Heldout(Protocol):
     """Held-out batches in order; every iteration starts anew."""
 
+    def __len__(self) -> int:
+        """Batches."""
+
     def __iter__(self) -> Iterator[Arrays]:
         """This process's rows of each batch."""
 
@@ -54,7 +57,8 @@ class Data:
 
     Attributes:
       Config: a frozen dataclass with `batch` (rows a step), `length` (positions a row; a field or a property),
-        `batch_spec()`, and in `free` the names of fields that change no batch.
+        `batch_spec()`, `longer(multiple)` (the same data in rows of so many times the length), and in `free` the names
+        of fields that change no batch.
       name: the registered name.
       names_other: fields of the config that name other data than a model was trained on.
       tokenizer: of text; None where there is none.
@@ -90,6 +94,10 @@ class Data:
     @abc.abstractmethod
     def heldout(self, *, batches: int | None = None, rows: Sequence[int] | None = None) -> Heldout:
         """The held-out batches of one process: all, or the first `batches`."""
+
+    def references(self) -> dict[str, float]:
+        """Figures that no model changes (what guessing scores), which metrics.jsonl has once, at step 1."""
+        return {}
 
     @abc.abstractmethod
     def describe(self, summary: Mapping[str, Any]) -> str:

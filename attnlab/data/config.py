@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
-from attnlab.batch import Field, Spec
+from attnlab.batch import NEXT, Field, Spec
 from attnlab.config import show
 from attnlab.data.files import split_globs
 from attnlab.errors import ConfigError
@@ -80,7 +80,13 @@ class DataConfig:
 
     def batch_spec(self) -> Spec:
         """The arrays of a batch, whatever the tokenizer."""
-        return dict.fromkeys(("tokens", "targets", "segments", "positions"), Field((self.length,), "int32", ("seq",)))
+        plain = Field((self.length,), "int32", ("seq",))
+        targets = dataclasses.replace(plain, about=NEXT)
+        return {"tokens": plain, "targets": targets, "segments": plain, "positions": plain}
+
+    def longer(self, multiple: int) -> DataConfig:
+        """The same text in rows of `multiple` times the length."""
+        return dataclasses.replace(self, length=multiple * self.length)
 
     @property
     def kind(self) -> str:

@@ -13,8 +13,7 @@ import abc
 import dataclasses
 import inspect
 import math
-import operator
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -22,6 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnlab import config as config_lib
+from attnlab.config import knob
 from attnlab.errors import UnsupportedPattern
 from attnlab.mixers import roles
 from attnlab.mixers.sequence import Context, Sequence
@@ -86,39 +86,9 @@ class Cost:
         return sum(self.flops.values())
 
 
-def knob(
-    default: Any,
-    doc: str,
-    *,
-    other: tuple[Any, ...] = (),
-    least: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    choices: Collection[str] | Callable[[], Collection[str]] | None = None,
-    build: Callable[[Any, str], Any] | None = None,
-) -> Any:
-    """A documented field of a mixer's Config.
-
-    Args:
-      default: the field's default.
-      doc: what it does, with units; `attnlab list NAME` prints it.
-      other: values that differ from the default and must make a difference; the contract battery tries each of them.
-      least, above, below: bounds of a number: `least` and more, more than `above`, less than `below`. None, where the
-        field may be, passes.
-      choices: the strings that are allowed, or what gives them.
-      build: `(tree, path)` to the value, where a config node stands here; None: the value is of the annotated type.
-    """
-    metadata = {"doc": doc, "other": other, "least": least, "above": above, "below": below}
-    metadata["choices"] = choices
-    return dataclasses.field(default=default, metadata=metadata | ({"build": build} if build else {}))
-
-
 def impl_knob(op: Op, *, default: str = "auto", doc: str = "implementation of the op") -> Any:
     """The knob `impl` of a mixer: one of the op's names, also of those that enter its table later."""
     return knob(default, f"{doc}: {', '.join(op.names())}", other=("definition",), choices=op.names)
-
-
-_BOUNDS = (("least", operator.ge, "{} or more"), ("above", operator.gt, "above {}"), ("below", operator.lt, "below {}"))
 
 
 class MixerConfig:
@@ -131,19 +101,7 @@ class MixerConfig:
     causal: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value, facts = getattr(self, field.name), field.metadata
-            optional = "None" in str(field.type)
-            if value is None and optional:
-                continue
-            bounds = [(facts[name], holds, said) for name, holds, said in _BOUNDS if facts.get(name) is not None]
-            if bounds:
-                finite = not isinstance(value, float) or math.isfinite(value)
-                allowed = ", ".join(said.format(bound) for bound, _, said in bounds) + ", or none" * optional
-                inside = finite and all(holds(value, bound) for bound, holds, _ in bounds)
-                config_lib.require(inside, field.name, value, allowed)
-            if (choices := facts.get("choices")) is not None:
-                config_lib.require_choice(field.name, value, list(choices() if callable(choices) else choices))
+        config_lib.require_knobs(self)
 
 
 class Mixer(nnx.Module):

@@ -41,10 +41,10 @@ def model_cost(config: Any, length: int) -> ModelCost:
 def stack_cost(config: StackConfig, length: int) -> ModelCost:
     """Costs of a model's stack of blocks."""
     repeats, letters = config.layers // len(config.blocks), "".join(config.blocks)
-    mlp = 3 * config.width * config.hidden
-    parameters = config.layers * (mlp + config.width) + repeats * len(letters) * config.width
+    mlp, has_mlp = 3 * config.width * config.hidden, config.hidden > 0
+    parameters = config.layers * (mlp + has_mlp * config.width) + repeats * len(letters) * config.width
     gated = [letter for block in config.blocks for letter in block if letter in config.gated]
-    parameters += repeats * (len(gated) + sum(set(block) <= set(config.gated) for block in config.blocks))
+    parameters += repeats * (len(gated) + has_mlp * sum(set(block) <= set(config.gated) for block in config.blocks))
     flops = {"mlp": 2.0 * config.layers * mlp}
     state_bytes = 0
     for letter in letters:

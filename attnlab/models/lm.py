@@ -19,8 +19,9 @@ from attnlab.mixers.roles import Role, drawn, normal
 from attnlab.models.cost import ModelCost, stack_cost
 from attnlab.models.objective import Batch, Objective, Sums, register
 from attnlab.models.perplexity import Perplexity
+from attnlab.models.scores import Scores, sums_of_scores
 from attnlab.models.transformer import StackConfig, Transformer, extend
-from attnlab.ops.cross_entropy import cross_entropy
+from attnlab.ops.cross_entropy import cross_entropy, likeliest
 from attnlab.ops.linear import project
 from attnlab.parallel import partition
 
@@ -62,22 +63,32 @@ class LanguageModel(Objective):
     def __init__(self, config: LanguageModelConfig, *, rngs: nnx.Rngs):
         self.config = config
         dtype = config.compute_dtype
-        args = ((config.vocab, config.width), param_dtype(dtype), config.width**-0.5)
-        self.embedding = drawn(rngs, normal, *args, axes=("vocab", "embed"), role=Role.EMBEDDING)
+        self.embedding = self.make_embedding(config, rngs)
         self.transformer = Transformer(config, rngs=rngs)
         self.norm = RMSNorm(config.width, ("embed",), dtype=dtype, epsilon=config.norm_epsilon)
         if not config.tied:
             axes = ("embed", "vocab")
             self.head = Linear(config.width, config.vocab, axes, rngs=rngs, dtype=dtype, role=Role.OUTPUT)
 
+    @staticmethod
+    def make_embedding(config: Any, rngs: nnx.Rngs) -> Any:
+        """What `embedded` reads."""
+        args = ((config.vocab, config.width), param_dtype(config.compute_dtype), config.width**-0.5)
+        return drawn(rngs, normal, *args, axes=("vocab", "embed"), role=Role.EMBEDDING)
+
     @classmethod
     def batch_spec(cls, config: LanguageModelConfig, length: int) -> batch_lib.Spec:
+        """`weights` say what counts; without them everything does but padding. `slices`: see `Scores`."""
         plain = batch_lib.Field((length,), "int32", ("seq",))
         ids = dataclasses.replace(plain, ids=config.vocab, said="model.vocab")
-        return {"tokens": ids, "targets": ids, "segments": plain, "positions": plain}
+        targets = dataclasses.replace(ids, about=batch_lib.NEXT)
+        weights = batch_lib.Field((length,), "float32", ("seq",), optional=True)
+        slices = batch_lib.Field((length, None), "int8", ("seq", None), optional=True)
+        arrays = {"tokens": ids, "targets": targets, "segments": plain, "positions": plain}
+        return arrays | {"weights": weights, "slices": slices}
 
     def loss(self, batch: Batch, key: jax.Array | None, options: Mapping[str, Any]) -> Sums:
-        """Cross-entropy, a mean over tokens.
+        """Cross-entropy, a mean over tokens by their weights.
 
         Options: `z_loss`, coefficient of the mean squared log-partition (Chowdhery et al. 2022, PaLM, section 5), and
         `loss_chunk`, columns of the vocabulary held at a time.
@@ -86,17 +97,25 @@ class LanguageModel(Objective):
         losses = {"loss": jnp.sum(nll)}
         if options["z_loss"]:
             losses["z_loss"] = options["z_loss"] * jnp.sum(lse * lse)
-        return Sums.of(losses, out, weight=jnp.sum(batch["segments"] > 0).astype(nll.dtype))
+        tokens = jnp.sum(batch["segments"] > 0).astype(nll.dtype)
+        return Sums.of(losses, out, weight=jnp.sum(self.weights(batch)), tokens=tokens)
 
     def evaluate(self, batch: Batch, options: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """`nll` [T] by position in the row's document, and `tokens` [T]."""
-        nll, _, _ = self.token_losses(batch, chunk=options["loss_chunk"])
-        used = batch["segments"] > 0
+        """`nll` and `tokens` [T] by position in the row's document; with weights, also what `Scores` is made of."""
+        nll, _, out = self.token_losses(batch, chunk=options["loss_chunk"])
+        weights = self.weights(batch)
         by_position = lambda values: jnp.zeros((nll.shape[1],), nll.dtype).at[batch["positions"]].add(values)
-        return {"nll": by_position(nll), "tokens": by_position(used.astype(nll.dtype))}
+        sums = {"nll": by_position(nll), "tokens": by_position(weights)}
+        if "weights" not in batch:
+            return sums
+        right = likeliest(out.y, self.output_kernel(), options["loss_chunk"]) == batch["targets"]
+        sums |= sums_of_scores(nll, weights, right, batch.get("slices"))
+        return sums | {"correct": by_position(right * weights)}
 
     @classmethod
-    def summarize(cls, sums: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> Perplexity:
+    def summarize(cls, sums: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> Perplexity | Scores:
+        if "correct" in sums:
+            return Scores(dict(sums), facts)
         return Perplexity(sums["nll"], sums["tokens"], facts["bytes"])
 
     @classmethod
@@ -108,26 +127,41 @@ class LanguageModel(Objective):
 
     def hidden(self, tokens_BT: jax.Array, seq: mixers.Sequence, key: jax.Array | None = None) -> mixers.MixerOutput:
         """Normalised final hidden states [B, T, D] of whole sequences; `key` turns dropout on."""
-        out = self.transformer(self.embed(tokens_BT), seq, key)
+        return self.encoded(self.embed(tokens_BT), seq, key)
+
+    def encoded(self, x: jax.Array, seq: mixers.Sequence, key: jax.Array | None) -> mixers.MixerOutput:
+        """`hidden` of what goes into the stack, x [B, T, D]."""
+        out = self.transformer(x, seq, key)
         return mixers.MixerOutput(self.norm(out.y), losses=out.losses, metrics=out.metrics)
 
+    def embedded(self, batch: Batch) -> jax.Array:
+        """[B, T, D], what goes into the stack."""
+        return self.embed(batch["tokens"])
+
+    def sequence(self, batch: Batch) -> mixers.Sequence:
+        """Where its positions stand, and the contexts that they read."""
+        return mixers.Sequence(batch["positions"], batch["segments"])
+
+    def weights(self, batch: Batch) -> jax.Array:
+        """[B, T], how much each position counts."""
+        used = (batch["segments"] > 0).astype(param_dtype(self.config.compute_dtype))
+        return used * batch["weights"] if "weights" in batch else used
+
     def token_losses(
-        self, batch: dict[str, jax.Array], key: jax.Array | None = None, *, chunk: int = 8192
+        self, batch: Batch, key: jax.Array | None = None, *, chunk: int = 8192
     ) -> tuple[jax.Array, jax.Array, mixers.MixerOutput]:
         """Losses of a batch of packed documents.
 
         Args:
-          batch: `tokens`, `targets`, `segments`, `positions`, each [B, T] int32; segment 0 is padding.
+          batch: arrays of `batch_spec`; segment 0 is padding.
           key: turns dropout on.
           chunk: columns of the vocabulary held at a time.
 
         Returns:
-          nll_BT in nats, lse_BT (both 0 on padding), and the output of `hidden`.
+          nll_BT in nats, lse_BT (both by their weights: 0 on padding), and the output of `hidden`.
         """
-        seq = mixers.Sequence(batch["positions"], batch["segments"])
-        out = self.hidden(batch["tokens"], seq, key)
-        shape = batch["tokens"].shape
-        weights = (batch["segments"] > 0).astype(param_dtype(self.config.compute_dtype))
+        out = self.encoded(self.embedded(batch), self.sequence(batch), key)
+        shape, weights = batch["targets"].shape, self.weights(batch)
         # One axis of rows, unless both are split over devices: that could not be told of one.
         rows = shape if partition.ways("seq") > 1 else (-1,)
         nll, lse = cross_entropy(

@@ -50,7 +50,7 @@ class StackConfig:
       mixers: letter to mixer node.
       pattern: which mixer sits in which block, one period of it; `S+X` is one block of both, one after the other.
       gated: letters whose sublayers come in through a learned gate, closed at first.
-      mlp_width: hidden width of the SwiGLU; none: 8/3 D, rounded up to a multiple of 64.
+      mlp_width: hidden width of the SwiGLU; none: 8/3 D, rounded up to a multiple of 64; 0: blocks have no SwiGLU.
       dtype: of activations and products; parameters are fp32 (float64 is for tests).
       remat: which activations backward keeps: none (all), attention, minimal, full.
       unroll: periods that one iteration of the scan over layers runs; 0: all of them on CPU, 1 elsewhere.
@@ -60,6 +60,7 @@ class StackConfig:
 
     node_name: ClassVar[str]
     context_names: ClassVar[tuple[str, ...]] = ()  # of the contexts that a model of this kind gives its stack
+    causal: ClassVar[bool] = True  # whether a position sees only itself and those before; so must every mixer
     # Where and how it is computed: its numbers change by rounding only.
     placement: ClassVar[tuple[str, ...]] = ("remat", "unroll")
 
@@ -97,7 +98,7 @@ class StackConfig:
         count = len(self.blocks)
         allowed = f"multiples of the blocks of model.pattern {self.pattern!r} ({count})"
         need(self.layers % count == 0, "model.layers", self.layers, allowed)
-        need(self.mlp_width is None or self.mlp_width >= 1, "model.mlp_width", self.mlp_width, "1 or more, or none")
+        need(self.mlp_width is None or self.mlp_width >= 0, "model.mlp_width", self.mlp_width, "0 or more, or none")
         choice("model.dtype", self.dtype, list(DTYPES))
         choice("model.remat", self.remat, list(REMAT))
         need(self.unroll >= 0, "model.unroll", self.unroll, "0 or more")
@@ -105,7 +106,7 @@ class StackConfig:
         need(self.norm_epsilon > 0, "model.norm_epsilon", self.norm_epsilon, "above 0")
         for letter, mixer in self.mixers.items():
             where = f"model.mixers.{letter}"
-            need(mixer.causal, f"{where}.causal", mixer.causal, f"true in {self.described}")
+            self._require_direction(mixer, where)
             source, given = getattr(mixer, "source", None), ", ".join(self.context_names)
             allowed = f"{given}, or none" if given else f"none: {self.described} has no contexts"
             need(source is None or source in self.context_names, f"{where}.source", source, allowed)
@@ -113,6 +114,18 @@ class StackConfig:
                 nnx.eval_shape(lambda m=mixer: mixers.build(m, width=self.width, rngs=nnx.Rngs(0)))
             except ConfigError as error:
                 raise ConfigError(f"in {where} (model.width = {self.width}): {error}") from None
+
+    def _require_direction(self, mixer: Any, where: str) -> None:
+        if not self.causal and not mixers.get(mixer.node_name).capabilities.bidirectional:
+            able = [name for name in mixers.names() if mixers.get(name).capabilities.bidirectional]
+            raise ConfigError(
+                f"{where}.name = {mixer.node_name!r} lets a position see none after it, which {self.described} needs; "
+                f"allowed: {', '.join(able)}"
+            )
+        wanted = str(self.causal).lower()
+        config_lib.require(
+            mixer.causal == self.causal, f"{where}.causal", mixer.causal, f"{wanted} in {self.described}"
+        )
 
     @property
     def blocks(self) -> tuple[str, ...]:
@@ -147,8 +160,8 @@ class StackConfig:
 
     @property
     def hidden(self) -> int:
-        """Hidden width of the SwiGLU."""
-        return self.mlp_width or -(-8 * self.width // (3 * 64)) * 64
+        """Hidden width of the SwiGLU; 0: there is none."""
+        return -(-8 * self.width // (3 * 64)) * 64 if self.mlp_width is None else self.mlp_width
 
     @property
     def compute_dtype(self) -> Any:
@@ -211,7 +224,7 @@ class Sublayer(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Sublayers one after the other: the mixers of a block of the pattern, then a SwiGLU."""
+    """Sublayers one after the other: the mixers of a block of the pattern, then a SwiGLU if the config has one."""
 
     def __init__(self, config: StackConfig, letters: str, *, rngs: nnx.Rngs):
         make = functools.partial(Sublayer, config, rngs=rngs)
@@ -219,7 +232,8 @@ class Block(nnx.Module):
         sublayers = [make(mixer(letter), gated=letter in config.gated) for letter in letters]
         # The MLP belongs to what is gated where nothing else is in the block.
         mlp = functools.partial(SwiGLU, config.width, config.hidden)
-        sublayers.append(make(mlp, gated=set(letters) <= set(config.gated)))
+        if config.hidden:
+            sublayers.append(make(mlp, gated=set(letters) <= set(config.gated)))
         self.sublayers = nnx.List(sublayers)
 
     def __call__(

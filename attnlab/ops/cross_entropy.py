@@ -79,3 +79,15 @@ def _backward(chunk, residuals, cotangents):
 
 
 cross_entropy.defvjp(_forward, _backward)
+
+
+def likeliest(hidden_ND: jax.Array, kernel_DV: jax.Array, chunk: int = 8192) -> jax.Array:
+    """int32 [N], the column of the largest logit of `hidden @ kernel`, the first of equal ones; arguments as above."""
+    best = jnp.full(hidden_ND.shape[:-1], -jnp.inf, jnp.promote_types(hidden_ND.dtype, jnp.float32))
+    column = jnp.zeros(best.shape, jnp.int32)
+    for lo, hi in _chunks(kernel_DV.shape[1], chunk):
+        logits = _logits(hidden_ND, kernel_DV[:, lo:hi])
+        highest = jnp.max(logits, axis=-1)
+        column = jnp.where(highest > best, lo + jnp.argmax(logits, axis=-1).astype(jnp.int32), column)
+        best = jnp.maximum(best, highest)
+    return column

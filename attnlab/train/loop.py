@@ -285,6 +285,8 @@ class _Run:
             "mfu": rate * self._flops_per_token / self._peak if rate and self._peak else None,
             **values,
         }
+        if step == 1:
+            record |= self.data.references()
         evaluation = None
         if evaluating:
             eval_step = lambda batch: self.program.eval_step(self.state.params, batch)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -115,11 +116,12 @@ class Program:
 
     @functools.cached_property
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """ShapeDtypeStructs of a step's batch, with their shardings."""
-        one = lambda field: jax.ShapeDtypeStruct(
-            (self.config.data.batch, *field.shape), field.dtype, sharding=sharding.batch_sharding(self.mesh, field.axes)
+        """ShapeDtypeStructs of a step's batch, as the data yields it, with their shardings."""
+        placed = lambda name: sharding.batch_sharding(self.mesh, self.batch_spec[name].axes)
+        one = lambda name, field: jax.ShapeDtypeStruct(
+            (self.config.data.batch, *field.shape), field.dtype, sharding=placed(name)
         )
-        return {name: one(field) for name, field in self.batch_spec.items()}
+        return {name: one(name, field) for name, field in self.config.data.batch_spec().items()}
 
     @functools.cached_property
     def init(self) -> Callable[[int], TrainState]:
@@ -136,6 +138,11 @@ class Program:
     def eval_step(self) -> Any:
         """`eval_step(params, batch) -> sums`, jitted."""
         return jax.jit(make_eval_step(self.model, self.config.train, self.mesh))
+
+    @property
+    def rows_ways(self) -> int:
+        """Over how many devices the rows of a batch are split."""
+        return math.prod(self.mesh.shape[axis] for axis in sharding.BATCH_AXES)
 
     def put(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
         """A batch on the devices, from this process's rows of it (`rows`)."""

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import logging
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from attnlab import config as config_lib
@@ -119,6 +120,34 @@ def evaluate_heldout(trained: Trained, batches: int | None = None) -> tuple[mode
     placed = (program.put(batch) for batch in heldout)
     step = lambda batch: program.eval_step(trained.params, batch)
     return evaluate(program.model.objective, step, placed, heldout.facts()), notes
+
+
+def evaluate_lengths(
+    trained: Trained, multiples: Sequence[int], batches: int | None = None
+) -> list[tuple[int, int, models.Figures]]:
+    """Figures at multiples of `data.length`, each with that length: memory does not grow where a state is fixed.
+
+    A batch has as many positions at each, so fewer rows of longer ones, and each is evaluated on as many batches.
+
+    Args:
+      multiples: of the length.
+      batches: held-out batches at each; None: as many as hold all rows of the plain length.
+
+    Raises:
+      UserError: the data has no such rows, or the mesh does not divide a batch of one row.
+    """
+    c, ways, found = trained.config, trained.program.rows_ways, []
+    rows = c.data.batch // c.train.accumulate
+    for multiple in multiples:
+        batch = max(1, rows // (multiple * ways)) * ways
+        data = dataclasses.replace(c.data.longer(multiple), batch=batch)
+        config = dataclasses.replace(c, data=data, train=dataclasses.replace(c.train, accumulate=1))
+        at = dataclasses.replace(trained, config=config, program=Program.of(config), data=open_data(config))
+        held = at.data.heldout(batches=batches)
+        plain = len(trained.data.resized(rows).heldout(batches=batches))
+        figures, _ = evaluate_heldout(at, min(plain, len(held)))
+        found.append((multiple, data.length, figures))
+    return found
 
 
 def beyond(trained: Trained, length: int) -> list[str]:

@@ -17,7 +17,7 @@ import pytest
 
 from attnlab import config as config_lib
 from attnlab import data as data_lib
-from attnlab import mixers
+from attnlab import mixers, tasks
 from attnlab.errors import ConfigError
 from attnlab.models.cost import model_cost
 from attnlab.train import restore
@@ -173,7 +173,7 @@ def test_cost_and_tokenizer(attnlab, tmp_path):
         ({"data": {"source": "stdlib"}}, "data.name = 'text' yields .*tokens int32"),
         ({"train__z_loss": 0.1}, "train.z_loss = 0.1 .*allowed: 0.0 where model.name = 'regression'"),
         ({"model__name": "regresion"}, "model.name = 'regresion' is unknown .*'regression'.*allowed: lm, regression"),
-        ({"data__name": "icl"}, "data.name = 'icl' is unknown.* allowed: icl_regression, text"),
+        ({"data__name": "icl"}, "data.name = 'icl' is unknown.* allowed: common_words, .*text"),
         ({"data__nose": 1}, "unknown key 'data.nose'.*'noise'"),
         ({"mesh__context": 3, "model__mixers": {"M": {"name": "agent", "form": "pooled"}}}, "mesh.context = 3"),
     ],
@@ -192,12 +192,12 @@ def test_every_mixer_takes_the_task(mixer):
 
 def test_the_trainer_names_no_kind():
     """Adding a kind of model or data edits nothing in train/ or launch/: what runs there mentions none."""
-    kinds = {"lm", "regression", "perplexity", "text", "icl_regression", "task", "tokenizers"}
+    kinds = {"lm", "regression", "perplexity", "text", "tokens", "tokenizers", *tasks.names()}
     for path in [*(runs.ROOT / "attnlab/train").glob("*.py"), *(runs.ROOT / "attnlab/launch").glob("*.py")]:
         tree_ = ast.parse(path.read_text())
         found = [node for node in ast.walk(tree_) if isinstance(node, (ast.Import, ast.ImportFrom))]
         modules = {f"{getattr(node, 'module', '')}.{alias.name}" for node in found for alias in node.names}
-        named = {m for m in modules for package in ("models", "data") if m.startswith(f"attnlab.{package}.")}
+        named = {m for m in modules for package in ("models", "data", "tasks") if m.startswith(f"attnlab.{package}.")}
         assert not {part for m in named for part in m.split(".")} & kinds, (path, named)
         attributes = {node.attr for node in ast.walk(tree_) if isinstance(node, ast.Attribute)}
         assert not attributes & {"vocab", "tokenizer", "token_losses", "bits_per_byte", "z_loss"} - known(path), path

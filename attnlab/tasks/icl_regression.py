@@ -8,64 +8,53 @@ Learn In-Context?) with the noise of Pan et al.'s ICL_linear. A position is a ve
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 
-from attnlab import batch as batch_lib
-from attnlab import config as config_lib
-from attnlab.data.base import Arrays, register
-from attnlab.data.streams import Stream
-from attnlab.data.task import Task, TaskConfig
+from attnlab.config import knob
+from attnlab.data.base import Arrays
+from attnlab.tasks.base import register
+from attnlab.tasks.regression import RegressionTask, RegressionTaskConfig
+from attnlab.tasks.streams import Stream
 
 
 @dataclasses.dataclass(frozen=True)
-class IclRegressionConfig(TaskConfig):
-    """In-context linear regression.
+class IclRegressionConfig(RegressionTaskConfig):
+    """In-context linear regression."""
 
-    Attributes:
-      d: numbers of an x.
-      examples: before the last query, L.
-      noise: variance of what is added to every y.
-      rho: correlation of neighbours in x; 0: none.
-      queries: `last` asks once, after all examples (T = L + 1), as published; `every` asks for every y before it is
-        told, too (T = 2 L + 2), which gives the error for each number of examples.
-    """
+    length_field: ClassVar[str] = "examples"
 
-    d: int = 5
-    examples: int = 40
-    noise: float = 0.1
-    rho: float = 0.0
-    queries: str = "every"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        need = config_lib.require
-        need(self.d >= 1, "data.d", self.d, "1 or more")
-        need(self.examples >= 1, "data.examples", self.examples, "1 or more")
-        need(self.noise >= 0, "data.noise", self.noise, "0 or more")
-        need(-1 < self.rho < 1, "data.rho", self.rho, "above -1, below 1")
-        config_lib.require_choice("data.queries", self.queries, ["every", "last"])
+    d: int = knob(5, "numbers of an x", other=(4,), least=1)
+    examples: int = knob(40, "before the last query, L", other=(10,), least=1)
+    noise: float = knob(0.1, "variance of what is added to every y", other=(0.2, 0.0), least=0)
+    rho: float = knob(0.0, "correlation of neighbours in x; 0: none", other=(0.3,), above=-1, below=1)
+    queries: str = knob(
+        "every",
+        "last: asks once, after all examples (T = L + 1), as published; every: asks for every y before it is told, too "
+        "(T = 2 L + 2), which gives the error for each number of examples",
+        other=("last",),
+        choices=("every", "last"),
+    )
 
     @property
     def length(self) -> int:
         return 2 * self.examples + 2 if self.queries == "every" else self.examples + 1
 
-    def batch_spec(self) -> batch_lib.Spec:
-        return {
-            "inputs": batch_lib.Field((self.length, self.d + 1), "float32", ("seq", None)),
-            "targets": batch_lib.Field((self.length, 1), "float32", ("seq", None)),
-            "weights": batch_lib.Field((self.length,), "float32", ("seq",)),
-        }
+    @property
+    def widths(self) -> tuple[int, int]:
+        return self.d + 1, 1
 
 
 @register("icl_regression")
-class IclRegression(Task):
+class IclRegression(RegressionTask):
     """`inputs` [T, d + 1], `targets` [T, 1], `weights` [T]: 1 at queries, 0 elsewhere."""
 
     Config = IclRegressionConfig
-    names_other = ("d", "examples", "noise", "rho", "queries", "seed")
+    title = "linear regression on examples in the context"
+    source = "Garg et al. 2022, What Can Transformers Learn In-Context?, with the noise of Pan et al.'s ICL_linear"
 
-    def example(self, stream: Stream) -> Arrays:
+    def example(self, stream: Stream, split: str) -> Arrays:
         c = self.config
         w = stream.normal(c.d) / np.sqrt(c.d)
         x, steps = stream.normal(c.examples + 1, c.d), np.sqrt(1 - c.rho**2)
@@ -92,6 +81,12 @@ class IclRegression(Task):
     def seen(self) -> np.ndarray:
         place = np.arange(self.config.length)
         return place // 2 if self.config.queries == "every" else place
+
+    def corrupt(self, row: Arrays, stream: Stream) -> Arrays:
+        """Every y that is told has the other sign."""
+        inputs = row["inputs"].copy()
+        inputs[:, -1] *= -1
+        return {**row, "inputs": inputs}
 
     def baselines(self, rows: Arrays) -> dict[str, np.ndarray]:
         """`zero`; `bayes`: the mean of y given the examples before it, ridge regression with penalty noise * d."""

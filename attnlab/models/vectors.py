@@ -1,0 +1,67 @@
+"""The language model of vectors: a linear map in place of the table of embeddings."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from attnlab import batch as batch_lib
+from attnlab import config as config_lib
+from attnlab.mixers.parts import Linear
+from attnlab.mixers.roles import Role
+from attnlab.models.cost import ModelCost, stack_cost
+from attnlab.models.lm import LanguageModel, LanguageModelConfig
+from attnlab.models.objective import Batch, register
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VectorModelConfig(LanguageModelConfig):
+    """A stack between a linear map of vectors and logits over classes (`vocab` of them).
+
+    Attributes:
+      inputs: numbers of a position's input.
+    """
+
+    inputs: int
+
+    def __post_init__(self) -> None:
+        config_lib.require(self.inputs >= 1, "model.inputs", self.inputs, "1 or more")
+        config_lib.require(not self.tied, "model.tied", self.tied, "false where inputs are vectors")
+        super().__post_init__()
+
+    @property
+    def described(self) -> str:
+        return "a causal model of vectors"
+
+
+@register("vectors")
+class VectorModel(LanguageModel):
+    """Linear map, transformer, norm, output projection; what comes next is one of `vocab` classes."""
+
+    Config = VectorModelConfig
+    decodes = False
+
+    @staticmethod
+    def make_embedding(config: VectorModelConfig, rngs: nnx.Rngs) -> Linear:
+        dtype = config.compute_dtype
+        return Linear(config.inputs, config.width, (None, "embed"), rngs=rngs, dtype=dtype, role=Role.EMBEDDING)
+
+    @classmethod
+    def batch_spec(cls, config: VectorModelConfig, length: int) -> Mapping[str, Any]:
+        spec = dict(super().batch_spec(config, length))
+        del spec["tokens"]
+        return {"inputs": batch_lib.Field((length, config.inputs), "float32", ("seq", None))} | spec
+
+    @classmethod
+    def cost(cls, config: VectorModelConfig, length: int) -> ModelCost:
+        stack = stack_cost(config, length)
+        embedding, head = config.inputs * config.width, config.vocab * config.width
+        flops = {"mlp": stack.flops["mlp"], "embedding": 2.0 * embedding, "head": 2.0 * head} | stack.flops
+        return ModelCost(stack.parameters + embedding + head + config.width, embedding, flops, stack.state_bytes)
+
+    def embedded(self, batch: Batch) -> jax.Array:
+        return self.embedding(batch["inputs"])
