@@ -153,14 +153,14 @@ def require_metrics(config: PlanConfig, cells: list[Cell]) -> None:
 
 
 def evaluated(cell: Cell) -> list[str]:
-    """Names of the figures of a cell's evaluations, from sums of ones; nothing is computed."""
+    """Names of the figures of a cell's evaluations, from a batch's shapes and sums of ones; nothing is computed."""
     run = cell.config()
     data = open_data(run)
     program = Program.of(run)
     micro = data.resized(run.data.batch // run.train.accumulate)
-    rows = micro.config.batch
-    batch = {k: jax.ShapeDtypeStruct((rows, *s.shape[1:]), s.dtype) for k, s in program.batch.items()}
+    heldout = micro.heldout(batches=1)
+    batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in next(iter(heldout)).items()}
     sums = jax.eval_shape(program.eval_step, program.model.pure_shapes, batch)
     ones = {name: np.ones(value.shape) for name, value in sums.items()}
-    facts = micro.heldout(batches=run.train.eval_batches or None).facts()
+    facts = heldout.facts()
     return sorted(program.model.objective.summarize(ones, facts).record())
