@@ -22,7 +22,8 @@ examples:
   attnlab eval --workdir runs/a                                      its held-out loss
   attnlab generate --workdir runs/a --prompt "def main("             continue a text
 
-`attnlab VERB --help` says the rest. Exit codes: 0 done, 1 a run failed, 2 something to change in the command.
+`attnlab VERB --help` says the rest. Exit codes: 0 done, 1 a run failed (3: some of a plan's),
+2 something to change in the command.
 """
 _OVERRIDES = """\
 overrides: --config.any.field=value, e.g. --config.train.steps=200 --config.model.mixers.M.window=64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 
@@ -11,7 +12,7 @@ from attnlab.ablation import announce, plan
 from attnlab.ablation.plan import PlanConfig
 from attnlab.errors import ConfigError, UserError
 from tests.ablation import plans
-from tests.train.runs import corpus
+from tests.train.runs import ROOT, corpus
 
 
 def cells(**changes):
@@ -100,3 +101,13 @@ def test_announced_once(tmp_path):
     with pytest.raises(ConfigError, match="did you mean 'heldout_loss'"):
         announce.announce(wrong, plan.cells(wrong), tmp_path / "new", told.append)
     assert not (tmp_path / "new").exists()
+
+
+def test_the_plan_of_the_docs(tmp_path):
+    """docs/ablations.md: its plan is one, and so are those of configs/ablations."""
+    (text,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/ablations.md").read_text(), re.M | re.S)
+    (tmp_path / "plan.py").write_text(text.replace("configs/lm.py", f"{ROOT}/configs/lm.py"))
+    for path in (tmp_path / "plan.py", *sorted((ROOT / "configs/ablations").rglob("*.py"))):
+        config, made = announce.load(str(path), [])
+        assert len(made) == len(config.arms) * len(config.tasks)
+    assert announce.load(str(tmp_path / "plan.py"), ["seeds=[4,5]"])[0].seeds == (4, 5)
