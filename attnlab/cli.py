@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import json
 import logging
 import os
 import pathlib
@@ -314,7 +315,10 @@ def _ablate(args: argparse.Namespace, overrides: list[str]) -> int:
         return 0 if found["holds"] else 1
     config, cells = announce.load(args.config, overrides)
     if not args.dry_run:
-        return runner.run_plan(config, cells, args.workdir, options, console)
+        code = runner.run_plan(config, cells, args.workdir, options, console)
+        if args.json and (results := args.workdir / "results.json").is_file():
+            output.write_json(json.loads(results.read_text(encoding="utf-8")))
+        return code
     processes = runner.processes(options, len(cells) * len(config.seeds))
     priced = price.price(config, cells, args.workdir, processes, output.note)
     if args.json:

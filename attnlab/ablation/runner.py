@@ -7,6 +7,7 @@ import dataclasses
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -133,7 +134,8 @@ class _Team:
             dataclasses.replace(part, cores=None if cores is None else _share(cores, i, count)) for i in range(count)
         ]
         self._running: dict[int, subprocess.Popen] = {}
-        self._left = _RESTARTS
+        self._left, self._told = _RESTARTS, False
+        self._logs = pathlib.Path(part.workdir) / "logs"
         self._signal: str | None = None
 
     def __enter__(self) -> _Team:
@@ -147,7 +149,7 @@ class _Team:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pass_on(signal.SIGTERM)
+        self._stop()
         for process in self._running.values():
             try:
                 process.wait(timeout=60)
@@ -162,7 +164,7 @@ class _Team:
         while self._running:
             time.sleep(_POLL)
             if self._signal is not None:
-                self._pass_on(signal.SIGTERM)
+                self._stop()
                 return self._signal
             for i, process in list(self._running.items()):
                 if (code := process.poll()) is not None:
@@ -174,21 +176,32 @@ class _Team:
         if code == 0:
             return
         if code == 2:
-            raise UserError("a process of the plan cannot go on; it has said why")
+            said = self._log(i).read_text(errors="replace").strip().splitlines()
+            raise UserError(f"a process of the plan cannot go on: {said[-1] if said else 'it said nothing'}")
         if self._left == 0:
             raise TrainingFailed(f"processes of the plan ended {_RESTARTS} times, the last with the exit code {code}")
         self._left -= 1
         self._start(i)  # what it was at is noted where it is taken up again
 
     def _start(self, i: int) -> None:
-        self._running[i] = subprocess.Popen(
-            worker.command(self._parts[i]), env=worker.environment(), stdin=subprocess.DEVNULL, start_new_session=True
-        )
+        self._logs.mkdir(exist_ok=True)
+        with self._log(i).open("ab") as log:
+            self._running[i] = subprocess.Popen(
+                worker.command(self._parts[i]), env=worker.environment(), start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            )  # fmt: skip
 
-    def _pass_on(self, number: int) -> None:
+    def _log(self, i: int) -> pathlib.Path:
+        return self._logs / f"{socket.gethostname()}-{i}.txt"
+
+    def _stop(self) -> None:
+        """Has all save and stop; once, as a second signal ends a run at once."""
+        if self._told:
+            return
+        self._told = True
         for process in self._running.values():
             with contextlib.suppress(ProcessLookupError):
-                process.send_signal(number)
+                process.send_signal(signal.SIGTERM)
 
     def _remember(self, number: int, _: Any) -> None:
         self._signal = self._signal or signal.Signals(number).name

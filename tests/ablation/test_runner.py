@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import io
 import json
 import os
 import signal
@@ -11,10 +12,12 @@ import sys
 import time
 
 import pytest
+import rich.console
 
 from attnlab import config as config_lib
-from attnlab.ablation import plan, schedule, worker
+from attnlab.ablation import announce, gather, plan, schedule, worker
 from attnlab.ablation.plan import PlanConfig
+from attnlab.ablation.progress import Live
 from attnlab.ablation.state import Log, View
 from attnlab.train.checkpoints import Checkpoints
 from tests.ablation import plans
@@ -58,6 +61,11 @@ def test_a_plan(tmp_path, attnlab, source):
     comparison = next(c for c in results["comparisons"] if c["arm"] == "wide")
     assert comparison["pairs"] == [0, 1] and comparison["margin"] == 0.1
     assert attnlab(*command)[0] == 3 and len(plans.events(work)) == len(found)
+    console = rich.console.Console(file=io.StringIO(), force_terminal=True, width=120)
+    with Live(announce.read(work), work, console):
+        pass
+    shown = {line.split()[0]: line for line in console.file.getvalue().splitlines() if line.strip()}
+    assert "2/2" in shown["wide"] and "heldout_loss" in shown["wide"] and "0/2" in shown["bad"]
     code, out, err = attnlab(*command[:-2], "--config.seeds=[0,2]")
     assert code == 2 and "holds another plan" in err
     assert attnlab(*command, "--retry-failed")[0] == 3
@@ -132,6 +140,19 @@ def test_looks_end_a_plan():
     assert len(goes_on.runs) == 16 and not goes_on.complete and asked == [4, 4]
 
 
+@pytest.mark.parametrize("far, decided", [(True, True), (False, False)])
+def test_a_look_at_real_losses(tmp_path, source, far, decided):
+    """Four seeds answer a question whose arms are far apart, by the comparisons of the report, and no other."""
+    config = config_lib.build(PlanConfig, plans.tree(source, seeds=list(range(8)), looks=[4, 8]))
+    made = announce.announce(config, plan.cells(config), tmp_path / "w", print)
+    noise = (0.1, -0.2, 0.3, -0.1)
+    loss = lambda r: 4.0 + 0.01 * r.seed + (r.cell.arm == "gate") * (noise[r.seed] - 3.0 * far)
+    log = Log(tmp_path / "w")
+    for run in schedule.schedule(config, made.cells, View({})).runs:
+        log.write("done", run.name, metrics={"heldout_loss": loss(run)}, tokens=1, seconds=1.0, device="cpu")
+    assert gather.answered(made, tmp_path / "w")(4, log.read()) == decided
+
+
 def test_slices_take_every_run_once():
     """Whatever their number, each run is of one slice, by its name alone."""
     config, cells = cells_of(seeds=list(range(20)))
@@ -158,7 +179,10 @@ def test_a_run_that_ends_its_process_is_not_tried_for_ever(tmp_path):
 
 @pytest.mark.slow
 def test_killed_twice(tmp_path, source):
-    """Killed with SIGKILL, all processes, twice, a plan gives an unbroken one's curves bitwise, each run done once."""
+    """Killed with SIGKILL, all processes, twice, and stopped once, a plan gives an unbroken one's curves bitwise.
+
+    No run is done twice.
+    """
     tree = plans.tree(source)
     tree["base"]["train"] |= {"steps": 200, "save_every": 20, "log_every": 20, "eval_every": 100}
     path = plans.write(tmp_path / "plan.py", tree)
@@ -168,10 +192,14 @@ def test_killed_twice(tmp_path, source):
     done = subprocess.run(command(whole), cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     log = Log(broken)
-    for _ in range(2):
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
         process = subprocess.Popen(command(broken), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         before = collections.Counter(names(plans.events(broken), "started")) if log.path.exists() else {}
         wait_for(lambda: in_the_middle(broken, log, before), 240)
+        if number == signal.SIGTERM:  # saves
+            process.terminate()
+            assert process.wait(120) == 128 + signal.SIGTERM and names(plans.events(broken), "stopped")
+            continue
         held = log.held()
         os.kill(process.pid, signal.SIGSTOP)  # so that it starts no others
         for who in held.values():
