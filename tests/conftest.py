@@ -1,5 +1,6 @@
 """Settings of the whole suite: CPU with eight devices, programs that compile fast and are kept between runs."""
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -27,6 +28,8 @@ from attnlab import cli  # noqa: E402
 
 jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_traceback_in_locations_limit", 0)  # programs that fail name Python's lines less; half of lowering
+gc.set_threshold(200_000, 50, 50)  # a tenth of the time goes into looking through jaxprs that are still in use
 
 
 @pytest.fixture
