@@ -1,5 +1,6 @@
 """Settings of the whole suite: CPU with eight devices, programs that compile fast and are kept between runs."""
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -25,8 +26,13 @@ import pytest  # noqa: E402
 
 from attnlab import cli  # noqa: E402
 
-jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".jax_cache"))
+# Processes that tests start share the cache, too: a small run of the command line compiles for half a minute.
+_CACHE = str(pathlib.Path(__file__).parent.parent / ".jax_cache")
+jax.config.update("jax_compilation_cache_dir", os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+jax.config.update("jax_traceback_in_locations_limit", 0)  # programs that fail name Python's lines less; half of lowering
+gc.set_threshold(200_000, 50, 50)  # a tenth of the time goes into looking through jaxprs that are still in use
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ CROSS = {"source", "context_width", "rope_context"}  # knobs of what reads a con
 SEGMENTS = np.array([[1, 1, 1, 1, 2, 2, 2, 2, 2, 0, 0], [0, 0, 3, 3, 3, 3, 3, 3, 3, 3, 3]], np.int32)
 POSITIONS = np.array([[0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 0], [0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8]], np.int32)
 DOCUMENTS = [(0, 0, 4), (0, 4, 9), (1, 2, 11)]  # row, first, end
+ALONE = (DOCUMENTS[:2], DOCUMENTS[2:])  # in batches of two rows that hold one each
 
 
 def configs(name: str) -> dict[str, tuple[Any, bool]]:
@@ -106,6 +107,21 @@ def inputs(dtype: Any, seed: int = 0, behind: int = 0) -> tuple[jax.Array, mixer
     x = np.random.default_rng(seed).standard_normal((2, LENGTH, WIDTH))
     more = lambda a: np.pad(a, [(0, 0), (0, behind)] + [(0, 0)] * (a.ndim - 2))
     return jnp.asarray(more(x), dtype), mixers.Sequence(jnp.asarray(more(POSITIONS)), jnp.asarray(more(SEGMENTS)))
+
+
+def moved(a: jax.Array, documents: list[tuple[int, int, int]]) -> jax.Array:
+    """Each document of a [B, T, ...] at the beginning of a row of its own, 0 elsewhere; of the same shape."""
+    rows = jnp.zeros_like(a)
+    for i, (row, first, end) in enumerate(documents):
+        rows = rows.at[i, : end - first].set(a[row, first:end])
+    return rows
+
+
+def alone(
+    x: jax.Array, seq: mixers.Sequence, documents: list[tuple[int, int, int]]
+) -> tuple[jax.Array, mixers.Sequence]:
+    """Each document in a row of its own, with padding behind: a batch of the same shape."""
+    return moved(x, documents), mixers.Sequence(*(moved(a, documents) for a in (seq.positions, seq.segments)))
 
 
 def split(module: mixers.Mixer) -> tuple[Any, Any]:

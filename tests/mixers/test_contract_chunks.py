@@ -48,13 +48,17 @@ def test_definition_and_packing(config, x64):
     """Laws 1 and 4: the default implementation equals the definition, and documents are what they are alone."""
     x, seq, documents = cases.long_inputs(config, jnp.float64)
     assert x.shape[1] > cases.default_chunk(config)
-    run = lambda config: battery.call(*cases.split(cases.module(config, jnp.float64)), x, seq)
-    y = run(config)
-    battery.assert_close(y, run(dataclasses.replace(config, impl="definition")), 1e-10)
     graphdef, params = cases.split(cases.module(config, jnp.float64))
-    for row, first, end in (documents[1], documents[3]):
-        alone = battery.call(graphdef, params, *battery.document(x, seq, row, first, end))
-        battery.assert_close(y[row, first:end], alone[0], 1e-10)
+    y = battery.call(graphdef, params, x, seq)
+    definition = cases.split(cases.module(dataclasses.replace(config, impl="definition"), jnp.float64))
+    battery.assert_close(y, battery.call(*definition, x, seq), 1e-10)
+    # One that begins inside a chunk, as a batch without segments; one that begins at an edge, in the same program.
+    row, first, end = documents[3]
+    alone = x[row : row + 1, first:end], mixers.Sequence(seq.positions[row : row + 1, first:end])
+    battery.assert_close(y[row, first:end], battery.call(graphdef, params, *alone)[0], 1e-10)
+    row, first, end = documents[1]
+    alone = battery.call(graphdef, params, *cases.alone(x, seq, documents[1:2]))
+    battery.assert_close(y[row, first:end], alone[0, : end - first], 1e-10)
 
 
 @own_chunks

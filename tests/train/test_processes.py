@@ -61,8 +61,7 @@ class Pair:
             port = s.getsockname()[1]
         env = {**os.environ, "PYTHONPATH": str(runs.ROOT), "JAX_PLATFORMS": "cpu"}
         env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-        env |= {"JAX_COMPILATION_CACHE_DIR": str(runs.ROOT / ".jax_cache"), "TF_CPP_MIN_LOG_LEVEL": "2"}
-        env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+        env["TF_CPP_MIN_LOG_LEVEL"] = "2"
         self.processes = [
             subprocess.Popen(
                 [
