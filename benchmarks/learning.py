@@ -37,7 +37,7 @@ def main() -> int:
     bigram = None
     for name in chosen:
         for dtype in args.dtypes:
-            workdir = args.workdir / f"{args.size}-{name}-{dtype}"
+            workdir = args.workdir / (f"{args.size}-{name}-{dtype}" + "-lm" * (args.recipe == "lm"))
             if not _train(args, name, dtype, workdir, overrides):
                 rows.append({"mixer": name, "dtype": dtype, "failed": True, "passed": False})
                 continue
@@ -55,7 +55,8 @@ def main() -> int:
 
 def _train(args: argparse.Namespace, name: str, dtype: str, workdir: pathlib.Path, overrides: list[str]) -> bool:
     command = [
-        sys.executable, "-m", "attnlab", "train", "--config", f"configs/lm.py:mixer={name},size={args.size}",
+        sys.executable, "-m", "attnlab", "train",
+        "--config", f"configs/lm.py:mixer={name},size={args.size},recipe={args.recipe}",
         "--workdir", str(workdir), f"--config.model.dtype={dtype}", f"--config.train.steps={args.steps}",
         f"--config.train.eval_every={args.steps}", "--config.mesh.data=1", *overrides,
     ]  # fmt: skip
@@ -170,6 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mixers", type=names, help="names, with commas (default: all)")
     parser.add_argument("--dtypes", type=names, default=["float32", "bfloat16"], help="of activations")
     parser.add_argument("--size", default="nano", help="of configs/lm.py (default: nano)")
+    parser.add_argument("--recipe", default="paper", choices=("paper", "lm"), help="of configs/lm.py (default: paper)")
     parser.add_argument("--steps", type=int, default=300, help="steps of each run (default: 300)")
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/learning"), help="keeps the runs")
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -1,7 +1,9 @@
-"""Language models. `--config configs/lm.py:mixer=NAME,size=SIZE,pattern=LETTERS,optimizer=NAME`
+"""Language models. `--config configs/lm.py:mixer=NAME,size=SIZE,pattern=LETTERS,optimizer=NAME,recipe=RECIPE`
 
 Letters of a pattern: M is the mixer, S softmax attention, W softmax attention over a window of 128 keys.
 `pattern=MMMS` puts softmax attention in every fourth layer.
+
+Recipes: `paper` is the layer as its paper has it; `lm` adds what tells it order in language models, where nothing does.
 """
 
 from ml_collections import ConfigDict
@@ -24,6 +26,11 @@ BYTES = ("nano", "micro")  # these read bytes; the others need a tokenizer of up
 RATES = {"adamw": 1.0, "muon": 1.0, "lion": 0.1, "adafactor": 3.0}  # learning rates against AdamW's
 
 
+# What layers without positions of their own are given: a short convolution, as in Based's models and all later linear
+# attention. Layers with RoPE, a decay or a convolution of their own are as they are.
+LM = {name: {"input_conv": 4} for name in ("based", "flow")}
+
+
 def with_heads(mixer, heads):
     """A mixer's node, with the size's number of heads if it has heads, and its core as a node whose keys can be set."""
     fields = mixers.get(mixer).Config.__dataclass_fields__ if mixer in mixers.names() else {}
@@ -32,13 +39,14 @@ def with_heads(mixer, heads):
 
 
 def get_config(arg=None):
-    a = config.parse_arg(arg, mixer="softmax", size="nano", pattern="M", optimizer="adamw")
+    a = config.parse_arg(arg, mixer="softmax", size="nano", pattern="M", optimizer="adamw", recipe="paper")
     config.require_choice("size", a.size, list(SIZES))
     config.require(bool(a.pattern) and set(a.pattern) <= set("MSW"), "pattern", a.pattern, "one or more of M, S and W")
+    config.require_choice("recipe", a.recipe, ["paper", "lm"])
     layers, width, heads, length, batch, rate, steps = SIZES[a.size]
     small = a.size in BYTES
     letters = {
-        "M": with_heads(a.mixer, heads),
+        "M": with_heads(a.mixer, heads) | (LM.get(a.mixer, {}) if a.recipe == "lm" else {}),
         "S": {"name": "softmax", "heads": heads},
         "W": {"name": "softmax", "heads": heads, "window": 128},
     }

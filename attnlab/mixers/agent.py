@@ -56,10 +56,10 @@ class AgentConfig(HeadConfig):
     impl: str = impl_knob(AGENT_ATTENTION)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        need = config_lib.require
         if self.causal is None:
             object.__setattr__(self, "causal", self.grid is None)
+        super().__post_init__()
+        need = config_lib.require
         if self.form is not None:
             need(self.causal or self.form == "pooled", "form", self.form, "pooled, or none, where causal is false")
         if self.grid is not None:

@@ -36,6 +36,7 @@ class CrossConfig(AttentionConfig):
         need(reads or self.context_width is None, "context_width", self.context_width, "none where source is")
         need(reads or not self.rope_context, "rope_context", self.rope_context, "false where source is none")
         need(not reads or self.window is None, "window", self.window, "none where source is set")
+        need(not reads or self.input_conv == 1, "input_conv", self.input_conv, "1 where source is set")
         rotated = self.rope_base is not None
         need(rotated or not self.rope_context, "rope_context", self.rope_context, "false where rope_base is none")
 

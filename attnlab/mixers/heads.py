@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -14,8 +15,10 @@ from flax import nnx
 from attnlab import config as config_lib
 from attnlab.errors import ConfigError, UnsupportedPattern
 from attnlab.mixers.base import Mixer, MixerConfig, MixerOutput, State, knob
-from attnlab.mixers.parts import Linear
+from attnlab.mixers.parts import Linear, param_dtype
+from attnlab.mixers.roles import Role, drawn
 from attnlab.mixers.sequence import Context, Sequence
+from attnlab.ops.causal_conv import causal_conv
 from attnlab.ops.documents import overflowed
 from attnlab.ops.rope import rope
 
@@ -34,9 +37,17 @@ class HeadConfig(MixerConfig):
         other=("qkv", "all"),
         choices=("none", "qkv", "all"),
     )
+    input_conv: int = knob(
+        1,
+        "positions that a causal depthwise convolution of the layer's input spans, itself included; it is added to "
+        "the input (Canon-A: Allen-Zhu 2025, Physics of Language Models: Part 4.1); 1: none",
+        other=(3,),
+        least=1,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        config_lib.require(self.causal or self.input_conv == 1, "input_conv", self.input_conv, "1 where causal is false")
         if self.even and self.head_width is not None:
             config_lib.require(self.head_width % 2 == 0, "head_width", self.head_width, "even, 2 or more, or none")
 
@@ -92,10 +103,12 @@ class HeadState:
     Attributes:
       carried: what `HeadMixer.heads` returned as its state.
       lost: [B] bool, whether the current document has overflowed.
+      tail: [B, input_conv - 1, D], the last inputs of the convolution; None where there is none.
     """
 
     carried: State
     lost: jax.Array
+    tail: jax.Array | None = None
 
 
 class HeadMixer(Mixer):
@@ -111,9 +124,12 @@ class HeadMixer(Mixer):
     contains_overflow = True
 
     def __init__(self, config: Any, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
-        del rngs
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self.width = config, dtype, width
         self.head_dim = config.head_dim(width)
+        if config.input_conv > 1:
+            bound, shape = 1 / math.sqrt(config.input_conv), (config.input_conv, width)
+            args = (shape, param_dtype(dtype), -bound, bound)
+            self.input_taps = drawn(rngs, jax.random.uniform, *args, axes=("conv", "embed"), role=Role.TAPS)
 
     @abc.abstractmethod
     def heads(self, x: jax.Array, seq: Sequence, carried: State = None) -> MixerOutput:
@@ -137,9 +153,10 @@ class HeadMixer(Mixer):
         self.require(seq, causal=self.config.causal)
         seq = seq.derived()
         if seq.segments is None:
+            x, _ = self._convolved(x, seq, None)
             out = self.heads(x, seq)
             return dataclasses.replace(out, y=self.combine(out.y, x), state=None)
-        out, _ = self._contained(x, seq, None, None)
+        out, *_ = self._contained(x, seq, None, None, None)
         return dataclasses.replace(out, state=None)
 
     def init_state(
@@ -147,28 +164,42 @@ class HeadMixer(Mixer):
     ) -> HeadState:
         if not self.config.causal:
             raise UnsupportedPattern(f"mixer {self.name!r} with causal=False does not stream")
-        return HeadState(self.init_carried(batch, max_length, dtype), jnp.zeros((batch,), bool))
+        tail = None
+        if (J := getattr(self.config, "input_conv", 1) - 1) > 0:
+            tail = jnp.zeros((batch, J, self.width), dtype)
+        return HeadState(self.init_carried(batch, max_length, dtype), jnp.zeros((batch,), bool), tail)
 
     def extend(self, x: jax.Array, seq: Sequence, state: HeadState) -> MixerOutput:
         self.require(seq, causal=True)
         if seq.documents is None:
             raise ValueError("extend: the sequence's documents are not known; it is to come from Stream.extend")
-        out, lost_B = self._contained(x, seq, state.carried, state.lost)
-        return dataclasses.replace(out, state=HeadState(out.state, lost_B))
+        out, lost_B, tail = self._contained(x, seq, state.carried, state.lost, state.tail)
+        return dataclasses.replace(out, state=HeadState(out.state, lost_B, tail))
 
     # Inside.
 
+    def _convolved(
+        self, x: jax.Array, seq: Sequence, tail: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """x plus its convolution, and the tail after it."""
+        if getattr(self.config, "input_conv", 1) == 1:
+            return x, None
+        y, after = causal_conv(x.astype(self.dtype), self.input_taps[...], seq.documents, tail)
+        return x + y.astype(x.dtype), None if tail is None else after.astype(tail.dtype)
+
     def _contained(
-        self, x: jax.Array, seq: Sequence, carried: State, lost_B: jax.Array | None
-    ) -> tuple[MixerOutput, jax.Array]:
-        """`heads` and `combine` with overflow and padding kept where they are; which rows end in an overflow."""
+        self, x: jax.Array, seq: Sequence, carried: State, lost_B: jax.Array | None, tail: jax.Array | None
+    ) -> tuple[MixerOutput, jax.Array, jax.Array | None]:
+        """`heads` and `combine` with overflow and padding kept where they are; which rows end in an overflow; the
+        convolution's tail."""
         lost_BT = overflowed(x, seq.documents, lost_B, causal=self.config.causal)
         x = jnp.where(lost_BT[..., None], 0, x)
+        x, tail = self._convolved(x, seq, tail)
         out = self.heads(x, seq, carried)
         o = jnp.where(seq.padding[..., None, None], 0, out.y)  # padding mixes nothing
         y = self.combine(o, x)
         y = jnp.where((lost_BT & ~seq.padding)[..., None], jnp.nan, y)
-        return dataclasses.replace(out, y=y), lost_BT[:, -1]
+        return dataclasses.replace(out, y=y), lost_BT[:, -1], tail
 
 
 class Projections:

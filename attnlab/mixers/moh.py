@@ -84,6 +84,8 @@ class MoHConfig(MixerConfig):
             need(self.gate_norm == "code", "gate_norm", self.gate_norm, f"code {where}: weights are 0 or 1")
         source = getattr(self.core, "source", None)
         need(source is None, "core.source", source, "none: heads are routed over the sequence's own keys")
+        conv = getattr(self.core, "input_conv", 1)
+        need(conv == 1, "core.input_conv", conv, "1: it would be the core's, and the router would not see it")
         reason = ROUTED_HEADS.table[self.impl].supports(RoutingSpec.of(self)) if self.impl != "auto" else None
         need(reason is None, "impl", self.impl, f"auto, dense or definition: {reason}")
 

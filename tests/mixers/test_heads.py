@@ -9,8 +9,10 @@ import pytest
 from flax import nnx
 
 from attnlab import mixers
+from attnlab.errors import ConfigError
 from attnlab.mixers.heads import HeadConfig, HeadMixer
 from tests.mixers import cases
+from tests.mixers import test_contract as battery
 
 QKV = {"q", "k", "v"}
 BIASED = {  # projections of queries, keys and values by mixer, where they are not these three; `out` is everybody's
@@ -51,3 +53,35 @@ def test_padding_gives_zero(name):
     for found in (y, streamed):
         np.testing.assert_array_equal(np.asarray(found)[padding], 0)
         assert np.all(np.abs(np.asarray(found)[~padding]).max(-1) > 0)
+
+
+@pytest.mark.parametrize("name", ["flow", "softmax"])
+def test_input_conv_is_a_convolution_of_the_input(name):
+    """The layer of x plus its convolution, document by document; streams, packing, overflow and bf16 by the battery."""
+    config = mixers.get(name).Config(input_conv=3)
+    with jax.enable_x64(True):
+        graphdef, params = cases.split(cases.module(config, jnp.float64))
+        x, seq = cases.inputs(jnp.float64)
+        y = battery.call(graphdef, params, x, seq)
+        taps, convolved = np.asarray(params["input_taps"][...]), np.array(x)
+        for row, first, end in cases.DOCUMENTS:
+            for t in range(first, end):
+                convolved[row, t] += sum(taps[2 - i] * x[row, t - i] for i in range(3) if t - i >= first)
+        plain, its = cases.split(cases.module(mixers.get(name).Config(), jnp.float64))
+        del params["input_taps"]
+        assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, its)
+        expected = battery.call(plain, params, jnp.asarray(convolved), seq)
+        battery.assert_close(y, expected, 1e-12)
+        battery.test_split_anywhere(config, None)
+        battery.test_packing(config, None)
+    battery.test_overflow(config)
+    battery.test_sums_are_wide(config)
+
+
+def test_input_conv_looks_back():
+    """Where a layer sees both ways, or reads what is not its sequence, it is refused."""
+    for fields, allowed in (({"causal": False}, "1 where causal is false"), ({"source": "image"}, "1 where source")):
+        with pytest.raises(ConfigError, match=f"input_conv = 3.*{allowed}"):
+            mixers.get("softmax").Config(input_conv=3, **fields)
+    with pytest.raises(ConfigError, match="core.input_conv = 2"):
+        mixers.get("moh").Config(core={"name": "softmax", "input_conv": 2})
