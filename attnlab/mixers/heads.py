@@ -47,7 +47,9 @@ class HeadConfig(MixerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        config_lib.require(self.causal or self.input_conv == 1, "input_conv", self.input_conv, "1 where causal is false")
+        config_lib.require(
+            self.causal or self.input_conv == 1, "input_conv", self.input_conv, "1 where causal is false"
+        )
         if self.even and self.head_width is not None:
             config_lib.require(self.head_width % 2 == 0, "head_width", self.head_width, "even, 2 or more, or none")
 
@@ -178,9 +180,7 @@ class HeadMixer(Mixer):
 
     # Inside.
 
-    def _convolved(
-        self, x: jax.Array, seq: Sequence, tail: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array | None]:
+    def _convolved(self, x: jax.Array, seq: Sequence, tail: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
         """x plus its convolution, and the tail after it."""
         if getattr(self.config, "input_conv", 1) == 1:
             return x, None
