@@ -31,8 +31,8 @@ _CACHE = str(pathlib.Path(__file__).parent.parent / ".jax_cache")
 jax.config.update("jax_compilation_cache_dir", os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
-jax.config.update("jax_traceback_in_locations_limit", 0)  # programs that fail name Python's lines less; half of lowering
-gc.set_threshold(200_000, 50, 50)  # a tenth of the time goes into looking through jaxprs that are still in use
+jax.config.update("jax_traceback_in_locations_limit", 0)  # a tenth of lowering goes into these
+gc.set_threshold(200_000, 50, 50)  # a tenth of all goes into jaxprs that are in use
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from flax import nnx
 from attnlab import mixers
 from attnlab.models.cost import model_cost
 from attnlab.models.lm import LanguageModel, LanguageModelConfig
-from attnlab.models.transformer import REMAT, Block, mixer_table
+from attnlab.models.transformer import REMAT, Block, StackConfig, Transformer, mixer_table
 from attnlab.ops.cross_entropy import cross_entropy
 from tests.mixers import precision
 from tests.mixers.cases import POSITIONS, SEGMENTS
@@ -146,6 +146,15 @@ def test_stream_equals_whole(reference):
 
 
 @pytest.mark.slow
+def test_a_states_arrays_are_buffers_of_their_own():
+    """A state made outside of jit can be donated: layers that begin with equal keys and values share no array."""
+    table = {letter: {"name": name, "heads": 2} for letter, name in zip("SRT", ("softmax", "rat", "titans"))}
+    config = StackConfig(width=16, layers=3, pattern="SRT", mixers=mixer_table(table, "mixers"))
+    state = Transformer(config, rngs=nnx.Rngs(0)).init_state(2, 8)
+    places = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state) if leaf.size]
+    assert len(set(places)) == len(places) > 10
+
+
 def test_tied_embedding_serves_both_ends():
     """With tied weights there is one matrix, and its gradient has both parts."""
     untied, tied = (LanguageModel(config(tied=t), rngs=nnx.Rngs(0)) for t in (False, True))
