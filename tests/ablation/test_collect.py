@@ -9,7 +9,7 @@ import re
 import pytest
 
 from attnlab import config as config_lib
-from attnlab.ablation import collect, compare, results_file
+from attnlab.ablation import collect, compare, results_file, synthetic
 from attnlab.errors import UserError
 from attnlab.train.config import RunConfig
 from tests.train import runs
@@ -244,6 +244,22 @@ def test_the_verb(attnlab, tmp_path):
     assert code == 0 and said["comparisons"][0]["mean"] == results.comparisons[0].mean
     code, text, _ = attnlab("report", "--help")
     assert code == 0 and all(flag in text for flag in ("--out", "--baseline", "--metric", "--unpaired", "exploratory"))
+
+
+def test_other_results_are_not_replaced(attnlab, tmp_path):
+    """Neither a plan's nor a file that no report wrote; its own are."""
+    paths = two_arms(tmp_path / "runs", seeds=(0,))
+    for name, content, part in (
+        ("results.json", results_file.to_json(synthetic.results({"a": 0.0, "b": 0.0}, 2)), "the results of a plan"),
+        ("results.json", "{}", "schema = None"), ("report.html", "<p>", "of no report"),
+    ):  # fmt: skip
+        out = tmp_path / f"out{len(content)}"
+        out.mkdir()
+        (out / name).write_text(content)
+        code, _, err = attnlab("report", *paths, "--out", out)
+        assert code == 2 and part in err and "Traceback" not in err
+        assert (out / name).read_text() == content and len(list(out.iterdir())) == 1
+    assert [attnlab("report", *paths, "--out", tmp_path / "own")[0] for _ in range(2)] == [0, 0]
 
 
 @pytest.mark.slow
