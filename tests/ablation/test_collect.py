@@ -112,6 +112,7 @@ def test_how_runs_ended(tmp_path):
     found = {(run.arm, run.seed): (run.status, run.reason) for run in results.runs}
     assert found["softmax", 0] == found["gated", 0] == ("done", None)
     assert found["softmax", 1] == ("missing", "step 7 of 12") and found["gated", 1] == ("missing", "step 0 of 12")
+    assert next(run for run in results.runs if (run.arm, run.seed) == ("softmax", 1)).final == {}  # of no last step
     assert found["softmax", 2] == ("failed", "gradients were not finite, and the run ended at step 8 of 12")
     assert found["softmax", 3] == ("failed", "the loss is not finite at step 12")
     (c,) = compare.compare(results).comparisons
