@@ -25,6 +25,7 @@ from attnlab.ablation.results import Comparison, Metric, Results, Run
 from attnlab.ablation.view import View, spread
 
 _GOOD, _BAD = ("better", "trivially better"), ("worse", "trivially worse")
+_KEYS = 4  # config keys under an arm's name
 _SAMPLES, _SAMPLE_CHARACTERS = 4, 1500
 STAMP = tag("span", "exploratory", class_="stamp")
 
@@ -118,7 +119,7 @@ def main_table(view: View, metric: Metric, *, costs: bool) -> Markup:
     for arm in view.arms:
         node, c = view.plan.arms[arm], view.comparison(metric.name, arm)
         mean, sd, n = spread(list(view.values(metric.name, arm).values()))
-        changed = ", ".join(f"{key} = {shown(values[1])}" for key, values in node.config_diff.items())
+        changed = _changed(node.config_diff)
         name = join([tag("b", arm) if arm == best else arm, tag("div", changed, class_="diff") if changed else ""])
         figure = plus_minus(mean, sd)
         rate = cell(NONE if node.lr_chosen is None else f"{node.lr_chosen:g}", node.lr_chosen)
@@ -131,6 +132,13 @@ def main_table(view: View, metric: Metric, *, costs: bool) -> Markup:
     caption = f"{metric.name} ({about}; {metric.direction} is better)"
     made = table(columns, rows, caption, sortable=True)
     return made if metric.primary else tag("div", made, class_="grey")
+
+
+def _changed(config_diff: dict[str, list[Any]]) -> str:
+    """Names first; the rest of many is in the table of keys that differ."""
+    keys = sorted(config_diff, key=lambda key: not key.endswith(".name"))
+    told = ", ".join(f"{key} = {shown(config_diff[key][1])}" for key in keys[:_KEYS])
+    return f"{told}, and {len(keys) - _KEYS} more" if len(keys) > _KEYS else told
 
 
 def _tested(c: Comparison) -> list[Markup]:
