@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 from attnlab import config as config_lib
@@ -141,7 +141,7 @@ def collect(
     seeds = sorted({run.seed for run in runs})
     plan = Plan(
         question=f"Which of {len(arms)} arms is better in {chosen[0].name}?", baseline=first,
-        arms={name: _arm(name, group, arms[first][0]) for name, group in arms.items()}, seeds=seeds,
+        arms=_described(arms), seeds=seeds,
         metrics=chosen, stopping=statistics.stopping([len(seeds)]), paired=paired,
     )  # fmt: skip
     environment = {"versions": workdirs[0].info.get("versions"), "devices": workdirs[0].info.get("devices")}
@@ -176,7 +176,7 @@ def _arms(workdirs: list[Workdir]) -> dict[str, list[Workdir]]:
 def _names(trees: list[dict[str, Any]], firsts: list[Workdir]) -> list[str]:
     """Short names that tell arms apart: values of keys that differ where few do, else the workdirs' names."""
     keys = [key for key in sorted({k for tree in trees for k in tree}) if len({_text(t.get(key)) for t in trees}) > 1]
-    named = [key for key in keys if key.endswith(".name")] or keys
+    named = sorted((key for key in keys if key.endswith(".name")), key=lambda key: key.count(".")) or keys
     for chosen in (named, keys):
         if len(chosen) > 3:
             continue
@@ -216,14 +216,37 @@ def _baseline(arms: dict[str, list[Workdir]], wanted: str | None) -> str:
     raise UserError(f"--baseline {wanted!r} is no arm{hint}; allowed: {', '.join(arms)}, or one of the workdirs")
 
 
-def _arm(name: str, group: list[Workdir], base: Workdir) -> Arm:
-    before, after = base.grouped, group[0].grouped
-    different = {
-        key: [before.get(key, "-"), after.get(key, "-")]
-        for key in sorted(before.keys() | after.keys()) if before.get(key, "-") != after.get(key, "-")
-    }  # fmt: skip
-    command = group[0].info.get("command")
-    return Arm({}, different, command=" ".join(map(str, command)) if isinstance(command, list) else None)
+def _described(arms: dict[str, list[Workdir]]) -> dict[str, Arm]:
+    """The plan's arms; a key that tells any of them from the first is told of all that differ in it."""
+    base = next(iter(arms.values()))[0]
+    keys = sorted({key for group in arms.values() for key in difference(base.config, group[0].config)})
+    described = {}
+    for name, group in arms.items():
+        values = {key: [base.grouped.get(key, "-"), group[0].grouped.get(key, "-")] for key in keys}
+        command = group[0].info.get("command")
+        command = " ".join(map(str, command)) if isinstance(command, list) else None
+        described[name] = Arm({}, {key: both for key, both in values.items() if both[0] != both[1]}, command=command)
+    return described
+
+
+def difference(before: RunConfig, after: RunConfig) -> dict[str, list[Any]]:
+    """Dotted keys whose values differ: both, `-` where a side has none.
+
+    What only one of them has, since another mixer is there, is left out where it is at its default.
+    """
+    defaults = {*_at_default(before), *_at_default(after)}
+    found = config_lib.difference(config_lib.to_dict(before), config_lib.to_dict(after))
+    return {key: [a, b] for key, a, b in found if not ("-" in (a, b) and key in defaults)}
+
+
+def _at_default(config: Any, path: str = "") -> Iterator[str]:
+    for field in dataclasses.fields(config):
+        key, value = f"{path}{field.name}", getattr(config, field.name)
+        for name, inside in {key: value, **{f"{key}.{k}": v for k, v in getattr(value, "items", dict)()}}.items():
+            if dataclasses.is_dataclass(inside):
+                yield from _at_default(inside, f"{name}.")
+        if field.default is not dataclasses.MISSING and value == field.default:
+            yield key
 
 
 def _require_pairs(arms: dict[str, list[Workdir]]) -> None:

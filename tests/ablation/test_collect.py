@@ -9,7 +9,8 @@ import re
 import pytest
 
 from attnlab import config as config_lib
-from attnlab.ablation import collect, compare, results_file
+from attnlab.ablation import collect, compare, results_file, sections, synthetic
+from attnlab.ablation.view import View
 from attnlab.errors import UserError
 from attnlab.train.config import RunConfig
 from tests.train import runs
@@ -66,8 +67,8 @@ def test_arms_and_pairs(tmp_path):
     results = compare.compare(collect.collect(paths[::-1], baseline="softmax"))
     plan = results.plan
     assert (list(plan.arms), plan.baseline, plan.seeds, plan.hash) == (["softmax", "gated"], "softmax", [0, 1, 2], None)
-    assert set(plan.arms["gated"].config_diff) >= {"model.mixers.M.name"} and plan.arms["softmax"].config_diff == {}
-    assert plan.arms["gated"].config_diff["model.mixers.M.name"] == ["softmax", "gated"]
+    assert plan.arms["softmax"].config_diff == {}
+    assert plan.arms["gated"].config_diff == {"model.mixers.M.name": ["softmax", "gated"]}  # no knob at its default
     (c,) = results.comparisons
     assert (c.arm, c.n, c.pairs, c.planned, c.look) == ("gated", 3, [0, 1, 2], False, 1)
     assert c.mean == pytest.approx(-0.5)
@@ -112,6 +113,7 @@ def test_how_runs_ended(tmp_path):
     found = {(run.arm, run.seed): (run.status, run.reason) for run in results.runs}
     assert found["softmax", 0] == found["gated", 0] == ("done", None)
     assert found["softmax", 1] == ("missing", "step 7 of 12") and found["gated", 1] == ("missing", "step 0 of 12")
+    assert next(run for run in results.runs if (run.arm, run.seed) == ("softmax", 1)).final == {}  # of no last step
     assert found["softmax", 2] == ("failed", "gradients were not finite, and the run ended at step 8 of 12")
     assert found["softmax", 3] == ("failed", "the loss is not finite at step 12")
     (c,) = compare.compare(results).comparisons
@@ -148,6 +150,30 @@ def test_names_of_arms(tmp_path):
         tmp_path / "r", optimizer__learning_rate=3e-3, optimizer__clip=2.0, data__shuffle=False, model__width=32
     )
     assert list(collect.collect([plain[0], many], paired=False).plan.arms) == ["p", "r"]
+
+
+def test_difference():
+    """Keys that both have, and what one alone has where it is not at its default, in nodes inside nodes, too."""
+    softmax = {"name": "softmax", "heads": 2}
+    make = lambda mixer, **kwargs: runs.config("text:/nowhere/*.py", model__mixers={"M": mixer}, **kwargs)
+    before = make(softmax)
+    assert collect.difference(before, make({**softmax, "window": 8})) == {"model.mixers.M.window": [None, 8]}
+    gated = collect.difference(before, make({"name": "gated", "heads": 2, "position": "G2"}, model__dropout=0.5))
+    names = {"model.mixers.M.name": ["softmax", "gated"], "model.mixers.M.position": ["-", "G2"]}
+    assert gated == {"model.dropout": [0.0, 0.5], **names}
+    inner = collect.difference(before, make({"name": "moh", "heads": 2, "core": {**softmax, "window": 8}}))
+    assert inner["model.mixers.M.core.window"] == ["-", 8] and "model.mixers.M.core.sinks" not in inner
+
+
+def test_a_key_that_tells_two_apart_is_told_of_all(tmp_path):
+    """A table of values by arm shows what each arm has: `-` where its mixer knows no such key."""
+    mixers = {"a": ("gated", {"position": "G2"}), "b": ("gated", {}), "c": ("softmax", {})}
+    paths = [
+        fake(tmp_path / name, model__mixers={"M": {"name": mixer, "heads": 2, **knobs}}, mixer=mixer)
+        for name, (mixer, knobs) in mixers.items()
+    ]  # fmt: skip
+    table = sections.differences(View(collect.collect(paths)))
+    assert table == {"model.mixers.M.name": ["gated", "gated", "softmax"], "model.mixers.M.position": ["G2", "G1", "-"]}
 
 
 @pytest.mark.parametrize(
@@ -244,6 +270,22 @@ def test_the_verb(attnlab, tmp_path):
     assert code == 0 and said["comparisons"][0]["mean"] == results.comparisons[0].mean
     code, text, _ = attnlab("report", "--help")
     assert code == 0 and all(flag in text for flag in ("--out", "--baseline", "--metric", "--unpaired", "exploratory"))
+
+
+def test_other_results_are_not_replaced(attnlab, tmp_path):
+    """Neither a plan's nor a file that no report wrote; its own are."""
+    paths = two_arms(tmp_path / "runs", seeds=(0,))
+    for name, content, part in (
+        ("results.json", results_file.to_json(synthetic.results({"a": 0.0, "b": 0.0}, 2)), "the results of a plan"),
+        ("results.json", "{}", "schema = None"), ("report.html", "<p>", "of no report"),
+    ):  # fmt: skip
+        out = tmp_path / f"out{len(content)}"
+        out.mkdir()
+        (out / name).write_text(content)
+        code, _, err = attnlab("report", *paths, "--out", out)
+        assert code == 2 and part in err and "Traceback" not in err
+        assert (out / name).read_text() == content and len(list(out.iterdir())) == 1
+    assert [attnlab("report", *paths, "--out", tmp_path / "own")[0] for _ in range(2)] == [0, 0]
 
 
 @pytest.mark.slow
