@@ -202,7 +202,7 @@ def test_text_does_not_fit_what_sees_its_targets(kind):
 def test_tasks_do_not_fit_what_reads_their_targets_otherwise():
     """What comes next is no class of a position, and the other way round."""
     for task, kind, fits in (("mqar", "lm", True), ("mqar", "classifier", False), ("match3", "lm", False)):
-        data = config_from_node({"name": task, "length": 64}).batch_spec()
+        data = config_from_node({"name": task, "length": 64}, "data").batch_spec()
         config = dataclasses.replace(KINDS[kind], vocab=6000)
         taken = models.of(config).batch_spec(config, 64)
         if fits:
