@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from attnlab import models
+from attnlab import models, tasks  # noqa: F401  (tasks registers its data)
 from attnlab.batch import require_match
-from attnlab.data import DataConfig
+from attnlab.data import DataConfig, config_from_node
 from attnlab.errors import ConfigError
 from attnlab.models.classifier import ClassifierConfig
 from attnlab.models.compressor import CompressorConfig
 from attnlab.models.cost import model_cost
 from attnlab.models.lm import LanguageModel, LanguageModelConfig
 from attnlab.models.reader import ReaderConfig
-from attnlab.models.scores import Scores
+from attnlab.models.scores import Scores, sums_of_scores
 from attnlab.models.transformer import mixer_table
 from attnlab.models.vectors import VectorModelConfig
 from attnlab.ops.cross_entropy import likeliest
@@ -90,6 +92,14 @@ def test_losses_and_scores_are_the_formulas(kind):
     member = np.asarray(b["slices"], float)
     for name, value in {"slice_nll": nll, "slice_correct": right, "slice_tokens": 1}.items():
         close(scores[name], np.einsum("bt,btn->n", value * used, member))
+
+
+def test_whole_rows_are_those_with_every_answer_right():
+    """Positions of weight 0 do not matter, rows without answers do not count."""
+    weights = jnp.array([[0.0, 1, 1], [0, 1, 1], [0, 0, 0], [1, 0, 0]])
+    right = jnp.array([[False, True, True], [True, False, True], [True, True, True], [True, False, False]])
+    sums = sums_of_scores(jnp.zeros((4, 3)), weights, right, None)
+    assert (float(sums["rows"]), float(sums["exact"])) == (3, 2) and sums.keys() == {"rows", "exact"}
 
 
 @pytest.mark.parametrize("kind", ["lm", "vectors", "reader"])
@@ -187,6 +197,19 @@ def test_text_does_not_fit_what_sees_its_targets(kind):
     with pytest.raises(ConfigError, match="targets int32.6. .what comes next.*own class.*do not fit"):
         require_match(taken, DataConfig(length=T).batch_spec(), "model", "text")
     require_match(LanguageModel.batch_spec(KINDS["lm"], T), DataConfig(length=T).batch_spec(), "model", "text")
+
+
+def test_tasks_do_not_fit_what_reads_their_targets_otherwise():
+    """What comes next is no class of a position, and the other way round."""
+    for task, kind, fits in (("mqar", "lm", True), ("mqar", "classifier", False), ("match3", "lm", False)):
+        data = config_from_node({"name": task, "length": 64}, "data").batch_spec()
+        config = dataclasses.replace(KINDS[kind], vocab=6000)
+        taken = models.of(config).batch_spec(config, 64)
+        if fits:
+            require_match(taken, data, "model", task)
+        else:
+            with pytest.raises(ConfigError, match="do not fit"):
+                require_match(taken, data, "model", task)
 
 
 def test_figures_from_sums():
