@@ -379,8 +379,9 @@ def _report(args: argparse.Namespace, _: list[str]) -> int:
         path = report.remake(first)
         output.write_json({"report": str(path)}) if args.json else output.write(f"wrote {path}")
         return 0
-    results = collect.collect(args.workdirs, baseline=args.baseline, metric=args.metric, paired=not args.unpaired)
     out = pathlib.Path("report") if args.out is None else args.out
+    report.require_free(out)
+    results = collect.collect(args.workdirs, baseline=args.baseline, metric=args.metric, paired=not args.unpaired)
     results, path = report.write(out, results)
     with output.after(f"{path} is written"):
         if args.json:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import gzip
 import importlib.resources
 import pathlib
 import string
 import time
+from collections.abc import Iterator
 
 from attnlab.ablation import charts, compare, results_file, sections
 from attnlab.ablation.markup import Markup, escape, join, tag
@@ -34,24 +36,43 @@ def write(workdir: pathlib.Path, results: Results) -> tuple[Results, pathlib.Pat
     results = compare.compare(results)
     if results.created is None:
         results = dataclasses.replace(results, created=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
-    try:
+    with _written(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         results_file.write(workdir / "results.json", results)
         files.replace(workdir / "results.csv", results_file.to_csv(results))
-        return results, remake(workdir)
-    except OSError as error:
-        raise UserError(f"{workdir}: the report cannot be written: {error.strerror}; name another directory") from None
+    return results, remake(workdir)
+
+
+def require_free(workdir: pathlib.Path) -> None:
+    """Raises UserError where results of a plan, or files of somebody else, would be replaced by collected results."""
+    path = workdir / "results.json"
+    foreign = [name for name in ("report.html", "results.csv") if (workdir / name).exists() and not path.exists()]
+    if foreign:
+        raise UserError(f"{workdir / foreign[0]} is there, and of no report; name another directory with --out")
+    if path.exists() and results_file.read(path).plan.hash is not None:
+        raise UserError(
+            f"{path} holds the results of a plan, which are not replaced; name another directory with --out"
+        )
 
 
 def remake(workdir: pathlib.Path) -> pathlib.Path:
     """Writes `report.html` from the `results.json` of a directory, and returns its path.
 
     Raises:
-      UserError: results.json is not there, or is none.
+      UserError: results.json is not there, or is none; or the directory cannot be written.
     """
-    path = workdir / "report.html"
-    files.replace(path, render(results_file.read(workdir / "results.json")))
+    path, text = workdir / "report.html", render(results_file.read(workdir / "results.json"))
+    with _written(workdir):
+        files.replace(path, text)
     return path
+
+
+@contextlib.contextmanager
+def _written(workdir: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{workdir}: the report cannot be written: {error.strerror}; name another directory") from None
 
 
 def render(results: Results) -> str:

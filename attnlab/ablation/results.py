@@ -345,11 +345,12 @@ def _require_whole(results: Results) -> None:
     for name, margin in plan.margins.items():
         need(name in names, "plan.margins", name, f"metrics of the plan: {', '.join(names)}")
         need(0 < margin < math.inf, f"plan.margins.{name}", margin, "a finite number above 0")
-    seen = set()
+    arms, seeds, seen = ", ".join(plan.arms), ", ".join(map(str, plan.seeds)), set()
     for i, run in enumerate(results.runs):
-        need(run.arm in plan.arms, f"runs[{i}].arm", run.arm, ", ".join(plan.arms))
-        need(run.seed in plan.seeds, f"runs[{i}].seed", run.seed, ", ".join(map(str, plan.seeds)))
-        need((run.arm, run.seed) not in seen, f"runs[{i}]", (run.arm, run.seed), "one run of an arm and a seed")
+        if run.arm not in plan.arms or run.seed not in plan.seeds or (run.arm, run.seed) in seen:
+            need(run.arm in plan.arms, f"runs[{i}].arm", run.arm, arms)
+            need(run.seed in plan.seeds, f"runs[{i}].seed", run.seed, seeds)
+            need(False, f"runs[{i}]", (run.arm, run.seed), "one run of an arm and a seed")
         seen.add((run.arm, run.seed))
         lengths = {name: len(column) for name, column in run.curve.items()}
         whole = len(set(lengths.values())) <= 1 and ("step" in lengths or not lengths)

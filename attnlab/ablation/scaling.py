@@ -232,7 +232,7 @@ def contest(arm: Points, baseline: Points, draws: int = 200) -> Contest:
     beta = _quantiles([a.beta - b.beta for a, b in drawn])
     loss = min(max(arm.losses), max(baseline.losses))
     middle = np.exp(np.concatenate(logs, axis=1).mean(axis=1))
-    ratio = lambda a, b: None if a is None or b is None else b / a
+    ratio = lambda a, b: None if a is None or b is None else float(b / a)
     return Contest(
         one, two, alpha, beta,
         ratio(one.parameters_for(loss, middle[1]), two.parameters_for(loss, middle[1])),
@@ -274,7 +274,7 @@ def _minimum(groups: Sequence[np.ndarray], starts: Sequence[np.ndarray] | None =
     found = [
         optimize.least_squares(
             residuals, start, jacobian, loss="huber", f_scale=_HUBER, x_scale="jac", args=(centred,),
-            ftol=1e-12, xtol=1e-12, gtol=1e-12, max_nfev=1000,
+            ftol=1e-12, xtol=1e-12, gtol=1e-12, max_nfev=300,
         )
         for start in starts
     ]  # fmt: skip

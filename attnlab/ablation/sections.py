@@ -108,15 +108,12 @@ _COSTS: tuple[tuple[str, str], ...] = (
 
 def main_table(view: View, metric: Metric, *, costs: bool) -> Markup:
     """Arms by what they came to."""
-    best = view.best(metric)
-    columns = [
-        "arm",
-        "learning rate",
-        "n",
-        f"{metric.name}, mean ± sd",
-        f"difference to {view.plan.baseline} [95 % CI]",
-    ]
-    columns += ["p (Holm)" if metric.primary else "p", "verdict", "found with 80 %"]
+    best, tuned = view.best(metric), any(node.lr_chosen is not None for node in view.plan.arms.values())
+    known = [(field, title) for field, title in _COSTS
+             if costs and any(getattr(run.cost, field) is not None for run in view.results.runs)]  # fmt: skip
+    columns = ["arm", *["learning rate"] * tuned, "n", f"{metric.name}, mean ± sd"]
+    columns += [f"difference to {view.plan.baseline} [95 % CI]", "p (Holm)" if metric.primary else "p", "verdict"]
+    columns += ["found with 80 %", *(title for _, title in known)]
     rows = []
     for arm in view.arms:
         node, c = view.plan.arms[arm], view.comparison(metric.name, arm)
@@ -124,17 +121,12 @@ def main_table(view: View, metric: Metric, *, costs: bool) -> Markup:
         changed = ", ".join(f"{key} = {shown(values[1])}" for key, values in node.config_diff.items())
         name = join([tag("b", arm) if arm == best else arm, tag("div", changed, class_="diff") if changed else ""])
         figure = plus_minus(mean, sd)
-        row: list[Any] = [
-            name,
-            cell(NONE if node.lr_chosen is None else f"{node.lr_chosen:g}", node.lr_chosen),
-            cell(f"{n} of {len(view.results.of(arm))}", n),
+        rate = cell(NONE if node.lr_chosen is None else f"{node.lr_chosen:g}", node.lr_chosen)
+        rows.append([
+            name, *[rate] * tuned, cell(f"{n} of {len(view.results.of(arm))}", n),
             cell(tag("b", figure) if arm == best else figure, mean),
-        ]
-        row += ["", "", "baseline", ""] if c is None else _tested(c)
-        if costs:
-            row += [_cost(view, arm, field) for field, _ in _COSTS]
-        rows.append(row)
-    columns += [title for _, title in _COSTS] if costs else []
+            *(["", "", "baseline", ""] if c is None else _tested(c)), *(_cost(view, arm, field) for field, _ in known),
+        ])  # fmt: skip
     about = "primary" if metric.primary else "secondary, p not adjusted"
     caption = f"{metric.name} ({about}; {metric.direction} is better)"
     made = table(columns, rows, caption, sortable=True)
@@ -144,7 +136,7 @@ def main_table(view: View, metric: Metric, *, costs: bool) -> Markup:
 def _tested(c: Comparison) -> list[Markup]:
     p = c.p_holm if c.primary else c.p
     reason = exploratory(c)
-    stamp = join([" ", tag("span", "exploratory", class_="stamp", title=reason)]) if reason else ""
+    stamp = tag("div", tag("span", "exploratory", class_="stamp", title=reason)) if reason else ""
     verdict = cell(join([word(c.verdict), stamp]), c.verdict)
     return [cell(_difference(c), c.mean), cell(probability(p), p), verdict, cell(number(c.mde80, 3), c.mde80)]
 

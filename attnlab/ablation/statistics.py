@@ -161,7 +161,8 @@ def correlation(arm: Sequence[float], baseline: Sequence[float]) -> float | None
     a, b = _finite(arm, 1), _finite(baseline, 1)
     if len(a) < 3 or min(a.std(), b.std()) <= _rounding(a, b):
         return None
-    return float(np.clip(np.corrcoef(a, b)[0, 1], -1, 1))
+    u, v = a - a.mean(), b - b.mean()
+    return float(np.clip(u @ v / math.sqrt((u @ u) * (v @ v)), -1, 1))
 
 
 def sign_flip(differences: Sequence[float]) -> float | None:
@@ -237,7 +238,7 @@ def _bootstrap(values: np.ndarray, statistic: Callable, of: str) -> list[float]:
 
 @dataclasses.dataclass(frozen=True)
 class Rank:
-    """Spearman's correlation, its p, and a BCa interval over arms; None: too few, or one that does not vary."""
+    """Spearman's correlation, its p, and a BCa interval over arms; None: too few, none, or arms in perfect order."""
 
     rho: float | None
     p: float | None
@@ -252,16 +253,19 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> Rank:
     if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return Rank(None, None, None)
     test, interval = stats.spearmanr(a, b), None
-    if len(a) >= LEAST_BOOTSTRAP:
-        with np.errstate(all="ignore"):
-            rng = np.random.default_rng(0)
-            found = stats.bootstrap(
-                (a, b), lambda u, v: stats.spearmanr(u, v).statistic, paired=True, vectorized=False, n_resamples=1999,
-                method="BCa" if abs(test.statistic) < 1 else "percentile", rng=rng,
-            )  # fmt: skip
+    if len(a) >= LEAST_BOOTSTRAP and abs(test.statistic) < 1:
+        with np.errstate(all="ignore"):  # a sample of one arm alone has no correlation
+            found = stats.bootstrap((a, b), _rank_correlation, paired=True, vectorized=True, method="BCa",
+                                    n_resamples=1999, rng=np.random.default_rng(0))  # fmt: skip
         bounds = [float(bound) for bound in found.confidence_interval]
         interval = bounds if np.isfinite(bounds).all() else None
     return Rank(float(test.statistic), float(test.pvalue), interval)
+
+
+def _rank_correlation(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:
+    ranks = [stats.rankdata(values, axis=axis) for values in (x, y)]
+    u, v = (rank - rank.mean(axis=axis, keepdims=True) for rank in ranks)
+    return (u * v).sum(axis) / np.sqrt((u * u).sum(axis) * (v * v).sum(axis))
 
 
 def failures(

@@ -9,7 +9,7 @@ import re
 import pytest
 
 from attnlab import config as config_lib
-from attnlab.ablation import collect, compare, results_file
+from attnlab.ablation import collect, compare, results_file, synthetic
 from attnlab.errors import UserError
 from attnlab.train.config import RunConfig
 from tests.train import runs
@@ -112,6 +112,7 @@ def test_how_runs_ended(tmp_path):
     found = {(run.arm, run.seed): (run.status, run.reason) for run in results.runs}
     assert found["softmax", 0] == found["gated", 0] == ("done", None)
     assert found["softmax", 1] == ("missing", "step 7 of 12") and found["gated", 1] == ("missing", "step 0 of 12")
+    assert next(run for run in results.runs if (run.arm, run.seed) == ("softmax", 1)).final == {}  # of no last step
     assert found["softmax", 2] == ("failed", "gradients were not finite, and the run ended at step 8 of 12")
     assert found["softmax", 3] == ("failed", "the loss is not finite at step 12")
     (c,) = compare.compare(results).comparisons
@@ -244,6 +245,22 @@ def test_the_verb(attnlab, tmp_path):
     assert code == 0 and said["comparisons"][0]["mean"] == results.comparisons[0].mean
     code, text, _ = attnlab("report", "--help")
     assert code == 0 and all(flag in text for flag in ("--out", "--baseline", "--metric", "--unpaired", "exploratory"))
+
+
+def test_other_results_are_not_replaced(attnlab, tmp_path):
+    """Neither a plan's nor a file that no report wrote; its own are."""
+    paths = two_arms(tmp_path / "runs", seeds=(0,))
+    for name, content, part in (
+        ("results.json", results_file.to_json(synthetic.results({"a": 0.0, "b": 0.0}, 2)), "the results of a plan"),
+        ("results.json", "{}", "schema = None"), ("report.html", "<p>", "of no report"),
+    ):  # fmt: skip
+        out = tmp_path / f"out{len(content)}"
+        out.mkdir()
+        (out / name).write_text(content)
+        code, _, err = attnlab("report", *paths, "--out", out)
+        assert code == 2 and part in err and "Traceback" not in err
+        assert (out / name).read_text() == content and len(list(out.iterdir())) == 1
+    assert [attnlab("report", *paths, "--out", tmp_path / "own")[0] for _ in range(2)] == [0, 0]
 
 
 @pytest.mark.slow

@@ -228,14 +228,14 @@ def test_best_is_bold_only_if_better(written):
 
 HOSTILE = [
     "<script>alert(1)</script>",
-    '"><img src=x onerror=alert(1)>',
+    '"><img src=x onerror=alert(1)>" onload="alert(1)',
     "]]>&amp;</style></title>",
     "ümläut 漢 \u202e \ud800 " + "x" * 300,
 ]
 
 
 def test_hostile_names():
-    """Whatever arms, metrics, keys, reasons and samples are called, the page has the same elements."""
+    """Whatever arms, metrics, keys, reasons and samples are called, elements and attributes stay the same."""
 
     def page(names):
         arms = {
@@ -254,7 +254,7 @@ def test_hostile_names():
                                    tuning={names[0]: names[1]}, hash=names[3])  # fmt: skip
         text = report.render(report.compare.compare(dataclasses.replace(
             results, plan=plan, runs=runs, environment={names[0]: names[1]}, checks={names[1]: names[2]})))  # fmt: skip
-        return [n["tag"] for n in Page(text).elements], text
+        return [(n["tag"], sorted(n["attributes"])) for n in Page(text).elements], text
 
     plain, (tags, text) = page(["alpha", "beta", "gamma", "delta"]), page(HOSTILE)
     assert tags == plain[0]

@@ -57,11 +57,14 @@ def test_noise():
 
 def test_how_far_to_trust():
     """Intervals hold the truth, the largest run is predicted, and what the grid is too small for is said."""
-    found = scaling.scaling(points(4, noise=0.003, seed=1), draws=30)
+    noisy = points(4, noise=0.003, seed=1)
+    found = scaling.scaling(noisy, draws=30)
     for name in ("alpha", "beta"):
         low, high = found.intervals[name]
         assert low < getattr(TRUE, name) < high and low < getattr(found.fit, name) < high
-    assert 1e-6 < abs(found.held_out_error) < 0.03 and found.notes == []
+    rest = scaling.Points(noisy.parameters[:-1], noisy.tokens[:-1], noisy.losses[:-1])  # the last is the largest
+    assert found.held_out_error == pytest.approx(scaling.fit(rest).loss(1e8, 2e9) / noisy.losses[-1] - 1, abs=1e-9)
+    assert abs(found.held_out_error) < 0.03 and found.notes == []
     small = scaling.scaling(points(3, n=(1e5, 3e5), d=(1e6, 1e8), noise=0.03), draws=8)
     assert "a first look: 3 x 3" in small.notes[0] and "0.5 and 2.0 decades" in small.notes[0]
     low, high = small.intervals["alpha"]

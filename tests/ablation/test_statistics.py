@@ -95,6 +95,7 @@ def test_exact_tests():
     close(statistics.sign_flip(d), share(d))
     kept = d[d != 0]
     close(statistics.wilcoxon(d), share(np.sign(kept) * stats.rankdata(np.abs(kept))))
+    assert statistics.wilcoxon([0.31, 0.2, 0.11, -0.1, 0.4, 0.0]) is None  # five that are not 0
     untied = np.array([0.31, 0.2, 0.11, -0.1, 0.4, 0.3])
     close(statistics.wilcoxon(untied), stats.wilcoxon(untied, method="exact").pvalue)
     close(statistics.sign_flip(np.arange(1, 9)), 2 / 2**8)
@@ -163,6 +164,8 @@ def test_verdicts(direction, better):
     assert of(better * (0.2 + noise)) == "better" and of(-better * (0.2 + noise)) == "worse"
     assert of(better * (0.02 + noise)) == "trivially better" and of(-better * (0.02 + noise)) == "trivially worse"
     assert of(better * (0.02 + noise), margin=None) == "better"
+    assert of(better * (0.045 + noise)) == "better"  # the mean is inside the margin, the interval is not
+    assert of(noise, margin=0.0085) == "equivalent" and of(noise, margin=0.0065) == "inconclusive"  # p .037 and .07
     assert of(noise) == "equivalent" and of(noise, margin=None) == "inconclusive"
     assert of(better * (0.2 + noise), p=0.06) == "inconclusive"  # adjusted away
     assert of(better * (0.2 + noise), p=0.03, level=0.0294) == "inconclusive"
