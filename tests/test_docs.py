@@ -1,4 +1,4 @@
-"""docs/mixers.md tells of every mixer and every knob, and names tests that exist."""
+"""docs/mixers.md tells of every mixer and every knob, and names tests that exist; docs/tasks.md of every task."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from attnlab import mixers
+from attnlab import mixers, tasks
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SECTIONS = dict(
@@ -42,3 +42,9 @@ def test_identities_are_tests():
         defined |= set(re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE))
     named = set(re.findall(r"`(test_\w+)`", "".join(SECTIONS.values())))
     assert named and named <= defined, sorted(named - defined)
+
+
+def test_every_task_is_told():
+    """docs/tasks.md has each in its table."""
+    rows = [line for line in (ROOT / "docs/tasks.md").read_text().splitlines() if line.startswith("| `")]
+    assert [name for name in tasks.names() if not any(f"`{name}`" in row for row in rows)] == []

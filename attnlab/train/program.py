@@ -181,7 +181,8 @@ def _computed(config: RunConfig) -> Any:
     """What a program depends on, hashable."""
     t = config.train
     train = (t.steps, t.accumulate, *(getattr(t, name) for name in models.of(config.model).options))
-    return config.model, config.optimizer, config.mesh, train, config.data.batch, config.data.length
+    arrays = tuple(sorted(config.data.batch_spec().items()))
+    return config.model, config.optimizer, config.mesh, train, config.data.batch, config.data.length, arrays
 
 
 def _placed(shapes: Any, shardings: Any) -> Any:

@@ -3,8 +3,8 @@
 No gate, one number a head, one a channel; four learning rates each, on bytes of Python at equal parameters.
 
 Supported if the best gated arm's loss at its own rate is better, and at the largest rate of the grid it loses less
-against its best than softmax does; refuted if both gated arms are worse. What it says of attention sinks is not
-tested here. Written before any run.
+against its best than softmax does; refuted if both gated arms are worse. What it says of attention sinks is not tested
+here. Written before any run.
 """
 
 import pathlib

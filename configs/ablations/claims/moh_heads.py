@@ -3,8 +3,8 @@
 Eight heads of which 7, 6 or 4 are on, two of them shared, against all eight; bytes of Python, equal parameters and
 tokens, learning rates tuned. `:size=micro` or larger for a claim on an accelerator.
 
-Supported if the arm with 6 on is at most one deviation worse and one of the three is better in the mean; refuted if all are
-worse by more than two deviations; else inconclusive. Written before any run.
+Supported if the arm with 6 on is at most one deviation worse and one of the three is better in the mean; refuted if all
+are worse by more than two deviations; else inconclusive. Written before any run.
 """
 
 import pathlib

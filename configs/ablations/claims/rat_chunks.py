@@ -1,10 +1,11 @@
 """Claim: chunks of 16 reach the loss of attention (Wei et al. 2025, RAT, arXiv:2507.04416), and are faster.
 
-Softmax, RAT with chunks of 4, 16 and 64, and RAT of 16 with softmax in every other layer, at equal parameters and tokens.
+Softmax, RAT with chunks of 4, 16 and 64, and RAT of 16 with softmax in every other layer, at equal parameters and
+tokens.
 
-Supported in loss if chunks of 16 are equivalent within the margin, 2 % of a loss of 1.5, or better; refuted if
-worse by more. "Reproduced" in speed only at 5 times softmax's tokens a second on long rows of an accelerator; else the
-ratio is what there is to tell. Written before any run.
+Supported in loss if chunks of 16 are equivalent within the margin, 2 % of a loss of 1.5, or better; refuted if worse by
+more. "Reproduced" in speed only at 5 times softmax's tokens a second on long rows of an accelerator; else the ratio is
+what there is to tell. Written before any run.
 """
 
 import pathlib

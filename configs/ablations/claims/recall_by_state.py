@@ -1,10 +1,11 @@
 """Claim: recall is governed by the size of the state (Arora et al. 2024, Based, arXiv:2402.18668).
 
-Multi-query recall of 32 pairs in 128 positions, no MLP, a window of 4 before every mixer: Taylor features of 2 to 16 per head,
-windows of 8 to 64, and a hybrid of both. The state is what differs, so steps are held equal.
+Multi-query recall of 32 pairs in 128 positions, no MLP, a window of 4 before every mixer: Taylor features of 2 to 16
+per head, windows of 8 to 64, and a hybrid of both. The state is what differs, so steps are held equal.
 
-Supported if Spearman's correlation of accuracy with state bytes over the arms is above 0.9 and the hybrid is better than
-both pure forms of at least its bytes; refuted if the correlation is below 0.5; else inconclusive. Written before any run.
+Supported if Spearman's correlation of accuracy with state bytes over the arms is above 0.9 and the hybrid is better
+than both pure forms of at least its bytes; refuted if the correlation is below 0.5; else inconclusive. Written before
+any run.
 """
 
 import pathlib
