@@ -217,10 +217,11 @@ def test_killed_twice(tmp_path, source):
 
 
 def in_the_middle(workdir, log, before):
-    """Whether a run that was begun since has a checkpoint and is not over."""
+    """Whether a run that was begun since has got on, to another checkpoint, and is not over."""
     view = log.read()
     begun = [n for n in view.events if view.count(n, "started") > before.get(n, 0) and view.status(n) == "open"]
-    return any(Checkpoints(workdir / n).steps() for n in begun)
+    got = lambda n: max(Checkpoints(workdir / n).steps(), default=0)
+    return any(got(n) > view.last(n, "started")["step"] for n in begun)
 
 
 def wait_for(condition, seconds):
