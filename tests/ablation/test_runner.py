@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import io
 import json
 import os
@@ -15,7 +16,7 @@ import pytest
 import rich.console
 
 from attnlab import config as config_lib
-from attnlab.ablation import announce, gather, plan, schedule, worker
+from attnlab.ablation import announce, gather, plan, schedule, self_test, synthetic, worker
 from attnlab.ablation.plan import PlanConfig
 from attnlab.ablation.progress import Live
 from attnlab.ablation.state import Log, View
@@ -229,3 +230,20 @@ def wait_for(condition, seconds):
     while not condition():
         assert time.monotonic() < end, "nothing came of it"
         time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_self_test(tmp_path, attnlab, monkeypatch):
+    """Arms that are the same but for their seeds are compared by Welch's test, and both rates decide (1: not held)."""
+    rate = synthetic.Rates(10_000, rejections=0.07, claims=0.07, better=0.03)
+    monkeypatch.setattr(self_test, "PLANS", 2)
+    monkeypatch.setattr(synthetic, "null_rate", lambda: rate)
+    code, out, err = attnlab("ablate", "--self-test", "--workdir", tmp_path, "--json")
+    found = json.loads(out)
+    assert code == 1 and not found["holds"] and found["synthetic"] == 0.07, err
+    assert len(found["p"]) == 2 and all(0 < p <= 1 for p in found["p"])
+    results = json.loads((tmp_path / "plan0" / "results.json").read_text())
+    assert results["comparisons"][0]["test"] == "Welch" and results["plan"]["seeds"] == [0, 1, 2]
+    monkeypatch.setattr(synthetic, "null_rate", lambda: dataclasses.replace(rate, rejections=0.05))
+    code, out, _ = attnlab("ablate", "--self-test", "--workdir", tmp_path, "--json")
+    assert code == 0 and json.loads(out)["holds"]
