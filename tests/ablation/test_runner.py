@@ -179,6 +179,7 @@ def test_a_run_that_ends_its_process_is_not_tried_for_ever(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_killed_twice(tmp_path, source):
     """Killed with SIGKILL, all processes, twice, and stopped once, a plan gives an unbroken one's curves bitwise.
 
@@ -190,13 +191,15 @@ def test_killed_twice(tmp_path, source):
     command = lambda work: [sys.executable, "-m", "attnlab", "ablate", "--config", path, "--workdir", work,
                             "--processes", "2"]  # fmt: skip
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    done = subprocess.run(command(whole), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    cache = {"JAX_COMPILATION_CACHE_DIR": f"{tmp_path}/cache", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
+    settings = {"cwd": ROOT, "env": {**os.environ, **cache}}
+    done = subprocess.run(command(whole), **settings, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     log = Log(broken)
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
-        process = subprocess.Popen(command(broken), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(command(broken), **settings, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         before = collections.Counter(names(plans.events(broken), "started")) if log.path.exists() else {}
-        wait_for(lambda: in_the_middle(broken, log, before), 240)
+        wait_for(lambda: in_the_middle(broken, log, before), 400)
         if number == signal.SIGTERM:  # saves
             process.terminate()
             assert process.wait(120) == 128 + signal.SIGTERM and names(plans.events(broken), "stopped")
@@ -207,7 +210,7 @@ def test_killed_twice(tmp_path, source):
             os.kill(who["pid"], signal.SIGKILL)
         process.kill()
         process.wait()
-    done = subprocess.run(command(broken), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command(broken), **settings, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     found = plans.events(broken)
     assert sorted(names(found, "done")) == sorted(f"arms/{arm}/seed{seed}" for arm in tree["arms"] for seed in (0, 1))
