@@ -315,7 +315,8 @@ def _ablate(args: argparse.Namespace, overrides: list[str]) -> int:
         return 0 if found["holds"] else 1
     config, cells = announce.load(args.config, overrides)
     if not args.dry_run:
-        code = runner.run_plan(config, cells, args.workdir, options, console)
+        with _ending_in_order():
+            code = runner.run_plan(config, cells, args.workdir, options, console)
         if args.json and (results := args.workdir / "results.json").is_file():
             output.write_json(json.loads(results.read_text(encoding="utf-8")))
         return code

@@ -106,7 +106,7 @@ def test_no_command_prints_the_help(attnlab):
 
 
 @pytest.mark.parametrize(
-    "verb", ["", "train", "eval", "generate", "list", "cost", "compile", "tokenizer", "tokenizer apply"]
+    "verb", ["", "train", "eval", "generate", "list", "cost", "ablate", "compile", "tokenizer", "tokenizer apply"]
 )
 def test_help_of_every_verb(attnlab, verb):
     """Every option is explained; verbs that read a config explain overrides."""

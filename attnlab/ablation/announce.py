@@ -60,7 +60,8 @@ def announce(config: PlanConfig, cells: list[Cell], workdir: pathlib.Path, say: 
     digest = plan_lib.digest(announcement)
     if (there := read(workdir)) is not None:
         return _same(there, announcement, digest, workdir)
-    if workdir.is_dir() and any(not name.startswith(".") for name in os.listdir(workdir)):
+    names = os.listdir(workdir) if workdir.is_dir() else []
+    if NAME not in names and any(not name.startswith(".") for name in names):  # another slice may just have written it
         raise UserError(f"--workdir {workdir} holds something else than a plan; name another")
     require_metrics(config, cells)
     tree = {**solve(config, cells, say), "hash": digest}

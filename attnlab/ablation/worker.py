@@ -178,6 +178,7 @@ def main(argument: str) -> int:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if part.cores is not None and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, part.cores)  # before XLA makes as many threads
+    signal.signal(signal.SIGTERM, _end)
     runtime.configure()
     try:
         stopped = work(part)
@@ -187,6 +188,11 @@ def main(argument: str) -> int:
     except KeyboardInterrupt:
         return 130
     return 0 if stopped is None else 128 + signal.Signals[stopped]
+
+
+def _end(number: int, _: Any) -> None:
+    """Where no run steps, which would save first: lets go of the claim."""
+    raise SystemExit(128 + number)
 
 
 def command(part: Part) -> list[str]:

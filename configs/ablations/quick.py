@@ -16,7 +16,7 @@ ARMS = ("softmax", "gated", "moh", "flow", "lightning")
 
 
 def get_config(arg=None):
-    a = config.parse_arg(arg, steps=300)
+    a = config.parse_arg(arg, steps=300, recall=800)  # steps on text, and in recall
     text = {
         "base": f"{ROOT}/configs/lm.py:size=nano",
         "model.width": 64,
@@ -30,10 +30,10 @@ def get_config(arg=None):
         "mesh.data": 1,
     }
     recall = {"base": f"{ROOT}/configs/tasks.py:task=mqar"}
-    shared = {"train.steps": a.steps, "train.eval_every": max(a.steps // 4, 1), "train.save_every": 100}
+    length = lambda steps: {"train.steps": steps, "train.eval_every": max(steps // 4, 1), "train.save_every": 100}
     return {
         "question": "Does any of four changes of softmax attention read Python better, or recall better?",
-        "tasks": {"text": {**text, **shared}, "mqar": {**recall, **shared}},
+        "tasks": {"text": {**text, **length(a.steps)}, "mqar": {**recall, **length(a.recall)}},
         "arms": {name: {"model.mixers.M": {"name": name, "heads": 4}} for name in ARMS},
         "baseline": "softmax",
         "seeds": (0, 1, 2),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import io
 import json
 import os
@@ -15,7 +16,7 @@ import pytest
 import rich.console
 
 from attnlab import config as config_lib
-from attnlab.ablation import announce, gather, plan, schedule, worker
+from attnlab.ablation import announce, gather, plan, schedule, self_test, synthetic, worker
 from attnlab.ablation.plan import PlanConfig
 from attnlab.ablation.progress import Live
 from attnlab.ablation.state import Log, View
@@ -178,6 +179,7 @@ def test_a_run_that_ends_its_process_is_not_tried_for_ever(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_killed_twice(tmp_path, source):
     """Killed with SIGKILL, all processes, twice, and stopped once, a plan gives an unbroken one's curves bitwise.
 
@@ -189,13 +191,15 @@ def test_killed_twice(tmp_path, source):
     command = lambda work: [sys.executable, "-m", "attnlab", "ablate", "--config", path, "--workdir", work,
                             "--processes", "2"]  # fmt: skip
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    done = subprocess.run(command(whole), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    cache = {"JAX_COMPILATION_CACHE_DIR": f"{tmp_path}/cache", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
+    settings = {"cwd": ROOT, "env": {**os.environ, **cache}}
+    done = subprocess.run(command(whole), **settings, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     log = Log(broken)
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
-        process = subprocess.Popen(command(broken), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(command(broken), **settings, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         before = collections.Counter(names(plans.events(broken), "started")) if log.path.exists() else {}
-        wait_for(lambda: in_the_middle(broken, log, before), 240)
+        wait_for(lambda: in_the_middle(broken, log, before), 400)
         if number == signal.SIGTERM:  # saves
             process.terminate()
             assert process.wait(120) == 128 + signal.SIGTERM and names(plans.events(broken), "stopped")
@@ -206,7 +210,7 @@ def test_killed_twice(tmp_path, source):
             os.kill(who["pid"], signal.SIGKILL)
         process.kill()
         process.wait()
-    done = subprocess.run(command(broken), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command(broken), **settings, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     found = plans.events(broken)
     assert sorted(names(found, "done")) == sorted(f"arms/{arm}/seed{seed}" for arm in tree["arms"] for seed in (0, 1))
@@ -217,10 +221,11 @@ def test_killed_twice(tmp_path, source):
 
 
 def in_the_middle(workdir, log, before):
-    """Whether a run that was begun since has a checkpoint and is not over."""
+    """Whether a run that was begun since has got on, to another checkpoint, and is not over."""
     view = log.read()
     begun = [n for n in view.events if view.count(n, "started") > before.get(n, 0) and view.status(n) == "open"]
-    return any(Checkpoints(workdir / n).steps() for n in begun)
+    got = lambda n: max(Checkpoints(workdir / n).steps(), default=0)
+    return any(got(n) > view.last(n, "started")["step"] for n in begun)
 
 
 def wait_for(condition, seconds):
@@ -228,3 +233,20 @@ def wait_for(condition, seconds):
     while not condition():
         assert time.monotonic() < end, "nothing came of it"
         time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_self_test(tmp_path, attnlab, monkeypatch):
+    """Arms that are the same but for their seeds are compared by Welch's test, and both rates decide (1: not held)."""
+    rate = synthetic.Rates(10_000, rejections=0.07, claims=0.07, better=0.03)
+    monkeypatch.setattr(self_test, "PLANS", 2)
+    monkeypatch.setattr(synthetic, "null_rate", lambda: rate)
+    code, out, err = attnlab("ablate", "--self-test", "--workdir", tmp_path, "--json")
+    found = json.loads(out)
+    assert code == 1 and not found["holds"] and found["synthetic"] == 0.07, err
+    assert len(found["p"]) == 2 and all(0 < p <= 1 for p in found["p"])
+    results = json.loads((tmp_path / "plan0" / "results.json").read_text())
+    assert results["comparisons"][0]["test"] == "Welch" and results["plan"]["seeds"] == [0, 1, 2]
+    monkeypatch.setattr(synthetic, "null_rate", lambda: dataclasses.replace(rate, rejections=0.05))
+    code, out, _ = attnlab("ablate", "--self-test", "--workdir", tmp_path, "--json")
+    assert code == 0 and json.loads(out)["holds"]

@@ -57,6 +57,8 @@ def test_failed_and_missing_runs():
     found = search(GRID, ["a"], fails, lower=False)
     assert found.chosen["a"] == found.rates[-1]  # higher is better
     assert found.curves["a"][1][3] == 1
+    best_but_failed = lambda arm, rate: [math.nan, -9.0] if rate == 0.02 else [abs(math.log2(rate / 0.02))] * 2
+    assert search(GRID, ["a"], best_but_failed, lower=True).chosen["a"] != 0.02
     assert search(GRID, ["a"], lambda *_: [math.nan] * 2, lower=True).chosen == {"a": None}
     waiting = search(GRID, ["a"], lambda _, rate: None if rate == 0.04 else [1.0], lower=True)
     assert not waiting.complete and waiting.rates == GRID.rates
