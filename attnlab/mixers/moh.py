@@ -13,13 +13,15 @@ from flax import nnx
 
 from attnlab import config as config_lib
 from attnlab.mixers import base
-from attnlab.mixers.base import Capabilities, MixerConfig, MixerOutput, State, knob, register
+from attnlab.mixers.base import Capabilities, MixerConfig, MixerOutput, State, impl_knob, knob, register
 from attnlab.mixers.heads import HeadMixer
 from attnlab.mixers.parts import Linear, param_dtype
 from attnlab.mixers.sequence import Sequence
 from attnlab.ops import router as route
+from attnlab.ops.attention_gated import gated
 from attnlab.ops.dispatch import Implementation, Op
-from attnlab.ops.gathered_attention import interleaved, take_heads
+from attnlab.ops.gathered_attention import GATHERED_ATTENTION
+from attnlab.ops.head_subsets import interleaved, take_heads
 from attnlab.ops.keys_values import KeysValues
 from attnlab.ops.masks import Mask
 from attnlab.parallel import partition
@@ -66,6 +68,7 @@ class MoHConfig(MixerConfig):
         f"{' and '.join(_SOFTMAX_CORES)}); definition; auto: gather on CPU where it serves, else dense",
         other=("dense",),
     )
+    gather_impl: str = impl_knob(GATHERED_ATTENTION, doc="with gather, implementation of the op over the routed heads")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -230,14 +233,16 @@ class SelectedKeys:
     used_BT: jax.Array | None
     config: MoHConfig
 
-    def attend(self, q_BTHd: jax.Array, mask: Mask, **options: Any) -> jax.Array:
+    def attend(self, q_BTHd: jax.Array, mask: Mask, *, gate_BTHe: jax.Array | None = None, **options: Any) -> jax.Array:
         """As `KeysValues.attend`; 0 where a head is off, or whatever costs as little."""
         c = self.config
         shared, routed = shared_and_routed(c)
         wanted = self.taken_BTE if self.used_BT is None else self.taken_BTE & self.used_BT[..., None]
-        return self.kv.attend_selected(
-            q_BTHd, mask, wanted, shared=shared, routed=routed, active=c.taken, key_heads=key_heads_read(c), **options
-        )
+        o = self.kv.attend_selected(
+            q_BTHd, mask, wanted, shared=shared, routed=routed, active=c.taken, key_heads=key_heads_read(c),
+            gather_impl=c.gather_impl, **options,
+        )  # fmt: skip
+        return o if gate_BTHe is None else gated(o, gate_BTHe)
 
     def by_position(self, batch: int) -> tuple[jax.Array, jax.Array]:
         """As `KeysValues.by_position`."""

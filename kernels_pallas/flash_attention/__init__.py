@@ -79,9 +79,11 @@ def flash_attention(
     return attention(call, q, k, v, starts, ends, sinks, gate, key_bias)
 
 
-def tpu_kernel_runs(q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruct, v: jax.ShapeDtypeStruct) -> dict[str, int]:
+def tpu_kernel_runs(
+    q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruct, v: jax.ShapeDtypeStruct, blocks: tuning.Blocks | None = None
+) -> dict[str, int]:
     """How often a forward and a backward run each kernel on TPU, by name: more than once for very many keys."""
-    return tpu.kernel_runs(Call("tpu", tuning.kind(), 1.0, None, False, None, True, False, False), q, k, v, False)
+    return tpu.kernel_runs(Call("tpu", tuning.kind(), 1.0, None, False, blocks, True, False, False), q, k, v, False)
 
 
 def _check(q, k, v, starts, ends, sinks, gate, key_bias, soft_cap) -> None:

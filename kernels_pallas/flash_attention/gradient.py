@@ -11,7 +11,9 @@ heads). `lse2` is the log-sum-exp in log2 units, float32 [B, H, T], sinks includ
         gradient of a logit is `p (do . v - delta)`. Rows that see nothing have q = do = delta = 0 and lse2 = `NOTHING`,
         so that each p is 0 there. dkey_bias [B, K, S], float32.
 
-`bounds` is from `masks.intervals`: None, or starts and ends. Keys and values that no row sees are 0.
+Both take `heads_BN` last where rows are packed (`kernels_pallas.routed_attention`): H is 1, and it says which key head
+each tile of rows reads. `bounds` is from `masks.intervals`: None, or starts and ends. Keys and values that no row sees
+are 0.
 """
 
 from __future__ import annotations
@@ -31,14 +33,15 @@ KERNELS: dict[str, types.ModuleType] = {"tpu": tpu, "cuda": gpu}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attention(call: Call, q, k, v, starts, ends, sinks, gate, key_bias):
-    """o, and the natural lse; see `flash_attention`."""
-    return _forward(call, q, k, v, starts, ends, sinks, gate, key_bias, keep=False)[0]
+def attention(call: Call, q, k, v, starts, ends, sinks, gate, key_bias, heads_BN=None):
+    """o, and the natural lse; see `flash_attention`, and for `heads_BN` `routed_attention`."""
+    return _forward(call, q, k, v, starts, ends, sinks, gate, key_bias, heads_BN, keep=False)[0]
 
 
-def _forward(call: Call, q, k, v, starts, ends, sinks, gate, key_bias, *, keep: bool):
+def _forward(call: Call, q, k, v, starts, ends, sinks, gate, key_bias, heads_BN, *, keep: bool):
     bounds, k, v, some = _prepared(call, q, k, v, starts, ends)
-    o, raw, lse2 = KERNELS[call.platform].forward(call, q, k, v, bounds, sinks, gate, key_bias, keep=keep)
+    packed = () if heads_BN is None else (heads_BN,)
+    o, raw, lse2 = KERNELS[call.platform].forward(call, q, k, v, bounds, sinks, gate, key_bias, *packed, keep=keep)
     lse = lse2.swapaxes(1, 2) / LOG2E
     if some is not None:
         o = jnp.where(some[..., None, None], o, 0)
@@ -55,7 +58,7 @@ def _attention_forward(call: Call, *arrays):
 
 
 def _attention_backward(call: Call, residuals, cotangents):
-    (q, k, v, starts, ends, sinks, gate, key_bias), raw, lse = residuals
+    (q, k, v, starts, ends, sinks, gate, key_bias, heads_BN), raw, lse = residuals
     do, dlse = (x.astype(jnp.float32) for x in cotangents)
     bounds, k_, v_, some = _prepared(call, q, k, v, starts, ends)
     dgate, wide = None, raw.astype(jnp.float32)
@@ -77,10 +80,14 @@ def _attention_backward(call: Call, residuals, cotangents):
     if some is not None:
         delta, lse2 = jnp.where(some[..., None], delta, 0), jnp.where(some[..., None], lse2, NOTHING)
     rows = [x.swapaxes(1, 2) for x in (lse2, delta)]
-    dq, dk, dv, dbias = KERNELS[call.platform].backward(call, q, k_, v_, bounds, key_bias, do, *rows)
+    packed = () if heads_BN is None else (heads_BN,)
+    dq, dk, dv, dbias = KERNELS[call.platform].backward(call, q, k_, v_, bounds, key_bias, do, *rows, *packed)
+    if heads_BN is not None:  # no tile was there to write the gradients of a head that has none
+        has_rows = (heads_BN[..., None] == jnp.arange(k.shape[2])).any(1)[:, None, :, None]
+        dk, dv = jnp.where(has_rows, dk, 0), jnp.where(has_rows, dv, 0)
     if key_bias is not None:
         dbias = (dbias.sum(1) if key_bias.ndim == 2 else dbias).astype(key_bias.dtype)
-    return dq, dk, dv, None, None, dsinks, dgate, dbias
+    return dq, dk, dv, None, None, dsinks, dgate, dbias, None
 
 
 attention.defvjp(_attention_forward, _attention_backward)
