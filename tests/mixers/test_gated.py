@@ -11,7 +11,7 @@ from flax import nnx
 from attnlab import mixers
 from attnlab.errors import ConfigError
 from attnlab.mixers.sequence import Sequence
-from attnlab.ops import attention, recording
+from attnlab.ops import recording
 from tests.mixers import cases
 
 
@@ -204,12 +204,12 @@ def test_impossible_configs(fields, message):
 ])  # fmt: skip
 def test_attention_applies_the_gate_that_its_kernel_knows(fields, fused):
     """The default's, and no other; the output is the same as where the gate comes behind."""
-    module = make(heads=2, **fields)
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 7, cases.WIDTH)))
+    module, seq = make(heads=2, **fields), Sequence(jnp.arange(7, dtype=jnp.int32)[None])
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 7, cases.WIDTH)))
     with recording() as chosen:
-        y = module(x, Sequence()).y
+        found = heads(module, x, seq)
     assert set(chosen.table()) == {"gated_attention" if fused else "attention"}
     if fused:
-        reads = module.reads(x, Sequence())
-        o = attention(reads.q, reads.kv.k, reads.kv.v, reads.mask)
-        np.testing.assert_allclose(y, module.combine(module.gate.apply(o, x), x), rtol=1e-12)
+        gate = module.gate.logits(x)
+        softmax = heads(plain(module), x, seq).reshape(gate.shape)
+        np.testing.assert_allclose(found.reshape(gate.shape), softmax * jax.nn.sigmoid(gate), rtol=1e-12)
