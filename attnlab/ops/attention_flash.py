@@ -110,11 +110,13 @@ def attention_with_lse(
     queries once more. Backward recomputes the scores from the output and the log-sum-exp, which carry the checkpoint
     names "attention_o" and "attention_lse".
     """
-    starts, ends = mask.bounds(q_BTHd.shape[1], k_BSKd.shape[1])
+    T, S = q_BTHd.shape[1], k_BSKd.shape[1]
+    starts, ends = mask.bounds(T, S)
+    own = (mask.causal or mask.window is not None) and not mask.dynamic() and T == S  # each row sees its own key
     with tuning.device_kind(partition.device_kind()):
         o, lse = kernels.flash_attention(
             q_BTHd, k_BSKd, v_BSKe,
             starts=starts, ends=ends, sinks=sinks_H, gate=gate_BTHe, soft_cap=soft_cap, scale=scale,
-            platform="cuda" if partition.platform() == "gpu" else "tpu", interpret=interpret,
+            platform="cuda" if partition.platform() == "gpu" else "tpu", interpret=interpret, keys_seen=own,
         )  # fmt: skip
     return o, jnp.maximum(lse, NO_KEYS)

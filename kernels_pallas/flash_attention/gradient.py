@@ -39,7 +39,8 @@ def attention(call: Call, q, k, v, starts, ends, sinks, gate, key_bias, heads_BN
 
 
 def _forward(call: Call, q, k, v, starts, ends, sinks, gate, key_bias, heads_BN, *, keep: bool):
-    bounds, k, v, some = _prepared(call, q, k, v, starts, ends)
+    bounds, some = _bounds(q, k, starts, ends)
+    k, v = _seen(call, bounds, k, v)
     packed = () if heads_BN is None else (heads_BN,)
     o, raw, lse2 = KERNELS[call.platform].forward(call, q, k, v, bounds, sinks, gate, key_bias, *packed, keep=keep)
     lse = lse2.swapaxes(1, 2) / LOG2E
@@ -47,20 +48,20 @@ def _forward(call: Call, q, k, v, starts, ends, sinks, gate, key_bias, heads_BN,
         o = jnp.where(some[..., None, None], o, 0)
         raw = None if raw is None else jnp.where(some[..., None, None], raw, 0)
         lse = jnp.where(some[..., None], lse, -jnp.inf if sinks is None else sinks.astype(jnp.float32))
-    return (o, lse), raw
+    return (o, lse), raw, (k, v)
 
 
-def _attention_forward(call: Call, *arrays):
-    (o, lse), raw = _forward(call, *arrays, keep=True)
+def _attention_forward(call: Call, q, k, v, *arrays):
+    (o, lse), raw, seen = _forward(call, q, k, v, *arrays, keep=True)
     o, lse = checkpoint_name(o, "attention_o"), checkpoint_name(lse, "attention_lse")
     raw = None if raw is None else checkpoint_name(raw, "attention_o")
-    return (o, lse), (arrays, o if raw is None else raw, lse)
+    return (o, lse), ((q, *seen, *arrays), o if raw is None else raw, lse)
 
 
 def _attention_backward(call: Call, residuals, cotangents):
     (q, k, v, starts, ends, sinks, gate, key_bias, heads_BN), raw, lse = residuals
     do, dlse = (x.astype(jnp.float32) for x in cotangents)
-    bounds, k_, v_, some = _prepared(call, q, k, v, starts, ends)
+    bounds, some = _bounds(q, k, starts, ends)
     dgate, wide = None, raw.astype(jnp.float32)
     if gate is not None:
         open_ = jax.nn.sigmoid(gate.astype(jnp.float32))
@@ -81,7 +82,7 @@ def _attention_backward(call: Call, residuals, cotangents):
         delta, lse2 = jnp.where(some[..., None], delta, 0), jnp.where(some[..., None], lse2, NOTHING)
     rows = [x.swapaxes(1, 2) for x in (lse2, delta)]
     packed = () if heads_BN is None else (heads_BN,)
-    dq, dk, dv, dbias = KERNELS[call.platform].backward(call, q, k_, v_, bounds, key_bias, do, *rows, *packed)
+    dq, dk, dv, dbias = KERNELS[call.platform].backward(call, q, k, v, bounds, key_bias, do, *rows, *packed)
     if heads_BN is not None:  # no tile was there to write the gradients of a head that has none
         has_rows = (heads_BN[..., None] == jnp.arange(k.shape[2])).any(1)[:, None, :, None]
         dk, dv = jnp.where(has_rows, dk, 0), jnp.where(has_rows, dv, 0)
@@ -93,11 +94,15 @@ def _attention_backward(call: Call, residuals, cotangents):
 attention.defvjp(_attention_forward, _attention_backward)
 
 
-def _prepared(call: Call, q, k, v, starts, ends):
-    """The intervals, keys and values with 0 for what no row sees, and which rows see anything [B, T] (None: all)."""
-    T, S = q.shape[1], k.shape[1]
-    bounds = masks.intervals(starts, ends, T, S)
-    if bounds is None:
-        return None, k, v, None
-    seen = masks.seen_keys(*bounds, S, low=call.low, high=call.high)[..., None, None]
-    return bounds, jnp.where(seen, k, 0), jnp.where(seen, v, 0), bounds[1] > bounds[0]
+def _bounds(q, k, starts, ends):
+    """The intervals, and which rows see anything [B, T]; None: all see all."""
+    bounds = masks.intervals(starts, ends, q.shape[1], k.shape[1])
+    return bounds, None if bounds is None else bounds[1] > bounds[0]
+
+
+def _seen(call: Call, bounds, k, v):
+    """Keys and values with 0 for what no row sees; what is saved for the backward, so that it is done once."""
+    if bounds is None or call.keys_seen:
+        return k, v
+    seen = masks.seen_keys(*bounds, k.shape[1], low=call.low, high=call.high)[..., None, None]
+    return jnp.where(seen, k, 0), jnp.where(seen, v, 0)
