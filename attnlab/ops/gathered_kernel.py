@@ -18,6 +18,9 @@ from kernels_pallas import routed_attention as kernels
 from kernels_pallas import tuning
 
 _LANES = 128  # below so many queries or keys most of a tile is padding
+# Bundles that XLA schedules on v6e (jax 0.10.2, libtpu 0.0.42) to gather a row of 128, or an element, and to scatter an
+# element (`kernels.md`).
+_GATHERED, _SCATTERED = 9.6, 6.7
 
 
 def unsupported(spec: GatheredSpec) -> str | None:
@@ -29,6 +32,29 @@ def unsupported(spec: GatheredSpec) -> str | None:
 def worth(spec: GatheredSpec) -> bool:
     """Whether "auto" takes it: not for less than a tile."""
     return min(spec.queries, spec.keys) >= _LANES
+
+
+def pays(heads: int, active: int, length: int, *, causal: bool, window: int | None, width: int) -> bool:
+    """Whether a TPU saves more by leaving out heads than it spends on moving rows, by the schedules recorded.
+
+    Rows are moved to the kernel and back forward (queries, both bounds, outputs) and backward (gradients of both), and
+    one scatter makes their table. Not where nothing is recorded.
+
+    Args:
+      heads, active: E, and most of them that a position wants.
+      length: positions.
+      causal, window: of the mask.
+      width: of a head.
+    """
+    kind = partition.device_kind()
+    recorded = tuning.table(tuning.KINDS.get(kind, kind), "schedule").get("kernels", {})
+    if not recorded:
+        return False
+    long = 16384
+    cycles = sum(recorded[f"flash {part}, causal"]["causal_cycles"][str(long)] for part in ("forward", "backward"))
+    pair = cycles / (long * (long + 1) / 2) * width / 128
+    moved = _GATHERED * (4 * active + 2 * heads) + _SCATTERED * heads
+    return moved < (heads - active) * mean_visible_keys(length, causal, window) * pair
 
 
 def kernel_flops(spec: GatheredSpec) -> dict[str, float]:
