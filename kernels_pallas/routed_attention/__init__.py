@@ -13,6 +13,9 @@ from kernels_pallas import tuning
 from kernels_pallas.flash_attention import tpu_kernel_runs
 from kernels_pallas.flash_attention.call import Call
 from kernels_pallas.flash_attention.gradient import attention
+from kernels_pallas.routed_attention import moving
+
+_REST = 4 * 2**20  # bytes of fast memory for tiles of rows
 
 
 def routed_attention(
@@ -61,6 +64,33 @@ def routed_attention(
     call = Call("tpu", kind, scale, soft_cap, interpret, blocks, True, True, True)
     o, lse = attention(call, q[:, :, None], k, v, starts, ends, None, None, None, tile_heads)
     return o[:, :, 0], lse[:, :, 0]
+
+
+def pack_rows(x: jax.Array, place: jax.Array, tile_heads: jax.Array, tile: int, *, interpret: Any = False) -> jax.Array:
+    """Packed rows [B, N * tile, d]: the element of x whose place each is; 0 where there is none.
+
+    Args:
+      x: elements of heads [B, M, L, d], finite; bfloat16 or float32.
+      place: int32 [B, M, L], the row of each element, or -1. Those of a head ascend, and are in tiles of its own.
+      tile_heads: int32 [B, N], the head of each tile of rows; tiles of a head stand side by side.
+      tile: rows of a tile.
+      interpret: as in `flash_attention`; not interpreted, the kernel is for TPU.
+
+    Differentiable (reverse mode) in x: `unpack_rows` is its transpose, and it that of `unpack_rows`.
+    """
+    return moving.packed(tile, tuning.vmem_limit(tuning.kind()), interpret, x, place, tile_heads)
+
+
+def unpack_rows(
+    x: jax.Array, place: jax.Array, tile_heads: jax.Array, tile: int, *, interpret: Any = False
+) -> jax.Array:
+    """Elements [B, M, L, d]: the row of x [B, N * tile, d] that is each element's place; 0 where it has none."""
+    return moving.unpacked(tile, tuning.vmem_limit(tuning.kind()), interpret, x, place, tile_heads)
+
+
+def rows_fit(length: int, width: int, itemsize: int) -> bool:
+    """Whether heads of so many elements stand in fast memory, as `pack_rows` and `unpack_rows` need them to."""
+    return moving.bytes_needed(length, width, itemsize) + _REST <= tuning.vmem_limit(tuning.kind())
 
 
 def row_tile(kind: str, rows: int, heads: int) -> int:

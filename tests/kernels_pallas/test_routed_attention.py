@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas import tuning
-from kernels_pallas.routed_attention import routed_attention, row_tile
+from kernels_pallas.routed_attention import pack_rows, routed_attention, row_tile, unpack_rows
 from kernels_pallas.tuning import BackwardBlocks, Blocks, ForwardBlocks
 
 B, K, S, d, e, TILE = 2, 4, 300, 16, 24, 128
@@ -101,6 +101,33 @@ def test_what_no_row_sees_changes_nothing():
     found = (results(kernel, as_type(x, "float32"), starts, ends) for x in (arrays, poisoned))
     for a, b in zip(*(x.values() for x in found), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_are_moved_exactly(dtype):
+    """To tiles and back, as indexing does; each one's gradient is the other."""
+    rng, L, tile = np.random.default_rng(0), 700, TILE
+    place = np.full((B, K, L), -1)
+    for b in range(B):
+        for head in set(TILES[b]):
+            tiles = np.flatnonzero(TILES[b] == head)
+            chosen = np.sort(rng.choice(L, len(tiles) * tile - 20, replace=False))
+            place[b, head, chosen] = tiles[0] * tile + np.arange(len(chosen))
+    x, rows = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((B, K, L, d), (B, ROWS, e)))
+    of = {"place": jnp.asarray(place, jnp.int32), "tile_heads": jnp.asarray(TILES, jnp.int32), "tile": tile}
+    at = (np.arange(B)[:, None, None], np.maximum(place, 0))
+    on = (place >= 0)[..., None]
+    to_elements = lambda rows: jnp.where(on, rows[at], 0)
+    to_rows = lambda x: jnp.zeros((B, ROWS, x.shape[-1]), x.dtype).at[at].add(jnp.where(on, x, 0))
+    for ours, plain, array in (pack_rows, to_rows, x), (unpack_rows, to_elements, rows):
+        run = lambda f, array=array: jax.vjp(f, array)
+        (y, back), (want, want_back) = (
+            jax.jit(run, static_argnums=0)(f) for f in (functools.partial(ours, interpret=True, **of), plain)
+        )
+        do = jnp.asarray(rng.normal(size=y.shape), dtype)
+        np.testing.assert_array_equal(y.astype(jnp.float32), want.astype(jnp.float32))
+        for a, b in zip(back(do), want_back(do), strict=True):
+            np.testing.assert_array_equal(a.astype(jnp.float32), b.astype(jnp.float32))
 
 
 def test_tiles_are_long_where_rows_are_many():

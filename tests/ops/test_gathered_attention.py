@@ -12,6 +12,7 @@ from attnlab.ops.gathered_attention import gathered_attention
 from attnlab.ops.gathered_rows import Heads
 from kernels_pallas import masks
 from tests.mixers import flops
+from tests.ops import implementations
 
 T = 45
 SEGMENTS = np.array([[1] * 14 + [2] * 3 + [3] * 21 + [0] * 7, [0] * 2 + [4] * 27 + [5] * 16])
@@ -164,6 +165,7 @@ def test_the_kernel_works_as_many_tiles_as_heads_are_on(monkeypatch):
         return jnp.broadcast_to(met, (*q.shape[:2], v.shape[3])), jnp.zeros(q.shape[:2])
 
     monkeypatch.setattr(gathered_kernel.kernels, "routed_attention", tiles)
+    monkeypatch.setattr(gathered_kernel.kernels, "rows_fit", lambda *of: False)
     x = jnp.zeros((1, length, 4, 1))
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -173,3 +175,9 @@ def test_the_kernel_works_as_many_tiles_as_heads_are_on(monkeypatch):
         return jnp.max(gathered_kernel.attention(x, x, x, Mask(causal=True), want, **options))
 
     assert met(1) <= 0.4 * met(4) and met(2) <= 0.63 * met(4)
+
+
+def test_rows_that_do_not_fit_are_moved_by_xla(monkeypatch):
+    """The kernel equals the definition in that form, too."""
+    monkeypatch.setattr(gathered_kernel.kernels, "rows_fit", lambda *of: False)
+    implementations.held_to_the_definition("gathered_attention", "routed")
