@@ -15,6 +15,7 @@ from attnlab import config as config_lib
 from attnlab import mixers
 from attnlab.errors import ConfigError, UnsupportedPattern
 from attnlab.mixers import moh
+from attnlab.ops import dispatch
 from attnlab.ops import router as route
 from attnlab.parallel import partition
 from tests.mixers import cases
@@ -330,6 +331,16 @@ def test_auto_gathers_where_it_saves(platform, kind, length, window, picked, mon
     monkeypatch.setattr(partition, "device_kind", lambda: kind)
     config = mixers.get("moh").Config(heads=16, core={"name": "softmax", "window": window})
     assert moh.ROUTED_HEADS.pick(moh.RoutingSpec.of(config, length, 128)) == picked
+
+
+def test_a_config_names_the_kernel():
+    """`gather_impl` is the routed heads' op, `core.impl` that of the shared ones."""
+    config = mixers.get("moh").Config(heads=4, impl="gather", gather_impl="routed", core={"impl": "definition"})
+    module, (x, seq) = cases.module(config, jnp.float32), cases.inputs(jnp.float32)
+    with dispatch.interpreted(), dispatch.recording() as chosen:
+        jax.eval_shape(lambda x: module(x, seq).y, x)
+    found = {op: set(names.values()) for op, names in chosen.table().items()}
+    assert found == {"moh": {"gather"}, "attention": {"definition"}, "gathered_attention": {"routed"}}
 
 
 @pytest.mark.slow
