@@ -66,10 +66,10 @@ def kernel_flops(spec: GatheredSpec) -> dict[str, float]:
     seen = mean_visible_keys(spec.keys, spec.causal, spec.window)
     pairs = 2.0 * spec.batch * spec.active * spec.queries * seen
     of = lambda *shape: jax.ShapeDtypeStruct((spec.batch, *shape), spec.dtype)
-    segments = _segments(spec.heads, spec.queries, spec.active)
-    rows, K = segments.I * segments.R, len(spec.heads.key_heads)
-    arrays = of(rows, spec.width), of(spec.keys, K, spec.width), of(spec.keys, K, spec.value_width)
     with tuning.device_kind(partition.device_kind()):
+        segments = _segments(spec.heads, spec.queries, spec.active)
+        rows, K = segments.I * segments.R, len(spec.heads.key_heads)
+        arrays = of(rows, spec.width), of(spec.keys, K, spec.width), of(spec.keys, K, spec.value_width)
         runs = kernels.kernel_runs(*arrays, segments.R)
     widths = {
         "routed_forward": spec.width + spec.value_width,
