@@ -181,3 +181,19 @@ def test_rows_that_do_not_fit_are_moved_by_xla(monkeypatch):
     """The kernel equals the definition in that form, too."""
     monkeypatch.setattr(gathered_kernel.kernels, "rows_fit", lambda *of: False)
     implementations.held_to_the_definition("gathered_attention", "routed")
+
+
+def test_what_nobody_wants_is_not_felt_by_the_kernel():
+    """NaN in queries of padding, and in its keys and values: outputs and gradients keep their bits."""
+    q, k, v, do = arrays(2, 2, jnp.float32, d=16)
+    mask = mask_from_segments(jnp.asarray(SEGMENTS), T, causal=True)
+    want, padding = wanted(2, 1), jnp.asarray(SEGMENTS == 0)[..., None, None]
+    options = {"chosen": (0, 1), "active": 1, "scale": 1.0, "soft_cap": None, "interpret": True}
+
+    @jax.jit
+    def run(q, k, v):
+        o, back = jax.vjp(lambda q, k, v: gathered_kernel.attention(q, k, v, mask, want, **options), q, k, v)
+        return o, back(do)
+
+    poisoned = [jnp.where(padding, jnp.nan, x) for x in (q, k, v)]
+    jax.tree.map(np.testing.assert_array_equal, run(q, k, v), run(*poisoned))
