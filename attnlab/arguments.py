@@ -157,6 +157,7 @@ def build() -> argparse.ArgumentParser:
 
     _add_ablate(verbs)
     _add_compile(verbs)
+    _add_tune(verbs)
     _add_tokenizer(verbs)
     _add_report(verbs)
     return parser
@@ -235,6 +236,30 @@ def _add_compile(verbs: Any) -> None:
                      help="try meshes, train.accumulate and model.remat, and rank those that fit")  # fmt: skip
     sub.add_argument("--count", type=_count, default=12, metavar="N", help="compiles of a search, at most (12)")
     sub.add_argument("--minutes", type=_positive, default=60, metavar="M", help="a search starts none later (60)")
+
+
+def _add_tune(verbs: Any) -> None:
+    more = (
+        "\n\nOn a TPU candidates are timed in rounds, one after the other, and the medians compared; one whose\n"
+        "results differ is left out. With --target CHIP no TPU is needed, but its compiler (attnlab[compile]):\n"
+        "candidates are ranked by the cycles that it schedules for a causal head. Every figure is written as it\n"
+        "comes, to DIR/CHIP/KERNEL.json, and the same command goes on with it. Programs use these tables where the\n"
+        "environment says ATTNLAB_KERNEL_TABLES=DIR."
+    )
+    sub = _verb(verbs, "tune", "find the tiles of our TPU kernels", machine=True, more=more)
+    sub.add_argument("kernels", nargs="*", metavar="KERNEL", help="flash_forward, flash_backward; default: both")
+    sub.add_argument("--out", required=True, type=_path, metavar="DIR", help="folder of tables, new or to go on with")
+    sub.add_argument("--target", metavar="CHIP", help="v5e, v5p, v6e or tpu7x; default: the TPU that is here")
+    for name, default, text in (
+        ("batch", None, "sequences (4; with --target 64)"), ("length", 4096, "positions (4096)"),
+        ("heads", None, "heads (8; with --target 2)"), ("kv-heads", None, "key/value heads (as heads)"),
+        ("width", 128, "of a head (128)"),
+    ):  # fmt: skip
+        sub.add_argument(f"--{name}", type=_count, default=default, metavar="N", help=text)
+    sub.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(bfloat16)")
+    sub.add_argument("--count", type=_count, default=12, metavar="N", help="candidates of a kernel, at most (12)")
+    sub.add_argument("--rounds", type=_count, default=7, metavar="N", help="timings of each candidate (7)")
+    sub.add_argument("--minutes", type=_positive, default=60, metavar="M", help="begin nothing later (60)")
 
 
 def _add_tokenizer(verbs: Any) -> None:

@@ -83,11 +83,15 @@ def _start(args: argparse.Namespace, overrides: list[str]) -> None:
         from attnlab.launch import cluster
 
         cluster.start(args.config, overrides)
-    if args.verb == "compile":
+    if args.verb == "compile" or (args.verb == "tune" and args.target):
         from attnlab.launch import targets
 
         targets.prepare()
     runtime.configure()
+    if os.environ.get("ATTNLAB_KERNEL_TABLES"):
+        from attnlab.launch import tune
+
+        tune.check_tables()
 
 
 def _train(args: argparse.Namespace, overrides: list[str]) -> int:
@@ -352,6 +356,24 @@ def _compile(args: argparse.Namespace, overrides: list[str]) -> int:
     return 0 if reports and reports[0]["memory"]["fits"] else 1
 
 
+def _tune(args: argparse.Namespace, _: list[str]) -> int:
+    from attnlab.launch import describe, tune
+
+    job = tune.job(
+        args.kernels, args.out, args.target, batch=args.batch, length=args.length, heads=args.heads,
+        key_heads=args.kv_heads, width=args.width, dtype=args.dtype, count=args.count, rounds=args.rounds,
+        seconds=60 * args.minutes,
+    )  # fmt: skip
+    tables = tune.run(job, args.target, say=output.note)
+    if args.json:
+        output.write_json({kernel: table.report() for kernel, table in tables.items()})
+        return 0
+    for kernel, table in tables.items():
+        output.write_table(f"{kernel}: {table.path}", *describe.tiles(table.report()))
+    output.write(f"programs use these tiles with ATTNLAB_KERNEL_TABLES={args.out}")
+    return 0
+
+
 def _tokenizer(args: argparse.Namespace, overrides: list[str]) -> int:
     from attnlab import data
     from attnlab.train import config as run_config
@@ -419,6 +441,7 @@ _VERBS = {
     "cost": _cost,
     "ablate": _ablate,
     "compile": _compile,
+    "tune": _tune,
     "tokenizer": _tokenizer,
     "report": _report,
 }

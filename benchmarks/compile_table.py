@@ -26,6 +26,7 @@ LENGTH = 4096
 GIB = 2.0**30
 LIMIT = 600  # seconds of CPU that a compile may take
 _LLAMA = {"model.mlp_width": 11008, "model.vocab": 32000}  # Llama-2-7B's shape
+_ROUTED = (("model.mixers.M.impl", "gather"), ("model.mixers.M.gather_impl", "routed"))
 _FILES = "docs/compile_results.json", "docs/compile_results.md"
 
 
@@ -80,6 +81,8 @@ def rows() -> list[Row]:
             for topology, sequences in SEQUENCES.items():
                 sequences = FEWER.get((size, mixer, topology), sequences)
                 found.append(Row(f"{size}-{mixer}-{topology}", size, mixer, topology, sequences, "full"))
+    topology = "v6e:16x16"
+    found.append(Row(f"1b-moh-routed-{topology}", "1b", "moh", topology, SEQUENCES[topology], "full", _ROUTED))
     for size, topology in (("1b", "h100:8"), ("7b", "h100:8x8")):
         found.append(Row(f"hopper-{size}", size, "softmax", topology, 2, "full"))
     return found
@@ -104,29 +107,31 @@ def run(row: Row, timeout: float) -> dict[str, Any]:
 def table(results: list[dict[str, Any]]) -> list[str]:
     """Rows of a Markdown table, one for each result."""
     columns = ["size", "mixer", "topology", "sequences a device", "remat", "arguments + temporaries, GiB", "peak, GiB",
-               "fits", "products + kernels, FLOPs", "declared", "sent, GiB",
+               "fits", "products + kernels, FLOPs", "declared", "kernel calls", "sent, GiB",
                "compute / memory / interconnect (/ network), s", "bound", "compile, s (CPU s)"]  # fmt: skip
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     return lines + ["| " + " | ".join(_cells(r)) + " |" for r in results]
 
 
 def _cells(result: dict[str, Any]) -> list[str]:
-    head = [result["size"], result["mixer"], result["topology"], str(result["sequences"]), result["remat"]]
+    mixer = result["mixer"] + (", routed" if "-routed-" in result["name"] else "")
+    head = [result["size"], mixer, result["topology"], str(result["sequences"]), result["remat"]]
     report = result.get("report")
     if report is None:
-        return [*head, *["-"] * 2, f"no program: {result['failed']}", *["-"] * 6]
+        return [*head, *["-"] * 2, f"no program: {result['failed']}", *["-"] * 7]
     memory, spent = report["memory"], f"{report['compile_seconds']:.0f} ({report['compile_cpu_seconds']:.0f})"
     if report["compile_cpu_seconds"] > LIMIT:
         spent += f": over {LIMIT}"
     if memory["total"] is None:  # the compiler refused it
         needed = "-" if memory["peak"] is None else f"{memory['peak'] / GIB:.2f}"
         short = "no" if memory["spare"] is None else f"no, by {-memory['spare'] / GIB:.2f} GiB"
-        return [*head, "-", needed, short, *["-"] * 5, spent]
+        return [*head, "-", needed, short, *["-"] * 6, spent]
     flops, floors = report["flops"], report["floor_seconds"]
     fits = "yes" if memory["fits"] else f"no, by {-memory['spare'] / GIB:.2f} GiB"
     return [
         *head, f"{(memory['arguments'] + memory['temporaries']) / GIB:.2f}", f"{(memory['peak'] or 0) / GIB:.2f}", fits,
         f"{flops['compiler']:.3g} + {flops['kernels']:.2g}", f"{flops['declared']:.3g}",
+        ", ".join(f"{name} {count}" for name, count in report["kernels"].items()) or "none",
         f"{report['interconnect_bytes'] / GIB:.1f}",
         " / ".join(f"{seconds:.2f}" for seconds in floors.values()), report["bound"], spent,
     ]  # fmt: skip

@@ -1,6 +1,7 @@
 """Tile sizes of the kernels: a heuristic that always answers, and tables of what was found best per kind of device.
 
-A table is `tables/<kind>/<kernel>.json`: `{"versions": {...}, "default": {field: value}}`.
+A table is `tables/<kind>/<kernel>.json`: `{"versions": {...}, "default": {field: value}}`. Tables in the folder that
+the environment variable `ATTNLAB_KERNEL_TABLES` names, of the same form, go before those here.
 """
 
 from __future__ import annotations
@@ -10,13 +11,16 @@ import contextvars
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 from collections.abc import Iterator
 
 import jax
 
 LANES = 128
+_START = 48  # rows or keys that a tile's start costs as much as
 TABLES = pathlib.Path(__file__).parent / "tables"
+OWN_TABLES = "ATTNLAB_KERNEL_TABLES"  # environment variable
 # What jax calls a device, and the folder of its tables.
 KINDS = {
     "TPU v5 lite": "v5e",
@@ -84,23 +88,73 @@ def kind() -> str:
     return KINDS.get(jax.devices()[0].device_kind, "")
 
 
-@functools.cache
 def table(kind: str, kernel: str) -> dict:
-    """A kind's table for a kernel; empty where there is none."""
-    path = TABLES / kind / f"{kernel}.json"
-    return json.loads(path.read_text()) if kind and path.exists() else {}
+    """A kind's table for a kernel; empty where there is none.
+
+    Raises ValueError for a folder that is none and a file that is no table.
+    """
+    own = os.environ.get(OWN_TABLES)
+    if own and not pathlib.Path(own).is_dir():
+        raise ValueError(f"{OWN_TABLES}={own!r} is no folder; allowed: one with tables, KIND/KERNEL.json in it")
+    for folder in (*([pathlib.Path(own)] if own else []), TABLES):
+        path = folder / kind / f"{kernel}.json"
+        if kind and path.exists():
+            return _read(path, path.stat().st_mtime_ns)
+    return {}
+
+
+@functools.cache
+def _read(path: pathlib.Path, changed: int) -> dict:
+    del changed
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"kernel table {path} is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f'kernel table {path} holds {type(found).__name__}; allowed: {{"default": {{...}}}}')
+    return found
 
 
 def forward_blocks(kind: str, rows: int, keys: int) -> ForwardBlocks:
     """Tiles for so many rows and keys on devices of a kind."""
-    wanted = ForwardBlocks(**table(kind, "flash_forward").get("default", {}))
-    return _fitted(wanted, rows, keys)
+    return _fitted(_wanted(ForwardBlocks, kind, "flash_forward"), rows, keys)
 
 
 def backward_blocks(kind: str, rows: int, keys: int) -> BackwardBlocks:
     """Tiles for so many rows and keys on devices of a kind."""
-    wanted = BackwardBlocks(**table(kind, "flash_backward").get("default", {}))
-    return _fitted(wanted, rows, keys)
+    return _fitted(_wanted(BackwardBlocks, kind, "flash_backward"), rows, keys)
+
+
+def _wanted(cls, kind: str, kernel: str):
+    """The tiles that a table says."""
+    fields = table(kind, kernel).get("default", {})
+    allowed = {field.name: type(field.default) for field in dataclasses.fields(cls)}
+    if not isinstance(fields, dict) or any(type(value) is not allowed.get(key) for key, value in fields.items()):
+        said = ", ".join(f"{name}: {of.__name__}" for name, of in allowed.items())
+        raise ValueError(f"table of {kernel} for {kind!r} has default={fields!r}; allowed: {said}")
+    wanted = cls(**fields)
+    check(wanted)
+    return wanted
+
+
+def routed_rows(kind: str, rows: int, heads: int) -> int:
+    """Rows of a tile, for `rows` packed rows of `heads` key heads.
+
+    The last tile of each head is half empty, as a rule, and where attention is causal it is the one that sees most.
+    """
+    wanted = forward_blocks(kind, 2**20, 2**20)
+    sizes = [size for size in range(LANES, wanted.rows + 1, LANES) if size % min(wanted.sub_rows, size) == 0]
+    return min(sizes, key=lambda size: (rows + heads * size) * (1 + _START / size))
+
+
+def routed_blocks(kind: str, rows: int, keys: int) -> Blocks:
+    """Tiles of packed rows, in both directions of `rows` rows, over so many keys."""
+    fitted = []
+    for wanted in (forward_blocks(kind, 2**20, 2**20), backward_blocks(kind, 2**20, 2**20)):
+        wanted = dataclasses.replace(wanted, rows=rows, sub_rows=_divisor(rows, wanted.sub_rows))
+        keys_ = _tile(keys, wanted.keys)
+        fitted.append(dataclasses.replace(wanted, keys=keys_, sub_keys=_divisor(keys_, wanted.sub_keys)))
+    return Blocks(*fitted)
 
 
 # Bytes of fast memory beside what belongs to keys: row tiles and scratch.
@@ -147,9 +201,8 @@ def _fitted(wanted, rows: int, keys: int):
 
 def _tile(length: int, most: int) -> int:
     """A multiple of 128 up to `most`, for which padding and the cost of each tile's start are least together."""
-    start = 48  # positions that a tile's start costs as much as
     sizes = range(LANES, most + 1, LANES)
-    return min(sizes, key=lambda size: -(-length // size) * (size + start))
+    return min(sizes, key=lambda size: -(-length // size) * (size + _START))
 
 
 def _divisor(size: int, most: int) -> int:

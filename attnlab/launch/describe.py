@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 _GIB = 2**30
@@ -72,6 +73,17 @@ def ranking(reports: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
             f"{r['compile_seconds']:.0f}",
         ])  # fmt: skip
     return ["overrides", "memory", "fits", "step s", "bound", "MFU at most", "compile s"], rows
+
+
+def tiles(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the table of a kernel's candidates, from `attnlab.launch.tune.Table.report`."""
+    names = list(report["default"])
+    rows = []
+    for entry in report["candidates"]:
+        figures = entry.get("figures")
+        said = f"{statistics.median(figures):.6g}" if figures else entry["failed"]
+        rows.append([said, *(str(entry["blocks"][name]) for name in names)])
+    return [report["measure"], *names], rows
 
 
 def _gib(count: float) -> str:

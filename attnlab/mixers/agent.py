@@ -19,7 +19,7 @@ from attnlab.mixers.roles import Role, drawn, normal, param
 from attnlab.mixers.sequence import Sequence
 from attnlab.ops import agent_causal as causal_ops
 from attnlab.ops import agent_refreshed as refreshed_ops
-from attnlab.ops.agent import AGENT_ATTENTION, causal_agent_attention, pooled_agent_attention
+from attnlab.ops.agent import AGENT_ATTENTION, CAUSAL_AGENT_ATTENTION, causal_agent_attention, pooled_agent_attention
 from attnlab.ops.agent_attention import depthwise_conv
 from attnlab.ops.causal_conv import causal_conv
 
@@ -66,6 +66,9 @@ class AgentConfig(HeadConfig):
             need(len(self.grid) == 2 and min(self.grid) >= 1, "grid", self.grid, "two numbers, 1 or more, or none")
             need(not self.causal, "grid", self.grid, "none where causal is true")
             need(_is_square(self.agents), "agents", self.agents, "square numbers where there is a grid")
+        if self.causal:
+            names = CAUSAL_AGENT_ATTENTION.names()
+            need(self.impl in names, "impl", self.impl, f"{', '.join(names)} where causal is true")
         if self.refreshed:
             need(self.chunk % self.agents == 0, "chunk", self.chunk, f"multiples of agents ({self.agents})")
 

@@ -85,6 +85,13 @@ class GatedConfig(SoftmaxConfig):
                 f"elementwise at {self.position} with qk_norm, which cancels a scale per head",
             )
 
+    @property
+    def is_output_gate(self) -> bool:
+        """Whether it is a logistic function of x at each channel of the heads' outputs, which attention applies."""
+        how = self.position, self.granularity, self.sharing, self.operation, self.activation
+        default = "G1", "elementwise", "specific", "multiplicative", "sigmoid"
+        return self.input_dependent and how == default
+
 
 class Gate(nnx.Module):
     """Scores for `groups` heads of width `width_per_group`: [..., groups, width_per_group or 1], in fp32."""
@@ -100,10 +107,14 @@ class Gate(nnx.Module):
             logits = jnp.zeros((groups * self.columns,), param_dtype(dtype))
             self.theta = param(logits, axes=(axis,), role=Role.BIAS)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def logits(self, x: jax.Array) -> jax.Array:
+        """[..., groups, width_per_group or 1], without leading axes where they do not depend on x."""
         logits = self.linear(x) if self.config.input_dependent else self.theta[...]
-        logits = logits.astype(param_dtype(logits.dtype)).reshape(*logits.shape[:-1], self.groups, self.columns)
-        scores = ACTIVATIONS[self.config.activation](logits)
+        return logits.reshape(*logits.shape[:-1], self.groups, self.columns)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        logits = self.logits(x)
+        scores = ACTIVATIONS[self.config.activation](logits.astype(param_dtype(logits.dtype)))
         if self.config.sharing == "shared":
             scores = jnp.mean(scores, axis=-2, keepdims=True)
         return scores
@@ -155,9 +166,14 @@ class Gated(Softmax):
             k = self.gate.apply(k, x)
         return k, v
 
+    def output_gate(self, x: jax.Array) -> jax.Array | None:
+        return self.gate.logits(x) if self.config.is_output_gate else None
+
     def attended(self, reads: Reads, x: jax.Array) -> MixerOutput:
-        out = super().attended(reads, x)
-        return dataclasses.replace(out, y=self.gate.apply(out.y, x)) if self.config.position == "G1" else out
+        out, c = super().attended(reads, x), self.config
+        if c.position != "G1" or c.is_output_gate:
+            return out
+        return dataclasses.replace(out, y=self.gate.apply(out.y, x))
 
     def combine(self, o_BTHe: jax.Array, x: jax.Array) -> jax.Array:
         y = super().combine(o_BTHe, x)

@@ -13,13 +13,16 @@ from flax import nnx
 
 from attnlab import config as config_lib
 from attnlab.mixers import base
-from attnlab.mixers.base import Capabilities, MixerConfig, MixerOutput, State, knob, register
+from attnlab.mixers.base import Capabilities, MixerConfig, MixerOutput, State, impl_knob, knob, register
 from attnlab.mixers.heads import HeadMixer
 from attnlab.mixers.parts import Linear, param_dtype
 from attnlab.mixers.sequence import Sequence
+from attnlab.ops import gathered_kernel
 from attnlab.ops import router as route
+from attnlab.ops.attention_gated import gated
 from attnlab.ops.dispatch import Implementation, Op
-from attnlab.ops.gathered_attention import interleaved, take_heads
+from attnlab.ops.gathered_attention import GATHERED_ATTENTION
+from attnlab.ops.head_subsets import interleaved, take_heads
 from attnlab.ops.keys_values import KeysValues
 from attnlab.ops.masks import Mask
 from attnlab.parallel import partition
@@ -63,9 +66,11 @@ class MoHConfig(MixerConfig):
     impl: str = knob(
         "auto",
         "dense: every head, the weight may be 0; gather: only the heads that are on (cores "
-        f"{' and '.join(_SOFTMAX_CORES)}); definition; auto: gather on CPU where it serves, else dense",
+        f"{' and '.join(_SOFTMAX_CORES)}); definition; auto: gather where it serves, on CPU and, where rows are so "
+        "long that it saves, on TPU, else dense",
         other=("dense",),
     )
+    gather_impl: str = impl_knob(GATHERED_ATTENTION, doc="with gather, implementation of the op over the routed heads")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -197,6 +202,7 @@ class RoutingSpec:
       router: knob of the same name.
       routed: whether there is anything to choose.
       split: whether heads or positions are split over devices.
+      saves: whether moving rows about costs less than the attention that is left out; on CPU it always does.
     """
 
     heads: int
@@ -206,15 +212,20 @@ class RoutingSpec:
     router: str
     routed: bool
     split: bool
+    saves: bool
 
     def __str__(self) -> str:
         return f"H{self.heads} shared {self.always} active {self.taken} core {self.core}"
 
     @classmethod
-    def of(cls, config: MoHConfig) -> RoutingSpec:
-        """Of a layer, where it is traced."""
+    def of(cls, config: MoHConfig, length: int = 0, width: int = 0) -> RoutingSpec:
+        """Of a layer, where it is traced, over so many positions by heads so wide."""
         c, split = config, partition.ways("seq") > 1 or partition.ways("heads") > 1
-        return cls(c.heads, c.always, c.taken, c.core.node_name, c.router, c.routed > 0, split)
+        saves = partition.platform() == "cpu"
+        if partition.platform() == "tpu" and c.core.node_name in _SOFTMAX_CORES:
+            window = c.core.window
+            saves = gathered_kernel.pays(c.routed, c.taken, length, causal=c.causal, window=window, width=width)
+        return cls(c.heads, c.always, c.taken, c.core.node_name, c.router, c.routed > 0, split, saves)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,14 +243,16 @@ class SelectedKeys:
     used_BT: jax.Array | None
     config: MoHConfig
 
-    def attend(self, q_BTHd: jax.Array, mask: Mask, **options: Any) -> jax.Array:
+    def attend(self, q_BTHd: jax.Array, mask: Mask, *, gate_BTHe: jax.Array | None = None, **options: Any) -> jax.Array:
         """As `KeysValues.attend`; 0 where a head is off, or whatever costs as little."""
         c = self.config
         shared, routed = shared_and_routed(c)
         wanted = self.taken_BTE if self.used_BT is None else self.taken_BTE & self.used_BT[..., None]
-        return self.kv.attend_selected(
-            q_BTHd, mask, wanted, shared=shared, routed=routed, active=c.taken, key_heads=key_heads_read(c), **options
-        )
+        o = self.kv.attend_selected(
+            q_BTHd, mask, wanted, shared=shared, routed=routed, active=c.taken, key_heads=key_heads_read(c),
+            gather_impl=c.gather_impl, **options,
+        )  # fmt: skip
+        return o if gate_BTHe is None else gated(o, gate_BTHe)
 
     def by_position(self, batch: int) -> tuple[jax.Array, jax.Array]:
         """As `KeysValues.by_position`."""
@@ -279,7 +292,7 @@ def _no_gather(spec: RoutingSpec) -> str | None:
 
 
 def _gather_pays(spec: RoutingSpec) -> bool:
-    return spec.routed and spec.taken < spec.heads - spec.always and partition.platform() == "cpu" and not spec.split
+    return spec.routed and spec.taken < spec.heads - spec.always and spec.saves and not spec.split
 
 
 ROUTED_HEADS = Op(
@@ -354,7 +367,7 @@ class MoH(HeadMixer):
         if not config.reads_queries:
             E, shared = config.routed, config.always
             flops["router"] = 2.0 * width * (E + (shared if shared > 1 else 0) + (2 if E and shared else 0))
-        if ROUTED_HEADS.pick(RoutingSpec.of(config), config.impl) == "gather":
+        if ROUTED_HEADS.pick(RoutingSpec.of(config, length, config.core.head_dim(width)), config.impl) == "gather":
             # Pairs of a query and a head that is off are left out as those are that the mask hides.
             share = (config.always + config.taken) / config.heads
             flops["attention"], span = flops["attention"] * share, span * share
@@ -366,7 +379,7 @@ class MoH(HeadMixer):
         self, x: jax.Array, seq: Sequence, state: State, used: jax.Array | None
     ) -> tuple[MixerOutput, Routing]:
         """The core's heads, before their weights, and the weights; with `gather` a head that is off is left out."""
-        chosen = ROUTED_HEADS.choose(RoutingSpec.of(self.config), self.config.impl)
+        chosen = ROUTED_HEADS.choose(RoutingSpec.of(self.config, x.shape[1], self.core.head_dim), self.config.impl)
         return chosen.run(self, x, seq, state, used)
 
     def _balance(self, routing: Routing, used: jax.Array | None) -> tuple[dict, dict]:

@@ -15,7 +15,7 @@ from attnlab.mixers.heads import HeadMixer, Projections, RotaryConfig
 from attnlab.mixers.parts import param_dtype
 from attnlab.mixers.roles import Role, drawn
 from attnlab.mixers.sequence import Sequence
-from attnlab.ops.attention import attention_with_lse
+from attnlab.ops.attention import ATTENTION_WITH_LSE, attention_with_lse
 from attnlab.ops.cached_attention import cached_attention
 from attnlab.ops.masks import Mask
 from attnlab.ops.segmented_ema import SEGMENTED_EMA, segmented_ema
@@ -30,6 +30,7 @@ class RATConfig(RotaryConfig):
     )
     groups: int = knob(2, "projections of queries and of keys; head h has number h mod groups", other=(1,))
     impl: str = impl_knob(SEGMENTED_EMA)
+    attend_impl: str = impl_knob(ATTENTION_WITH_LSE, doc="implementation of the op over the chunks' entries")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -217,7 +218,7 @@ class RAT(HeadMixer):
             rows = jnp.arange(B)[:, None]
             at = jnp.zeros((B, slots), jnp.int32).at[rows, slot].set(jnp.arange(T, dtype=jnp.int32), mode="drop")
             entries = [y[rows, at] for y in (k, v)]
-        return _merged(q, k, v, *entries, places.mask(), "auto")
+        return _merged(q, k, v, *entries, places.mask(), self.config.attend_impl)
 
     def _extended(
         self, q: jax.Array, k: jax.Array, v: jax.Array, places: _Places, state: RATState
@@ -225,7 +226,7 @@ class RAT(HeadMixer):
         """Heads' outputs of the next positions, and the entries after them."""
         B, T, H, d = q.shape
         slots = state.k.shape[1]
-        impl = "definition" if self.config.impl == "definition" else "auto"
+        impl = "definition" if self.config.impl == "definition" else self.config.attend_impl
         # A lone position is written whether it ends its chunk or not, and is then one of the entries that it reads.
         slot = places.entry if T == 1 else jnp.where(places.ends, places.entry, slots)
         slot = jnp.repeat(slot, H, axis=0)
@@ -237,7 +238,7 @@ class RAT(HeadMixer):
         keys, values = (y.astype(q.dtype) for y in cache)
         if T == 1:
             seen = Mask(places.entry - places.chunk, places.entry + 1)
-            o = cached_attention(q, keys, values, seen, impl=impl)
+            o = cached_attention(q, keys, values, seen, impl="definition" if impl == "definition" else "auto")
         else:
             keys, values = (y.reshape(B, H, slots, d).swapaxes(1, 2) for y in (keys, values))
             o = _merged(q, k, v, keys, values, places.mask(), impl)

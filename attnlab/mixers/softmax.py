@@ -47,8 +47,12 @@ class Softmax(CrossAttention):
         if config.sinks:
             self.sinks = param(jnp.zeros((config.heads,), param_dtype(dtype)), axes=("heads",), role=Role.BIAS)
 
+    def output_gate(self, x: jax.Array) -> jax.Array | None:
+        """Logits [B, T, H, d] of a gate that attention multiplies its output by, made of x [B, T, D]; None: no gate."""
+        return None
+
     def attend(self, q: jax.Array, kv: KeysValues, mask: Mask, x: jax.Array) -> MixerOutput:
         c = self.config
         sinks = self.sinks[...] if c.sinks else None
-        options = {"impl": c.impl, "decode_impl": c.decode_impl}
+        options = {"impl": c.impl, "decode_impl": c.decode_impl, "gate_BTHe": self.output_gate(x)}
         return MixerOutput(kv.attend(q, mask, soft_cap=c.soft_cap, sinks_H=sinks, **options))

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from attnlab.ops import agent_attention as both_ways
+from attnlab.ops import attention_flash
 from attnlab.ops.agent_causal import Averages, fixed_agent_attention
 from attnlab.ops.agent_refreshed import Stream, definition_refreshed_agents, refreshed_agent_attention
+from attnlab.ops.attention_frame import AttentionSpec
 from attnlab.ops.dispatch import Implementation, Op
+from attnlab.ops.masks import Mask
 from attnlab.parallel.sequence_parallel import SequenceParallel
 
 
@@ -141,18 +145,70 @@ def both_ways_linear(q, k, v, segments, bias_in, bias_out, *, agents: int, grid:
     """In linear time."""
     if segments is not None:
         return both_ways.packed_agent_attention(q, k, v, segments, agents)
+    return both_ways.agent_attention(q, k, v, _pooled(q, grid, agents), bias_in, bias_out)
+
+
+def both_ways_flash(
+    q, k, v, segments, bias_in, bias_out, *, agents: int, grid: tuple[int, int] | None, interpret: bool = False
+):
+    """Both softmaxes by our kernels: few queries over all keys, then all queries over few keys."""
+    attend = functools.partial(attention_flash.attention, scale=q.shape[3] ** -0.5, soft_cap=None, interpret=interpret)
+    if segments is not None:
+        return both_ways.packed_agent_attention(q, k, v, segments, agents, attend)
+    own = _pooled(q, grid, agents)
+    return attend(q, own, attend(own, k, v, Mask()), Mask())
+
+
+def _pooled(q, grid: tuple[int, int] | None, agents: int):
     if grid is not None:
-        own = both_ways.grid_agents(q, grid, agents)
-    else:
-        own = both_ways.adaptive_pool(q, 1, min(agents, q.shape[1]))
-    return both_ways.agent_attention(q, k, v, own, bias_in, bias_out)
+        return both_ways.grid_agents(q, grid, agents)
+    return both_ways.adaptive_pool(q, 1, min(agents, q.shape[1]))
+
+
+def _two_attentions(spec: AgentSpec) -> tuple[AttentionSpec, AttentionSpec]:
+    """That of the agents, and that of the queries."""
+    T = spec.positions
+    few = T if spec.packed else min(spec.agents, T)
+    of = lambda queries, keys: AttentionSpec(
+        spec.batch, queries, keys, spec.heads, spec.heads, spec.width, spec.width, spec.dtype,
+        causal=False, window=None, intervals=spec.packed, soft_cap=False, sinks=False,
+    )  # fmt: skip
+    return of(few, T), of(T, few)
+
+
+def _no_flash(spec: AgentSpec) -> str | None:
+    if "biases" in spec.features:
+        return "its logits take no bias of a query and a key"
+    return attention_flash.unsupported(_two_attentions(spec)[0])
+
+
+def _flash_pays(spec: AgentSpec) -> bool:
+    """Not where agents are fewer than a tile has rows; documents are two attentions in the other form, too."""
+    return not spec.packed and all(map(attention_flash.worth, _two_attentions(spec)))
+
+
+def _flash_flops(spec: AgentSpec) -> dict[str, float]:
+    """Of a run of each kernel: the mean over both attentions."""
+    both = [attention_flash.kernel_flops(attention) for attention in _two_attentions(spec)]
+    return {name: sum(flops[name] for flops in both) / 2 for name in both[0]}
 
 
 AGENT_ATTENTION = Op(
     "agent_attention",
     _both_ways_spec,
-    {"definition": Implementation(both_ways_definition), "chunked": Implementation(both_ways_linear)},
-    preference=("chunked",),
+    {
+        "definition": Implementation(both_ways_definition),
+        "chunked": Implementation(both_ways_linear),
+        "flash": Implementation(
+            both_ways_flash,
+            _no_flash,
+            worth=_flash_pays,
+            platforms=("tpu", "gpu"),
+            interpretable=True,
+            kernel_flops=_flash_flops,
+        ),
+    },
+    preference=("flash", "chunked"),
 )
 
 

@@ -10,6 +10,8 @@ in the length. Source: Han et al. 2023, Agent Attention, arXiv:2312.08874. The c
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -183,12 +185,18 @@ def agent_attention(
 
 
 def packed_agent_attention(
-    q_BTHd: jax.Array, k_BTHd: jax.Array, v_BTHe: jax.Array, segments_BT: jax.Array, agents: int
+    q_BTHd: jax.Array,
+    k_BTHd: jax.Array,
+    v_BTHe: jax.Array,
+    segments_BT: jax.Array,
+    agents: int,
+    attend: Callable[..., jax.Array] = attention,
 ) -> jax.Array:
     """Agent attention within each document of packed rows, by min(m, n) agents pooled from its n queries: o_BTHe.
 
     Both softmaxes are over intervals of positions: a document's agents stand at its first positions, see the document's
-    keys, and are what its queries see. Memory is of order T; time is that of attention over the documents.
+    keys, and are what its queries see. Memory is of order T; time is that of attention over the documents. `attend` is
+    softmax attention of queries, keys, values and a mask.
     """
     T = q_BTHd.shape[1]
     mask = mask_from_segments(segments_BT, T, causal=False)
@@ -196,8 +204,8 @@ def packed_agent_attention(
     last = start + jnp.minimum(agents, end - start)
     pooled = _document_agents(q_BTHd, start, end - start, agents)
     used = jnp.arange(T, dtype=jnp.int32) < last
-    values = attention(pooled, k_BTHd, v_BTHe, Mask(start, jnp.where(used, end, start)))
-    return attention(q_BTHd, pooled, values, Mask(start, last))
+    values = attend(pooled, k_BTHd, v_BTHe, Mask(start, jnp.where(used, end, start)))
+    return attend(q_BTHd, pooled, values, Mask(start, last))
 
 
 # --- convolution of the values ----------------------------------------------------------------------------------------

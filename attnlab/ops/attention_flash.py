@@ -85,6 +85,13 @@ def attention(
     return attention_with_lse(q_BTHd, k_BSKd, v_BSKe, mask, sinks_H, **options)[0]
 
 
+def gated_attention(
+    q_BTHd: jax.Array, gate_BTHe: jax.Array, k_BSKd: jax.Array, v_BSKe: jax.Array, mask: Mask, sinks_H=None, **options
+) -> jax.Array:
+    """See `attnlab.ops.attention_gated.gated_attention`; options as for `attention_with_lse`."""
+    return attention_with_lse(q_BTHd, k_BSKd, v_BSKe, mask, sinks_H, gate_BTHe=gate_BTHe, **options)[0]
+
+
 def attention_with_lse(
     q_BTHd: jax.Array,
     k_BSKd: jax.Array,
@@ -94,6 +101,7 @@ def attention_with_lse(
     *,
     scale: float,
     soft_cap: float | None,
+    gate_BTHe: jax.Array | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """See `attnlab.ops.attention.attention_with_lse`; `interpret` runs the TPU's as plain XLA, on any platform.
@@ -102,11 +110,13 @@ def attention_with_lse(
     queries once more. Backward recomputes the scores from the output and the log-sum-exp, which carry the checkpoint
     names "attention_o" and "attention_lse".
     """
-    starts, ends = mask.bounds(q_BTHd.shape[1], k_BSKd.shape[1])
+    T, S = q_BTHd.shape[1], k_BSKd.shape[1]
+    starts, ends = mask.bounds(T, S)
+    own = (mask.causal or mask.window is not None) and not mask.dynamic() and T == S  # each row sees its own key
     with tuning.device_kind(partition.device_kind()):
         o, lse = kernels.flash_attention(
             q_BTHd, k_BSKd, v_BSKe,
-            starts=starts, ends=ends, sinks=sinks_H, soft_cap=soft_cap, scale=scale,
-            platform="cuda" if partition.platform() == "gpu" else "tpu", interpret=interpret,
+            starts=starts, ends=ends, sinks=sinks_H, gate=gate_BTHe, soft_cap=soft_cap, scale=scale,
+            platform="cuda" if partition.platform() == "gpu" else "tpu", interpret=interpret, keys_seen=own,
         )  # fmt: skip
     return o, jnp.maximum(lse, NO_KEYS)

@@ -81,7 +81,7 @@ class Op:
 
     name: str
     spec: Callable[..., Any]
-    table: dict[str, Implementation]
+    table: Mapping[str, Implementation]
     preference: tuple[str, ...]
     split: Callable[..., Any] | None = None
 

@@ -12,21 +12,33 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.ops.attention import attention
+from attnlab.ops.attention_gated import gated, gated_attention
 from attnlab.ops.cached_attention import cached_attention
-from attnlab.ops.gathered_attention import gathered_attention, interleaved, selected_cached_attention
+from attnlab.ops.gathered_attention import gathered_attention, selected_cached_attention
+from attnlab.ops.head_subsets import interleaved
 from attnlab.ops.masks import Mask, mask_for_extension
 
 
 class KeysValues(Protocol):
     """What a layer attends to."""
 
-    def attend(self, q_BTHd: jax.Array, mask: Mask, *, impl: str, decode_impl: str, **options: Any) -> jax.Array:
+    def attend(
+        self,
+        q_BTHd: jax.Array,
+        mask: Mask,
+        *,
+        impl: str,
+        decode_impl: str,
+        gate_BTHe: jax.Array | None = None,
+        **options: Any,
+    ) -> jax.Array:
         """Softmax attention of queries: o_BTHe.
 
         Args:
           q_BTHd: queries.
           mask: which keys each sees.
           impl, decode_impl: of the op over whole sequences, and of that over a cache.
+          gate_BTHe: logits of a gate, by whose logistic function the output is multiplied; None: there is none.
           options: as in `attnlab.ops.attention`.
         """
         ...
@@ -43,6 +55,7 @@ class KeysValues(Protocol):
         key_heads: int,
         impl: str,
         decode_impl: str,
+        gather_impl: str,
         **options: Any,
     ) -> jax.Array:
         """`attend`, of which only the heads `shared`, and of `routed` those wanted, are used.
@@ -50,6 +63,7 @@ class KeysValues(Protocol):
         Args:
           wanted_BTE: bool, which of the E heads `routed` each position uses, at most `active`.
           key_heads: most key heads that one position's heads read.
+          gather_impl: of the op of the heads wanted (`attnlab.ops.gathered_attention`).
         """
         ...
 
@@ -65,19 +79,22 @@ class Whole:
     k: jax.Array
     v: jax.Array
 
-    def attend(self, q_BTHd: jax.Array, mask: Mask, *, impl: str, decode_impl: str, **options: Any) -> jax.Array:
+    def attend(self, q_BTHd, mask, *, impl, decode_impl, gate_BTHe=None, **options) -> jax.Array:
         """See `KeysValues`."""
         del decode_impl
+        if gate_BTHe is not None:
+            return gated_attention(q_BTHd, self.k, self.v, mask, gate_BTHe, impl=impl, **options)
         return attention(q_BTHd, self.k, self.v, mask, impl=impl, **options)
 
     def attend_selected(
-        self, q_BTHd, mask, wanted_BTE, *, shared, routed, active, key_heads, impl, decode_impl, **options
+        self, q_BTHd, mask, wanted_BTE, *, shared, routed, active, key_heads, impl, decode_impl, gather_impl, **options
     ) -> jax.Array:
         """See `KeysValues`; 0 where a head is not wanted."""
         del shared, key_heads, decode_impl
         return gathered_attention(
-            q_BTHd, self.k, self.v, mask, wanted_BTE, chosen=routed, active=active, impl=impl, **options
-        )
+            q_BTHd, self.k, self.v, mask, wanted_BTE,
+            chosen=routed, active=active, impl=impl, gather_impl=gather_impl, **options,
+        )  # fmt: skip
 
     def by_position(self, batch: int) -> tuple[jax.Array, jax.Array]:
         """See `KeysValues`."""
@@ -96,16 +113,18 @@ class Cached:
     v: jax.Array
     fits: jax.Array | None = None
 
-    def attend(self, q_BTHd: jax.Array, mask: Mask, *, impl: str, decode_impl: str, **options: Any) -> jax.Array:
+    def attend(self, q_BTHd, mask, *, impl, decode_impl, gate_BTHe=None, **options) -> jax.Array:
         """See `KeysValues`."""
         del impl
-        return self._or_nan(cached_attention(q_BTHd, self.k, self.v, mask, impl=decode_impl, **options))
+        o = self._or_nan(cached_attention(q_BTHd, self.k, self.v, mask, impl=decode_impl, **options))
+        return o if gate_BTHe is None else gated(o, gate_BTHe)
 
     def attend_selected(
-        self, q_BTHd, mask, wanted_BTE, *, shared, routed, active, key_heads, impl, decode_impl, **options
+        self, q_BTHd, mask, wanted_BTE, *, shared, routed, active, key_heads, impl, decode_impl, gather_impl, **options
     ) -> jax.Array:
         """See `KeysValues`. One query leaves out the key heads that no wanted head reads; more queries read all."""
         (B, T, H), K = q_BTHd.shape[:3], self.k.shape[0] // len(q_BTHd)
+        del gather_impl
         sinks = options.pop("sinks_H", None)
         if T > 1 or key_heads == K or sinks is not None:
             return self.attend(q_BTHd, mask, impl=impl, decode_impl=decode_impl, sinks_H=sinks, **options)

@@ -35,6 +35,7 @@ def flash_attention(
     interpret: bool = False,
     blocks: Any = None,
     deterministic: bool = False,
+    keys_seen: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """`o[t] = sum_s p[t, s] v[s]`, `p = softmax_s(scale * q[t] . k[s])` over the keys that row `t` sees.
 
@@ -55,6 +56,8 @@ def flash_attention(
       blocks: tile sizes (`kernels_pallas.tuning.Blocks`, for "cuda" `kernels_pallas.flash_attention.gpu.Blocks`); by
         default those that `tuning`, or `gpu`, gives.
       deterministic: whether gradients must be the same bits in every run. Kernels for TPU always are.
+      keys_seen: whether the caller knows that some row sees every key; else keys and values that none sees are found
+        and replaced before the kernel, which reads and writes both once more.
 
     Returns:
       o [B, T, H, e] in the dtype of q, and lse [B, T, H] in float32, the natural logarithm of the softmax's
@@ -74,14 +77,17 @@ def flash_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     soft_cap = None if soft_cap is None else float(soft_cap)
     call = Call(
-        platform, tuning.kind(), scale, soft_cap, interpret, blocks, deterministic, starts is not None, ends is not None
-    )
+        platform, tuning.kind(), scale, soft_cap, interpret, blocks, deterministic,
+        starts is not None, ends is not None, keys_seen,
+    )  # fmt: skip
     return attention(call, q, k, v, starts, ends, sinks, gate, key_bias)
 
 
-def tpu_kernel_runs(q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruct, v: jax.ShapeDtypeStruct) -> dict[str, int]:
+def tpu_kernel_runs(
+    q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruct, v: jax.ShapeDtypeStruct, blocks: tuning.Blocks | None = None
+) -> dict[str, int]:
     """How often a forward and a backward run each kernel on TPU, by name: more than once for very many keys."""
-    return tpu.kernel_runs(Call("tpu", tuning.kind(), 1.0, None, False, None, True, False, False), q, k, v, False)
+    return tpu.kernel_runs(Call("tpu", tuning.kind(), 1.0, None, False, blocks, True, False, False), q, k, v, False)
 
 
 def _check(q, k, v, starts, ends, sinks, gate, key_bias, soft_cap) -> None:

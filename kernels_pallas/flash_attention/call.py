@@ -17,6 +17,7 @@ class Call:
     Attributes:
       kind: of the devices, for their tables (`kernels_pallas.tuning.kind`).
       low, high: whether there are starts, and ends.
+      keys_seen: whether every key is known to be seen by some row.
     """
 
     platform: str
@@ -28,3 +29,4 @@ class Call:
     deterministic: bool
     low: bool
     high: bool
+    keys_seen: bool = False

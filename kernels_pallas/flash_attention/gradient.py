@@ -11,7 +11,9 @@ heads). `lse2` is the log-sum-exp in log2 units, float32 [B, H, T], sinks includ
         gradient of a logit is `p (do . v - delta)`. Rows that see nothing have q = do = delta = 0 and lse2 = `NOTHING`,
         so that each p is 0 there. dkey_bias [B, K, S], float32.
 
-`bounds` is from `masks.intervals`: None, or starts and ends. Keys and values that no row sees are 0.
+Both take `heads_BN` last where rows are packed (`kernels_pallas.routed_attention`): H is 1, and it says which key head
+each tile of rows reads. `bounds` is from `masks.intervals`: None, or starts and ends. Keys and values that no row sees
+are 0.
 """
 
 from __future__ import annotations
@@ -31,33 +33,35 @@ KERNELS: dict[str, types.ModuleType] = {"tpu": tpu, "cuda": gpu}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attention(call: Call, q, k, v, starts, ends, sinks, gate, key_bias):
-    """o, and the natural lse; see `flash_attention`."""
-    return _forward(call, q, k, v, starts, ends, sinks, gate, key_bias, keep=False)[0]
+def attention(call: Call, q, k, v, starts, ends, sinks, gate, key_bias, heads_BN=None):
+    """o, and the natural lse; see `flash_attention`, and for `heads_BN` `routed_attention`."""
+    return _forward(call, q, k, v, starts, ends, sinks, gate, key_bias, heads_BN, keep=False)[0]
 
 
-def _forward(call: Call, q, k, v, starts, ends, sinks, gate, key_bias, *, keep: bool):
-    bounds, k, v, some = _prepared(call, q, k, v, starts, ends)
-    o, raw, lse2 = KERNELS[call.platform].forward(call, q, k, v, bounds, sinks, gate, key_bias, keep=keep)
+def _forward(call: Call, q, k, v, starts, ends, sinks, gate, key_bias, heads_BN, *, keep: bool):
+    bounds, some = _bounds(q, k, starts, ends)
+    k, v = _seen(call, bounds, k, v)
+    packed = () if heads_BN is None else (heads_BN,)
+    o, raw, lse2 = KERNELS[call.platform].forward(call, q, k, v, bounds, sinks, gate, key_bias, *packed, keep=keep)
     lse = lse2.swapaxes(1, 2) / LOG2E
     if some is not None:
         o = jnp.where(some[..., None, None], o, 0)
         raw = None if raw is None else jnp.where(some[..., None, None], raw, 0)
         lse = jnp.where(some[..., None], lse, -jnp.inf if sinks is None else sinks.astype(jnp.float32))
-    return (o, lse), raw
+    return (o, lse), raw, (k, v)
 
 
-def _attention_forward(call: Call, *arrays):
-    (o, lse), raw = _forward(call, *arrays, keep=True)
+def _attention_forward(call: Call, q, k, v, *arrays):
+    (o, lse), raw, seen = _forward(call, q, k, v, *arrays, keep=True)
     o, lse = checkpoint_name(o, "attention_o"), checkpoint_name(lse, "attention_lse")
     raw = None if raw is None else checkpoint_name(raw, "attention_o")
-    return (o, lse), (arrays, o if raw is None else raw, lse)
+    return (o, lse), ((q, *seen, *arrays), o if raw is None else raw, lse)
 
 
 def _attention_backward(call: Call, residuals, cotangents):
-    (q, k, v, starts, ends, sinks, gate, key_bias), raw, lse = residuals
+    (q, k, v, starts, ends, sinks, gate, key_bias, heads_BN), raw, lse = residuals
     do, dlse = (x.astype(jnp.float32) for x in cotangents)
-    bounds, k_, v_, some = _prepared(call, q, k, v, starts, ends)
+    bounds, some = _bounds(q, k, starts, ends)
     dgate, wide = None, raw.astype(jnp.float32)
     if gate is not None:
         open_ = jax.nn.sigmoid(gate.astype(jnp.float32))
@@ -77,20 +81,28 @@ def _attention_backward(call: Call, residuals, cotangents):
     if some is not None:
         delta, lse2 = jnp.where(some[..., None], delta, 0), jnp.where(some[..., None], lse2, NOTHING)
     rows = [x.swapaxes(1, 2) for x in (lse2, delta)]
-    dq, dk, dv, dbias = KERNELS[call.platform].backward(call, q, k_, v_, bounds, key_bias, do, *rows)
+    packed = () if heads_BN is None else (heads_BN,)
+    dq, dk, dv, dbias = KERNELS[call.platform].backward(call, q, k, v, bounds, key_bias, do, *rows, *packed)
+    if heads_BN is not None:  # no tile was there to write the gradients of a head that has none
+        has_rows = (heads_BN[..., None] == jnp.arange(k.shape[2])).any(1)[:, None, :, None]
+        dk, dv = jnp.where(has_rows, dk, 0), jnp.where(has_rows, dv, 0)
     if key_bias is not None:
         dbias = (dbias.sum(1) if key_bias.ndim == 2 else dbias).astype(key_bias.dtype)
-    return dq, dk, dv, None, None, dsinks, dgate, dbias
+    return dq, dk, dv, None, None, dsinks, dgate, dbias, None
 
 
 attention.defvjp(_attention_forward, _attention_backward)
 
 
-def _prepared(call: Call, q, k, v, starts, ends):
-    """The intervals, keys and values with 0 for what no row sees, and which rows see anything [B, T] (None: all)."""
-    T, S = q.shape[1], k.shape[1]
-    bounds = masks.intervals(starts, ends, T, S)
-    if bounds is None:
-        return None, k, v, None
-    seen = masks.seen_keys(*bounds, S, low=call.low, high=call.high)[..., None, None]
-    return bounds, jnp.where(seen, k, 0), jnp.where(seen, v, 0), bounds[1] > bounds[0]
+def _bounds(q, k, starts, ends):
+    """The intervals, and which rows see anything [B, T]; None: all see all."""
+    bounds = masks.intervals(starts, ends, q.shape[1], k.shape[1])
+    return bounds, None if bounds is None else bounds[1] > bounds[0]
+
+
+def _seen(call: Call, bounds, k, v):
+    """Keys and values with 0 for what no row sees; what is saved for the backward, so that it is done once."""
+    if bounds is None or call.keys_seen:
+        return k, v
+    seen = masks.seen_keys(*bounds, k.shape[1], low=call.low, high=call.high)[..., None, None]
+    return jnp.where(seen, k, 0), jnp.where(seen, v, 0)

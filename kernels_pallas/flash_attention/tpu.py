@@ -16,7 +16,7 @@ from kernels_pallas.flash_attention.tpu_plan import Plan
 _WIDTH = 16  # head widths are padded to multiples of it
 
 
-def forward(call: Call, q, k, v, bounds, sinks, gate, key_bias, *, keep: bool):
+def forward(call: Call, q, k, v, bounds, sinks, gate, key_bias, heads_BN=None, *, keep: bool):
     """See `kernels_pallas.flash_attention.gradient`."""
     T, (S, K), e = q.shape[1], k.shape[1:3], v.shape[3]
     blocks, keys = _forward_tiles(call, q, k, v, key_bias is not None)
@@ -29,10 +29,10 @@ def forward(call: Call, q, k, v, bounds, sinks, gate, key_bias, *, keep: bool):
     options = {"vmem": tuning.vmem_limit(call.kind), "interpret": call.interpret}
     if keys == whole:
         o, raw, lse2 = tpu_forward.run(
-            plan, q, k, v, bounds, sinks, gate, bias, keep=keep, out_dtype=q.dtype, **options
+            plan, q, k, v, bounds, sinks, gate, bias, heads_BN, keep=keep, out_dtype=q.dtype, **options
         )
     else:
-        wide, lse2 = _by_key_blocks(plan, q, k, v, bounds, bias, keys, options)
+        wide, lse2 = _by_key_blocks(plan, q, k, v, bounds, bias, heads_BN, keys, options)
         wide, lse2 = _with_sinks(wide, lse2, sinks)
         raw = wide.astype(q.dtype) if keep and gate is not None else None
         o = (wide if gate is None else wide * jax.nn.sigmoid(gate.astype(jnp.float32))).astype(q.dtype)
@@ -40,7 +40,7 @@ def forward(call: Call, q, k, v, bounds, sinks, gate, key_bias, *, keep: bool):
     return back(o), back(raw), lse2[:, :, :T]
 
 
-def backward(call: Call, q, k, v, bounds, key_bias, do, lse2, delta):
+def backward(call: Call, q, k, v, bounds, key_bias, do, lse2, delta, heads_BN=None):
     """See `kernels_pallas.flash_attention.gradient`."""
     (T, d), (S, K), e, dtype = q.shape[1::2], k.shape[1:3], v.shape[3], q.dtype
     blocks, keys = _backward_tiles(call, q, k, v, key_bias is not None)
@@ -54,13 +54,15 @@ def backward(call: Call, q, k, v, bounds, key_bias, do, lse2, delta):
     plan = Plan.of(call, blocks, low, high, bias is not None)
     options = {"vmem": tuning.vmem_limit(call.kind), "interpret": call.interpret}
     if keys == whole:
-        dq, dk, dv, dbias = tpu_backward.run(plan, q, k, v, do, lse2, delta, bounds, bias, out_dtype=dtype, **options)
+        dq, dk, dv, dbias = tpu_backward.run(
+            plan, q, k, v, do, lse2, delta, bounds, bias, heads_BN, out_dtype=dtype, **options
+        )
     else:
 
         def turn(dq, n):
             part = _key_block(n, keys, k, v, bounds, bias)
             more, *of_keys = tpu_backward.run(
-                plan, q, part[0], part[1], do, lse2, delta, *part[2:], out_dtype=jnp.float32, **options
+                plan, q, part[0], part[1], do, lse2, delta, *part[2:], heads_BN, out_dtype=jnp.float32, **options
             )
             return dq + more, of_keys
 
@@ -141,14 +143,14 @@ def _key_block(n, keys: int, k, v, bounds, bias):
     return cut(k), cut(v), own, cut(bias)
 
 
-def _by_key_blocks(plan: Plan, q, k, v, bounds, bias, keys: int, options: dict[str, Any]):
+def _by_key_blocks(plan: Plan, q, k, v, bounds, bias, heads_BN, keys: int, options: dict[str, Any]):
     """The output, float32 and ungated, and lse2, put together from those over each block of keys."""
 
     def turn(carry, n):
         o, lse2 = carry
         k_, v_, own, bias_ = _key_block(n, keys, k, v, bounds, bias)
         o_, _, lse2_ = tpu_forward.run(
-            plan, q, k_, v_, own, None, None, bias_, keep=False, out_dtype=jnp.float32, **options
+            plan, q, k_, v_, own, None, None, bias_, heads_BN, keep=False, out_dtype=jnp.float32, **options
         )
         if own is not None:
             some = (own[1] > own[0])[:, None]

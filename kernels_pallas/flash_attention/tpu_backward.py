@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels_pallas.flash_attention.call import LOG2E
-from kernels_pallas.flash_attention.tpu_plan import HIDDEN, Plan, Slots, fold8, in_bounds, key_ranges, product
+from kernels_pallas.flash_attention.tpu_plan import HIDDEN, Plan, Slots, Tiles, fold8, in_bounds, product, tile_table
 
 LSE, DELTA = 0, 1  # rows of the statistics, and places of their columns
 
@@ -117,18 +117,18 @@ class RowTile:
         lax.fori_loop(self.first, self.end, turn, 0)
 
 
-def _kernel(plan: Plan, names: tuple[str, ...], tiles: int, batched: bool, ranges, *refs) -> None:
+def _kernel(plan: Plan, names: tuple[str, ...], tiles: Tiles, table, *refs) -> None:
     b, g, i = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     refs = dict(zip(names, refs, strict=True))
 
-    @pl.when((g == 0) & (i == 0))
+    @pl.when(tiles.begins(b, i, table) if tiles.packed else (g == 0) & (i == 0))
     def _():
         for name in ("dk", "dv", "dbias"):
             if name in refs:
                 refs[name][...] = jnp.zeros_like(refs[name])
 
-    at = ((b * tiles if batched else 0) + i) * 4
-    row_tile = RowTile(plan, refs, tuple(ranges[at + n] for n in range(4)))
+    at = tiles.at(b, i)
+    row_tile = RowTile(plan, refs, tuple(table[at + n] for n in range(4)))
     row_tile.begin()
     row_tile.walk()
     refs["dq"][...] = (refs["acc"][...] * plan.scale).astype(refs["dq"].dtype)
@@ -144,6 +144,7 @@ def run(
     delta_BHT: jax.Array,
     bounds: tuple[jax.Array, jax.Array] | None,
     bias_BKS: jax.Array | None,
+    heads_BN: jax.Array | None = None,
     *,
     out_dtype: Any,
     vmem: int,
@@ -151,18 +152,21 @@ def run(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """dq [B, H, T, d] in `out_dtype`; dk [B, K, S, d], dv [B, K, S, e] and that of the bias [B, K, S] in float32.
 
-    T and S are whole tiles; `bounds` is None where every row sees all keys. The scale is in dq and dk.
+    T and S are whole tiles; `bounds` is None where every row sees all keys. The scale is in dq and dk. `heads_BN` as in
+    `tpu_forward.run`, each head's tiles side by side; what is returned for a key head that has none means nothing.
     """
     blocks, (B, H, T, d), (K, S, e) = plan.blocks, q_BHTd.shape, v_BKSe.shape[1:]
-    G, tiles, key_tiles = H // K, T // blocks.rows, S // blocks.keys
-    ranges = key_ranges(bounds, blocks, T, S)
-    batched = ranges.shape[0] > 1
+    G, key_tiles = H // K, S // blocks.keys
+    tiles, table = tile_table(bounds, blocks, T, S, G, heads_BN)
     statistics = jnp.stack([lse2_BHT, delta_BHT], 2)
     statistics = jnp.pad(statistics, ((0, 0), (0, 0), (0, 6), (0, 0)))
 
     row = lambda width: pl.BlockSpec((None, None, blocks.rows, width), lambda b, h, g, i, *_: (b, h * G + g, i, 0))
     column = lambda width: pl.BlockSpec((None, None, width, blocks.rows), lambda b, h, g, i, *_: (b, h * G + g, 0, i))
-    keys = lambda *shape: pl.BlockSpec((None, None, *shape), lambda b, h, g, i, *_: (b, h, *(0 for _ in shape)))
+    head = lambda b, h, i, table: tiles.key_head(b, h, i, table) if tiles.packed else h
+    keys = lambda *shape: pl.BlockSpec(
+        (None, None, *shape), lambda b, h, g, i, table: (b, head(b, h, i, table), *(0 for _ in shape))
+    )
     slots = Slots()
     slots.input("q", q_BHTd, row(d))
     slots.input("k", k_BKSd, keys(S, d))
@@ -173,7 +177,7 @@ def run(
     slots.input("statistics", statistics, column(8))
     if bounds is not None:
         stacked = jnp.pad(jnp.stack(bounds, 1), ((0, 0), (0, 6), (0, 0)))
-        spec = pl.BlockSpec((None, 8, blocks.rows), lambda b, h, g, i, *_: (b if batched else 0, 0, i))
+        spec = pl.BlockSpec((None, 8, blocks.rows), lambda b, h, g, i, *_: (b if stacked.shape[0] > 1 else 0, 0, i))
         slots.input("bounds", stacked, spec)
         slots.scratch("bound_columns", (blocks.rows, 8), jnp.int32)
     slots.output("dq", (B, H, T, d), out_dtype, row(d))
@@ -187,11 +191,11 @@ def run(
     slots.scratch("columns", (2, blocks.rows, 128), jnp.float32)
     slots.scratch("acc", (blocks.rows, d), jnp.float32)
     found = slots.call(
-        functools.partial(_kernel, plan, slots.names(), tiles, batched),
-        ranges,
-        grid=(B, K, G, tiles),
+        functools.partial(_kernel, plan, slots.names(), tiles),
+        table,
+        grid=(B, 1, 1, T // blocks.rows) if tiles.packed else (B, K, G, T // blocks.rows),
         semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-        name="flash_backward",
+        name="routed_backward" if tiles.packed else "flash_backward",
         vmem=vmem,
         interpret=interpret,
     )

@@ -20,7 +20,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.flash_attention.call import LOG2E
-from kernels_pallas.flash_attention.tpu_plan import HIDDEN, LOWEST, Plan, Slots, fold8, in_bounds, key_ranges, product
+from kernels_pallas.flash_attention.tpu_plan import (
+    HIDDEN,
+    LOWEST,
+    Plan,
+    Slots,
+    Tiles,
+    fold8,
+    in_bounds,
+    product,
+    tile_table,
+)
 
 ONES = 16  # rows of ones under v^T: what bfloat16 tiles are made of
 
@@ -158,11 +168,11 @@ class RowTile:
         r["lse"][...] = lse if plan.bounded else lse + r["m"][0:1, :]
 
 
-def _kernel(plan: Plan, names: tuple[str, ...], tiles: int, batched: bool, ranges, *refs) -> None:
+def _kernel(plan: Plan, names: tuple[str, ...], tiles: Tiles, table, *refs) -> None:
     b, h, i = (pl.program_id(axis) for axis in range(3))
     refs = dict(zip(names, refs, strict=True))
-    at = ((b * tiles if batched else 0) + i) * 4
-    row_tile = RowTile(plan, refs, tuple(ranges[at + n] for n in range(4)))
+    at = tiles.at(b, i)
+    row_tile = RowTile(plan, refs, tuple(table[at + n] for n in range(4)))
     row_tile.begin(refs["sinks"][h] if "sinks" in refs else None)
     row_tile.walk()
     row_tile.finish_rows()
@@ -177,6 +187,7 @@ def run(
     sinks_H: jax.Array | None,
     gate_BHTe: jax.Array | None,
     bias_BKS: jax.Array | None,
+    heads_BN: jax.Array | None = None,
     *,
     keep: bool,
     out_dtype: Any,
@@ -185,19 +196,19 @@ def run(
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
     """o [B, H, T, e], o before the gate where `keep` (else None) and the log-sum-exp in log2 units [B, H, T].
 
-    T and S are whole tiles; `bounds` is None where every row sees all keys.
+    T and S are whole tiles; `bounds` is None where every row sees all keys. `heads_BN` is the key head of each tile
+    of packed rows, for which H is 1; None: query heads share key heads evenly.
     """
     blocks, (B, H, T, d), (K, S, e) = plan.blocks, q_BHTd.shape, v_BKSe.shape[1:]
-    tiles, key_tiles, G = T // blocks.rows, S // blocks.keys, H // K
-    ranges = key_ranges(bounds, blocks, T, S)
-    batched = ranges.shape[0] > 1
+    key_tiles = S // blocks.keys
+    tiles, table = tile_table(bounds, blocks, T, S, H // K, heads_BN)
     height = e + ONES if blocks.ones else e
     v = jnp.pad(v_BKSe, ((0, 0),) * 3 + ((0, height - e),), constant_values=1)
     v = v.reshape(B, K, key_tiles, blocks.keys, height).swapaxes(3, 4)
 
     row = lambda width: pl.BlockSpec((None, None, blocks.rows, width), lambda b, h, i, *_: (b, h, i, 0))
-    keys = lambda *shape: pl.BlockSpec(  # lax.div, not //: its sign rule asks for a TPU while tracing
-        (None, None, *shape), lambda b, h, i, *_: (b, lax.div(h, jnp.int32(G)), *(0 for _ in shape))
+    keys = lambda *shape: pl.BlockSpec(
+        (None, None, *shape), lambda b, h, i, table: (b, tiles.key_head(b, h, i, table), *(0 for _ in shape))
     )
     slots = Slots()
     slots.input("q", q_BHTd, row(d))
@@ -205,7 +216,7 @@ def run(
     slots.input("v", v, keys(key_tiles, height, blocks.keys))
     if bounds is not None:
         stacked = jnp.pad(jnp.stack(bounds, 1), ((0, 0), (0, 6), (0, 0)))
-        spec = pl.BlockSpec((None, 8, blocks.rows), lambda b, h, i, *_: (b if batched else 0, 0, i))
+        spec = pl.BlockSpec((None, 8, blocks.rows), lambda b, h, i, *_: (b if stacked.shape[0] > 1 else 0, 0, i))
         slots.input("bounds", stacked, spec)
     if sinks_H is not None:
         slots.input("sinks", sinks_H.astype(jnp.float32) * LOG2E, pl.BlockSpec(memory_space=pltpu.SMEM))
@@ -229,11 +240,11 @@ def run(
     if not blocks.ones:
         slots.scratch("l", (8, blocks.rows), jnp.float32)
     found = slots.call(
-        functools.partial(_kernel, plan, slots.names(), tiles, batched),
-        ranges,
-        grid=(B, H, tiles),
+        functools.partial(_kernel, plan, slots.names(), tiles),
+        table,
+        grid=(B, H, T // blocks.rows),
         semantics=("parallel", "parallel", "arbitrary"),
-        name="flash_forward",
+        name="routed_forward" if tiles.packed else "flash_forward",
         vmem=vmem,
         interpret=interpret,
     )

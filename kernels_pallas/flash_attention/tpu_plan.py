@@ -69,12 +69,60 @@ def in_bounds(key, low, high):
     return key >= low if high is None else (key >= low) & (key < high)
 
 
-def key_ranges(bounds: tuple[jax.Array, jax.Array] | None, blocks: Any, rows: int, keys: int) -> jax.Array:
-    """`masks.tile_ranges`; without bounds every tile is full."""
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Where a kernel finds in scalar memory which key tiles a row tile meets, and, if rows are packed, its key head.
+
+    Attributes:
+      count: row tiles of a sequence.
+      shared: whether all sequences have the same.
+      group: query heads that share a key head; 0: rows are packed.
+    """
+
+    count: int
+    shared: bool
+    group: int
+
+    @property
+    def packed(self) -> bool:
+        """Whether a tile's key head is in the table."""
+        return self.group == 0
+
+    def at(self, b, i):
+        """Where the table holds tile `i` of sequence `b`: four numbers of `masks.tile_ranges`."""
+        return ((0 if self.shared else b * self.count) + i) * (5 if self.packed else 4)
+
+    def key_head(self, b, h, i, table):
+        """Key head of a tile of query head `h`."""
+        if self.packed:
+            return table[self.at(b, i) + 4]
+        return lax.div(h, jnp.int32(self.group))  # not //: its sign rule asks for a TPU while tracing
+
+    def begins(self, b, i, table):
+        """Of packed rows: whether the tile is the first of its key head."""
+        before = table[self.at(b, jnp.maximum(i - 1, 0)) + 4]
+        return (i == 0) | (before != table[self.at(b, i) + 4])
+
+
+def tile_table(
+    bounds: tuple[jax.Array, jax.Array] | None,
+    blocks: Any,
+    rows: int,
+    keys: int,
+    group: int,
+    heads_BN: jax.Array | None,
+) -> tuple[Tiles, jax.Array]:
+    """The table for scalar memory, and what is where in it; without bounds every row sees all keys."""
     if bounds is not None:
-        return masks.tile_ranges(*bounds, blocks.rows, blocks.keys)
-    tiles = keys // blocks.keys
-    return jnp.broadcast_to(jnp.asarray([0, 0, tiles, tiles], jnp.int32), (1, rows // blocks.rows, 4))
+        ranges = masks.tile_ranges(*bounds, blocks.rows, blocks.keys)
+    else:
+        tiles = keys // blocks.keys
+        ranges = jnp.broadcast_to(jnp.asarray([0, 0, tiles, tiles], jnp.int32), (1, rows // blocks.rows, 4))
+    if heads_BN is None:
+        return Tiles(ranges.shape[1], ranges.shape[0] == 1, group), ranges
+    ranges = jnp.broadcast_to(ranges, (*heads_BN.shape, 4))
+    packed = jnp.concatenate([ranges, heads_BN[..., None].astype(jnp.int32)], -1)
+    return Tiles(ranges.shape[1], ranges.shape[0] == 1, 0), packed
 
 
 class Slots:

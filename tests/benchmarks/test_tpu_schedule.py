@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from benchmarks import llo, tpu_schedule
+from attnlab.launch import llo, schedules
+from benchmarks import tpu_schedule
 from kernels_pallas import tuning
 from kernels_pallas.tuning import ForwardBlocks
 
@@ -52,8 +53,8 @@ def test_reading():
 
 def test_causal_walks():
     """Key tiles that a row tile meets, from the last, and which of them the mask cuts."""
-    assert tpu_schedule.causal_walks(512, ForwardBlocks(128, 256)) == [[True], [True], [True, False], [True, False]]
-    assert tpu_schedule.causal_walks(512, ForwardBlocks(256, 128)) == [[True, True], [True, True, False, False]]
+    assert schedules.causal_walks(512, ForwardBlocks(128, 256)) == [[True], [True], [True, False], [True, False]]
+    assert schedules.causal_walks(512, ForwardBlocks(256, 128)) == [[True, True], [True, True, False, False]]
 
 
 def test_growth_is_said():

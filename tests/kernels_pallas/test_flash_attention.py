@@ -179,6 +179,21 @@ def test_what_no_row_sees_changes_nothing():
             assert not np.any(b[1][hidden]) and np.any(b[1][~hidden])
 
 
+def test_keys_are_replaced_once():
+    """Those that no row sees, for both directions; and not at all where every key is known to be seen."""
+    arrays, rest = inputs(SMALL | {"mask": "packed", "sinks": False, "gate": False, "bias": None})
+    shape = arrays["k"].shape
+
+    def replaced(**known):
+        loss = lambda arrays: jnp.sum(kernel(**arrays, **rest, **known)[0])
+        text = str(jax.make_jaxpr(jax.grad(loss))(typed(arrays, "float32")))
+        array = f"f32[{','.join(map(str, shape))}]"
+        return text.count(f":{array} = jit[name=_where")
+
+    assert shape == arrays["v"].shape != arrays["q"].shape
+    assert replaced() == 2 and replaced(keys_seen=True) == 0
+
+
 def test_rows_that_see_nothing():
     """0, an lse of -inf, and no gradient, though their queries are NaN."""
     arrays, rest = inputs(SMALL | {"mask": "packed", "sinks": False})

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from attnlab.launch import hlo, targets
-from benchmarks.tpu_schedule import TOPOLOGIES
+from attnlab.launch.schedules import TOPOLOGIES
 from kernels_pallas import tuning
 from kernels_pallas.flash_attention import flash_attention
 from kernels_pallas.tuning import BackwardBlocks, Blocks, ForwardBlocks

@@ -27,6 +27,7 @@ def report(**changes):
         "flops": {"compiler": 100.0, "kernels": 10.0, "declared": 90.0, "compiler_loops_once": 20.0},
         "floor_seconds": {"compute": 2.0, "memory": 1.0, "interconnect": 0.5},
         "bound": "compute",
+        "kernels": {"flash_forward": 2, "flash_backward": 1},
         "interconnect_bytes": 1_000.0,
         "compile_seconds": 50.0,
         "compile_cpu_seconds": 60.0,
@@ -91,6 +92,7 @@ def test_rows_of_the_table():
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
     assert {len(row) for row in cells} == {columns.count("|") - 1}
     assert cells[0][5:9] == ["3.00", "2.50", "yes", "100 + 10"] and cells[0][-1] == "50 (60)"
+    assert cells[0][10] == "flash_forward 2, flash_backward 1"
     assert cells[1][7] == "no, by 1.00 GiB" and cells[1][-1] == "50 (601): over 600"
     assert cells[2][6:8] == ["32.00", "no, by 16.00 GiB"]
     assert cells[3][7] == "no program: stopped after 600 s"

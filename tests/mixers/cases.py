@@ -44,7 +44,7 @@ def configs(name: str) -> dict[str, tuple[Any, bool]]:
         for value in field.metadata["other"]:
             if field.name == "causal":
                 found[f"causal={value}"] = (cls.Config(causal=value), False)
-            elif field.name not in ("impl", "decode_impl"):  # laws name implementations themselves
+            elif field.name.split("_")[-1] != "impl":  # laws name implementations themselves
                 knobs.append((field.name, value))
     for fields in [*_together(cls, knobs), *cls.variants]:
         found[",".join(f"{k}={v}" for k, v in fields.items())] = (cls.Config(**fields), False)

@@ -10,6 +10,8 @@ from flax import nnx
 
 from attnlab import mixers
 from attnlab.errors import ConfigError
+from attnlab.mixers.sequence import Sequence
+from attnlab.ops import recording
 from tests.mixers import cases
 
 
@@ -194,3 +196,20 @@ def test_gradient_of_the_gate():
 def test_impossible_configs(fields, message):
     with pytest.raises(ConfigError, match=message):
         mixers.config_from_node({"name": "gated", **fields})
+
+
+@pytest.mark.parametrize("fields, fused", [
+    ({}, True), ({"granularity": "headwise"}, False), ({"activation": "silu"}, False), ({"position": "G2"}, False),
+    ({"operation": "additive"}, False), ({"sharing": "shared"}, False), ({"input_dependent": False}, False),
+])  # fmt: skip
+def test_attention_applies_the_gate_that_its_kernel_knows(fields, fused):
+    """The default's, and no other; the output is the same as where the gate comes behind."""
+    module, seq = make(heads=2, **fields), Sequence(jnp.arange(7, dtype=jnp.int32)[None])
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 7, cases.WIDTH)))
+    with recording() as chosen:
+        found = heads(module, x, seq)
+    assert set(chosen.table()) == {"gated_attention" if fused else "attention"}
+    if fused:
+        gate = module.gate.logits(x)
+        softmax = heads(plain(module), x, seq).reshape(gate.shape)
+        np.testing.assert_allclose(found.reshape(gate.shape), softmax * jax.nn.sigmoid(gate), rtol=1e-12)

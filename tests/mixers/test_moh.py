@@ -15,7 +15,9 @@ from attnlab import config as config_lib
 from attnlab import mixers
 from attnlab.errors import ConfigError, UnsupportedPattern
 from attnlab.mixers import moh
+from attnlab.ops import dispatch
 from attnlab.ops import router as route
+from attnlab.parallel import partition
 from tests.mixers import cases
 from tests.mixers import test_contract as battery
 
@@ -316,6 +318,29 @@ def test_declared_cost_counts_the_heads_that_are_on():
     dense, gather = (cls.cost(cls.Config(impl=impl, **fields), 64, 128) for impl in ("dense", "gather"))
     assert gather.flops["attention"] == dense.flops["attention"] / 2 and gather.span == dense.span / 2
     assert dense.flops["router"] == 2 * 64 * (6 + 2 + 2)
+
+
+@pytest.mark.parametrize("platform, kind, length, window, picked", [
+    ("cpu", "cpu", 128, None, "gather"), ("tpu", "TPU v6e", 4096, None, "dense"),
+    ("tpu", "TPU v6e", 131072, None, "gather"), ("tpu", "TPU v6e", 131072, 1024, "dense"),
+    ("tpu", "TPU v99", 131072, None, "dense"), ("gpu", "NVIDIA H100", 131072, None, "dense"),
+])  # fmt: skip
+def test_auto_gathers_where_it_saves(platform, kind, length, window, picked, monkeypatch):
+    """On TPU by the recorded schedules: moving rows costs by position, attention by what a position sees."""
+    monkeypatch.setattr(partition, "platform", lambda: platform)
+    monkeypatch.setattr(partition, "device_kind", lambda: kind)
+    config = mixers.get("moh").Config(heads=16, core={"name": "softmax", "window": window})
+    assert moh.ROUTED_HEADS.pick(moh.RoutingSpec.of(config, length, 128)) == picked
+
+
+def test_a_config_names_the_kernel():
+    """`gather_impl` is the routed heads' op, `core.impl` that of the shared ones."""
+    config = mixers.get("moh").Config(heads=4, impl="gather", gather_impl="routed", core={"impl": "definition"})
+    module, (x, seq) = cases.module(config, jnp.float32), cases.inputs(jnp.float32)
+    with dispatch.interpreted(), dispatch.recording() as chosen:
+        jax.eval_shape(lambda x: module(x, seq).y, x)
+    found = {op: set(names.values()) for op, names in chosen.table().items()}
+    assert found == {"moh": {"gather"}, "attention": {"definition"}, "gathered_attention": {"routed"}}
 
 
 @pytest.mark.slow

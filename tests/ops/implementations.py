@@ -14,11 +14,13 @@ from attnlab.errors import UserError
 from attnlab.ops import Mask, mask_from_segments
 from attnlab.ops.agent import AGENT_ATTENTION, CAUSAL_AGENT_ATTENTION, causal_agent_attention, pooled_agent_attention
 from attnlab.ops.attention import ATTENTION, ATTENTION_WITH_LSE, attention, attention_with_lse
+from attnlab.ops.attention_gated import GATED_ATTENTION, gated_attention
 from attnlab.ops.cached_attention import CACHED_ATTENTION, cached_attention
 from attnlab.ops.delta_rule import DELTA_RULE, delta_rule
 from attnlab.ops.dispatch import Op, interpreted
 from attnlab.ops.flow_attention import FLOW_ATTENTION, flow_attention
 from attnlab.ops.flow_definition import FlowRule
+from attnlab.ops.gathered_attention import GATHERED_ATTENTION, chosen_attention
 from attnlab.ops.linear_recurrence import LINEAR_RECURRENCE, linear_recurrence
 from attnlab.ops.local_linear import LOCAL_LINEAR, local_linear
 from attnlab.ops.neural_memory import NEURAL_MEMORY, MemorySpec, initial_state, neural_memory
@@ -44,6 +46,11 @@ def _attention(shape: tuple[int, ...], impl: str, op: Callable = attention) -> t
     return lambda q, k, v: op(q, k, v, mask, impl=impl), arrays(3, shape)
 
 
+def _gated(impl: str) -> tuple[Callable, list[jax.Array]]:
+    mask = mask_from_segments(segments(LONG), LONG[1], causal=True)
+    return lambda q, k, v, g: gated_attention(q, k, v, mask, g, impl=impl), arrays(4, LONG)
+
+
 def _with_lse(*args: Any, **options: Any) -> tuple[jax.Array, jax.Array]:
     o, lse = attention_with_lse(*args, **options)
     return o, jnp.maximum(lse, -100.0)  # whatever says that a row sees nothing
@@ -53,6 +60,18 @@ def _cached(queries: int, impl: str) -> tuple[Callable, list[jax.Array]]:
     q, k, v = *arrays(1, (2, queries, 4, 6)), *arrays(2, (4, 9, 6), seed=1)
     mask = Mask(jnp.full((2, queries), 2), jnp.full((2, queries), 7))
     return lambda q, k, v: cached_attention(q, k, v, mask, impl=impl), [q, k, v]
+
+
+def _gathered(impl: str) -> tuple[Callable, list[jax.Array]]:
+    """A head that nobody wants, one that most want, and documents."""
+    q, k, v = arrays(1, (2, 75, 6, 16))[0], *arrays(2, (2, 75, 3, 16), seed=1)
+    mask = mask_from_segments(segments(q.shape), 75, causal=True)
+    scores = arrays(1, (2, 75, 4), seed=2)[0] + jnp.asarray([0.0, 3.0, -1e6, 1.0])
+    wanted = scores >= jnp.sort(scores, -1)[..., -2:-1]
+    wanted &= (segments(q.shape) > 0)[..., None]
+    sinks = jnp.linspace(-1.0, 1.0, 6)
+    options = {"chosen": (1, 2, 4, 5), "active": 2, "soft_cap": 3.0, "impl": impl}
+    return lambda q, k, v, s: chosen_attention(q, k, v, mask, wanted, sinks_H=s, **options), [q, k, v, sinks]
 
 
 def _memory(impl: str) -> tuple[Callable, list[jax.Array]]:
@@ -84,8 +103,10 @@ def _agents(refreshed: bool, impl: str) -> tuple[Callable, list[jax.Array]]:
 # Per op: cases by name, each `impl` to a function and its arrays.
 CASES: dict[str, tuple[Op, dict[str, Callable[[str], tuple[Callable, list[jax.Array]]]]]] = {
     "attention": (ATTENTION, {n: functools.partial(_attention, s) for n, s in (("short", SHORT), ("long", LONG))}),
+    "gated_attention": (GATED_ATTENTION, {"long": _gated}),
     "attention_with_lse": (ATTENTION_WITH_LSE, {"short": lambda impl: _attention(SHORT, impl, _with_lse)}),
     "cached_attention": (CACHED_ATTENTION, {f"{n}": functools.partial(_cached, n) for n in (1, 3)}),
+    "gathered_attention": (GATHERED_ATTENTION, {"short": _gathered}),
     "local_linear": (
         LOCAL_LINEAR,
         {"short": lambda impl: (lambda *a: local_linear(*a, Mask(causal=True), 0.5, impl=impl)[0], arrays(3, SHORT))},
@@ -107,7 +128,13 @@ CASES: dict[str, tuple[Op, dict[str, Callable[[str], tuple[Callable, list[jax.Ar
     ),
     "agent_attention": (
         AGENT_ATTENTION,
-        {"short": lambda impl: (lambda *a: pooled_agent_attention(*a, agents=3, impl=impl), arrays(3, SHORT))},
+        {
+            "short": lambda impl: (lambda *a: pooled_agent_attention(*a, agents=3, impl=impl), arrays(3, SHORT)),
+            "packed": lambda impl: (
+                lambda *a: pooled_agent_attention(*a, segments(SHORT), agents=3, impl=impl),
+                arrays(3, SHORT),
+            ),
+        },
     ),
     "segmented_ema": (
         SEGMENTED_EMA,

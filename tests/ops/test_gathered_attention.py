@@ -1,12 +1,18 @@
 """Attention of the wanted (query, head) pairs against attention of all, in float64, values and gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnlab.ops import Mask, attention, gathered_attention, mask_from_segments, router
+from attnlab.ops import Mask, attention, gathered_kernel, gathered_rows, gathered_xla, mask_from_segments, router
+from attnlab.ops.gathered_attention import gathered_attention
+from attnlab.ops.gathered_rows import Heads
+from kernels_pallas import masks
 from tests.mixers import flops
+from tests.ops import implementations
 
 T = 45
 SEGMENTS = np.array([[1] * 14 + [2] * 3 + [3] * 21 + [0] * 7, [0] * 2 + [4] * 27 + [5] * 16])
@@ -21,7 +27,7 @@ def x64():
 @pytest.fixture
 def small_segments(monkeypatch):
     """Segments so short that there are several, and one that is not whole."""
-    monkeypatch.setattr(gathered_attention, "_SEGMENT", 16)
+    monkeypatch.setattr(gathered_xla, "_SEGMENT", 16)
 
 
 @pytest.fixture(params=["cpu", "accelerator"])
@@ -64,9 +70,7 @@ def both(case, skewed):
     on = jnp.ones((2, T, H), bool).at[:, :, np.asarray(chosen)].set(want)
 
     def gathered(q, k, v, sinks):
-        return gathered_attention.gathered_attention(
-            q, k, v, mask, want, chosen=chosen, active=active, sinks_H=sinks, **options
-        )
+        return gathered_attention(q, k, v, mask, want, chosen=chosen, active=active, sinks_H=sinks, **options)
 
     def expected(q, k, v, sinks):
         return jnp.where(on[..., None], attention(q, k, v, mask, sinks_H=sinks, impl="definition", **options), 0)
@@ -96,23 +100,24 @@ def test_table_holds_every_wanted_pair_once(seed):
     """Rows of a block are of its key head, ascending in position, and of its segment."""
     rng = np.random.default_rng(seed)
     chosen, group = (0, 1, 3, 4, 5), (0, 0, 1, 2, 2)
-    plan = gathered_attention._Plan(Mask(causal=True), 1.0, None, chosen, group, (0, 1, 2), 2, 600, 600)
+    heads = Heads(chosen, group, (0, 1, 2), 6)
+    plan = gathered_xla._Plan(Mask(causal=True), 1.0, None, heads, 2, 600, 600)
     want = np.asarray(router.top_k_mask(jnp.asarray(rng.standard_normal((1, 600, 5)) + 3 * rng.standard_normal(5)), 2))
-    table = jax.tree.map(np.asarray, jax.jit(lambda w: gathered_attention._table(plan, w, 6))(want))
+    table = jax.tree.map(np.asarray, jax.jit(lambda w: gathered_rows.make_table(heads, w, plan.segments()))(want))
     pairs = table.pair_Br[0]
     t, e = np.nonzero(want[0])
-    np.testing.assert_array_equal(np.sort(pairs[pairs >= 0]), np.sort(t * 6 + np.asarray(plan.chosen)[e]))
-    np.testing.assert_array_equal(pairs[table.row_BTE[0, t, e]], t * 6 + np.asarray(plan.chosen)[e])
+    np.testing.assert_array_equal(np.sort(pairs[pairs >= 0]), np.sort(t * 6 + np.asarray(chosen)[e]))
+    np.testing.assert_array_equal(pairs[table.row_BTE[0, t, e]], t * 6 + np.asarray(chosen)[e])
     row = block = 0
-    for first, N, L in plan.segments():
-        I, R = plan.blocks(L)
-        for n in range(N):
-            for _ in range(I):
+    for s in plan.segments():
+        first, L, R = s.first, s.L, s.R
+        for n in range(s.N):
+            for _ in range(s.I):
                 held = pairs[row : row + R]
                 held = held[held >= 0]
                 assert np.all((held // 6 >= first + n * L) & (held // 6 < first + (n + 1) * L))
                 assert np.all(np.diff(held) > 0)
-                assert np.all((held % 6) // 2 == plan.key_heads[table.group_Bi[0, block]])
+                assert np.all((held % 6) // 2 == heads.key_heads[table.group_Bi[0, block]])
                 row, block = row + R, block + 1
     assert row == len(pairs)
 
@@ -127,7 +132,7 @@ def test_half_the_heads_cost_at_most_0_6(length, chosen, active, monkeypatch):
     want = jnp.zeros((1, length, len(chosen)), bool)
 
     def gathered(q, k, v):
-        return gathered_attention.gathered_attention(q, k, v, Mask(causal=True), want, chosen=chosen, active=active)
+        return gathered_attention(q, k, v, Mask(causal=True), want, chosen=chosen, active=active)
 
     def gradients(f):
         return lambda q, k, v: jax.vjp(f, q, k, v)[1](q)
@@ -142,8 +147,53 @@ def test_low_precision(dtype, small_segments, form):
     """fp32 statistics in low precision, the dtype of q kept."""
     q, k, v, _ = arrays(4, 4, jnp.float32)
     want = wanted(4, 2)
-    run = lambda *x: gathered_attention.gathered_attention(*x, Mask(causal=True), want, chosen=(0, 1, 2, 3), active=2)
+    run = lambda *x: gathered_attention(*x, Mask(causal=True), want, chosen=(0, 1, 2, 3), active=2)
     low = jax.jit(run)(*(x.astype(dtype) for x in (q, k, v)))
     exact = jnp.where(want[..., None], attention(q, k, v, Mask(causal=True), impl="definition"), 0)
     assert low.dtype == dtype
     np.testing.assert_allclose(np.asarray(low, np.float32), exact, atol=1e-5 if dtype == jnp.float32 else 0.05)
+
+
+def test_the_kernel_works_as_many_tiles_as_heads_are_on(monkeypatch):
+    """Key tiles that the kernel's row tiles meet, causal, 1, 2 and 4 of 4 heads on."""
+    length = 4096
+
+    def tiles(q, k, v, starts, ends, tile_heads, **options):
+        rows = q.shape[1] // tile_heads.shape[1]
+        first, _, _, end = jnp.moveaxis(masks.tile_ranges(starts, ends, rows, 256), -1, 0)
+        met = jnp.float32(rows * jnp.sum(end - first))
+        return jnp.broadcast_to(met, (*q.shape[:2], v.shape[3])), jnp.zeros(q.shape[:2])
+
+    monkeypatch.setattr(gathered_kernel.kernels, "routed_attention", tiles)
+    monkeypatch.setattr(gathered_kernel.kernels, "rows_fit", lambda *of: False)
+    x = jnp.zeros((1, length, 4, 1))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def met(active):
+        want = router.top_k_mask(jnp.asarray(np.random.default_rng(0).standard_normal((1, length, 4))), active)
+        options = {"chosen": (0, 1, 2, 3), "active": active, "scale": 1.0, "soft_cap": None}
+        return jnp.max(gathered_kernel.attention(x, x, x, Mask(causal=True), want, **options))
+
+    assert met(1) <= 0.4 * met(4) and met(2) <= 0.63 * met(4)
+
+
+def test_rows_that_do_not_fit_are_moved_by_xla(monkeypatch):
+    """The kernel equals the definition in that form, too."""
+    monkeypatch.setattr(gathered_kernel.kernels, "rows_fit", lambda *of: False)
+    implementations.held_to_the_definition("gathered_attention", "routed")
+
+
+def test_what_nobody_wants_is_not_felt_by_the_kernel():
+    """NaN in queries of padding, and in its keys and values: outputs and gradients keep their bits."""
+    q, k, v, do = arrays(2, 2, jnp.float32, d=16)
+    mask = mask_from_segments(jnp.asarray(SEGMENTS), T, causal=True)
+    want, padding = wanted(2, 1), jnp.asarray(SEGMENTS == 0)[..., None, None]
+    options = {"chosen": (0, 1), "active": 1, "scale": 1.0, "soft_cap": None, "interpret": True}
+
+    @jax.jit
+    def run(q, k, v):
+        o, back = jax.vjp(lambda q, k, v: gathered_kernel.attention(q, k, v, mask, want, **options), q, k, v)
+        return o, back(do)
+
+    poisoned = [jnp.where(padding, jnp.nan, x) for x in (q, k, v)]
+    jax.tree.map(np.testing.assert_array_equal, run(q, k, v), run(*poisoned))

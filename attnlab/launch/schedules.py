@@ -1,0 +1,200 @@
+"""What libtpu schedules for flash attention on TPUs that are not here, and what follows for a causal head.
+
+b/Ks are bundles per 1024 scores; a bundle takes a cycle where nothing stalls. A tile takes as long as its bundles, or
+as its products occupy the matrix units if that is more: the floor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from attnlab.launch import llo
+from kernels_pallas import tuning
+from kernels_pallas.flash_attention import flash_attention
+
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Of self-attention: B, T, H, K, d; what of it is not in fast memory must be more than that holds."""
+
+    batch: int = 64
+    length: int = 4096
+    heads: int = 2
+    key_heads: int = 1
+    width: int = 128
+    dtype: str = "bfloat16"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Features of a call of flash attention."""
+
+    low: bool = False
+    sinks: bool = False
+    gate: bool = False
+    cap: float | None = None
+
+
+PARTS = ("forward", "backward")
+
+
+def compile_flash(
+    case: Case, shape: Shape, target: Any, chip: str, blocks: tuning.Blocks | None = None, backward: bool = True
+) -> None:
+    """Forward, and backward if asked for, for a chip; what is scheduled is in the dump."""
+    placed = SingleDeviceSharding(target.devices[0])
+    of = lambda *sizes, dtype=shape.dtype: jax.ShapeDtypeStruct(sizes, dtype, sharding=placed)
+    array = lambda heads: of(shape.batch, shape.length, heads, shape.width)
+    arrays = {"q": array(shape.heads), "k": array(shape.key_heads), "v": array(shape.key_heads)}
+    if case.sinks:
+        arrays["sinks"] = of(shape.heads, dtype=jnp.float32)
+    if case.gate:
+        arrays["gate"] = array(shape.heads)
+    bounds = {name: of(1, shape.length, dtype=jnp.int32) for name in ("starts",) * case.low + ("ends",)}
+
+    def loss(arrays, bounds):
+        with tuning.device_kind(chip):
+            o, _ = flash_attention(**arrays, **bounds, soft_cap=case.cap, platform="tpu", blocks=blocks)
+        return jnp.sum(o.astype(jnp.float32))
+
+    jax.jit(jax.grad(loss) if backward else loss).lower(arrays, bounds).compile()
+
+
+class Reading:
+    """One kernel's schedule, in bundles per 1024 scores of its tile."""
+
+    def __init__(self, root: llo.Region, chip: str, scores: int):
+        self.root, self.chip, self.unit = root, chip, scores / 1024
+        self.most = max(r.own["products"] for r in root.walk())
+        self.floor = self.cycles(self.most) / self.unit
+
+    def cycles(self, products: float) -> float:
+        """That products occupy the matrix units."""
+        return products * llo.CYCLES[self.chip] / llo.UNITS[self.chip]
+
+    def bundles(self, chosen: Callable[[llo.Region], bool]) -> list[tuple[float, int]]:
+        """(b/Ks, spills) of the regions that are chosen."""
+        return [(r.own["bundles"] / self.unit, r.own["SPILL"]) for r in self.root.walk() if chosen(r)]
+
+    def tiles(self) -> list[tuple[float, int]]:
+        """Those with all of a tile's products, the shortest first."""
+        return sorted(self.bundles(lambda r: r.own["products"] == self.most))
+
+    def grid(self) -> llo.Region:
+        """The loop over the grid."""
+        return max((r for r in self.root.inside if r.kind == "loop"), key=lambda r: r.total()["bundles"])
+
+    def beside(self) -> int:
+        """Bundles of a step of the grid beside those that products are in, and what runs now and then."""
+        return sum(r.own["bundles"] for r in self.root.walk() if r.inside and not r.own["products"] and r != self.root)
+
+    def facts(self) -> dict[str, Any]:
+        """The figures of a tile."""
+        (full, spills), (masked, masked_spills) = self.tiles()[0], self.tiles()[-1]
+        return {
+            "full": round(full, 3),
+            "masked": round(masked, 3),
+            "floor": round(self.floor, 3),
+            "matrix_share": round(self.floor / max(full, self.floor), 3),
+            "spills": spills,
+            "masked_spills": masked_spills,
+            "kernel_bundles": self.root.total()["bundles"],
+        }
+
+
+def forward_facts(reading: Reading, blocks: Any, shape: Shape, lengths: Sequence[int]) -> dict[str, Any]:
+    """Of flash attention's forward: the tile, what comes before and after a row tile's steps, and estimates."""
+    loop = next(r.start for r in reading.root.walk() if r.kind == "loop" and r is not reading.grid())
+    ends = lambda r: 0 < r.own["products"] < reading.most
+    first = sorted(reading.bundles(lambda r: ends(r) and r.start < loop))
+    last = reading.bundles(lambda r: ends(r) and r.start > loop)[0]
+    beside = reading.beside()
+    facts = reading.facts() | {
+        "first": round(first[0][0], 3),
+        "first_masked": round(first[-1][0], 3),
+        "last": round(last[0], 3),
+        "beside": beside,
+    }
+    times = {"first": first[0][0], "first_masked": first[-1][0], "last": last[0]}
+    cost = {name: x * reading.unit for name, x in times.items()}
+    for name in ("full", "masked"):
+        cost[name] = max(facts[name], facts["floor"]) * reading.unit
+    total = {}
+    for length in lengths:
+        cycles = 0.0
+        for walk in causal_walks(length, blocks):
+            cycles += beside + cost["first_masked" if walk[0] else "first"] + cost["last"]
+            cycles += sum(cost["masked" if masked else "full"] for masked in walk[1:])
+        total[str(length)] = round(cycles)
+    return facts | {"causal_cycles": total}
+
+
+def backward_facts(reading: Reading, blocks: Any, shape: Shape, lengths: Sequence[int]) -> dict[str, Any]:
+    """Of flash attention's backward; gradients of keys are set to 0 once for a key head's query heads."""
+    beside = reading.beside()
+    zeroes = max(r.own["bundles"] for r in reading.root.walk() if not r.inside and not r.own["products"])
+    facts = reading.facts() | {"beside": beside, "zeroes": zeroes}
+    cost = {name: max(facts[name], facts["floor"]) * reading.unit for name in ("full", "masked")}
+    total = {}
+    for length in lengths:
+        walks = causal_walks(length, blocks)
+        cycles = zeroes * length / shape.length * shape.key_heads / shape.heads
+        cycles += sum(beside + sum(cost["masked" if masked else "full"] for masked in walk) for walk in walks)
+        total[str(length)] = round(cycles)
+    return facts | {"causal_cycles": total}
+
+
+def causal_walks(length: int, blocks: Any) -> list[list[bool]]:
+    """For each row tile the key tiles that it meets, the last first: whether each is masked."""
+    walks = []
+    for n in range(length // blocks.rows):
+        first_row, last_row = n * blocks.rows, (n + 1) * blocks.rows
+        tiles = range(-(-last_row // blocks.keys) - 1, -1, -1)
+        walks.append([(j + 1) * blocks.keys > first_row + 1 for j in tiles])
+    return walks
+
+
+def flash(
+    case: Case,
+    shape: Shape,
+    chip: str,
+    folder: pathlib.Path,
+    target: Any,
+    lengths: Sequence[int],
+    blocks: tuning.Blocks | None = None,
+    parts: Sequence[str] = PARTS,
+) -> dict[str, dict[str, Any]]:
+    """Facts of the kernels of a case, by `parts`; estimates are of a causal head of these lengths.
+
+    The dump goes to `folder` (`llo.arguments`, before libtpu is loaded). `blocks`: by default those of `tuning`.
+    """
+    llo.clear(folder)
+    started = time.process_time()
+    compile_flash(case, shape, target, chip, blocks, "backward" in parts)
+    seconds = round(time.process_time() - started, 1)
+    blocks = blocks or tuning.Blocks()
+    of_parts = {
+        "forward": blocks.forward or tuning.forward_blocks(chip, shape.length, shape.length),
+        "backward": blocks.backward or tuning.backward_blocks(chip, shape.length, shape.length),
+    }
+    found = {}
+    describe = {"forward": forward_facts, "backward": backward_facts}
+    for part in parts:
+        (root,) = llo.kernels(folder, f"flash_{part}", chip)
+        reading = Reading(root, chip, of_parts[part].rows * of_parts[part].keys)
+        found[part] = describe[part](reading, of_parts[part], shape, lengths) | {
+            "vmem": llo.vmem(folder, f"flash_{part}"),
+            "blocks": dataclasses.asdict(of_parts[part]),
+            "compile_cpu_seconds": seconds,
+        }
+    return found

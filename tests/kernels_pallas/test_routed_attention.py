@@ -1,0 +1,153 @@
+"""Attention of packed rows, interpreted: against its definition in float64, and what nobody chose."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas import tuning
+from kernels_pallas.routed_attention import pack_rows, routed_attention, row_tile, unpack_rows
+from kernels_pallas.tuning import BackwardBlocks, Blocks, ForwardBlocks
+
+B, K, S, d, e, TILE = 2, 4, 300, 16, 24, 128
+TILES = np.array([[0, 0, 2, 2, 3], [1, 1, 1, 3, 3]])  # key heads; nobody's: 1 and 0, 2
+ROWS = TILES.shape[1] * TILE
+BLOCKS = Blocks(ForwardBlocks(TILE, 256, 128, 128), BackwardBlocks(TILE, 128, 128, 128))
+
+
+def definition(q, k, v, starts, ends, tile_heads, soft_cap=None):
+    """Each row against the keys of its tile's head."""
+    heads = jnp.repeat(tile_heads, TILE, 1)
+    own = lambda x: jnp.take_along_axis(x.swapaxes(1, 2), heads[..., None, None], axis=1)
+    s = jnp.arange(S)
+    seen = (s >= starts[..., None]) & (s < ends[..., None])
+    logits = jnp.einsum("brd,brsd->brs", q, own(k), precision="highest") * d**-0.5
+    if soft_cap is not None:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
+    some = seen.any(-1)
+    lse = jnp.log(jnp.where(some, jnp.sum(jnp.where(seen, jnp.exp(logits), 0), -1), 1))  # logits are small
+    p = jnp.where(seen, jnp.exp(logits - lse[..., None]), 0)
+    return jnp.einsum("brs,brse->bre", p, own(v), precision="highest"), jnp.where(some, lse, -jnp.inf)
+
+
+def inputs():
+    """Rows of two documents with a window, in the order of their positions; the last of each head's see nothing."""
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: np.float32(rng.normal(size=shape))
+    arrays = {"q": normal(B, ROWS, d) * 2, "k": normal(B, S, K, d), "v": normal(B, S, K, e)}
+    position = np.sort(rng.integers(0, S - 20, (B, ROWS)), 1)
+    starts = np.maximum(np.where(position < 100, 0, 100), position - 150)
+    ends = position + 1
+    nothing = np.arange(ROWS)[None] % (2 * TILE) > 2 * TILE - 30
+    nothing[:, -TILE:] = True  # a whole tile of them
+    return arrays, np.where(nothing, 0, starts), np.where(nothing, 0, ends)
+
+
+def results(fn, arrays, starts, ends, **options):
+    """o, lse and gradients, for one cotangent of both."""
+    rng = np.random.default_rng(1)
+    do, dlse = rng.normal(size=(B, ROWS, e)), rng.normal(size=(B, ROWS))
+
+    def loss(arrays):
+        o, lse = fn(**arrays, starts=starts, ends=ends, tile_heads=jnp.asarray(TILES, jnp.int32), **options)
+        return jnp.sum(o.astype(lse.dtype) * do) + jnp.sum(jnp.where(jnp.isfinite(lse), lse, 0) * dlse), (o, lse)
+
+    grads, (o, lse) = jax.jit(jax.grad(loss, has_aux=True))(arrays)
+    found = {"o": o, "lse": lse, **{f"d{name}": x for name, x in grads.items()}}
+    return {name: np.asarray(x.astype(jnp.promote_types(x.dtype, jnp.float32))) for name, x in found.items()}
+
+
+kernel = functools.partial(routed_attention, interpret=True, blocks=BLOCKS)
+as_type = lambda arrays, dtype: {name: jnp.asarray(x, dtype) for name, x in arrays.items()}
+
+
+@pytest.mark.parametrize("dtype, cap, parts", [("float32", None, False), ("bfloat16", 2.0, True)])
+def test_equals_the_definition(dtype, cap, parts, monkeypatch):
+    """Values and gradients; with all keys in fast memory and with one tile of them; a head that no tile reads."""
+    if parts:
+        monkeypatch.setattr(tuning, "resident_keys", lambda kind, each, keys, tile, rest: tile)
+    arrays, starts, ends = inputs()
+    rounded = {name: np.asarray(x.astype(jnp.float32)) for name, x in as_type(arrays, dtype).items()}
+    with jax.enable_x64(True):
+        exact = results(definition, as_type(rounded, jnp.float64), starts, ends, soft_cap=cap)
+    ours = results(kernel, as_type(arrays, dtype), starts, ends, soft_cap=cap)
+    nothing = starts >= ends
+    assert nothing.sum() > 300 and np.all(ours["lse"][nothing] == -np.inf)
+    for name in ("o", "dq"):
+        assert not np.any(ours[name][nothing])
+    for name in ("dk", "dv"):
+        for b in range(B):
+            for head in range(K):
+                assert np.any(ours[name][b, :, head]) == (head in TILES[b] and not (b == 0 and head == 3))
+    tolerance = 2e-5 if dtype == "float32" else 0.03
+    for name, value in exact.items():
+        finite = np.isfinite(value)
+        np.testing.assert_array_equal(np.isfinite(ours[name]), finite)
+        scale = np.abs(value[finite]).max()
+        np.testing.assert_allclose(ours[name][finite], value[finite], atol=tolerance * scale, err_msg=name)
+
+
+def test_what_no_row_sees_changes_nothing():
+    """NaN in such keys and values, and in the queries of rows that see nothing: all results keep their bits."""
+    arrays, starts, ends = inputs()
+    poisoned = {name: x.copy() for name, x in arrays.items()}
+    for name in ("k", "v"):
+        poisoned[name][:, S - 20 :] = np.nan
+    poisoned["q"][starts >= ends] = np.nan
+    found = (results(kernel, as_type(x, "float32"), starts, ends) for x in (arrays, poisoned))
+    for a, b in zip(*(x.values() for x in found), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_are_moved_exactly(dtype):
+    """To tiles and back, as indexing does; each one's gradient is the other."""
+    rng, L, tile = np.random.default_rng(0), 700, TILE
+    place = np.full((B, K, L), -1)
+    for b in range(B):
+        for head in set(TILES[b]):
+            tiles = np.flatnonzero(TILES[b] == head)
+            chosen = np.sort(rng.choice(L, len(tiles) * tile - 20, replace=False))
+            place[b, head, chosen] = tiles[0] * tile + np.arange(len(chosen))
+    x, rows = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((B, K, L, d), (B, ROWS, e)))
+    of = {"place": jnp.asarray(place, jnp.int32), "tile_heads": jnp.asarray(TILES, jnp.int32), "tile": tile}
+    at = (np.arange(B)[:, None, None], np.maximum(place, 0))
+    on = (place >= 0)[..., None]
+    to_elements = lambda rows: jnp.where(on, rows[at], 0)
+    to_rows = lambda x: jnp.zeros((B, ROWS, x.shape[-1]), x.dtype).at[at].add(jnp.where(on, x, 0))
+    for ours, plain, array in (pack_rows, to_rows, x), (unpack_rows, to_elements, rows):
+        run = lambda f, array=array: jax.vjp(f, array)
+        (y, back), (want, want_back) = (
+            jax.jit(run, static_argnums=0)(f) for f in (functools.partial(ours, interpret=True, **of), plain)
+        )
+        do = jnp.asarray(rng.normal(size=y.shape), dtype)
+        np.testing.assert_array_equal(y.astype(jnp.float32), want.astype(jnp.float32))
+        for a, b in zip(back(do), want_back(do), strict=True):
+            np.testing.assert_array_equal(a.astype(jnp.float32), b.astype(jnp.float32))
+
+
+def test_tiles_are_long_where_rows_are_many():
+    """Few rows of many heads take short tiles, of which less is empty."""
+    assert row_tile("v6e", 2**18, 12) == tuning.forward_blocks("v6e", 4096, 4096).rows
+    assert row_tile("v6e", 1024, 16) == tuning.LANES
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"q": (1, 256, 2, 16)}, "expected q"), ({"k": (1, 9, 2, 8)}, "do not fit"), ({"starts": (1, 9)}, "starts"),
+    ({"tile_heads": (2, 2)}, "tile_heads"), ({"tile_heads": (1, 3)}, "multiple of tiles"),
+    ({"tile_heads": (1, 4)}, "tiles of 64 rows"), ({"blocks": Blocks(ForwardBlocks(256))}, "tiles of 256 rows"),
+    ({"soft_cap": 0.0}, "soft_cap=0.0"), ({"dtype": "float16"}, "bfloat16, or all float32"),
+])  # fmt: skip
+def test_refusals(change, says):
+    """Each names the value and what is allowed."""
+    shapes = {"q": (1, 256, 16), "k": (1, 9, 2, 16), "v": (1, 9, 2, 16), "starts": (1, 256), "ends": (1, 256),
+              "tile_heads": (1, 2)} | change  # fmt: skip
+    dtype = shapes.pop("dtype", "float32")
+    of = lambda name: dtype if name in ("q", "k", "v") else jnp.int32
+    args = {n: jnp.zeros(x, of(n)) if isinstance(x, tuple) else x for n, x in shapes.items()}
+    with pytest.raises(ValueError, match=says):
+        routed_attention(**args, interpret=True)
