@@ -4,6 +4,7 @@ import gc
 import importlib.metadata
 import os
 import pathlib
+import signal
 import sys
 
 from attnlab.launch import runtime
@@ -11,6 +12,10 @@ from attnlab.launch import runtime
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+# A run under nohup leaves SIGHUP alone, and so would what the tests start.
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Most of the time goes into compiling programs that run once, and most of that into making them fast. XLA reads its
 # flags when the first device is made: processes that tests start do not get these, and run as a user's do.

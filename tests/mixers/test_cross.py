@@ -74,11 +74,12 @@ def test_definition_and_gradients(name, fields):
 
 @every_case
 def test_one_row_is_the_same_for_every_query(name, fields):
-    """S = 1: heads' outputs do not depend on the query (a gate, and a sink's share, do)."""
+    """S = 1: heads' outputs, before a gate, do not depend on the query (a gate, and a sink's share, do)."""
     module = make(name, **(fields | {"sinks": False}))
     x, seq = inputs(rows=rows(size=1))
     reads = module.reads(x, seq)
-    o = module.attend(reads.q, reads.kv, reads.mask, x).y
+    o, gate = module.attend(reads.q, reads.kv, reads.mask, x).y, module.output_gate(x)
+    o = o if gate is None else o / jax.nn.sigmoid(gate)
     np.testing.assert_allclose(o, jnp.broadcast_to(o[:, :1], o.shape), atol=1e-12)
 
 

@@ -47,6 +47,10 @@ def layer(module, x, positions, segments):
     c = module.config
     projected = lambda m, x: x @ np.asarray(m.kernel[...]) + (0 if m.bias is None else np.asarray(m.bias[...]))
     d, group = module.head_dim, c.heads // c.key_heads
+    if (K := c.input_conv) > 1:
+        taps = np.asarray(module.input_taps[...])
+        near = lambda t: [i for i in range(K) if t >= i and segments[t - i] == segments[t]]
+        x = np.stack([x[t] + sum(taps[K - 1 - i] * x[t - i] for i in near(t)) for t in range(len(x))])
     q, k, v = (projected(m, x) for m in (module.q, module.k, module.v))
     out = np.zeros((len(x), c.heads * d))
     for h in range(c.heads):
