@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -269,6 +270,16 @@ def start(source, workdir, tmp_path, **overrides):
     return subprocess.Popen(command, cwd=runs.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@contextlib.contextmanager
+def killed_at_last(process):
+    """A test that fails leaves no process behind."""
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
 def wait_for_step(workdir, step, process, timeout=120):
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline and process.poll() is None:
@@ -285,9 +296,10 @@ def test_signals_save_and_exit_with_zero(source, tmp_path, number):
     """SIGTERM, SIGINT and SIGHUP save, say how to resume, and end with 0."""
     workdir = tmp_path / "run"
     process = start(source, workdir, tmp_path, train__steps=100_000, train__save_every=0, train__eval_every=0)
-    wait_for_step(workdir, 5, process)
-    process.send_signal(number)
-    out = process.communicate(timeout=60)[0]
+    with killed_at_last(process):
+        wait_for_step(workdir, 5, process)
+        process.send_signal(number)
+        out = process.communicate(timeout=60)[0]
     assert process.returncode == 0, out
     saved = max(int(p.name) for p in (workdir / "checkpoints").iterdir())
     assert f"saved step {saved}; resume with" in out
