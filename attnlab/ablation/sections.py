@@ -73,6 +73,14 @@ def header(view: View) -> Markup:
     return join([tag("h1", plan.question), stamp, tag("ul", *lines, class_="verdicts"), meta])
 
 
+def _undecided(c: Comparison) -> str:
+    """What an inconclusive comparison did and did not show."""
+    if c.p_holm is not None and c.p is not None and c.p < c.level <= c.p_holm:
+        alone, adjusted = number(c.p, 2), number(c.p_holm, 2)
+        return f"; p = {alone} by itself, {adjusted} among the plan's comparisons: more seeds would tell"
+    return f"; no difference seen; one of {number(c.mde80, 3)} would have been seen with 80 %"
+
+
 def _line(view: View, c: Comparison) -> Markup:
     parts: list[Any] = [tag("b", c.arm), ": ", word(c.verdict), f" than {c.baseline}" if c.verdict in _GOOD + _BAD else
                         f" to {c.baseline}" if c.verdict in ("equivalent", "identical") else ""]  # fmt: skip
@@ -82,7 +90,7 @@ def _line(view: View, c: Comparison) -> Markup:
     else:
         parts.append(f"{_difference(c)}, n = {c.n}")
     if c.verdict == "inconclusive" and c.mde80 is not None:
-        parts.append(f"; no difference seen; one of {number(c.mde80, 3)} would have been seen with 80 %")
+        parts.append(_undecided(c))
     if c.failures:
         parts.append(f"; {c.failures.arm} of {c.failures.arm_runs} runs failed, of the baseline's "
                      f"{c.failures.baseline} of {c.failures.baseline_runs}")  # fmt: skip

@@ -154,6 +154,14 @@ def test_verdict_lines(written):
     )
 
 
+def test_a_difference_that_only_the_adjustment_hides_is_not_called_unseen(written):
+    """Where a comparison's own p is below the level and the adjusted one is not, both are told."""
+    results, _, _ = written
+    c = dataclasses.replace(results.comparisons[0], verdict="inconclusive", p=0.013, p_holm=0.051, level=0.05)
+    text = Page(report.render(dataclasses.replace(results, comparisons=[c]))).all("ul")[0]["text"]
+    assert "p = 0.013 by itself, 0.051 among the plan's comparisons" in text and "no difference seen" not in text
+
+
 def test_nothing_from_outside(written):
     """No address but data: URIs and none to load; the policy allows no other; every byte is ASCII; it is small."""
     _, path, page = written
