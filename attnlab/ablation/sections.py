@@ -75,7 +75,7 @@ def header(view: View) -> Markup:
 
 def _undecided(c: Comparison) -> str:
     """What an inconclusive comparison did and did not show."""
-    if c.p_holm is not None and c.p is not None and c.p < c.level <= c.p_holm:
+    if c.p_holm is not None and c.p is not None and c.p < c.level:
         alone, adjusted = number(c.p, 2), number(c.p_holm, 2)
         return f"; p = {alone} by itself, {adjusted} among the plan's comparisons: more seeds would tell"
     return f"; no difference seen; one of {number(c.mde80, 3)} would have been seen with 80 %"

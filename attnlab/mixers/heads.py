@@ -124,9 +124,10 @@ class HeadMixer(Mixer):
     """
 
     contains_overflow = True
+    input_taps: nnx.Param | None = None  # [input_conv, D], where the input is convolved
 
     def __init__(self, config: Any, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
-        self.config, self.dtype, self.width = config, dtype, width
+        self.config, self.dtype = config, dtype
         self.head_dim = config.head_dim(width)
         if config.input_conv > 1:
             bound, shape = 1 / math.sqrt(config.input_conv), (config.input_conv, width)
@@ -167,8 +168,9 @@ class HeadMixer(Mixer):
         if not self.config.causal:
             raise UnsupportedPattern(f"mixer {self.name!r} with causal=False does not stream")
         tail = None
-        if (J := getattr(self.config, "input_conv", 1) - 1) > 0:
-            tail = jnp.zeros((batch, J, self.width), dtype)
+        if self.input_taps is not None:
+            spans, width = self.input_taps.shape
+            tail = jnp.zeros((batch, spans - 1, width), dtype)
         return HeadState(self.init_carried(batch, max_length, dtype), jnp.zeros((batch,), bool), tail)
 
     def extend(self, x: jax.Array, seq: Sequence, state: HeadState) -> MixerOutput:
@@ -182,7 +184,7 @@ class HeadMixer(Mixer):
 
     def _convolved(self, x: jax.Array, seq: Sequence, tail: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
         """x plus its convolution, and the tail after it."""
-        if getattr(self.config, "input_conv", 1) == 1:
+        if self.input_taps is None:
             return x, None
         y, after = causal_conv(x.astype(self.dtype), self.input_taps[...], seq.documents, tail)
         return x + y.astype(x.dtype), None if tail is None else after.astype(tail.dtype)

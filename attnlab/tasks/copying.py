@@ -7,6 +7,7 @@ the answer; with lm the items told so far stand there, as when a text goes on.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 
 import numpy as np
@@ -67,9 +68,9 @@ class Copying(TokenTask):
     Config = CopyConfig
     variants = ({"shortest": 1, "form": "lm"},)
 
+    @abc.abstractmethod
     def places(self, stream: Stream, count: int) -> np.ndarray:
         """Ascending positions of the items, before the mark."""
-        raise NotImplementedError
 
     def example(self, stream: Stream, split: str) -> Arrays:
         c = self.config

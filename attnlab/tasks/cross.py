@@ -5,6 +5,7 @@ With the tasks of one sequence they make the four patterns of attention: to itse
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from typing import Any
 
@@ -25,9 +26,9 @@ class CrossTaskConfig(TokenTaskConfig):
     """What tasks with a context of items share."""
 
     @property
+    @abc.abstractmethod
     def items(self) -> tuple[int, int]:
         """Items of the context, and ids of each."""
-        raise NotImplementedError
 
     def batch_spec(self) -> batch_lib.Spec:
         spec = super().batch_spec()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 
 import numpy as np
@@ -137,9 +138,9 @@ class Counted(TokenTask):
 
     source = _SOURCE
 
+    @abc.abstractmethod
     def told(self, words: np.ndarray) -> np.ndarray:
         """The words to tell, of all that stand before the marker."""
-        raise NotImplementedError
 
     def asked(self, body: np.ndarray, answer: np.ndarray) -> Arrays:
         """The row of a body and its answer."""
