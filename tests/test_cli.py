@@ -86,7 +86,7 @@ def refused(attnlab):
         (["cost", "--config", LM, "--length", "0"], ["--length: '0'", "from 1"]),
         (["cost", "--config", LM, "--length", "x"], ["--length", "'x'"]),
         (["cost", "--config", f"{LM}:mixer=sofmax"], ["did you mean 'softmax'"]),
-        (["eval", "--workdir", "/no/such"], ["--workdir /no/such holds no run", "attnlab train"]),
+        (["eval", "--workdir", "/no/such"], ["workdir /no/such holds no run", "train one"]),
         (["eval", "--workdir", LM], [LM, "is a file"]),
         (["generate", "--workdir", "/no/such", "--prompt", "a"], ["holds no run"]),
         (["generate", "--workdir", "x", "--prompt", "a", "--prompt-file", "b"], ["not allowed with"]),
@@ -135,7 +135,7 @@ def test_help_of_every_verb(attnlab, verb):
         ("data.batch=4 mesh.data=8", ["multiples of 8"]),
         ("train.accumulate=4 mesh.data=8", ["train.accumulate = 2 sequences", "multiples of 8"]),
         ("mesh.tensor=8 mesh.fsdp=1 model.mlp_width=12", ["mesh.tensor = 8", "divisors of"]),
-        ("model.width=1e6", ["MB free", "--config.train.keep"]),
+        ("model.width=1e6", ["MB free", "train.keep"]),
     ],
 )
 def test_what_only_the_start_of_a_run_can_tell(refused, config, tmp_path, overrides, parts):
@@ -164,7 +164,7 @@ def test_full_disk(refused, config, tmp_path, monkeypatch):
     """Too little space for the checkpoints is said before the run, in figures."""
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(workdir_lib.shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    parts = ["0.0 MB free", "need", "--config.train.keep"]
+    parts = ["0.0 MB free", "need", "train.keep"]
     refused("train", "--config", config, "--workdir", tmp_path / "run", parts=parts)
     assert not list(tmp_path.iterdir())
 
@@ -250,10 +250,10 @@ def test_workdir_of_another_config(refused, finished, config, args, parts):
         (["--tokens", "3000000000"], ["--tokens: '3000000000'", "to 1073741824"]),
         (["--samples", "0"], ["--samples: '0'"]),
         (["--seed", "-1"], ["--seed: '-1'", "from 0 to 2147483647"]),
-        (["--stop", "abc"], ["--stop 'abc' is 3 tokens", "eod, none"]),
-        (["--stop", ""], ["--stop '' is 0 tokens"]),
-        (["--checkpoint", "3"], ["--checkpoint '3'", "best, latest, "]),
-        (["--checkpoint", "²"], ["--checkpoint '²'", "best, latest, "]),
+        (["--stop", "abc"], ["stop = 'abc' is 3 tokens", "eod, none"]),
+        (["--stop", ""], ["stop = '' is 0 tokens"]),
+        (["--checkpoint", "3"], ["checkpoint '3'", "best, latest, "]),
+        (["--checkpoint", "²"], ["checkpoint '²'", "best, latest, "]),
         (["--config.model.width=32"], ["do not fit", "float32[260, 32]"]),
         (["--config.data.tokenizer=/no/such.json"], ["/no/such.json"]),
         (["--config.mesh.data=16"], ["mesh.data = 16", "at most 8"]),

@@ -3,6 +3,7 @@
 import ast
 import functools
 import pathlib
+import re
 import sys
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -61,6 +62,23 @@ def test_imports_run_one_way():
             if own in LEAVES or level[other] <= level[own]:
                 upward.add((str(path), other))
     assert upward == KNOWN_UPWARD
+
+
+def test_no_room_below_speaks_of_the_command_line():
+    """Messages name the field or the argument; how a command spells it, only commands know."""
+    above = ("__main__.py", "arguments.py", "cli.py", "config.py", "paths.py", "ablation", "launch")
+    found = []
+    for path, tree in trees().items():
+        if path.parts[0] in above:
+            continue
+        docs = {
+            ast.get_docstring(n, clean=False)
+            for n in ast.walk(tree)
+            if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)
+        }
+        texts = (n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str))
+        found += [(str(path), t) for t in texts if t not in docs and re.search(r"attnlab train |\w.* --[a-z]", t)]
+    assert not found
 
 
 def test_no_private_name_is_imported():

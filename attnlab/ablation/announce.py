@@ -62,7 +62,7 @@ def announce(config: PlanConfig, cells: list[Cell], workdir: pathlib.Path, say: 
         return _same(there, announcement, digest, workdir)
     names = os.listdir(workdir) if workdir.is_dir() else []
     if NAME not in names and any(not name.startswith(".") for name in names):  # another slice may just have written it
-        raise UserError(f"--workdir {workdir} holds something else than a plan; name another")
+        raise UserError(f"workdir {workdir} holds something else than a plan; name another")
     require_metrics(config, cells)
     tree = {**solve(config, cells, say), "hash": digest}
     _write_once(workdir, tree)
@@ -102,7 +102,7 @@ def read(workdir: pathlib.Path) -> Announced | None:
     except FileNotFoundError:
         return None
     except Damaged as error:
-        raise UserError(f"{error}; restore it or use another --workdir") from None
+        raise UserError(f"{error}; restore it or use another workdir") from None
     try:
         if tree["schema"] != plan_lib.SCHEMA:
             raise KeyError("schema")
@@ -119,8 +119,8 @@ def _same(there: Announced, announcement: dict[str, Any], digest: str, workdir: 
     changed = config_lib.difference(there.tree["plan"], json.loads(json.dumps(new)))
     shown = "; ".join(f"{k}: {config_lib.show(a)} -> {config_lib.show(b)}" for k, a, b in changed[:6])
     raise UserError(
-        f"--workdir {workdir} holds another plan (hash {there.hash[:12]}, this one's is {digest[:12]}): "
-        f"{shown or 'the configs of its arms differ'}\nwhat was announced is not changed; use another --workdir"
+        f"workdir {workdir} holds another plan (hash {there.hash[:12]}, this one's is {digest[:12]}): "
+        f"{shown or 'the configs of its arms differ'}\nwhat was announced is not changed; use another workdir"
     )
 
 
@@ -140,7 +140,7 @@ def _write_once(workdir: pathlib.Path, tree: dict[str, Any]) -> None:
         finally:
             os.unlink(name)
     except OSError as error:
-        raise UserError(f"--workdir {workdir} cannot be written: {error.strerror}") from None
+        raise UserError(f"workdir {workdir} cannot be written: {error.strerror}") from None
 
 
 def require_metrics(config: PlanConfig, cells: list[Cell]) -> None:

@@ -139,7 +139,7 @@ class Log:
             self._claims.mkdir(parents=True, exist_ok=True)
             lock = (self._claims / ".lock").open("a")
         except OSError as error:
-            raise UserError(f"--workdir {self.path.parent} cannot be written: {error.strerror}") from None
+            raise UserError(f"workdir {self.path.parent} cannot be written: {error.strerror}") from None
         with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield

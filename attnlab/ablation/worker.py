@@ -66,7 +66,7 @@ def work(part: Part) -> str | None:
     workdir = pathlib.Path(part.workdir)
     plan = announce.read(workdir)
     if plan is None:
-        raise UserError(f"--workdir {workdir} holds no plan")
+        raise UserError(f"workdir {workdir} holds no plan")
     keep_compiled(workdir)
     Program.share(len(plan.cells))
     log, idle = Log(workdir), time.monotonic()

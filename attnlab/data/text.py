@@ -47,7 +47,7 @@ class Text(Data):
             raise UserError(
                 f"data.tokenizer = {self.config.tokenizer!r} is not the tokenizer that {who} was "
                 "trained with, whatever its name: its ids mean other text\ngive that one with "
-                "--config.data.tokenizer, or name other data, too, with --config.data.source"
+                "data.tokenizer, or name other data, too, with data.source"
             )
         return ["with another tokenizer than it was trained with"]
 
@@ -60,13 +60,13 @@ class Text(Data):
                 raise UserError(
                     f"data.heldout = {self.config.heldout} holds out text that {who} was trained on, with "
                     f"{trained_on['heldout']}; allowed: {trained_on['heldout']}, or other data with "
-                    "--config.data.source"
+                    "data.source"
                 )
             return []
         if not named:
             raise UserError(
                 f"the text of data.source = {self.config.source!r} is not what {who} was trained on (digest "
                 f"{digest[:12]}, was {before[:12]}): what is held out of it may have been trained on\n"
-                "restore it, or say that it is other data with --config.data.source"
+                "restore it, or say that it is other data with data.source"
             )
         return [f"on other data than it was trained on ({self.config.source})"]

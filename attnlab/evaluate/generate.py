@@ -69,7 +69,7 @@ def prepare(
     elif stop != "eod":
         ids = tokenizer.encode(stop)
         if len(ids) != 1:
-            raise UserError(f"--stop {stop!r} is {len(ids)} tokens; allowed: eod, none, or the text of one token")
+            raise UserError(f"stop = {stop!r} is {len(ids)} tokens; allowed: eod, none, or the text of one token")
         stop_id = int(ids[0])
     start = np.asarray([tokenizer.eod_id], np.int32)
     ids = [np.concatenate([start, tokenizer.encode(p)]) for p in prompts for _ in range(samples)]
@@ -144,7 +144,7 @@ def compiled(
     memory.require(
         memory.size((params, state)) + 4 * len(prompts) * (length + sampling.tokens),
         f"{len(prompts)} samples of up to {length + sampling.tokens} tokens",
-        "lower --tokens or --samples",
+        "lower tokens or samples",
     )
     executable = jax.jit(traced(program)).lower(params, tokens, segments, keys).compile()
 

@@ -81,10 +81,10 @@ class Checkpoints:
         except NotADirectoryError:
             what = files.kind(self.directory.lstat().st_mode)
             raise UserError(
-                f"{self.directory} is {what}, not a directory of checkpoints; use another --workdir"
+                f"{self.directory} is {what}, not a directory of checkpoints; use another workdir"
             ) from None
         except OSError as error:
-            raise UserError(f"{self.directory} cannot be read: {error.strerror}; use another --workdir") from None
+            raise UserError(f"{self.directory} cannot be read: {error.strerror}; use another workdir") from None
         return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]{0,17}", name))
 
     # Writing.
@@ -264,7 +264,7 @@ class Checkpoints:
             _raise_damage(outcome())
             raise UserError(
                 f"checkpoint {step} in {self.directory} cannot be restored, though its files are whole: "
-                f"{first_line(error)}\nif the model's code has changed, undo that or use another --workdir"
+                f"{first_line(error)}\nif the model's code has changed, undo that or use another workdir"
             ) from error
         _raise_damage(outcome())
         return restored, host
@@ -304,7 +304,7 @@ class Checkpoints:
         if steps:
             raise UserError(
                 f"none of the checkpoints {', '.join(map(str, sorted(steps)))} in {self.directory} is whole: "
-                f"{damaged[steps[0]]}\nrestore them, or start again with another --workdir"
+                f"{damaged[steps[0]]}\nrestore them, or start again with another workdir"
             )
         return None
 

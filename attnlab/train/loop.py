@@ -231,7 +231,7 @@ class _Run:
                 if stopping is not None and step < c.steps:
                     self.checkpoints.wait()
                     self._require_workdir()
-                    self._say(f"{stopping}: saved step {step}; resume with the same command (--workdir {self.path})")
+                    self._say(f"{stopping}: saved step {step}; resume with the same command (workdir {self.path})")
                     return self._result(step, stopped=stopping)
             self.checkpoints.wait()
             self._require_workdir()

@@ -94,8 +94,8 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
         return None
     except Damaged as error:
         if os.path.lexists(workdir) and not os.path.isdir(workdir):
-            raise UserError(f"--workdir {workdir} is a file, not a directory") from None
-        raise UserError(f"{error}; restore it or use another --workdir") from None
+            raise UserError(f"workdir {workdir} is a file, not a directory") from None
+        raise UserError(f"{error}; restore it or use another workdir") from None
 
 
 def check_same(workdir: pathlib.Path, old: dict[str, Any], new: RunConfig, *, saved: bool) -> None:
@@ -122,7 +122,7 @@ def check_same(workdir: pathlib.Path, old: dict[str, Any], new: RunConfig, *, sa
         shown += f"; and {len(changed) - 6} more" if len(changed) > 6 else ""
         raise UserError(
             f"{workdir} holds a run of another config: {shown}\n"
-            "use another --workdir, or go on under the new config with --config.train.on_config_change=continue"
+            "use another workdir, or go on under the new config with train.on_config_change=continue"
         )
     if saved and any(key.startswith(("model.", "optimizer.")) for key, _ in changed):
         require_same_arrays(workdir, old, new)
@@ -163,7 +163,7 @@ def require_same_arrays(
         raise UserError(
             f"the checkpoints of {workdir} do not fit this model and optimizer: "
             f"{key} was {before.get(key, 'not there')}, is {after.get(key, 'not there')} ({len(differing)} differ)\n"
-            "undo the changes to model.* and optimizer.*, or use another --workdir"
+            "undo the changes to model.* and optimizer.*, or use another workdir"
         )
 
 

@@ -214,7 +214,7 @@ def tell_at_abort(reason: str) -> None:
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def tell(_: int) -> None:
-        os.write(2, f"attnlab train: {reason}\n".encode())
+        os.write(2, f"attnlab: {reason}\n".encode())
         os._exit(1)
 
     set_handler = ctypes.CDLL(None).signal
@@ -235,5 +235,5 @@ def _service() -> tuple[Any, str]:
 
 def _end(reason: str) -> None:
     """A collective that waits for a lost process cannot be interrupted, so the process ends where it stands."""
-    output.note(f"attnlab train: {reason}")
+    output.note(f"attnlab: {reason}")
     os._exit(1)

@@ -63,14 +63,11 @@ def load(
     """
     overrides = overrides or []
     if metadata.read_config(path) is None:
-        raise UserError(
-            f"--workdir {path} holds no run (no config.json); "
-            f"train one with: attnlab train --config ... --workdir {path}"
-        )
+        raise UserError(f"workdir {path} holds no run (no config.json); train one in it first")
     checkpoints = Checkpoints(path)
     steps = checkpoints.steps()
     if not steps:
-        raise UserError(f"--workdir {path} has no checkpoint yet; let the run go on to its first train.save_every")
+        raise UserError(f"workdir {path} has no checkpoint yet; let the run go on to its first train.save_every")
     read = lambda step: _load(path, checkpoints, step, overrides, evaluating)
     if which in ("best", "latest"):
         order = checkpoints.best_first() if which == "best" else steps[::-1]
@@ -78,14 +75,12 @@ def load(
         return checkpoints.first_whole(order, read, log.warning, may_move=free)[1]
     if which not in map(str, steps):
         shown = config_lib.show(which)
-        raise UserError(f"--checkpoint {shown} is not there; allowed: best, latest, {', '.join(map(str, steps))}")
+        raise UserError(f"checkpoint {shown} is not there; allowed: best, latest, {', '.join(map(str, steps))}")
     try:
         return read(int(which))
     except Damaged as error:
         others = ", ".join(str(s) for s in steps if s != int(which)) or "there is none"
-        raise UserError(
-            f"checkpoint {which} in {path} cannot be read: {error}\nchoose another with --checkpoint: {others}"
-        ) from None
+        raise UserError(f"checkpoint {which} in {path} cannot be read: {error}\nother checkpoints: {others}") from None
 
 
 def _load(path: pathlib.Path, checkpoints: Checkpoints, step: int, overrides: list[str], evaluating: bool) -> Trained:

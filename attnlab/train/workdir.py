@@ -36,7 +36,7 @@ class Held:
             same = False
         if not same:
             raise TrainingFailed(
-                f"--workdir {self._path} was removed or replaced while the run wrote to it: what it had written is "
+                f"workdir {self._path} was removed or replaced while the run wrote to it: what it had written is "
                 "not there any more"
             )
 
@@ -65,7 +65,7 @@ def hold(path: pathlib.Path) -> Iterator[Held]:
         if isinstance(error, UserError):
             _remove_empty(made)
         elif reason := disk_trouble(error) or _trouble_below(path, error):
-            raise UserError(f"--workdir {path}: {reason}; the last complete checkpoint is kept") from None
+            raise UserError(f"workdir {path}: {reason}; the last complete checkpoint is kept") from None
         raise
 
 
@@ -115,7 +115,7 @@ def _locked(path: pathlib.Path) -> Iterator[Held]:
         lock = (path / "lock").open("a+", errors="replace")
     except (FileExistsError, NotADirectoryError):
         file = next((p for p in (path, *path.parents) if os.path.lexists(p)), path)
-        raise UserError(f"--workdir {path}: {file} is {_found(file)}, not a directory") from None
+        raise UserError(f"workdir {path}: {file} is {_found(file)}, not a directory") from None
     except OSError as error:
         raise _unusable(path, error) from None
     with lock:
@@ -124,14 +124,14 @@ def _locked(path: pathlib.Path) -> Iterator[Held]:
         except BlockingIOError:
             lock.seek(0)
             raise UserError(
-                f"--workdir {path} is in use by another run (process {lock.read().strip() or 'unknown'}); "
-                "wait for it or use another --workdir"
+                f"workdir {path} is in use by another run (process {lock.read().strip() or 'unknown'}); "
+                "wait for it or use another workdir"
             ) from None
         except OSError as error:
-            raise UserError(f"--workdir {path} cannot be locked: {error.strerror}; use another filesystem") from None
+            raise UserError(f"workdir {path} cannot be locked: {error.strerror}; use another filesystem") from None
         lock.seek(0)
         if not re.fullmatch(r"\d*", lock.read(64)):
-            raise UserError(f"{path / 'lock'} is not a run's file; remove it or use another --workdir")
+            raise UserError(f"{path / 'lock'} is not a run's file; remove it or use another workdir")
         try:
             try:
                 os.ftruncate(lock.fileno(), 0)
@@ -151,13 +151,13 @@ def _require_places(path: pathlib.Path) -> None:
     for name in _FILES:
         _require_kind(path / name)
         if os.path.exists(path / name) and not os.access(path / name, os.R_OK | os.W_OK):
-            raise UserError(f"{path / name} cannot be written: {os.strerror(errno.EACCES)}; use another --workdir")
+            raise UserError(f"{path / name} cannot be written: {os.strerror(errno.EACCES)}; use another workdir")
     for name in _DIRECTORIES:
         place = path / name
         if not os.path.lexists(place):
             continue
         if not place.is_dir():
-            raise UserError(f"{place} is {_found(place)}, not a directory; remove it or use another --workdir")
+            raise UserError(f"{place} is {_found(place)}, not a directory; remove it or use another workdir")
         try:
             _probe(place)
         except OSError as error:
@@ -167,7 +167,7 @@ def _require_places(path: pathlib.Path) -> None:
 def _require_kind(file: pathlib.Path) -> None:
     """Raises UserError if something is there that is no regular file."""
     if os.path.lexists(file) and not stat.S_ISREG(os.lstat(file).st_mode):
-        raise UserError(f"{file} is {_found(file)}, not a run's file; remove it or use another --workdir")
+        raise UserError(f"{file} is {_found(file)}, not a run's file; remove it or use another workdir")
 
 
 def _found(path: pathlib.Path) -> str:
@@ -182,7 +182,7 @@ def _probe(path: pathlib.Path) -> None:
 
 
 def _unusable(path: pathlib.Path, error: OSError) -> UserError:
-    return UserError(f"--workdir {path} cannot be written: {error.strerror}; choose another or free it")
+    return UserError(f"workdir {path} cannot be written: {error.strerror}; choose another or free it")
 
 
 def require_space(path: pathlib.Path, needed: int) -> None:
@@ -190,6 +190,6 @@ def require_space(path: pathlib.Path, needed: int) -> None:
     free = shutil.disk_usage(path).free
     if free < needed:
         raise UserError(
-            f"--workdir {path} has {free / 1e6:,.1f} MB free; the checkpoints of this run need {needed / 1e6:,.1f} MB\n"
-            "free some, use another --workdir, or keep fewer with --config.train.keep"
+            f"workdir {path} has {free / 1e6:,.1f} MB free; the checkpoints of this run need {needed / 1e6:,.1f} MB\n"
+            "free some, use another workdir, or keep fewer with train.keep"
         )

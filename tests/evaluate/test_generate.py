@@ -121,7 +121,7 @@ def test_huge_temperatures_are_uniform():
 def test_more_memory_than_there_is(trained, monkeypatch):
     """Samples that the machine cannot hold are refused before they are tried."""
     monkeypatch.setattr(memory.os, "sysconf", lambda _: 2000)  # 2000 pages of 2000 bytes
-    with pytest.raises(UserError, match="(?s)3 samples of up to 100032 tokens need .* 0.0 GB\nlower --tokens or"):
+    with pytest.raises(UserError, match="(?s)3 samples of up to 100032 tokens need .* 0.0 GB\nlower tokens or"):
         generate(trained[0].merge, trained[1], PROMPTS, Sampling(tokens=100_000))
 
 

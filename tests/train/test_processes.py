@@ -224,7 +224,7 @@ def test_a_lost_process_ends_the_other_and_is_named(whole, source, tmp_path, los
     codes = pair.wait(60)
     assert time.monotonic() - killed < 60
     assert codes[lost] == -signal.SIGKILL and codes[1 - lost] not in (0, None)
-    assert f"attnlab train: process {lost} of 2" in pair.output(1 - lost).splitlines()[-1]
+    assert f"attnlab: process {lost} of 2" in pair.output(1 - lost).splitlines()[-1]
     if lost:
         pair.start().ends()
         assert numbers(pair.workdir) == numbers(whole.workdir)
@@ -239,7 +239,7 @@ def test_a_process_that_hangs_ends_the_other_and_is_named(source, tmp_path, hung
     stopped = time.monotonic()
     assert pair.processes[1 - hung].wait(60) not in (0, None)
     assert time.monotonic() - stopped < 2.5 * TIMEOUT
-    assert f"attnlab train: process {hung} of 2" in pair.output(1 - hung).splitlines()[-1]
+    assert f"attnlab: process {hung} of 2" in pair.output(1 - hung).splitlines()[-1]
     pair.processes[hung].send_signal(signal.SIGCONT)
     assert pair.wait(30)[hung] not in (0, None)
 
@@ -394,7 +394,7 @@ def test_absent_others_are_told(tmp_path):
     ]  # fmt: skip
     first, second = (process.communicate(timeout=90)[0].strip().splitlines()[-1] for process in waiting)
     assert [process.returncode for process in waiting] == [1, 2]
-    assert first.startswith("attnlab train: not all processes of this run were there in 2 s")
+    assert first.startswith("attnlab: not all processes of this run were there in 2 s")
     assert "process 0 did not answer at cluster.coordinator = 127.0.0.1:9 in 2 s" in second
 
 

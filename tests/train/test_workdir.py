@@ -149,7 +149,7 @@ def test_a_named_checkpoint_that_is_damaged_is_an_error(copy):
     content = bytearray(file.read_bytes())
     content[len(content) // 3] ^= 4
     file.write_bytes(content)
-    with pytest.raises(UserError, match="(?s)checkpoint 4 .* cannot be read: the content of .*choose another.*: 2"):
+    with pytest.raises(UserError, match="(?s)checkpoint 4 .* cannot be read: the content of .*other checkpoints: 2"):
         restore.load(copy, "4")
     assert restore.load(copy, "latest").step == 2
     assert (copy / "damaged_checkpoints" / "4").is_dir()
