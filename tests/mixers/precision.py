@@ -71,7 +71,8 @@ def _narrow_carries(scan: Any) -> list[str]:
             return [s for v in maker.invars[1:] for s in sources(v)]
         return [(name, maker.invars[0])]
 
-    for out in body.outvars[: scan.params["num_carry"]]:
+    # What is stacked has one axis more outside; how many carries there are, versions of jax say each in their way.
+    for out in (o for o, whole in zip(body.outvars, scan.outvars) if o.aval.ndim == whole.aval.ndim):
         if not jnp.issubdtype(out.aval.dtype, jnp.floating):
             continue
         for name, operand in sources(out):
