@@ -81,10 +81,13 @@ def rows() -> list[Row]:
             for topology, sequences in SEQUENCES.items():
                 sequences = FEWER.get((size, mixer, topology), sequences)
                 found.append(Row(f"{size}-{mixer}-{topology}", size, mixer, topology, sequences, "full"))
+    for topology, sequences in SEQUENCES.items():
+        found.append(Row(f"1b-parallax-{topology}", "1b", "parallax", topology, sequences, "full"))
     topology = "v6e:16x16"
     found.append(Row(f"1b-moh-routed-{topology}", "1b", "moh", topology, SEQUENCES[topology], "full", _ROUTED))
     for size, topology in (("1b", "h100:8"), ("7b", "h100:8x8")):
         found.append(Row(f"hopper-{size}", size, "softmax", topology, 2, "full"))
+    found.append(Row("hopper-1b-flash", "1b", "softmax", "h100:8", 4, "full", (("model.mixers.M.impl", "flash"),)))
     return found
 
 
@@ -114,7 +117,9 @@ def table(results: list[dict[str, Any]]) -> list[str]:
 
 
 def _cells(result: dict[str, Any]) -> list[str]:
-    mixer = result["mixer"] + (", routed" if "-routed-" in result["name"] else "")
+    knobs = result.get("overrides", {})
+    named = knobs.get("model.mixers.M.gather_impl") or knobs.get("model.mixers.M.impl")
+    mixer = result["mixer"] + (f", {named}" if named else "")
     head = [result["size"], mixer, result["topology"], str(result["sequences"]), result["remat"]]
     report = result.get("report")
     if report is None:
