@@ -115,9 +115,9 @@ def implementations(config):
     default = next(f for f in dataclasses.fields(config) if f.name == "impl").default
     assert "definition" in cls.implementations
     chosen = choices(dataclasses.replace(config, impl=default))
-    picked = {name for _, _, name in chosen}
+    picked = {name for _, _, name in chosen} - {"definition"}
     same = lambda name: name in picked and choices(dataclasses.replace(config, impl=name)) == chosen
-    return [default, *(name for name in everywhere(cls) if name != default and not (name != "definition" and same(name)))]
+    return [default, *(name for name in everywhere(cls) if name != default and not same(name))]
 
 
 @functools.cache
