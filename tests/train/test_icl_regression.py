@@ -225,14 +225,14 @@ def test_compiles_for_a_pod(attnlab):
 @pytest.mark.slow
 def test_sigkill_and_sigterm_lose_nothing(tmp_path):
     """Killed and stopped on the way, the metrics are those of a run left alone."""
-    path = tmp_path / "config.py"
-    path.write_text(f"def get_config(arg=None):\n    return {tree(train__steps=120, train__save_every=10)!r}\n")
+    path, told = tmp_path / "config.py", tree(train__steps=120, train__save_every=10)
+    path.write_text(f"def get_config(arg=None):\n    return {told!r}\n")
     start = lambda workdir: subprocess.Popen(
         [sys.executable, "-m", "attnlab", "train", "--config", str(path), "--workdir", str(workdir)],
         cwd=runs.ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     alone, hit = tmp_path / "alone", tmp_path / "hit"
-    assert start(alone).wait(timeout=300) == 0
+    runs.run(config_lib.build(RunConfig, told), alone)
     for number, at in ((signal.SIGKILL, 15), (signal.SIGTERM, 50)):
         process = start(hit)
         deadline = time.monotonic() + 120
