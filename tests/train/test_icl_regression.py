@@ -232,7 +232,7 @@ def test_sigkill_and_sigterm_lose_nothing(tmp_path):
         cwd=runs.ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     alone, hit = tmp_path / "alone", tmp_path / "hit"
-    runs.run(config_lib.build(RunConfig, told), alone)
+    assert start(alone).wait(timeout=300) == 0
     for number, at in ((signal.SIGKILL, 15), (signal.SIGTERM, 50)):
         process = start(hit)
         deadline = time.monotonic() + 120

@@ -322,7 +322,7 @@ def test_killed_five_times(source, tmp_path):
     """SIGKILL at five random moments: the metrics are those of a run left alone, no step missing or doubled."""
     steps = {"train__steps": 200, "train__save_every": 25, "train__eval_every": 50}
     alone, killed = tmp_path / "alone", tmp_path / "killed"
-    runs.run(runs.config(source, **steps), alone)
+    assert start(source, alone, tmp_path, **steps).wait(timeout=300) == 0
     rng = random.Random(0)
     for _ in range(5):
         process = start(source, killed, tmp_path, **steps)
