@@ -1,13 +1,13 @@
 """Settings of the whole suite: CPU with eight devices, programs that compile fast and are kept between runs."""
 
 import gc
-import importlib.metadata
 import os
 import pathlib
 import signal
 import sys
 
 from attnlab.launch import runtime
+from tests import flags
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -17,12 +17,10 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-# Most of the time goes into compiling programs that run once, and most of that into making them fast. XLA reads its
-# flags when the first device is made: processes that tests start do not get these, and run as a user's do.
+# XLA reads its flags when the first device is made: processes that tests start do not get these, and compile as a
+# user's do, unless they ask for `flags.environment`.
 _FLAGS = os.environ["XLA_FLAGS"]
-os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
-if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones do not know these
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+os.environ["XLA_FLAGS"] += flags.UNOPTIMISED
 runtime.configure()
 os.environ["XLA_FLAGS"] = _FLAGS
 
@@ -36,6 +34,7 @@ _CACHE = str(pathlib.Path(__file__).parent.parent / ".jax_cache")
 jax.config.update("jax_compilation_cache_dir", os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 jax.config.update("jax_traceback_in_locations_limit", 0)  # a tenth of lowering goes into these
 gc.set_threshold(200_000, 50, 50)  # a tenth of all goes into jaxprs that are in use
 
@@ -52,11 +51,15 @@ def attnlab(capsys):
 
 
 @pytest.fixture(autouse=True)
-def no_shared_programs():
-    """What one test patches into the model's code is not in another's program."""
+def unpatched_programs(request):
+    """What one test patches into the model's code is not in another's program, nor another's program in its own."""
+    forget = lambda: sys.modules["attnlab.train.program"].Program.forget()
+    patches = "monkeypatch" in request.fixturenames and "attnlab.train.program" in sys.modules
+    if patches:
+        forget()
     yield
-    if "attnlab.train.program" in sys.modules:
-        sys.modules["attnlab.train.program"].Program.forget()
+    if patches:
+        forget()
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ import pytest
 
 from attnlab import arguments, cli, memory, output
 from attnlab.train import workdir as workdir_lib
+from tests.flags import environment
 from tests.train import runs
 
 LM = str(runs.ROOT / "configs" / "lm.py")
@@ -425,7 +426,8 @@ def test_help_and_errors_come_without_jax(tmp_path):
 def test_a_run_outlives_the_reader_of_its_output(config, tmp_path):
     """`attnlab train | head -1` trains to the end."""
     command = [sys.executable, "-m", "attnlab", "train", "--config", config, "--workdir", str(tmp_path / "run")]
-    process = subprocess.Popen(command, cwd=runs.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=runs.ROOT, env=environment(), **pipes)
     process.stdout.readline()
     process.stdout.close()
     err = process.communicate(timeout=120)[1].decode()

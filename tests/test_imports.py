@@ -161,3 +161,13 @@ def test_kernels_are_used_by_their_public_names():
 
 def submodules(folder):
     return {p.stem for p in (ROOT / "kernels_pallas" / folder).glob("*.py")}
+
+
+def test_no_kernel_is_imported_before_it_runs():
+    """Pallas takes longer to import than the rest of attnlab; what runs none of its kernels starts without it."""
+    above = lambda tree: (node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom)))
+    for path, tree in trees().items():
+        for node in above(tree):
+            found = [f"{module}.{name}" for module, name in imported(ast.Module([node], []))]
+            kernels = [f for f in found if f.startswith(("jax.experimental.pallas", "kernels_pallas."))]
+            assert str(path) in TUNING or set(kernels) <= {"kernels_pallas.tuning"}, f"{path} imports {kernels}"

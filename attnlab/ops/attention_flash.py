@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +13,23 @@ from attnlab.ops import attention_splash
 from attnlab.ops.attention_frame import NO_KEYS, AttentionSpec
 from attnlab.ops.masks import Mask, mean_visible_keys
 from attnlab.parallel import partition
-from kernels_pallas import flash_attention as kernels
 from kernels_pallas import tuning
 
 _HOPPER = re.compile(r"NVIDIA (GH200|H\d)")
 _LANES = 128  # below so many queries or keys most of a tile is padding
 
 
+def _kernels() -> Any:
+    """Imported where they run: what has no kernels need not wait for Pallas, which takes longer than the rest here."""
+    from kernels_pallas import flash_attention
+
+    return flash_attention
+
+
 def unsupported(spec: AttentionSpec) -> str | None:
     """Why the kernels cannot serve, or None."""
     if partition.platform() == "gpu":
-        widest = kernels.GPU_WIDEST
+        widest = _kernels().GPU_WIDEST
         reasons = (
             (spec.dtype != "bfloat16", f"on GPUs it computes bfloat16, not {spec.dtype}"),
             (max(spec.width, spec.value_width) > widest, f"on GPUs head widths are at most {widest}"),
@@ -68,9 +75,11 @@ def kernel_flops(spec: AttentionSpec) -> dict[str, float]:
         of(spec.keys, spec.kv_heads, spec.value_width),
     )
     if partition.platform() == "gpu":
-        return {name: pairs * width for name, width in kernels.gpu_kernel_widths(spec.width, spec.value_width).items()}
+        return {
+            name: pairs * width for name, width in _kernels().gpu_kernel_widths(spec.width, spec.value_width).items()
+        }
     with tuning.device_kind(partition.device_kind()):
-        runs = kernels.tpu_kernel_runs(*arrays)
+        runs = _kernels().tpu_kernel_runs(*arrays)
     widths = {
         "flash_forward": spec.width + spec.value_width,
         "flash_backward": 3 * spec.width + 2 * spec.value_width,
@@ -114,7 +123,7 @@ def attention_with_lse(
     starts, ends = mask.bounds(T, S)
     own = (mask.causal or mask.window is not None) and not mask.dynamic() and T == S  # each row sees its own key
     with tuning.device_kind(partition.device_kind()):
-        o, lse = kernels.flash_attention(
+        o, lse = _kernels().flash_attention(
             q_BTHd, k_BSKd, v_BSKe,
             starts=starts, ends=ends, sinks=sinks_H, gate=gate_BTHe, soft_cap=soft_cap, scale=scale,
             platform="cuda" if partition.platform() == "gpu" else "tpu", interpret=interpret, keys_seen=own,

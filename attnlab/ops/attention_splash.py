@@ -12,8 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_masks
 
 from attnlab.ops.attention_frame import AttentionSpec, zigzags
 from attnlab.ops.masks import Mask, mean_visible_keys
@@ -25,6 +23,13 @@ _BLOCK = 512  # rows and keys of a tile, at most; a tile's scores are fp32 in a 
 
 # Matrix products of each kernel, against the two of a forward pass.
 _KERNEL_WORK = {"fwd": 1.0, "dq": 1.5, "dkv": 2.0}
+
+
+def _splash() -> Any:
+    """Imported where it runs: what has no kernels need not wait for Pallas, which takes longer than the rest here."""
+    from jax.experimental.pallas.ops.tpu import splash_attention
+
+    return splash_attention
 
 
 def unsupported(spec: AttentionSpec) -> str | None:
@@ -105,7 +110,7 @@ def over_devices(
     if mask.causal or mask.window is not None:
         kernel = _kernel((S, S), H, mask.causal, mask.window, soft_cap, interpret, tuple(order.tolist()), count)
         infos = [own(info) for info in (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info)]
-        kernel = splash.SplashAttentionKernel(*infos, **kernel.kwargs)
+        kernel = type(kernel)(*infos, **kernel.kwargs)
     else:
         kernel = _kernel((T, S), H, False, None, soft_cap, interpret)
     position = jax.lax.dynamic_slice_in_dim(jnp.asarray(order, jnp.int32), index * T, T)
@@ -126,7 +131,7 @@ def _run(
     padding = [start > position for start, position in zip(starts, positions)]
     # A row that sees nothing has no softmax: each padding row is a document of its own, whose output is not used.
     ids = [jnp.where(pad, -1 - at, start) for pad, at, start in zip(padding, positions, starts)]
-    o = jax.vmap(kernel)(*arrays, splash.SegmentIds(*ids)).swapaxes(1, 2)
+    o = jax.vmap(kernel)(*arrays, _splash().SegmentIds(*ids)).swapaxes(1, 2)
     return jnp.where(padding[0][:, :, None, None], 0, o)
 
 
@@ -142,13 +147,13 @@ def _kernel(
 ) -> Any:
     """The kernel for so many queries and keys [H, T, d] of one sequence; its queries reordered, and over devices."""
     block = next(b for b in (_BLOCK, 384, 256, _LANES) if shape[0] // devices % b == 0)
-    sizes = splash.BlockSizes(
+    sizes = _splash().BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block,
         block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
         block_q_dq=block, block_kv_dq=block,
     )  # fmt: skip
-    mask = splash_masks.MultiHeadMask([_static_mask(shape, causal, window, order)] * heads)
-    return splash.make_splash_mha(
+    mask = _splash().MultiHeadMask([_static_mask(shape, causal, window, order)] * heads)
+    return _splash().make_splash_mha(
         mask,
         block_sizes=sizes,
         attn_logits_soft_cap=soft_cap,
@@ -160,15 +165,13 @@ def _kernel(
 
 
 @functools.cache
-def _static_mask(
-    shape: tuple[int, int], causal: bool, window: int | None, order: tuple[int, ...] | None
-) -> splash_masks.Mask:
+def _static_mask(shape: tuple[int, int], causal: bool, window: int | None, order: tuple[int, ...] | None) -> Any:
     if window is not None:
-        mask = splash_masks.LocalMask(shape, (window - 1, 0 if causal else window - 1), 0)
+        mask = _splash().LocalMask(shape, (window - 1, 0 if causal else window - 1), 0)
     elif not causal:
-        return splash_masks.FullMask(shape)
+        return _splash().FullMask(shape)
     else:
-        mask = splash_masks.CausalMask(shape)
+        mask = _splash().CausalMask(shape)
     if order is not None:
         mask.q_sequence = np.array(order, np.int32)
     return mask

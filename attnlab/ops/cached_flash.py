@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 
@@ -10,7 +11,14 @@ from attnlab.ops import attention_xla
 from attnlab.ops.attention_frame import AttentionSpec
 from attnlab.ops.masks import Mask
 from attnlab.parallel import partition
-from kernels_pallas import decode, tuning
+from kernels_pallas import tuning
+
+
+def _kernels() -> Any:
+    """Imported where they run: what has no kernels need not wait for Pallas, which takes longer than the rest here."""
+    from kernels_pallas import decode
+
+    return decode
 
 
 def unsupported(spec: AttentionSpec) -> str | None:
@@ -18,8 +26,8 @@ def unsupported(spec: AttentionSpec) -> str | None:
     rows = spec.queries * spec.heads // spec.kv_heads
     if spec.dtype not in ("bfloat16", "float32"):
         return f"it computes bfloat16 and float32, not {spec.dtype}"
-    if rows > decode.most_rows():
-        return f"it takes {decode.most_rows()} queries of a key head's query heads at most, not {rows}"
+    if rows > _kernels().most_rows():
+        return f"it takes {_kernels().most_rows()} queries of a key head's query heads at most, not {rows}"
     return None
 
 
@@ -44,7 +52,7 @@ def _attention(static, q, k, v, sinks, bounds):
     scale, soft_cap, interpret = static
     options = {"scale": scale, "soft_cap": soft_cap, "platform": "tpu", "interpret": interpret}
     with tuning.device_kind(partition.device_kind()):
-        return decode.decode_attention(q, k, v, starts=bounds[0], ends=bounds[1], sinks=sinks, **options)[0]
+        return _kernels().decode_attention(q, k, v, starts=bounds[0], ends=bounds[1], sinks=sinks, **options)[0]
 
 
 def _forward(static, q, k, v, sinks, bounds):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,6 @@ from attnlab.ops.gathered_rows import GatheredSpec, Heads, Segments, Table
 from attnlab.ops.head_subsets import spread, take_heads
 from attnlab.ops.masks import Mask, mean_visible_keys
 from attnlab.parallel import partition
-from kernels_pallas import routed_attention as kernels
 from kernels_pallas import tuning
 
 _LANES = 128  # below so many queries or keys most of a tile is padding
@@ -23,6 +23,13 @@ _LANES = 128  # below so many queries or keys most of a tile is padding
 # gradients to rows, outputs and gradients back; tiles are some 10 % more rows. Of XLA, to gather a row, and to scatter.
 _MOVED, _GATHERED, _SCATTERED = 17.0, 9.6, 6.7
 _DIGITS = 3  # of a bound, in base 256: integers that bfloat16 has
+
+
+def _kernels() -> Any:
+    """Imported where they run: what has no kernels need not wait for Pallas, which takes longer than the rest here."""
+    from kernels_pallas import routed_attention
+
+    return routed_attention
 
 
 def unsupported(spec: GatheredSpec) -> str | None:
@@ -56,7 +63,7 @@ def pays(heads: int, active: int, length: int, *, causal: bool, window: int | No
     pair = cycles / (long * (long + 1) / 2) * width / 128
     with tuning.device_kind(kind):
         moved = _MOVED * active
-        if not kernels.rows_fit(length, width, 2):
+        if not _kernels().rows_fit(length, width, 2):
             moved = _GATHERED * (4 * active + 2 * heads) + _SCATTERED * heads
     return moved < (heads - active) * mean_visible_keys(length, causal, window) * pair
 
@@ -70,7 +77,7 @@ def kernel_flops(spec: GatheredSpec) -> dict[str, float]:
         segments = _segments(spec.heads, spec.queries, spec.active)
         rows, K = segments.I * segments.R, len(spec.heads.key_heads)
         arrays = of(rows, spec.width), of(spec.keys, K, spec.width), of(spec.keys, K, spec.value_width)
-        runs = kernels.kernel_runs(*arrays, segments.R)
+        runs = _kernels().kernel_runs(*arrays, segments.R)
     widths = {
         "routed_forward": spec.width + spec.value_width,
         "routed_backward": 3 * spec.width + 2 * spec.value_width,
@@ -104,13 +111,13 @@ def attention(
         table = rows_lib.make_table(heads, wanted_BTE, [segments])
         group = H // K
         widest = max(q_BTHd.shape[3], v_BSKe.shape[3])
-        if kernels.rows_fit(T * group, widest, q_BTHd.dtype.itemsize):
+        if _kernels().rows_fit(T * group, widest, q_BTHd.dtype.itemsize):
             rows = _ByKernels(heads, group, table, wanted_BTE, segments.R, interpret)
         else:
             rows = _ByXLA(heads, group, table, wanted_BTE, segments.R, interpret)
         bounds = zip(mask.bounds(T, S), (0, S))
         starts, ends = (jnp.broadcast_to(jnp.int32(full) if x is None else x, (B, T)) for x, full in bounds)
-        o_Bre, lse_Br = kernels.routed_attention(
+        o_Bre, lse_Br = _kernels().routed_attention(
             rows.queries(q_BTHd), k_BSKd, v_BSKe, *rows.bounds(starts, ends),
             jnp.asarray(heads.key_heads, jnp.int32)[table.group_Bi],
             soft_cap=soft_cap, scale=scale, interpret=interpret,
@@ -126,7 +133,7 @@ def attention(
 
 def _segments(heads: Heads, length: int, active: int) -> Segments:
     """All positions together, in tiles of the kernel."""
-    tile = kernels.row_tile(tuning.kind(), length * active, len(heads.key_heads))
+    tile = _kernels().row_tile(tuning.kind(), length * active, len(heads.key_heads))
     return Segments(0, 1, length, heads.most_blocks(length, active, tile), tile)
 
 
@@ -165,7 +172,7 @@ class _ByKernels(_Rows):
     def _packed(self, x_BMLe: jax.Array) -> jax.Array:
         place = self._place()
         x_BMLe = jnp.where(place[..., None] >= 0, x_BMLe, 0)  # 0 times what is not finite is not 0
-        return kernels.pack_rows(x_BMLe, place, self.table.group_Bi, self.tile, interpret=self.interpret)
+        return _kernels().pack_rows(x_BMLe, place, self.table.group_Bi, self.tile, interpret=self.interpret)
 
     def queries(self, q_BTHd: jax.Array) -> jax.Array:
         """[B, r, d]."""
@@ -182,7 +189,7 @@ class _ByKernels(_Rows):
     def back(self, x_Bre: jax.Array) -> jax.Array:
         """[B, T, E, e], 0 where not wanted."""
         (B, T, _), e = self.wanted_BTE.shape, x_Bre.shape[2]
-        x = kernels.unpack_rows(x_Bre, self._place(), self.table.group_Bi, self.tile, interpret=self.interpret)
+        x = _kernels().unpack_rows(x_Bre, self._place(), self.table.group_Bi, self.tile, interpret=self.interpret)
         x = x.reshape(B, -1, T, self.group, e).swapaxes(1, 2).reshape(B, T, -1, e)
         members = self._members()
         return take_heads(x, [members.index(h) for h in self.heads.chosen])

@@ -22,6 +22,7 @@ from attnlab.ablation.progress import Live
 from attnlab.ablation.state import Log, View
 from attnlab.train.checkpoints import Checkpoints
 from tests.ablation import plans
+from tests.flags import environment
 from tests.train.runs import ROOT, corpus
 
 
@@ -192,7 +193,7 @@ def test_killed_twice(tmp_path, source):
                             "--processes", "2"]  # fmt: skip
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     cache = {"JAX_COMPILATION_CACHE_DIR": f"{tmp_path}/cache", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
-    settings = {"cwd": ROOT, "env": {**os.environ, **cache}}
+    settings = {"cwd": ROOT, "env": {**environment(), **cache}}
     done = subprocess.run(command(whole), **settings, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     log = Log(broken)

@@ -71,10 +71,9 @@ def test_split_anywhere(config, x64):
     x, seq, _ = cases.long_inputs(config, jnp.float64)
     T = x.shape[1]
     whole = battery.call(graphdef, params, x, seq)
-    extend = jax.jit(lambda p, x, seq, state: nnx.merge(graphdef, p).extend(x, seq, state))
     for cut in (T // 3, T - T // 3):  # two lengths, each of which is compiled once
         state = module.init_state(3, T, jnp.float64)
-        y, _ = cases.streamed(functools.partial(extend, params), state, x, seq, (cut, T - cut))
+        y, _ = cases.streamed(functools.partial(battery.extend, graphdef, params), state, x, seq, (cut, T - cut))
         battery.assert_close(y, whole, 1e-10)
 
 

@@ -1,6 +1,7 @@
 """The laws of cross-attention, for every mixer that reads a context."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from attnlab.parallel import partition
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
 from tests.mixers import cases, flops
+from tests.mixers import test_contract as battery
 
 B, T, S, D_C = 2, cases.LENGTH, 7, 6
 NAMES = [name for name in mixers.names() if mixers.get(name).capabilities.cross]
@@ -51,8 +53,7 @@ def inputs(**fields):
 
 
 def run(module, x, seq):
-    graphdef, params = cases.split(module)
-    return jax.jit(lambda p, x, seq: nnx.merge(graphdef, p)(x, seq).y)(params, x, seq)
+    return battery.call(*cases.split(module), x, seq)
 
 
 @every_case
@@ -130,8 +131,9 @@ def test_stream_and_packing(name, fields):
     quiet = run(module, x, dataclasses.replace(seq, contexts={"image": loud}))
     np.testing.assert_array_equal(np.asarray(quiet)[used], np.asarray(y)[used])
     state = module.init_state(B, T, jnp.float64, contexts=seq.contexts)
-    for cut in ([1] * T, [3, 1, 5, 2]):
-        streamed, after = cases.streamed(jax.jit(module.extend), state, x, packed, cut)
+    step = functools.partial(battery.extend, *cases.split(module))
+    for cut in battery.CUTS:
+        streamed, after = cases.streamed(step, state, x, packed, cut)
         np.testing.assert_allclose(np.asarray(streamed)[used], np.asarray(y)[used], atol=1e-11)
         np.testing.assert_array_equal(after.carried.k, state.carried.k)
 

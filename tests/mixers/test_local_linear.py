@@ -113,7 +113,7 @@ def test_metrics_tell_what_the_solver_did():
 def test_gradients_reach_the_ridge():
     graphdef, params = cases.split(make())
     x, seq = whole()
-    gradient = jax.grad(lambda p: jnp.sum(jnp.sin(nnx.merge(graphdef, p)(x, seq).y)))(params)
+    gradient = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(nnx.merge(graphdef, p)(x, seq).y))))(params)
     assert np.abs(gradient["ridge"]["kernel"][...]).min() > 0
     assert np.abs(gradient["ridge_bias"][...]).min() > 0
 

@@ -180,7 +180,7 @@ def test_size_of_normalised_probes_does_not_matter():
 def test_gradients_reach_the_probes():
     graphdef, params = cases.split(cases.module(mixers.get("parallax").Config(), jnp.float64))
     x, seq = cases.inputs(jnp.float64)
-    gradient = jax.grad(lambda p: jnp.sum(jnp.sin(nnx.merge(graphdef, p)(x, seq).y)))(params)
+    gradient = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(nnx.merge(graphdef, p)(x, seq).y))))(params)
     assert np.abs(gradient["r"]["kernel"][...]).min() > 0
 
 

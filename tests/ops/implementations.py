@@ -158,21 +158,27 @@ def held_to_the_definition(op: str, impl: str) -> None:
     """Values and gradients of `impl`, forced and if need be interpreted, in every case that it serves: one at least."""
     table, served = CASES[op][0].table, 0
     assert impl in table
-    for make in CASES[op][1].values():
-
-        def both(impl: str, make: Callable = make) -> Any:
-            run, inputs = make(impl)
-            scalar = lambda inputs: (lambda y: (sum(jnp.sum(jnp.sin(a)) for a in jax.tree.leaves(y)), y))(run(*inputs))
-            return jax.jit(jax.value_and_grad(scalar, has_aux=True))(inputs)
-
+    for case, make in CASES[op][1].items():
         with interpreted():
             if not _serves(make, impl):
                 continue
             served += 1
-            found = both(impl)
-        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(both("definition")), strict=True):
+            found = _both(make, impl)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(_defined(op, case)), strict=True):
             np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4)
     assert served, f"no case of {op} serves {impl}: add one to CASES"
+
+
+def _both(make: Callable, impl: str) -> Any:
+    """Values and gradients."""
+    run, inputs = make(impl)
+    scalar = lambda inputs: (lambda y: (sum(jnp.sum(jnp.sin(a)) for a in jax.tree.leaves(y)), y))(run(*inputs))
+    return jax.jit(jax.value_and_grad(scalar, has_aux=True))(inputs)
+
+
+@functools.cache
+def _defined(op: str, case: str) -> Any:
+    return _both(CASES[op][1][case], "definition")
 
 
 def _serves(make: Callable, impl: str) -> bool:

@@ -10,7 +10,7 @@ import pytest
 from attnlab.ops import Mask, attention, gathered_kernel, gathered_rows, gathered_xla, mask_from_segments, router
 from attnlab.ops.gathered_attention import gathered_attention
 from attnlab.ops.gathered_rows import Heads
-from kernels_pallas import masks
+from kernels_pallas import masks, routed_attention
 from tests.mixers import flops
 from tests.ops import implementations
 
@@ -164,8 +164,8 @@ def test_the_kernel_works_as_many_tiles_as_heads_are_on(monkeypatch):
         met = jnp.float32(rows * jnp.sum(end - first))
         return jnp.broadcast_to(met, (*q.shape[:2], v.shape[3])), jnp.zeros(q.shape[:2])
 
-    monkeypatch.setattr(gathered_kernel.kernels, "routed_attention", tiles)
-    monkeypatch.setattr(gathered_kernel.kernels, "rows_fit", lambda *of: False)
+    monkeypatch.setattr(routed_attention, "routed_attention", tiles)
+    monkeypatch.setattr(routed_attention, "rows_fit", lambda *of: False)
     x = jnp.zeros((1, length, 4, 1))
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -179,7 +179,7 @@ def test_the_kernel_works_as_many_tiles_as_heads_are_on(monkeypatch):
 
 def test_rows_that_do_not_fit_are_moved_by_xla(monkeypatch):
     """The kernel equals the definition in that form, too."""
-    monkeypatch.setattr(gathered_kernel.kernels, "rows_fit", lambda *of: False)
+    monkeypatch.setattr(routed_attention, "rows_fit", lambda *of: False)
     implementations.held_to_the_definition("gathered_attention", "routed")
 
 

@@ -23,6 +23,7 @@ from attnlab.models.cost import model_cost
 from attnlab.train import restore
 from attnlab.train.config import RunConfig
 from attnlab.train.program import Program
+from tests.flags import environment
 from tests.train import runs
 
 CONFIG = "configs/tasks.py:task=icl_regression,mixer=softmax"
@@ -224,11 +225,11 @@ def test_compiles_for_a_pod(attnlab):
 @pytest.mark.slow
 def test_sigkill_and_sigterm_lose_nothing(tmp_path):
     """Killed and stopped on the way, the metrics are those of a run left alone."""
-    path = tmp_path / "config.py"
-    path.write_text(f"def get_config(arg=None):\n    return {tree(train__steps=120, train__save_every=10)!r}\n")
+    path, told = tmp_path / "config.py", tree(train__steps=120, train__save_every=10)
+    path.write_text(f"def get_config(arg=None):\n    return {told!r}\n")
     start = lambda workdir: subprocess.Popen(
         [sys.executable, "-m", "attnlab", "train", "--config", str(path), "--workdir", str(workdir)],
-        cwd=runs.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=runs.ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     alone, hit = tmp_path / "alone", tmp_path / "hit"
     assert start(alone).wait(timeout=300) == 0

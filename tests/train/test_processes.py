@@ -21,6 +21,7 @@ from attnlab.errors import UserError
 from attnlab.launch import cluster
 from attnlab.train.config import ClusterConfig
 from attnlab.train.processes import Processes
+from tests.flags import UNOPTIMISED
 from tests.train import runs
 
 pytestmark = pytest.mark.timeout(600)
@@ -60,7 +61,7 @@ class Pair:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         env = {**os.environ, "PYTHONPATH": str(runs.ROOT), "JAX_PLATFORMS": "cpu"}
-        env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+        env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4" + UNOPTIMISED
         env["TF_CPP_MIN_LOG_LEVEL"] = "2"
         self.processes = [
             subprocess.Popen(

@@ -22,7 +22,14 @@ from attnlab.mixers.roles import Role, param
 from attnlab.mixers.softmax import Softmax
 from attnlab.train import loop, optimizers, restore
 from attnlab.train.checkpoints import Checkpoints
+from attnlab.train.program import Program
+from tests.flags import environment
 from tests.train import runs
+
+
+@pytest.fixture(autouse=True)
+def unpatched_programs():
+    """What is patched here is not the model's code, but for one test, which forgets: all share what was compiled."""
 
 
 @pytest.fixture(scope="module")
@@ -175,11 +182,13 @@ def test_other_code_moves_no_checkpoint(source, tmp_path, monkeypatch):
         self.extra = param(jnp.zeros(3), axes=("embed",), role=Role.BIAS)
 
     monkeypatch.setattr(Softmax, "__init__", with_one_more)
+    Program.forget()
     config = runs.config(source, train__steps=6, train__on_config_change="continue")
     for _ in range(2):
         with pytest.raises(UserError, match="checkpoint 4 .* cannot be restored, though its files are whole"):
             runs.run(config, tmp_path)
     assert Checkpoints(tmp_path).steps() == [4]
+    Program.forget()
 
 
 def test_reading_disturbs_no_writer(source, tmp_path):
@@ -267,7 +276,9 @@ def test_profile(source, tmp_path):
 def start(source, workdir, tmp_path, **overrides):
     config = runs.write_config(tmp_path / "config.py", source, **overrides)
     command = [sys.executable, "-m", "attnlab", "train", "--config", config, "--workdir", str(workdir)]
-    return subprocess.Popen(command, cwd=runs.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, cwd=runs.ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 @contextlib.contextmanager
@@ -315,7 +326,7 @@ def test_killed_five_times(source, tmp_path):
     rng = random.Random(0)
     for _ in range(5):
         process = start(source, killed, tmp_path, **steps)
-        time.sleep(rng.uniform(2, 10))
+        time.sleep(rng.uniform(1.5, 7))
         process.kill()
         process.communicate(timeout=30)
     process = start(source, killed, tmp_path, **steps)
