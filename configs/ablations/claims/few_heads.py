@@ -1,8 +1,8 @@
 """Claim: a few heads do the retrieving (Wu et al. 2024, Retrieval Head, arXiv:2404.15574).
 
-The part that needs no intervention in a trained model: how many heads a model must have to find a needle. Four layers of
-8, 4, 2 or 1 heads of the same width, 32 to 4 heads in all, on needles among needles that nobody asks for; equal steps,
-and equal parameters by wider MLPs.
+The part that needs no intervention in a trained model: how many heads a model must have to find a needle. Four layers
+of 8, 4, 2 or 1 heads of the same width, 32 to 4 heads in all, on needles among needles that nobody asks for; equal
+steps, and equal parameters by wider MLPs.
 
 Supported if 4 heads, an eighth of 32, are at most 5 points of accuracy below 32; refuted if 16 are more than 20 points
 below; else inconclusive.

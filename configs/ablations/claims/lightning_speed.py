@@ -1,8 +1,8 @@
 """Claim: lightning attention trains at a constant speed however long rows are (Qin et al. 2024, arXiv:2405.17381).
 
 The same number of tokens a step in ever fewer and longer rows, lightning attention against softmax attention; forward,
-backward and update of a whole small model. `:size=125m,longest=65536` for an accelerator, where softmax attention is its
-fastest kernel.
+backward and update of a whole small model. `:size=125m,longest=65536` for an accelerator, where softmax attention is
+its fastest kernel.
 
 Supported if lightning's tokens per second at the longest row are within 15 % of those at the shortest while softmax's
 fall by more than that; refuted if lightning's fall by more than 30 %; else inconclusive. The length at which lightning

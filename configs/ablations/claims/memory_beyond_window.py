@@ -1,15 +1,15 @@
 """Claim: a neural memory recalls what no window sees any more (Behrouz et al. 2025, Titans, arXiv:2501.00663).
 
 A needle at the beginning of 256 positions, asked for at their end: 8 windows of 32 away, and two layers of window
-attention reach 2. Window attention alone; the same window with a Titans memory in its three places (mag, mal, mac), with
-the gated delta rule, and with a linear memory (Based).
+attention reach 2. Window attention alone; the same window with a Titans memory in its three places (mag, mal, mac),
+with the gated delta rule, and with a linear memory (Based).
 
 Supported if the best Titans variant has an accuracy of 0.2 or more a digit (chance is 0.1) and at least that of the
 linear memory less 0.02, and window attention alone is below 0.13; refuted if no Titans variant is better than window
-attention alone by more than 0.02; inconclusive if window attention alone is at 0.13 or above (the task leaks), and else.
+attention alone by more than 0.02; inconclusive if window attention alone is at 0.13 or above (it leaks), and else.
 `:windows=16` puts the needle 16 windows away (then in 512 positions).
 
-Not covered: text, sizes at which the paper compares, and memories of equal bytes: `attnlab cost` prints each arm's state.
+Not covered: text, sizes at which the paper compares, memories of equal bytes (`--dry-run` prints each arm's state).
 Written before any run.
 """
 
