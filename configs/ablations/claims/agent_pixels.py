@@ -4,7 +4,7 @@ Agents 9, 16 and 49 against softmax, at equal parameters: drawn digits read pixe
 default, 8, is 64 positions), and ListOps read at a first token, where every position sees all others as in the paper.
 
 Supported if 49 agents are at most one point of accuracy below softmax on both, and their tokens per second at side 32
-are at least a quarter of those at side 8 (`python -m benchmarks.layers --flat --mixers agent` has the layer's own slope);
+are at least a quarter of those at side 8 (`python -m benchmarks.layers --flat --mixers agent` has its own slope);
 refuted if 49 agents are more than two points below on either; else inconclusive.
 
 Not covered: the paper's layer works on images (agents pooled over a grid, biases by position, 3 x 3 convolution) in

@@ -33,7 +33,7 @@ def get_config(arg=None):
     softmax = lambda heads: {"name": "softmax", "heads": heads, "causal": False, "rope_base": None}
     tensor = {"name": "tensor", "heads": 2, "causal": False, "scale": "root"}
     return {
-        "question": "Does one layer of attention to pairs of positions find triples, and no layer of softmax attention?",
+        "question": "Does one layer of attention to pairs find triples, and no layer of softmax attention?",
         "base": tree,
         "arms": {
             **{f"softmax{heads}": {"model.mixers.M": softmax(heads)} for heads in (1, 2, 4, 8)},
