@@ -32,6 +32,13 @@ def test_is_the_product_of_masks(offsets):
     np.testing.assert_array_equal(reach.reached(layers, LENGTH), by_masks(layers, LENGTH))
 
 
+def test_patterns():
+    """Each by its distances: as many as there are keys."""
+    assert reach.powers(40, 9) == {0, 1, 2, 3, 4, 5, 8, 16, 32} and reach.window(3) == {0, 1, 2}
+    assert reach.dilated(3, 5) == {0, 5, 10}
+    assert reach.strided(5, 2, 7) == {0, 1, 7, 14, 21} and reach.strided(5, 3, 2) == {0, 1, 2, 4, 6}
+
+
 def test_powers_of_two_alone():
     """d layers reach what has at most d ones in binary: 2^(d + 1) - 1 without a gap, so all below 2^d."""
     rows = reach.facts([reach.powers(256, 9)] * 8, 256)
