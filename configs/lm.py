@@ -28,7 +28,7 @@ RATES = {"adamw": 1.0, "muon": 1.0, "lion": 0.1, "adafactor": 3.0}  # learning r
 
 # What layers without positions of their own are given: a short convolution, as in Based's models and all later linear
 # attention. Layers with RoPE, a decay or a convolution of their own are as they are.
-LM = {name: {"input_conv": 4} for name in ("based", "flow")}
+LM = {name: {"input_conv": 4} for name in ("based", "flow", "tensor")}
 
 
 def with_heads(mixer, heads):

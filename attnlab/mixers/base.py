@@ -70,7 +70,8 @@ class Cost:
       flops: forward FLOPs per token of the matrix products by part, a multiply-add counted as 2, masked-out pairs not
         counted, averaged over a sequence of the given length. Backward is twice this.
       state_bytes: bytes of `init_state` per sequence at the given length.
-      span: mean number of keys that a query sees, None where no part's cost depends on it.
+      span: mean number of keys (of pairs of them, where those are attended to) that a query sees, None where no part's
+        cost depends on it.
       context_flops: of cross-attention, per row of the context and not per token, which `flops` does not count.
     """
 

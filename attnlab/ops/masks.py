@@ -169,6 +169,14 @@ def mean_visible_keys(length: int, causal: bool, window: int | None) -> float:
     return (w * (w + 1) / 2 + (length - w) * w) / length
 
 
+def mean_visible_pairs(length: int, causal: bool, window: int | None) -> float:
+    """Mean number of pairs (j, l) of keys, both of which a query of an unpacked sequence sees."""
+    if not causal:
+        return float(length) ** 2
+    w = min(window or length, length)
+    return (w * (w + 1) * (2 * w + 1) / 6 + (length - w) * w**2) / length
+
+
 def _check_window(window: int | None) -> None:
     if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
         raise UserError(f"window: {window!r} is not allowed; allowed: None or an int >= 1")

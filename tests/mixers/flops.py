@@ -38,10 +38,17 @@ def _count(jaxpr: Any) -> float:
 
 
 def keys_seen(config, t):
-    """Keys that a query at position t of one document sees."""
+    """Keys that a query at position t of one document sees; of tensor attention, pairs of keys."""
     config = getattr(config, "core", config)
+    if config.node_name == "tensor":
+        return (cases.LENGTH if not config.causal else min(t + 1, config.window or cases.LENGTH)) ** 2
     if config.node_name == "rat":  # the complete chunks before, and its own
         return t // config.chunk + 1
     if not config.causal:
         return cases.LENGTH
     return min(t + 1, getattr(config, "window", None) or cases.LENGTH)
+
+
+def keys_computed(config):
+    """Of all rows, what a program computes that masks instead of skipping."""
+    return cases.LENGTH ** (2 if getattr(config, "core", config).node_name == "tensor" else 1)

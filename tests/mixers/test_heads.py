@@ -17,6 +17,7 @@ from tests.mixers import test_contract as battery
 QKV = {"q", "k", "v"}
 BIASED = {  # projections of queries, keys and values by mixer, where they are not these three; `out` is everybody's
     "parallax": QKV | {"r"},
+    "tensor": {"q", "k1", "k2", "v1", "v2"},
     "titans": {"memory.qkv", "attention.q", "attention.k", "attention.v"},
 }
 FIELDS = {"titans": [({}, BIASED["titans"], {"out"})]}

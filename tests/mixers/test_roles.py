@@ -44,6 +44,7 @@ ROLES = {
     "parallax": {"matrix": f"{_QKVO} r", "scale": "q_norm k_norm r_norm"},
     "rat": {"matrix": f"{_QKVO} g z", "bias": "gate_bias"},
     "softmax": {"matrix": _QKVO, "bias": "sinks", "scale": "q_norm k_norm temperature"},
+    "tensor": {"matrix": "q k1 k2 v1 v2 out", "scale": "q_norm k1_norm k2_norm"},
     "titans": {
         "matrix": "attention.q attention.k attention.v between gate memory.gates memory.qkv mixed.attention.q "
         "mixed.attention.k mixed.attention.v mixed.memory.gates mixed.memory.qkv mixed.query mixed.retrieved out",

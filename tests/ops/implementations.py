@@ -26,6 +26,7 @@ from attnlab.ops.local_linear import LOCAL_LINEAR, local_linear
 from attnlab.ops.neural_memory import NEURAL_MEMORY, MemorySpec, initial_state, neural_memory
 from attnlab.ops.parallax import PARALLAX, parallax
 from attnlab.ops.segmented_ema import SEGMENTED_EMA, segmented_ema
+from attnlab.ops.tensor_attention import TENSOR_ATTENTION, tensor_attention
 
 SHORT, LONG = (2, 11, 2, 4), (1, 256, 2, 64)  # B, T, H, d; the long one is for kernels
 
@@ -100,6 +101,14 @@ def _agents(refreshed: bool, impl: str) -> tuple[Callable, list[jax.Array]]:
     return run, inputs
 
 
+def _tensor(impl: str) -> tuple[Callable, list[jax.Array]]:
+    """Documents in a window, in several tiles of rows."""
+    mask = mask_from_segments(segments(SHORT), SHORT[1], causal=True, window=4)
+    B, T, H, d = SHORT
+    run = lambda q, k, v: tensor_attention(q, k, v, mask, reach=4, chunk=3, impl=impl)
+    return run, [*arrays(1, SHORT), *arrays(2, (B, T, H, 2 * d), seed=1)]
+
+
 # Per op: cases by name, each `impl` to a function and its arrays.
 CASES: dict[str, tuple[Op, dict[str, Callable[[str], tuple[Callable, list[jax.Array]]]]]] = {
     "attention": (ATTENTION, {n: functools.partial(_attention, s) for n, s in (("short", SHORT), ("long", LONG))}),
@@ -145,6 +154,7 @@ CASES: dict[str, tuple[Op, dict[str, Callable[[str], tuple[Callable, list[jax.Ar
             )
         },
     ),
+    "tensor_attention": (TENSOR_ATTENTION, {"short": _tensor}),
 }
 
 
