@@ -20,6 +20,7 @@ from attnlab.ops.flow_definition import FlowRule, FlowState, empty_state
 FEATURES = {
     "sigmoid": jax.nn.sigmoid,
     "relu": lambda x: jax.nn.relu(x) + 1e-6,  # as in the authors' code for the Long Range Arena
+    "elu": lambda x: jax.nn.elu(x) + 1,  # of linear attention (Katharopoulos et al. 2020)
 }
 
 
@@ -29,7 +30,7 @@ class FlowConfig(HeadConfig):
 
     causal: bool = knob(True, "whether a position sees only itself and those before", other=(False,))
     feature: str = knob(
-        "sigmoid", f"feature map of queries and keys: {', '.join(FEATURES)}", other=("relu",), choices=FEATURES
+        "sigmoid", f"feature map of queries and keys: {', '.join(FEATURES)}", other=("relu", "elu"), choices=FEATURES
     )
     competition: bool = knob(True, "whether sources compete: a softmax over them scales values", other=(False,))
     allocation: bool = knob(True, "whether outputs are scaled by the sigmoid of the incoming flow", other=(False,))
