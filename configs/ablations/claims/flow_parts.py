@@ -1,8 +1,8 @@
 """Claim: flow attention is linear in the length and does not degenerate as linear attention does: competition among
 sources and allocation to sinks are what it takes (Wu et al. 2022, Flowformer, arXiv:2202.06258, sections 3 and 4).
 
-Sequential pixels: flow attention, the same without competition, without allocation, and with neither, softmax
-attention, and linear attention with the features elu(x) + 1, at equal parameters and steps. Time against length is not
+Sequential pixels: flow attention, the same without competition and without allocation, softmax attention, and
+linear attention with the features elu(x) + 1, at equal parameters and steps. Time against length is not
 this plan's: `python -m benchmarks.layers --flat --mixers flow --lengths 1024,2048,4096,8192,16384,32768` tells the
 power of the length by which the time of a row grows.
 
@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[3]
 
 
 def get_config(arg=None):
-    a = config.parse_arg(arg, steps=500)
+    a = config.parse_arg(arg, steps=600)
     flow = lambda **knobs: {"model.mixers.M": {"name": "flow", "heads": 4, **knobs}}
     return {
         "question": "Do competition and allocation make linear attention better?",
@@ -27,6 +27,7 @@ def get_config(arg=None):
             "pixels": {
                 "base": f"{ROOT}/configs/tasks.py:task=pixels",
                 "data.split": "test",
+                "model.width": 32,
                 "train.steps": a.steps,
                 "train.eval_every": a.steps,
                 "train.save_every": a.steps,
@@ -36,7 +37,6 @@ def get_config(arg=None):
             "flow": flow(),
             "no_competition": flow(competition=False),
             "no_allocation": flow(allocation=False),
-            "neither": flow(competition=False, allocation=False),
             "linear": flow(competition=False, allocation=False, feature="elu"),
             "softmax": {"model.mixers.M": {"name": "softmax", "heads": 4}},
         },

@@ -2,9 +2,9 @@
 et al. 2025, Local Linear Attention, arXiv:2510.01450, section 5.1).
 
 Trained layers on `test_time_regression`: one linear map, two, or four, visited one after the other, each with keys from
-a region of its own. Local linear, softmax and linear attention (features elu(x) + 1), every arm's learning rate tuned on
-each, at equal parameters and steps. What the same three predict without training, scale and ridge tuned, is `python -m
-benchmarks.regression`.
+a region of its own. Local linear, softmax and linear attention (features elu(x) + 1), every arm's learning rate tuned
+on each, at equal parameters and steps. What the same three predict without training, scale and ridge tuned, is
+`python -m benchmarks.regression`.
 
 Supported if local linear attention's mean error is below the better of the other two on all three, by more than one
 deviation of the paired differences to it; refuted if either of the others has the lower mean on two or four maps; else
@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[3]
 
 
 def get_config(arg=None):
-    a = config.parse_arg(arg, length=64, steps=800, rate=4e-3)
+    a = config.parse_arg(arg, length=64, steps=600, rate=4e-3)
     task = {
         "base": f"{ROOT}/configs/tasks.py:task=test_time_regression",
         "data.length": a.length,
@@ -32,6 +32,7 @@ def get_config(arg=None):
         "train.eval_every": a.steps,
         "train.save_every": a.steps,
         "train.eval_batches": 64,
+        "train.log_every": 50,
     }
     linear = {"name": "flow", "feature": "elu", "competition": False, "allocation": False}
     mixer = lambda node: {"model.mixers.M": {"heads": 2, **node}}
@@ -47,5 +48,5 @@ def get_config(arg=None):
         "seeds": (0, 1, 2),
         "equal": {"what": "parameters", "multiple": 1},
         "metrics": {f"maps{n}/heldout_loss": {"primary": True} for n in (1, 2, 4)},
-        "tuning": {"rates": (a.rate / 2, a.rate, a.rate * 2), "share": 0.5, "most": 4},
+        "tuning": {"rates": (a.rate / 2, a.rate, a.rate * 2), "share": 0.25, "most": 4},
     }
