@@ -71,9 +71,9 @@ class Flow(HeadMixer):
     sequence_parallel = "running sums are passed on, in three exchanges that depend on each other"
     paper = "Wu et al. 2022, Flowformer: Linearizing Transformers with Conservation Flows, ICML 2022, arXiv:2202.06258"
     extension = (
-        "the causal chunked and streaming form; form=averages; documents packed in a row; feature=elu; clip=none in the causal "
-        "form; clip is 5, that of the authors' language models (their core code: 1, which clips about half of all "
-        "sources, as the mean flow is 1)"
+        "the causal chunked and streaming form; form=averages; documents packed in a row; feature=elu; clip=none in "
+        "the causal form; clip is 5, that of the authors' language models (their core code: 1, which clips about half "
+        "of all sources, as the mean flow is 1)"
     )
     implementations = op.FLOW_ATTENTION.table
     counted = "chunked"
