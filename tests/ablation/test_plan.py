@@ -118,7 +118,7 @@ def test_the_plan_of_the_docs(tmp_path):
 def test_a_claim_has_a_rule_and_a_price(path, tmp_path, monkeypatch):
     """Every plan in claims says when its claim is supported and when refuted; its figures are there, what it solves for
     can be, and its price is stated. Steps are not timed here, nothing compiles."""
-    told = ast.get_docstring(ast.parse(path.read_text()))
+    told = " ".join(ast.get_docstring(ast.parse(path.read_text())).split())
     assert told.startswith("Claim:") and "supported if" in told.lower() and "refuted if" in told.lower()
     monkeypatch.setattr(calibrate, "step_seconds", lambda cells, steps: {cell.name: 0.01 for cell in cells})
     config, made = announce.load(str(path), [])
