@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import rich.console
 import rich.table
 
@@ -139,6 +140,7 @@ def _flat(side: harness.Side, chosen: list[str], args: argparse.Namespace) -> Me
             spent = {T: _median(timings[name, tokens // T, T]) / tokens for T in lengths}
             row["seconds_per_token"] = {str(T): s for T, s in spent.items()}
             row["spread"] = max(spent.values()) / min(spent.values())
+            row["power"] = _power({T: T * s for T, s in spent.items()})
     return {"tokens": tokens, "layers_flat": rows}, undisturbed, lambda: _print_flat(rows, lengths, tokens)
 
 
@@ -148,6 +150,12 @@ def _growth(size_of: dict[int, float]) -> list[float]:
     return [math.log(size_of[b] / size_of[a]) / math.log(b / a) for a, b in itertools.pairwise(lengths)]
 
 
+def _power(size_of: dict[int, float]) -> float:
+    """The power of the length by which the size grows over all lengths: the slope of a line through the logarithms."""
+    x, y = (np.log(list(values)) for values in (size_of.keys(), size_of.values()))
+    return float(np.polynomial.Polynomial.fit(x, y, 1).convert().coef[1])
+
+
 def _print_flat(rows: dict[str, Any], lengths: list[int], tokens: int) -> None:
     times = _table(f"microseconds per token, forward + backward, {tokens} tokens in rows of T, width {WIDTH}")
     memory = _table(f"MB of temporaries, forward + backward, batch 1, width {WIDTH}")
@@ -155,13 +163,15 @@ def _print_flat(rows: dict[str, Any], lengths: list[int], tokens: int) -> None:
         for T in lengths:
             table.add_column(f"T={T}", justify="right")
     times.add_column("highest / lowest", justify="right")
+    times.add_column("a row's grows as T to the power", justify="right")
     memory.add_column("grows as T to the power", justify="right")
     for name, row in rows.items():
         if "refused" in row:
             memory.add_row(name)
             continue
         if "spread" in row:
-            times.add_row(name, *(f"{1e6 * s:.2f}" for s in row["seconds_per_token"].values()), f"{row['spread']:.2f}")
+            spent = [f"{1e6 * s:.2f}" for s in row["seconds_per_token"].values()]
+            times.add_row(name, *spent, f"{row['spread']:.2f}", f"{row['power']:.2f}")
         powers = " ".join(f"{power:.2f}" for power in row["growth"])
         memory.add_row(name, *(f"{b / 1e6:,.0f}" for b in row["temporary_bytes"].values()), powers)
     if times.row_count:
@@ -286,7 +296,6 @@ def compile_layer(name: str, batch: int, length: int) -> tuple[Any, tuple[Any, .
     """One layer's forward and backward for x [batch, length, WIDTH], compiled, and its arguments."""
     import jax
     import jax.numpy as jnp
-    import numpy as np
     from flax import nnx
 
     from attnlab import mixers

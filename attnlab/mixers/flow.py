@@ -20,6 +20,7 @@ from attnlab.ops.flow_definition import FlowRule, FlowState, empty_state
 FEATURES = {
     "sigmoid": jax.nn.sigmoid,
     "relu": lambda x: jax.nn.relu(x) + 1e-6,  # as in the authors' code for the Long Range Arena
+    "elu": lambda x: jax.nn.elu(x) + 1,  # of linear attention (Katharopoulos et al. 2020)
 }
 
 
@@ -29,7 +30,7 @@ class FlowConfig(HeadConfig):
 
     causal: bool = knob(True, "whether a position sees only itself and those before", other=(False,))
     feature: str = knob(
-        "sigmoid", f"feature map of queries and keys: {', '.join(FEATURES)}", other=("relu",), choices=FEATURES
+        "sigmoid", f"feature map of queries and keys: {', '.join(FEATURES)}", other=("relu", "elu"), choices=FEATURES
     )
     competition: bool = knob(True, "whether sources compete: a softmax over them scales values", other=(False,))
     allocation: bool = knob(True, "whether outputs are scaled by the sigmoid of the incoming flow", other=(False,))
@@ -70,9 +71,9 @@ class Flow(HeadMixer):
     sequence_parallel = "running sums are passed on, in three exchanges that depend on each other"
     paper = "Wu et al. 2022, Flowformer: Linearizing Transformers with Conservation Flows, ICML 2022, arXiv:2202.06258"
     extension = (
-        "the causal chunked and streaming form; form=averages; documents packed in a row; clip=none in the causal "
-        "form; clip is 5, that of the authors' language models (their core code: 1, which clips about half of all "
-        "sources, as the mean flow is 1)"
+        "the causal chunked and streaming form; form=averages; documents packed in a row; feature=elu; clip=none in "
+        "the causal form; clip is 5, that of the authors' language models (their core code: 1, which clips about half "
+        "of all sources, as the mean flow is 1)"
     )
     implementations = op.FLOW_ATTENTION.table
     counted = "chunked"

@@ -12,7 +12,7 @@ from flax import nnx
 
 from attnlab import batch as batch_lib
 from attnlab import mixers
-from attnlab.mixers.parts import Linear, RMSNorm
+from attnlab.mixers.parts import Linear
 from attnlab.models.cost import ModelCost
 from attnlab.models.lm import LanguageModel, LanguageModelConfig
 from attnlab.models.objective import register
@@ -40,8 +40,7 @@ class Compressor(LanguageModel):
     def __init__(self, config: CompressorConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
         dtype, D = config.compute_dtype, config.width
-        norm = lambda: RMSNorm(D, ("embed",), dtype=dtype, epsilon=config.norm_epsilon)
-        self.norms = nnx.List([norm(), norm()])
+        self.norms = nnx.List([config.make_norm(), config.make_norm()])
         self.layers = nnx.List([Linear(D, D, ("embed", "mlp"), rngs=rngs, dtype=dtype) for _ in range(2)])
 
     @classmethod
@@ -54,7 +53,8 @@ class Compressor(LanguageModel):
     def cost(cls, config: CompressorConfig, length: int) -> ModelCost:
         cost, D = super().cost(config, length), config.width
         flops = cost.flops | {"decoder": 4.0 * D * D}
-        return dataclasses.replace(cost, parameters=cost.parameters + 2 * D * D + 2 * D, flops=flops)
+        parameters = cost.parameters + 2 * D * D + 2 * config.norm_parameters
+        return dataclasses.replace(cost, parameters=parameters, flops=flops)
 
     def encoded(self, x: jax.Array, seq: mixers.Sequence, key: jax.Array | None) -> mixers.MixerOutput:
         out = self.transformer(x, seq, key)

@@ -42,7 +42,8 @@ def stack_cost(config: StackConfig, length: int) -> ModelCost:
     """Costs of a model's stack of blocks."""
     repeats, letters = config.layers // len(config.blocks), "".join(config.blocks)
     mlp, has_mlp = 3 * config.width * config.hidden, config.hidden > 0
-    parameters = config.layers * (mlp + has_mlp * config.width) + repeats * len(letters) * config.width
+    norms = repeats * len(letters) + has_mlp * config.layers
+    parameters = config.layers * mlp + norms * config.norm_parameters
     gated = [letter for block in config.blocks for letter in block if letter in config.gated]
     parameters += repeats * (len(gated) + has_mlp * sum(set(block) <= set(config.gated) for block in config.blocks))
     flops = {"mlp": 2.0 * config.layers * mlp}

@@ -14,7 +14,7 @@ from flax import nnx
 from attnlab import batch as batch_lib
 from attnlab import config as config_lib
 from attnlab import mixers
-from attnlab.mixers.parts import Linear, RMSNorm, param_dtype
+from attnlab.mixers.parts import Linear, param_dtype
 from attnlab.mixers.roles import Role, drawn, normal
 from attnlab.models.cost import ModelCost, stack_cost
 from attnlab.models.objective import Batch, Objective, Sums, register
@@ -65,7 +65,7 @@ class LanguageModel(Objective):
         dtype = config.compute_dtype
         self.embedding = self.make_embedding(config, rngs)
         self.transformer = Transformer(config, rngs=rngs)
-        self.norm = RMSNorm(config.width, ("embed",), dtype=dtype, epsilon=config.norm_epsilon)
+        self.norm = config.make_norm()
         if not config.tied:
             axes = ("embed", "vocab")
             self.head = Linear(config.width, config.vocab, axes, rngs=rngs, dtype=dtype, role=Role.OUTPUT)
@@ -121,7 +121,7 @@ class LanguageModel(Objective):
     @classmethod
     def cost(cls, config: LanguageModelConfig, length: int) -> ModelCost:
         stack, embedding = stack_cost(config, length), config.vocab * config.width
-        parameters = stack.parameters + embedding * (1 if config.tied else 2) + config.width
+        parameters = stack.parameters + embedding * (1 if config.tied else 2) + config.norm_parameters
         flops = {"mlp": stack.flops["mlp"], "head": 2.0 * embedding} | stack.flops
         return ModelCost(parameters, embedding, flops, stack.state_bytes)
 

@@ -14,7 +14,7 @@ from flax import nnx
 from attnlab import batch as batch_lib
 from attnlab import config as config_lib
 from attnlab import mixers
-from attnlab.mixers.parts import Linear, RMSNorm, param_dtype
+from attnlab.mixers.parts import Linear, param_dtype
 from attnlab.mixers.roles import Role
 from attnlab.models.cost import ModelCost, stack_cost
 from attnlab.models.objective import Batch, Objective, Sums, register
@@ -57,7 +57,7 @@ class Regression(Objective):
             config.inputs, config.width, (None, "embed"), rngs=rngs, dtype=dtype, role=Role.EMBEDDING
         )
         self.transformer = Transformer(config, rngs=rngs)
-        self.norm = RMSNorm(config.width, ("embed",), dtype=dtype, epsilon=config.norm_epsilon)
+        self.norm = config.make_norm()
         self.head = Linear(config.width, config.outputs, ("embed", None), rngs=rngs, dtype=dtype, role=Role.OUTPUT)
 
     def __call__(self, inputs_BTi: jax.Array, key: jax.Array | None = None) -> mixers.MixerOutput:
@@ -96,7 +96,7 @@ class Regression(Objective):
     def cost(cls, config: RegressionConfig, length: int) -> ModelCost:
         stack = stack_cost(config, length)
         embedding, head = config.inputs * config.width, config.width * config.outputs
-        parameters = stack.parameters + embedding + head + config.width
+        parameters = stack.parameters + embedding + head + config.norm_parameters
         flops = {"mlp": stack.flops["mlp"], "embedding": 2.0 * embedding, "head": 2.0 * head}
         return ModelCost(parameters, embedding, flops | stack.flops, stack.state_bytes)
 

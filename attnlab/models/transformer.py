@@ -22,6 +22,8 @@ from attnlab.parallel import partition
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
 
+NORMS = ["rms", "none"]
+
 _POLICIES = jax.checkpoint_policies
 REMAT = {
     "none": None,  # keep every activation
@@ -55,7 +57,8 @@ class StackConfig:
       remat: which activations backward keeps: none (all), attention, minimal, full.
       unroll: periods that one iteration of the scan over layers runs; 0: all of them on CPU, 1 elsewhere.
       dropout: rate on what every mixer and MLP adds to the stream.
-      norm_epsilon: added to the mean square in the norms of the blocks and before the output.
+      norm: of what every sublayer reads, and before the output: rms, or none, as in models made to be understood.
+      norm_epsilon: added to the mean square in these norms.
     """
 
     node_name: ClassVar[str]
@@ -74,6 +77,7 @@ class StackConfig:
     remat: str = "none"
     unroll: int = 0
     dropout: float = 0.0
+    norm: str = "rms"
     norm_epsilon: float = 1e-6
 
     def __post_init__(self) -> None:
@@ -103,6 +107,7 @@ class StackConfig:
         choice("model.remat", self.remat, list(REMAT))
         need(self.unroll >= 0, "model.unroll", self.unroll, "0 or more")
         need(0 <= self.dropout < 1, "model.dropout", self.dropout, "0 or more, below 1")
+        choice("model.norm", self.norm, NORMS)
         need(self.norm_epsilon > 0, "model.norm_epsilon", self.norm_epsilon, "above 0")
         for letter, mixer in self.mixers.items():
             where = f"model.mixers.{letter}"
@@ -163,10 +168,25 @@ class StackConfig:
         """Hidden width of the SwiGLU; 0: there is none."""
         return -(-8 * self.width // (3 * 64)) * 64 if self.mlp_width is None else self.mlp_width
 
+    def make_norm(self) -> Callable[[jax.Array], jax.Array]:
+        """A norm of the stream; none: the identity."""
+        if self.norm == "none":
+            return _unchanged
+        return RMSNorm(self.width, ("embed",), dtype=self.compute_dtype, epsilon=self.norm_epsilon)
+
+    @property
+    def norm_parameters(self) -> int:
+        """Of one norm."""
+        return self.width if self.norm == "rms" else 0
+
     @property
     def compute_dtype(self) -> Any:
         """The jnp dtype of activations."""
         return DTYPES[self.dtype]
+
+
+def _unchanged(x: jax.Array) -> jax.Array:
+    return x
 
 
 class SwiGLU(nnx.Module):
@@ -191,7 +211,7 @@ class Sublayer(nnx.Module):
 
     def __init__(self, config: StackConfig, branch: Callable[..., nnx.Module], *, gated: bool, rngs: nnx.Rngs):
         dtype = config.compute_dtype
-        self.norm = RMSNorm(config.width, ("embed",), dtype=dtype, epsilon=config.norm_epsilon)
+        self.norm = config.make_norm()
         self.branch = branch(rngs=rngs, dtype=dtype)
         self.dropout = config.dropout
         if gated:

@@ -61,7 +61,8 @@ class VectorModel(LanguageModel):
         stack = stack_cost(config, length)
         embedding, head = config.inputs * config.width, config.vocab * config.width
         flops = {"mlp": stack.flops["mlp"], "embedding": 2.0 * embedding, "head": 2.0 * head} | stack.flops
-        return ModelCost(stack.parameters + embedding + head + config.width, embedding, flops, stack.state_bytes)
+        parameters = stack.parameters + embedding + head + config.norm_parameters
+        return ModelCost(parameters, embedding, flops, stack.state_bytes)
 
     def embedded(self, batch: Batch) -> jax.Array:
         return self.embedding(batch["inputs"])

@@ -89,13 +89,28 @@ class IclRegression(RegressionTask):
         return {**row, "inputs": inputs}
 
     def baselines(self, rows: Arrays) -> dict[str, np.ndarray]:
-        """`zero`; `bayes`: the mean of y given the examples before it, ridge regression with penalty noise * d."""
+        """`zero`; `step`: that of `step_rate` from zero; `bayes`: the mean of y given the examples before it, ridge
+        regression with penalty noise * d."""
         c = self.config
         x, y = rows["inputs"][..., :-1].astype(np.float64), rows["inputs"][..., -1].astype(np.float64)
         told = ~self._queries()
         before = lambda terms: np.cumsum(terms * told.reshape(-1, *(1,) * (terms.ndim - 2)), axis=1)
+        moments, seen = before(x * y[..., None]), np.maximum(self.seen(), 1)
+        rate = step_rate(seen, c.d, c.noise)
+        step = (rate / seen)[:, None] * (moments * x).sum(-1, keepdims=True)
         gram = before(x[..., :, None] * x[..., None, :])
         penalty = max(c.noise * c.d, 1e-9) * np.eye(c.d)
-        weights = np.linalg.solve(gram + penalty, before(x * y[..., None])[..., None])[..., 0]
+        weights = np.linalg.solve(gram + penalty, moments[..., None])[..., 0]
         bayes = (weights * x).sum(-1, keepdims=True)
-        return {"zero": np.zeros_like(bayes), "bayes": bayes}
+        return {"zero": np.zeros_like(bayes), "step": step, "bayes": bayes}
+
+
+def step_rate(examples: np.ndarray | int, d: int, noise: float) -> np.ndarray | float:
+    """The rate r of the step of gradient descent from zero, `r sum_l y_l x_l / examples`, whose risk is least where the
+    numbers of x are independent: 1 / (1 + (d + 1 + noise d) / examples)."""
+    return 1 / (1 + (d + 1 + noise * d) / examples)
+
+
+def step_risk(rate: float, examples: int, d: int, noise: float) -> float:
+    """The expected squared error of such a step at any rate: `1 + noise - 2 r + r^2 (1 + (d + 1 + noise d) / L)`."""
+    return 1 + noise - 2 * rate + rate**2 / step_rate(examples, d, noise)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import re
 
 import pytest
 
 from attnlab import config as config_lib
-from attnlab.ablation import announce, plan
+from attnlab.ablation import announce, calibrate, plan, price
 from attnlab.ablation.plan import PlanConfig
 from attnlab.errors import ConfigError, UserError
 from tests.ablation import plans
@@ -111,3 +112,17 @@ def test_the_plan_of_the_docs(tmp_path):
         config, made = announce.load(str(path), [])
         assert len(made) == len(config.arms) * len(config.tasks)
     assert announce.load(str(tmp_path / "plan.py"), ["seeds=[4,5]"])[0].seeds == (4, 5)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/ablations/claims").glob("*.py")), ids=lambda path: path.stem)
+def test_a_claim_has_a_rule_and_a_price(path, tmp_path, monkeypatch):
+    """Every plan in claims says when its claim is supported and when refuted; its figures are there, what it solves for
+    can be, and its price is stated. Steps are not timed here, nothing compiles."""
+    told = " ".join(ast.get_docstring(ast.parse(path.read_text())).split())
+    assert told.startswith("Claim:") and "supported if" in told.lower() and "refuted if" in told.lower()
+    monkeypatch.setattr(calibrate, "step_seconds", lambda cells, steps: {cell.name: 0.01 for cell in cells})
+    config, made = announce.load(str(path), [])
+    priced = price.price(config, made, tmp_path / "work", 1, lambda text: None)
+    assert priced["runs"] >= len(made) * len(config.seeds) and price.summary(priced)
+    assert priced["hours"] > 0 and min(row["tokens"] for row in priced["arms"]) > 0
+    assert not (tmp_path / "work").exists()

@@ -44,3 +44,5 @@ def test_a_mixer_without_heads(monkeypatch):
 def test_growth():
     """Powers of the length between neighbours."""
     assert layers._growth({1024: 10, 2048: 20, 8192: 320}) == pytest.approx([1, 2])
+    assert layers._power({1024: 10, 2048: 20, 8192: 320}) == pytest.approx(1.714286)
+    assert layers._power({T: 3e-9 * T**1.5 for T in (1024, 4096, 32768)}) == pytest.approx(1.5)

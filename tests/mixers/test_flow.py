@@ -88,6 +88,26 @@ def test_causal_competition_conserves_only_nearly():
 
 
 @pytest.mark.parametrize("causal", [False, True])
+def test_linear_attention_is_a_setting(causal):
+    """feature=elu without competition and allocation: Katharopoulos et al. 2020, eq. 4 and 7, phi(x) = elu(x) + 1."""
+    knobs = {
+        "heads": 2,
+        "feature": "elu",
+        "epsilon": 1e-12,
+        "competition": False,
+        "allocation": False,
+        "causal": causal,
+    }
+    layer = mixers.build({"name": "flow", **knobs}, width=8, rngs=nnx.Rngs(0), dtype=jnp.float64)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 9, 8)))
+    q, k, v = (np.asarray(project(x)).reshape(2, 9, 2, 4) for project in (layer.q, layer.k, layer.v))
+    q, k = (np.where(y > 0, y + 1, np.exp(y)) for y in (q, k))
+    o = np.einsum("bhts,bshd->bthd", normalised_linear(q, k, causal), v)
+    y = layer(x, mixers.Sequence.whole(2, 9)).y
+    np.testing.assert_allclose(y, layer.out(jnp.asarray(o).reshape(2, 9, 8)), rtol=1e-9)
+
+
+@pytest.mark.parametrize("causal", [False, True])
 def test_no_clip_range_is_normalised_linear_attention_times_allocation(causal):
     """clip -> 0 makes competition uniform; allocation of a known incoming flow is left."""
     q, k, _ = features()

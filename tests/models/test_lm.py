@@ -214,7 +214,7 @@ def test_float64_model_is_float64_throughout():
     assert precision.narrow_results(jax.grad(total, has_aux=True), params, dtype=jnp.float64) == []
 
 
-@pytest.mark.parametrize("fields", [{}, {"tied": True}, {"mlp_width": 20}])
+@pytest.mark.parametrize("fields", [{}, {"tied": True}, {"mlp_width": 20}, {"norm": "none"}])
 def test_cost_counts_the_parameters(fields):
     """Declared parameters are those of the model."""
     c = config(**fields)

@@ -73,6 +73,17 @@ def test_cost_counts_the_parameters(model):
     assert model_cost(config(), 5).parameters == there
 
 
+def test_a_model_without_norms():
+    """norm=none: nothing is scaled, before sublayers or at the end, so that without MLPs a row's first position, which
+    sees itself alone, is mapped linearly."""
+    c = config(norm="none", mlp_width=0)
+    model, x = Regression(c, rngs=nnx.Rngs(0)), batch()["inputs"]
+    np.testing.assert_allclose(model(2 * x).y[:, 0], 2 * model(x).y[:, 0], rtol=1e-4)
+    assert model_cost(c, 5).parameters == sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    with pytest.raises(ConfigError, match="model.norm = 'layer'"):
+        config(norm="layer")
+
+
 def test_norm_epsilon_is_the_models():
     """It reaches every norm of the stack and the last one: one that is huge leaves nothing of a position."""
     small = Regression(config(norm_epsilon=1e12), rngs=nnx.Rngs(0))

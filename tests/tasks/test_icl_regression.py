@@ -11,7 +11,7 @@ import pytest
 
 from attnlab import data as data_lib
 from attnlab.errors import ConfigError, UserError
-from attnlab.tasks.icl_regression import IclRegressionConfig
+from attnlab.tasks.icl_regression import IclRegressionConfig, step_rate, step_risk
 
 
 def opened(**fields):
@@ -80,12 +80,16 @@ def test_rows_are_problems_of_their_own(fields):
 
 
 def test_baselines_have_the_risk_of_the_theory():
-    """zero: 1 + noise. Bayes with d 5, 40 examples, noise 0.1: 0.114, computed elsewhere over 20,000 draws."""
+    """zero: 1 + noise; a step of gradient descent: the formula, least at its own rate. Bayes with d 5, 40 examples,
+    noise 0.1: 0.114, computed elsewhere over 20,000 draws."""
     task = data_lib.open_data(IclRegressionConfig(queries="last", heldout=8192, batch=1024))
     heldout = task.heldout()
     count = sum(float(batch["weights"].sum()) for batch in heldout)
     risk = {name: error.sum() / count for name, error in heldout.facts()["baselines"].items()}
     assert abs(risk["zero"] - 1.1) < 0.06 and abs(risk["bayes"] - 0.114) < 0.006
+    rate = step_rate(40, 5, 0.1)
+    assert abs(risk["step"] - step_risk(rate, 40, 5, 0.1)) < 0.02 and round(step_risk(rate, 40, 5, 0.1), 3) == 0.24
+    assert step_risk(rate, 40, 5, 0.1) < min(step_risk(rate * f, 40, 5, 0.1) for f in (0.9, 1.1))
 
 
 def test_bayes_is_ridge_regression_written_out():
