@@ -62,6 +62,18 @@ def tile_ranges(starts: jax.Array, ends: jax.Array, rows: int, keys: int) -> jax
     return jnp.stack([first, full, full_end, end], -1)
 
 
+def halved(ranges: jax.Array, bounds: tuple[jax.Array, jax.Array], rows: int, keys: int) -> jax.Array:
+    """Whether a row tile meets more than one key tile, the last with its second half of rows alone: int32 [B, N].
+
+    Args:
+      ranges: of `tile_ranges`; `bounds`, `rows`, `keys` as there.
+    """
+    starts, ends = (x.reshape(x.shape[0], -1, 2, rows // 2)[:, :, 0] for x in bounds)
+    first, last = ranges[..., 0], ranges[..., 3] - 1
+    first_half_end = jnp.where(ends > starts, ends, 0).max(-1)
+    return ((first_half_end <= last * keys) & (first < last)).astype(jnp.int32)
+
+
 def tile_kinds(ranges: jax.Array, tiles: int) -> jax.Array:
     """`EMPTY`, `PARTIAL` or `FULL` of each of `tiles` key tiles, [B, N, tiles], from `tile_ranges`."""
     first, full, full_end, end = (ranges[..., i, None] for i in range(4))

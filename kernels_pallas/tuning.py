@@ -19,6 +19,7 @@ import jax
 
 LANES = 128
 _START = 48  # rows or keys that a tile's start costs as much as
+_WIDE, _NARROW = 256, 4 / 3  # side of the matrix units of v6e and TPU7x; what a row costs more in products of less
 TABLES = pathlib.Path(__file__).parent / "tables"
 OWN_TABLES = "ATTNLAB_KERNEL_TABLES"  # environment variable
 # What jax calls a device, and the folder of its tables.
@@ -43,8 +44,8 @@ class ForwardBlocks:
       ones: whether the matrix unit adds up the weights of a row, beside `p @ v`, not the vector unit.
     """
 
-    rows: int = 512
-    keys: int = 1024
+    rows: int = 1024
+    keys: int = 512
     sub_rows: int = 256
     sub_keys: int = 512
     ones: bool = True
@@ -117,7 +118,8 @@ def _read(path: pathlib.Path, changed: int) -> dict:
 
 def forward_blocks(kind: str, rows: int, keys: int) -> ForwardBlocks:
     """Tiles for so many rows and keys on devices of a kind."""
-    return _fitted(_wanted(ForwardBlocks, kind, "flash_forward"), rows, keys)
+    wanted = _wanted(ForwardBlocks, kind, "flash_forward")
+    return _fitted(_longer(wanted, _tile(rows, wanted.rows, wanted.sub_rows)), rows, keys)
 
 
 def backward_blocks(kind: str, rows: int, keys: int) -> BackwardBlocks:
@@ -150,9 +152,9 @@ def routed_rows(kind: str, rows: int, heads: int) -> int:
 def routed_blocks(kind: str, rows: int, keys: int) -> Blocks:
     """Tiles of packed rows, in both directions of `rows` rows, over so many keys."""
     fitted = []
-    for wanted in (forward_blocks(kind, 2**20, 2**20), backward_blocks(kind, 2**20, 2**20)):
+    for wanted in (_longer(forward_blocks(kind, 2**20, 2**20), rows), backward_blocks(kind, 2**20, 2**20)):
         wanted = dataclasses.replace(wanted, rows=rows, sub_rows=_divisor(rows, wanted.sub_rows))
-        keys_ = _tile(keys, wanted.keys)
+        keys_ = _tile(keys, wanted.keys, wanted.sub_keys)
         fitted.append(dataclasses.replace(wanted, keys=keys_, sub_keys=_divisor(keys_, wanted.sub_keys)))
     return Blocks(*fitted)
 
@@ -187,9 +189,15 @@ def decode_splits(kind: str, batch: int) -> int:
     return 2 if kind == "v5p" and batch == 1 else 1
 
 
+def _longer(wanted: ForwardBlocks, rows: int) -> ForwardBlocks:
+    """With more keys where a tile's rows are few: half as many scores take more than half as long."""
+    return dataclasses.replace(wanted, keys=2 * wanted.keys) if 2 * rows <= wanted.rows else wanted
+
+
 def _fitted(wanted, rows: int, keys: int):
     """Smaller tiles where arrays are short: little of the last one is padding."""
-    tile_rows, tile_keys = _tile(rows, wanted.rows), _tile(keys, wanted.keys)
+    tile_rows = _tile(rows, wanted.rows, wanted.sub_rows)
+    tile_keys = _tile(keys, wanted.keys, wanted.sub_keys)
     return dataclasses.replace(
         wanted,
         rows=tile_rows,
@@ -199,10 +207,17 @@ def _fitted(wanted, rows: int, keys: int):
     )
 
 
-def _tile(length: int, most: int) -> int:
-    """A multiple of 128 up to `most`, for which padding and the cost of each tile's start are least together."""
-    sizes = range(LANES, most + 1, LANES)
-    return min(sizes, key=lambda size: -(-length // size) * (size + _START))
+def _tile(length: int, most: int, sub: int) -> int:
+    """A multiple of 128 up to `most`, for which padding and the cost of each tile's start are least together.
+
+    `sub`: of its parts at most, which are one product each.
+    """
+
+    def cost(size: int) -> float:
+        narrow = _divisor(size, sub) < min(sub, _WIDE)
+        return -(-length // size) * (size + _START) * (_NARROW if narrow else 1)
+
+    return min(range(LANES, most + 1, LANES), key=cost)
 
 
 def _divisor(size: int, most: int) -> int:

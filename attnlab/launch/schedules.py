@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -71,28 +71,29 @@ def compile_flash(
 
 
 class Reading:
-    """One kernel's schedule, in bundles per 1024 scores of its tile."""
+    """One kernel's schedule, in bundles per 1024 scores of its tile; tiles are `within` a region, or anywhere."""
 
-    def __init__(self, root: llo.Region, chip: str, scores: int):
-        self.root, self.chip, self.unit = root, chip, scores / 1024
-        self.most = max(r.own["products"] for r in root.walk())
+    def __init__(self, root: llo.Region, chip: str, scores: int, within: llo.Region | None = None):
+        self.root, self.chip, self.unit, self.within = root, chip, scores / 1024, within or root
+        self.most = max(r.own["products"] for r in self.within.walk())
         self.floor = self.cycles(self.most) / self.unit
 
     def cycles(self, products: float) -> float:
         """That products occupy the matrix units."""
         return products * llo.CYCLES[self.chip] / llo.UNITS[self.chip]
 
-    def bundles(self, chosen: Callable[[llo.Region], bool]) -> list[tuple[float, int]]:
-        """(b/Ks, spills) of the regions that are chosen."""
-        return [(r.own["bundles"] / self.unit, r.own["SPILL"]) for r in self.root.walk() if chosen(r)]
+    def cost(self, region: llo.Region) -> float:
+        """Cycles of a region: its bundles, or what its products take if that is more."""
+        return max(region.own["bundles"], self.cycles(region.own["products"]))
 
     def tiles(self) -> list[tuple[float, int]]:
-        """Those with all of a tile's products, the shortest first."""
-        return sorted(self.bundles(lambda r: r.own["products"] == self.most))
+        """(b/Ks, spills) of the regions with all of a tile's products, the shortest first."""
+        tiles = [r for r in self.within.walk() if r.own["products"] == self.most]
+        return sorted((r.own["bundles"] / self.unit, r.own["SPILL"]) for r in tiles)
 
     def grid(self) -> llo.Region:
         """The loop over the grid."""
-        return max((r for r in self.root.inside if r.kind == "loop"), key=lambda r: r.total()["bundles"])
+        return grid(self.root)
 
     def beside(self) -> int:
         """Bundles of a step of the grid beside those that products are in, and what runs now and then."""
@@ -112,35 +113,47 @@ class Reading:
         }
 
 
-def forward_facts(reading: Reading, blocks: Any, shape: Shape, lengths: Sequence[int]) -> dict[str, Any]:
+def grid(root: llo.Region) -> llo.Region:
+    """A kernel's loop over its grid."""
+    return max((r for r in root.inside if r.kind == "loop"), key=lambda r: r.total()["bundles"])
+
+
+def forward_facts(root: llo.Region, chip: str, blocks: Any, shape: Shape, lengths: Sequence[int]) -> dict[str, Any]:
     """Of flash attention's forward: the tile, what comes before and after a row tile's steps, and estimates."""
-    loop = next(r.start for r in reading.root.walk() if r.kind == "loop" and r is not reading.grid())
-    ends = lambda r: 0 < r.own["products"] < reading.most
-    first = sorted(reading.bundles(lambda r: ends(r) and r.start < loop))
-    last = reading.bundles(lambda r: ends(r) and r.start > loop)[0]
-    beside = reading.beside()
+    steps = next(r for r in root.walk() if r.kind == "loop" and r is not grid(root))
+    reading = Reading(root, chip, blocks.rows * blocks.keys, steps)
+    outside = [r for r in root.walk() if r.own["products"] and not steps.start <= r.start < steps.end]
+    opening, closing = ([r for r in outside if (r.start < steps.start) is before] for before in (True, False))
+    asks = min(r.own["products"] for r in opening)
+    first = sorted((r for r in opening if r.own["products"] == asks), key=reading.cost)
+    halved = [r for r in opening if r.own["products"] > asks]
     facts = reading.facts() | {
-        "first": round(first[0][0], 3),
-        "first_masked": round(first[-1][0], 3),
-        "last": round(last[0], 3),
-        "beside": beside,
+        "first": round(first[0].own["bundles"] / reading.unit, 3),
+        "first_masked": round(first[-1].own["bundles"] / reading.unit, 3),
+        "last": round(closing[0].own["bundles"] / reading.unit, 3),
+        "beside": reading.beside(),
     }
-    times = {"first": first[0][0], "first_masked": first[-1][0], "last": last[0]}
-    cost = {name: x * reading.unit for name, x in times.items()}
-    for name in ("full", "masked"):
-        cost[name] = max(facts[name], facts["floor"]) * reading.unit
+    if halved:
+        facts["first_halved"] = halved[0].own["bundles"]
+    step = [max(facts[name], facts["floor"]) * reading.unit for name in ("full", "masked")]
     total = {}
     for length in lengths:
         cycles = 0.0
-        for walk in causal_walks(length, blocks):
-            cycles += beside + cost["first_masked" if walk[0] else "first"] + cost["last"]
-            cycles += sum(cost["masked" if masked else "full"] for masked in walk[1:])
+        for n, walk in enumerate(causal_walks(length, blocks)):
+            cycles += facts["beside"] + reading.cost(closing[0])
+            alone = n * blocks.rows + blocks.rows // 2 <= (len(walk) - 1) * blocks.keys  # the second half of the rows
+            if halved and len(walk) > 1 and alone:
+                cycles, walk = cycles + reading.cost(halved[0]), walk[1:]
+            else:
+                cycles += reading.cost(first[-1] if walk[0] else first[0])
+            cycles += sum(step[masked] for masked in walk[1:])
         total[str(length)] = round(cycles)
     return facts | {"causal_cycles": total}
 
 
-def backward_facts(reading: Reading, blocks: Any, shape: Shape, lengths: Sequence[int]) -> dict[str, Any]:
+def backward_facts(root: llo.Region, chip: str, blocks: Any, shape: Shape, lengths: Sequence[int]) -> dict[str, Any]:
     """Of flash attention's backward; gradients of keys are set to 0 once for a key head's query heads."""
+    reading = Reading(root, chip, blocks.rows * blocks.keys)
     beside = reading.beside()
     zeroes = max(r.own["bundles"] for r in reading.root.walk() if not r.inside and not r.own["products"])
     facts = reading.facts() | {"beside": beside, "zeroes": zeroes}
@@ -191,8 +204,7 @@ def flash(
     describe = {"forward": forward_facts, "backward": backward_facts}
     for part in parts:
         (root,) = llo.kernels(folder, f"flash_{part}", chip)
-        reading = Reading(root, chip, of_parts[part].rows * of_parts[part].keys)
-        found[part] = describe[part](reading, of_parts[part], shape, lengths) | {
+        found[part] = describe[part](root, chip, of_parts[part], shape, lengths) | {
             "vmem": llo.vmem(folder, f"flash_{part}"),
             "blocks": dataclasses.asdict(of_parts[part]),
             "compile_cpu_seconds": seconds,

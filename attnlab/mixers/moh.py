@@ -223,8 +223,10 @@ class RoutingSpec:
         c, split = config, partition.ways("seq") > 1 or partition.ways("heads") > 1
         saves = partition.platform() == "cpu"
         if partition.platform() == "tpu" and c.core.node_name in _SOFTMAX_CORES:
-            window = c.core.window
-            saves = gathered_kernel.pays(c.routed, c.taken, length, causal=c.causal, window=window, width=width)
+            sharing = c.heads // (getattr(c.core, "kv_heads", None) or c.heads)
+            saves = gathered_kernel.pays(
+                c.routed, c.taken, length, causal=c.causal, window=c.core.window, width=width, sharing=sharing
+            )
         return cls(c.heads, c.always, c.taken, c.core.node_name, c.router, c.routed > 0, split, saves)
 
 

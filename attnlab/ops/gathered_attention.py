@@ -59,6 +59,14 @@ GATHERED_ATTENTION = Op(
         "xla": Implementation(gathered_xla.attention),
         "routed": Implementation(
             gathered_kernel.attention,
+            gathered_kernel.unsupported_rows,
+            worth=gathered_kernel.worth,
+            platforms=("tpu",),
+            interpretable=True,
+            kernel_flops=gathered_kernel.kernel_flops,
+        ),
+        "routed_xla": Implementation(
+            gathered_kernel.attention_by_xla,
             gathered_kernel.unsupported,
             worth=gathered_kernel.worth,
             platforms=("tpu",),
@@ -66,7 +74,7 @@ GATHERED_ATTENTION = Op(
             kernel_flops=gathered_kernel.kernel_flops,
         ),
     },
-    preference=("routed", "xla"),
+    preference=("routed", "routed_xla", "xla"),
     split=_over_devices,
 )
 

@@ -38,12 +38,29 @@ def unsupported(spec: GatheredSpec) -> str | None:
     return None if known else f"it computes bfloat16 and float32, not {spec.dtype}"
 
 
+def unsupported_rows(spec: GatheredSpec) -> str | None:
+    """Why the kernel cannot serve with rows that kernels move, or None."""
+    if reason := unsupported(spec):
+        return reason
+    queries, width = spec.queries * spec.heads.sharing, max(spec.width, spec.value_width)
+    with tuning.device_kind(partition.device_kind()):
+        most = _kernels().most_elements(width, jnp.dtype(spec.dtype).itemsize)
+    if queries <= most:
+        return None
+    return (
+        f"the {queries} queries of a key head must stand in fast memory, where at most {most} of width {width} do; "
+        "routed_xla has no such limit"
+    )
+
+
 def worth(spec: GatheredSpec) -> bool:
     """Whether "auto" takes it: not for less than a tile."""
     return min(spec.queries, spec.keys) >= _LANES
 
 
-def pays(heads: int, active: int, length: int, *, causal: bool, window: int | None, width: int) -> bool:
+def pays(
+    heads: int, active: int, length: int, *, causal: bool, window: int | None, width: int, sharing: int = 1
+) -> bool:
     """Whether a TPU saves more by leaving out heads than it spends on moving rows, by the schedules recorded.
 
     Not where nothing is recorded.
@@ -53,6 +70,7 @@ def pays(heads: int, active: int, length: int, *, causal: bool, window: int | No
       length: positions.
       causal, window: of the mask.
       width: of a head.
+      sharing: how many heads share a key head.
     """
     kind = partition.device_kind()
     recorded = tuning.table(tuning.KINDS.get(kind, kind), "schedule").get("kernels", {})
@@ -63,7 +81,7 @@ def pays(heads: int, active: int, length: int, *, causal: bool, window: int | No
     pair = cycles / (long * (long + 1) / 2) * width / 128
     with tuning.device_kind(kind):
         moved = _MOVED * active
-        if not _kernels().rows_fit(length, width, 2):
+        if length * sharing > _kernels().most_elements(width, 2):
             moved = _GATHERED * (4 * active + 2 * heads) + _SCATTERED * heads
     return moved < (heads - active) * mean_visible_keys(length, causal, window) * pair
 
@@ -98,23 +116,22 @@ def attention(
     scale: float,
     soft_cap: float | None,
     interpret: bool = False,
+    by_kernels: bool = True,
 ) -> jax.Array:
     """See `attnlab.ops.gathered_attention.chosen_attention`; `interpret` runs the kernel as plain XLA, anywhere.
+
+    `by_kernels`: whether kernels move rows, too, or XLA does.
 
     Scores and statistics are float32, products bfloat16 for bfloat16 inputs. Backward recomputes the scores from the
     rows' outputs and log-sum-exp, which carry the checkpoint names "attention_o" and "attention_lse".
     """
     (B, T, H, _), (S, K) = q_BTHd.shape, k_BSKd.shape[1:3]
     heads = Heads.of(chosen, H, K)
+    moved = _ByKernels if by_kernels else _ByXLA
     with tuning.device_kind(partition.device_kind()):
         segments = _segments(heads, T, active)
         table = rows_lib.make_table(heads, wanted_BTE, [segments])
-        group = H // K
-        widest = max(q_BTHd.shape[3], v_BSKe.shape[3])
-        if _kernels().rows_fit(T * group, widest, q_BTHd.dtype.itemsize):
-            rows = _ByKernels(heads, group, table, wanted_BTE, segments.R, interpret)
-        else:
-            rows = _ByXLA(heads, group, table, wanted_BTE, segments.R, interpret)
+        rows = moved(heads, table, wanted_BTE, segments.R, interpret)
         bounds = zip(mask.bounds(T, S), (0, S))
         starts, ends = (jnp.broadcast_to(jnp.int32(full) if x is None else x, (B, T)) for x, full in bounds)
         o_Bre, lse_Br = _kernels().routed_attention(
@@ -131,6 +148,9 @@ def attention(
     return (o_BTEe * share[..., None]).astype(o_BTEe.dtype)
 
 
+attention_by_xla = functools.partial(attention, by_kernels=False)
+
+
 def _segments(heads: Heads, length: int, active: int) -> Segments:
     """All positions together, in tiles of the kernel."""
     tile = _kernels().row_tile(tuning.kind(), length * active, len(heads.key_heads))
@@ -142,10 +162,9 @@ def _segments(heads: Heads, length: int, active: int) -> Segments:
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """How queries, bounds and outputs are moved. `group`: heads that share a key head; `tile`: rows of a tile."""
+    """How queries, bounds and outputs are moved. `tile`: rows of a tile."""
 
     heads: Heads
-    group: int
     table: Table
     wanted_BTE: jax.Array
     tile: int
@@ -157,7 +176,7 @@ class _ByKernels(_Rows):
 
     def _members(self) -> list[int]:
         """All heads that read the key heads."""
-        return [m * self.group + g for m in self.heads.key_heads for g in range(self.group)]
+        return [m * self.heads.sharing + g for m in self.heads.key_heads for g in range(self.heads.sharing)]
 
     def _place(self) -> jax.Array:
         """The row of each position and head, [B, M, T * group], or -1."""
@@ -166,8 +185,8 @@ class _ByKernels(_Rows):
         return self._by_key_head(row)[..., 0] - 1
 
     def _by_key_head(self, x_BTHe: jax.Array) -> jax.Array:
-        B, T, _, e = x_BTHe.shape
-        return x_BTHe.reshape(B, T, -1, self.group, e).swapaxes(1, 2).reshape(B, -1, T * self.group, e)
+        (B, T, _, e), G = x_BTHe.shape, self.heads.sharing
+        return x_BTHe.reshape(B, T, -1, G, e).swapaxes(1, 2).reshape(B, -1, T * G, e)
 
     def _packed(self, x_BMLe: jax.Array) -> jax.Array:
         place = self._place()
@@ -190,7 +209,7 @@ class _ByKernels(_Rows):
         """[B, T, E, e], 0 where not wanted."""
         (B, T, _), e = self.wanted_BTE.shape, x_Bre.shape[2]
         x = _kernels().unpack_rows(x_Bre, self._place(), self.table.group_Bi, self.tile, interpret=self.interpret)
-        x = x.reshape(B, -1, T, self.group, e).swapaxes(1, 2).reshape(B, T, -1, e)
+        x = x.reshape(B, -1, T, self.heads.sharing, e).swapaxes(1, 2).reshape(B, T, -1, e)
         members = self._members()
         return take_heads(x, [members.index(h) for h in self.heads.chosen])
 

@@ -21,18 +21,20 @@ class Heads:
       group: for each of them the place of its key head in `key_heads`.
       key_heads: M, ascending.
       count: H.
+      sharing: how many heads share a key head.
     """
 
     chosen: tuple[int, ...]
     group: tuple[int, ...]
     key_heads: tuple[int, ...]
     count: int
+    sharing: int
 
     @classmethod
     def of(cls, chosen: tuple[int, ...], count: int, key_heads: int) -> Heads:
         """Of `count` heads over `key_heads`."""
         used = tuple(sorted({h * key_heads // count for h in chosen}))
-        return cls(chosen, tuple(used.index(h * key_heads // count) for h in chosen), used, count)
+        return cls(chosen, tuple(used.index(h * key_heads // count) for h in chosen), used, count, count // key_heads)
 
     def most_blocks(self, length: int, active: int, rows: int) -> int:
         """Blocks of so many rows that hold whatever `length` positions choose, the last of a key head partly empty."""

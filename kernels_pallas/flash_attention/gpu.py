@@ -44,7 +44,7 @@ def kernel_widths(d: int, e: int) -> dict[str, int]:
     return {"flash_forward": d + e, "flash_backward_keys": 3 * (d + e), "flash_backward_rows": 3 * d + 2 * e}
 
 
-def forward(call: Call, q, k, v, bounds, sinks, gate, key_bias, *, keep: bool):
+def forward(call: Call, q, k, v, bounds, sinks, gate, key_bias):
     """See `gradient`."""
     device, blocks = _prepared(call, q, v)
     (T, S), e = (q.shape[1], k.shape[1]), v.shape[3]
@@ -53,11 +53,11 @@ def forward(call: Call, q, k, v, bounds, sinks, gate, key_bias, *, keep: bool):
     q, k, v = _padded(q, rows, 64), _padded(k, keys, 64), _padded(v, keys, 64)
     gate = None if gate is None else _padded(gate.astype(q.dtype), rows, 64)
     sinks = None if sinks is None else sinks.astype(jnp.float32) * LOG2E
-    o, raw, lse2 = gpu_forward.forward(
+    o, lse2 = gpu_forward.forward(
         device, q, k, v, bounds, sinks, gate, _bias(key_bias, keys),
-        scale=call.scale, soft_cap=call.soft_cap, keep=keep, blocks=blocks.forward,
+        scale=call.scale, soft_cap=call.soft_cap, blocks=blocks.forward,
     )  # fmt: skip
-    return o[:, :T, :, :e], None if raw is None else raw[:, :T, :, :e], lse2[..., :T]
+    return o[:, :T, :, :e], lse2[..., :T]
 
 
 def backward(call: Call, q, k, v, bounds, key_bias, do, lse2, delta):

@@ -94,10 +94,9 @@ def forward(
     *,
     scale: float,
     soft_cap: float | None,
-    keep: bool,
     blocks: Blocks,
-) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-    """o [B, T, H, e], before the gate too if `keep` (else None), and the log-sum-exp [B, H, T] in log2 units.
+) -> tuple[jax.Array, jax.Array]:
+    """o [B, T, H, e] and the log-sum-exp [B, H, T] in log2 units.
 
     bounds: starts and ends [B or 1, T]. bias: [B, K or 1, S] float32, log2 units. sinks: [H] float32, log2 units.
     """
@@ -105,11 +104,10 @@ def forward(
     launch = _Forward(device, blocks, H // K, S, scale, soft_cap, d, e, q.dtype)
     o = jax.ShapeDtypeStruct((B, T, H, e), q.dtype)
     lse = jax.ShapeDtypeStruct((B, H, T), jnp.float32)
-    keep = keep and gate is not None
     run = device.kernel(
         "flash_forward",
         launch.body,
-        out_type=[o, o if keep else None, lse],
+        out_type=[o, lse],
         scratch_types=launch.scratch(gate is not None, bias is not None),
         grid=(H, T // (WARPGROUPS * blocks.rows), B),
         grid_names=("h", "i", "b"),
@@ -164,7 +162,7 @@ class _Forward:
             "turns": hopper.barriers(1, W) if self.blocks.pingpong else None,
         }
 
-    def body(self, q, k, v, starts, ends, tiles, sinks, gate, bias, o, raw, lse, **scratch: Any) -> None:
+    def body(self, q, k, v, starts, ends, tiles, sinks, gate, bias, o, lse, **scratch: Any) -> None:
         h, i, b, wg = (lax.axis_index(name) for name in ("h", "i", "b", "wg"))
         shared = lambda x, b=b: b if x is None or x.shape[0] > 1 else b & 0
         if tiles is None:
@@ -173,8 +171,8 @@ class _Forward:
             i = tiles.shape[1] - 1 - i  # of a causal mask the longest first, so that the last to begin end soon
             first, end = tiles[shared(tiles), i, 0], tiles[shared(tiles), i, 1]
         t = types.SimpleNamespace(
-            q=q, k=k, v=v, starts=starts, ends=ends, tiles=tiles, sinks=sinks, gate=gate, bias=bias, o=o, raw=raw,
-            lse=lse, h=h, i=i, b=b, wg=wg, first=first, end=end, row=shared(starts), **scratch,
+            q=q, k=k, v=v, starts=starts, ends=ends, tiles=tiles, sinks=sinks, gate=gate, bias=bias, o=o, lse=lse,
+            h=h, i=i, b=b, wg=wg, first=first, end=end, row=shared(starts), **scratch,
         )  # fmt: skip
         t.slot = lambda j: lax.rem(j - first, self.blocks.stages)
         pl.when(wg < WARPGROUPS)(lambda: self.compute(t))
@@ -339,11 +337,6 @@ class _Forward:
 
     def gated(self, t: Any, acc: jax.Array) -> jax.Array:
         gate = t.gate_s.at[t.wg] if self.own_gate else t.out
-        if t.raw is not None:
-            t.out[...] = acc.astype(self.dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(t.out, t.raw.at[t.b, t.mine, t.h])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         if not self.own_gate:
             plgpu.copy_gmem_to_smem(t.gate.at[t.b, t.mine, t.h], gate, t.gate_here.at[t.wg])
         plgpu.barrier_wait(t.gate_here.at[t.wg])

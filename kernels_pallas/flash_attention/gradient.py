@@ -3,11 +3,10 @@
 A platform is a module with two functions, on arrays as the user gives them (B batch, T rows, H heads, S keys, K key
 heads). `lse2` is the log-sum-exp in log2 units, float32 [B, H, T], sinks included.
 
-    forward(call, q, k, v, bounds, sinks, gate, key_bias, *, keep) -> (o, raw, lse2)
-        o [B, T, H, e]; raw: o before the gate if `keep` and there is a gate, else None. What it gives for rows that see
-        nothing is not used.
+    forward(call, q, k, v, bounds, sinks, gate, key_bias) -> (o, lse2)
+        o [B, T, H, e]. What it gives for rows that see nothing is not used.
     backward(call, q, k, v, bounds, key_bias, do, lse2, delta) -> (dq, dk, dv, dkey_bias or None)
-        do: the gradient of the ungated output; delta [B, H, T] float32: `sum_e raw * do`, less the gradient of lse. The
+        do: the gradient of the ungated output; delta [B, H, T] float32: their product, less the gradient of lse. The
         gradient of a logit is `p (do . v - delta)`. Rows that see nothing have q = do = delta = 0 and lse2 = `NOTHING`,
         so that each p is 0 there. dkey_bias [B, K, S], float32.
 
@@ -35,40 +34,38 @@ KERNELS: dict[str, types.ModuleType] = {"tpu": tpu, "cuda": gpu}
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attention(call: Call, q, k, v, starts, ends, sinks, gate, key_bias, heads_BN=None):
     """o, and the natural lse; see `flash_attention`, and for `heads_BN` `routed_attention`."""
-    return _forward(call, q, k, v, starts, ends, sinks, gate, key_bias, heads_BN, keep=False)[0]
+    return _forward(call, q, k, v, starts, ends, sinks, gate, key_bias, heads_BN)[0]
 
 
-def _forward(call: Call, q, k, v, starts, ends, sinks, gate, key_bias, heads_BN, *, keep: bool):
+def _forward(call: Call, q, k, v, starts, ends, sinks, gate, key_bias, heads_BN):
     bounds, some = _bounds(q, k, starts, ends)
     k, v = _seen(call, bounds, k, v)
     packed = () if heads_BN is None else (heads_BN,)
-    o, raw, lse2 = KERNELS[call.platform].forward(call, q, k, v, bounds, sinks, gate, key_bias, *packed, keep=keep)
+    o, lse2 = KERNELS[call.platform].forward(call, q, k, v, bounds, sinks, gate, key_bias, *packed)
     lse = lse2.swapaxes(1, 2) / LOG2E
     if some is not None:
         o = jnp.where(some[..., None, None], o, 0)
-        raw = None if raw is None else jnp.where(some[..., None, None], raw, 0)
         lse = jnp.where(some[..., None], lse, -jnp.inf if sinks is None else sinks.astype(jnp.float32))
-    return (o, lse), raw, (k, v)
+    return (o, lse), (k, v)
 
 
 def _attention_forward(call: Call, q, k, v, *arrays):
-    (o, lse), raw, seen = _forward(call, q, k, v, *arrays, keep=True)
+    (o, lse), seen = _forward(call, q, k, v, *arrays)
     o, lse = checkpoint_name(o, "attention_o"), checkpoint_name(lse, "attention_lse")
-    raw = None if raw is None else checkpoint_name(raw, "attention_o")
-    return (o, lse), ((q, *seen, *arrays), o if raw is None else raw, lse)
+    return (o, lse), ((q, *seen, *arrays), o, lse)
 
 
 def _attention_backward(call: Call, residuals, cotangents):
-    (q, k, v, starts, ends, sinks, gate, key_bias, heads_BN), raw, lse = residuals
+    (q, k, v, starts, ends, sinks, gate, key_bias, heads_BN), o, lse = residuals
     do, dlse = (x.astype(jnp.float32) for x in cotangents)
     bounds, some = _bounds(q, k, starts, ends)
-    dgate, wide = None, raw.astype(jnp.float32)
+    of_o = do * o.astype(jnp.float32)  # what a gate closes of o, it closes of its gradient: no need of o without it
+    delta, dgate = of_o.sum(-1), None
     if gate is not None:
-        open_ = jax.nn.sigmoid(gate.astype(jnp.float32))
-        dgate = (do * wide * open_ * (1 - open_)).astype(gate.dtype)
-        do = do * open_
+        wide = gate.astype(jnp.float32)
+        dgate = (of_o * jax.nn.sigmoid(-wide)).astype(gate.dtype)
+        do = do * jax.nn.sigmoid(wide)
     do = do.astype(q.dtype)
-    delta = (wide * do.astype(jnp.float32)).sum(-1)
     if some is not None:  # the lse of what sees nothing is no function of q, k or v
         do, q = (jnp.where(some[..., None, None], x, 0) for x in (do, q))
         delta = jnp.where(some[..., None], delta, 0)

@@ -16,7 +16,7 @@ from kernels_pallas.flash_attention.tpu_plan import Plan
 _WIDTH = 16  # head widths are padded to multiples of it
 
 
-def forward(call: Call, q, k, v, bounds, sinks, gate, key_bias, heads_BN=None, *, keep: bool):
+def forward(call: Call, q, k, v, bounds, sinks, gate, key_bias, heads_BN=None):
     """See `kernels_pallas.flash_attention.gradient`."""
     T, (S, K), e = q.shape[1], k.shape[1:3], v.shape[3]
     blocks, keys = _forward_tiles(call, q, k, v, key_bias is not None)
@@ -28,16 +28,12 @@ def forward(call: Call, q, k, v, bounds, sinks, gate, key_bias, heads_BN=None, *
     plan = Plan.of(call, blocks, low, high, sinks is not None or bias is not None)
     options = {"vmem": tuning.vmem_limit(call.kind), "interpret": call.interpret}
     if keys == whole:
-        o, raw, lse2 = tpu_forward.run(
-            plan, q, k, v, bounds, sinks, gate, bias, heads_BN, keep=keep, out_dtype=q.dtype, **options
-        )
+        o, lse2 = tpu_forward.run(plan, q, k, v, bounds, sinks, gate, bias, heads_BN, out_dtype=q.dtype, **options)
     else:
         wide, lse2 = _by_key_blocks(plan, q, k, v, bounds, bias, heads_BN, keys, options)
         wide, lse2 = _with_sinks(wide, lse2, sinks)
-        raw = wide.astype(q.dtype) if keep and gate is not None else None
         o = (wide if gate is None else wide * jax.nn.sigmoid(gate.astype(jnp.float32))).astype(q.dtype)
-    back = lambda x: None if x is None else x[:, :, :T, :e].swapaxes(1, 2)
-    return back(o), back(raw), lse2[:, :, :T]
+    return o[:, :, :T, :e].swapaxes(1, 2), lse2[:, :, :T]
 
 
 def backward(call: Call, q, k, v, bounds, key_bias, do, lse2, delta, heads_BN=None):
@@ -149,9 +145,7 @@ def _by_key_blocks(plan: Plan, q, k, v, bounds, bias, heads_BN, keys: int, optio
     def turn(carry, n):
         o, lse2 = carry
         k_, v_, own, bias_ = _key_block(n, keys, k, v, bounds, bias)
-        o_, _, lse2_ = tpu_forward.run(
-            plan, q, k_, v_, own, None, None, bias_, heads_BN, keep=False, out_dtype=jnp.float32, **options
-        )
+        o_, lse2_ = tpu_forward.run(plan, q, k_, v_, own, None, None, bias_, heads_BN, out_dtype=jnp.float32, **options)
         if own is not None:
             some = (own[1] > own[0])[:, None]
             o_, lse2_ = jnp.where(some[..., None], o_, 0), jnp.where(some, lse2_, -NOTHING)

@@ -196,6 +196,7 @@ def run(
         grid=(B, 1, 1, T // blocks.rows) if tiles.packed else (B, K, G, T // blocks.rows),
         semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
         name="routed_backward" if tiles.packed else "flash_backward",
+        checked=tiles.packed,
         vmem=vmem,
         interpret=interpret,
     )

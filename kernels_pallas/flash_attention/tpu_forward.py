@@ -19,6 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas import masks
 from kernels_pallas.flash_attention.call import LOG2E
 from kernels_pallas.flash_attention.tpu_plan import (
     HIDDEN,
@@ -36,36 +37,40 @@ ONES = 16  # rows of ones under v^T: what bfloat16 tiles are made of
 
 
 class RowTile:
-    """One row tile's walk over its key tiles. Step `t` is of key tile `end - 1 - t`; slots 0 and 1 hold scores."""
+    """One row tile's walk over its key tiles, from the last to the first. Slots 0 and 1 hold scores.
 
-    def __init__(self, plan: Plan, refs: dict[str, Any], bounds: tuple):
-        self.plan, self.refs = plan, refs
-        self.first, self.full, self.full_end, self.end = bounds
+    Where only the second half of its rows sees the last tile, as under a causal mask, that tile is computed for them
+    alone (`halved`), before the others. What opens a row tile is in one block of code with the first scores, what
+    closes it with the last values.
+    """
+
+    def __init__(self, plan: Plan, refs: dict[str, Any], bounds: tuple, sink):
+        self.plan, self.refs, self.sink = plan, refs, sink
+        self.first, self.full, self.full_end, end, self.halved = bounds
         blocks = plan.blocks
         self.row_parts = [slice(r, r + blocks.sub_rows) for r in range(0, blocks.rows, blocks.sub_rows)]
         self.key_parts = [slice(c, c + blocks.sub_keys) for c in range(0, blocks.keys, blocks.sub_keys)]
+        self.second_half = self.row_parts[len(self.row_parts) // 2 :]
+        self.end = end - self.halved if can_halve(plan) else end
 
-    def tile(self, t):
-        return self.end - 1 - t
-
-    def begin(self, sink) -> None:
+    def begin(self, rows: slice) -> None:
         """Statistics of no keys; a sink is a key whose value is 0."""
         plan, r = self.plan, self.refs
-        q = r["q"][...]
-        r["qs"][...] = (q.astype(jnp.float32) * plan.fold).astype(q.dtype)
-        r["acc"][...] = jnp.zeros_like(r["acc"])
-        total = jnp.zeros((8, plan.blocks.rows), jnp.float32)
+        q = r["q"][rows, :]
+        r["qs"][rows, :] = (q.astype(jnp.float32) * plan.fold).astype(q.dtype)
+        r["acc"][:, rows] = jnp.zeros((r["acc"].shape[0], plan.blocks.sub_rows), jnp.float32)
+        total = jnp.zeros((8, plan.blocks.sub_rows), jnp.float32)
+        top = jnp.full_like(total, LOWEST)
+        if self.sink is not None:
+            top = jnp.full_like(total, jnp.maximum(self.sink, LOWEST))
+            total = jnp.exp2(jnp.full_like(total, self.sink) - top)
         if not plan.bounded:
-            r["m"][...] = jnp.full_like(r["m"], LOWEST)
-        if sink is not None:
-            sink = jnp.full_like(r["m"], sink)
-            r["m"][...] = jnp.maximum(sink, LOWEST)
-            total = jnp.exp2(sink - r["m"][...])
+            r["m"][:, rows] = top
         if plan.blocks.ones:
             width = r["acc"].shape[0] - ONES
-            r["acc"][width : width + 8, :] = total
+            r["acc"][width : width + 8, rows] = total
         else:  # eight partial sums, the sink in one of them
-            r["l"][...] = jnp.where(lax.broadcasted_iota(jnp.int32, total.shape, 0) == 0, total, 0.0)
+            r["l"][:, rows] = jnp.where(lax.broadcasted_iota(jnp.int32, total.shape, 0) == 0, total, 0.0)
 
     def hidden(self, scores, tile, keys: slice, rows: slice):
         """Scores [keys, rows] with those out of a row's interval hidden."""
@@ -74,10 +79,12 @@ class RowTile:
         low, high = bounds[0:1, rows] if plan.low else None, bounds[1:2, rows] if plan.high else None
         return jnp.where(in_bounds(key, low, high), scores, HIDDEN)
 
-    def scores(self, t, slot: int, masked: bool = False) -> None:
+    def scores(self, tile, slot: int, masked: bool, row_parts: list[slice], opens: bool) -> None:
         """Asks for the scores of a tile, and their maxima by registers."""
-        plan, r, tile = self.plan, self.refs, self.tile(t)
-        for rows in self.row_parts:
+        plan, r = self.plan, self.refs
+        for rows in row_parts:
+            if opens:
+                self.begin(rows)
             top = None
             for keys in self.key_parts:
                 at = pl.multiple_of(tile * plan.blocks.keys + keys.start, plan.blocks.sub_keys)
@@ -95,87 +102,120 @@ class RowTile:
             if not plan.bounded:
                 r["top"][slot, :, rows] = top
 
-    def finish(self, t, slot: int) -> None:
-        """Adds a tile's weighted values to the output."""
-        plan, r, tile = self.plan, self.refs, self.tile(t)
-        for rows in self.row_parts:
+    def finish(self, tile, slot: int, row_parts: list[slice], closes: bool = False) -> None:
+        """Adds a tile's weighted values to the output; where it closes, the output is written."""
+        plan, r = self.plan, self.refs
+        closing: list[tuple] = []
+        for rows in row_parts:
+            acc, total, new = r["acc"][:, rows], None if plan.blocks.ones else r["l"][:, rows], None
             if not plan.bounded:
                 old = r["m"][0:1, rows]
                 new = jnp.maximum(old, r["top"][slot, :, rows].max(0, keepdims=True))
-                r["m"][:, rows] = jnp.broadcast_to(new, (8, plan.blocks.sub_rows))
                 shrink = jnp.exp2(old - new)
-            out, total = None, None
+                acc, total = acc * shrink, None if total is None else total * shrink
             for keys in self.key_parts:
                 s = r["s"][slot, keys, rows]
                 p = jnp.exp2(s if plan.bounded else s - new)
-                if not plan.blocks.ones:
-                    part = fold8(p, jnp.sum)
-                    total = part if total is None else total + part
-                part = product(r["v"][tile, :, keys], p.astype(r["v"].dtype), 1, 0)
-                out = part if out is None else out + part
-            r["acc"][:, rows] = r["acc"][:, rows] * shrink + out if not plan.bounded else r["acc"][:, rows] + out
-            if not plan.blocks.ones:
-                r["l"][:, rows] = r["l"][:, rows] * shrink + total if not plan.bounded else r["l"][:, rows] + total
+                if total is not None:
+                    total += fold8(p, jnp.sum)
+                acc += product(r["v"][tile, :, keys], p.astype(r["v"].dtype), 1, 0)
+            if closes:  # when all parts' products have been asked for
+                closing.append((rows, acc, total, new))
+                continue
+            r["acc"][:, rows] = acc
+            if total is not None:
+                r["l"][:, rows] = total
+            if new is not None:
+                r["m"][:, rows] = jnp.broadcast_to(new, (8, plan.blocks.sub_rows))
+        for part in closing:
+            self.write(*part)
 
-    def ask(self, t, slot: int, then: Callable[[], None] = lambda: None, valid=True) -> None:
-        """The scores of step `t` where `valid`, masked if its tile is partial; in one block of code with `then`."""
+    def write(self, rows: slice, acc, total, top) -> None:
+        """Writes the output of some rows, gated, and their log-sum-exp."""
+        r = self.refs
+        if total is None:
+            inner = acc.shape[0] - ONES
+            total = acc[inner : inner + 1, :]
+        else:
+            total = total.sum(0, keepdims=True)
+        total = jnp.maximum(total, 1e-30)
+        gated = "gate" in r
+        out = (acc[: r["o"].shape[1], :] * ((0.5 if gated else 1.0) / total)).astype(r["o"].dtype).T
+        if gated:  # the logistic function by tanh, one operation of the unit where exp and a division are two
+            out = out.astype(jnp.float32)
+            out += out * jnp.tanh(0.5 * r["gate"][rows, :].astype(jnp.float32))
+        r["o"][rows, :] = out.astype(r["o"].dtype)
+        lse = jnp.log2(total)
+        r["lse"][:, rows] = lse if top is None else lse + top
 
-        def with_scores(masked: bool) -> None:
-            self.scores(t, slot, masked)
-            then()
+    def ask(self, tile, slot: int, then: Callable[[], None] | None = None, valid=True) -> None:
+        """The scores of a tile where `valid`, masked if it is partial; in one block of code with `then`.
 
-        tile = self.tile(t)
+        Without `then` they are the first, and open the row tile.
+        """
+
+        def block(masked: bool) -> None:
+            self.scores(tile, slot, masked, self.row_parts, opens=then is None)
+            if then is not None:
+                then()
+
         whole = (tile >= self.full) & (tile < self.full_end)
         if not (self.plan.low or self.plan.high):
-            pl.when(valid)(lambda: with_scores(False))
+            pl.when(valid)(lambda: block(False))
         else:
-            pl.when(whole & valid)(lambda: with_scores(False))
-            pl.when(~whole & valid)(lambda: with_scores(True))
+            pl.when(whole & valid)(lambda: block(False))
+            pl.when(~whole & valid)(lambda: block(True))
 
     def walk(self) -> None:
         """All tiles: two steps to a turn of the loop, so that slots are constants; the last asks for nothing more."""
         count = self.end - self.first
+        tile = lambda t: self.end - 1 - t
+        finish = lambda t, slot, closes=False: self.finish(tile(t), slot, self.row_parts, closes)
 
         def turn(u, carry):
             t = 2 * u
-            self.ask(t + 1, 1, lambda: self.finish(t, 0))
-            self.ask(t + 2, 0, lambda: self.finish(t + 1, 1), valid=t + 2 < count)
+            self.ask(tile(t + 1), 1, lambda: finish(t, 0))
+            self.ask(tile(t + 2), 0, lambda: finish(t + 1, 1), valid=t + 2 < count)
             return carry
 
-        self.ask(0, 0, valid=count > 0)
+        cold = count > 0
+        if can_halve(self.plan):
+            pl.when(self.halved == 1)(self.open_halved)
+            cold &= self.halved == 0
+        self.ask(tile(0), 0, valid=cold)
         lax.fori_loop(0, count >> 1, turn, 0)
         for slot in (0, 1):
-            pl.when((count > 0) & (count & 1 == 1 - slot))(lambda slot=slot: self.finish(count - 1, slot))
+            pl.when((count > 0) & (count & 1 == 1 - slot))(lambda slot=slot: finish(count - 1, slot, True))
+        pl.when(count == 0)(self.nothing)
 
-    def finish_rows(self) -> None:
-        """Writes the output, gated, and the log-sum-exp."""
-        r, plan = self.refs, self.plan
-        width = r["o"].shape[1]
-        if plan.blocks.ones:
-            inner = r["acc"].shape[0] - ONES
-            total = r["acc"][inner : inner + 1, :]
-        else:
-            total = r["l"][...].sum(0, keepdims=True)
-        total = jnp.maximum(total, 1e-30)
-        out = (r["acc"][:width, :] * (1 / total)).T
-        if "raw" in r:
-            r["raw"][...] = out.astype(r["raw"].dtype)
-        if "gate" in r:
-            # The logistic function: tanh is one operation of the unit that has it, exp and a division are two.
-            out *= 0.5 + 0.5 * jnp.tanh(0.5 * r["gate"][...].astype(jnp.float32))
-        r["o"][...] = out.astype(r["o"].dtype)
-        lse = jnp.log2(total)
-        r["lse"][...] = lse if plan.bounded else lse + r["m"][0:1, :]
+    def open_halved(self) -> None:
+        """The tile that the second half of the rows sees alone, and the scores of the next, which is there."""
+        self.scores(self.end, 1, True, self.second_half, opens=True)
+        for rows in self.row_parts[: -len(self.second_half)]:
+            self.begin(rows)
+        self.scores(self.end - 1, 0, True, self.row_parts, opens=False)
+        self.finish(self.end, 1, self.second_half)
+
+    def nothing(self) -> None:
+        """The output of rows that see no tile."""
+        r = self.refs
+        for rows in self.row_parts:
+            self.begin(rows)
+            total = None if self.plan.blocks.ones else r["l"][:, rows]
+            self.write(rows, r["acc"][:, rows], total, None if self.plan.bounded else r["m"][0:1, rows])
+
+
+def can_halve(plan: Plan) -> bool:
+    """Whether half of the rows of a tile are whole parts, and some tiles may be of use to the second half alone."""
+    return plan.high and plan.blocks.rows % (2 * plan.blocks.sub_rows) == 0
 
 
 def _kernel(plan: Plan, names: tuple[str, ...], tiles: Tiles, table, *refs) -> None:
     b, h, i = (pl.program_id(axis) for axis in range(3))
     refs = dict(zip(names, refs, strict=True))
     at = tiles.at(b, i)
-    row_tile = RowTile(plan, refs, tuple(table[at + n] for n in range(4)))
-    row_tile.begin(refs["sinks"][h] if "sinks" in refs else None)
-    row_tile.walk()
-    row_tile.finish_rows()
+    sink = refs["sinks"][h] if "sinks" in refs else None
+    RowTile(plan, refs, tuple(table[at + n] for n in range(tiles.numbers)), sink).walk()
 
 
 def run(
@@ -189,19 +229,21 @@ def run(
     bias_BKS: jax.Array | None,
     heads_BN: jax.Array | None = None,
     *,
-    keep: bool,
     out_dtype: Any,
     vmem: int,
     interpret: Any,
-) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-    """o [B, H, T, e], o before the gate where `keep` (else None) and the log-sum-exp in log2 units [B, H, T].
+) -> tuple[jax.Array, jax.Array]:
+    """o [B, H, T, e] and the log-sum-exp in log2 units [B, H, T].
 
     T and S are whole tiles; `bounds` is None where every row sees all keys. `heads_BN` is the key head of each tile
     of packed rows, for which H is 1; None: query heads share key heads evenly.
     """
     blocks, (B, H, T, d), (K, S, e) = plan.blocks, q_BHTd.shape, v_BKSe.shape[1:]
     key_tiles = S // blocks.keys
-    tiles, table = tile_table(bounds, blocks, T, S, H // K, heads_BN)
+    more = None
+    if can_halve(plan):
+        more = functools.partial(masks.halved, bounds=bounds, rows=blocks.rows, keys=blocks.keys)
+    tiles, table = tile_table(bounds, blocks, T, S, H // K, heads_BN, more)
     height = e + ONES if blocks.ones else e
     v = jnp.pad(v_BKSe, ((0, 0),) * 3 + ((0, height - e),), constant_values=1)
     v = v.reshape(B, K, key_tiles, blocks.keys, height).swapaxes(3, 4)
@@ -227,8 +269,6 @@ def run(
         tiled = jnp.broadcast_to(tiled, (B, K, key_tiles, 8, blocks.keys))
         slots.input("bias", tiled, keys(key_tiles, 8, blocks.keys))
     slots.output("o", (B, H, T, e), out_dtype, row(e))
-    if keep and gate_BHTe is not None:
-        slots.output("raw", (B, H, T, e), out_dtype, row(e))
     lse_spec = pl.BlockSpec((None, None, 1, blocks.rows), lambda b, h, i, *_: (b, h, 0, i))
     slots.output("lse", (B, H, 1, T), jnp.float32, lse_spec)
     slots.scratch("qs", (blocks.rows, d), q_BHTd.dtype)
@@ -245,7 +285,8 @@ def run(
         grid=(B, H, T // blocks.rows),
         semantics=("parallel", "parallel", "arbitrary"),
         name="routed_forward" if tiles.packed else "flash_forward",
+        checked=tiles.packed,
         vmem=vmem,
         interpret=interpret,
     )
-    return found["o"], found.get("raw"), found["lse"][:, :, 0]
+    return found["o"], found["lse"][:, :, 0]

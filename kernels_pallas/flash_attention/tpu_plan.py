@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +82,7 @@ class Tiles:
     count: int
     shared: bool
     group: int
+    numbers: ClassVar[int] = 5
 
     @property
     def packed(self) -> bool:
@@ -89,19 +90,19 @@ class Tiles:
         return self.group == 0
 
     def at(self, b, i):
-        """Where the table holds tile `i` of sequence `b`: four numbers of `masks.tile_ranges`."""
-        return ((0 if self.shared else b * self.count) + i) * (5 if self.packed else 4)
+        """Where the table holds tile `i` of sequence `b`: the four numbers of `masks.tile_ranges`, and one more."""
+        return ((0 if self.shared else b * self.count) + i) * (self.numbers + self.packed)
 
     def key_head(self, b, h, i, table):
         """Key head of a tile of query head `h`."""
         if self.packed:
-            return table[self.at(b, i) + 4]
+            return table[self.at(b, i) + self.numbers]
         return lax.div(h, jnp.int32(self.group))  # not //: its sign rule asks for a TPU while tracing
 
     def begins(self, b, i, table):
         """Of packed rows: whether the tile is the first of its key head."""
-        before = table[self.at(b, jnp.maximum(i - 1, 0)) + 4]
-        return (i == 0) | (before != table[self.at(b, i) + 4])
+        before = table[self.at(b, jnp.maximum(i - 1, 0)) + self.numbers]
+        return (i == 0) | (before != table[self.at(b, i) + self.numbers])
 
 
 def tile_table(
@@ -111,18 +112,24 @@ def tile_table(
     keys: int,
     group: int,
     heads_BN: jax.Array | None,
+    more: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[Tiles, jax.Array]:
-    """The table for scalar memory, and what is where in it; without bounds every row sees all keys."""
+    """The table for scalar memory, and what is where in it; without bounds every row sees all keys.
+
+    `more`: of the ranges, what else a kernel is told of each row tile; 0 where None.
+    """
     if bounds is not None:
         ranges = masks.tile_ranges(*bounds, blocks.rows, blocks.keys)
     else:
         tiles = keys // blocks.keys
         ranges = jnp.broadcast_to(jnp.asarray([0, 0, tiles, tiles], jnp.int32), (1, rows // blocks.rows, 4))
+    also = jnp.zeros(ranges.shape[:2], jnp.int32) if more is None else more(ranges)
+    table = jnp.concatenate([ranges, also[..., None]], -1)
     if heads_BN is None:
-        return Tiles(ranges.shape[1], ranges.shape[0] == 1, group), ranges
-    ranges = jnp.broadcast_to(ranges, (*heads_BN.shape, 4))
-    packed = jnp.concatenate([ranges, heads_BN[..., None].astype(jnp.int32)], -1)
-    return Tiles(ranges.shape[1], ranges.shape[0] == 1, 0), packed
+        return Tiles(table.shape[1], table.shape[0] == 1, group), table
+    table = jnp.broadcast_to(table, (*heads_BN.shape, Tiles.numbers))
+    packed = jnp.concatenate([table, heads_BN[..., None].astype(jnp.int32)], -1)
+    return Tiles(table.shape[1], table.shape[0] == 1, 0), packed
 
 
 class Slots:
@@ -153,10 +160,14 @@ class Slots:
         grid: tuple[int, ...],
         semantics: tuple[str, ...],
         name: str,
+        checked: bool,
         vmem: int | None,
         interpret: Any,
     ) -> dict[str, jax.Array]:
-        """The outputs of `kernel(table, *refs)`, by name; `table` is flat, in scalar memory before the grid begins."""
+        """The outputs of `kernel(table, *refs)`, by name; `table` is flat, in scalar memory before the grid begins.
+
+        `checked`: whether the device checks where windows are; the grid alone says so where no data do.
+        """
         run = pl.pallas_call(
             kernel,
             grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -167,7 +178,9 @@ class Slots:
                 scratch_shapes=list(self.scratches.values()),
             ),
             out_shape=[shape for shape, _ in self.outputs.values()],
-            compiler_params=compat.tpu_params(dimension_semantics=semantics, vmem_limit_bytes=vmem),
+            compiler_params=compat.tpu_params(
+                dimension_semantics=semantics, vmem_limit_bytes=vmem, disable_bounds_checks=not checked
+            ),
             name=name,
             interpret=interpret,
         )

@@ -88,9 +88,9 @@ def unpack_rows(
     return moving.unpacked(tile, tuning.vmem_limit(tuning.kind()), interpret, x, place, tile_heads)
 
 
-def rows_fit(length: int, width: int, itemsize: int) -> bool:
-    """Whether heads of so many elements stand in fast memory, as `pack_rows` and `unpack_rows` need them to."""
-    return moving.bytes_needed(length, width, itemsize) + _REST <= tuning.vmem_limit(tuning.kind())
+def most_elements(width: int, itemsize: int) -> int:
+    """How many elements of a head stand in fast memory, as `pack_rows` and `unpack_rows` need them to."""
+    return (tuning.vmem_limit(tuning.kind()) - _REST) // moving.bytes_needed(1, width, itemsize)
 
 
 def row_tile(kind: str, rows: int, heads: int) -> int:

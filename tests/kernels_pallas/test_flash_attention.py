@@ -32,7 +32,10 @@ AXES = {
     "bias": [None, "keys", "keys of heads"],
     "cap": [None, 2.0, 90.0],
 }
-CASES = pairwise.cases(AXES)
+# Two row tiles, of each of which the second half of the rows sees the last key tile alone.
+HALVED = dict(mask="causal", length=400, widths=(64, 40), heads=(1, 2, 1), dtype="float32", tiles="rows in parts",
+              key_blocks=False, sinks=True, gate=True, bias=None, cap=None)  # fmt: skip
+CASES = [*pairwise.cases(AXES), HALVED]
 KEYS = 300  # of masks whose queries are not the keys
 
 
@@ -160,7 +163,7 @@ def test_cases_are_pairwise():
 
 SMALL = dict(mask="causal", length=256, widths=(64, 64), heads=(1, 3, 1), dtype="float32", sinks=True, gate=True,
              bias="keys", cap=None)  # fmt: skip
-SMALLEST = Blocks(ForwardBlocks(128, 128, 128, 128, True), BackwardBlocks(128, 128, 128, 128))
+SMALLEST = Blocks(ForwardBlocks(256, 128, 128, 128, True), BackwardBlocks(128, 128, 128, 128))
 kernel = functools.partial(flash_attention, interpret=True, blocks=SMALLEST)
 
 

@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas.flash_attention import flash_attention
 from kernels_pallas.tuning import BackwardBlocks, Blocks, ForwardBlocks
 
-TILES = Blocks(ForwardBlocks(128, 128, 128, 128, True), BackwardBlocks(128, 128, 128, 128))
+TILES = Blocks(ForwardBlocks(256, 128, 128, 128, True), BackwardBlocks(128, 128, 128, 128))
 T, B, H, K, d = 256, 1, 2, 1, 64
 t = np.arange(T)[None]
 CASES = {

@@ -21,10 +21,12 @@ CASES = {
     "nothing": (np.full((1, T), 7), np.full((1, T), 7)),
 }
 
+HALVED = ("causal", "window", "two documents and padding", "anything")
+
 
 @pytest.mark.parametrize("name", CASES)
 def test_tiles_are_those_of_the_mask_written_out(name):
-    """No visible pair is outside; starts hide nothing from `full` on, ends nothing before `full_end`."""
+    """No visible pair is outside; starts hide nothing from `full` on, ends nothing before `full_end`; halves."""
     starts, ends = (None if x is None else jnp.asarray(x, jnp.int32) for x in CASES[name])
     seen = np.asarray(masks.visible(starts, ends, T, S))
 
@@ -35,10 +37,16 @@ def test_tiles_are_those_of_the_mask_written_out(name):
     def tiles(starts, ends):
         bounds = masks.intervals(starts, ends, T, S)
         ranges = masks.tile_ranges(*bounds, ROWS, KEYS)
-        return bounds, ranges, masks.tile_kinds(ranges, S // KEYS), seen_keys(*bounds, S)
+        halved = masks.halved(ranges, bounds, ROWS, KEYS)
+        return bounds, ranges, masks.tile_kinds(ranges, S // KEYS), seen_keys(*bounds, S), halved
 
-    bounds, ranges, kinds, any_row = tiles(starts, ends)
+    bounds, ranges, kinds, any_row, halved = tiles(starts, ends)
     np.testing.assert_array_equal(any_row, seen.any(1))
+    for b, n in np.ndindex(*halved.shape):
+        first, last = ranges[b, n, 0], ranges[b, n, 3] - 1
+        half = seen[b, n * ROWS : n * ROWS + ROWS // 2, max(last, 0) * KEYS :]
+        assert halved[b, n] == (first < last and not half.any())
+    assert halved.any() == (name in HALVED)
     some = seen.any(-1)
     for b, n, j in np.ndindex(*kinds.shape):
         rows = slice(n * ROWS, (n + 1) * ROWS)

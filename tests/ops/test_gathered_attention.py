@@ -1,5 +1,6 @@
 """Attention of the wanted (query, head) pairs against attention of all, in float64, values and gradients."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attnlab.errors import UserError
 from attnlab.ops import Mask, attention, gathered_kernel, gathered_rows, gathered_xla, mask_from_segments, router
-from attnlab.ops.gathered_attention import gathered_attention
-from attnlab.ops.gathered_rows import Heads
+from attnlab.ops.gathered_attention import GATHERED_ATTENTION, gathered_attention
+from attnlab.ops.gathered_rows import GatheredSpec, Heads
+from attnlab.parallel import partition
 from kernels_pallas import masks, routed_attention
 from tests.mixers import flops
-from tests.ops import implementations
 
 T = 45
 SEGMENTS = np.array([[1] * 14 + [2] * 3 + [3] * 21 + [0] * 7, [0] * 2 + [4] * 27 + [5] * 16])
@@ -100,7 +102,7 @@ def test_table_holds_every_wanted_pair_once(seed):
     """Rows of a block are of its key head, ascending in position, and of its segment."""
     rng = np.random.default_rng(seed)
     chosen, group = (0, 1, 3, 4, 5), (0, 0, 1, 2, 2)
-    heads = Heads(chosen, group, (0, 1, 2), 6)
+    heads = Heads(chosen, group, (0, 1, 2), 6, 2)
     plan = gathered_xla._Plan(Mask(causal=True), 1.0, None, heads, 2, 600, 600)
     want = np.asarray(router.top_k_mask(jnp.asarray(rng.standard_normal((1, 600, 5)) + 3 * rng.standard_normal(5)), 2))
     table = jax.tree.map(np.asarray, jax.jit(lambda w: gathered_rows.make_table(heads, w, plan.segments()))(want))
@@ -165,22 +167,27 @@ def test_the_kernel_works_as_many_tiles_as_heads_are_on(monkeypatch):
         return jnp.broadcast_to(met, (*q.shape[:2], v.shape[3])), jnp.zeros(q.shape[:2])
 
     monkeypatch.setattr(routed_attention, "routed_attention", tiles)
-    monkeypatch.setattr(routed_attention, "rows_fit", lambda *of: False)
     x = jnp.zeros((1, length, 4, 1))
 
     @functools.partial(jax.jit, static_argnums=0)
     def met(active):
         want = router.top_k_mask(jnp.asarray(np.random.default_rng(0).standard_normal((1, length, 4))), active)
         options = {"chosen": (0, 1, 2, 3), "active": active, "scale": 1.0, "soft_cap": None}
-        return jnp.max(gathered_kernel.attention(x, x, x, Mask(causal=True), want, **options))
+        return jnp.max(gathered_kernel.attention_by_xla(x, x, x, Mask(causal=True), want, **options))
 
     assert met(1) <= 0.4 * met(4) and met(2) <= 0.63 * met(4)
 
 
 def test_rows_that_do_not_fit_are_moved_by_xla(monkeypatch):
-    """The kernel equals the definition in that form, too."""
-    monkeypatch.setattr(routed_attention, "rows_fit", lambda *of: False)
-    implementations.held_to_the_definition("gathered_attention", "routed")
+    """Which is chosen, not done in silence; who asks for the kernels that move them is told how many fit."""
+    monkeypatch.setattr(routed_attention, "most_elements", lambda *of: 8191)
+    monkeypatch.setattr(partition, "platform", lambda: "tpu")
+    heads = Heads((0, 1, 2, 3), (0, 0, 1, 1), (0, 1), 4, 2)
+    spec = GatheredSpec(1, 4096, 4096, heads, 2, 64, 64, "float32", True, None, False, False)
+    assert GATHERED_ATTENTION.pick(spec) == "routed_xla"
+    assert GATHERED_ATTENTION.pick(dataclasses.replace(spec, queries=4095)) == "routed"
+    with pytest.raises(UserError, match=r"8192 queries.* at most 8191"):
+        GATHERED_ATTENTION.pick(spec, "routed")
 
 
 def test_what_nobody_wants_is_not_felt_by_the_kernel():
