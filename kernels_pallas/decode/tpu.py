@@ -72,6 +72,7 @@ def run(
         grid=(B, splits, each),
         semantics=("parallel", "parallel", "arbitrary"),
         name="decode_attention",
+        checked=True,
         vmem=None,
         interpret=interpret,
     )

@@ -156,7 +156,7 @@ def test_cases_are_pairwise():
     """Any two values of two axes meet in a case."""
     for a in AXES:
         for b in AXES:
-            assert a == b or {(str(c[a]), str(c[b])) for c in CASES} == {
+            assert a == b or {(str(c[a]), str(c[b])) for c in CASES} >= {
                 (str(x), str(y)) for x in AXES[a] for y in AXES[b]
             }
 

@@ -26,7 +26,8 @@ def get_config(arg=None):
     heads = config.read_file(base)["model"]["mixers"]["M"]["heads"]
     lengths = [n for n in (1024, 2048, 4096, 8192, 16384, 32768, 65536) if n <= a.longest]
     config.require(len(lengths) > 1, "longest", a.longest, "2048 to 65536, a power of two")
-    train = {"train.steps": a.steps, "train.log_every": a.steps // 2, "train.sample_tokens": 0, "optimizer.warmup": 2}
+    train = {"train.steps": a.steps, "train.log_every": a.steps // 2, "train.sample_tokens": 0, "optimizer.warmup": 2,
+             "mesh.data": 1}  # fmt: skip
     rows = {f"t{n}": {"data.length": n, "data.batch": lengths[-1] // n, **train} for n in lengths}
     return {
         "question": "Do tokens per second depend on how long rows are?",
