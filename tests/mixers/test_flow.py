@@ -278,7 +278,7 @@ def test_clipped_share_is_reported():
         ({"clip": 100.0}, "from 0 to 50"),
         ({"epsilon": 0.0}, "above 0"),
         ({"causal": False, "form": "averages"}, "nothing runs"),
-        ({"feature": "elu"}, "sigmoid, relu"),
+        ({"feature": "tanh"}, "sigmoid, relu, elu"),
     ],
 )
 def test_impossible_configs(fields, message):

@@ -4,8 +4,8 @@ Softmax, RAT with chunks of 4, 16 and 64, and RAT of 16 with softmax in every ot
 tokens.
 
 In loss, supported if chunks of 16 are equivalent within the margin, 2 % of a loss of 1.5, or better; refuted if worse
-by more. "Reproduced" in speed only at 5 times softmax's tokens a second on long rows of an accelerator; else the ratio is
-what there is to tell. Written before any run.
+by more. "Reproduced" in speed only at 5 times softmax's tokens a second on long rows of an accelerator; else the ratio
+is what there is to tell. Written before any run.
 """
 
 import pathlib
