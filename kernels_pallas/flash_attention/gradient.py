@@ -59,13 +59,15 @@ def _attention_backward(call: Call, residuals, cotangents):
     (q, k, v, starts, ends, sinks, gate, key_bias, heads_BN), o, lse = residuals
     do, dlse = (x.astype(jnp.float32) for x in cotangents)
     bounds, some = _bounds(q, k, starts, ends)
-    of_o = do * o.astype(jnp.float32)  # what a gate closes of o, it closes of its gradient: no need of o without it
-    delta, dgate = of_o.sum(-1), None
+    dgate, wide = None, o.astype(jnp.float32)
     if gate is not None:
-        wide = gate.astype(jnp.float32)
-        dgate = (of_o * jax.nn.sigmoid(-wide)).astype(gate.dtype)
-        do = do * jax.nn.sigmoid(wide)
+        # The gate's gradient needs the gated output alone. `delta` takes `do` rounded as the kernels' products do: what
+        # logits cannot matter for, as in a row of one key, then cancels.
+        open_, closed = (jax.nn.sigmoid(sign * gate.astype(jnp.float32)) for sign in (1, -1))
+        dgate = (do * wide * closed).astype(gate.dtype)
+        do, wide = do * open_, jnp.where(open_ > 0, wide / open_, 0)
     do = do.astype(q.dtype)
+    delta = (wide * do.astype(jnp.float32)).sum(-1)
     if some is not None:  # the lse of what sees nothing is no function of q, k or v
         do, q = (jnp.where(some[..., None, None], x, 0) for x in (do, q))
         delta = jnp.where(some[..., None], delta, 0)

@@ -240,10 +240,8 @@ def run(
     """
     blocks, (B, H, T, d), (K, S, e) = plan.blocks, q_BHTd.shape, v_BKSe.shape[1:]
     key_tiles = S // blocks.keys
-    more = None
-    if can_halve(plan):
-        more = functools.partial(masks.halved, bounds=bounds, rows=blocks.rows, keys=blocks.keys)
-    tiles, table = tile_table(bounds, blocks, T, S, H // K, heads_BN, more)
+    halved = functools.partial(masks.halved, bounds=bounds, rows=blocks.rows, keys=blocks.keys)
+    tiles, table = tile_table(bounds, blocks, T, S, H // K, heads_BN, halved if can_halve(plan) else None)
     height = e + ONES if blocks.ones else e
     v = jnp.pad(v_BKSe, ((0, 0),) * 3 + ((0, height - e),), constant_values=1)
     v = v.reshape(B, K, key_tiles, blocks.keys, height).swapaxes(3, 4)

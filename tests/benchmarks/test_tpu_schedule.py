@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from collections import Counter
 
+import jax.numpy as jnp
 import pytest
 
 from attnlab.launch import llo, schedules
 from benchmarks import tpu_schedule
-from kernels_pallas import tuning
+from kernels_pallas import masks, tuning
 from kernels_pallas.tuning import ForwardBlocks
 
 # A loop of four bundles with one in it that a branch goes around; made up, in the compiler's form.
@@ -55,6 +57,31 @@ def test_causal_walks():
     """Key tiles that a row tile meets, from the last, and which of them the mask cuts."""
     assert schedules.causal_walks(512, ForwardBlocks(128, 256)) == [[True], [True], [True, False], [True, False]]
     assert schedules.causal_walks(512, ForwardBlocks(256, 128)) == [[True, True], [True, True, False, False]]
+
+
+def test_a_causal_head_is_the_sum_of_its_tiles():
+    """What a head costs is what each row tile does, by the ranges and flags that the kernel itself is given."""
+    region = lambda kind, at, bundles, products=0, inside=(): llo.Region(
+        kind, at, at + 1, inside=list(inside), own=Counter(bundles=bundles, products=products)
+    )
+    first, first_masked, halved = region("when", 2, 320, 1), region("when", 3, 480, 1), region("when", 4, 1000, 3)
+    steps = region("loop", 5, 32, 0, [region("when", 6, 640, 2), region("when", 7, 960, 2)])
+    steps.end = 8
+    grid = region("loop", 1, 96, 0, [first, first_masked, halved, steps, region("when", 9, 160, 1)])
+    blocks, length = ForwardBlocks(256, 128, 128, 128), 1024
+    facts = schedules.forward_facts(region("kernel", 0, 7, 0, [grid]), "v6e", blocks, schedules.Shape(), [length])
+    t = jnp.arange(length)[None]
+    bounds = masks.intervals(None, t + 1, length, length)
+    ranges = masks.tile_ranges(*bounds, blocks.rows, blocks.keys)
+    total = 0
+    for (low, full, full_end, end), alone in zip(
+        *(x[0].tolist() for x in (ranges, masks.halved(ranges, bounds, 256, 128)))
+    ):
+        masked = [not full <= j < full_end for j in range(low, end)][::-1]
+        total += 96 + 32 + 160  # of the grid, of its loop over steps, of what closes a row tile
+        total += 1000 if alone else 480 if masked[0] else 320
+        total += sum(960 if m else 640 for m in masked[1 + alone :])
+    assert facts["causal_cycles"] == {"1024": total} and facts["first_halved"] == 1000
 
 
 def test_growth_is_said():

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.decode import decode_attention
 from kernels_pallas.flash_attention import flash_attention
+from kernels_pallas.routed_attention import routed_attention
 from kernels_pallas.tuning import BackwardBlocks, Blocks, ForwardBlocks
+from tests.mixers import precision
 
 TILES = Blocks(ForwardBlocks(256, 128, 128, 128, True), BackwardBlocks(128, 128, 128, 128))
 T, B, H, K, d = 256, 1, 2, 1, 64
@@ -43,3 +46,24 @@ def test_no_races(name, capfd):
     jax.block_until_ready(simulated)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-6, rtol=2e-6), simulated, run(True))
     assert "RACE DETECTED" not in "".join(capfd.readouterr())
+
+
+def test_windows_that_data_place_are_checked():
+    """On the device, as a wrong length or head would read elsewhere; those that the grid alone places need not be."""
+    x, rows = jnp.ones((B, T, K, d)), jnp.ones((B, T, d))
+    ends, heads = jnp.ones((B, T), jnp.int32), jnp.zeros((B, 2), jnp.int32)
+    gradient = lambda fn: jax.grad(lambda *args: jnp.sum(fn(*args)[0]))
+    routed = lambda q, k: routed_attention(q, k, k, ends, ends, heads)
+    found = {}
+    for fn, args in (
+        (gradient(lambda q: flash_attention(q, q, q, ends=ends, platform="tpu")), (x,)),
+        (gradient(routed), (rows, x)),
+        (lambda k: decode_attention(x[:, :1], k, k, ends=ends[:, :1], platform="tpu"), (x.swapaxes(1, 2),)),
+    ):
+        for eqn in precision.equations(jax.make_jaxpr(fn)(*args).jaxpr):
+            if eqn.primitive.name == "pallas_call":
+                found[eqn.params["name"]] = not eqn.params["compiler_params"].disable_bounds_checks
+    assert found == {
+        "flash_forward": False, "flash_backward": False, "routed_forward": True, "routed_backward": True,
+        "decode_attention": True,
+    }  # fmt: skip

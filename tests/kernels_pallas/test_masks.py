@@ -18,6 +18,7 @@ CASES = {
     "beyond both ends": (t[None] - 100, np.minimum(t[None] + 60, 1000)),
     "two documents and padding": (np.where(t < 20, 0, 20)[None] + (t > 40)[None] * 99, np.where(t < 20, 20, 40)[None]),
     "anything": tuple(np.sort(np.random.default_rng(0).integers(-5, S + 9, (2, 3, T)), 0)),
+    "one tile, half of the rows": (None, np.where(t % ROWS < ROWS // 2, 0, 6)[None]),
     "nothing": (np.full((1, T), 7), np.full((1, T), 7)),
 }
 

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import itertools
 import re
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,7 @@ from attnlab.ops import dispatch
 from attnlab.parallel import partition
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
-from tests.mixers import cases, flops, precision, uses
+from tests.mixers import cases, flops, forced, precision, uses
 
 # Knobs are held to the definition, on packed documents; most else is tried in the default, the combinations and
 # both directions; what no combination decides, in both directions.
@@ -80,28 +79,13 @@ def assert_close(a, b, tolerance):
         np.testing.assert_allclose(p, q, rtol=0, atol=tolerance * max(1.0, np.abs(q).max(initial=0)))
 
 
-def everywhere(cls):
-    """Names of the implementations that run on every platform."""
-    return [name for name in cls.implementations if name not in ways(cls) or ways(cls)[name].platforms is None]
-
-
-def kernels(cls):
-    """Names of those that can be interpreted elsewhere."""
-    return [name for name, way in ways(cls).items() if way.interpretable]
-
-
-def ways(cls):
-    """Implementations by name; a mixer without an op names its implementations only."""
-    return cls.implementations if isinstance(cls.implementations, Mapping) else {}
-
-
 @every_config
 def test_definition(config, x64):
     """Laws 1 and 7: each implementation equals the definition in float64, value and gradients (other knobs: value)."""
     x, seq = cases.inputs(jnp.float64)
     run = call if cases.of_knobs(config) else value_and_gradients
     results = {}
-    for impl in implementations(config):
+    for impl in forced.implementations(config):
         graphdef, params = cases.split(cases.module(dataclasses.replace(config, impl=impl), jnp.float64))
         results[impl] = run(graphdef, params, x, seq)
     expected = results.pop("definition")
@@ -110,37 +94,17 @@ def test_definition(config, x64):
         assert_close(result, expected, 1e-10)
 
 
-def implementations(config):
-    """`auto` or the like, and by their names, forced, those that compute otherwise; kernels: see `test_kernels`."""
-    cls = mixers.get(config.node_name)
-    default = next(f for f in dataclasses.fields(config) if f.name == "impl").default
-    assert "definition" in cls.implementations
-    chosen = choices(dataclasses.replace(config, impl=default))
-    picked = {name for _, _, name in chosen} - {"definition"}
-    same = lambda name: name in picked and choices(dataclasses.replace(config, impl=name)) == chosen
-    return [default, *(name for name in everywhere(cls) if name != default and not same(name))]
-
-
-@functools.cache
-def choices(config):
-    """What its ops choose, in the order of tracing: op, for what, and which."""
-    graphdef, params = cases.split(cases.module(config, jnp.float32))
-    with dispatch.recording() as chosen:
-        jax.eval_shape(lambda *args: nnx.merge(graphdef, params)(*args).y, *cases.inputs(jnp.float32))
-    return [(choice.op, choice.spec, choice.implementation) for choice in chosen.choices]
-
-
-@pytest.mark.parametrize("name", [n for n in mixers.names() if kernels(mixers.get(n))])
+@pytest.mark.parametrize("name", [n for n in mixers.names() if forced.kernels(mixers.get(n))])
 def test_kernels(name):
     """Law 7: kernels, interpreted, equal the definition at a size that they serve: value and gradients, packed rows."""
-    if not kernels(mixers.get(name)):
+    if not forced.kernels(mixers.get(name)):
         return
     T = 256
     segments = jnp.asarray([[1] * 100 + [2] * 150 + [0] * 6])
     seq = mixers.Sequence(jnp.broadcast_to(jnp.arange(T), (1, T)), segments)
     x = jnp.asarray(np.random.default_rng(4).standard_normal((1, T, cases.WIDTH)), jnp.float32)
     expected, make = None, functools.partial(mixers.get(name).Config, heads=2, head_width=64)
-    impls = "definition", *kernels(mixers.get(name))
+    impls = "definition", *forced.kernels(mixers.get(name))
     try:
         list(map(lambda impl: make(impl=impl), impls))
     except ConfigError:  # its kernels serve the other direction alone
@@ -229,7 +193,7 @@ def test_overflow(config):
 @few_configs
 def test_overflow_in_every_implementation(config):
     """Law 10, each implementation by its name."""
-    for impl in implementations(config)[1:]:
+    for impl in forced.implementations(config)[1:]:
         held_to_overflow(dataclasses.replace(config, impl=impl))
 
 
@@ -367,7 +331,7 @@ def traced(module, dtype):
 @some_configs
 def test_sums_are_wide(config):
     """Law 8: in bf16 sums over positions, exponentials and what a state adds up are fp32; of every implementation."""
-    for impl in implementations(config):
+    for impl in forced.implementations(config):
         functions = traced(cases.module(dataclasses.replace(config, impl=impl), jnp.bfloat16), jnp.bfloat16)
         for fn, args in functions:
             assert precision.narrow_sums(fn, *args) == []
@@ -382,7 +346,7 @@ def test_sums_are_wide(config):
 @some_configs
 def test_float64_throughout(config, x64):
     """Law 11: in a float64 model whatever is floating is float64: y, losses, metrics, states, and all between."""
-    for impl in implementations(config):
+    for impl in forced.implementations(config):
         module = cases.module(dataclasses.replace(config, impl=impl), jnp.float64)
         functions = traced(module, jnp.float64)
         for fn, args in functions:

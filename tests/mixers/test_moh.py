@@ -320,16 +320,18 @@ def test_declared_cost_counts_the_heads_that_are_on():
     assert dense.flops["router"] == 2 * 64 * (6 + 2 + 2)
 
 
-@pytest.mark.parametrize("platform, kind, length, window, picked", [
-    ("cpu", "cpu", 128, None, "gather"), ("tpu", "TPU v6e", 4096, None, "dense"),
-    ("tpu", "TPU v6e", 131072, None, "gather"), ("tpu", "TPU v6e", 131072, 1024, "dense"),
-    ("tpu", "TPU v99", 131072, None, "dense"), ("gpu", "NVIDIA H100", 131072, None, "dense"),
+@pytest.mark.parametrize("platform, kind, length, core, picked", [
+    ("cpu", "cpu", 128, {}, "gather"), ("tpu", "TPU v6e", 4096, {}, "dense"),
+    ("tpu", "TPU v6e", 131072, {}, "gather"), ("tpu", "TPU v6e", 131072, {"window": 1024}, "dense"),
+    ("tpu", "TPU v6e", 28672, {}, "gather"), ("tpu", "TPU v6e", 28672, {"kv_heads": 2}, "dense"),
+    ("tpu", "TPU v99", 131072, {}, "dense"), ("gpu", "NVIDIA H100", 131072, {}, "dense"),
 ])  # fmt: skip
-def test_auto_gathers_where_it_saves(platform, kind, length, window, picked, monkeypatch):
-    """On TPU by the recorded schedules: moving rows costs by position, attention by what a position sees."""
+def test_auto_gathers_where_it_saves(platform, kind, length, core, picked, monkeypatch):
+    """On TPU by the recorded schedules: moving rows costs by position, attention by what a position sees. Kernels move
+    the rows of a key head's query heads together, while all of these stand in fast memory; else it is dear."""
     monkeypatch.setattr(partition, "platform", lambda: platform)
     monkeypatch.setattr(partition, "device_kind", lambda: kind)
-    config = mixers.get("moh").Config(heads=16, core={"name": "softmax", "window": window})
+    config = mixers.get("moh").Config(heads=16, core={"name": "softmax", **core})
     assert moh.ROUTED_HEADS.pick(moh.RoutingSpec.of(config, length, 128)) == picked
 
 

@@ -16,7 +16,7 @@ from attnlab.ops.linear_recurrence import LINEAR_RECURRENCE, linear_recurrence
 from attnlab.parallel import partition
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
-from tests.mixers import cases, test_contract
+from tests.mixers import cases, forced, test_contract
 from tests.ops import implementations
 
 
@@ -84,7 +84,7 @@ def test_a_toy_implementation_is_one_function_and_one_line(monkeypatch):
     assert "toy" in implementations.names(ATTENTION)
     implementations.held_to_the_definition("attention", "toy")
     config = mixers.config_from_node({"name": "softmax", "impl": "toy", "kv_heads": 2})
-    assert "toy" in test_contract.implementations(config)
+    assert "toy" in forced.implementations(config)
     with pytest.raises(ConfigError, match="allowed: auto, definition, xla, flash, splash, cudnn, toy"):
         mixers.config_from_node({"name": "softmax", "impl": "toys"})
 

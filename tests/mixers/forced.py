@@ -1,0 +1,50 @@
+"""The implementations of a mixer by which the laws are tried, forced by their names."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attnlab import mixers
+from attnlab.ops import dispatch
+from tests.mixers import cases
+
+
+def everywhere(cls):
+    """Names of the implementations that run on every platform."""
+    return [name for name in cls.implementations if name not in ways(cls) or ways(cls)[name].platforms is None]
+
+
+def kernels(cls):
+    """Names of those that can be interpreted elsewhere."""
+    return [name for name, way in ways(cls).items() if way.interpretable]
+
+
+def ways(cls):
+    """Implementations by name; a mixer without an op names its implementations only."""
+    return cls.implementations if isinstance(cls.implementations, Mapping) else {}
+
+
+def implementations(config):
+    """`auto` or the like, and by their names, forced, those that compute otherwise; kernels: see `test_kernels`."""
+    cls = mixers.get(config.node_name)
+    default = next(f for f in dataclasses.fields(config) if f.name == "impl").default
+    assert "definition" in cls.implementations
+    chosen = choices(dataclasses.replace(config, impl=default))
+    picked = {name for _, _, name in chosen} - {"definition"}
+    same = lambda name: name in picked and choices(dataclasses.replace(config, impl=name)) == chosen
+    return [default, *(name for name in everywhere(cls) if name != default and not same(name))]
+
+
+@functools.cache
+def choices(config):
+    """What its ops choose, in the order of tracing: op, for what, and which."""
+    graphdef, params = cases.split(cases.module(config, jnp.float32))
+    with dispatch.recording() as chosen:
+        jax.eval_shape(lambda *args: nnx.merge(graphdef, params)(*args).y, *cases.inputs(jnp.float32))
+    return [(choice.op, choice.spec, choice.implementation) for choice in chosen.choices]
