@@ -36,6 +36,7 @@ def neural_memory(
     positions: jax.Array | None = None,
     carried: tuple[Layers, Layers] | None = None,
     first: jax.Array | None = None,
+    group: int | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, Layers, Layers, Layers]:
     """`S_t = eta_t S_{t-1} - theta_t grad(W_{t'}; k_t, v_t)`, `W_t = keep_t W_{t-1} + S_t`, `y_t = M_{W_t}(q_t)`, with
@@ -57,6 +58,7 @@ def neural_memory(
       carried: weights and momentum before each row [B, H, i, o], for rows that begin inside a document.
       first: int32 [B]: the kernel begins at this position, which is the beginning of a chunk; y before it may be
         anything. None: 0.
+      group: chunks that are taken at once, 2 or more; it changes rounding alone. None: as many as are fast.
       interpret: runs it as plain XLA operations on any platform, or as the interpreter's parameters say
         (`jax.experimental.pallas.tpu.InterpretParams`).
 
@@ -68,15 +70,16 @@ def neural_memory(
     Raises:
       ValueError: shapes, dtypes or options that do not fit, or a memory that does not fit on the chip.
     """
-    (B, T, H, _), depth = q.shape, len(weights)
+    B, T, H, _ = q.shape
     _check(q, k, v, (log_keep, log_eta, theta), weights, momentum, chunk, rates)
     widths = tuple(w.shape[-2] for w in weights) + (q.shape[-1],)
     if reason := does_not_fit(widths, chunk, str(q.dtype), T):
         raise ValueError(f"neural_memory: {reason}")
-    rows = chunk * group_of(chunk)
+    group = group or group_of(chunk)
+    rows = chunk * group
     call = Call(
         tuning.kind(), B, -(-T // rows) * rows, H, widths, str(q.dtype), chunk, residual_norm, tuple(rates),
-        epsilon, read_after_write, decayed, group_of(chunk), segment_of(T, rows), carried is not None, interpret,
+        epsilon, read_after_write, decayed, group, segment_of(T, rows), carried is not None, interpret,
     )  # fmt: skip
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
@@ -101,11 +104,13 @@ def does_not_fit(widths: tuple[int, ...], chunk: int, dtype: str, length: int) -
     if need <= limit:
         return None
     mib = lambda n: f"{n / 2**20:.1f} MiB"
-    sizes = "x".join(map(str, widths))
-    return f"a head's memory of layers {sizes}, {rows} positions at a time, needs {mib(need)} of fast memory; allowed: {mib(limit)}"
+    what = f"a head's memory of layers {'x'.join(map(str, widths))}, {rows} positions at a time,"
+    return f"{what} needs {mib(need)} of fast memory; allowed: {mib(limit)}"
 
 
-def kernel_flops(batch: int, length: int, heads: int, widths: tuple[int, ...], dtype: str, chunk: int) -> dict[str, float]:
+def kernel_flops(
+    batch: int, length: int, heads: int, widths: tuple[int, ...], dtype: str, chunk: int
+) -> dict[str, float]:
     """FLOPs of one run of each kernel, by name."""
     flops = cost.forward_flops(_shape(batch, length, heads, widths, dtype, chunk))
     return {tpu_forward.NAME: flops, tpu_backward.NAME: 4 * flops}
@@ -124,14 +129,16 @@ def _check(q, k, v, gates, weights, momentum, chunk: int, rates: tuple[float, ..
         if not ok:
             raise ValueError(f"neural_memory: {what}")
 
-    need(q.ndim == 4 and q.shape == k.shape == v.shape, f"q {q.shape}, k {k.shape}, v {v.shape}; expected one [B, T, H, d]")
+    shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
+    need(q.ndim == 4 and q.shape == k.shape == v.shape, f"{shapes}; expected one shape [B, T, H, d]")
     dtypes = {x.dtype.name for x in (q, k, v)}
     need(len(dtypes) == 1 and dtypes <= {"bfloat16", "float32"}, f"q, k, v {dtypes}; allowed: bfloat16, or float32")
     for name, gate in zip(("log_keep", "log_eta", "theta"), gates):
         need(gate.shape == q.shape[:3], f"{name} {gate.shape}; expected {list(q.shape[:3])}")
         need(gate.dtype == jnp.float32, f"{name} {gate.dtype}; expected float32")
     need(chunk >= 16 and chunk % 16 == 0, f"chunk={chunk}; allowed: multiples of 16")
-    need(len(weights) == len(momentum) == len(rates) > 0, f"{len(weights)} layers, {len(momentum)} momenta, {len(rates)} rates")
+    counts = len(weights), len(momentum), len(rates)
+    need(len(set(counts)) == 1 and counts[0] > 0, f"{counts} weights, momenta, rates; expected as many of each")
     width = q.shape[3]
     for w, s in zip(weights, momentum):
         good = w.ndim == 4 and w.shape == s.shape and w.shape[1:3] == (q.shape[2], width)

@@ -70,6 +70,10 @@ class Call:
         """Whether heads lie side by side in a row; else each has its rows, as widths must be whole lanes there."""
         return self.widths[0] % tuning.LANES == 0
 
+    def narrow(self) -> Any:
+        """Dtype between the products of hidden layers: that of the products where vectors can be."""
+        return jnp.dtype(self.dtype if self.kind in ("v6e", "tpu7x") else jnp.float32)
+
     def shapes(self) -> list[tuple[int, int]]:
         """Of each layer's weights and momentum, in one array: below each other for the first, whose products add up,
         side by side for the others, whose rows of coefficients then come on the narrow side."""

@@ -51,9 +51,8 @@ def forward_cost(call: Call, heads: int, save: bool) -> pl.CostEstimate:
 
 def backward_cost(call: Call, heads: int) -> pl.CostEstimate:
     """The forward once more, and two products for each of its own."""
-    return pl.CostEstimate(
-        flops=int(4 * forward_flops(call)), bytes_accessed=backward_bytes(call, heads), transcendentals=_curves(call) * 2
-    )
+    flops, moved = int(4 * forward_flops(call)), backward_bytes(call, heads)
+    return pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=2 * _curves(call))
 
 
 def _curves(call: Call) -> int:

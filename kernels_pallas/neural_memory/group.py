@@ -1,8 +1,8 @@
 """A group of chunks at once, on values: what is read, and what becomes of the weights.
 
-W and S stand still while a group is taken: the weights that chunk m of it sees are `beta W + rho S - sum_i kappa_i a_i^T
-delta_i` over the group's steps before it, and each product with them is one with [W S] and one with those steps. Lists
-are over heads, so that each phase of all heads stands together and their latencies overlap.
+W and S stand still while a group is taken: the weights that a chunk of it sees are
+`beta W + rho S - sum_i kappa_i a_i^T delta_i` over the group's steps before it, and each product with them is one with
+[W S] and one with those steps. Lists are over heads: phases of all heads stand together, so that latencies overlap.
 
 R positions of a group, C of a chunk, i and o the widths of a layer. Logarithms are in units of log2. Hidden activations
 are kept doubled, the halves go into the narrow side of products.
@@ -27,9 +27,7 @@ _GELU, _CUBIC = math.sqrt(2 / math.pi), 0.044715
 
 def _product(a: jax.Array, b: jax.Array, dims: Any, dtype: str) -> jax.Array:
     precision = "highest" if dtype == "float32" else None
-    return jax.lax.dot_general(
-        a.astype(dtype), b.astype(dtype), dims, precision=precision, preferred_element_type=F32
-    )
+    return jax.lax.dot_general(a.astype(dtype), b.astype(dtype), dims, precision=precision, preferred_element_type=F32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -141,11 +139,13 @@ class Group:
       several: 1.0 if the group is several documents, which see nothing of each other, else 0.0.
       opens: [R, 1], where a document begins.
       kept: dtype of inputs and steps; of the products, but float32 where gradients are to add up in them.
+      narrow: dtype of what lies between products in hidden layers.
     """
 
-    def __init__(self, call: Call, weights, q, k, v, coefficients: list[Coefficients], several, opens, kept):
+    def __init__(self, call: Call, weights, q, k, v, coefficients: list[Coefficients], several, opens, kept, narrow):
         self.call, self.weights, self.q, self.k, self.v = call, weights, q, k, v
-        self.coefficients, self.several, self.opens, self.kept = coefficients, several, opens, kept
+        self.coefficients, self.several, self.opens = coefficients, several, opens
+        self.kept, self.narrow = kept, narrow
         self.heads = range(len(q))
         # Of every head, for each layer one array per chunk: inputs [C, i] and steps [C, o].
         self.inputs = [[[] for _ in range(call.depth)] for _ in self.heads]
@@ -216,7 +216,7 @@ class Group:
         inputs = [k[at] for k in self.k]
         for layer in range(call.depth):
             if layer:
-                doubled = each(gelu2_slope, z)
+                doubled = each(lambda x: gelu2_slope(x.astype(self.narrow)), z)
                 inputs, slope = [x[0] for x in doubled], [x[1] for x in doubled]
                 slopes.append(slope)
                 z = each(lambda x, w: self.dot(x, w[layer]()), inputs, self.weights)
@@ -244,7 +244,7 @@ class Group:
                 near = each(lambda x, e: 0.25 * call.rates[layer] * e[2][m] * x, near, early)
                 old = [jnp.concatenate(self.inputs[h][layer][:m], axis=0) for h in self.heads]
                 back = each(lambda b, x, a: b - self.dot(x, a), back, near, old)
-            delta = each(lambda b, s: b * s, back, slopes[layer - 1])
+            delta = each(lambda b, s: b.astype(self.narrow) * s, back, slopes[layer - 1])
             delta = delta if scale is None else each(lambda x, s: x * s, delta, scale)
             found.append(delta)
         for layer, deltas in enumerate(reversed(found)):
@@ -278,7 +278,7 @@ class Group:
         inputs, steps = self.whole
         for layer in range(call.depth):
             if layer:
-                g = each(gelu2, z)
+                g = each(lambda x: gelu2(x.astype(self.narrow)), z)
                 z = each(lambda x, w: self.dot(x, w[layer]()), g, self.weights)
                 z = each(lambda x, c: self._halves(x, c[0], c[1], 0.5), z, read)
                 scores = [self.dot(g[h], inputs[h][layer], NT) for h in self.heads]

@@ -20,9 +20,7 @@ def bound(length: int, chunk: int, rows: int) -> int:
     return min(length, 2 * (length // chunk) + 4) if rows >= 2 * chunk else length
 
 
-def groups(
-    position_BT: jax.Array, first_B: jax.Array, chunk: int, rows: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def groups(position_BT: jax.Array, first_B: jax.Array, chunk: int, rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """First positions [B, N + 1] (T behind the last), kinds [B, N], and the position at which each one's document
     began [B, T] (negative: before the row).
 

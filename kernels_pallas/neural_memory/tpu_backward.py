@@ -87,7 +87,7 @@ class _Arrays:
         def group(states, q, k, v, gates):
             weights = [[functools.partial(lambda w: w, w) for w in layers] for layers in states]
             own = coefficients(call, gates, begin, taken)
-            return Group(call, weights, q, k, v, own, several, opens, F32)
+            return Group(call, weights, q, k, v, own, several, opens, F32, F32)
 
         return group, offset, here, [*rows, gates]
 
@@ -211,7 +211,11 @@ def run(call: Call, q, k, v, dy, gates, groups, initial, saved, d_end, d_before,
         out_shape=[*[windows.shape_of(call, q.dtype)] * 3, d_gates, *whole, *whole * call.carried],
         grid=(call.batch, call.heads // heads, S),
         in_specs=in_specs,
-        out_specs=[*[block(G, here)] * 3, windows.gates_block(lanes - 1, G, here), *[anywhere] * (depth * (1 + call.carried))],
+        out_specs=[
+            *[block(G, here)] * 3,
+            windows.gates_block(lanes - 1, G, here),
+            *[anywhere] * (depth * (1 + call.carried)),
+        ],  # fmt: skip
         scratch_shapes=scratch,
         compiler_params=compat.tpu_params(
             dimension_semantics=("parallel", "parallel", "arbitrary"),

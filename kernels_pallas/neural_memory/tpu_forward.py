@@ -1,4 +1,4 @@
-"""The forward kernel: a grid step is a segment of a row's positions for some heads, whose W and S stay in fast memory."""
+"""The forward kernel: a grid step is a segment of a row for some heads, whose W and S stay in fast memory."""
 
 from __future__ import annotations
 
@@ -75,10 +75,13 @@ def _kernel(*refs: Any, call: Call, heads: int, save: bool) -> None:
         columns, begin, opens = windows.group_gates(call, wg, offset, taken, first)
         here = lax.broadcasted_iota(jnp.int32, (R, 1), 0) < taken
         rows = lambda w: [jnp.where(here, w[h, pl.ds(offset, R)], 0) for h in range(heads)]
-        weights = [[functools.partial(lambda ref, h: ref[h], operands[n], h) for n in range(depth)] for h in range(heads)]
+        read = lambda ref, h: lambda: ref[h]
+        weights = [[read(ref, h) for ref in operands] for h in range(heads)]
         several = (kind == plan.SEVERAL).astype(F32)
         own = coefficients(call, columns, begin, taken)
-        at = Group(call, weights, rows(wq), rows(wk), rows(wv), own, several, opens, jnp.dtype(call.dtype))
+        at = Group(
+            call, weights, rows(wq), rows(wk), rows(wv), own, several, opens, jnp.dtype(call.dtype), call.narrow()
+        )
         for h, out in enumerate(at.outputs()):
             wy[h, pl.ds(offset, R)] = out
         for where, going in copying:

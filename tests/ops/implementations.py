@@ -23,7 +23,8 @@ from attnlab.ops.flow_definition import FlowRule
 from attnlab.ops.gathered_attention import GATHERED_ATTENTION, chosen_attention
 from attnlab.ops.linear_recurrence import LINEAR_RECURRENCE, linear_recurrence
 from attnlab.ops.local_linear import LOCAL_LINEAR, local_linear
-from attnlab.ops.neural_memory import NEURAL_MEMORY, MemorySpec, initial_state, neural_memory
+from attnlab.ops.memory_frame import MemorySpec, initial_state
+from attnlab.ops.neural_memory import NEURAL_MEMORY, neural_memory
 from attnlab.ops.parallax import PARALLAX, parallax
 from attnlab.ops.segmented_ema import SEGMENTED_EMA, segmented_ema
 from attnlab.ops.tensor_attention import TENSOR_ATTENTION, tensor_attention
