@@ -75,7 +75,7 @@ def neural_memory(
     widths = tuple(w.shape[-2] for w in weights) + (q.shape[-1],)
     if reason := does_not_fit(widths, chunk, str(q.dtype), T):
         raise ValueError(f"neural_memory: {reason}")
-    group = group or group_of(chunk)
+    group = group or (2 if interpret else group_of(chunk))  # fewer compile sooner
     rows = chunk * group
     call = Call(
         tuning.kind(), B, -(-T // rows) * rows, H, widths, str(q.dtype), chunk, residual_norm, tuple(rates),
