@@ -12,7 +12,7 @@ from kernels_pallas.neural_memory import cost, tpu_backward, tpu_forward
 from kernels_pallas.neural_memory.call import Call, group_of, segment_of
 from kernels_pallas.neural_memory.gradient import memory
 
-__all__ = ["does_not_fit", "kernel_flops", "neural_memory"]
+__all__ = ["does_not_fit", "kernel_flops", "neural_memory", "steps"]
 
 Layers = tuple[jax.Array, ...]
 
@@ -114,6 +114,13 @@ def kernel_flops(
     """FLOPs of one run of each kernel, by name."""
     flops = cost.forward_flops(_shape(batch, length, heads, widths, dtype, chunk))
     return {tpu_forward.NAME: flops, tpu_backward.NAME: 4 * flops}
+
+
+def steps(length: int, heads: int, widths: tuple[int, ...], dtype: str, chunk: int) -> dict[str, dict[str, int]]:
+    """Heads of a grid step, positions of a group, and of a segment, of both kernels."""
+    call = _shape(1, length, heads, widths, dtype, chunk)
+    of = lambda part: {"heads": call.heads_of_step(part), "rows": call.rows, "segment": call.segment}
+    return {part: of(part) for part in ("forward", "backward")}
 
 
 def _shape(batch: int, length: int, heads: int, widths: tuple[int, ...], dtype: str, chunk: int) -> Call:

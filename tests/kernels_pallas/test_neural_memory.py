@@ -62,7 +62,9 @@ def with_gradients(fn):
     """Of a sum in which each number has a weight of its own."""
     waves = lambda x: jnp.sum(jnp.cos(jnp.arange(x.size).reshape(x.shape)) * x)
     scalar = lambda *args: (lambda out: (sum(map(waves, jax.tree.leaves(out))), out))(fn(*args))
-    return jax.jit(lambda *args: jax.value_and_grad(scalar, tuple(range(len(args))), has_aux=True, allow_int=True)(*args))
+    return jax.jit(
+        lambda *args: jax.value_and_grad(scalar, tuple(range(len(args))), has_aux=True, allow_int=True)(*args)
+    )
 
 
 def close(found, expected, tolerance):
@@ -135,12 +137,12 @@ def test_groups_change_rounding_alone():
         qkv = [x.astype(dtype) for x in args[:3]]
         y, *state = kernels.neural_memory(
             *qkv, *args[3:], weights=start.weights, momentum=start.momentum, chunk=C, residual_norm=True, rates=DEEP.rates,
-            group=group, interpret=True,
+            epsilon=DEEP.epsilon, group=group, interpret=True,
         )  # fmt: skip
         return y.astype(jnp.float32), *state[:2]
 
     two, three, rough = run(2), run(3), run(2, jnp.bfloat16)
-    close(three, two, 2e-6)
+    close(three, two, 2e-5)
     error = jnp.sqrt(jnp.mean((rough[0] - two[0]) ** 2) / jnp.mean(two[0] ** 2))
     assert 1e-4 < error < 1e-2
 
@@ -170,7 +172,10 @@ def test_no_races(capfd):
     no race, and bitwise what plain XLA operations give; forward and backward, over several segments of two cores."""
     inputs, weights = data(70, 2, 1, batch=1)
     args, weights = cast(inputs, jnp.float32), cast(weights, jnp.float32)
-    start, positions = initial_state(weights, 1, True), positions_in_documents(document_index(jnp.asarray(SEGMENTS[1:, :70])))
+    start, positions = (
+        initial_state(weights, 1, True),
+        positions_in_documents(document_index(jnp.asarray(SEGMENTS[1:, :70]))),
+    )
 
     def run(interpret):
         def loss(weights, args):
@@ -216,14 +221,16 @@ def test_groups_of_random_packings(rows):
                 else:
                     assert document[s] == document[e - 1] and (complete or (e - s) % C == 0)
             rest = (position_T[-1] + 1) % C
-            if rest and real[-1][2] != plan.SEVERAL:
+            if rest and real and real[-1][2] != plan.SEVERAL:
                 assert T - real[-1][0] == rest
 
 
 def test_declared_bytes_are_those_of_the_blocks(monkeypatch):
     """What the compiler is told is what the block specs and copies move, within 5 %."""
     asked = []
-    monkeypatch.setattr(tpu_forward.pl, "pallas_call", lambda *a, **k: asked.append(k) or (lambda *args: _blank(k, args)))
+    monkeypatch.setattr(
+        tpu_forward.pl, "pallas_call", lambda *a, **k: asked.append(k) or (lambda *args: _blank(k, args))
+    )
     call = Call("v6e", 2, 4096, 8, (128, 512, 128), "bfloat16", 16, True, (1.0, 1.0), 0.0, True, False, 4, 512, False)
 
     def _blank(options, args):

@@ -43,7 +43,11 @@ def test_compiles(chip):
     positions = of(2, T, dtype=jnp.int32)
 
     def loss(arrays, positions):
-        rows, gates, states = arrays["rows"], arrays["gates"], {n: arrays[n] for n in ("weights", "momentum", "carried")}
+        rows, gates, states = (
+            arrays["rows"],
+            arrays["gates"],
+            {n: arrays[n] for n in ("weights", "momentum", "carried")},
+        )
         with tuning.device_kind(chip):
             y, end, *_ = neural_memory(
                 *rows, *gates, **states, chunk=16, residual_norm=len(widths) > 2, rates=(1.0,) * (len(widths) - 1),
