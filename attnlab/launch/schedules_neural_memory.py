@@ -82,7 +82,7 @@ def facts(root: llo.Region, chip: str, heads: int, rows: int, segment: int) -> d
 
 
 def measure(name: str, chip: str, folder: pathlib.Path, target: Any) -> dict[str, dict[str, Any]]:
-    """Facts of both kernels of a case, by part. The dump goes to `folder` (`llo.arguments`, before libtpu is loaded)."""
+    """Facts of both kernels of a case. The dump goes to `folder` (`llo.arguments`, before libtpu is loaded)."""
     case = CASES[name]
     llo.clear(folder)
     started = time.process_time()

@@ -136,8 +136,8 @@ def test_groups_change_rounding_alone():
     def run(group, dtype=jnp.float32):
         qkv = [x.astype(dtype) for x in args[:3]]
         y, *state = kernels.neural_memory(
-            *qkv, *args[3:], weights=start.weights, momentum=start.momentum, chunk=C, residual_norm=True, rates=DEEP.rates,
-            epsilon=DEEP.epsilon, group=group, interpret=True,
+            *qkv, *args[3:], weights=start.weights, momentum=start.momentum, chunk=C, residual_norm=True,
+            rates=DEEP.rates, epsilon=DEEP.epsilon, group=group, interpret=True,
         )  # fmt: skip
         return y.astype(jnp.float32), *state[:2]
 
