@@ -77,6 +77,7 @@ def _start(args: argparse.Namespace, overrides: list[str]) -> None:
         "cost",
         "tokenizer",
         "report",
+        "goodput",
     ):  # these need no chip, and a TPU serves one process at a time
         os.environ["JAX_PLATFORMS"] = "cpu"
     if args.verb == "train":  # before anything touches a device
@@ -100,10 +101,11 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
     from attnlab.train import config as run_config
 
     config = run_config.load(args.config, overrides)
+    from attnlab.train import goodput
     from attnlab.train.loop import train
 
     out = output.Lasting(sys.stdout)  # a run outlives the reader of its output: log.txt has it all
-    train(config, args.workdir, rich.console.Console(file=out))
+    train(config, args.workdir, rich.console.Console(file=out), began=goodput.process_began())
     with output.after(f"the run went on, and {args.workdir / 'log.txt'} has what it said"):
         output.require() if out.error is None else output.fail(out.error)
     return 0
@@ -392,6 +394,18 @@ def _tokenizer(args: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
+def _goodput(args: argparse.Namespace, _: list[str]) -> int:
+    from attnlab.train import goodput
+
+    found = goodput.account(args.workdir)
+    if args.json:
+        output.write_json(found)
+        return 0
+    for table in goodput.tables(found):
+        output.write_table(*table)
+    return 0
+
+
 def _report(args: argparse.Namespace, _: list[str]) -> int:
     from attnlab.ablation import collect, report, sections
 
@@ -444,4 +458,5 @@ _VERBS = {
     "tune": _tune,
     "tokenizer": _tokenizer,
     "report": _report,
+    "goodput": _goodput,
 }
