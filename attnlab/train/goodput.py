@@ -135,7 +135,7 @@ def account(workdir: pathlib.Path) -> dict[str, Any]:
     """
     attempts = _attempts(workdir / FILE)
     if not attempts:
-        raise UserError(f"--workdir {workdir} has no {FILE} with a line in it; allowed: one that attnlab train wrote")
+        raise UserError(f"workdir {workdir} has no {FILE} with a line in it; allowed: the workdir of a run")
     total = dict.fromkeys((*KINDS, LOST, IDLE), 0.0)
     told = []
     for attempt, after in zip(attempts, [*attempts[1:], None]):
