@@ -72,13 +72,7 @@ def _start(args: argparse.Namespace, overrides: list[str]) -> None:
     from attnlab.launch import runtime
 
     runtime.quiet()
-    if args.verb in (
-        "list",
-        "cost",
-        "tokenizer",
-        "report",
-        "goodput",
-    ):  # these need no chip, and a TPU serves one process at a time
+    if args.verb in ("list", "cost", "tokenizer", "report", "goodput"):  # a TPU serves one process at a time
         os.environ["JAX_PLATFORMS"] = "cpu"
     if args.verb == "train":  # before anything touches a device
         from attnlab.launch import cluster
@@ -400,8 +394,7 @@ def _goodput(args: argparse.Namespace, _: list[str]) -> int:
     found = goodput.account(args.workdir)
     if args.json:
         output.write_json(found)
-        return 0
-    for table in goodput.tables(found):
+    for table in () if args.json else goodput.tables(found):
         output.write_table(*table)
     return 0
 
