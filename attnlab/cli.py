@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import logging
 import os
 import pathlib
-import signal
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 from attnlab import arguments, output
@@ -303,6 +300,7 @@ def _ablate(args: argparse.Namespace, overrides: list[str]) -> int:
     import rich.console
 
     from attnlab.ablation import announce, price, runner, self_test
+    from attnlab.launch import runtime
 
     if args.self_test == (args.config is not None):
         raise UserError("one of --config PATH and --self-test is needed")
@@ -315,7 +313,7 @@ def _ablate(args: argparse.Namespace, overrides: list[str]) -> int:
         return 0 if found["holds"] else 1
     config, cells = announce.load(args.config, overrides)
     if not args.dry_run:
-        with _ending_in_order():
+        with runtime.ending_in_order():
             code = runner.run_plan(config, cells, args.workdir, options, console)
         if args.json and (results := args.workdir / "results.json").is_file():
             output.write_json(json.loads(results.read_text(encoding="utf-8")))
@@ -372,12 +370,13 @@ def _tune(args: argparse.Namespace, _: list[str]) -> int:
 
 def _tokenizer(args: argparse.Namespace, overrides: list[str]) -> int:
     from attnlab import data
+    from attnlab.launch import runtime
     from attnlab.train import config as run_config
 
     config, out = run_config.load(args.config, overrides).data, str(args.out)
     if not isinstance(config, data.DataConfig):
         raise UserError(f"data.name = {config.node_name!r} has no text; allowed: text")
-    with _ending_in_order():
+    with runtime.ending_in_order():
         if args.action == "train":
             summary = data.train_tokenizer(config, args.vocab, out, overwrite=args.overwrite)
         else:
@@ -423,21 +422,6 @@ def _report(args: argparse.Namespace, _: list[str]) -> int:
             output.write_table(*table)
         output.write(f"exploratory: no plan announced these comparisons\nwrote {path}, results.json and results.csv")
     return 0
-
-
-@contextlib.contextmanager
-def _ending_in_order() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the process as an exception does, so that what is half written goes."""
-
-    def end(number: int, _: Any) -> None:
-        raise SystemExit(128 + number)
-
-    old = {n: signal.signal(n, end) for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) == signal.SIG_DFL}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 _VERBS = {
