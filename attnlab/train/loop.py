@@ -20,7 +20,7 @@ from attnlab.errors import TrainingFailed
 from attnlab.evaluate import samples
 from attnlab.evaluate.heldout import evaluate
 from attnlab.models.cost import model_cost
-from attnlab.train import goodput, metadata, optimizers, workdir
+from attnlab.train import goodput, metadata, optimizers, trackers, workdir
 from attnlab.train.checkpoints import Checkpoints, Host
 from attnlab.train.config import RunConfig
 from attnlab.train.hardware import peak_flops, require_memory
@@ -141,6 +141,7 @@ class _Run:
     ):
         self.config, self.path, self.processes, self.checkpoints, self.held = config, path, processes, checkpoints, held
         self._spent = clock
+        trackers.require(config.train.trackers)
         self._report, self._say = report, report.say
         c = config
         self.data = open_data(c)
@@ -199,7 +200,10 @@ class _Run:
         """Steps to the end, or to a signal."""
         c = self.config.train
         self.log = MetricLog(self.path, self.step, self._say) if self.processes.first else None
+        names = c.trackers if self.processes.first else ()
+        self.trackers = trackers.Trackers(names, self.path, config_lib.to_dict(self.config), self._say)
         with contextlib.ExitStack() as stack:
+            stack.callback(self.trackers.close)
             stack.callback(self.checkpoints.close)
             self._spent.resumed(self.step)
             if self.log is not None:
@@ -320,6 +324,7 @@ class _Run:
         self._record = record
         if self.log is not None:
             self.log.write(record)
+        self.trackers.log(step, record)
         self._spent.write(step)
         self.progress.update(step, record)
         return evaluation
