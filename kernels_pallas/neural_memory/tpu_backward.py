@@ -206,24 +206,25 @@ def run(call: Call, q, k, v, dy, gates, groups, initial, saved, d_end, d_before,
     wide = pltpu.VMEM((heads, rows, call.widths[0]), F32)
     scratch = [pltpu.VMEM((call.stores + 2, heads, *s), F32) for s in shapes] + states * 2
     scratch += [wide] * 4 + [pltpu.VMEM((rows, lanes), F32)] + [wide] * 3 + [pltpu.VMEM((rows, lanes - 1), F32)]
-    out = pl.pallas_call(
-        functools.partial(_kernel, call=call, heads=heads),
-        out_shape=[*[windows.shape_of(call, q.dtype)] * 3, d_gates, *whole, *whole * call.carried],
-        grid=(call.batch, call.heads // heads, S),
-        in_specs=in_specs,
-        out_specs=[
-            *[block(G, here)] * 3,
-            windows.gates_block(lanes - 1, G, here),
-            *[anywhere] * (depth * (1 + call.carried)),
-        ],  # fmt: skip
-        scratch_shapes=scratch,
-        compiler_params=compat.tpu_params(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=tuning.vmem_limit(call.kind),
-            disable_bounds_checks=True,
-        ),
-        cost_estimate=backward_cost(call, heads),
-        interpret=call.interpret,
-        name=NAME,
-    )(*groups, q, k, v, dy, q, k, v, dy, gates, gates, *initial, *saved, *d_end, *d_before)
+    with jax.named_scope("neural_memory"):  # else the kernel's own name gets those of jax's transformations
+        out = pl.pallas_call(
+            functools.partial(_kernel, call=call, heads=heads),
+            out_shape=[*[windows.shape_of(call, q.dtype)] * 3, d_gates, *whole, *whole * call.carried],
+            grid=(call.batch, call.heads // heads, S),
+            in_specs=in_specs,
+            out_specs=[
+                *[block(G, here)] * 3,
+                windows.gates_block(lanes - 1, G, here),
+                *[anywhere] * (depth * (1 + call.carried)),
+            ],  # fmt: skip
+            scratch_shapes=scratch,
+            compiler_params=compat.tpu_params(
+                dimension_semantics=("parallel", "parallel", "arbitrary"),
+                vmem_limit_bytes=tuning.vmem_limit(call.kind),
+                disable_bounds_checks=True,
+            ),
+            cost_estimate=backward_cost(call, heads),
+            interpret=call.interpret,
+            name=NAME,
+        )(*groups, q, k, v, dy, q, k, v, dy, gates, gates, *initial, *saved, *d_end, *d_before)
     return out[:3], out[3], out[4 : 4 + depth], out[4 + depth :]

@@ -133,21 +133,22 @@ def run(call: Call, q, k, v, gates, groups, initial, carried, *, heads: int, sav
     if call.dtype != "float32":
         scratch += [pltpu.VMEM((heads, *s), call.dtype) for s in call.shapes()]
     scratch += [wide] * 4 + [pltpu.VMEM((G + R, lanes), F32), pltpu.SemaphoreType.DMA((2, depth))]
-    out = pl.pallas_call(
-        functools.partial(_kernel, call=call, heads=heads, save=save),
-        out_shape=[windows.shape_of(call, q.dtype), *whole, *whole, *kept],
-        grid=(call.batch, call.heads // heads, S),
-        in_specs=in_specs,
-        out_specs=[block(G, here), *[anywhere] * (depth * (2 + save))],
-        scratch_shapes=scratch,
-        compiler_params=compat.tpu_params(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=tuning.vmem_limit(call.kind),
-            disable_bounds_checks=True,
-        ),
-        cost_estimate=forward_cost(call, heads, save),
-        interpret=call.interpret,
-        name=NAME,
-    )(*groups, q, k, v, q, k, v, gates, gates, *initial, *carried)
+    with jax.named_scope("neural_memory"):  # else the kernel's own name gets those of jax's transformations
+        out = pl.pallas_call(
+            functools.partial(_kernel, call=call, heads=heads, save=save),
+            out_shape=[windows.shape_of(call, q.dtype), *whole, *whole, *kept],
+            grid=(call.batch, call.heads // heads, S),
+            in_specs=in_specs,
+            out_specs=[block(G, here), *[anywhere] * (depth * (2 + save))],
+            scratch_shapes=scratch,
+            compiler_params=compat.tpu_params(
+                dimension_semantics=("parallel", "parallel", "arbitrary"),
+                vmem_limit_bytes=tuning.vmem_limit(call.kind),
+                disable_bounds_checks=True,
+            ),
+            cost_estimate=forward_cost(call, heads, save),
+            interpret=call.interpret,
+            name=NAME,
+        )(*groups, q, k, v, q, k, v, gates, gates, *initial, *carried)
     y, states = out[0], out[1:]
     return y, states[:depth], states[depth : 2 * depth], states[2 * depth :]
