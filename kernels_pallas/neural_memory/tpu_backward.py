@@ -91,6 +91,10 @@ class _Arrays:
 
         return group, offset, here, [*rows, gates]
 
+    def following(self, slot: jax.Array) -> jax.Array:
+        """The next slot; positions that cannot be are not to write behind the last."""
+        return jnp.minimum(slot + 1, self.call.stores - 1)
+
     def again(self, n: jax.Array, slot: jax.Array) -> jax.Array:
         """Puts the state after a group into the next slot, if the next group starts from it; the slot filled last."""
         follows = self.continues(n + 1)
@@ -103,9 +107,9 @@ class _Arrays:
             group.learn()
             for layer, store in enumerate(self.store):
                 for h in range(self.heads):
-                    store[slot + 1, h] = group.after(h, layer, states[h][layer])
+                    store[self.following(slot), h] = group.after(h, layer, states[h][layer])
 
-        return jnp.where(follows, slot + 1, slot)
+        return jnp.where(follows, self.following(slot), slot)
 
     def reverse(self, n: jax.Array, slot: jax.Array) -> jax.Array:
         """The gradients of a group; the slot of the one before."""
