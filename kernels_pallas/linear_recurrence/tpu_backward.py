@@ -10,7 +10,6 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
@@ -57,14 +56,13 @@ class Backward(Step):
     def forward_unit(self, m: int, h: int) -> Unit:
         """The state after a chunk of a head."""
         (*_, d, e), dtype = self.plan.shape, self.r["q"].dtype
-        _, _, write, carry = self.weights(m, h)
-        written = (self.load("k", m, h) * write[:, :d]).astype(dtype)
+        written = (self.load("k", m, h) * self.write(m, h)[:, :d]).astype(dtype)
         new = product(written, self.load("u", m, h), 0, 0)
         yield
+        carry = self.carry(m, h)
         self.states[m + 1, h] = self.states[m, h] * carry[:, :e] + new
         if self.plan.column:
-            added = over_sublanes(_wide(written) * self.column(self.r["z"][0, h, m]))
-            self.sums[m + 1, h] = self.sums[m, h] * carry[:, :1] + added
+            self.sums[m + 1, h] = carry[:, :1] * self.sums[m, h] + self.times_rows(self.r["z"][0, h, m], written, 0)
         yield
 
     def unit(self, m: int, h: int) -> Unit:
@@ -74,7 +72,7 @@ class Backward(Step):
         scores, slopes = product(k, q, 1, 1), product(u, do, 1, 1)
         column = Column(self, m, h) if self.plan.column else None
         yield
-        pairs, read, write, carry = self.weights(m, h)
+        pairs = self.pairs(m, h)
         if column is not None:
             slopes += column.slopes()
         p, s = (scores * pairs).astype(dtype), (slopes * pairs).astype(dtype)
@@ -82,32 +80,34 @@ class Backward(Step):
         yield
         near = product(s, k, 0, 0), product(s, q, 1, 0), product(p, do, 1, 0)
         yield
+        read, write = self.read(m, h), self.write(m, h)
         asked = (q * read[:, :d]).astype(dtype)
         far = product(do, before, 1, 1), product(u, after, 1, 1), product(k, after, 1, 0)
         new = product(asked, do, 0, 0)
         yield
         dq, dk_far = far[0] * read[:, :d], far[1] * write[:, :d]
         if column is not None:
-            dq, dk_far = dq + read[:, :1] * column.far_queries(), dk_far + write[:, :1] * column.far_keys()
+            dq += read[:, :d] * column.far_queries()
+            dk_far += write[:, :d] * column.far_keys()
         dq, dk = near[0] + dq, near[1] + dk_far
         self.store("dq", m, h, dq)
         self.store("dk", m, h, dk)
         self.store("du", m, h, near[2] + far[2] * write[:, :e])
         if self.plan.wants_decay:
-            self._decay(m, h, _wide(q) * dq - _wide(k) * dk, _wide(k) * dk_far, carry)
-        self.dstate[h] = self.dstate[h] * carry[:, :e] + new
+            self._decay(m, h, _wide(q) * dq - _wide(k) * dk, _wide(k) * dk_far)
+        self.dstate[h] = self.dstate[h] * self.carry(m, h)[:, :e] + new
         if column is not None:
-            column.finish(p, k, asked, write, carry)
+            column.finish(p, k, asked)
         yield
 
-    def _decay(self, m: int, h: int, passed, kept, carry) -> None:
+    def _decay(self, m: int, h: int, passed, kept) -> None:
         """The gradient of the log decays: what is asked for from a position on, of what was written before it.
 
         Args:
           passed: [C, d], `q dq - k dk`: what a position asks for, less what is asked for of what it writes.
           kept: [C, d], `k dk` of what is asked for behind the chunk.
         """
-        (*_, e), C = self.plan.shape, self.plan.sizes.chunk
+        (*_, e), C, carry = self.plan.shape, self.plan.sizes.chunk, self.carry(m, h)
         behind = over_sublanes(over_lanes(kept))
         behind += over_sublanes(over_lanes(self.states[m, h] * self.dstate[h] * carry[:, :e]))
         if self.plan.column:
@@ -115,9 +115,8 @@ class Backward(Step):
         each = over_lanes(passed) + jnp.where(iota((C, 1), 0) == C - 1, behind, 0)
         mask = self.lower
         if self.plan.documents:  # rows: later positions; the first of a document carries nothing over
-            first = self.r["starts"][0, m]
-            here = self.col + self.start(m)
-            mask &= (here >= self.masks(m).begins) & (here != first)
+            first, here = self.own(m), self.col + self.start(m)
+            mask &= (here >= self.begins(m)) & (here != first)
         self.r["dlogs"][0, h, m] = over_sublanes(jnp.where(mask, each, 0))
 
 
@@ -127,11 +126,12 @@ class Column:
     def __init__(self, step: Backward, m: int, h: int):
         self.step, self.m, self.h = step, m, h
         self.z, self.doz = (step.r[name][0, h, m] for name in ("z", "doz"))
-        self.z_column, self.doz_column = step.column(self.z), step.column(self.doz)
+        (*_, d, _), C = step.plan.shape, step.plan.sizes.chunk
+        self.z_column, self.doz_column = step.spread(self.z, max(C, d)), step.spread(self.doz, d)
 
     def slopes(self):
         """[C, C], keys by queries: what the column adds to the gradient of a pair's weighted score."""
-        return self.z_column * self.doz
+        return self.z_column[:, : self.z.shape[1]] * self.doz
 
     def far_queries(self):
         """[C, d]: gradient of queries from the state before the chunk, unweighted."""
@@ -139,14 +139,16 @@ class Column:
 
     def far_keys(self):
         """[C, d]: gradient of keys from behind the chunk, unweighted."""
-        return self.z_column * self.step.dsums[self.h]
+        dsums = self.step.dsums[self.h]
+        return self.z_column[:, : dsums.shape[1]] * dsums
 
-    def finish(self, p, k, asked, write, carry) -> None:
+    def finish(self, p, k, asked) -> None:
         """The column's own gradient, and that of the sums before the chunk."""
-        step, h = self.step, self.h
-        dz = over_lanes(_wide(p) * self.doz) + write[:, :1] * over_lanes(_wide(k) * step.dsums[h])
-        step.r["dz"][0, h, self.m] = step.to_row(dz)
-        step.dsums[h] = carry[:, :1] * step.dsums[h] + over_sublanes(_wide(asked) * self.doz_column)
+        step, m, h = self.step, self.m, self.h
+        dsums = step.dsums[h]
+        far = step.write_row(m, h) * step.times_rows(dsums, k, 1)
+        step.r["dz"][0, h, m] = step.times_rows(self.doz, p, 1) + far
+        step.dsums[h] = step.carry(m, h)[:, :1] * dsums + step.times_rows(self.doz, asked, 0)
 
 
 def _kernel(plan: Plan, heads: int, names: tuple[str, ...], *refs) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels_pallas.flash_attention.tpu_plan import product
-from kernels_pallas.linear_recurrence.chunk import Step, Unit, lockstep, over_lanes, over_sublanes
+from kernels_pallas.linear_recurrence.chunk import Step, Unit, lockstep
 from kernels_pallas.linear_recurrence.plan import Blocks, Plan, as_rows, from_rows
 
 NAME = "linear_recurrence_forward"
@@ -55,26 +55,24 @@ class Forward(Step):
         k, u = self.load("k", m, h), self.load("u", m, h)
         scores = product(q, k, 1, 1)
         yield
-        pairs, read, write, carry = self.weights(m, h)
-        p = (scores * pairs).astype(dtype)
-        written = (k * write[:, :d]).astype(dtype)
+        p = (scores * self.pairs(m, h)).astype(dtype)
+        written = (k * self.write(m, h)[:, :d]).astype(dtype)
         yield
         far = product(q, self.state[h].astype(dtype), 1, 0)
         near = product(p, u, 1, 0)
         new = product(written, u, 0, 0)
         yield
-        self.store("o", m, h, near + far * read[:, :e])
-        self.state[h] = new + self.state[h] * carry[:, :e]
+        self.store("o", m, h, near + far * self.read(m, h)[:, :e])
+        self.state[h] = new + self.state[h] * self.carry(m, h)[:, :e]
         if self.plan.column:
-            self._column(m, h, q, p, written, read, carry)
+            self._column(m, h, q, p, written)
         yield
 
-    def _column(self, m: int, h: int, q, p, written, read, carry) -> None:
+    def _column(self, m: int, h: int, q, p, written) -> None:
         """The values' last column, of which a chunk is a row, and the state a row over keys."""
-        z, wide = self.r["z"][0, h, m], jnp.float32
-        own = over_lanes(p.astype(wide) * z) + read[:, :1] * over_lanes(q.astype(wide) * self.sums[h])
-        self.r["oz"][0, h, m] = self.to_row(own)
-        self.sums[h] = carry[:, :1] * self.sums[h] + over_sublanes(written.astype(wide) * self.column(z))
+        z, sums = self.r["z"][0, h, m], self.sums[h]
+        self.r["oz"][0, h, m] = self.times_rows(z, p, 1) + self.read_row(m, h) * self.times_rows(sums, q, 1)
+        self.sums[h] = self.carry(m, h)[:, :1] * sums + self.times_rows(z, written, 0)
 
 
 def _kernel(plan: Plan, heads: int, names: tuple[str, ...], *refs) -> None:
