@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Generator, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +17,55 @@ from kernels_pallas.linear_recurrence.plan import Plan
 
 _NEVER = -1e9  # log2 of a weight of 0
 _TILE = 16  # sublanes of bfloat16
+WAVE = int(os.environ.get("WAVE", "2"))
 _PARTS = 3  # bfloat16 numbers that a float32 is the sum of
 
 Unit = Generator[None, None, None]
+_DONE = object()
 
 
-def lockstep(units: Iterable[Unit]) -> None:
-    """Heads phase by phase, as the compiler keeps to the program's order: one's latency is covered by the others."""
-    for _ in zip(*units):
-        pass
+class Weights(NamedTuple):
+    """How much passes: of pairs [C, C], of positions and of the whole chunk, the same in all lanes.
+
+    Attributes:
+      pairs: of a key for a query, queries along sublanes; in the backward transposed, keys along sublanes.
+      read: [C, at least d and e], of the state before the chunk for a query.
+      write: as `read`, of a key in the state after it.
+      carry: [1, as many, or 1], of the state before in the state after.
+    """
+
+    pairs: jax.Array
+    read: jax.Array
+    write: jax.Array
+    carry: jax.Array
+
+
+class Masks(NamedTuple):
+    """Where documents allow it: None, everywhere.
+
+    Attributes:
+      pairs: as in `Weights`.
+      read, write: [C, 1].
+      carry: [1, 1].
+      begins: [C, 1], first position of the document of each.
+    """
+
+    pairs: jax.Array
+    read: jax.Array | None = None
+    write: jax.Array | None = None
+    carry: jax.Array | None = None
+    begins: jax.Array | None = None
+
+
+def in_waves(units: Iterable[Unit], count: int) -> None:
+    """Units phase by phase, `count` of them beginning at a time, those that began before going on first.
+
+    The compiler keeps to the program's order, so that units side by side cover each other's latency; of units that are
+    in the same phase together so much is alive that registers are spilled.
+    """
+    waiting, running = iter(units), []
+    while running := [*running, *itertools.islice(waiting, count)]:
+        running = [unit for unit in running if next(unit, _DONE) is not _DONE]
 
 
 def iota(shape: tuple[int, int], axis: int) -> jax.Array:
@@ -46,7 +88,6 @@ class Step:
     Attributes:
       r: the kernel's arrays by name.
       block: number of the block of positions.
-      wide: d or e, whichever is more.
       backward: whether pairs are transposed.
     """
 
@@ -56,10 +97,11 @@ class Step:
         self.first, self.last = step == 0, step == plan.blocks - 1
         self.block = plan.blocks - 1 - step if backward else step
         self.first_head = pl.program_id(1) * heads
-        self.wide, C = max(plan.shape[3:]), plan.sizes.chunk
+        C = plan.sizes.chunk
         row, col = iota((C, C), 0), iota((C, C), 1)
         self.row, self.col, self.lower = row, col, row >= col
-        self._begins: dict[int, jax.Array] = {}
+        self._masks: dict[int, Masks] = {}
+        self._weights: dict[tuple[int, int], Weights] = {}
 
     def rows(self, m: int) -> slice:
         """Positions of chunk `m` in the block."""
@@ -96,51 +138,61 @@ class Step:
             self.r["read"][h] = jnp.exp2((t + 1).astype(jnp.float32) * log)
             self.r["write"][h] = jnp.exp2((C - 1 - t).astype(jnp.float32) * log)
 
-    # How much passes. What a chunk needs is made where it is used: registers are few.
+    def masks(self, m: int) -> Masks:
+        """Of chunk `m`."""
+        if m not in self._masks:
+            self._masks[m] = self._make_masks(m)
+        return self._masks[m]
 
-    def pairs(self, m: int, h: int) -> jax.Array:
-        """[C, C], of a key for a query, queries along sublanes; in the backward keys along sublanes."""
-        mask = self.row <= self.col if self.backward else self.lower
-        if self.plan.documents:
-            allowed = (self.row, self.own) if self.backward else (self.col, self.begins)
-            mask &= allowed[0] + self.start(m) >= allowed[1](m)
-        if self.plan.constant:
-            return jnp.where(mask, self.r["pairs"][h], 0) if self.plan.documents else self.r["pairs"][h]
-        row = self.r["logs"][0, h, m]
-        column = self.spread(row, row.shape[1])
-        return jnp.exp2(jnp.where(mask, row - column if self.backward else column - row, _NEVER))
-
-    def read(self, m: int, h: int) -> jax.Array:
-        """[C, `wide`], of the state before the chunk for a query, the same in all lanes."""
-        if not self.plan.constant:
-            return self.spread(self.read_row(m, h), self.wide)
-        weight = self.r["read"][h]
-        return jnp.where(self.begins(m, self.wide) < self.start(m), weight, 0) if self.plan.documents else weight
-
-    def write(self, m: int, h: int) -> jax.Array:
-        """[C, `wide`], of a key in the state after the chunk, the same in all lanes."""
-        if not self.plan.constant or self.plan.ragged:
-            return self.spread(self.write_row(m, h), self.wide)
-        weight = self.r["write"][h]
+    def _make_masks(self, m: int) -> Masks:
         if not self.plan.documents:
-            return weight
-        return jnp.where(iota(weight.shape, 0) + self.start(m) >= self.own(m)[:, -1:], weight, 0)
-
-    def carry(self, m: int, h: int) -> jax.Array:
-        """[1, `wide`], of the state before in the state after, the same in all lanes."""
-        if not self.plan.constant:
-            weight = jnp.broadcast_to(jnp.exp2(self.r["logs"][0, h, m][:, -1:]), (1, self.wide))
-        elif self.plan.ragged:
-            weight = jnp.exp2(jnp.full((1, self.wide), self._steps(m).astype(jnp.float32) * self._log(h)))
+            return Masks(self.row <= self.col if self.backward else self.lower)
+        start, own = self.start(m), self.r["starts"][0, m]
+        begins, newest = over_lanes(jnp.where(self.row == self.col, own, 0)), own[:, -1:]
+        if self.backward:
+            pairs = (self.row <= self.col) & (self.row + start >= own)
         else:
-            weight = self.r["read"][h, -1:]
-        return jnp.where(self.own(m)[:, -1:] < self.start(m), weight, 0) if self.plan.documents else weight
+            pairs = self.lower & (self.col + start >= begins)
+        write = iota((own.shape[1], 1), 0) + start >= newest
+        return Masks(pairs, begins < start, write, newest < start, begins)
+
+    def weights(self, m: int, h: int) -> Weights:
+        """Of chunk `m` and head `h`."""
+        if (m, h) not in self._weights:
+            make = self._constant if self.plan.constant else self._by_position
+            self._weights[m, h] = make(m, h, self.masks(m))
+        return self._weights[m, h]
+
+    def _constant(self, m: int, h: int, masks: Masks) -> Weights:
+        pairs, read, write = (self.r[name][h] for name in ("pairs", "read", "write"))
+        carry = read[-1:]
+        if self.plan.ragged:  # the last chunk ends with the last position
+            log, steps = self._log(h), self._steps(m)
+            left = steps - 1 - iota(write.shape, 0)
+            write = jnp.exp2(jnp.maximum(left, 0).astype(jnp.float32) * log)
+            carry = jnp.exp2(jnp.full(carry.shape, steps.astype(jnp.float32) * log))
+        if self.plan.documents:
+            kept = lambda mask, x: jnp.where(mask, x, 0)
+            pairs, read, write, carry = map(kept, masks[:4], (pairs, read, write, carry))
+        return Weights(pairs, read, write, carry)
+
+    def _by_position(self, m: int, h: int, masks: Masks) -> Weights:
+        C, wide, row = self.plan.sizes.chunk, max(self.plan.shape[3:]), self.r["logs"][0, h, m]
+        columns = self.spread(row, max(C, wide))
+        passed = row - columns[:, :C] if self.backward else columns[:, :C] - row
+        pairs = jnp.exp2(jnp.where(masks.pairs, passed, _NEVER))
+        total, columns = row[:, -1:], columns[:, :wide]
+        read, left, carry = jnp.exp2(columns), total - columns, jnp.exp2(total)
+        if self.plan.documents:
+            read, left = jnp.where(masks.read, read, 0), jnp.where(masks.write, left, _NEVER)
+            carry = jnp.where(masks.carry, carry, 0)
+        return Weights(pairs, read, jnp.exp2(left), carry)
 
     def read_row(self, m: int, h: int) -> jax.Array:
         """`read` as a row, [1, C]."""
         t = iota((1, self.plan.sizes.chunk), 1)
         weight = jnp.exp2((t + 1).astype(jnp.float32) * self._log(h) if self.plan.constant else self.r["logs"][0, h, m])
-        return jnp.where(self.own(m) < self.start(m), weight, 0) if self.plan.documents else weight
+        return jnp.where(self.r["starts"][0, m] < self.start(m), weight, 0) if self.plan.documents else weight
 
     def write_row(self, m: int, h: int) -> jax.Array:
         """`write` as a row, [1, C]."""
@@ -151,8 +203,9 @@ class Step:
             row = self.r["logs"][0, h, m]
             left = row[:, -1:] - row
         weight = jnp.exp2(left)
-        own = t + self.start(m) >= self.own(m)[:, -1:] if self.plan.documents else None
-        return weight if own is None else jnp.where(own, weight, 0)
+        if not self.plan.documents:
+            return weight
+        return jnp.where(t + self.start(m) >= self.r["starts"][0, m][:, -1:], weight, 0)
 
     def _log(self, h: int):
         """A head's constant decay."""
@@ -161,17 +214,6 @@ class Step:
     def _steps(self, m: int):
         """Positions of the chunk: the last ends with the last position."""
         return jnp.clip(self.plan.shape[1] - self.start(m), 0, self.plan.sizes.chunk)
-
-    def own(self, m: int) -> jax.Array:
-        """[1, C], first position of the document of each position."""
-        return self.r["starts"][0, m]
-
-    def begins(self, m: int, width: int | None = None) -> jax.Array:
-        """`own` as columns, [C, C] or over so many lanes; the same for all heads."""
-        if m not in self._begins:
-            whole = self.spread(self.own(m).astype(jnp.float32), max(self.plan.sizes.chunk, self.wide))
-            self._begins[m] = whole.astype(jnp.int32)
-        return self._begins[m][:, : width or self.plan.sizes.chunk]
 
     def spread(self, row: jax.Array, width: int) -> jax.Array:
         """A row [1, C] as columns, [C, width], exactly.

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels_pallas.flash_attention.tpu_plan import product
-from kernels_pallas.linear_recurrence.chunk import Step, Unit, iota, lockstep, over_lanes, over_sublanes
+from kernels_pallas.linear_recurrence.chunk import WAVE, Step, Unit, in_waves, iota, over_lanes, over_sublanes
 from kernels_pallas.linear_recurrence.plan import Blocks, Plan, as_rows, from_rows
 
 NAME = "linear_recurrence_backward"
@@ -37,12 +37,10 @@ class Backward(Step):
 
         self.states = {(0, h): r["state_saved"][0, 0, h] for h in heads}
         self.sums = {(0, h): r["sums_saved"][0, 0, h] for h in heads} if plan.column else {}
-        for m in chunks[:-1]:
-            lockstep(self.forward_unit(m, h) for h in heads)
+        in_waves((self.forward_unit(m, h) for m in chunks[:-1] for h in heads), WAVE)
         self.dstate = [r["dstate"][h] for h in heads]
         self.dsums = [r["dsums"][h] for h in heads] if plan.column else []
-        for m in reversed(chunks):
-            lockstep(self.unit(m, h) for h in heads)
+        in_waves((self.unit(m, h) for m in reversed(chunks) for h in heads), WAVE)
         for h in heads:
             r["dstate"][h] = self.dstate[h]
             if plan.column:
@@ -56,14 +54,13 @@ class Backward(Step):
     def forward_unit(self, m: int, h: int) -> Unit:
         """The state after a chunk of a head."""
         (*_, d, e), dtype = self.plan.shape, self.r["q"].dtype
-        written = (self.load("k", m, h) * self.write(m, h)[:, :d]).astype(dtype)
+        _, _, write, carry = self.weights(m, h)
+        written = (self.load("k", m, h) * write[:, :d]).astype(dtype)
         new = product(written, self.load("u", m, h), 0, 0)
         yield
-        carry = self.carry(m, h)
         self.states[m + 1, h] = self.states[m, h] * carry[:, :e] + new
         if self.plan.column:
             self.sums[m + 1, h] = carry[:, :1] * self.sums[m, h] + self.times_rows(self.r["z"][0, h, m], written, 0)
-        yield
 
     def unit(self, m: int, h: int) -> Unit:
         """A chunk of a head, in phases."""
@@ -72,15 +69,14 @@ class Backward(Step):
         scores, slopes = product(k, q, 1, 1), product(u, do, 1, 1)
         column = Column(self, m, h) if self.plan.column else None
         yield
-        pairs = self.pairs(m, h)
+        pairs, read, write, carry = self.weights(m, h)
         if column is not None:
             slopes += column.slopes()
         p, s = (scores * pairs).astype(dtype), (slopes * pairs).astype(dtype)
-        before, after = self.states[m, h].astype(dtype), self.dstate[h].astype(dtype)
         yield
         near = product(s, k, 0, 0), product(s, q, 1, 0), product(p, do, 1, 0)
         yield
-        read, write = self.read(m, h), self.write(m, h)
+        before, after = self.states[m, h].astype(dtype), self.dstate[h].astype(dtype)
         asked = (q * read[:, :d]).astype(dtype)
         far = product(do, before, 1, 1), product(u, after, 1, 1), product(k, after, 1, 0)
         new = product(asked, do, 0, 0)
@@ -94,20 +90,19 @@ class Backward(Step):
         self.store("dk", m, h, dk)
         self.store("du", m, h, near[2] + far[2] * write[:, :e])
         if self.plan.wants_decay:
-            self._decay(m, h, _wide(q) * dq - _wide(k) * dk, _wide(k) * dk_far)
-        self.dstate[h] = self.dstate[h] * self.carry(m, h)[:, :e] + new
+            self._decay(m, h, _wide(q) * dq - _wide(k) * dk, _wide(k) * dk_far, carry)
+        self.dstate[h] = self.dstate[h] * carry[:, :e] + new
         if column is not None:
-            column.finish(p, k, asked)
-        yield
+            column.finish(p, k, asked, carry)
 
-    def _decay(self, m: int, h: int, passed, kept) -> None:
+    def _decay(self, m: int, h: int, passed, kept, carry) -> None:
         """The gradient of the log decays: what is asked for from a position on, of what was written before it.
 
         Args:
           passed: [C, d], `q dq - k dk`: what a position asks for, less what is asked for of what it writes.
           kept: [C, d], `k dk` of what is asked for behind the chunk.
         """
-        (*_, e), C, carry = self.plan.shape, self.plan.sizes.chunk, self.carry(m, h)
+        (*_, e), C = self.plan.shape, self.plan.sizes.chunk
         behind = over_sublanes(over_lanes(kept))
         behind += over_sublanes(over_lanes(self.states[m, h] * self.dstate[h] * carry[:, :e]))
         if self.plan.column:
@@ -115,8 +110,8 @@ class Backward(Step):
         each = over_lanes(passed) + jnp.where(iota((C, 1), 0) == C - 1, behind, 0)
         mask = self.lower
         if self.plan.documents:  # rows: later positions; the first of a document carries nothing over
-            first, here = self.own(m), self.col + self.start(m)
-            mask &= (here >= self.begins(m)) & (here != first)
+            first, here = self.r["starts"][0, m], self.col + self.start(m)
+            mask &= (here >= self.masks(m).begins) & (here != first)
         self.r["dlogs"][0, h, m] = over_sublanes(jnp.where(mask, each, 0))
 
 
@@ -142,13 +137,13 @@ class Column:
         dsums = self.step.dsums[self.h]
         return self.z_column[:, : dsums.shape[1]] * dsums
 
-    def finish(self, p, k, asked) -> None:
+    def finish(self, p, k, asked, carry) -> None:
         """The column's own gradient, and that of the sums before the chunk."""
         step, m, h = self.step, self.m, self.h
         dsums = step.dsums[h]
         far = step.write_row(m, h) * step.times_rows(dsums, k, 1)
         step.r["dz"][0, h, m] = step.times_rows(self.doz, p, 1) + far
-        step.dsums[h] = step.carry(m, h)[:, :1] * dsums + step.times_rows(self.doz, asked, 0)
+        step.dsums[h] = carry[:, :1] * dsums + step.times_rows(self.doz, asked, 0)
 
 
 def _kernel(plan: Plan, heads: int, names: tuple[str, ...], *refs) -> None:

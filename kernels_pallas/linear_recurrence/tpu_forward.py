@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels_pallas.flash_attention.tpu_plan import product
-from kernels_pallas.linear_recurrence.chunk import Step, Unit, lockstep
+from kernels_pallas.linear_recurrence.chunk import WAVE, Step, Unit, in_waves
 from kernels_pallas.linear_recurrence.plan import Blocks, Plan, as_rows, from_rows
 
 NAME = "linear_recurrence_forward"
@@ -36,8 +36,7 @@ class Forward(Step):
                 r[f"{name}_saved"][0, 0] = r[name][...]
         self.state = [r["state"][h] for h in heads]
         self.sums = [r["sums"][h] for h in heads] if plan.column else []
-        for m in range(plan.sizes.chunks):
-            lockstep(self.unit(m, h) for h in heads)
+        in_waves((self.unit(m, h) for m in range(plan.sizes.chunks) for h in heads), WAVE)
         for h in heads:
             r["state"][h] = self.state[h]
             if plan.column:
@@ -55,24 +54,23 @@ class Forward(Step):
         k, u = self.load("k", m, h), self.load("u", m, h)
         scores = product(q, k, 1, 1)
         yield
-        p = (scores * self.pairs(m, h)).astype(dtype)
-        written = (k * self.write(m, h)[:, :d]).astype(dtype)
+        pairs, read, write, carry = self.weights(m, h)
+        p, written = (scores * pairs).astype(dtype), (k * write[:, :d]).astype(dtype)
         yield
         far = product(q, self.state[h].astype(dtype), 1, 0)
         near = product(p, u, 1, 0)
         new = product(written, u, 0, 0)
         yield
-        self.store("o", m, h, near + far * self.read(m, h)[:, :e])
-        self.state[h] = new + self.state[h] * self.carry(m, h)[:, :e]
+        self.store("o", m, h, near + far * read[:, :e])
+        self.state[h] = new + self.state[h] * carry[:, :e]
         if self.plan.column:
-            self._column(m, h, q, p, written)
-        yield
+            self._column(m, h, q, p, written, carry)
 
-    def _column(self, m: int, h: int, q, p, written) -> None:
+    def _column(self, m: int, h: int, q, p, written, carry) -> None:
         """The values' last column, of which a chunk is a row, and the state a row over keys."""
         z, sums = self.r["z"][0, h, m], self.sums[h]
         self.r["oz"][0, h, m] = self.times_rows(z, p, 1) + self.read_row(m, h) * self.times_rows(sums, q, 1)
-        self.sums[h] = self.carry(m, h)[:, :1] * sums + self.times_rows(z, written, 0)
+        self.sums[h] = carry[:, :1] * sums + self.times_rows(z, written, 0)
 
 
 def _kernel(plan: Plan, heads: int, names: tuple[str, ...], *refs) -> None:
