@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Generator, Iterable
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from kernels_pallas.linear_recurrence.plan import Plan
 
 _NEVER = -1e9  # log2 of a weight of 0
 _TILE = 16  # sublanes of bfloat16
-WAVE = int(os.environ.get("WAVE", "2"))
+WAVE = 4  # units that begin at a time
 _PARTS = 3  # bfloat16 numbers that a float32 is the sum of
 
 Unit = Generator[None, None, None]
