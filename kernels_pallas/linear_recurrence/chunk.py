@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Generator, Iterable
 from typing import Any, NamedTuple
 
@@ -16,7 +15,6 @@ from kernels_pallas.linear_recurrence.plan import Plan
 
 _NEVER = -1e9  # log2 of a weight of 0
 _TILE = 16  # sublanes of bfloat16
-WAVE = 4  # units that begin at a time
 _PARTS = 3  # bfloat16 numbers that a float32 is the sum of
 
 Unit = Generator[None, None, None]
@@ -56,14 +54,10 @@ class Masks(NamedTuple):
     begins: jax.Array | None = None
 
 
-def in_waves(units: Iterable[Unit], count: int) -> None:
-    """Units phase by phase, `count` of them beginning at a time, those that began before going on first.
-
-    The compiler keeps to the program's order, so that units side by side cover each other's latency; of units that are
-    in the same phase together so much is alive that registers are spilled.
-    """
-    waiting, running = iter(units), []
-    while running := [*running, *itertools.islice(waiting, count)]:
+def lockstep(units: Iterable[Unit]) -> None:
+    """Heads phase by phase, as the compiler keeps to the program's order: one's latency is covered by the others."""
+    running = list(units)
+    while running:
         running = [unit for unit in running if next(unit, _DONE) is not _DONE]
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels_pallas.flash_attention.tpu_plan import product
-from kernels_pallas.linear_recurrence.chunk import WAVE, Step, Unit, in_waves, iota, over_lanes, over_sublanes
+from kernels_pallas.linear_recurrence.chunk import Step, Unit, iota, lockstep, over_lanes, over_sublanes
 from kernels_pallas.linear_recurrence.plan import Blocks, Plan, as_rows, from_rows
 
 NAME = "linear_recurrence_backward"
@@ -37,10 +37,12 @@ class Backward(Step):
 
         self.states = {(0, h): r["state_saved"][0, 0, h] for h in heads}
         self.sums = {(0, h): r["sums_saved"][0, 0, h] for h in heads} if plan.column else {}
-        in_waves((self.forward_unit(m, h) for m in chunks[:-1] for h in heads), WAVE)
+        for m in chunks[:-1]:
+            lockstep(self.forward_unit(m, h) for h in heads)
         self.dstate = [r["dstate"][h] for h in heads]
         self.dsums = [r["dsums"][h] for h in heads] if plan.column else []
-        in_waves((self.unit(m, h) for m in reversed(chunks) for h in heads), WAVE)
+        for m in reversed(chunks):
+            lockstep(self.unit(m, h) for h in heads)
         for h in heads:
             r["dstate"][h] = self.dstate[h]
             if plan.column:
@@ -73,10 +75,10 @@ class Backward(Step):
         if column is not None:
             slopes += column.slopes()
         p, s = (scores * pairs).astype(dtype), (slopes * pairs).astype(dtype)
+        before, after = self.states[m, h].astype(dtype), self.dstate[h].astype(dtype)
         yield
         near = product(s, k, 0, 0), product(s, q, 1, 0), product(p, do, 1, 0)
         yield
-        before, after = self.states[m, h].astype(dtype), self.dstate[h].astype(dtype)
         asked = (q * read[:, :d]).astype(dtype)
         far = product(do, before, 1, 1), product(u, after, 1, 1), product(k, after, 1, 0)
         new = product(asked, do, 0, 0)

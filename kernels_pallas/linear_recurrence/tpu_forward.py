@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels_pallas.flash_attention.tpu_plan import product
-from kernels_pallas.linear_recurrence.chunk import WAVE, Step, Unit, in_waves
+from kernels_pallas.linear_recurrence.chunk import Step, Unit, lockstep
 from kernels_pallas.linear_recurrence.plan import Blocks, Plan, as_rows, from_rows
 
 NAME = "linear_recurrence_forward"
@@ -36,7 +36,8 @@ class Forward(Step):
                 r[f"{name}_saved"][0, 0] = r[name][...]
         self.state = [r["state"][h] for h in heads]
         self.sums = [r["sums"][h] for h in heads] if plan.column else []
-        in_waves((self.unit(m, h) for m in range(plan.sizes.chunks) for h in heads), WAVE)
+        for m in range(plan.sizes.chunks):
+            lockstep(self.unit(m, h) for h in heads)
         for h in heads:
             r["state"][h] = self.state[h]
             if plan.column:

@@ -56,9 +56,7 @@ def test_kernel_flops():
     more of all chunks but a block's last."""
     each, d, e, C = 2.0 * 2 * 4096 * 16, 128, 129, 128
     with on("TPU v6e"), ops.recording() as chosen:
-        arrays = [jax.ShapeDtypeStruct((2, 4096, 16, w), jnp.bfloat16) for w in (d, d, e)]
-        jax.eval_shape(lambda *a: LINEAR_RECURRENCE.choose(RecurrenceSpec.of(None, *a, None, None, None, chunk=64)) and 0,
-                       *arrays)  # fmt: skip
+        LINEAR_RECURRENCE.choose(spec())
     runs = lambda name: chosen.kernel_flops({f"linear_recurrence_{name}.3": 1})
     assert runs("forward") == pytest.approx(each * (C * (d + e) + 2 * d * e))
     assert runs("backward") == pytest.approx(each * (C * (3 * d + 2 * e) + 4.75 * d * e))
