@@ -37,17 +37,18 @@ def spec(**changes):
 
 def test_auto():
     """On TPU the kernel, on any kind; XLA's form takes what is shorter than a chunk, float64 and states too large."""
+    huge = {"width": 8192, "value_width": 8192}
     for kind in ("TPU v5e", "TPU v5p", "TPU v6e", "TPU7x", "TPU v99"):
         with on(kind):
             for changes in ({}, {"dtype": "float32"}, {"heads": 25, "width": 153}, {"positions": 1000}):
                 assert LINEAR_RECURRENCE.pick(spec(**changes)) == "pallas", changes
-            for changes in ({"positions": 127}, {"positions": 1}, {"dtype": "float64"}, {"width": 8192}):
+            for changes in ({"positions": 127}, {"positions": 1}, {"dtype": "float64"}, huge):
                 assert LINEAR_RECURRENCE.pick(spec(**changes)) == "chunked", changes
             assert LINEAR_RECURRENCE.pick(spec(positions=7), "pallas") == "pallas"
             with pytest.raises(UserError, match="bfloat16 and float32, not float64"):
                 LINEAR_RECURRENCE.pick(spec(dtype="float64"), "pallas")
-            with pytest.raises(UserError, match="state of 8192 x 129 does not fit"):
-                LINEAR_RECURRENCE.pick(spec(width=8192), "pallas")
+            with pytest.raises(UserError, match="state of 8192 x 8192 does not fit"):
+                LINEAR_RECURRENCE.pick(spec(**huge), "pallas")
     assert LINEAR_RECURRENCE.pick(spec()) == "chunked"
 
 
