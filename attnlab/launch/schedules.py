@@ -141,8 +141,7 @@ def forward_facts(root: llo.Region, chip: str, blocks: Any, shape: Shape, length
         cycles = 0.0
         for n, walk in enumerate(causal_walks(length, blocks)):
             cycles += facts["beside"] + reading.cost(closing[0])
-            alone = n * blocks.rows + blocks.rows // 2 <= (len(walk) - 1) * blocks.keys  # the second half of the rows
-            if halved and len(walk) > 1 and alone:
+            if halved and last_is_halved(n, walk, blocks):
                 cycles, walk = cycles + reading.cost(halved[0]), walk[1:]
             else:
                 cycles += reading.cost(first[-1] if walk[0] else first[0])
@@ -152,19 +151,31 @@ def forward_facts(root: llo.Region, chip: str, blocks: Any, shape: Shape, length
 
 
 def backward_facts(root: llo.Region, chip: str, blocks: Any, shape: Shape, lengths: Sequence[int]) -> dict[str, Any]:
-    """Of flash attention's backward; gradients of keys are set to 0 once for a key head's query heads."""
+    """Of flash attention's backward; gradients of keys are set to 0, and turned, once for a key head's query heads."""
     reading = Reading(root, chip, blocks.rows * blocks.keys)
-    beside = reading.beside()
-    zeroes = max(r.own["bundles"] for r in reading.root.walk() if not r.inside and not r.own["products"])
-    facts = reading.facts() | {"beside": beside, "zeroes": zeroes}
+    leaves = [r for r in root.walk() if not r.inside and not r.own["products"]]
+    once = {kind: max(r.own["bundles"] for r in leaves if r.kind == kind) for kind in ("when", "loop")}
+    halved = [r for r in root.walk() if 0 < r.own["products"] < reading.most]
+    facts = reading.facts() | {"beside": reading.beside(), "zeroes": once["when"], "turned": once["loop"]}
+    if halved:
+        facts["halved"] = halved[0].own["bundles"]
     cost = {name: max(facts[name], facts["floor"]) * reading.unit for name in ("full", "masked")}
     total = {}
     for length in lengths:
-        walks = causal_walks(length, blocks)
-        cycles = zeroes * length / shape.length * shape.key_heads / shape.heads
-        cycles += sum(beside + sum(cost["masked" if masked else "full"] for masked in walk) for walk in walks)
+        of_keys = facts["zeroes"] * length / shape.length + facts["turned"] * length / blocks.keys
+        cycles = of_keys * shape.key_heads / shape.heads
+        for n, walk in enumerate(causal_walks(length, blocks)):
+            cycles += facts["beside"]
+            if halved and last_is_halved(n, walk, blocks):
+                cycles, walk = cycles + reading.cost(halved[0]), walk[1:]
+            cycles += sum(cost["masked" if masked else "full"] for masked in walk)
         total[str(length)] = round(cycles)
     return facts | {"causal_cycles": total}
+
+
+def last_is_halved(n: int, walk: list[bool], blocks: Any) -> bool:
+    """Whether the second half of row tile `n` alone sees the last of the key tiles that it meets."""
+    return len(walk) > 1 and n * blocks.rows + blocks.rows // 2 <= (len(walk) - 1) * blocks.keys
 
 
 def causal_walks(length: int, blocks: Any) -> list[list[bool]]:

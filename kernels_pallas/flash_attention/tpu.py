@@ -88,11 +88,11 @@ def _forward_tiles(call: Call, q, k, v, bias: bool) -> tuple[tuning.ForwardBlock
 
 
 def _backward_tiles(call: Call, q, k, v, bias: bool) -> tuple[tuning.BackwardBlocks, int]:
-    """Tiles, and how many keys are in fast memory at a time with their float32 gradients, in two buffers."""
+    """Tiles, and how many keys are in fast memory at a time with their gradients, in two buffers, and float32 sums."""
     T, S, d, e = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
     blocks = _given(call, "backward") or tuning.backward_blocks(call.kind, T, S)
     tuning.check(blocks)
-    each = 2 * (_round(d, 128) + _round(e, 128)) * q.dtype.itemsize + 8 * (_round(d, _WIDTH) + _round(e, _WIDTH))
+    each = 4 * (_round(d, 128) + _round(e, 128)) * q.dtype.itemsize + 4 * (_round(d, _WIDTH) + _round(e, _WIDTH))
     return blocks, tuning.resident_keys(call.kind, each + 128 * bias, S, blocks.keys, tuning.BACKWARD_REST)
 
 

@@ -1,7 +1,7 @@
 """The backward on TPU: one sweep of five products.
 
 Scores are rows by keys. Row tiles are outside, key tiles inside; the gradients of a head's keys and values are
-accumulated transposed, in float32, in windows that stay in fast memory over all rows of all heads that read it.
+accumulated transposed, in float32, over all rows of all heads that read it, and turned when the last of them is done.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from kernels_pallas.flash_attention.call import LOG2E
 from kernels_pallas.flash_attention.tpu_plan import HIDDEN, Plan, Slots, Tiles, fold8, in_bounds, product, tile_table
 
 LSE, DELTA = 0, 1  # rows of the statistics, and places of their columns
+SUMS = "dk_sum", "dv_sum", "dbias_sum"
 
 
 class RowTile:
-    """One row tile against its key tiles."""
+    """One row tile against its key tiles; the last as in the forward's."""
 
     def __init__(self, plan: Plan, refs: dict[str, Any], bounds: tuple):
         self.plan, self.refs = plan, refs
-        self.first, self.full, self.full_end, self.end = bounds
+        self.first, self.full, self.full_end, end, self.halved = bounds
+        self.end = end - self.halved
         blocks = plan.blocks
         self.row_parts = [slice(r, r + blocks.sub_rows) for r in range(0, blocks.rows, blocks.sub_rows)]
         self.key_parts = [slice(c, c + blocks.sub_keys) for c in range(0, blocks.keys, blocks.sub_keys)]
@@ -68,10 +70,10 @@ class RowTile:
             self.plan.blocks.sub_keys,
         )
 
-    def key_tile(self, tile, masked: bool) -> None:
+    def key_tile(self, tile, masked: bool, row_parts: list[slice]) -> None:
         """All gradients from one tile. The next block is asked for before one is finished."""
         plan, r = self.plan, self.refs
-        blocks = [(rows, keys) for rows in self.row_parts for keys in self.key_parts]
+        blocks = [(rows, keys) for rows in row_parts for keys in self.key_parts]
         wide = lambda n, rows: jnp.tile(r["columns"][n, rows, :], (1, plan.blocks.sub_keys // 128))
         sums: dict[tuple[str, int], Any] = {}
 
@@ -96,25 +98,39 @@ class RowTile:
             add("dq", rows, product(ds, r["k"][self.at(tile, keys), :], 1, 0))
         for keys in self.key_parts:
             for name in ("dv", "dk", "dbias"):
-                if name in r:
-                    r[name][tile, :, keys] += sums[name, keys.start]
-        for rows in self.row_parts:
+                if f"{name}_sum" in r:
+                    r[f"{name}_sum"][tile, :, keys] += sums[name, keys.start]
+        for rows in row_parts:
             r["acc"][rows, :] += sums["dq", rows.start]
 
     def walk(self) -> None:
         """All tiles."""
-        masks = self.plan.low or self.plan.high
+        masks, parts = self.plan.low or self.plan.high, self.row_parts
 
         def turn(tile, carry):
             if not masks:
-                self.key_tile(tile, False)
+                self.key_tile(tile, False, parts)
                 return carry
             whole = (tile >= self.full) & (tile < self.full_end)
-            pl.when(whole)(lambda: self.key_tile(tile, False))
-            pl.when(~whole)(lambda: self.key_tile(tile, True))
+            pl.when(whole)(lambda: self.key_tile(tile, False, parts))
+            pl.when(~whole)(lambda: self.key_tile(tile, True, parts))
             return carry
 
         lax.fori_loop(self.first, self.end, turn, 0)
+        if self.plan.can_halve():
+            pl.when(self.halved == 1)(lambda: self.key_tile(self.end, True, parts[len(parts) // 2 :]))
+
+
+def _turned(plan: Plan, refs: dict[str, Any]) -> None:
+    """What has been summed of keys and values, in their own order and dtype."""
+
+    def turn(tile, carry):
+        at = pl.ds(pl.multiple_of(tile * plan.blocks.keys, plan.blocks.keys), plan.blocks.keys)
+        refs["dk"][at, :] = (refs["dk_sum"][tile] * plan.scale).T.astype(refs["dk"].dtype)
+        refs["dv"][at, :] = refs["dv_sum"][tile].T.astype(refs["dv"].dtype)
+        return carry
+
+    lax.fori_loop(0, refs["dk_sum"].shape[0], turn, 0)
 
 
 def _kernel(plan: Plan, names: tuple[str, ...], tiles: Tiles, table, *refs) -> None:
@@ -123,15 +139,17 @@ def _kernel(plan: Plan, names: tuple[str, ...], tiles: Tiles, table, *refs) -> N
 
     @pl.when(tiles.begins(b, i, table) if tiles.packed else (g == 0) & (i == 0))
     def _():
-        for name in ("dk", "dv", "dbias"):
+        for name in SUMS:
             if name in refs:
                 refs[name][...] = jnp.zeros_like(refs[name])
 
     at = tiles.at(b, i)
-    row_tile = RowTile(plan, refs, tuple(table[at + n] for n in range(4)))
+    row_tile = RowTile(plan, refs, tuple(table[at + n] for n in range(tiles.numbers)))
     row_tile.begin()
     row_tile.walk()
     refs["dq"][...] = (refs["acc"][...] * plan.scale).astype(refs["dq"].dtype)
+    done = tiles.ends(b, i, table) if tiles.packed else (g == tiles.group - 1) & (i == tiles.count - 1)
+    pl.when(done)(lambda: _turned(plan, refs))
 
 
 def run(
@@ -150,14 +168,14 @@ def run(
     vmem: int,
     interpret: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """dq [B, H, T, d] in `out_dtype`; dk [B, K, S, d], dv [B, K, S, e] and that of the bias [B, K, S] in float32.
+    """dq [B, H, T, d] in `out_dtype`; dk [B, K, S, d], dv [B, K, S, e] in theirs; that of the bias [B, K, S], float32.
 
     T and S are whole tiles; `bounds` is None where every row sees all keys. The scale is in dq and dk. `heads_BN` as in
     `tpu_forward.run`, each head's tiles side by side; what is returned for a key head that has none means nothing.
     """
     blocks, (B, H, T, d), (K, S, e) = plan.blocks, q_BHTd.shape, v_BKSe.shape[1:]
     G, key_tiles = H // K, S // blocks.keys
-    tiles, table = tile_table(bounds, blocks, T, S, G, heads_BN)
+    tiles, table = tile_table(plan, bounds, T, S, G, heads_BN)
     statistics = jnp.stack([lse2_BHT, delta_BHT], 2)
     statistics = jnp.pad(statistics, ((0, 0), (0, 0), (0, 6), (0, 0)))
 
@@ -181,12 +199,13 @@ def run(
         slots.input("bounds", stacked, spec)
         slots.scratch("bound_columns", (blocks.rows, 8), jnp.int32)
     slots.output("dq", (B, H, T, d), out_dtype, row(d))
-    for name, width in (("dk", d), ("dv", e)):
-        slots.output(name, (B, K, key_tiles, width, blocks.keys), jnp.float32, keys(key_tiles, width, blocks.keys))
+    for name, width, dtype in (("dk", d, k_BKSd.dtype), ("dv", e, v_BKSe.dtype)):
+        slots.output(name, (B, K, S, width), dtype, keys(S, width))
+        slots.scratch(f"{name}_sum", (key_tiles, width, blocks.keys), jnp.float32)
     if bias_BKS is not None:
         tiled = (bias_BKS.astype(jnp.float32) * LOG2E).reshape(B, K, key_tiles, 1, blocks.keys)
         slots.input("bias", tiled, keys(key_tiles, 1, blocks.keys))
-        slots.output("dbias", (B, K, key_tiles, 8, blocks.keys), jnp.float32, keys(key_tiles, 8, blocks.keys))
+        slots.output("dbias_sum", (B, K, key_tiles, 8, blocks.keys), jnp.float32, keys(key_tiles, 8, blocks.keys))
     slots.scratch("qs", (blocks.rows, d), q_BHTd.dtype)
     slots.scratch("columns", (2, blocks.rows, 128), jnp.float32)
     slots.scratch("acc", (blocks.rows, d), jnp.float32)
@@ -200,6 +219,5 @@ def run(
         vmem=vmem,
         interpret=interpret,
     )
-    plain = lambda x: x.swapaxes(3, 4).reshape(B, K, S, -1)
-    dbias = found["dbias"].sum(3).reshape(B, K, S) if bias_BKS is not None else None
-    return found["dq"], plain(found["dk"]) * plan.scale, plain(found["dv"]), dbias
+    dbias = found["dbias_sum"].sum(3).reshape(B, K, S) if bias_BKS is not None else None
+    return found["dq"], found["dk"], found["dv"], dbias

@@ -19,7 +19,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import masks
 from kernels_pallas.flash_attention.call import LOG2E
 from kernels_pallas.flash_attention.tpu_plan import (
     HIDDEN,
@@ -51,7 +50,7 @@ class RowTile:
         self.row_parts = [slice(r, r + blocks.sub_rows) for r in range(0, blocks.rows, blocks.sub_rows)]
         self.key_parts = [slice(c, c + blocks.sub_keys) for c in range(0, blocks.keys, blocks.sub_keys)]
         self.second_half = self.row_parts[len(self.row_parts) // 2 :]
-        self.end = end - self.halved if can_halve(plan) else end
+        self.end = end - self.halved
 
     def begin(self, rows: slice) -> None:
         """Statistics of no keys; a sink is a key whose value is 0."""
@@ -179,7 +178,7 @@ class RowTile:
             return carry
 
         cold = count > 0
-        if can_halve(self.plan):
+        if self.plan.can_halve():
             pl.when(self.halved == 1)(self.open_halved)
             cold &= self.halved == 0
         self.ask(tile(0), 0, valid=cold)
@@ -203,11 +202,6 @@ class RowTile:
             self.begin(rows)
             total = None if self.plan.blocks.ones else r["l"][:, rows]
             self.write(rows, r["acc"][:, rows], total, None if self.plan.bounded else r["m"][0:1, rows])
-
-
-def can_halve(plan: Plan) -> bool:
-    """Whether half of the rows of a tile are whole parts, and some tiles may be of use to the second half alone."""
-    return plan.high and plan.blocks.rows % (2 * plan.blocks.sub_rows) == 0
 
 
 def _kernel(plan: Plan, names: tuple[str, ...], tiles: Tiles, table, *refs) -> None:
@@ -240,8 +234,7 @@ def run(
     """
     blocks, (B, H, T, d), (K, S, e) = plan.blocks, q_BHTd.shape, v_BKSe.shape[1:]
     key_tiles = S // blocks.keys
-    halved = functools.partial(masks.halved, bounds=bounds, rows=blocks.rows, keys=blocks.keys)
-    tiles, table = tile_table(bounds, blocks, T, S, H // K, heads_BN, halved if can_halve(plan) else None)
+    tiles, table = tile_table(plan, bounds, T, S, H // K, heads_BN)
     height = e + ONES if blocks.ones else e
     v = jnp.pad(v_BKSe, ((0, 0),) * 3 + ((0, height - e),), constant_values=1)
     v = v.reshape(B, K, key_tiles, blocks.keys, height).swapaxes(3, 4)

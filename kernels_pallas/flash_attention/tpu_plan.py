@@ -49,6 +49,10 @@ class Plan:
         bounded = call.soft_cap is not None and call.soft_cap <= _BOUNDED_CAP and not added
         return cls(blocks, call.scale, fold, cap, low, high, bounded)
 
+    def can_halve(self) -> bool:
+        """Whether half of the rows of a tile are whole parts, and some tiles may be of use to the second half alone."""
+        return self.high and self.blocks.rows % (2 * self.blocks.sub_rows) == 0
+
 
 def product(a, b, a_axis: int, b_axis: int):
     """The product of two matrices over an axis of each, in float32; in full float32 where they are."""
@@ -90,7 +94,7 @@ class Tiles:
         return self.group == 0
 
     def at(self, b, i):
-        """Where the table holds tile `i` of sequence `b`: the four numbers of `masks.tile_ranges`, and one more."""
+        """Where the table holds tile `i` of sequence `b`: the numbers of `masks.tile_ranges`, and `masks.halved`."""
         return ((0 if self.shared else b * self.count) + i) * (self.numbers + self.packed)
 
     def key_head(self, b, h, i, table):
@@ -104,27 +108,31 @@ class Tiles:
         before = table[self.at(b, jnp.maximum(i - 1, 0)) + self.numbers]
         return (i == 0) | (before != table[self.at(b, i) + self.numbers])
 
+    def ends(self, b, i, table):
+        """Of packed rows: whether the tile is the last of its key head."""
+        after = table[self.at(b, jnp.minimum(i + 1, self.count - 1)) + self.numbers]
+        return (i == self.count - 1) | (after != table[self.at(b, i) + self.numbers])
+
 
 def tile_table(
+    plan: Plan,
     bounds: tuple[jax.Array, jax.Array] | None,
-    blocks: Any,
     rows: int,
     keys: int,
     group: int,
     heads_BN: jax.Array | None,
-    more: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[Tiles, jax.Array]:
-    """The table for scalar memory, and what is where in it; without bounds every row sees all keys.
-
-    `more`: of the ranges, what else a kernel is told of each row tile; 0 where None.
-    """
+    """The table for scalar memory, and what is where in it; without bounds every row sees all keys."""
+    blocks = plan.blocks
     if bounds is not None:
         ranges = masks.tile_ranges(*bounds, blocks.rows, blocks.keys)
     else:
         tiles = keys // blocks.keys
         ranges = jnp.broadcast_to(jnp.asarray([0, 0, tiles, tiles], jnp.int32), (1, rows // blocks.rows, 4))
-    also = jnp.zeros(ranges.shape[:2], jnp.int32) if more is None else more(ranges)
-    table = jnp.concatenate([ranges, also[..., None]], -1)
+    halved = jnp.zeros(ranges.shape[:2], jnp.int32)
+    if plan.can_halve() and bounds is not None:
+        halved = masks.halved(ranges, bounds, blocks.rows, blocks.keys)
+    table = jnp.concatenate([ranges, halved[..., None]], -1)
     if heads_BN is None:
         return Tiles(table.shape[1], table.shape[0] == 1, group), table
     table = jnp.broadcast_to(table, (*heads_BN.shape, Tiles.numbers))

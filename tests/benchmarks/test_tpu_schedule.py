@@ -13,7 +13,7 @@ import pytest
 from attnlab.launch import llo, schedules
 from benchmarks import tpu_schedule
 from kernels_pallas import masks, tuning
-from kernels_pallas.tuning import ForwardBlocks
+from kernels_pallas.tuning import BackwardBlocks, ForwardBlocks
 
 # A loop of four bundles with one in it that a branch goes around; made up, in the compiler's form.
 BUNDLES = """\
@@ -59,29 +59,50 @@ def test_causal_walks():
     assert schedules.causal_walks(512, ForwardBlocks(256, 128)) == [[True, True], [True, True, False, False]]
 
 
+def region(kind, at, bundles, products=0, inside=()):
+    own = Counter(bundles=bundles, products=products)
+    return llo.Region(kind, at, at + 1, inside=list(inside), own=own)
+
+
+def causal_tiles(blocks, length):
+    """What the kernel itself is told of each row tile of a causal head: tiles masked, the last first; its flag."""
+    t = jnp.arange(length)[None]
+    bounds = masks.intervals(None, t + 1, length, length)
+    ranges = masks.tile_ranges(*bounds, blocks.rows, blocks.keys)
+    flags = masks.halved(ranges, bounds, blocks.rows, blocks.keys)
+    for (low, full, full_end, end), alone in zip(ranges[0].tolist(), flags[0].tolist()):
+        yield [not full <= j < full_end for j in range(low, end)][::-1], alone
+
+
 def test_a_causal_head_is_the_sum_of_its_tiles():
     """What a head costs is what each row tile does, by the ranges and flags that the kernel itself is given."""
-    region = lambda kind, at, bundles, products=0, inside=(): llo.Region(
-        kind, at, at + 1, inside=list(inside), own=Counter(bundles=bundles, products=products)
-    )
     first, first_masked, halved = region("when", 2, 320, 1), region("when", 3, 480, 1), region("when", 4, 1000, 3)
     steps = region("loop", 5, 32, 0, [region("when", 6, 640, 2), region("when", 7, 960, 2)])
     steps.end = 8
     grid = region("loop", 1, 96, 0, [first, first_masked, halved, steps, region("when", 9, 160, 1)])
     blocks, length = ForwardBlocks(256, 128, 128, 128), 1024
     facts = schedules.forward_facts(region("kernel", 0, 7, 0, [grid]), "v6e", blocks, schedules.Shape(), [length])
-    t = jnp.arange(length)[None]
-    bounds = masks.intervals(None, t + 1, length, length)
-    ranges = masks.tile_ranges(*bounds, blocks.rows, blocks.keys)
     total = 0
-    for (low, full, full_end, end), alone in zip(
-        *(x[0].tolist() for x in (ranges, masks.halved(ranges, bounds, 256, 128)))
-    ):
-        masked = [not full <= j < full_end for j in range(low, end)][::-1]
+    for masked, alone in causal_tiles(blocks, length):
         total += 96 + 32 + 160  # of the grid, of its loop over steps, of what closes a row tile
         total += 1000 if alone else 480 if masked[0] else 320
         total += sum(960 if m else 640 for m in masked[1 + alone :])
     assert facts["causal_cycles"] == {"1024": total} and facts["first_halved"] == 1000
+
+
+def test_a_causal_heads_backward_is_the_sum_of_its_tiles():
+    """As of the forward; what is done once for a key head is shared by the query heads that read it."""
+    steps = region("loop", 2, 32, 0, [region("when", 3, 640, 4), region("when", 4, 960, 4)])
+    once = [region("when", 5, 512), region("when", 6, 8, 0, [region("loop", 7, 100)])]
+    grid = region("loop", 1, 96, 0, [steps, region("when", 8, 400, 2), *once])
+    blocks, length, shape = BackwardBlocks(256, 128, 128, 128), 1024, schedules.Shape()
+    facts = schedules.backward_facts(region("kernel", 0, 7, 0, [grid]), "v6e", blocks, shape, [length])
+    total = (512 * length / shape.length + 100 * length / 128) * shape.key_heads / shape.heads
+    for masked, alone in causal_tiles(blocks, length):
+        total += 96 + 32 + 8
+        total += 400 if alone else 960 if masked[0] else 640
+        total += sum(960 if m else 640 for m in masked[1:])
+    assert facts["causal_cycles"] == {"1024": total} and facts["halved"] == 400
 
 
 def test_growth_is_said():
