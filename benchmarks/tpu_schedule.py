@@ -19,13 +19,14 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from attnlab.launch import llo, schedules
+from attnlab.launch import llo, schedules, schedules_flow
 from attnlab.launch.schedules import TOPOLOGIES, Case, Reading, Shape
 
 SHAPE = Shape()
 LENGTHS = (4096, 16384)  # of the estimates
 SPLASH_TILES = (512, 1024)
-GROWTH, CHECKED = 0.05, ("full", "masked", "spills", "kernel_bundles", "vmem")
+GROWTH, CHECKED = 0.05, ("full", "masked", "bundles", "spills", "kernel_bundles", "vmem")
+RECURRENCES = {f"{m.NAME}: {case}": (m, case) for m in (schedules_flow,) for case in m.CASES}
 Fact = tuple[str, str, dict[str, Any]]
 CASES = {
     "causal": Case(),
@@ -82,8 +83,10 @@ def splash(tile: int, chip: str, folder: pathlib.Path, target: Any) -> dict[str,
     return found
 
 
-def measure(chips: list[str], cases: list[str], tiles: Sequence[int], folder: pathlib.Path) -> Iterator[Fact]:
-    """(chip, kernel, facts) of flash attention's cases, and of splash attention with square tiles.
+def measure(
+    chips: list[str], cases: list[str], tiles: Sequence[int], recurrences: Sequence[str], folder: pathlib.Path
+) -> Iterator[Fact]:
+    """(chip, kernel, facts) of flash attention's cases, of splash attention with square tiles, and of recurrences.
 
     libtpu must not have been loaded before.
     """
@@ -99,6 +102,9 @@ def measure(chips: list[str], cases: list[str], tiles: Sequence[int], folder: pa
         for tile in tiles:
             for part, facts in splash(tile, chip, folder, target).items():
                 yield chip, f"splash {part}, causal, tile {tile}", facts
+        for module, case in (RECURRENCES[name] for name in recurrences):
+            for part, facts in module.measure(case, chip, folder, target).items():
+                yield chip, f"{module.NAME} {part}, {case}", facts
 
 
 TITLES = (f"{'':6}{'kernel':44}{'full':>7}{'masked':>8}{'floor':>7}{'matrix':>8}{'spills':>8}{'VMEM MiB':>10}",
@@ -106,7 +112,12 @@ TITLES = (f"{'':6}{'kernel':44}{'full':>7}{'masked':>8}{'floor':>7}{'matrix':>8}
 
 
 def row(chip: str, name: str, f: dict[str, Any]) -> str:
-    """A line of the table."""
+    """A line of the table; of a recurrence, bundles and matrix cycles per position and head."""
+    if "bundles" in f:
+        return (
+            f"{chip:6}{name:44}{f['bundles']:>7.2f}{'':8}{f['matrix']:>7.2f}{f['matrix'] / f['bundles']:>8.0%}"
+            f"{f['spills']:>8}{f['vmem'] / 2**20:>10.1f}"
+        )
     cycles = "".join(f"{f['causal_cycles'][str(n)] / 1e6:>14.3f}" for n in LENGTHS)
     return (
         f"{chip:6}{name:44}{f['full']:>7.2f}{f['masked']:>8.2f}{f['floor']:>7.2f}{f['matrix_share']:>8.0%}"
@@ -124,7 +135,9 @@ def main() -> int:
     print("".join(TITLES), flush=True)
     complaints: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
-        for chip, name, facts in measure(args.chips, args.cases, args.tiles, pathlib.Path(folder)):
+        for chip, name, facts in measure(
+            args.chips, args.cases, args.tiles, args.recurrences, pathlib.Path(folder)
+        ):
             print(row(chip, name, facts), flush=True)
             if args.check:
                 complaints += [f"{chip} {name}: {what}" for what in grown(facts, known(chip, name))]
@@ -147,7 +160,8 @@ def grown(facts: dict[str, Any], before: dict[str, Any] | None) -> list[str]:
     if before is None:
         return ["nothing is recorded for these versions of jax and libtpu"]
     flat = lambda x: (
-        {name: x[name] for name in CHECKED} | {f"causal cycles {n}": c for n, c in x["causal_cycles"].items()}
+        {name: x[name] for name in CHECKED if name in x}
+        | {f"causal cycles {n}": c for n, c in x.get("causal_cycles", {}).items()}
     )
     now, then = flat(facts), flat(before)
     return [f"{name} {then[name]} -> {now[name]}" for name in then if now[name] > (1 + GROWTH) * then[name]]
@@ -179,8 +193,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--chips", nargs="+", choices=list(TOPOLOGIES), default=list(TOPOLOGIES))
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES), help="of flash attention")
     parser.add_argument("--tiles", nargs="*", type=int, default=SPLASH_TILES, help="of splash attention")
+    parser.add_argument("--recurrences", nargs="*", choices=list(RECURRENCES), default=list(RECURRENCES))
     parser.add_argument("--check", action="store_true", help=f"fail where a figure is {GROWTH:.0%} above the kept one")
     parser.add_argument("--write", action="store_true", help="keep the figures in kernels_pallas/tables")
     return parser

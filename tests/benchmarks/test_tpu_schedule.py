@@ -111,12 +111,13 @@ def test_growth_is_said():
     assert tpu_schedule.grown(then, then) == []
     assert tpu_schedule.grown(then | {"full": 104, "spills": 107}, then) == ["spills 100 -> 107"]
     assert tpu_schedule.grown(then | {"causal_cycles": {"4096": 1100}}, then) == ["causal cycles 4096 1000 -> 1100"]
+    assert tpu_schedule.grown({"bundles": 2.2}, {"bundles": 2.0}) == ["bundles 2.0 -> 2.2"]
     assert "nothing is recorded" in tpu_schedule.grown(then, None)[0]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_no_schedule_has_grown(chip="v6e"):
-    """Of flash attention with a causal mask, by more than 5 % of what is recorded for these versions.
+    """Of flash attention with a causal mask and of a recurrence, by more than 5 % of what is recorded for these versions.
 
     One generation stands for all: `python -m benchmarks.tpu_schedule --check` compiles for the others.
     """
@@ -124,6 +125,7 @@ def test_no_schedule_has_grown(chip="v6e"):
     if table["versions"] != tpu_schedule.versions():
         pytest.skip(f"schedules are recorded for {table['versions']}, these are {tpu_schedule.versions()}")
     command = ["-m", "benchmarks.tpu_schedule", "--check", "--chips", chip, "--cases", "causal", "--tiles"]
+    command += ["--recurrences", "flow_attention: documents"]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("flash") == 2
+    assert done.stdout.count("flash") == 2 and done.stdout.count("flow_attention") == 2
