@@ -24,6 +24,7 @@ NN, NT, TN = ((((a,), (b,)), ((), ())) for a, b in ((1, 0), (1, 1), (0, 0)))
 # times keys. The backward keeps gradients in the last two: of [absorbed, sinks] and of [emitted, sources].
 PLAIN, WEIGHTED, ONES, D_WEIGHTED, D_PLAIN = range(5)
 # Running sums of numbers: of a key's features, a query's, both weighted, and of the competition's exponentials.
+_LANES = 128
 CARRIED = ("keys", "queries", "weighted keys", "weighted queries", "rivals")
 
 
@@ -142,6 +143,15 @@ def right(rows, dtype):
 def row_sums(x):
     """Over lanes, [8 or 16, rows of x], each row the same: by the matrix unit."""
     return product(jnp.ones((8 if x.dtype == F32 else 16, x.shape[1]), x.dtype), x, NT)
+
+
+def lane_sums(plan: Plan, parts: Sequence[jax.Array]):
+    """Sums over lanes of each head's [C, .], stacked: [rows, C]."""
+    head = iota((plan.chunk, _LANES), 1)
+    out = jnp.zeros(head.shape, F32)
+    for h, part in enumerate(parts):
+        out = jnp.where(head == h, part.sum(1, keepdims=True), out)
+    return out.T[: plan.rows]
 
 
 def stack(plan: Plan, parts: Sequence[jax.Array], i: int = 0):

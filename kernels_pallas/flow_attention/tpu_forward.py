@@ -6,6 +6,8 @@ I^ `L (N / O)` and O^ `(N / I) U`; running sums of numbers are products with a t
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,10 +17,8 @@ from jax.experimental import pallas as pl
 from kernels_pallas.flow_attention.plan import (
     CARRIED,
     F32,
-    NT,
     ONES,
     PLAIN,
-    TN,
     WEIGHTED,
     Place,
     Plan,
@@ -27,11 +27,11 @@ from kernels_pallas.flow_attention.plan import (
     fill_tables,
     iota,
     kept,
+    lane_sums,
     place,
     product,
     product_and_rows,
     repeated,
-    row_sums,
     rows_product,
     stack,
     tile,
@@ -46,85 +46,95 @@ class Chunk:
         self.plan, self.refs, self.p, self.m = plan, refs, p, m
         self.at = slice(m * plan.chunk, (m + 1) * plan.chunk)
         self.q, self.k, self.v = (features(plan, refs, p, name, m) for name in "qkv")
+        self.k_t = [k.T for k in self.k]
         self.up = refs["up"][...].astype(plan.dtype)
         self.numbers: dict[str, jax.Array] = {}
-
-    def each(self, f, *lists):
-        return [f(*x) for x in zip(*lists, strict=True)]
 
     def vectors(self, n: int) -> list[jax.Array]:
         """Each head's tile of sums before the chunk that meet queries (0) or keys (1)."""
         return [self.refs["sums"][h, n] for h in range(self.plan.group)]
 
-    def running(self, name: str, x):
-        """Running sums of a stack of numbers, with what came before."""
-        at = self.refs["carried"].at[CARRIED.index(name)]
-        out = rows_product(x, self.up) + times(at[...], self.p.follows)
-        at[...] = jnp.broadcast_to(out[:, -1:], out.shape)
-        return out
+    def running(self, numbers: dict[str, jax.Array]) -> list[jax.Array]:
+        """Running sums of stacks of numbers, with what came before, by one product."""
+        near = rows_product(jnp.concatenate(list(numbers.values()), 0), self.up)
+        found = []
+        for i, name in enumerate(numbers):
+            at = self.refs["carried"].at[CARRIED.index(name)]
+            out = near[i * self.plan.rows : (i + 1) * self.plan.rows] + times(at[...], self.p.follows)
+            at[...] = jnp.broadcast_to(out[:, -1:], out.shape)
+            found.append(out)
+        return found
 
-    def flows(self) -> None:
-        """All numbers of the chunk's positions."""
-        plan, p, rule, N = self.plan, self.p, self.plan.rule, self.p.count
-        eps, both = rule.epsilon, rule.allocation or rule.competition
-        pairs = self.each(lambda *x: product_and_rows(*x, NT), self.q, self.vectors(1), self.k)
+    def flows(self) -> Iterator[None]:
+        """All numbers of the chunk's positions, and the vectors after it; yields where it waits for products."""
+        plan, p, rule, N, n = self.plan, self.p, self.plan.rule, self.p.count, self.numbers
+        eps, dt = rule.epsilon, plan.dtype
+        pairs = [product_and_rows(q, x, k) for q, x, k in zip(self.q, self.vectors(1), self.k_t)]
         of_k = [rows for _, rows in pairs]
-        of_q = self.each(lambda x, q: rows_product(x, q, NT), self.vectors(0), self.q)
-        low, up = self.refs["low"][...], self.refs["up"][...]
-        self.low = [(a * low).astype(plan.dtype) for a, _ in pairs]
-        upper = [(a * up).astype(plan.dtype) for a, _ in pairs] if both else []
+        of_q = [rows_product(x, q.T) for x, q in zip(self.vectors(0), self.q)]
+        yield
         far = lambda rows, i: times(stack(plan, rows, i), p.follows)
         of_keys, of_queries = stack(plan, of_k, ONES), stack(plan, of_q, ONES)
-        extra = lambda own, name, x: eps * (own + self.running(name, x)) + eps * eps * plan.width
-        inflow = stack(plan, self.each(row_sums, self.low)) + far(of_q, PLAIN) + extra(of_queries, "keys", of_keys)
-        n = self.numbers
-        n["inflow"], self.scale = inflow, 1 / inflow
+        all_keys, all_queries = self.running({"keys": of_keys, "queries": of_queries})
+        low, up = self.refs["low"][...], self.refs["up"][...]
+        near_in = lane_sums(plan, lows := [a * low for a, _ in pairs])
+        uppers = [a * up for a, _ in pairs] if rule.allocation or rule.competition else []
+        near_out = stack(plan, [x.sum(0, keepdims=True) for x in uppers]) if rule.allocation else None
+        self.low, upper = [x.astype(dt) for x in lows], [x.astype(dt) for x in uppers]
+        yield
+        extra = lambda own, sums: eps * (own + sums) + eps * eps * plan.width
+        inflow = n["inflow"] = near_in + far(of_q, PLAIN) + extra(of_queries, all_keys)
+        scale, share, weighted = 1 / inflow, None, {}
+        emit = take = None
         if rule.allocation:
-            ones = jnp.ones((8 if plan.dtype == F32 else 16, plan.chunk), plan.dtype)
-            outflow = stack(plan, [product(ones, x) for x in upper]) + far(of_k, PLAIN)
-            n["outflow"] = outflow + extra(of_keys, "queries", of_queries)
-            self.emit = kept(p.valid, N / n["outflow"])
-            near = [rows_product(repeated(self.emit, h), x, NT) for h, x in enumerate(self.low)]
-            sums = extra(of_queries, "weighted keys", self.emit * of_keys)
-            n["received"] = (stack(plan, near) + far(of_q, WEIGHTED) + sums) / N
-            self.scale *= jax.nn.sigmoid(n["received"])
+            n["outflow"] = near_out + far(of_k, PLAIN) + extra(of_keys, all_queries)
+            emit = kept(p.valid, N / n["outflow"])
+            near_in = [rows_product(repeated(emit, h), x.T) for h, x in enumerate(self.low)]
+            weighted["weighted keys"] = emit * of_keys
         if rule.competition:
-            self.take = kept(p.valid, N / inflow)
-            near = [rows_product(repeated(self.take, h), x) for h, x in enumerate(upper)]
-            sums = extra(of_keys, "weighted queries", self.take * of_queries)
-            n["outgoing"] = (stack(plan, near) + far(of_k, WEIGHTED) + sums) / N
+            take = kept(p.valid, N / inflow)
+            near_out = [rows_product(repeated(take, h), x) for h, x in enumerate(upper)]
+            weighted["weighted queries"] = take * of_queries
+        sums = dict(zip(weighted, self.running(weighted))) if weighted else {}
+        self.after(0, self.k, emit)
+        self.after(1, self.q, take)
+        yield
+        if rule.allocation:
+            own = extra(of_queries, sums["weighted keys"])
+            n["received"] = (stack(plan, near_in) + far(of_q, WEIGHTED) + own) / N
+            scale *= jax.nn.sigmoid(n["received"])
+        if rule.competition:
+            own = extra(of_keys, sums["weighted queries"])
+            n["outgoing"] = (stack(plan, near_out) + far(of_k, WEIGHTED) + own) / N
             rival = kept(p.valid, jnp.exp(jnp.clip(n["outgoing"], -rule.clip, rule.clip)))
-            n["rivals"] = self.running("rivals", rival)
-            self.share = kept(p.valid, N * rival / n["rivals"])
+            (n["rivals"],) = self.running({"rivals": rival})
+            yield
+            share = kept(p.valid, N * rival / n["rivals"]).T
+        self.scale, self.u = scale.T, self.v
+        if share is not None:
+            self.u = [(v.astype(F32) * share[:, h : h + 1]).astype(dt) for h, v in enumerate(self.v)]
+        yield
 
-    def outputs(self) -> None:
-        """The weighted sums of values, and the state after the chunk."""
-        plan, p, r, dt = self.plan, self.p, self.refs, self.plan.dtype
-        scale = self.scale.T
-        u = self.v
-        if plan.rule.competition:
-            share = self.share.T
-            u = [(v.astype(F32) * share[:, h : h + 1]).astype(dt) for h, v in enumerate(self.v)]
-        for h in range(plan.group):
-            q = kept(p.follows_column, self.q[h])
-            both = jnp.concatenate([self.low[h], q], 1)
-            o = product(both, jnp.concatenate([u[h], r["S"][h].astype(dt)], 0)) * scale[:, h : h + 1]
-            r["o"][0, self.at, h * plan.e : (h + 1) * plan.e] = o.astype(r["o"].dtype)
-        for h in range(plan.group):
-            new = product(self.k[h], kept(p.written_column, u[h]), TN)
-            r["S"][h] = new + times(r["S"][h], p.carry)
-
-    def sums(self) -> None:
-        """The vectors after the chunk."""
+    def after(self, n: int, x: list[jax.Array], weight: jax.Array | None) -> None:
+        """The vectors after the chunk that meet queries (0) or keys (1)."""
         plan, p = self.plan, self.p
-        weights = (self.emit if plan.rule.allocation else None, self.take if plan.rule.competition else None)
-        row = iota((8, plan.d), 0)
-        for n, (x, weight) in enumerate(zip((self.k, self.q), weights, strict=True)):
-            for h in range(plan.group):
-                entries = {PLAIN: 1.0} if weight is None else {PLAIN: 1.0, WEIGHTED: weight}
-                new = rows_product(times(tile(h, entries, p.count), p.written), x[h])
-                old = times(self.refs["sums"][h, n], p.carry)
-                self.refs["sums"][h, n] = jnp.where(row == ONES, 1.0, old + new)
+        row, ref = iota((8, plan.d), 0), self.refs["sums"]
+        for h in range(plan.group):
+            entries = {PLAIN: 1.0} if weight is None else {PLAIN: 1.0, WEIGHTED: weight}
+            new = rows_product(times(tile(h, entries, p.count), p.written), x[h])
+            ref[h, n] = jnp.where(row == ONES, 1.0, times(ref[h, n], p.carry) + new)
+
+    def outputs(self) -> Iterator[None]:
+        """The weighted sums of values, and the state after the chunk, head by head."""
+        plan, p, r, dt = self.plan, self.p, self.refs, self.plan.dtype
+        for h in range(plan.group):
+            q, u = kept(p.follows_column, self.q[h]), self.u[h]
+            both = jnp.concatenate([self.low[h], q], 1)
+            o = product(both, jnp.concatenate([u, r["S"][h].astype(dt)], 0)) * self.scale[:, h : h + 1]
+            r["o"][0, self.at, h * plan.e : (h + 1) * plan.e] = o.astype(r["o"].dtype)
+            new = product(self.k_t[h], kept(p.written_column, u))
+            r["S"][h] = new + times(r["S"][h], p.carry)
+            yield
 
     def save(self) -> None:
         plan, r = self.plan, self.refs
@@ -160,14 +170,17 @@ def kernel(plan: Plan, r: dict[str, Any], scalars) -> None:
 
     if plan.save:
         r["states"][0, 0] = r["S"][...]
+    outputs: Iterator[None] = iter(())  # of the chunk before, between the steps of a chunk whose products are waited for
     for m in range(plan.chunks):
         if plan.save:
             save_vectors(plan, r, m)
         chunk = Chunk(plan, r, place(plan, r, scalars, b, step, m), m)
-        chunk.flows()
-        chunk.outputs()
-        chunk.sums()
+        for _ in itertools.zip_longest(chunk.flows(), outputs):
+            pass
         chunk.save()
+        outputs = chunk.outputs()
+    for _ in outputs:
+        pass
 
     @pl.when(step == plan.steps - 1)
     def _():
