@@ -62,7 +62,7 @@ def compile_case(case: Case, target: Any, chip: str, blocks: Blocks) -> None:
 
 
 def facts(root: llo.Region, chip: str, work: int) -> dict[str, Any]:
-    """Of a kernel whose step is `work` positions times heads; "matrix": cycles that products take of the matrix units."""
+    """Of a kernel whose step is `work` positions times heads; "matrix": cycles that products take the matrix units."""
     loop = max((r for r in root.inside if r.kind == "loop"), key=lambda r: r.total()["bundles"])
     total = loop.total()
     once = sum(r.own["bundles"] for r in loop.walk() if not r.inside and not r.own["products"] and r.own["VST"] >= 64)
@@ -77,7 +77,7 @@ def facts(root: llo.Region, chip: str, work: int) -> dict[str, Any]:
 def measure(
     name: str, chip: str, folder: pathlib.Path, target: Any, blocks: Blocks = Blocks()
 ) -> dict[str, dict[str, Any]]:
-    """Facts of both kernels of a case, by part. The dump goes to `folder` (`llo.arguments`, before libtpu is loaded)."""
+    """Facts of both kernels of a case, by part. The dump goes to `folder` (`llo.arguments`), as libtpu was told."""
     llo.clear(folder)
     started = time.process_time()
     compile_case(CASES[name], target, chip, blocks)

@@ -1,4 +1,4 @@
-"""Causal flow attention by our Pallas kernels (`kernels_pallas.flow_attention`), behind `attnlab.ops.flow_attention`."""
+"""Causal flow attention by our Pallas kernels (`kernels_pallas.flow_attention`)."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -24,13 +23,17 @@ class Call:
     blocks: Blocks
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def flow(call: Call, q, k, v, documents, count, before: Sums | None):
     """o, the outgoing flows [B, T, H] (None without competition) and the sums after the last position.
 
     `count` [B]: positions before the first; None: none, and then `before` is None.
     """
-    return _forward(call, q, k, v, documents, count, before, False)[0]
+    simulated = not isinstance(call.interpret, bool)
+    return (_simulated if simulated else _optimised)(call, q, k, v, documents, count, before)
+
+
+def _flow(call: Call, *arrays):
+    return _forward(call, *arrays, False)[0]
 
 
 def _forward(call: Call, q, k, v, documents, count, before, save: bool):
@@ -70,5 +73,9 @@ def _flow_backward(call: Call, residuals, cotangents):
     return (*grads, None, None, d_before)
 
 
-# Under `jax.checkpoint` the forward that keeps nothing runs where nothing is differentiated yet.
-flow.defvjp(_flow_forward, _flow_backward, optimize_remat=True)
+# Under `jax.checkpoint` the forward that keeps nothing runs where nothing is differentiated yet. jax can tell
+# only where there are no side effects; the simulation of a TPU has some.
+_optimised = jax.custom_vjp(_flow, nondiff_argnums=(0,))
+_optimised.defvjp(_flow_forward, _flow_backward, optimize_remat=True)
+_simulated = jax.custom_vjp(_flow, nondiff_argnums=(0,))
+_simulated.defvjp(_flow_forward, _flow_backward)

@@ -146,7 +146,7 @@ def row_sums(x):
 
 
 def lane_sums(plan: Plan, parts: Sequence[jax.Array]):
-    """Sums over lanes of each head's [C, .], stacked: [rows, C]."""
+    """Sums over lanes of each head's [C, .], stacked: [rows, C]; by the cross-lane unit."""
     head = iota((plan.chunk, _LANES), 1)
     out = jnp.zeros(head.shape, F32)
     for h, part in enumerate(parts):

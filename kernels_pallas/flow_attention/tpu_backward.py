@@ -1,8 +1,8 @@
 """The backward on TPU: one sweep against the positions, the states of a grid step computed again from its first.
 
 Everything in flow attention is bilinear in queries and keys, so that both gradients within a chunk come from one
-matrix: dq = W k, dk = W^T q. With u the weighted values, dp the gradient of `q S`, m = N / O, r = N / I, and a, b, dO, dI
-the gradients of O^ / N, I^ / N, O and I,
+matrix: dq = W k, dk = W^T q. With u the weighted values, dp the gradient of `q S`, m = N / O, r = N / I, and a, b, dO,
+dI the gradients of O^ / N, I^ / N, O and I,
 
     W[t, s] = dp_t . u_s + b_t m_s + dI_t  (s <= t)   +   r_t a_s + dO_s  (t <= s),
 
@@ -21,6 +21,7 @@ from kernels_pallas.flow_attention.plan import (
     D_PLAIN,
     D_WEIGHTED,
     F32,
+    NN,
     NT,
     ONES,
     PLAIN,
@@ -150,7 +151,9 @@ class Chunk:
     def numbers(self) -> None:
         """The gradients of the flows."""
         plan, p, n, rule = self.plan, self.p, self.n, self.plan.rule
-        near = lambda x, matrices, dims: stack(plan, [rows_product(repeated(x, h), a, dims) for h, a in enumerate(matrices)])
+        near = lambda x, matrices, dims: stack(
+            plan, [rows_product(repeated(x, h), a, dims) for h, a in enumerate(matrices)]
+        )
         far = lambda rows, i: times(stack(plan, rows, i), p.written)
         of_keys, of_queries, eps = stack(plan, self.of_k, ONES), stack(plan, self.of_q, ONES), rule.epsilon
         zero = jnp.zeros_like(n.inflow)
@@ -159,7 +162,7 @@ class Chunk:
         if rule.allocation:
             self.b = kept(p.valid, self.delta * n.closed / p.count)
             run_b = self.reverse(self.b)
-            d_emit = near(self.b, self.lower, (((1,), (0,)), ((), ()))) + far(self.of_k, D_WEIGHTED) + eps * of_keys * run_b
+            d_emit = near(self.b, self.lower, NN) + far(self.of_k, D_WEIGHTED) + eps * of_keys * run_b
             self.d_outflow = -d_emit * n.emit / n.outflow
         if rule.competition:
             after = times(self.refs["d_rivals"][...], p.written)

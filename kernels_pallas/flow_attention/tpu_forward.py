@@ -1,7 +1,7 @@
 """The forward on TPU: one sweep over the positions, in chunks, with every sum of a head on chip.
 
-With L the pairs j <= i of `q k^T` and U those j >= i, sums over the chunk are products with them: I is `L 1`, O `1 U`,
-I^ `L (N / O)` and O^ `(N / I) U`; running sums of numbers are products with a triangle of ones.
+With L the pairs j <= i of `q k^T` and U those j >= i, sums over the chunk are those of their rows and columns: I is
+`L 1`, O `1 U`, I^ `L (N / O)` and O^ `(N / I) U`; running sums of numbers are products with a triangle of ones.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def kernel(plan: Plan, r: dict[str, Any], scalars) -> None:
 
     if plan.save:
         r["states"][0, 0] = r["S"][...]
-    outputs: Iterator[None] = iter(())  # of the chunk before, between the steps of a chunk whose products are waited for
+    outputs: Iterator[None] = iter(())  # of the chunk before, done while the products of a chunk are waited for
     for m in range(plan.chunks):
         if plan.save:
             save_vectors(plan, r, m)
@@ -199,10 +199,10 @@ def run(
     """Outputs by name.
 
     o [B, T, H e]; "outgoing" [B, groups, group, positions] (with competition); the state after the last position,
-    "S_after" [B, H, d, e], "sums_after" [B, H, 2, 8, d], "rivals_after" [B, groups, rows, chunk]; and if `plan.save`
+    "S_after" [B, H, d, e], "sums_after" [B, H, 2, 8, d], "rivals_after" [B, groups, rows, chunk]; if `plan.save` also
     "numbers" [B, groups, names * group, positions], "vectors" [B, chunks, groups, 4 group, d] before each chunk and
-    "states" [B, steps, H, d, e] before each step. `before`: a state of the same form, with "carried"; `marks`: of packed
-    rows, [B, 3, positions] int32.
+    "states" [B, steps, H, d, e] before each step. `before`: a state of the same form, with "carried"; `marks` and
+    `scalars`: of `layout.places`.
     """
     B, H, G, C, d, e = plan.batch, plan.heads, plan.group, plan.chunk, plan.d, plan.e
     groups, positions = H // G, plan.steps * plan.block

@@ -117,7 +117,7 @@ def test_growth_is_said():
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_no_schedule_has_grown(chip="v6e"):
-    """Of flash attention with a causal mask and of a recurrence, by more than 5 % of what is recorded for these versions.
+    """Of causal flash attention and of a recurrence, by more than 5 % of what is recorded for these versions.
 
     One generation stands for all: `python -m benchmarks.tpu_schedule --check` compiles for the others.
     """

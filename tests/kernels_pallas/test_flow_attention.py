@@ -16,12 +16,12 @@ from kernels_pallas.flow_attention import Blocks, Rule, Sums, flow_attention
 from tests.mixers import precision
 
 COUNT = 5  # positions that a given state stands for
-PLAIN = FlowRule()
+PLAIN, CLIPPED = FlowRule(), FlowRule(clip=1.0)
 # Documents' first positions by row; a row whose first document begins at 0 does not continue the state.
 STARTS = ((), (16, 32), (5, 20, 21, 100), (0, 64, 129))
 CASES = {
     "documents, state": {"length": 130, "starts": STARTS, "given": True, "rule": FlowRule(epsilon=1e-2)},
-    "documents at edges": {"length": 96, "starts": ((0, 32), (64, 95)), "blocks": Blocks(16, 2), "rule": FlowRule(clip=1.0)},
+    "documents at edges": {"length": 96, "starts": ((0, 32), (64, 95)), "blocks": Blocks(16, 2), "rule": CLIPPED},
     "whole steps, two heads": {"length": 256, "heads": 2, "blocks": Blocks(64, 2)},
     "1": {"length": 1, "given": True, "rule": FlowRule(epsilon=1e-2)},
     "7": {"length": 7},
@@ -105,7 +105,8 @@ def results(fn, arrays, documents, rule: FlowRule) -> dict:
 
 def typed(arrays, dtype):
     """Inputs in a dtype, the state in float32."""
-    return {n: jax.tree.map(lambda x: jnp.asarray(x, "float32" if n == "state" else dtype), x) for n, x in arrays.items()}
+    as_ = lambda name: lambda x: jnp.asarray(x, "float32" if name == "state" else dtype)
+    return {name: jax.tree.map(as_(name), x) for name, x in arrays.items()}
 
 
 def exact(arrays, documents, rule: FlowRule) -> dict:
@@ -178,7 +179,9 @@ def test_declared_bytes_are_those_of_the_blocks(given):
     vector = f32(B, H, d)
     state = (jax.ShapeDtypeStruct((B,), jnp.int32), Sums(*[vector] * 4, f32(B, H), f32(B, H, d, d)))
     documents = jax.ShapeDtypeStruct((B, T), jnp.int32)
-    run = lambda q, doc, s: flow_attention(q, q, q, documents=doc, state=s if given else None, interpret=True, blocks=blocks)
+    run = lambda q, doc, s: flow_attention(
+        q, q, q, documents=doc, state=s if given else None, interpret=True, blocks=blocks
+    )
     gradient = jax.grad(lambda *a: run(*a)[0].astype(jnp.float32).sum())
     found = {}
     for eqn in precision.equations(jax.make_jaxpr(gradient)(x, documents, state).jaxpr):
