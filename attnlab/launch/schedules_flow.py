@@ -75,9 +75,10 @@ def facts(root: llo.Region, chip: str, work: int) -> dict[str, Any]:
 
 
 def measure(
-    name: str, chip: str, folder: pathlib.Path, target: Any, blocks: Blocks = Blocks()
+    name: str, chip: str, folder: pathlib.Path, target: Any, blocks: Blocks | None = None
 ) -> dict[str, dict[str, Any]]:
     """Facts of both kernels of a case, by part. The dump goes to `folder` (`llo.arguments`), as libtpu was told."""
+    blocks = blocks or Blocks()
     llo.clear(folder)
     started = time.process_time()
     compile_case(CASES[name], target, chip, blocks)

@@ -20,12 +20,12 @@ def flow_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    rule: Rule = Rule(),
+    rule: Rule | None = None,
     *,
     documents: jax.Array | None = None,
     state: tuple[jax.Array, Sums] | None = None,
     interpret: Any = False,
-    blocks: Blocks = Blocks(),
+    blocks: Blocks | None = None,
 ) -> tuple[jax.Array, jax.Array | None, Sums]:
     """Position i, the N-th of its document, with sums over the positions of the document up to and with it:
 
@@ -35,12 +35,13 @@ def flow_attention(
 
     Args:
       q, k: features [B, T, H, d], at least 0; v: values [B, T, H, e]; all bfloat16, or all float32.
-      rule: without `allocation` the sigmoid is 1, without `competition` competition is; `clip` is to [-clip, clip].
+      rule: `Rule()` by default. Without `allocation` the sigmoid is 1, without `competition` competition is; `clip` is
+        to [-clip, clip].
       documents: int [B, T], ascending: positions see each other where it is equal. None: all are of document 0.
       state: positions before the first, int [B], and their sums: of document 0. None: none.
       interpret: runs the kernels as plain XLA operations on any platform, or, on a CPU, as its interpreter's parameters
         say (`jax.experimental.pallas.tpu.InterpretParams`).
-      blocks: what a grid step computes.
+      blocks: what a grid step computes; `Blocks()` by default.
 
     Returns:
       o [B, T, H, e] in the dtype of v; O^ [B, T, H] in float32 (None without competition); the sums of the last
@@ -50,6 +51,7 @@ def flow_attention(
     Raises:
       ValueError: shapes, dtypes or options that do not fit.
     """
+    rule, blocks = rule or Rule(), blocks or Blocks()
     _check(q, k, v, rule, documents, state, blocks)
     count, sums = (None, None) if state is None else state
     return flow(Call(rule, tuning.kind(), interpret, blocks), q, k, v, documents, count, sums)
