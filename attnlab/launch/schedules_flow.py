@@ -17,7 +17,7 @@ from jax.sharding import SingleDeviceSharding
 
 from attnlab.launch import llo
 from kernels_pallas import tuning
-from kernels_pallas.flow_attention import Blocks, Sums, flow_attention
+from kernels_pallas.flow_attention import Blocks, flow_attention
 
 NAME = "flow_attention"
 PARTS = ("forward", "backward")
@@ -25,33 +25,25 @@ PARTS = ("forward", "backward")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Of a call on [4, length, 16, 128]; `given`: with a state before the first position."""
+    """Of a call on [batch, length, heads, width]."""
 
     packed: bool = False
-    given: bool = False
     length: int = 4096
     batch: int = 4
     heads: int = 16
     width: int = 128
 
 
-CASES = {
-    "plain": Case(),
-    "documents": Case(packed=True),
-    "documents, state": Case(packed=True, given=True),
-    "ragged": Case(length=4000),
-}
+CASES = {"plain": Case(), "documents": Case(packed=True)}
 
 
 def compile_case(case: Case, target: Any, chip: str, blocks: Blocks) -> None:
     """Forward and backward for a chip; what is scheduled is in the dump."""
     placed = SingleDeviceSharding(target.devices[0])
-    of = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+    of = lambda *shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
     B, T, H, d = case.batch, case.length, case.heads, case.width
-    x, vector = of(B, T, H, d, dtype=jnp.bfloat16), of(B, H, d)
-    fixed: dict[str, Any] = {"documents": of(B, T, dtype=jnp.int32)} if case.packed else {}
-    if case.given:
-        fixed["state"] = of(B, dtype=jnp.int32), Sums(*[vector] * 4, of(B, H), of(B, H, d, d))
+    x = of(B, T, H, d, dtype=jnp.bfloat16)
+    fixed = {"documents": of(B, T, dtype=jnp.int32)} if case.packed else {}
 
     def loss(arrays, fixed):
         with tuning.device_kind(chip):

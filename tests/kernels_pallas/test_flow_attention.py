@@ -22,7 +22,7 @@ STARTS = ((), (16, 32), (5, 20, 21, 100), (0, 64, 129))
 CASES = {
     "documents, state": {"length": 130, "starts": STARTS, "given": True, "rule": FlowRule(epsilon=1e-2)},
     "documents at edges": {"length": 96, "starts": ((0, 32), (64, 95)), "blocks": Blocks(16, 2), "rule": CLIPPED},
-    "whole steps, two heads": {"length": 256, "heads": 2, "blocks": Blocks(64, 2)},
+    "two heads in lockstep": {"length": 256, "heads": 2, "blocks": Blocks(64, 1)},
     "1": {"length": 1, "given": True, "rule": FlowRule(epsilon=1e-2)},
     "7": {"length": 7},
     "64": {"length": 64, "heads": 3, "blocks": Blocks(64, 1, 2), "rule": FlowRule(False, False, None, 1e-2)},
