@@ -160,6 +160,7 @@ def build() -> argparse.ArgumentParser:
     _add_tune(verbs)
     _add_tokenizer(verbs)
     _add_report(verbs)
+    verb("goodput", "where a run's time went, over all its attempts", workdir=True, machine=True)
     return parser
 
 

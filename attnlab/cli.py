@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import logging
 import os
 import pathlib
-import signal
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 from attnlab import arguments, output
@@ -72,12 +69,7 @@ def _start(args: argparse.Namespace, overrides: list[str]) -> None:
     from attnlab.launch import runtime
 
     runtime.quiet()
-    if args.verb in (
-        "list",
-        "cost",
-        "tokenizer",
-        "report",
-    ):  # these need no chip, and a TPU serves one process at a time
+    if args.verb in ("list", "cost", "tokenizer", "report", "goodput"):  # a TPU serves one process at a time
         os.environ["JAX_PLATFORMS"] = "cpu"
     if args.verb == "train":  # before anything touches a device
         from attnlab.launch import cluster
@@ -100,10 +92,11 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
     from attnlab.train import config as run_config
 
     config = run_config.load(args.config, overrides)
+    from attnlab.train import goodput
     from attnlab.train.loop import train
 
     out = output.Lasting(sys.stdout)  # a run outlives the reader of its output: log.txt has it all
-    train(config, args.workdir, rich.console.Console(file=out))
+    train(config, args.workdir, rich.console.Console(file=out), began=goodput.process_began())
     with output.after(f"the run went on, and {args.workdir / 'log.txt'} has what it said"):
         output.require() if out.error is None else output.fail(out.error)
     return 0
@@ -307,6 +300,7 @@ def _ablate(args: argparse.Namespace, overrides: list[str]) -> int:
     import rich.console
 
     from attnlab.ablation import announce, price, runner, self_test
+    from attnlab.launch import runtime
 
     if args.self_test == (args.config is not None):
         raise UserError("one of --config PATH and --self-test is needed")
@@ -319,7 +313,7 @@ def _ablate(args: argparse.Namespace, overrides: list[str]) -> int:
         return 0 if found["holds"] else 1
     config, cells = announce.load(args.config, overrides)
     if not args.dry_run:
-        with _ending_in_order():
+        with runtime.ending_in_order():
             code = runner.run_plan(config, cells, args.workdir, options, console)
         if args.json and (results := args.workdir / "results.json").is_file():
             output.write_json(json.loads(results.read_text(encoding="utf-8")))
@@ -376,12 +370,13 @@ def _tune(args: argparse.Namespace, _: list[str]) -> int:
 
 def _tokenizer(args: argparse.Namespace, overrides: list[str]) -> int:
     from attnlab import data
+    from attnlab.launch import runtime
     from attnlab.train import config as run_config
 
     config, out = run_config.load(args.config, overrides).data, str(args.out)
     if not isinstance(config, data.DataConfig):
         raise UserError(f"data.name = {config.node_name!r} has no text; allowed: text")
-    with _ending_in_order():
+    with runtime.ending_in_order():
         if args.action == "train":
             summary = data.train_tokenizer(config, args.vocab, out, overwrite=args.overwrite)
         else:
@@ -389,6 +384,17 @@ def _tokenizer(args: argparse.Namespace, overrides: list[str]) -> int:
     figures = (f"{k} {v:,}" if isinstance(v, int) else f"{k} {v}" for k, v in summary.items())
     with output.after(f"{out} is written"):
         output.write_json(summary) if args.json else output.write(f"wrote {out}: {', '.join(figures)}")
+    return 0
+
+
+def _goodput(args: argparse.Namespace, _: list[str]) -> int:
+    from attnlab.train import goodput
+
+    found = goodput.account(args.workdir)
+    if args.json:
+        output.write_json(found)
+    for table in () if args.json else goodput.tables(found):
+        output.write_table(*table)
     return 0
 
 
@@ -418,21 +424,6 @@ def _report(args: argparse.Namespace, _: list[str]) -> int:
     return 0
 
 
-@contextlib.contextmanager
-def _ending_in_order() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the process as an exception does, so that what is half written goes."""
-
-    def end(number: int, _: Any) -> None:
-        raise SystemExit(128 + number)
-
-    old = {n: signal.signal(n, end) for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) == signal.SIG_DFL}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
 _VERBS = {
     "train": _train,
     "eval": _eval,
@@ -444,4 +435,5 @@ _VERBS = {
     "tune": _tune,
     "tokenizer": _tokenizer,
     "report": _report,
+    "goodput": _goodput,
 }

@@ -23,7 +23,7 @@ from attnlab.train import files, metrics
 from attnlab.train.config import RunConfig, free_keys
 
 SEEDS = ("seed", "data.seed")
-_TIMED = ("tokens_per_second", "step_seconds", "mfu")
+_TIMED = ("tokens_per_second", "step_seconds", "mfu", "goodput")
 _COLUMNS = ("tokens", *_TIMED)
 _HIGHER = ("accuracy", "exact", "gap_closed", "r2")  # endings of figures of which more is better
 _REFERENCES = ("chance_", "oracle_")  # beginnings of figures that no model changes

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.metadata
 import os
 import platform
 import re
+import signal
+from collections.abc import Iterator
+from typing import Any
 
 _PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds"
 _M_MMAP_MAX, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -4, -1, -8  # malloc.h
@@ -38,6 +42,21 @@ def configure() -> None:
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # read when the CPU's client is made
     if jax.default_backend() == "cpu":
         _keep_freed_memory()
+
+
+@contextlib.contextmanager
+def ending_in_order() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the process as an exception does, so that what is half written goes."""
+
+    def end(number: int, _: Any) -> None:
+        raise SystemExit(128 + number)
+
+    old = {n: signal.signal(n, end) for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) == signal.SIG_DFL}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def _keep_freed_memory() -> None:

@@ -11,7 +11,7 @@ from attnlab import config as config_lib
 from attnlab import data as data_lib
 from attnlab import models
 from attnlab import tasks as tasks  # registers generated data
-from attnlab.train import optimizers
+from attnlab.train import optimizers, trackers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,7 @@ class TrainConfig:
       sample_tokens: tokens of each sample that a language model writes to samples.txt after the last step; 0, or
         without evaluation: no samples.
       max_nonfinite: steps in a row with non-finite gradients after which the run stops; such a step updates nothing.
+      trackers: of `attnlab.train.trackers`, told every logged step: wandb, mlflow, trackio.
       profile: FIRST:LAST, steps that a profile is written of; none: no profile.
       on_config_change: stop or continue, when the workdir holds a run of another config.
     """
@@ -47,6 +48,7 @@ class TrainConfig:
     keep: int = 2
     sample_tokens: int = 256
     max_nonfinite: int = 10
+    trackers: tuple[str, ...] = ()
     profile: str | None = None
     on_config_change: str = "stop"
 
@@ -67,6 +69,8 @@ class TrainConfig:
             config_lib.require(value >= least, f"train.{key}", value, f"{least} or more")
         config_lib.require(self.z_loss >= 0, "train.z_loss", self.z_loss, "0 or more")
         config_lib.require_choice("train.on_config_change", self.on_config_change, ["stop", "continue"])
+        for name in self.trackers:
+            config_lib.require_choice("train.trackers", name, list(trackers.TRACKERS))
         if self.profile is not None:
             ok = (
                 re.fullmatch(r"\d{1,10}:\d{1,10}", self.profile) and 1 <= self.profile_steps[0] <= self.profile_steps[1]
@@ -212,6 +216,7 @@ _FREE_KEYS = (
     "train.max_nonfinite",
     "train.sample_tokens",
     "train.on_config_change",
+    "train.trackers",
     *(f"cluster.{f.name}" for f in dataclasses.fields(ClusterConfig)),
 )
 

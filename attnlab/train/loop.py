@@ -20,7 +20,7 @@ from attnlab.errors import TrainingFailed
 from attnlab.evaluate import samples
 from attnlab.evaluate.heldout import evaluate
 from attnlab.models.cost import model_cost
-from attnlab.train import metadata, optimizers, workdir
+from attnlab.train import goodput, metadata, optimizers, trackers, workdir
 from attnlab.train.checkpoints import Checkpoints, Host
 from attnlab.train.config import RunConfig
 from attnlab.train.hardware import peak_flops, require_memory
@@ -49,7 +49,9 @@ class Result:
     evaluation: models.Figures | None = None
 
 
-def train(config: RunConfig, path: pathlib.Path, console: rich.console.Console | None = None) -> Result:
+def train(
+    config: RunConfig, path: pathlib.Path, console: rich.console.Console | None = None, *, began: float | None = None
+) -> Result:
     """Trains in the workdir `path` from its newest checkpoint, or from the start, to `train.steps`.
 
     SIGTERM, SIGINT and SIGHUP save a checkpoint and return; of several processes, to any one of them. Only the main
@@ -59,12 +61,14 @@ def train(config: RunConfig, path: pathlib.Path, console: rich.console.Console |
       config: of the run. Runs of one process that differ in their seed alone compile once.
       path: the workdir.
       console: where it is told what happens; None: nowhere but in the workdir's log.txt.
+      began: from when on the run's time counts (`attnlab.train.goodput`), in seconds since 1970; None: now.
 
     Raises:
       UserError: the config, the data or the workdir cannot be used; nothing was overwritten.
       TrainingFailed: gradients were not finite too many steps in a row, or the workdir vanished.
     """
     console = rich.console.Console(quiet=True) if console is None else console
+    began = time.time() if began is None else began
     processes = Processes(config.cluster)
     try:
         with workdir.hold(path) if processes.first else contextlib.nullcontext() as held:
@@ -79,7 +83,8 @@ def train(config: RunConfig, path: pathlib.Path, console: rich.console.Console |
             if old is not None:
                 metadata.check_same(path, old, config, saved=last > 0)
             if last < config.train.steps:
-                result = _Run(config, path, report, processes, checkpoints, held).run()
+                clock = goodput.Clock(path if processes.first else None, began)
+                result = _Run(config, path, report, processes, checkpoints, held, clock).run()
             else:
                 result = Result(last, newest[1].tokens)
                 if processes.first:
@@ -132,8 +137,11 @@ class _Run:
         processes: Processes,
         checkpoints: Checkpoints,
         held: workdir.Held | None,
+        clock: goodput.Clock,
     ):
         self.config, self.path, self.processes, self.checkpoints, self.held = config, path, processes, checkpoints, held
+        self._spent = clock
+        trackers.require(config.train.trackers)
         self._report, self._say = report, report.say
         c = config
         self.data = open_data(c)
@@ -178,7 +186,9 @@ class _Run:
 
     def _start(self) -> tuple[int, int, TrainState]:
         """Step, tokens and state of the newest checkpoint, to whose place in the data the loader goes; or new ones."""
-        restored = self.checkpoints.newest(self._say, lambda step: self.checkpoints.restore(step, self.program.state))
+        restore = lambda step: self.checkpoints.restore(step, self.program.state)
+        with self._spent.during("restore"):
+            restored = self.checkpoints.newest(self._say, restore)
         if restored is None:
             return 0, 0, self.program.init(self.config.seed)
         step, (state, host) = restored
@@ -190,8 +200,12 @@ class _Run:
         """Steps to the end, or to a signal."""
         c = self.config.train
         self.log = MetricLog(self.path, self.step, self._say) if self.processes.first else None
+        names = c.trackers if self.processes.first else ()
+        self.trackers = trackers.Trackers(names, self.path, config_lib.to_dict(self.config), self._say)
         with contextlib.ExitStack() as stack:
+            stack.callback(self.trackers.close)
             stack.callback(self.checkpoints.close)
+            self._spent.resumed(self.step)
             if self.log is not None:
                 stack.callback(self.log.close)
             stack.callback(self.loader.close)
@@ -202,10 +216,13 @@ class _Run:
             self._clock_step = self.step
             pending: tuple[int, Any] | None = None
             first = self.step + 1
+            self._spent.enter("step")
             for step in range(first, c.steps + 1):
                 self.processes.at_step(step)
                 with self._profiled(step):
-                    batch = self.program.put(next(self.loader))
+                    with self._spent.during("data_wait"):
+                        batch = next(self.loader)
+                    batch = self.program.put(batch)
                     with ops.recording() as chosen:  # in what is traced: the first step
                         self.state, metrics = self.program.train_step(self.state, batch)
                     self.program.chosen = self.program.chosen or chosen.table()
@@ -229,15 +246,22 @@ class _Run:
                         self._save(step, evaluation)
                     self._clock, self._clock_step = time.perf_counter(), step
                 if stopping is not None and step < c.steps:
-                    self.checkpoints.wait()
-                    self._require_workdir()
+                    self._saved(step)
                     self._say(f"{stopping}: saved step {step}; resume with the same command (workdir {self.path})")
                     return self._result(step, stopped=stopping)
-            self.checkpoints.wait()
-            self._require_workdir()
-            self._write_samples()
+            self._saved(c.steps)
+            with self._spent.during("evaluation"):
+                self._write_samples()
+            self._spent.write(c.steps, now=True)
             self._say(f"done: step {c.steps}, {self.tokens:,} tokens; checkpoints and metrics are in {self.path}")
             return self._result(c.steps)
+
+    def _saved(self, step: int) -> None:
+        """Waits for what is being saved."""
+        with self._spent.during("save"):
+            self.checkpoints.wait()
+        self._require_workdir()
+        self._spent.write(step, now=True)
 
     def _result(self, step: int, stopped: str | None = None) -> Result:
         return Result(step, self.tokens, stopped, self._record, self._evaluation)
@@ -291,13 +315,17 @@ class _Run:
         if evaluating:
             eval_step = lambda batch: self.program.eval_step(self.state.params, batch)
             objective = self.program.model.objective
-            evaluation = evaluate(objective, eval_step, self._heldout_batches(), self.heldout.facts())
+            with self._spent.during("evaluation"):
+                evaluation = evaluate(objective, eval_step, self._heldout_batches(), self.heldout.facts())
             record |= evaluation.record()
             self._say(f"step {step}: {evaluation.line()}")
             self._evaluation = evaluation
+        record["goodput"] = self._spent.share()
         self._record = record
         if self.log is not None:
             self.log.write(record)
+        self.trackers.log(step, record)
+        self._spent.write(step)
         self.progress.update(step, record)
         return evaluation
 
@@ -314,9 +342,11 @@ class _Run:
     def _save(self, step: int, evaluation: models.Figures | None) -> None:
         loss = None if evaluation is None else evaluation.loss
         host = Host(self.tokens, self.loader.get_state(), config_lib.to_dict(self.config), loss)
-        self.checkpoints.save(step, self.state, host)
-        if self._serial:
-            self.checkpoints.wait()
+        with self._spent.during("save"):
+            self.checkpoints.save(step, self.state, host)
+            if self._serial:
+                self.checkpoints.wait()
+        self._spent.write(step, now=True)
 
     def _write_samples(self) -> None:
         c = self.config

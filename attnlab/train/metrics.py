@@ -161,6 +161,8 @@ class Progress:
             numbers += f"  {record['tokens_per_second']:,.0f} tokens/s"
         if record["mfu"] is not None:
             numbers += f"  MFU {100 * record['mfu']:.1f}%"
+        if record["goodput"] is not None:
+            numbers += f"  goodput {100 * record['goodput']:.0f}%"
         self._bar.update(self._task, completed=step, numbers=numbers)
         done = step - self._first
         left = (time.monotonic() - self._started) / done * (self._steps - step) if done > 0 else math.nan

@@ -37,6 +37,7 @@ class RowTile:
         plan, r = self.plan, self.refs
         q = r["q"][...]
         r["qs"][...] = (q.astype(jnp.float32) * plan.fold).astype(q.dtype)
+        r["q_t"][...], r["do_t"][...] = q.T, r["do"][...].T
         r["acc"][...] = jnp.zeros_like(r["acc"])
         columns = r["statistics"][...].T
         for n in (LSE, DELTA):
@@ -190,8 +191,6 @@ def run(
     slots.input("k", k_BKSd, keys(S, d))
     slots.input("v", v_BKSe, keys(S, e))
     slots.input("do", do_BHTe, row(e))
-    slots.input("q_t", q_BHTd.swapaxes(2, 3), column(d))
-    slots.input("do_t", do_BHTe.swapaxes(2, 3), column(e))
     slots.input("statistics", statistics, column(8))
     if bounds is not None:
         stacked = jnp.pad(jnp.stack(bounds, 1), ((0, 0), (0, 6), (0, 0)))
@@ -207,6 +206,8 @@ def run(
         slots.input("bias", tiled, keys(key_tiles, 1, blocks.keys))
         slots.output("dbias_sum", (B, K, key_tiles, 8, blocks.keys), jnp.float32, keys(key_tiles, 8, blocks.keys))
     slots.scratch("qs", (blocks.rows, d), q_BHTd.dtype)
+    slots.scratch("q_t", (d, blocks.rows), q_BHTd.dtype)
+    slots.scratch("do_t", (e, blocks.rows), do_BHTe.dtype)
     slots.scratch("columns", (2, blocks.rows, 128), jnp.float32)
     slots.scratch("acc", (blocks.rows, d), jnp.float32)
     found = slots.call(

@@ -10,7 +10,11 @@ share of what is above that.
 Supported if, over the runs with B > 0 that rise, the median width of the rise is at most 0.1 of its middle, and on
 2,048 classes the mean gain of B = 2 is above that of B = 0 by more than the larger deviation of the two; refuted if the
 median width is above 0.3, or B = 0 gains as much; else, and where fewer than three runs rise, inconclusive. That a
-head's attention to the label leads the rise is not tested. Written before any run.
+head's attention to the label leads the rise is not tested.
+
+In 32 channels, with AdamW, nothing rose in 2,000 steps (64 classes, seed 0). Two runs of seed 1000 on 2,048 classes,
+B = 2, set the width of 64 and the optimizer: there AdamW rose from step 1,500 on, Muon from 600. The rule was written
+before any of them.
 """
 
 import pathlib
@@ -32,9 +36,10 @@ def get_config(arg=None):
         "data.split": "test",
         "model.inputs": 31,
         "model.vocab": 16,
-        "model.width": 32,
-        "model.mlp_width": 64,
+        "model.width": 64,
+        "model.mlp_width": 128,
         "model.mixers.M.heads": 1,
+        "optimizer.name": "muon",
         "optimizer.learning_rate": a.rate,
         "optimizer.schedule": "constant",
         "train.steps": a.steps,

@@ -1,0 +1,108 @@
+"""Where a run's time goes: every second is of one kind, over all its attempts."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from attnlab.errors import UserError
+from attnlab.train import goodput
+from tests.train import runs
+
+
+def line(began, at, done, **seconds):
+    return json.dumps({"began": began, "time": at, "step": done, "seconds": seconds}) + "\n"
+
+
+def test_account(tmp_path):
+    """Steps done again are lost, time between attempts and after a last line is idle; all is the wall clock."""
+    (tmp_path / goodput.FILE).write_text(
+        line(100.0, 104.0, 0, start_up=4.0)
+        + line(100.0, 114.0, 10, start_up=4.0, step=8.0, save=2.0)
+        + '{"began": 100.0, "ti\n[]\n'  # cut off by a kill
+        + line(100.0, 124.0, 20, start_up=4.0, step=17.0, save=2.0, data_wait=1.0)
+        + line(150.0, 156.0, 10, start_up=3.0, restore=3.0)
+        + line(150.0, 176.0, 30, start_up=3.0, restore=3.0, step=15.0, evaluation=4.0)
+    )
+    found = goodput.account(tmp_path)
+    assert found["wall"] == 76.0 and found["attempts"][0]["last_step"] == 20
+    assert found["seconds"] == {
+        "start_up": 7.0, "restore": 3.0, "compile": 0.0, "data_wait": 1.0, "step": 8.0 + 15.0, "evaluation": 4.0,
+        "save": 2.0, "lost_steps": 9.0, "idle": 26.0 + 1.0,
+    }  # fmt: skip
+    assert sum(found["seconds"].values()) == found["wall"] and found["goodput"] == 23 / 76
+    assert sum(len(rows) for _, _, rows in goodput.tables(found)) == 10 + 2
+
+
+def test_lost_between_lines(tmp_path):
+    """Of a step without a line its share of the seconds between two lines is taken."""
+    text = line(0.0, 1.0, 0) + line(0.0, 9.0, 8, step=8.0) + line(10.0, 11.0, 6)
+    (tmp_path / goodput.FILE).write_text(text)
+    assert goodput.account(tmp_path)["seconds"]["lost_steps"] == 2.0
+
+
+def test_nothing_to_tell(tmp_path):
+    with pytest.raises(UserError, match="has no goodput.jsonl with a line in it"):
+        goodput.account(tmp_path)
+
+
+def test_clock(tmp_path, monkeypatch):
+    """Kinds follow each other, compiling is taken out of the kind that it happens in, and the sum is the time."""
+    clock = goodput.Clock(tmp_path, began=time.time() - 5)
+    clock.resumed(0)
+    clock.enter("step")
+    with clock.during("data_wait"):
+        time.sleep(0.05)
+    spent = time.perf_counter()
+    jax.jit(lambda x: jnp.sin(x) * 17.25)(jnp.ones(7)).block_until_ready()
+    spent = time.perf_counter() - spent
+    share = clock.share()
+    clock.write(3, now=True)
+    seconds = clock.seconds
+    assert seconds["data_wait"] >= 0.05 and seconds["start_up"] >= 5
+    assert 0 < seconds["compile"] <= spent and seconds["step"] + seconds["compile"] >= spent
+    found = goodput.account(tmp_path)
+    assert abs(found["wall"] - sum(found["seconds"].values())) < 0.01 and abs(found["seconds"]["idle"]) < 0.01
+    assert 0 <= share < 0.5 and abs(share - found["goodput"]) < 0.05
+
+
+def test_nested_compiling_counts_once(monkeypatch):
+    """What is traced while something else is being traced is within that."""
+    monkeypatch.setattr(goodput, "_compiled", [])
+    now = time.perf_counter()
+    goodput._note("/jax/core/compile/a", 0.5)
+    goodput._note("/jax/core/compile/b", 2.0)
+    goodput._note("/jax/other", 9.0)
+    assert abs(goodput._compiled_since(now - 10) - 2.0) < 0.01
+    assert abs(goodput._compiled_since(now - 1) - 1.0) < 0.01
+
+
+def test_a_killed_run(tmp_path):
+    """Of a run that was killed and went on: its steps again are lost, and its time alone is idle; all kinds add up."""
+    source = runs.corpus(tmp_path / "corpus")
+    config = runs.write_config(tmp_path / "c.py", source, train__steps=60, train__save_every=20, train__eval_every=20)
+    command = ["train", "--config", config, "--workdir", str(tmp_path / "w")]
+    log = tmp_path / "w" / "metrics.jsonl"
+    child = subprocess.Popen([sys.executable, "-m", "attnlab", *command], cwd=runs.ROOT, stdout=subprocess.DEVNULL)
+    until = time.monotonic() + 200
+    while time.monotonic() < until and not (log.exists() and '"step": 2' in log.read_text()):
+        time.sleep(0.05)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert runs.attnlab(*command).returncode == 0
+    said = runs.attnlab("goodput", "--workdir", str(tmp_path / "w"), "--json")
+    found = json.loads(said.stdout)
+    first, second = found["attempts"]
+    assert second["last_step"] == 60 and second["first_step"] <= first["last_step"] + 1
+    assert second["seconds"]["start_up"] > 0.5 and second["seconds"]["compile"] > 0.1
+    assert second["seconds"]["evaluation"] > 0 and second["seconds"]["save"] > 0
+    assert abs(sum(found["seconds"].values()) - found["wall"]) < 0.1 and min(found["seconds"].values()) > -0.05
+    last = json.loads(log.read_text().splitlines()[-1])
+    assert 0 < last["goodput"] < 1 and "goodput " in runs.attnlab("goodput", "--workdir", str(tmp_path / "w")).stdout
