@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.errors import UserError
+from attnlab.ops import recurrence_kernel
 from attnlab.ops.dispatch import Implementation, Op
 from attnlab.parallel.sequence_parallel import SequenceParallel
 
@@ -166,8 +167,19 @@ def _over_devices(chosen: Implementation, exchange: SequenceParallel, *arrays: A
 LINEAR_RECURRENCE = Op(
     "linear_recurrence",
     RecurrenceSpec.of,
-    {"definition": Implementation(definition), "chunked": Implementation(chunked)},
-    preference=("chunked",),
+    {
+        "definition": Implementation(definition),
+        "chunked": Implementation(chunked),
+        "pallas": Implementation(
+            recurrence_kernel.run,
+            recurrence_kernel.unsupported,
+            recurrence_kernel.worth,
+            platforms=("tpu",),
+            interpretable=True,
+            kernel_flops=recurrence_kernel.kernel_flops,
+        ),
+    },
+    preference=("pallas", "chunked"),
     split=_over_devices,
 )
 
@@ -192,7 +204,7 @@ def linear_recurrence(
         smallest normal number of its dtype counts as that number.
       documents_BT: of `attnlab.ops.documents.document_index`; None: all positions continue one document.
       state_BHde: the state before the first position, read by document 0 only; None: nothing.
-      chunk: positions in a chunk, changes only time and memory.
+      chunk: positions in a chunk of `chunked`, changes only time and memory; the kernel has its own.
       impl: "auto", or a name in `LINEAR_RECURRENCE.table`.
 
     Returns:

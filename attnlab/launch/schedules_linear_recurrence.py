@@ -1,0 +1,95 @@
+"""What libtpu schedules for the linear recurrence on TPUs that are not here.
+
+The unit is bundles per position and head, of a whole step of the grid: what runs once for a sequence is left out (the
+first step's tables, the last step's state). A bundle takes a cycle where nothing stalls. Beside it stands how many
+cycles the device's memory takes for the bytes that the kernel moves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from attnlab.launch import llo
+from kernels_pallas import tuning
+from kernels_pallas.linear_recurrence import Sizes, default_sizes, linear_recurrence
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Of a call; `decay`: constant, or data: a number per position, whose gradient is wanted."""
+
+    decay: str = "constant"
+    packed: bool = False
+    value_width: int = 128
+
+
+NAME = "linear_recurrence"
+BATCH, LENGTH, HEADS, WIDTH = 4, 4096, 16, 128
+CASES = {
+    "constant": Case(),
+    "data, documents": Case("data", True),
+    "constant, a column of ones": Case(value_width=129),
+}
+PARTS = ("forward", "backward")
+
+
+def compile_case(case: Case, target: Any, chip: str, sizes: Sizes) -> None:
+    """Forward and backward for a chip; what is scheduled is in the dump."""
+    placed = SingleDeviceSharding(target.devices[0])
+    of = lambda *shape, dtype="bfloat16": jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+    rows = BATCH, LENGTH, HEADS
+    arrays = {"q": of(*rows, WIDTH), "k": of(*rows, WIDTH), "u": of(*rows, case.value_width)}
+    fixed = {"starts": of(*rows[:2], dtype=jnp.int32)} if case.packed else {}
+    if case.decay == "data":
+        arrays["log_decay"] = of(*rows, dtype=jnp.float32)
+    else:
+        fixed["log_decay"] = of(HEADS, dtype=jnp.float32)
+
+    def loss(arrays, fixed):
+        with tuning.device_kind(chip):
+            o, _ = linear_recurrence(**arrays, **fixed, sizes=sizes)
+        return jnp.sum(o.astype(jnp.float32))
+
+    jax.jit(jax.grad(loss)).lower(arrays, fixed).compile()
+
+
+def facts(root: llo.Region, chip: str, work: int) -> dict[str, Any]:
+    """Of a kernel whose step is `work` positions times heads."""
+    loop = max((r for r in root.inside if r.kind == "loop"), key=lambda r: r.total()["bundles"])
+    total = loop.total()
+    first_or_last = lambda r: not r.inside and not r.own["products"] and r.own["VST"] > 16
+    once = sum(r.own["bundles"] for r in loop.walk() if first_or_last(r))
+    return {
+        "bundles": round((total["bundles"] - once) / work, 3),
+        "matrix": round(total["products"] * llo.CYCLES[chip] / llo.UNITS[chip] / work, 3),
+        "once": once,
+        "spills": total["SPILL"],
+        "kernel_bundles": root.total()["bundles"],
+    }
+
+
+def measure(name: str, chip: str, folder: pathlib.Path, target: Any, sizes: Sizes | None = None):
+    """Facts of both kernels of a case, by direction. The dump goes to `folder` (`llo.arguments`)."""
+    case = CASES[name]
+    of = lambda width: jax.ShapeDtypeStruct((BATCH, LENGTH, HEADS, width), "bfloat16")
+    sizes = sizes or default_sizes(of(WIDTH), of(case.value_width), chip)
+    llo.clear(folder)
+    started = time.process_time()
+    compile_case(case, target, chip, sizes)
+    seconds = round(time.process_time() - started, 1)
+    found = {}
+    for part, heads in zip(PARTS, (sizes.forward_heads, sizes.backward_heads)):
+        (root,) = llo.kernels(folder, f"linear_recurrence_{part}", chip)
+        found[part] = facts(root, chip, sizes.chunk * sizes.chunks * heads) | {
+            "vmem": llo.vmem(folder, f"linear_recurrence_{part}"),
+            "sizes": dataclasses.asdict(sizes),
+            "compile_cpu_seconds": seconds,
+        }
+    return found

@@ -1,0 +1,87 @@
+"""The linear recurrence by our TPU kernel (`kernels_pallas.linear_recurrence`): one pass, the states on chip."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from attnlab.parallel import partition
+from kernels_pallas import tuning
+
+if TYPE_CHECKING:
+    from attnlab.ops.linear_recurrence import RecurrenceSpec
+
+_LANES = 128  # below so many positions most of a chunk is padding
+
+
+def _kernels() -> Any:
+    """Imported where they run: what has no kernels need not wait for Pallas, which takes longer than the rest here."""
+    from kernels_pallas import linear_recurrence
+
+    return linear_recurrence
+
+
+def unsupported(spec: RecurrenceSpec) -> str | None:
+    """Why the kernel cannot serve, or None."""
+    if spec.dtype not in ("bfloat16", "float32"):
+        return f"it computes bfloat16 and float32, not {spec.dtype}"
+    if _kernels().default_sizes(*_arrays(spec), _kind()) is None:
+        return f"a head's state of {spec.width} x {spec.value_width} does not fit into fast memory"
+    return None
+
+
+def worth(spec: RecurrenceSpec) -> bool:
+    """Whether "auto" takes it: not for less than a chunk."""
+    return spec.positions >= _LANES
+
+
+def kernel_flops(spec: RecurrenceSpec) -> dict[str, float]:
+    """FLOPs of one run of each kernel."""
+    return _kernels().kernel_flops(*_arrays(spec), _kind())
+
+
+def run(
+    q: jax.Array,
+    k: jax.Array,
+    u: jax.Array,
+    log_decay: jax.Array | None,
+    documents: jax.Array | None,
+    state: jax.Array | None,
+    *,
+    chunk: int,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """See `attnlab.ops.linear_recurrence.linear_recurrence`; `interpret` runs it as plain XLA, on any platform.
+
+    Products are of numbers in the dtype of q, sums and states float32; the output carries the checkpoint name
+    "attention_o". The chunk is the kernel's own.
+    """
+    del chunk
+    if log_decay is not None:
+        log_decay = jnp.maximum(log_decay.astype(jnp.float32), jnp.log(jnp.finfo(jnp.float32).tiny))
+    with tuning.device_kind(partition.device_kind()):
+        return _kernels().linear_recurrence(
+            q, k.astype(q.dtype), u.astype(q.dtype),
+            log_decay=log_decay, starts=None if documents is None else _starts(documents),
+            state=None if state is None else state.astype(jnp.float32), interpret=interpret,
+        )  # fmt: skip
+
+
+def _starts(documents_BT: jax.Array) -> jax.Array:
+    """The first position of each position's document, -1 of document 0, whose first may be before the row."""
+    t = jnp.arange(documents_BT.shape[1], dtype=jnp.int32)
+    before = jnp.pad(documents_BT, ((0, 0), (1, 0)))[:, :-1]
+    return jax.lax.cummax(jnp.where(documents_BT != before, t, -1), axis=1)
+
+
+def _kind() -> str:
+    kind = partition.device_kind()
+    return tuning.KINDS.get(kind, kind)
+
+
+def _arrays(spec: RecurrenceSpec) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """Queries and values."""
+    of = lambda width: jax.ShapeDtypeStruct((spec.batch, spec.positions, spec.heads, width), spec.dtype)
+    return of(spec.width), of(spec.value_width)

@@ -1,0 +1,153 @@
+"""Linear recurrences in one pass: the state never leaves the chip (Qin et al. 2024, arXiv:2401.04658, section 3)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import tuning
+from kernels_pallas.linear_recurrence import plan as plan_lib
+from kernels_pallas.linear_recurrence.gradient import recurrence
+from kernels_pallas.linear_recurrence.plan import Sizes
+
+__all__ = ["Sizes", "default_sizes", "kernel_flops", "linear_recurrence"]
+
+_LOG2E = math.log2(math.e)
+
+
+def linear_recurrence(
+    q: jax.Array,
+    k: jax.Array,
+    u: jax.Array,
+    *,
+    log_decay: jax.Array | None = None,
+    starts: jax.Array | None = None,
+    state: jax.Array | None = None,
+    interpret: Any = False,
+    sizes: Sizes | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """`S_t = exp(log_decay_t) S_{t-1} + k_t u_t^T`, `o_t = q_t S_t` per head, on TPU.
+
+    Args:
+      q, k: queries and keys [B, T, H, d]; u: values [B, T, H, e]; all bfloat16, or all float32. Any T, H, d and e. A
+        column of ones behind values costs little where the others are a power of two from 16 or a multiple of 128.
+      log_decay: finite; None: nothing decays; [H]: the same at all positions; [B, T, H]. A weight within 128 positions
+        is the exponential of a difference of float32 sums over them: where these are large, it is less exact.
+      starts: int [B, T], the first position of each position's document; -1: that of the document that `state` is of.
+        They ascend, and begin with -1 or 0. None: all are of that document.
+      state: [B, H, d, e] float32, before the first position; None: nothing.
+      interpret: runs the kernels as plain XLA operations on any platform, or, on a CPU, as its interpreter's parameters
+        say (`jax.experimental.pallas.tpu.InterpretParams`).
+      sizes: blocks; by default `default_sizes`.
+
+    Returns:
+      o [B, T, H, e] in the dtype of q, and the state after the last position [B, H, d, e] in float32: of the last
+      position's document. Both differentiable (reverse mode) in q, k, u, log_decay and state. States and sums are
+      float32; products are of numbers in the dtype of q.
+
+    Raises:
+      ValueError: shapes, dtypes or options that do not fit.
+    """
+    _check(q, k, u, log_decay, starts, state)
+    (B, T, H, width), value_width, kind = q.shape, u.shape[3], tuning.kind()
+    column = plan_lib.has_column(value_width)
+    d, e = plan_lib.padded_width(width), plan_lib.padded_width(value_width - column)
+    sizes = default_sizes(q, u, kind) if sizes is None else sizes
+    if sizes is None:
+        raise ValueError(f"linear_recurrence: widths {width}/{value_width}: a state of so many does not fit on chip")
+    _check_sizes(sizes, T, H, d, e)
+    constant = log_decay is None or log_decay.ndim == 1
+    plan = plan_lib.Plan(
+        (B, T, H, d, e), str(q.dtype), constant, starts is not None, column, state is not None, sizes, kind, interpret
+    )
+    arrays = {name: _side_by_side(x, d) for name, x in (("q", q), ("k", k))}
+    arrays["u"] = _side_by_side(u[..., : value_width - column], e)
+    logs = jnp.zeros((H,)) if log_decay is None else log_decay
+    arrays["logs"] = _heads_first(logs.astype(jnp.float32) * _LOG2E)
+    if starts is not None:
+        arrays["starts"] = starts.astype(jnp.int32)
+    if column:
+        arrays["z"] = _heads_first(u[..., -1].astype(jnp.float32))
+    if state is not None:
+        behind = lambda x, *widths: jnp.pad(x, ((0, 0), (0, 0), *((0, w) for w in widths)))
+        arrays["state"] = behind(state[..., : value_width - column], d - width, e + column - value_width)
+        if column:
+            arrays["sums"] = behind(state[..., -1:].swapaxes(2, 3), 0, d - width)
+    out = recurrence(plan, arrays)
+    o = out["o"].reshape(B, T, H, e)[..., :value_width]
+    end = out["state_end"][:, :, :width, :value_width]
+    if column:
+        o = jnp.concatenate([o, jnp.moveaxis(out["oz"], 1, 2)[..., None].astype(o.dtype)], -1)
+        end = jnp.concatenate([end, out["sums_end"][..., :width].swapaxes(2, 3)], -1)
+    return o, end
+
+
+def default_sizes(q: jax.Array | jax.ShapeDtypeStruct, u: jax.Array | jax.ShapeDtypeStruct, kind: str) -> Sizes | None:
+    """Blocks for queries and values of these shapes on devices of a kind; None: states are too large for the chip."""
+    width = plan_lib.padded_width(u.shape[3] - plan_lib.has_column(u.shape[3]))
+    return plan_lib.sizes(q.shape[1], q.shape[2], plan_lib.padded_width(q.shape[3]), width, q.dtype.itemsize, kind)
+
+
+def kernel_flops(q: jax.ShapeDtypeStruct, u: jax.ShapeDtypeStruct, kind: str) -> dict[str, float]:
+    """FLOPs of the products of one run of each kernel, by name, without padding; all pairs of a chunk are counted."""
+    (B, T, H, d), e, sizes = q.shape, u.shape[3], default_sizes(q, u, kind)
+    if sizes is None:
+        return {}
+    C, again = sizes.chunk, 1 - 1 / sizes.chunks
+    each = {"forward": C * (d + e) + 2 * d * e, "backward": C * (3 * d + 2 * e) + (4 + again) * d * e}
+    return {f"linear_recurrence_{name}": 2.0 * B * T * H * n for name, n in each.items()}
+
+
+def _side_by_side(x_BTHw: jax.Array, width: int) -> jax.Array:
+    """[B, T, H width], zeros behind each head's."""
+    x = jnp.pad(x_BTHw, ((0, 0), (0, 0), (0, 0), (0, width - x_BTHw.shape[3])))
+    return x.reshape(*x.shape[:2], -1)
+
+
+def _heads_first(x: jax.Array) -> jax.Array:
+    """[B, H, T] from [B, T, H]; [H] as it is."""
+    return x if x.ndim == 1 else jnp.moveaxis(x, 2, 1)
+
+
+def _check(q, k, u, log_decay, starts, state) -> None:
+    def need(ok: bool, what: str) -> None:
+        if not ok:
+            raise ValueError(f"linear_recurrence: {what}")
+
+    shapes = f"q {q.shape}, k {k.shape}, u {u.shape}"
+    need(
+        q.ndim == u.ndim == 4 and q.shape == k.shape and u.shape[:3] == q.shape[:3],
+        f"{shapes} do not fit; expected q, k [B, T, H, d], u [B, T, H, e]",
+    )
+    need(min(*q.shape, u.shape[3]) > 0, f"{shapes}; no size may be 0")
+    dtypes = q.dtype, k.dtype, u.dtype
+    need(
+        len(set(dtypes)) == 1 and q.dtype in ("bfloat16", "float32"),
+        f"q {q.dtype}, k {k.dtype}, u {u.dtype}; allowed: all bfloat16, or all float32",
+    )
+    B, T, H, d = q.shape
+    for name, x, allowed in (
+        ("log_decay", log_decay, ((H,), (B, T, H))),
+        ("starts", starts, ((B, T),)),
+        ("state", state, ((B, H, d, u.shape[3]),)),
+    ):
+        expected = " or ".join(str(list(shape)) for shape in allowed)
+        need(x is None or x.shape in allowed, f"{name} {getattr(x, 'shape', ())}; expected {expected}")
+    need(starts is None or starts.dtype.kind == "i", f"starts {getattr(starts, 'dtype', '')}; expected signed integers")
+    need(state is None or state.dtype == jnp.float32, f"state {getattr(state, 'dtype', '')}; expected float32")
+
+
+def _check_sizes(sizes: Sizes, length: int, heads: int, width: int, value_width: int) -> None:
+    def need(ok: bool, allowed: str) -> None:
+        if not ok:
+            raise ValueError(f"linear_recurrence: {sizes} is not allowed; allowed: {allowed}")
+
+    C, lanes = sizes.chunk, plan_lib.LANES
+    need(C >= 16 and C % 16 == 0, "chunk a multiple of 16")
+    need(sizes.chunks >= 1, "chunks 1 or more")
+    for n in (sizes.forward_heads, sizes.backward_heads):
+        whole = n * width % lanes == 0 == n * value_width % lanes
+        need(n == heads or (1 <= n <= heads and whole), f"all {heads} heads, or so many that fill whole {lanes} lanes")

@@ -1,0 +1,227 @@
+"""A chunk inside a kernel: what its positions take from each other and from the states around them."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from kernels_pallas.flash_attention.tpu_plan import product
+from kernels_pallas.linear_recurrence.plan import Plan
+
+_NEVER = -1e9  # log2 of a weight of 0
+_TILE = 16  # sublanes of bfloat16
+_PARTS = 3  # bfloat16 numbers that a float32 is the sum of
+
+Unit = Generator[None, None, None]
+_DONE = object()
+
+
+class Weights(NamedTuple):
+    """How much passes: of pairs [C, C], of positions and of the whole chunk, the same in all lanes.
+
+    Attributes:
+      pairs: of a key for a query, queries along sublanes; in the backward transposed, keys along sublanes.
+      read: [C, at least d and e], of the state before the chunk for a query.
+      write: as `read`, of a key in the state after it.
+      carry: [1, as many, or 1], of the state before in the state after.
+    """
+
+    pairs: jax.Array
+    read: jax.Array
+    write: jax.Array
+    carry: jax.Array
+
+
+class Masks(NamedTuple):
+    """Where documents allow it: None, everywhere.
+
+    Attributes:
+      pairs: as in `Weights`.
+      read, write: [C, 1].
+      carry: [1, 1].
+      begins: [C, 1], first position of the document of each.
+    """
+
+    pairs: jax.Array
+    read: jax.Array | None = None
+    write: jax.Array | None = None
+    carry: jax.Array | None = None
+    begins: jax.Array | None = None
+
+
+def lockstep(units: Iterable[Unit]) -> None:
+    """Heads phase by phase, as the compiler keeps to the program's order: one's latency is covered by the others."""
+    running = list(units)
+    while running:
+        running = [unit for unit in running if next(unit, _DONE) is not _DONE]
+
+
+def iota(shape: tuple[int, int], axis: int) -> jax.Array:
+    return lax.broadcasted_iota(jnp.int32, shape, axis)
+
+
+def over_lanes(x: jax.Array) -> jax.Array:
+    """The sum over the last axis, [C, 1]."""
+    return jnp.sum(x, axis=1, keepdims=True)
+
+
+def over_sublanes(x: jax.Array) -> jax.Array:
+    """The sum over the first axis, [1, w]."""
+    return jnp.sum(x, axis=0, keepdims=True)
+
+
+class Step:
+    """A step of the grid: a block of positions of a group of heads.
+
+    Attributes:
+      r: the kernel's arrays by name.
+      block: number of the block of positions.
+      backward: whether pairs are transposed.
+    """
+
+    def __init__(self, plan: Plan, r: dict[str, Any], *, heads: int, backward: bool):
+        self.plan, self.r, self.heads, self.backward = plan, r, heads, backward
+        step = pl.program_id(2)  # not inside `pl.when`, where the interpreter does not know it
+        self.first, self.last = step == 0, step == plan.blocks - 1
+        self.block = plan.blocks - 1 - step if backward else step
+        self.first_head = pl.program_id(1) * heads
+        C = plan.sizes.chunk
+        row, col = iota((C, C), 0), iota((C, C), 1)
+        self.row, self.col, self.lower = row, col, row >= col
+        self._masks: dict[int, Masks] = {}
+        self._weights: dict[tuple[int, int], Weights] = {}
+
+    def rows(self, m: int) -> slice:
+        """Positions of chunk `m` in the block."""
+        return slice(m * self.plan.sizes.chunk, (m + 1) * self.plan.sizes.chunk)
+
+    def start(self, m: int):
+        """First position of chunk `m`."""
+        return (self.block * self.plan.sizes.chunks + m) * self.plan.sizes.chunk
+
+    def load(self, name: str, m: int, h: int, *, masked: bool = True) -> jax.Array:
+        """[C, w] of a head; if `masked`, zeros behind the last position, where anything may be, NaN too."""
+        ref = self.r[name]
+        width = ref.shape[2] // self.heads
+        x = ref[0, self.rows(m), h * width : (h + 1) * width]
+        if self.plan.ragged and masked:
+            x = jnp.where(iota((x.shape[0], 1), 0) < self.plan.shape[1] - self.start(m), x, 0)
+        return x
+
+    def store(self, name: str, m: int, h: int, x: jax.Array) -> None:
+        """The opposite."""
+        ref = self.r[name]
+        width = ref.shape[2] // self.heads
+        ref[0, self.rows(m), h * width : (h + 1) * width] = x.astype(ref.dtype)
+
+    def fill_tables(self) -> None:
+        """Weights of constant decays, once for a sequence."""
+        C = self.plan.sizes.chunk
+        for h in range(self.heads if self.plan.constant else 0):
+            log = self.r["logs"][self.first_head + h]
+            apart = self.col - self.row if self.backward else self.row - self.col
+            powers = jnp.exp2(jnp.maximum(apart, 0).astype(jnp.float32) * log)
+            self.r["pairs"][h] = jnp.where(apart >= 0, powers, 0)
+            t = iota(self.r["read"].shape[1:], 0)
+            self.r["read"][h] = jnp.exp2((t + 1).astype(jnp.float32) * log)
+            self.r["write"][h] = jnp.exp2((C - 1 - t).astype(jnp.float32) * log)
+
+    def masks(self, m: int) -> Masks:
+        """Of chunk `m`."""
+        if m not in self._masks:
+            self._masks[m] = self._make_masks(m)
+        return self._masks[m]
+
+    def _make_masks(self, m: int) -> Masks:
+        if not self.plan.documents:
+            return Masks(self.row <= self.col if self.backward else self.lower)
+        start, own = self.start(m), self.r["starts"][0, m]
+        begins, newest = over_lanes(jnp.where(self.row == self.col, own, 0)), own[:, -1:]
+        if self.backward:
+            pairs = (self.row <= self.col) & (self.row + start >= own)
+        else:
+            pairs = self.lower & (self.col + start >= begins)
+        write = iota((own.shape[1], 1), 0) + start >= newest
+        return Masks(pairs, begins < start, write, newest < start, begins)
+
+    def weights(self, m: int, h: int) -> Weights:
+        """Of chunk `m` and head `h`."""
+        if (m, h) not in self._weights:
+            make = self._constant if self.plan.constant else self._by_position
+            self._weights[m, h] = make(m, h, self.masks(m))
+        return self._weights[m, h]
+
+    def _constant(self, m: int, h: int, masks: Masks) -> Weights:
+        pairs, read, write = (self.r[name][h] for name in ("pairs", "read", "write"))
+        carry = read[-1:]
+        if self.plan.ragged:  # the last chunk ends with the last position
+            log, steps = self._log(h), self._steps(m)
+            left = steps - 1 - iota(write.shape, 0)
+            write = jnp.exp2(jnp.maximum(left, 0).astype(jnp.float32) * log)
+            carry = jnp.exp2(jnp.full(carry.shape, steps.astype(jnp.float32) * log))
+        if self.plan.documents:
+            kept = lambda mask, x: jnp.where(mask, x, 0)
+            pairs, read, write, carry = map(kept, masks[:4], (pairs, read, write, carry))
+        return Weights(pairs, read, write, carry)
+
+    def _by_position(self, m: int, h: int, masks: Masks) -> Weights:
+        C, wide, row = self.plan.sizes.chunk, max(self.plan.shape[3:]), self.r["logs"][0, h, m]
+        columns = self.spread(row, max(C, wide))
+        passed = row - columns[:, :C] if self.backward else columns[:, :C] - row
+        pairs = jnp.exp2(jnp.where(masks.pairs, passed, _NEVER))
+        total, columns = row[:, -1:], columns[:, :wide]
+        read, left, carry = jnp.exp2(columns), total - columns, jnp.exp2(total)
+        if self.plan.documents:
+            read, left = jnp.where(masks.read, read, 0), jnp.where(masks.write, left, _NEVER)
+            carry = jnp.where(masks.carry, carry, 0)
+        return Weights(pairs, read, jnp.exp2(left), carry)
+
+    def read_row(self, m: int, h: int) -> jax.Array:
+        """`read` as a row, [1, C]."""
+        t = iota((1, self.plan.sizes.chunk), 1)
+        weight = jnp.exp2((t + 1).astype(jnp.float32) * self._log(h) if self.plan.constant else self.r["logs"][0, h, m])
+        return jnp.where(self.r["starts"][0, m] < self.start(m), weight, 0) if self.plan.documents else weight
+
+    def write_row(self, m: int, h: int) -> jax.Array:
+        """`write` as a row, [1, C]."""
+        t = iota((1, self.plan.sizes.chunk), 1)
+        if self.plan.constant:
+            left = jnp.maximum(self._steps(m) - 1 - t, 0).astype(jnp.float32) * self._log(h)
+        else:
+            row = self.r["logs"][0, h, m]
+            left = row[:, -1:] - row
+        weight = jnp.exp2(left)
+        if not self.plan.documents:
+            return weight
+        return jnp.where(t + self.start(m) >= self.r["starts"][0, m][:, -1:], weight, 0)
+
+    def _log(self, h: int):
+        """A head's constant decay."""
+        return self.r["logs"][self.first_head + h]
+
+    def _steps(self, m: int):
+        """Positions of the chunk: the last ends with the last position."""
+        return jnp.clip(self.plan.shape[1] - self.start(m), 0, self.plan.sizes.chunk)
+
+    def spread(self, row: jax.Array, width: int) -> jax.Array:
+        """A row [1, C] as columns, [C, width], exactly.
+
+        By the matrix unit, as the product of its three bfloat16 parts with ones: sums over lanes and broadcasts along
+        them are slower.
+        """
+        sublane, half = iota((_TILE, row.shape[1]), 0), jnp.bfloat16
+        parts = jnp.zeros(sublane.shape, jnp.float32)
+        for n in range(_PARTS):
+            part = row.astype(half).astype(jnp.float32)
+            parts, row = jnp.where(sublane == n, part, parts), row - part
+        ones = (iota((_TILE, width), 0) < _PARTS).astype(jnp.float32)
+        return product(parts.astype(half), ones.astype(half), 0, 0)
+
+    def times_rows(self, row: jax.Array, x: jax.Array, axis: int) -> jax.Array:
+        """The product of a row with a matrix over an axis of it, a row, as the matrix unit does it."""
+        return product(jnp.broadcast_to(row, (_TILE, row.shape[1])).astype(x.dtype), x, 1, axis)[:1]

@@ -1,0 +1,236 @@
+"""What is static of a call on TPU, which block sizes it takes, and how a kernel's arrays become blocks.
+
+Shapes: `B` batch, `T` positions, `H` heads, `d` and `e` padded widths of keys and values, `C` positions of a chunk, `M`
+chunks of a block, `N` blocks of a sequence. Arrays of positions lie as [B, T, H w]: a block is `M C` positions of a
+group of heads. Numbers per position are rows, [B, H, N M, 1, C].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas import compat, tuning
+from kernels_pallas.flash_attention.tpu_plan import Slots
+
+LANES = 128
+_NARROWEST = 16  # width
+_CHUNKS = 4  # of a block at most
+_STEP, _ALONE = 0.15, 2.8  # what a step costs beside its chunks, in chunks; what it costs beside its heads, in heads
+_SLACK = 4 * 2**20  # bytes of fast memory for the compiler's own
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Blocks of both directions, which share their positions: the forward saves the state before each for the backward.
+
+    Attributes:
+      chunk: C, a multiple of 16.
+      chunks: M.
+      forward_heads, backward_heads: of a block; all, or so many that widths times heads are multiples of 128.
+    """
+
+    chunk: int = LANES
+    chunks: int = _CHUNKS
+    forward_heads: int = 8
+    backward_heads: int = 4
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is static of a call.
+
+    Attributes:
+      shape: B, T, H, d, e.
+      dtype: of products.
+      constant: whether heads decay at fixed rates, else by a number per position.
+      documents: whether positions have documents.
+      column: whether values have one more column beside their e.
+      given: whether there is a state before the first position.
+      kind: of the devices (`kernels_pallas.tuning.kind`).
+      wants_decay: whether the backward gives the gradient of the decay.
+    """
+
+    shape: tuple[int, int, int, int, int]
+    dtype: str
+    constant: bool
+    documents: bool
+    column: bool
+    given: bool
+    sizes: Sizes
+    kind: str
+    interpret: Any
+    wants_decay: bool = False
+
+    @property
+    def positions(self) -> int:
+        """Of a block."""
+        return self.sizes.chunk * self.sizes.chunks
+
+    @property
+    def blocks(self) -> int:
+        """N."""
+        return -(-self.shape[1] // self.positions)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether the last block ends behind the last position."""
+        return self.shape[1] % self.positions != 0
+
+    def flops(self, of_pairs: int, of_states: int) -> int:
+        """Of products of so many width units: over pairs within a chunk, and of states."""
+        B, _, H, d, e = self.shape
+        return 2 * B * H * self.blocks * self.positions * (self.sizes.chunk * of_pairs + d * e * of_states)
+
+
+def padded_width(width: int) -> int:
+    """A power of two from 16, or a multiple of 128: heads side by side then do not straddle registers needlessly."""
+    if width > LANES:
+        return -(-width // LANES) * LANES
+    return max(_NARROWEST, 1 << (width - 1).bit_length())
+
+
+def has_column(width: int) -> bool:
+    """Whether the last column of so many values goes by itself: it alone would take a width of its own."""
+    return width > _NARROWEST and padded_width(width - 1) == width - 1
+
+
+def sizes(length: int, heads: int, width: int, value_width: int, itemsize: int, kind: str) -> Sizes | None:
+    """Blocks for these lengths and padded widths; None where no state of a head fits into fast memory."""
+    chunk = min(LANES, -(-length // 16) * 16)
+    count = -(-length // chunk)
+    steps = lambda chunks: -(-count // chunks) * (chunks + _STEP)
+    for chunks in sorted(range(1, _CHUNKS + 1), key=lambda n: (steps(n), -n)):
+        found = []
+        for most, needed in ((8, forward_bytes), (4, backward_bytes)):
+            fits = lambda n: needed(n, chunk, chunks, width, value_width, itemsize) <= tuning.vmem_limit(kind)
+            found.append(_group(heads, width, value_width, most, fits))
+        if None not in found:
+            return Sizes(chunk, chunks, *found)
+    return None
+
+
+def _group(heads: int, width: int, value_width: int, most: int, fits: Callable[[int], bool]) -> int | None:
+    """Heads of a block: `most` at most, unless only more fill whole lanes. The last group may lack some."""
+    lanes = lambda n: n == heads or n * width % LANES == 0 == n * value_width % LANES
+    able = [n for n in range(1, heads + 1) if lanes(n) and fits(n)]
+    within = [n for n in able if n <= most] or able[:1]
+    return min(within, key=lambda n: (-(-heads // n) * (n + _ALONE), -n), default=None)
+
+
+def forward_bytes(heads: int, chunk: int, chunks: int, d: int, e: int, itemsize: int) -> int:
+    """Of fast memory in the forward: windows in two buffers, the state, tables, and values of all heads at a time."""
+    windows = 2 * (2 * chunk * chunks * (d + e) * itemsize + 3 * d * e * 4)
+    tables = 4 * chunk * (chunk + 2 * max(d, e))
+    return heads * (windows + tables + 8 * d * e + 4 * chunk * (chunk + d + 2 * e)) + _SLACK
+
+
+def backward_bytes(heads: int, chunk: int, chunks: int, d: int, e: int, itemsize: int) -> int:
+    """As `forward_bytes`; the states before each chunk are made again."""
+    windows = 2 * (chunk * chunks * (4 * d + 3 * e) * itemsize + 3 * d * e * 4)
+    tables = 4 * chunk * (chunk + 2 * max(d, e))
+    return heads * (windows + tables + 4 * (chunks + 2) * d * e + 4 * chunk * (2 * chunk + 4 * d + 2 * e)) + _SLACK
+
+
+class Blocks(Slots):
+    """A kernel's arrays, in blocks of a grid over sequences, groups of heads and blocks of positions.
+
+    `heads`: of a group; `reverse`: whether the last block of positions comes first.
+    """
+
+    def __init__(self, plan: Plan, heads: int, reverse: bool):
+        super().__init__()
+        self.plan, self.heads = plan, heads
+        self.at = (lambda n: plan.blocks - 1 - n) if reverse else (lambda n: n)
+        self.grid = (plan.shape[0], -(-plan.shape[2] // heads), plan.blocks)
+
+    def positions(self, width: int) -> pl.BlockSpec:
+        """Of [B, T, H w]."""
+        return pl.BlockSpec((1, self.plan.positions, self.heads * width), lambda b, h, n: (b, self.at(n), h))
+
+    def rows(self) -> pl.BlockSpec:
+        """Of [B, H, N M, 1, C]."""
+        s = self.plan.sizes
+        return pl.BlockSpec((1, self.heads, s.chunks, 1, s.chunk), lambda b, h, n: (b, h, self.at(n), 0, 0))
+
+    def shared_rows(self) -> pl.BlockSpec:
+        """Of [B, N M, 1, C], the same for all heads."""
+        s = self.plan.sizes
+        return pl.BlockSpec((1, s.chunks, 1, s.chunk), lambda b, h, n: (b, self.at(n), 0, 0))
+
+    def states(self, *shape: int) -> pl.BlockSpec:
+        """Of [B, H, ...]."""
+        return pl.BlockSpec((1, self.heads, *shape), lambda b, h, n: (b, h, 0, 0))
+
+    def saved_states(self, *shape: int) -> pl.BlockSpec:
+        """Of [B, N, H, ...]."""
+        return pl.BlockSpec((1, 1, self.heads, *shape), lambda b, h, n: (b, self.at(n), h, 0, 0))
+
+    def gates(self, arrays: Mapping[str, Any]) -> None:
+        """The inputs that both directions begin with: decays in log2 units, and first positions of documents."""
+        plan, (_, T, H, *_) = self.plan, self.plan.shape
+        if plan.constant:
+            whole = jnp.pad(arrays["logs"], (0, self.grid[1] * self.heads - H))
+            self.input("logs", whole, pl.BlockSpec(memory_space=pltpu.SMEM))
+        else:
+            self.input("logs", jnp.cumsum(as_rows(plan, arrays["logs"]), -1), self.rows())
+        if plan.documents:
+            starts = jnp.pad(arrays["starts"], ((0, 0), (0, plan.blocks * plan.positions - T)), mode="edge")
+            self.input("starts", starts.reshape(starts.shape[0], -1, 1, plan.sizes.chunk), self.shared_rows())
+
+    def tables(self) -> None:
+        """Scratch for what is the same in every chunk where decays are constant."""
+        C, wide = self.plan.sizes.chunk, max(self.plan.shape[3:])
+        if self.plan.constant:
+            for name, width in (("pairs", C), ("read", wide), ("write", wide)):
+                self.scratch(name, (self.heads, C, width), jnp.float32)
+
+    def run(self, kernel: Callable[..., None], name: str, flops: int) -> dict[str, jax.Array]:
+        """The outputs of `kernel(*refs)`, by name."""
+        out = pl.pallas_call(
+            kernel,
+            grid=self.grid,
+            in_specs=[spec for _, spec in self.inputs.values()],
+            out_specs=[spec for _, spec in self.outputs.values()],
+            scratch_shapes=list(self.scratches.values()),
+            out_shape=[shape for shape, _ in self.outputs.values()],
+            compiler_params=compat.tpu_params(
+                dimension_semantics=("parallel", "parallel", "arbitrary"),
+                vmem_limit_bytes=tuning.vmem_limit(self.plan.kind),
+                disable_bounds_checks=True,  # the grid alone places windows
+            ),
+            cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=self.bytes_moved(), transcendentals=0),
+            name=name,
+            interpret=self.plan.interpret,
+        )
+        with jax.named_scope("linear_recurrence"):  # else the kernel's own name gets those of jax's transformations
+            found = out(*(x for x, _ in self.inputs.values()))
+        return dict(zip(self.outputs, found, strict=True))
+
+    def bytes_moved(self) -> int:
+        """From and to the device's memory: every array once, what heads share once for each group of them."""
+        total = 0
+        for name, (array, _) in (*self.inputs.items(), *self.outputs.items()):
+            once = math.prod(array.shape) * jnp.dtype(array.dtype).itemsize
+            total += once * (self.grid[1] if name == "starts" else 1)
+        return total
+
+
+def as_rows(plan: Plan, x_BHT: jax.Array) -> jax.Array:
+    """[B, H, N M, 1, C] in float32, zeros behind."""
+    behind = plan.blocks * plan.positions - x_BHT.shape[2]
+    x = jnp.pad(x_BHT.astype(jnp.float32), ((0, 0), (0, 0), (0, behind)))
+    return x.reshape(*x.shape[:2], -1, 1, plan.sizes.chunk)
+
+
+def from_rows(plan: Plan, x: jax.Array) -> jax.Array:
+    """[B, H, T] from [B, H, N M, 1, C]."""
+    return x.reshape(*x.shape[:2], -1)[:, :, : plan.shape[1]]

@@ -1,0 +1,243 @@
+"""The linear recurrence's TPU kernels, interpreted: values and all gradients against the definition in float64."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from attnlab.ops.linear_recurrence import LINEAR_RECURRENCE
+from kernels_pallas import tuning
+from kernels_pallas.linear_recurrence import Sizes, default_sizes, linear_recurrence
+from kernels_pallas.linear_recurrence import plan as plan_lib
+from tests.mixers import precision
+
+B = 2
+
+
+def documents_of(length):
+    """Document 0 goes on from before the first row. Documents begin inside chunks of 16, 32 and 128 and at their edges,
+    a document of one position among them, and with the last position."""
+    begins = ([16, 17, 40, 128, length - 1], [0, 32, 64, 65, 200])
+    index = np.zeros((B, length), np.int32)
+    for b in range(B):
+        for n, t in enumerate(t for t in begins[b] if 0 <= t < length):
+            index[b, t:] = n + 1
+    return index
+
+
+def starts_of(documents):
+    first = np.diff(documents, axis=1, prepend=0) != 0
+    return np.maximum.accumulate(np.where(first, np.arange(documents.shape[1]), -1), axis=1)
+
+
+def inputs(length, heads, d, e, decay, state, seed=0):
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    arrays = {"q": normal(B, length, heads, d), "k": normal(B, length, heads, d), "u": normal(B, length, heads, e)}
+    if decay == "constant":
+        arrays["log_decay"] = np.float32(-np.geomspace(0.01, 1.5, heads))
+    if decay == "data":
+        arrays["log_decay"] = np.float32(-rng.exponential(0.2, (B, length, heads)))
+    if state:
+        arrays["state"] = normal(B, heads, d, e)
+    return arrays
+
+
+def definition(q, k, u, log_decay=None, state=None, documents=None):
+    documents = None if documents is None else jnp.asarray(documents)
+    return LINEAR_RECURRENCE.table["definition"].run(q, k, u, log_decay, documents, state, chunk=1)
+
+
+def results(fn, arrays):
+    """o, the state after, and gradients by name, for one cotangent of both."""
+
+    def loss(arrays):
+        o, end = fn(**arrays)
+        weigh = lambda y, by: jnp.sum(y.astype(end.dtype) * by(jnp.arange(y.size)).reshape(y.shape).astype(end.dtype))
+        return weigh(o, jnp.cos) + weigh(end, jnp.sin), (o, end)
+
+    grads, (o, end) = jax.jit(jax.grad(loss, has_aux=True))(arrays)
+    found = {"o": o, "end": end, **{f"d{name}": x for name, x in grads.items()}}
+    return {name: np.asarray(x.astype(jnp.promote_types(x.dtype, jnp.float32))) for name, x in found.items()}
+
+
+def exact(arrays, documents):
+    with jax.enable_x64(True):
+        return results(
+            functools.partial(definition, documents=documents),
+            {name: jnp.asarray(x, jnp.float64) for name, x in arrays.items()},
+        )
+
+
+def rounded(arrays, dtype):
+    """q, k and u in a dtype."""
+    return {name: jnp.asarray(x, dtype if name in "qku" else jnp.float32) for name, x in arrays.items()}
+
+
+def assert_close(found, expected, tolerance):
+    for name, value in expected.items():
+        assert found[name].shape == value.shape
+        scale = max(np.abs(value).max(), 1e-3)
+        np.testing.assert_allclose(found[name], value, atol=tolerance * scale, rtol=0, err_msg=name)
+
+
+# T, H, d, e, decay, documents, state, dtype, sizes; several blocks of several chunks where sizes are given.
+CASES = [
+    (1, 3, 16, 16, "data", False, True, "float32", None),
+    (7, 2, 5, 17, "constant", True, True, "float32", None),
+    (64, 4, 64, 32, "constant", True, False, "float32", Sizes(16, 2, 4, 4)),
+    (64, 3, 64, 65, "data", True, True, "float32", Sizes(16, 2, 2, 3)),
+    (130, 1, 16, 16, "data", False, False, "bfloat16", Sizes(32, 2, 1, 1)),
+    (130, 2, 24, 129, "constant", True, True, "float32", Sizes(64, 1, 2, 2)),
+    (130, 1, 130, 33, "data", True, True, "bfloat16", Sizes(64, 2, 1, 1)),
+    (256, 1, 64, 64, "constant", False, True, "float32", Sizes(128, 1, 1, 1)),
+    (256, 2, 64, 64, "none", True, False, "bfloat16", None),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(str(x) for x in c[:8]))
+def test_equals_the_definition(case):
+    """Values and every gradient, the decay's among them."""
+    T, H, d, e, decay, packed, state, dtype, sizes = case
+    arrays = rounded(inputs(T, H, d, e, decay, state), dtype)
+    documents = documents_of(T) if packed else None
+    starts = jnp.asarray(starts_of(documents)) if packed else None
+    found = results(functools.partial(linear_recurrence, starts=starts, sizes=sizes, interpret=True), arrays)
+    expected = exact({name: np.asarray(x.astype(jnp.float32)) for name, x in arrays.items()}, documents)
+    assert_close(found, expected, 1e-5 if dtype == "float32" else 0.02)
+
+
+def run_simply(arrays, sizes=None, starts=None, interpret=True):
+    return jax.jit(functools.partial(linear_recurrence, starts=starts, sizes=sizes, interpret=interpret))(**arrays)
+
+
+def test_chunks_and_blocks_change_nothing():
+    """Any sizes give the same, but for rounding."""
+    arrays = rounded(inputs(96, 2, 16, 33, "data", True), "float32")
+    starts = jnp.asarray(starts_of(documents_of(96)))
+    by = [run_simply(arrays, sizes, starts) for sizes in (Sizes(96, 1, 2, 2), Sizes(16, 3, 2, 2), Sizes(32, 1, 2, 2))]
+    for other in by[1:]:
+        assert_close(*({name: np.asarray(x) for name, x in zip(("o", "end"), y)} for y in (other, by[0])), 2e-6)
+
+
+def test_states_compose():
+    """Two pieces, the second from the state after the first, are one pass; a document goes on over the cut."""
+    arrays, sizes, cut = rounded(inputs(80, 2, 16, 17, "data", True), "float32"), Sizes(16, 2, 2, 2), 50
+    documents = documents_of(80)
+    whole = run_simply(arrays, sizes, jnp.asarray(starts_of(documents)))
+    state, parts = arrays["state"], []
+    for piece in (slice(0, cut), slice(cut, 80)):
+        before = documents[:, :1] if piece.start == 0 else documents[:, cut - 1 : cut]
+        index = documents[:, piece] - (0 if piece.start == 0 else before)
+        own = {name: x[:, piece] for name, x in arrays.items() if name != "state"}
+        o, state = run_simply({**own, "state": state}, sizes, jnp.asarray(starts_of(index)))
+        parts.append(o)
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole[0], atol=2e-5)
+    np.testing.assert_allclose(state, whole[1], atol=2e-5)
+
+
+def test_causality_is_bitwise():
+    """What comes later changes nothing before, to the last bit."""
+    arrays = rounded(inputs(64, 2, 16, 33, "data", False), "float32")
+    run = lambda arrays: run_simply(arrays, Sizes(16, 2, 2, 2))[0]
+    before = run(arrays)
+    later = {name: x.at[:, 37:].set(-3 * jnp.abs(x[:, 37:])) for name, x in arrays.items()}
+    np.testing.assert_array_equal(run(later)[:, :37], before[:, :37])
+
+
+RACES = [
+    ("constant", False, 2, 16, None),
+    ("data", True, 2, 33, Sizes(16, 2, 2, 2)),
+    ("constant", True, 3, 64, Sizes(16, 2, 2, 2)),  # the last group of heads is not whole
+]
+
+
+@pytest.mark.parametrize("decay, packed, heads, e, sizes", RACES)
+def test_no_races(decay, packed, heads, e, sizes, capfd):
+    """Forward and backward on a simulated TPU whose two cores share heads, with NaN in what was never written and
+    behind the ends of arrays, of positions and of heads: the same as interpreted as XLA operations."""
+    arrays = rounded(inputs(70, heads, 64, e, decay, True), "float32")
+    starts = jnp.asarray(starts_of(documents_of(70))) if packed else None
+    kernel = functools.partial(linear_recurrence, starts=starts, sizes=sizes)
+    simulate = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+    simulated, plain = (results(functools.partial(kernel, interpret=x), arrays) for x in (simulate, True))
+    assert_close(simulated, plain, 1e-6)
+    assert "RACE DETECTED" not in "".join(capfd.readouterr())
+
+
+def calls(fn, *args):
+    """Parameters of the kernels that a function calls, by name, and what is below each grid."""
+    found = precision.equations(jax.make_jaxpr(fn)(*args).jaxpr)
+    return {eqn.params["name"]: eqn.params for eqn in found if eqn.primitive.name == "pallas_call"}
+
+
+@pytest.mark.parametrize("decay, packed, e", [("constant", False, 128), ("data", True, 129)])
+def test_declared_bytes_are_those_of_the_blocks(decay, packed, e):
+    """A block is fetched when its place changes from one step of the grid to the next; within 5 %."""
+    arrays = rounded(inputs(1024, 16, 128, e, decay, False), "bfloat16")
+    starts = jnp.asarray(starts_of(documents_of(1024))) if packed else None
+    loss = lambda arrays: jnp.sum(linear_recurrence(**arrays, starts=starts)[0].astype(jnp.float32))
+    for params in calls(jax.grad(loss), arrays).values():
+        mapping, total = params["grid_mapping"], 0
+        for block in mapping.block_mappings:
+            array, shape = block.array_aval, block.block_shape
+            if "smem" in str(block.transformed_block_aval).lower():
+                continue
+            size = math.prod(int(getattr(n, "block_size", n)) for n in shape) * array.dtype.itemsize
+            place = lambda at: tuple(int(i) for i in jax.core.eval_jaxpr(*_closed(block.index_map_jaxpr), *at))
+            places = [place(at) for at in np.ndindex(*mapping.grid)]
+            total += size * sum(a != b for a, b in zip([None, *places], places))
+        assert params["cost_estimate"].bytes_accessed == pytest.approx(total, rel=0.05)
+
+
+def _closed(closed):
+    return closed.jaxpr, closed.consts
+
+
+def test_a_constant_has_no_gradient_to_compute():
+    """Decays that nothing is differentiated by cost the backward nothing; those that are get theirs."""
+    arrays = rounded(inputs(32, 2, 16, 16, "constant", False), "float32")
+    logs = arrays.pop("log_decay")
+    loss = lambda arrays, logs: jnp.sum(linear_recurrence(**arrays, log_decay=logs)[0])
+    outputs = lambda wanted: len(calls(jax.grad(loss, wanted), arrays, logs)["linear_recurrence_backward"]["out_avals"])
+    assert outputs((0, 1)) == outputs(0) + 1 == 4
+
+
+def test_sizes():
+    """Groups of heads for any count; a state that no chip holds has none."""
+    of = lambda T, H, w: jax.ShapeDtypeStruct((1, T, H, w), jnp.bfloat16)
+    heads = lambda H, d, e, T=4096: default_sizes(of(T, H, d), of(T, H, e), "v6e").forward_heads
+    assert [heads(H, 128, 128) for H in (1, 7, 12, 16, 17, 25)] == [1, 7, 6, 8, 6, 5]
+    assert heads(32, 16, 64) == 8 and heads(4, 16, 16) == 4 and heads(25, 64, 64) % 2 == 0
+    assert default_sizes(of(640, 8, 128), of(640, 8, 128), "v6e").chunks in (1, 5)
+    assert default_sizes(of(7, 8, 128), of(7, 8, 128), "v6e") == Sizes(16, 1, 8, 4)
+    assert default_sizes(of(4096, 1, 8192), of(4096, 1, 8192), "v6e") is None
+    for kind in tuning.KINDS.values():
+        for d, e, H in ((256, 128, 16), (512, 512, 8), (1024, 1024, 4)):
+            s = default_sizes(of(4096, H, d), of(4096, H, e), kind)
+            for n, needed in ((s.forward_heads, plan_lib.forward_bytes), (s.backward_heads, plan_lib.backward_bytes)):
+                assert needed(n, s.chunk, s.chunks, d, e, 2) <= tuning.vmem_limit(kind)
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"k": (1, 9, 2, 7)}, "do not fit"), ({"u": (1, 9, 3, 8)}, "do not fit"), ({"u": (1, 9, 2, 0)}, "no size may be 0"),
+    ({"log_decay": (3,)}, r"log_decay \(3,\); expected \[2\] or \[1, 9, 2\]"), ({"starts": (1, 8)}, "starts"),
+    ({"state": (1, 2, 8, 9)}, "state"), ({"dtype": "float16"}, "bfloat16, or all float32"),
+    ({"starts": (1, 9), "starts_dtype": "float32"}, "signed integers"),
+    ({"sizes": Sizes(8)}, "chunk a multiple of 16"), ({"sizes": Sizes(16, 0)}, "chunks 1 or more"),
+    ({"sizes": Sizes(16, 1, 1, 2)}, "all 2 heads, or so many"),
+])  # fmt: skip
+def test_refusals(change, says):
+    """Each names the value and what is allowed."""
+    shapes = {"q": (1, 9, 2, 8), "k": (1, 9, 2, 8), "u": (1, 9, 2, 8)} | change
+    dtype, of_starts = shapes.pop("dtype", "float32"), shapes.pop("starts_dtype", "int32")
+    of = lambda name: dtype if name in "qku" else of_starts if name == "starts" else "float32"
+    args = {n: jnp.zeros(x, of(n)) if isinstance(x, tuple) else x for n, x in shapes.items()}
+    with pytest.raises(ValueError, match=says):
+        linear_recurrence(**args, interpret=True)

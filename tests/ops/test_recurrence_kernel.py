@@ -1,0 +1,128 @@
+"""Our kernel as an implementation of the linear recurrence: when it is chosen, what it gets, split over devices."""
+
+from __future__ import annotations
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab import ops
+from attnlab.errors import UserError
+from attnlab.ops.dispatch import interpreted
+from attnlab.ops.linear_recurrence import LINEAR_RECURRENCE, RecurrenceSpec, linear_recurrence
+from attnlab.parallel import partition
+from attnlab.train import sharding
+from attnlab.train.config import MeshConfig
+
+
+@contextlib.contextmanager
+def on(kind):
+    """As if the program were for devices of a kind."""
+    tokens = partition._platform.set("tpu"), partition._device_kind.set(kind)
+    try:
+        yield
+    finally:
+        partition._platform.reset(tokens[0])
+        partition._device_kind.reset(tokens[1])
+
+
+def spec(**changes):
+    facts = dict(batch=2, positions=4096, heads=16, width=128, value_width=129, dtype="bfloat16", chunk=64,
+                 decay="data", packed=True)  # fmt: skip
+    return RecurrenceSpec(**(facts | changes))
+
+
+def test_auto():
+    """On TPU the kernel, on any kind; XLA's form takes what is shorter than a chunk, float64 and states too large."""
+    huge = {"width": 8192, "value_width": 8192}
+    for kind in ("TPU v5e", "TPU v5p", "TPU v6e", "TPU7x", "TPU v99"):
+        with on(kind):
+            for changes in ({}, {"dtype": "float32"}, {"heads": 25, "width": 153}, {"positions": 1000}):
+                assert LINEAR_RECURRENCE.pick(spec(**changes)) == "pallas", changes
+            for changes in ({"positions": 127}, {"positions": 1}, {"dtype": "float64"}, huge):
+                assert LINEAR_RECURRENCE.pick(spec(**changes)) == "chunked", changes
+            assert LINEAR_RECURRENCE.pick(spec(positions=7), "pallas") == "pallas"
+            with pytest.raises(UserError, match="bfloat16 and float32, not float64"):
+                LINEAR_RECURRENCE.pick(spec(dtype="float64"), "pallas")
+            with pytest.raises(UserError, match="state of 8192 x 8192 does not fit"):
+                LINEAR_RECURRENCE.pick(spec(**huge), "pallas")
+    assert LINEAR_RECURRENCE.pick(spec()) == "chunked"
+
+
+def test_kernel_flops():
+    """Forward: scores, what they weigh, what is read and written; backward: 3 d + 2 e of pairs, five of states and one
+    more of all chunks but a block's last."""
+    each, d, e, C = 2.0 * 2 * 4096 * 16, 128, 129, 128
+    with on("TPU v6e"), ops.recording() as chosen:
+        LINEAR_RECURRENCE.choose(spec())
+    runs = lambda name: chosen.kernel_flops({f"linear_recurrence_{name}.3": 1})
+    assert runs("forward") == pytest.approx(each * (C * (d + e) + 2 * d * e))
+    assert runs("backward") == pytest.approx(each * (C * (3 * d + 2 * e) + 4.75 * d * e))
+
+
+def arrays(length=200):
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    q, k, u = (normal(1, length, 2, w) for w in (16, 16, 33))
+    return q, k, u, -jnp.abs(normal(1, length, 2)), normal(1, 2, 16, 33)
+
+
+DOCUMENTS = jnp.asarray([[0] * 60 + [1] * 40 + [2] * 80 + [3] * 20])
+
+
+def value_and_gradients(impl, *arrays, wrap=lambda f: f):
+    def loss(arrays):
+        q, k, u, log_decay, state = arrays
+        run = wrap(
+            lambda q, k, u: linear_recurrence(
+                q, k, u, log_decay=log_decay, documents_BT=DOCUMENTS, state_BHde=state, impl=impl
+            )
+        )
+        o, end = run(q, k, u)
+        return jnp.sum(jnp.sin(o)) + jnp.sum(jnp.sin(end)), (o, end)
+
+    return jax.value_and_grad(loss, has_aux=True)(arrays)
+
+
+def assert_same(a, b, atol):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, atol=atol * max(1, np.abs(y).max()))
+
+
+def test_documents_states_and_remat():
+    """The op's documents and states, a decay of nothing at all, under checkpoint and a scan over layers."""
+    q, k, u, log_decay, state = arrays()
+    log_decay = log_decay.at[0, 70].set(-jnp.inf)
+    expected = jax.jit(lambda *a: value_and_gradients("definition", *a))(q, k, u, log_decay, state)
+
+    def layers(f):
+        def step(carry, _):
+            return carry, jax.checkpoint(f)(q, *carry)
+
+        def run(q_, k, u):
+            del q_
+            _, (o, end) = jax.lax.scan(step, (k, u), jnp.arange(1))
+            return o[0], end[0]
+
+        return run
+
+    with interpreted():
+        plain = jax.jit(lambda *a: value_and_gradients("pallas", *a))(q, k, u, log_decay, state)
+        inside = jax.jit(lambda *a: value_and_gradients("pallas", *a, wrap=layers))(q, k, u, log_decay, state)
+    assert_same(plain, expected, 2e-5)
+    (loss, out), gradients = inside
+    assert_same((loss, out, gradients[1:]), (plain[0][0], plain[0][1], plain[1][1:]), 1e-5)
+
+
+def test_positions_split_over_devices():
+    """Each of four devices has a quarter of the positions and half of the heads; the same."""
+    inputs = arrays()
+    devices = sharding.make_mesh(MeshConfig(data=1, context=4, tensor=2), 1)
+    with interpreted(), ops.recording() as chosen:
+        run = partition.traced(lambda: value_and_gradients("pallas", *inputs), devices, sharding.ACTIVATION_RULES)
+        results = jax.jit(run)()
+    assert {str(c.spec) for c in chosen.choices} == {"B1 T50 H1 d16/33 C64 float32 decay=data packed"}
+    assert_same(results, jax.jit(lambda: value_and_gradients("definition", *inputs))(), 2e-5)
