@@ -24,7 +24,10 @@ ROOMS = (
 )
 LEAVES = ("arguments", "batch", "config", "data", "errors", "memory", "output", "paths", "registry", "taps")
 # What asks for tiles, and so for kernels, directly.
-TUNING = ("launch/schedules.py", "launch/schedules_flow.py", "launch/schedules_linear_recurrence.py", "launch/tune.py")
+TUNING = tuple(
+    f"launch/{name}.py"
+    for name in ("schedules", "schedules_flow", "schedules_linear_recurrence", "schedules_neural_memory", "tune")
+)
 KNOWN_UPWARD: set[tuple[str, str]] = set()  # (file, room) that are still the wrong way round: only to get fewer
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 import jax.numpy as jnp
 import pytest
 
-from attnlab.launch import llo, schedules
+from attnlab.launch import llo, schedules, schedules_neural_memory
 from benchmarks import tpu_schedule
 from kernels_pallas import masks, tuning
 from kernels_pallas.tuning import BackwardBlocks, ForwardBlocks
@@ -113,6 +113,19 @@ def test_growth_is_said():
     assert tpu_schedule.grown(then | {"causal_cycles": {"4096": 1100}}, then) == ["causal cycles 4096 1000 -> 1100"]
     assert tpu_schedule.grown({"bundles": 2.2}, {"bundles": 2.0}) == ["bundles 2.0 -> 2.2"]
     assert "nothing is recorded" in tpu_schedule.grown(then, None)[0]
+
+
+def test_a_memory_is_its_groups_and_a_share_of_its_segment():
+    """What runs once for a row (many stores, no product), or for few groups, is left out."""
+    region = lambda kind, at, bundles, products=0, stores=0, inside=(): llo.Region(
+        kind, at, at + 1, inside=list(inside), own=Counter(bundles=bundles, products=products, VST=stores)
+    )
+    groups = region("loop", 4, 640, 32, inside=[region("when", 5, 400, stores=99), region("when", 6, 64, 8)])
+    body = region("when", 3, 200, inside=[groups])
+    grid = region("loop", 1, 56, inside=[region("when", 2, 500, stores=99), body])
+    facts = schedules_neural_memory.facts(region("kernel", 0, 7, inside=[grid]), "v6e", heads=2, rows=32, segment=128)
+    assert facts["bundles"] == (640 + 64) / (2 * 32) + (56 + 200) / (2 * 128)
+    assert facts["matrix"] == 40 * llo.CYCLES["v6e"] / llo.UNITS["v6e"] / (2 * 32)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
