@@ -135,9 +135,7 @@ def main() -> int:
     print("".join(TITLES), flush=True)
     complaints: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
-        for chip, name, facts in measure(
-            args.chips, args.cases, args.tiles, args.recurrences, pathlib.Path(folder)
-        ):
+        for chip, name, facts in measure(args.chips, args.cases, args.tiles, args.recurrences, pathlib.Path(folder)):
             print(row(chip, name, facts), flush=True)
             if args.check:
                 complaints += [f"{chip} {name}: {what}" for what in grown(facts, known(chip, name))]
