@@ -16,10 +16,11 @@ from attnlab.mixers.parts import RMSNorm
 from attnlab.mixers.sequence import Sequence
 from attnlab.mixers.titans_attention import Attention
 from attnlab.mixers.titans_memory import Memory, memory_flops
-from attnlab.mixers.titans_segments import SegmentedMemory, SegmentState, segment_flops
+from attnlab.mixers.titans_segments import MEMORY_AS_CONTEXT, SegmentedMemory, SegmentState, segment_flops
 from attnlab.ops.keys_values import RollingCache
 from attnlab.ops.masks import mean_visible_keys
-from attnlab.ops.neural_memory import ACTIVATIONS, NEURAL_MEMORY, MemoryState, neural_memory
+from attnlab.ops.memory_frame import ACTIVATIONS, MemoryState
+from attnlab.ops.neural_memory import NEURAL_MEMORY, neural_memory
 
 VARIANTS = {
     "lmm": "the memory alone",
@@ -71,7 +72,7 @@ class TitansConfig(HeadConfig):
     rope_base: float | None = knob(
         10_000.0, "base of attention's rotary embedding; none: no positions", other=(None,), above=1
     )
-    impl: str = impl_knob(NEURAL_MEMORY, default="chunked", doc="implementation of the memory")
+    impl: str = impl_knob(NEURAL_MEMORY, doc="implementation of the memory")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,6 +83,8 @@ class TitansConfig(HeadConfig):
         need(self.conv == 0 or self.conv >= 2, "conv", self.conv, "0, or 2 or more")
         need(self.variant != "lmm" or self.persistent == 0, "persistent", self.persistent, "0 in lmm: nothing attends")
         if self.variant == "mac":
+            names = MEMORY_AS_CONTEXT.names()
+            need(self.impl in names, "impl", self.impl, f"{', '.join(names)} in mac")
             need(self.window % self.chunk == 0, "window", self.window, f"multiples of chunk ({self.chunk}) in mac")
 
     @property
@@ -213,8 +216,10 @@ class Titans(HeadMixer):
     ) -> tuple[jax.Array, MemoryState, jax.Array | None]:
         """m [B, T, H, d], and the state and the convolution's tail after."""
         inputs, tail = self.memory.inputs(x, seq.documents, None if state is None else state.tail, seq.padding)
+        qkv, gates = [y.astype(self.dtype) for y in inputs[:3]], inputs[3:]
         m, memory = neural_memory(
-            *inputs,
+            *qkv,
+            *gates,
             self.memory.initial(),
             self.memory.spec,
             documents_BT=seq.documents,

@@ -11,7 +11,7 @@ from flax import nnx
 from attnlab.mixers.parts import Linear, param_dtype
 from attnlab.mixers.roles import Fused, Role, drawn, normal, param
 from attnlab.ops.causal_conv import causal_conv
-from attnlab.ops.neural_memory import MemorySpec, MemoryState, initial_state
+from attnlab.ops.memory_frame import MemorySpec, MemoryState, initial_state
 from attnlab.ops.norm import unit
 from attnlab.ops.two_stage import log_gate
 

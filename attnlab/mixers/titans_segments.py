@@ -27,7 +27,8 @@ from attnlab.ops.causal_conv import causal_conv
 from attnlab.ops.chunk_steps import ChunkStep, choose_rows, scan_aligned, scan_chunk_steps
 from attnlab.ops.dispatch import Implementation, Op
 from attnlab.ops.documents import positions_in_documents
-from attnlab.ops.neural_memory import Layers, MemoryState, chunk_step, definition_step, forward
+from attnlab.ops.memory_frame import Layers, MemoryState, chunk_step, forward
+from attnlab.ops.neural_memory import definition_step
 from attnlab.ops.norm import unit
 from attnlab.parallel import sequence_parallel
 from attnlab.parallel.sequence_parallel import SequenceParallel

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.errors import UserError
+from attnlab.ops import flow_kernel
 from attnlab.ops.dispatch import Implementation, Op
 from attnlab.ops.flow_bidirectional import bidirectional_linear
 from attnlab.ops.flow_causal import causal_chunked
@@ -43,10 +44,12 @@ class FlowSpec:
     causal: bool
     packed: bool
     chunk: int
+    rule: FlowRule
+    split: bool  # positions, over devices
 
     def __str__(self) -> str:
         shape = f"B{self.batch} T{self.sinks} S{self.sources} H{self.heads} d{self.width}/{self.value_width}"
-        features = [name for name in ("causal", "packed") if getattr(self, name)]
+        features = [name for name in ("causal", "packed", "split") if getattr(self, name)]
         return " ".join([shape, f"C{self.chunk}", self.dtype, *features])
 
     @classmethod
@@ -55,7 +58,10 @@ class FlowSpec:
     ) -> FlowSpec:
         """Of the arrays of a device."""
         B, T, H, d = q.shape
-        return cls(B, T, k.shape[1], H, d, v.shape[3], str(v.dtype), causal, documents is not None, chunk)
+        return cls(
+            B, T, k.shape[1], H, d, v.shape[3], str(v.dtype), causal, documents is not None, chunk, rule,
+            exchange is not None,
+        )  # fmt: skip
 
 
 def _widened(q, k, v) -> tuple[jax.Array, ...]:
@@ -94,8 +100,16 @@ FLOW_ATTENTION = Op(
     {
         "definition": Implementation(definition),
         "chunked": Implementation(chunked, split=_chunked_over_devices),
+        "pallas": Implementation(
+            flow_kernel.attention,
+            supports=flow_kernel.unsupported,
+            worth=flow_kernel.worth,
+            platforms=("tpu",),
+            interpretable=True,
+            kernel_flops=flow_kernel.kernel_flops,
+        ),
     },
-    preference=("chunked",),
+    preference=("pallas", "chunked"),
 )
 
 

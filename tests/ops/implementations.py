@@ -23,7 +23,8 @@ from attnlab.ops.flow_definition import FlowRule
 from attnlab.ops.gathered_attention import GATHERED_ATTENTION, chosen_attention
 from attnlab.ops.linear_recurrence import LINEAR_RECURRENCE, linear_recurrence
 from attnlab.ops.local_linear import LOCAL_LINEAR, local_linear
-from attnlab.ops.neural_memory import NEURAL_MEMORY, MemorySpec, initial_state, neural_memory
+from attnlab.ops.memory_frame import MemorySpec, initial_state
+from attnlab.ops.neural_memory import NEURAL_MEMORY, neural_memory
 from attnlab.ops.parallax import PARALLAX, parallax
 from attnlab.ops.segmented_ema import SEGMENTED_EMA, segmented_ema
 from attnlab.ops.tensor_attention import TENSOR_ATTENTION, tensor_attention
@@ -75,11 +76,11 @@ def _gathered(impl: str) -> tuple[Callable, list[jax.Array]]:
     return lambda q, k, v, s: chosen_attention(q, k, v, mask, wanted, sinks_H=s, **options), [q, k, v, sinks]
 
 
-def _memory(impl: str) -> tuple[Callable, list[jax.Array]]:
+def _memory(chunk: int, impl: str) -> tuple[Callable, list[jax.Array]]:
     q, k, v = (x / 2 for x in arrays(3, SHORT))
     gates = [-jnp.abs(x[..., 0]) / 4 for x in arrays(3, SHORT, seed=1)]
     initial = initial_state(tuple(arrays(1, (2, 4, 4), seed=2)), 1, True)
-    spec = MemorySpec(4, False, (1.0,))
+    spec = MemorySpec(chunk, False, (1.0,))
     return lambda *a: neural_memory(*a[:5], -a[5] / 4, initial, spec, impl=impl), [q, k, v, *gates]
 
 
@@ -130,7 +131,7 @@ CASES: dict[str, tuple[Op, dict[str, Callable[[str], tuple[Callable, list[jax.Ar
     ),
     "delta_rule": (DELTA_RULE, {"short": _delta}),
     "flow_attention": (FLOW_ATTENTION, {f"causal={c}": functools.partial(_flow, c) for c in (True, False)}),
-    "neural_memory": (NEURAL_MEMORY, {"short": _memory}),
+    "neural_memory": (NEURAL_MEMORY, {f"chunk {C}": functools.partial(_memory, C) for C in (4, 16)}),
     "causal_agent_attention": (
         CAUSAL_AGENT_ATTENTION,
         {f"refreshed={r}": functools.partial(_agents, r) for r in (False, True)},

@@ -14,16 +14,8 @@ import pytest
 from attnlab.errors import UserError
 from attnlab.ops import chunk_steps
 from attnlab.ops.documents import document_index, positions_in_documents
-from attnlab.ops.neural_memory import (
-    ACTIVATIONS,
-    MemorySpec,
-    forward,
-    gelu,
-    gelu_slope,
-    gradients,
-    initial_state,
-    neural_memory,
-)
+from attnlab.ops.memory_frame import ACTIVATIONS, MemorySpec, forward, gelu, gelu_slope, gradients, initial_state
+from attnlab.ops.neural_memory import neural_memory
 
 B, T, H, d = 2, 13, 2, 3
 LINEAR, MLP = MemorySpec(4, False, (1.0,)), MemorySpec(4, True, (0.5, 0.2))
