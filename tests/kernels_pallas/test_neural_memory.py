@@ -128,7 +128,7 @@ def test_lengths(length):
 
 
 def test_groups_change_rounding_alone():
-    """Any number of chunks at once, in any number of segments, gives the same; bfloat16 errs as rounding inputs does."""
+    """Any number of chunks at once, in any number of segments, gives the same; bfloat16 errs as its rounding does."""
     inputs, weights = data(150, 1, 2)
     args, weights = cast(inputs, jnp.float32), cast(weights, jnp.float32)
     start = initial_state(weights, 1, True)
