@@ -75,30 +75,34 @@ def neural_memory(
     widths = tuple(w.shape[-2] for w in weights) + (q.shape[-1],)
     if reason := does_not_fit(widths, chunk, str(q.dtype), T):
         raise ValueError(f"neural_memory: {reason}")
-    group = group or (2 if interpret else group_of(chunk))  # fewer compile sooner
-    rows = chunk * group
-    call = Call(
-        tuning.kind(), B, -(-T // rows) * rows, H, widths, str(q.dtype), chunk, residual_norm, tuple(rates),
-        epsilon, read_after_write, decayed, group, segment_of(T, rows), carried is not None, interpret,
+    group = 2 if interpret and not group else group  # fewer compile sooner
+    call = _call(
+        B, T, H, widths, str(q.dtype), chunk, group, residual_norm=residual_norm, rates=tuple(rates), epsilon=epsilon,
+        read_after_write=read_after_write, decayed=decayed, carried=carried is not None, interpret=interpret,
     )  # fmt: skip
-    if positions is None:
-        positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    positions = jnp.broadcast_to(jnp.arange(T), (B, T)) if positions is None else positions
     first = jnp.zeros((B,), jnp.int32) if first is None else first
-    states = lambda pair: tuple(jnp.concatenate(x, axis=-2 if n == 0 else -1) for n, x in enumerate(zip(*pair)))
-    y, *out = memory(
-        call, q, k, v, (log_keep, log_eta, theta), states((weights, momentum)),
-        () if carried is None else states(carried), positions.astype(jnp.int32), first,
-    )  # fmt: skip
-    (end, end_momentum), (before, _) = (
-        zip(*(jnp.split(x, 2, axis=-2 if n == 0 else -1) for n, x in enumerate(part))) for part in out
-    )
-    return y, tuple(end), tuple(end_momentum), tuple(before)
+    starts, carries = _joined(weights, momentum), () if carried is None else _joined(*carried)
+    gates = log_keep, log_eta, theta
+    y, end, before = memory(call, q, k, v, gates, starts, carries, positions.astype(jnp.int32), first)
+    return y, *_parted(end), _parted(before)[0]
+
+
+def _joined(weights: Layers, momentum: Layers) -> Layers:
+    """[W S] of each layer, as `Call.shapes` says."""
+    return tuple(jnp.concatenate(pair, -1 if n else -2) for n, pair in enumerate(zip(weights, momentum)))
+
+
+def _parted(states: Layers) -> tuple[Layers, Layers]:
+    """The opposite."""
+    weights, momentum = zip(*(jnp.split(x, 2, -1 if n else -2) for n, x in enumerate(states)))
+    return weights, momentum
 
 
 def does_not_fit(widths: tuple[int, ...], chunk: int, dtype: str, length: int) -> str | None:
     """Why one head's memory, with widths of its layers d, hidden ones, d, does not fit on the chip; None: it does."""
     rows = chunk * group_of(chunk)
-    call = _shape(1, length, 1, widths, dtype, chunk)
+    call = _call(1, length, 1, widths, dtype, chunk)
     limit = tuning.vmem_limit(call.kind)
     need = max(call.step_bytes(direction, 1) for direction in ("forward", "backward"))
     if need <= limit:
@@ -112,22 +116,36 @@ def kernel_flops(
     batch: int, length: int, heads: int, widths: tuple[int, ...], dtype: str, chunk: int
 ) -> dict[str, float]:
     """FLOPs of one run of each kernel, by name."""
-    flops = cost.forward_flops(_shape(batch, length, heads, widths, dtype, chunk))
+    flops = cost.forward_flops(_call(batch, length, heads, widths, dtype, chunk))
     return {tpu_forward.NAME: flops, tpu_backward.NAME: 4 * flops}
 
 
 def steps(length: int, heads: int, widths: tuple[int, ...], dtype: str, chunk: int) -> dict[str, dict[str, int]]:
     """Heads of a grid step, positions of a group, and of a segment, of both kernels."""
-    call = _shape(1, length, heads, widths, dtype, chunk)
+    call = _call(1, length, heads, widths, dtype, chunk)
     of = lambda part: {"heads": call.heads_of_step(part), "rows": call.rows, "segment": call.segment}
     return {part: of(part) for part in ("forward", "backward")}
 
 
-def _shape(batch: int, length: int, heads: int, widths: tuple[int, ...], dtype: str, chunk: int) -> Call:
-    rows = chunk * group_of(chunk)
+_SHAPE = dict(residual_norm=True, rates=(), epsilon=0.0, read_after_write=True, decayed=False, carried=False)
+
+
+def _call(
+    batch: int,
+    length: int,
+    heads: int,
+    widths: tuple[int, ...],
+    dtype: str,
+    chunk: int,
+    group: int | None = None,
+    **options: Any,
+) -> Call:
+    """What is static; `group` None: as many chunks as are fast. Without options what only shapes decide."""
+    group = group or group_of(chunk)
+    rows = chunk * group
     return Call(
-        tuning.kind(), batch, -(-length // rows) * rows, heads, widths, dtype, chunk, True, (), 0.0, True, False,
-        group_of(chunk), segment_of(length, rows), False,
+        kind=tuning.kind(), batch=batch, length=-(-length // rows) * rows, heads=heads, widths=widths, dtype=dtype,
+        chunk=chunk, group=group, segment=segment_of(length, rows), **(options or _SHAPE),
     )  # fmt: skip
 
 

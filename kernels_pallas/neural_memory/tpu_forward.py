@@ -20,88 +20,104 @@ from kernels_pallas.neural_memory.group import F32, Group, coefficients
 NAME = "neural_memory_forward"
 
 
-def _kernel(*refs: Any, call: Call, heads: int, save: bool) -> None:
-    refs, depth, R, G = list(refs), call.depth, call.rows, call.segment
-    take = lambda n: [refs.pop(0) for _ in range(n)]
-    starts, kinds, firsts, *qkv, gates, gates_ = take(11)
-    initial, carried = take(depth), take(depth * call.carried)
-    (y,) = take(1)
-    ends, before, saved = take(depth), take(depth), take(depth * save)
-    state, copies = take(depth), take(depth * (call.dtype != "float32"))
-    wq, wk, wv, wy, wg, semaphores = refs
-    b, h0, i = pl.program_id(0), pl.program_id(1) * heads, pl.program_id(2)
-    total = firsts[0, 0, call.segments]
-    operands = copies or state
+class _Arrays:
+    """The arrays of a grid step, and what is done with a group of it."""
 
-    def copy(source: Any, target: Any) -> None:
-        pltpu.sync_copy(source, target)
+    def __init__(self, refs: tuple[Any, ...], call: Call, heads: int, save: bool):
+        refs, depth = list(refs), call.depth
+        take = lambda n: [refs.pop(0) for _ in range(n)]
+        self.call, self.heads = call, heads
+        self.starts, self.kinds, self.firsts = take(3)
+        self.blocks, self.later, self.gates, self.gates_ = take(3), take(3), *take(2)  # of q, k, v
+        self.initial, self.carried, (self.y,) = take(depth), take(depth * call.carried), take(1)
+        self.ends, self.before, self.saved = take(depth), take(depth), take(depth * save)
+        self.state, self.copies = take(depth), take(depth * (call.dtype != "float32"))
+        self.windows, self.window_y, self.window_g, self.semaphores = take(3), *take(3)
+        self.b, self.segment = pl.program_id(0), pl.program_id(2)
+        self.own = pl.ds(pl.program_id(1) * heads, heads)
 
-    def renew(sources: list[Any], row: Any) -> None:
+    def renew(self, sources: list[Any], row: Any) -> None:
         """W and S from the main memory."""
-        for layer in range(depth):
-            copy(sources[layer].at[row, pl.ds(h0, heads)], state[layer])
-            if copies:
-                copies[layer][...] = state[layer][...].astype(call.dtype)
+        for source, state in zip(sources, self.state):
+            pltpu.sync_copy(source.at[row, self.own], state)
+        for copy, state in zip(self.copies, self.state):
+            copy[...] = state[...].astype(self.call.dtype)
 
-    if call.carried:
-        pl.when(i == 0)(lambda: renew(carried, b))
+    def open_segment(self) -> None:
+        """Rows into the windows: the segment, then R behind it; outputs of groups that began before."""
+        R, G = self.call.rows, self.call.segment
+        for h in range(self.heads):
+            for window, block, later in zip(self.windows, self.blocks, self.later):
+                window[h, :G] = windows.of_heads(self.call, block, h).astype(F32)
+                window[h, G:] = windows.of_heads(self.call, later, h).astype(F32)
+            self.window_y[h, :R] = self.window_y[h, G:]
+        self.window_g[:G], self.window_g[G:] = self.gates[0, 0], self.gates_[0, 0]
 
-    for h in range(heads):
-        for window, here, beyond in zip((wq, wk, wv), qkv[:3], qkv[3:]):
-            window[h, :G] = windows.of_heads(call, here, h).astype(F32)
-            window[h, G:] = windows.of_heads(call, beyond, h).astype(F32)
-        wy[h, :R] = wy[h, G:]  # of groups that began before
-    wg[:G], wg[G:] = gates[0, 0], gates_[0, 0]
-
-    def keep(where: Any, targets: list[Any], row: Any, number: int) -> list[Any]:
-        """Starts the copies of W and S to the main memory, which may go on until they are written."""
-        going = [
-            pltpu.make_async_copy(state[n], targets[n].at[row + (pl.ds(h0, heads),)], semaphores.at[number, n])
-            for n in range(depth)
+    def keep(self, where: Any, targets: list[Any], at: tuple[Any, ...], number: int) -> Any:
+        """Starts copies of W and S to the main memory; what is returned waits for them, before they are written."""
+        copies = [
+            pltpu.make_async_copy(state, target.at[(*at, self.own)], self.semaphores.at[number, n])
+            for n, (state, target) in enumerate(zip(self.state, targets))
         ]
-        pl.when(where)(lambda: [c.start() for c in going] and None)
-        return going
 
-    def group(n: jax.Array, _: int) -> int:
-        first, end, kind = starts[0, 0, n], starts[0, 0, n + 1], kinds[0, 0, n]
-        offset, taken = first - i * G, end - first
-        pl.when(kind != plan.CONTINUES)(lambda: renew(initial, lax.rem(b, initial[0].shape[0])))
-        is_last = n == total - 1
-        copying = [(is_last, keep(is_last, before, (b,), 0))]
-        if save:
+        @pl.when(where)
+        def _():
+            for copy in copies:
+                copy.start()
+
+        def wait() -> None:
+            for copy in copies:
+                copy.wait()
+
+        return lambda: pl.when(where)(wait)
+
+    def group(self, n: jax.Array) -> None:
+        """Outputs of a group, and W and S after it."""
+        call, R, G, kind = self.call, self.call.rows, self.call.segment, self.kinds[0, 0, n]
+        first, end = self.starts[0, 0, n], self.starts[0, 0, n + 1]
+        offset, taken = first - self.segment * G, end - first
+        continues = kind == plan.CONTINUES
+        pl.when(~continues)(lambda: self.renew(self.initial, lax.rem(self.b, self.initial[0].shape[0])))
+        waits = [self.keep(n == self.firsts[0, 0, call.segments] - 1, self.before, (self.b,), 0)]
+        if self.saved:
             crosses = (n == 0) | (lax.div(end - 1, G) != lax.div(first - 1, G))
-            crosses &= kind == plan.CONTINUES
-            copying.append((crosses, keep(crosses, saved, (b, lax.div(end - 1, G)), 1)))
-        columns, begin, opens = windows.group_gates(call, wg, offset, taken, first)
+            waits.append(self.keep(crosses & continues, self.saved, (self.b, lax.div(end - 1, G)), 1))
+        columns, begin, opens = windows.group_gates(call, self.window_g, offset, taken, first)
         here = lax.broadcasted_iota(jnp.int32, (R, 1), 0) < taken
-        rows = lambda w: [jnp.where(here, w[h, pl.ds(offset, R)], 0) for h in range(heads)]
+        q, k, v = ([jnp.where(here, w[h, pl.ds(offset, R)], 0) for h in range(self.heads)] for w in self.windows)
         read = lambda ref, h: lambda: ref[h]
-        weights = [[read(ref, h) for ref in operands] for h in range(heads)]
-        several = (kind == plan.SEVERAL).astype(F32)
-        own = coefficients(call, columns, begin, taken)
-        at = Group(
-            call, weights, rows(wq), rows(wk), rows(wv), own, several, opens, jnp.dtype(call.dtype), call.narrow()
-        )
+        weights = [[read(ref, h) for ref in self.copies or self.state] for h in range(self.heads)]
+        several, own = (kind == plan.SEVERAL).astype(F32), coefficients(call, columns, begin, taken)
+        at = Group(call, weights, q, k, v, own, several, opens, jnp.dtype(call.dtype), call.narrow())
         for h, out in enumerate(at.outputs()):
-            wy[h, pl.ds(offset, R)] = out
-        for where, going in copying:
-            pl.when(where)(functools.partial(lambda going: [c.wait() for c in going] and None, going))
-        for layer in range(depth):
-            for h in range(heads):
-                new = at.after(h, layer, state[layer][h])
-                state[layer][h] = new
-                if copies:
-                    copies[layer][h] = new.astype(call.dtype)
-        return 0
+            self.window_y[h, pl.ds(offset, R)] = out
+        for wait in waits:
+            wait()
+        for layer, state in enumerate(self.state):
+            for h in range(self.heads):
+                new = at.after(h, layer, state[h])
+                state[h] = new
+                if self.copies:
+                    self.copies[layer][h] = new.astype(call.dtype)
 
-    lax.fori_loop(firsts[0, 0, i], firsts[0, 0, i + 1], group, 0)
-    for h in range(heads):
-        windows.put_heads(call, y, h, wy[h, :G])
+    def close_segment(self) -> None:
+        for h in range(self.heads):
+            windows.put_heads(self.call, self.y, h, self.window_y[h, : self.call.segment])
 
-    @pl.when(i == call.segments - 1)
-    def _():
-        for layer in range(depth):
-            copy(state[layer], ends[layer].at[b, pl.ds(h0, heads)])
+    def close_row(self) -> None:
+        for state, end in zip(self.state, self.ends):
+            pltpu.sync_copy(state, end.at[self.b, self.own])
+
+
+def _kernel(*refs: Any, call: Call, heads: int, save: bool) -> None:
+    at = _Arrays(refs, call, heads, save)
+    if call.carried:
+        pl.when(at.segment == 0)(lambda: at.renew(at.carried, at.b))
+    at.open_segment()
+    groups = at.firsts[0, 0, at.segment], at.firsts[0, 0, at.segment + 1]
+    lax.fori_loop(*groups, lambda n, carry: (at.group(n), carry)[1], 0)
+    at.close_segment()
+    pl.when(at.segment == call.segments - 1)(at.close_row)
 
 
 def run(call: Call, q, k, v, gates, groups, initial, carried, *, heads: int, save: bool):
