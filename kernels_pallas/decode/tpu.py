@@ -17,7 +17,8 @@ from jax.experimental import pallas as pl
 
 from kernels_pallas import masks
 from kernels_pallas.flash_attention.call import LOG2E
-from kernels_pallas.flash_attention.tpu_plan import HIDDEN, LOWEST, Slots, in_bounds, product
+from kernels_pallas.flash_attention.tpu_plan import HIDDEN, LOWEST, in_bounds
+from kernels_pallas.mosaic import Slots, product
 
 _ROWS = 16  # rows are padded to multiples of it
 
@@ -68,10 +69,11 @@ def run(
         functools.partial(
             _kernel, slots.names(), block, each, splits, batched, fold, None if cap is None else cap * LOG2E
         ),
-        ranges,
+        ranges.reshape(-1),
         grid=(B, splits, each),
         semantics=("parallel", "parallel", "arbitrary"),
         name="decode_attention",
+        scope="decode",
         checked=True,
         vmem=None,
         interpret=interpret,

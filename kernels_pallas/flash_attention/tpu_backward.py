@@ -15,7 +15,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels_pallas.flash_attention.call import LOG2E
-from kernels_pallas.flash_attention.tpu_plan import HIDDEN, Plan, Slots, Tiles, fold8, in_bounds, product, tile_table
+from kernels_pallas.flash_attention.tpu_plan import HIDDEN, Plan, Tiles, fold8, in_bounds, tile_table
+from kernels_pallas.mosaic import Slots, product
 
 LSE, DELTA = 0, 1  # rows of the statistics, and places of their columns
 SUMS = "dk_sum", "dv_sum", "dbias_sum"
@@ -212,10 +213,11 @@ def run(
     slots.scratch("acc", (blocks.rows, d), jnp.float32)
     found = slots.call(
         functools.partial(_kernel, plan, slots.names(), tiles),
-        table,
+        table.reshape(-1),
         grid=(B, 1, 1, T // blocks.rows) if tiles.packed else (B, K, G, T // blocks.rows),
         semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
         name="routed_backward" if tiles.packed else "flash_backward",
+        scope="flash_attention",
         checked=tiles.packed,
         vmem=vmem,
         interpret=interpret,

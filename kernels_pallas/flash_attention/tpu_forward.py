@@ -20,17 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.flash_attention.call import LOG2E
-from kernels_pallas.flash_attention.tpu_plan import (
-    HIDDEN,
-    LOWEST,
-    Plan,
-    Slots,
-    Tiles,
-    fold8,
-    in_bounds,
-    product,
-    tile_table,
-)
+from kernels_pallas.flash_attention.tpu_plan import HIDDEN, LOWEST, Plan, Tiles, fold8, in_bounds, tile_table
+from kernels_pallas.mosaic import Slots, product
 
 ONES = 16  # rows of ones under v^T: what bfloat16 tiles are made of
 
@@ -272,10 +263,11 @@ def run(
         slots.scratch("l", (8, blocks.rows), jnp.float32)
     found = slots.call(
         functools.partial(_kernel, plan, slots.names(), tiles),
-        table,
+        table.reshape(-1),
         grid=(B, H, T // blocks.rows),
         semantics=("parallel", "parallel", "arbitrary"),
         name="routed_forward" if tiles.packed else "flash_forward",
+        scope="flash_attention",
         checked=tiles.packed,
         vmem=vmem,
         interpret=interpret,

@@ -1,4 +1,4 @@
-"""What forward and backward on TPU share: the static facts of a call, and how a kernel's arrays get their names."""
+"""What forward and backward on TPU share: the static facts of a call, and which key tiles a row tile meets."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import compat, masks
+from kernels_pallas import masks
 from kernels_pallas.flash_attention.call import LOG2E, Call
 
 HIDDEN = -1e30  # of a hidden logit
@@ -52,13 +50,6 @@ class Plan:
     def can_halve(self) -> bool:
         """Whether half of the rows of a tile are whole parts, and some tiles may be of use to the second half alone."""
         return self.high and self.blocks.rows % (2 * self.blocks.sub_rows) == 0
-
-
-def product(a, b, a_axis: int, b_axis: int):
-    """The product of two matrices over an axis of each, in float32; in full float32 where they are."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    axes = (((a_axis,), (b_axis,)), ((), ()))
-    return lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
 
 
 def fold8(x, combine: Callable[..., Any]):
@@ -138,60 +129,3 @@ def tile_table(
     table = jnp.broadcast_to(table, (*heads_BN.shape, Tiles.numbers))
     packed = jnp.concatenate([table, heads_BN[..., None].astype(jnp.int32)], -1)
     return Tiles(table.shape[1], table.shape[0] == 1, 0), packed
-
-
-class Slots:
-    """Inputs, outputs and scratch of a kernel by name, in the order in which a kernel gets them."""
-
-    def __init__(self) -> None:
-        self.inputs: dict[str, tuple[jax.Array, pl.BlockSpec]] = {}
-        self.outputs: dict[str, tuple[jax.ShapeDtypeStruct, pl.BlockSpec]] = {}
-        self.scratches: dict[str, Any] = {}
-
-    def input(self, name: str, array: jax.Array, spec: pl.BlockSpec) -> None:
-        self.inputs[name] = array, spec
-
-    def output(self, name: str, shape: tuple[int, ...], dtype: Any, spec: pl.BlockSpec) -> None:
-        self.outputs[name] = jax.ShapeDtypeStruct(shape, dtype), spec
-
-    def scratch(self, name: str, shape: tuple[int, ...], dtype: Any) -> None:
-        self.scratches[name] = pltpu.VMEM(shape, dtype)
-
-    def names(self) -> tuple[str, ...]:
-        return *self.inputs, *self.outputs, *self.scratches
-
-    def call(
-        self,
-        kernel: Callable[..., None],
-        table: jax.Array,
-        *,
-        grid: tuple[int, ...],
-        semantics: tuple[str, ...],
-        name: str,
-        checked: bool,
-        vmem: int | None,
-        interpret: Any,
-    ) -> dict[str, jax.Array]:
-        """The outputs of `kernel(table, *refs)`, by name; `table` is flat, in scalar memory before the grid begins.
-
-        `checked`: whether the device checks where windows are; the grid alone says so where no data do.
-        """
-        run = pl.pallas_call(
-            kernel,
-            grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=1,
-                grid=grid,
-                in_specs=[spec for _, spec in self.inputs.values()],
-                out_specs=[spec for _, spec in self.outputs.values()],
-                scratch_shapes=list(self.scratches.values()),
-            ),
-            out_shape=[shape for shape, _ in self.outputs.values()],
-            compiler_params=compat.tpu_params(
-                dimension_semantics=semantics, vmem_limit_bytes=vmem, disable_bounds_checks=not checked
-            ),
-            name=name,
-            interpret=interpret,
-        )
-        with jax.named_scope("flash_attention"):  # else the kernel's own name gets those of jax's transformations
-            out = run(table.reshape(-1), *(x for x, _ in self.inputs.values()))
-        return dict(zip(self.outputs, out, strict=True))

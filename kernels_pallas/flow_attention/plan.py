@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import compat
+from kernels_pallas import mosaic
+from kernels_pallas.mosaic import Slots
 
 F32 = jnp.float32
-NN, NT, TN = ((((a,), (b,)), ((), ())) for a, b in ((1, 0), (1, 1), (0, 0)))
+NN, NT, TN = (1, 0), (1, 1), (0, 0)  # axes that a product is over
 # Rows of a head's two tiles of vectors: [sources, emitted, ones, -, -] times queries, [sinks, absorbed, ones, -, -]
 # times keys. The backward keeps gradients in the last two: of [absorbed, sinks] and of [emitted, sources].
 PLAIN, WEIGHTED, ONES, D_WEIGHTED, D_PLAIN = range(5)
@@ -97,10 +97,9 @@ def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
     return lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
-def product(a, b, dims=NN):
-    """In float32; of float32 in all its digits."""
-    precision = lax.Precision.HIGHEST if a.dtype == F32 else None
-    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=F32)
+def product(a, b, axes=NN):
+    """As `mosaic.product`."""
+    return mosaic.product(a, b, *axes)
 
 
 def _halves(rows, dtype) -> list[jax.Array]:
@@ -108,18 +107,18 @@ def _halves(rows, dtype) -> list[jax.Array]:
     return [high, rows - high]
 
 
-def rows_product(rows, b, dims=NN):
+def rows_product(rows, b, axes=NN):
     """float32 rows [8 n, .] times b of the narrow dtype."""
     if b.dtype == F32:
-        return product(rows, b, dims)
-    both = product(jnp.concatenate(_halves(rows, b.dtype), 0).astype(b.dtype), b, dims)
+        return product(rows, b, axes)
+    both = product(jnp.concatenate(_halves(rows, b.dtype), 0).astype(b.dtype), b, axes)
     return both[: rows.shape[0]] + both[rows.shape[0] :]
 
 
-def product_and_rows(a, rows, b, dims=NN):
+def product_and_rows(a, rows, b, axes=NN):
     """`a` and float32 rows [8, .] times the same b."""
     parts = [rows] if b.dtype == F32 else _halves(rows, b.dtype)
-    out = product(jnp.concatenate([a, jnp.concatenate(parts, 0).astype(b.dtype)], 0), b, dims)
+    out = product(jnp.concatenate([a, jnp.concatenate(parts, 0).astype(b.dtype)], 0), b, axes)
     n = a.shape[0]
     return out[:n], out[n : n + 8] if len(parts) == 1 else out[n : n + 8] + out[n + 8 :]
 
@@ -247,18 +246,15 @@ def features(plan: Plan, r: dict[str, Any], p: Place, name: str, m: int) -> list
     return [kept(p.valid_column, r[name][0, at, h * width : (h + 1) * width]) for h in range(plan.group)]
 
 
-class Slots:
-    """Inputs, outputs and scratch of a kernel by name, in the order in which a kernel gets them, and the bytes moved.
+class Blocks(Slots):
+    """A kernel's arrays, and the bytes that their blocks move.
 
     A block is [1, ...] of a step (`by_step`), or of a sequence and group of heads.
     """
 
-    def __init__(self, plan: Plan, name: str, reverse: bool, flops: float, exps: float, vmem: int, interpret: Any):
-        self.plan, self.name, self.reverse, self.interpret = plan, name, reverse, interpret
-        self.flops, self.exps, self.vmem, self.bytes = flops, exps, vmem, 0
-        self.inputs: dict[str, tuple[jax.Array, pl.BlockSpec]] = {}
-        self.outputs: dict[str, tuple[jax.ShapeDtypeStruct, pl.BlockSpec]] = {}
-        self.scratches: dict[str, Any] = {}
+    def __init__(self, plan: Plan, reverse: bool):
+        super().__init__()
+        self.plan, self.reverse, self.bytes = plan, reverse, 0
 
     def spec(self, kind: str, block: tuple[int, ...], itemsize: int) -> pl.BlockSpec:
         """Of a block: `wide` [B, T, H w], `marks` [B, ., T], `rows` [B, groups, ., T], `step` [B, steps, groups, ..],
@@ -280,41 +276,28 @@ class Slots:
         self.bytes += size * times * (1 if kind == "state" else self.plan.steps)
         return pl.BlockSpec(block, places[kind])
 
-    def input(self, name: str, kind: str, array: jax.Array, block: tuple[int, ...]) -> None:
-        self.inputs[name] = array, self.spec(kind, block, array.dtype.itemsize)
+    def read(self, name: str, kind: str, array: jax.Array, block: tuple[int, ...]) -> None:
+        """An input."""
+        self.input(name, array, self.spec(kind, block, array.dtype.itemsize))
 
-    def output(self, name: str, kind: str, shape: tuple[int, ...], dtype: Any, block: tuple[int, ...]) -> None:
-        found = jax.ShapeDtypeStruct(shape, dtype)
-        self.outputs[name] = found, self.spec(kind, block, found.dtype.itemsize)
+    def write(self, name: str, kind: str, shape: tuple[int, ...], dtype: Any, block: tuple[int, ...]) -> None:
+        """An output."""
+        self.output(name, shape, dtype, self.spec(kind, block, jnp.dtype(dtype).itemsize))
 
-    def scratch(self, name: str, shape: tuple[int, ...], dtype: Any = F32) -> None:
-        self.scratches[name] = pltpu.VMEM(shape, dtype)
-
-    def call(self, kernel: Callable[..., None], scalars: jax.Array) -> dict[str, jax.Array]:
-        """Outputs by name of `kernel(refs by name, scalars)`; `scalars` are in scalar memory before the grid begins."""
-        names = (*self.inputs, *self.outputs, *self.scratches)
-        plan = self.plan
-        run = pl.pallas_call(
-            lambda table, *refs: kernel(dict(zip(names, refs, strict=True)), table),
-            grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=1,
-                grid=(plan.batch, plan.heads // plan.group, plan.steps),
-                in_specs=[spec for _, spec in self.inputs.values()],
-                out_specs=[spec for _, spec in self.outputs.values()],
-                scratch_shapes=list(self.scratches.values()),
-            ),
-            out_shape=[shape for shape, _ in self.outputs.values()],
-            compiler_params=compat.tpu_params(
-                dimension_semantics=("parallel", "parallel", "arbitrary"),
-                vmem_limit_bytes=self.vmem,
-                disable_bounds_checks=True,
-            ),
-            cost_estimate=pl.CostEstimate(
-                flops=round(self.flops), transcendentals=round(self.exps), bytes_accessed=self.bytes
-            ),
-            name=self.name,
-            interpret=self.interpret,
+    def run(
+        self, kernel: Callable[..., None], scalars: jax.Array, *, name: str, flops: float, vmem: int, interpret: Any
+    ) -> dict[str, jax.Array]:
+        """Outputs by name of `kernel(plan, refs by name, scalars)`."""
+        plan, names = self.plan, self.names()
+        exps = 3 * plan.batch * plan.heads * plan.length
+        return self.call(
+            lambda table, *refs: kernel(plan, dict(zip(names, refs, strict=True)), table),
+            scalars,
+            grid=(plan.batch, plan.heads // plan.group, plan.steps),
+            semantics=("parallel", "parallel", "arbitrary"),
+            name=name,
+            scope="flow_attention",
+            vmem=vmem,
+            interpret=interpret,
+            cost=pl.CostEstimate(flops=round(flops), transcendentals=exps, bytes_accessed=self.bytes),
         )
-        with jax.named_scope("flow_attention"):  # else the kernel's own name gets those of jax's transformations
-            out = run(scalars, *(x for x, _ in self.inputs.values()))
-        return dict(zip(self.outputs, out, strict=True))

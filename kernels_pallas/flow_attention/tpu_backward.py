@@ -27,9 +27,9 @@ from kernels_pallas.flow_attention.plan import (
     PLAIN,
     TN,
     WEIGHTED,
+    Blocks,
     Place,
     Plan,
-    Slots,
     features,
     fill_tables,
     iota,
@@ -288,26 +288,26 @@ def run(
     """
     B, H, G, C, d, e = plan.batch, plan.heads, plan.group, plan.chunk, plan.d, plan.e
     groups = H // G
-    slots = Slots(plan, "flow_backward", True, flops(plan), 3.0 * B * H * plan.length, vmem, interpret)
+    slots = Blocks(plan, reverse=True)
     for name, x in (("q", q_BTw), ("k", k_BTw), ("v", v_BTw), ("do", do_BTw)):
-        slots.input(name, "wide", x, (1, plan.block, x.shape[2] // groups))
+        slots.read(name, "wide", x, (1, plan.block, x.shape[2] // groups))
     if plan.packed:
-        slots.input("marks", "marks", marks, (1, 3, plan.block))
-    slots.input("numbers", "rows", saved["numbers"], (1, 1, saved["numbers"].shape[2], plan.block))
+        slots.read("marks", "marks", marks, (1, 3, plan.block))
+    slots.read("numbers", "rows", saved["numbers"], (1, 1, saved["numbers"].shape[2], plan.block))
     if plan.rule.competition:
-        slots.input("outgoing", "rows", saved["outgoing"], (1, 1, G, plan.block))
-        slots.input("d_outgoing", "rows", d_outgoing, (1, 1, G, plan.block))
-    slots.input("vectors", "step", saved["vectors"], (1, plan.chunks, 1, 4 * G, d))
-    slots.input("states", "step", saved["states"], (1, 1, G, d, e))
-    slots.input("dS_after", "state", after["S"], (1, G, d, e))
-    slots.input("d_sums_after", "state", after["sums"], (1, G, 2, 8, d))
-    slots.input("d_rivals_after", "state", after["rivals"], (1, 1, plan.rows, C))
+        slots.read("outgoing", "rows", saved["outgoing"], (1, 1, G, plan.block))
+        slots.read("d_outgoing", "rows", d_outgoing, (1, 1, G, plan.block))
+    slots.read("vectors", "step", saved["vectors"], (1, plan.chunks, 1, 4 * G, d))
+    slots.read("states", "step", saved["states"], (1, 1, G, d, e))
+    slots.read("dS_after", "state", after["S"], (1, G, d, e))
+    slots.read("d_sums_after", "state", after["sums"], (1, G, 2, 8, d))
+    slots.read("d_rivals_after", "state", after["rivals"], (1, 1, plan.rows, C))
     for name, x in (("dq", q_BTw), ("dk", k_BTw), ("dv", v_BTw)):
-        slots.output(name, "wide", x.shape, x.dtype, (1, plan.block, x.shape[2] // groups))
+        slots.write(name, "wide", x.shape, x.dtype, (1, plan.block, x.shape[2] // groups))
     if plan.given:
-        slots.output("dS_before", "state", (B, H, d, e), F32, (1, G, d, e))
-        slots.output("d_sums_before", "state", (B, H, 2, 8, d), F32, (1, G, 2, 8, d))
-        slots.output("d_rivals_before", "state", (B, groups, plan.rows, C), F32, (1, 1, plan.rows, C))
+        slots.write("dS_before", "state", (B, H, d, e), F32, (1, G, d, e))
+        slots.write("d_sums_before", "state", (B, H, 2, 8, d), F32, (1, G, 2, 8, d))
+        slots.write("d_rivals_before", "state", (B, groups, plan.rows, C), F32, (1, 1, plan.rows, C))
     slots.scratch("u", (plan.chunks, G, C, e), plan.dtype)
     slots.scratch("narrow", (plan.chunks, G, d, e), plan.dtype)
     for name in ("S", "dS"):
@@ -316,4 +316,4 @@ def run(
     slots.scratch("d_rivals", (plan.rows, C))
     for name in ("low", "up"):
         slots.scratch(name, (C, C))
-    return slots.call(lambda refs, scalars: kernel(plan, refs, scalars), scalars)
+    return slots.run(kernel, scalars, name="flow_backward", flops=flops(plan), vmem=vmem, interpret=interpret)

@@ -20,9 +20,9 @@ from kernels_pallas.flow_attention.plan import (
     ONES,
     PLAIN,
     WEIGHTED,
+    Blocks,
     Place,
     Plan,
-    Slots,
     features,
     fill_tables,
     iota,
@@ -206,30 +206,30 @@ def run(
     """
     B, H, G, C, d, e = plan.batch, plan.heads, plan.group, plan.chunk, plan.d, plan.e
     groups, positions = H // G, plan.steps * plan.block
-    slots = Slots(plan, "flow_forward", False, flops(plan), 3.0 * B * H * plan.length, vmem, interpret)
+    slots = Blocks(plan, reverse=False)
     for name, x in (("q", q_BTw), ("k", k_BTw), ("v", v_BTw)):
-        slots.input(name, "wide", x, (1, plan.block, x.shape[2] // groups))
+        slots.read(name, "wide", x, (1, plan.block, x.shape[2] // groups))
     if plan.packed:
-        slots.input("marks", "marks", marks, (1, 3, plan.block))
+        slots.read("marks", "marks", marks, (1, 3, plan.block))
     if plan.given:
-        slots.input("S_before", "state", before["S"], (1, G, d, e))
-        slots.input("sums_before", "state", before["sums"], (1, G, 2, 8, d))
-        slots.input("carried_before", "state", before["carried"], (1, len(CARRIED), plan.rows, C))
-    slots.output("o", "wide", v_BTw.shape, v_BTw.dtype, (1, plan.block, G * e))
+        slots.read("S_before", "state", before["S"], (1, G, d, e))
+        slots.read("sums_before", "state", before["sums"], (1, G, 2, 8, d))
+        slots.read("carried_before", "state", before["carried"], (1, len(CARRIED), plan.rows, C))
+    slots.write("o", "wide", v_BTw.shape, v_BTw.dtype, (1, plan.block, G * e))
     if plan.rule.competition:
-        slots.output("outgoing", "rows", (B, groups, G, positions), F32, (1, 1, G, plan.block))
+        slots.write("outgoing", "rows", (B, groups, G, positions), F32, (1, 1, G, plan.block))
     if plan.save:
         kinds = len([name for name in plan.saved if name != "outgoing"])
-        slots.output("numbers", "rows", (B, groups, kinds * G, positions), F32, (1, 1, kinds * G, plan.block))
+        slots.write("numbers", "rows", (B, groups, kinds * G, positions), F32, (1, 1, kinds * G, plan.block))
         shape = (B, plan.steps * plan.chunks, groups, 4 * G, d)
-        slots.output("vectors", "step", shape, F32, (1, plan.chunks, 1, 4 * G, d))
-        slots.output("states", "step", (B, plan.steps, H, d, e), F32, (1, 1, G, d, e))
-    slots.output("S_after", "state", (B, H, d, e), F32, (1, G, d, e))
-    slots.output("sums_after", "state", (B, H, 2, 8, d), F32, (1, G, 2, 8, d))
-    slots.output("rivals_after", "state", (B, groups, plan.rows, C), F32, (1, 1, plan.rows, C))
+        slots.write("vectors", "step", shape, F32, (1, plan.chunks, 1, 4 * G, d))
+        slots.write("states", "step", (B, plan.steps, H, d, e), F32, (1, 1, G, d, e))
+    slots.write("S_after", "state", (B, H, d, e), F32, (1, G, d, e))
+    slots.write("sums_after", "state", (B, H, 2, 8, d), F32, (1, G, 2, 8, d))
+    slots.write("rivals_after", "state", (B, groups, plan.rows, C), F32, (1, 1, plan.rows, C))
     slots.scratch("S", (G, d, e))
     slots.scratch("sums", (G, 2, 8, d))
     slots.scratch("carried", (len(CARRIED), plan.rows, C))
     for name in ("low", "up"):
         slots.scratch(name, (C, C))
-    return slots.call(lambda refs, scalars: kernel(plan, refs, scalars), scalars)
+    return slots.run(kernel, scalars, name="flow_forward", flops=flops(plan), vmem=vmem, interpret=interpret)

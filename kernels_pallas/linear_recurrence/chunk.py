@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from kernels_pallas.flash_attention.tpu_plan import product
 from kernels_pallas.linear_recurrence.plan import Plan
+from kernels_pallas.mosaic import product
 
 _NEVER = -1e9  # log2 of a weight of 0
 _TILE = 16  # sublanes of bfloat16

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import compat, tuning
-from kernels_pallas.flash_attention.tpu_plan import Slots
+from kernels_pallas import tuning
+from kernels_pallas.mosaic import Slots
 
 LANES = 128
 _NARROWEST = 16  # width
@@ -195,25 +195,16 @@ class Blocks(Slots):
 
     def run(self, kernel: Callable[..., None], name: str, flops: int) -> dict[str, jax.Array]:
         """The outputs of `kernel(*refs)`, by name."""
-        out = pl.pallas_call(
+        return self.call(
             kernel,
             grid=self.grid,
-            in_specs=[spec for _, spec in self.inputs.values()],
-            out_specs=[spec for _, spec in self.outputs.values()],
-            scratch_shapes=list(self.scratches.values()),
-            out_shape=[shape for shape, _ in self.outputs.values()],
-            compiler_params=compat.tpu_params(
-                dimension_semantics=("parallel", "parallel", "arbitrary"),
-                vmem_limit_bytes=tuning.vmem_limit(self.plan.kind),
-                disable_bounds_checks=True,  # the grid alone places windows
-            ),
-            cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=self.bytes_moved(), transcendentals=0),
+            semantics=("parallel", "parallel", "arbitrary"),
             name=name,
+            scope="linear_recurrence",
+            vmem=tuning.vmem_limit(self.plan.kind),
             interpret=self.plan.interpret,
+            cost=pl.CostEstimate(flops=flops, bytes_accessed=self.bytes_moved(), transcendentals=0),
         )
-        with jax.named_scope("linear_recurrence"):  # else the kernel's own name gets those of jax's transformations
-            found = out(*(x for x, _ in self.inputs.values()))
-        return dict(zip(self.outputs, found, strict=True))
 
     def bytes_moved(self) -> int:
         """From and to the device's memory: every array once, what heads share once for each group of them."""

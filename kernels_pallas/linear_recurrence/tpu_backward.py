@@ -13,9 +13,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels_pallas.flash_attention.tpu_plan import product
 from kernels_pallas.linear_recurrence.chunk import Step, Unit, iota, lockstep, over_lanes, over_sublanes
 from kernels_pallas.linear_recurrence.plan import Blocks, Plan, as_rows, from_rows
+from kernels_pallas.mosaic import product
 
 NAME = "linear_recurrence_backward"
 _wide = lambda x: x.astype(jnp.float32)

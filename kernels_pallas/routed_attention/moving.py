@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import compat
-from kernels_pallas.flash_attention.tpu_plan import product
+from kernels_pallas.mosaic import product
 
 CHUNK = 256
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 
 import jax
@@ -18,19 +17,9 @@ from attnlab.parallel import partition
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
 from kernels_pallas import tuning
+from tests.ops.devices import on
 
 KINDS = {"TPU v5e": "v5e", "TPU v5p": "v5p", "TPU v6e": "v6e", "TPU7x": "tpu7x"}
-
-
-@contextlib.contextmanager
-def on(kind):
-    """As if the program were for devices of a kind."""
-    tokens = partition._platform.set("tpu"), partition._device_kind.set(kind)
-    try:
-        yield
-    finally:
-        partition._platform.reset(tokens[0])
-        partition._device_kind.reset(tokens[1])
 
 
 def spec(**changes):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 
 import jax
@@ -17,19 +16,9 @@ from attnlab.parallel import partition
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
 from tests.mixers import precision
+from tests.ops.devices import on
 
 SPEC = FlowSpec(4, 4096, 4096, 16, 128, 128, "bfloat16", True, True, 64, FlowRule(), False)
-
-
-@contextlib.contextmanager
-def on_tpu():
-    """As if the program were for a TPU."""
-    tokens = partition._platform.set("tpu"), partition._device_kind.set("TPU v6e")
-    try:
-        yield
-    finally:
-        for variable, token in zip((partition._platform, partition._device_kind), tokens, strict=True):
-            variable.reset(token)
 
 
 REFUSED = {
@@ -44,7 +33,7 @@ REFUSED = {
 def test_when_it_is_chosen():
     """On TPU by auto, but for the few positions of a stream's step and for what it cannot do, which it says by name."""
     assert FLOW_ATTENTION.pick(SPEC) == "chunked"
-    with on_tpu():
+    with on("TPU v6e"):
         assert FLOW_ATTENTION.pick(SPEC) == "pallas"
         assert FLOW_ATTENTION.pick(dataclasses.replace(SPEC, rule=FlowRule(competition=False, clip=None))) == "pallas"
         assert FLOW_ATTENTION.pick(dataclasses.replace(SPEC, sinks=64, sources=64)) == "chunked"

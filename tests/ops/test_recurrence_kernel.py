@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,17 +14,7 @@ from attnlab.ops.linear_recurrence import LINEAR_RECURRENCE, RecurrenceSpec, lin
 from attnlab.parallel import partition
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
-
-
-@contextlib.contextmanager
-def on(kind):
-    """As if the program were for devices of a kind."""
-    tokens = partition._platform.set("tpu"), partition._device_kind.set(kind)
-    try:
-        yield
-    finally:
-        partition._platform.reset(tokens[0])
-        partition._device_kind.reset(tokens[1])
+from tests.ops.devices import on
 
 
 def spec(**changes):
