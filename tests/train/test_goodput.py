@@ -73,6 +73,16 @@ def test_clock(tmp_path, monkeypatch):
     assert 0 <= share < 0.5 and abs(share - found["goodput"]) < 0.05
 
 
+def test_share_over_attempts(tmp_path):
+    """What earlier attempts did counts, less what is done again, of the time since the first began."""
+    now = time.time()
+    earlier = line(now - 100, now - 99, 0) + line(now - 100, now - 50, 40, step=40.0)
+    (tmp_path / goodput.FILE).write_text(earlier)
+    clock = goodput.Clock(tmp_path, began=now - 10)
+    clock.resumed(30)
+    assert abs(clock.share() - 0.3) < 0.02
+
+
 def test_nested_compiling_counts_once(monkeypatch):
     """What is traced while something else is being traced is within that."""
     monkeypatch.setattr(goodput, "_compiled", [])
