@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import threading
 import time
 
 import pytest
@@ -91,6 +92,25 @@ def test_slow_and_failing_ones(tmp_path, fakes, monkeypatch):
     kept = next(made for made in Kept.made if type(made) is Kept)
     assert kept.ended and kept.told[-1] == (3 * trackers.WAITING - 1, {"loss": 1.0})
     assert [step for step, _ in kept.told] == sorted(step for step, _ in kept.told)
+
+
+def test_what_waits(tmp_path, monkeypatch):
+    """Of more steps than may wait for a tracker the newest reach it."""
+    begin = threading.Event()
+
+    class Late(Kept):
+        def __init__(self, run):
+            begin.wait(20)
+            super().__init__(run)
+
+    Kept.made.clear()
+    monkeypatch.setitem(trackers.TRACKERS, "wave", Late)
+    held = Trackers(("wave",), tmp_path, CONFIG, print)
+    for step in range(trackers.WAITING + 500):
+        held.log(step, {"loss": 1.0})
+    begin.set()
+    held.close()
+    assert [step for step, _ in Kept.made[0].told] == list(range(500, trackers.WAITING + 500))
 
 
 def test_names(tmp_path):
