@@ -17,7 +17,7 @@ from attnlab.ops.documents import document_index, positions_in_documents
 from attnlab.ops.memory_frame import MemorySpec, initial_state
 from attnlab.ops.neural_memory import NEURAL_MEMORY, neural_memory
 from kernels_pallas import neural_memory as kernels
-from kernels_pallas.neural_memory import cost, plan, tpu_backward, tpu_forward
+from kernels_pallas.neural_memory import call, cost, plan, tpu_backward, tpu_forward
 from kernels_pallas.neural_memory.call import Call
 
 d, f, C = 16, 24, 16
@@ -26,6 +26,12 @@ DEEP = MemorySpec(C, True, (0.5, 0.05), epsilon=1e-3)
 # Long documents whose chunks begin anywhere, short ones that share a group, ends in and at the edge of chunks.
 LENGTHS = (37, 1, 2, 16, 5, 48, 3, 18), (20, 40, 15, 1, 1, 53)
 SEGMENTS = np.stack([np.repeat(np.arange(len(n)), n) for n in LENGTHS])
+
+
+@pytest.fixture(autouse=True)
+def short_segments(monkeypatch):
+    """Rows of tests have several segments: groups begin in one and end in the next."""
+    monkeypatch.setattr(call, "_SEGMENT", 64)
 
 
 def unit(x):
