@@ -34,6 +34,8 @@ CASES = {
     "intervals": Case(low=True),
     "causal, soft cap": Case(cap=50.0),
     "causal, sinks, gate": Case(sinks=True, gate=True),
+    "parallax: causal": Case(probe=True),
+    "parallax: intervals": Case(low=True, probe=True),
 }
 
 
@@ -98,8 +100,9 @@ def measure(
     for chip in chips:
         target = targets.Target.of(TOPOLOGIES[chip])
         for name in cases:
-            for part, facts in schedules.flash(CASES[name], SHAPE, chip, folder, target, LENGTHS).items():
-                yield chip, f"flash {part}, {name}", facts
+            case = CASES[name]
+            for part, facts in schedules.flash(case, SHAPE, chip, folder, target, LENGTHS).items():
+                yield chip, f"{case.kernel} {part}, {name.removeprefix('parallax: ')}", facts
         for tile in tiles:
             for part, facts in splash(tile, chip, folder, target).items():
                 yield chip, f"splash {part}, causal, tile {tile}", facts
