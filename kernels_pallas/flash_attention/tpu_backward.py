@@ -113,11 +113,11 @@ class RowTile:
             p, ds = p.astype(dtype), ds.astype(dtype)
             add("dv", keys, product(r["do_t"][:, rows], p, 1, 0))
             dk = product(r["q_t"][:, rows], ds, 1, 0)
-            add("dq", rows, product(ds, r["k"][self.at(tile, keys), :], 1, 0))
             if tilts is not None:
                 dk = dk * plan.scale - product(r["probe_t"][:, rows], less, 1, 0)
                 add("less_dprobe", rows, product(less, r["k"][self.at(tile, keys), :], 1, 0))
             add("dk", keys, dk)
+            add("dq", rows, product(ds, r["k"][self.at(tile, keys), :], 1, 0))
         for keys in self.key_parts:
             for name in ("dv", "dk", "dbias"):
                 if f"{name}_sum" in r:
