@@ -55,8 +55,9 @@ def backward(call: Call, q, k, v, bounds, key_bias, do, lse2, delta, heads_BN=No
 
         def turn(dq, n):
             part = tpu_arrays.key_block(n, keys, k, v, bounds, bias)
+            own = tpu_arrays.block_lse2(lse2, part[2])
             more, *of_keys, _ = tpu_backward.run(
-                plan, q, part[0], part[1], do, lse2, delta, *part[2:], heads_BN, out_dtype=jnp.float32, **options
+                plan, q, part[0], part[1], do, own, delta, *part[2:], heads_BN, out_dtype=jnp.float32, **options
             )
             return dq + more, of_keys
 

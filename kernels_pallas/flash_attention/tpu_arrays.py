@@ -10,7 +10,7 @@ from jax import lax
 
 from kernels_pallas import tuning
 from kernels_pallas.flash_attention import tpu_forward
-from kernels_pallas.flash_attention.call import Call
+from kernels_pallas.flash_attention.call import NOTHING, Call
 
 _WIDTH = 16  # head widths are padded to multiples of it
 
@@ -69,3 +69,11 @@ def key_block(n, keys: int, k, v, bounds, bias=None):
     cut = lambda x: None if x is None else lax.dynamic_slice_in_dim(x, n * keys, keys, 2)
     own = None if bounds is None else tuple(jnp.clip(x - n * keys, 0, keys) for x in bounds)
     return cut(k), cut(v), own, cut(bias)
+
+
+def block_lse2(lse2: jax.Array, own) -> jax.Array:
+    """The log-sum-exp [B, H, T] that gives rows of a block's intervals weights of 0 where they see none of its keys.
+
+    The block's tiles are masked for what its rows see, not for rows that see nothing.
+    """
+    return lse2 if own is None else jnp.where((own[1] > own[0])[:, None], lse2, NOTHING)

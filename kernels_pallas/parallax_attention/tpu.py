@@ -57,19 +57,21 @@ def backward(call: Call, q, probe, k, v, bounds, do, lse2, delta, mean_slope, ke
     plan = Plan.of(call, blocks, low, high, False)
     options = {"vmem": tuning.vmem_limit(call.kind), "interpret": call.interpret}
 
-    def against(k, v, bounds, out_dtype):
+    of_probe = tpu_backward.Probe(probe, *of_probe)
+
+    def against(k, v, bounds, lse2, out_dtype):
         found = tpu_backward.run(
-            plan, q, k, v, do, lse2, delta, bounds, None, None, tpu_backward.Probe(probe, *of_probe),
-            out_dtype=out_dtype, **options,
-        )  # fmt: skip
+            plan, q, k, v, do, lse2, delta, bounds, None, None, of_probe, out_dtype=out_dtype, **options
+        )
         return (found.dq, found.dprobe), (found.dk, found.dv)
 
     if keys == whole:
-        of_rows, of_keys = against(k, v, bounds, dtype)
+        of_rows, of_keys = against(k, v, bounds, lse2, dtype)
     else:
 
         def turn(of_rows, n):
-            more, of_keys = against(*tpu_arrays.key_block(n, keys, k, v, bounds)[:3], jnp.float32)
+            k_, v_, own, _ = tpu_arrays.key_block(n, keys, k, v, bounds)
+            more, of_keys = against(k_, v_, own, tpu_arrays.block_lse2(lse2, own), jnp.float32)
             return jax.tree.map(jnp.add, of_rows, more), of_keys
 
         nothing = jnp.zeros(q.shape, jnp.float32)
