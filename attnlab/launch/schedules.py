@@ -220,8 +220,8 @@ def flash(
     seconds = round(time.process_time() - started, 1)
     blocks = blocks or tuning.Blocks()
     of_parts = {
-        "forward": blocks.forward or tuning.forward_blocks(chip, shape.length, shape.length),
-        "backward": blocks.backward or tuning.backward_blocks(chip, shape.length, shape.length),
+        "forward": blocks.forward or tuning.forward_blocks(chip, shape.length, shape.length, case.kernel),
+        "backward": blocks.backward or tuning.backward_blocks(chip, shape.length, shape.length, case.kernel),
     }
     found = {}
     describe = {"forward": forward_facts, "backward": backward_facts}

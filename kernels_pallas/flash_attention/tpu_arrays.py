@@ -16,22 +16,22 @@ _WIDTH = 16  # head widths are padded to multiples of it
 
 
 def forward_tiles(
-    call: Call, q, k, v, bias: bool = False, rest: int = tuning.FORWARD_REST
+    call: Call, q, k, v, bias: bool = False, rest: int = tuning.FORWARD_REST, kernels: str = "flash"
 ) -> tuple[tuning.ForwardBlocks, int]:
     """Tiles, and how many keys are in fast memory at a time, in two buffers, beside `rest` bytes of other things."""
     T, S, d, e = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
-    blocks = _given(call, "forward") or tuning.forward_blocks(call.kind, T, S)
+    blocks = _given(call, "forward") or tuning.forward_blocks(call.kind, T, S, kernels)
     tuning.check(blocks)
     each = 2 * (rounded(d, 128) + rounded(e, _WIDTH) + tpu_forward.ONES) * q.dtype.itemsize + 64 * bias
     return blocks, tuning.resident_keys(call.kind, each, S, blocks.keys, rest)
 
 
 def backward_tiles(
-    call: Call, q, k, v, bias: bool = False, rest: int = tuning.BACKWARD_REST
+    call: Call, q, k, v, bias: bool = False, rest: int = tuning.BACKWARD_REST, kernels: str = "flash"
 ) -> tuple[tuning.BackwardBlocks, int]:
     """Tiles, and how many keys are in fast memory at a time with their gradients, in two buffers, and float32 sums."""
     T, S, d, e = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
-    blocks = _given(call, "backward") or tuning.backward_blocks(call.kind, T, S)
+    blocks = _given(call, "backward") or tuning.backward_blocks(call.kind, T, S, kernels)
     tuning.check(blocks)
     each = 4 * (rounded(d, 128) + rounded(e, 128)) * q.dtype.itemsize + 4 * (rounded(d, _WIDTH) + rounded(e, _WIDTH))
     return blocks, tuning.resident_keys(call.kind, each + 128 * bias, S, blocks.keys, rest)

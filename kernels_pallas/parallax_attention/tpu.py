@@ -88,12 +88,12 @@ def kernel_runs(call: Call, q, k, v) -> dict[str, int]:
 
 
 def _forward_tiles(call: Call, q, k, v) -> tuple[tuning.ForwardBlocks, int]:
-    blocks, keys = tpu_arrays.forward_tiles(call, q, k, v, rest=_FORWARD_REST)
+    blocks, keys = tpu_arrays.forward_tiles(call, q, k, v, rest=_FORWARD_REST, kernels="parallax")
     return dataclasses.replace(blocks, ones=True), keys
 
 
 def _backward_tiles(call: Call, q, k, v) -> tuple[tuning.BackwardBlocks, int]:
-    return tpu_arrays.backward_tiles(call, q, k, v, rest=_BACKWARD_REST)
+    return tpu_arrays.backward_tiles(call, q, k, v, rest=_BACKWARD_REST, kernels="parallax")
 
 
 def _by_key_blocks(plan: Plan, q, probe, k, v, bounds, keys: int, options: dict[str, Any]) -> Output:
