@@ -35,7 +35,6 @@ CASES = {
     "causal, soft cap": Case(cap=50.0),
     "causal, sinks, gate": Case(sinks=True, gate=True),
     "parallax: causal": Case(probe=True),
-    "parallax: intervals": Case(low=True, probe=True),
 }
 
 

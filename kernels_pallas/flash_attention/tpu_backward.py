@@ -254,13 +254,7 @@ def run(
     if probe is not None:
         slots.input("probe", probe.probe, row(d))
         slots.output("dprobe", (B, H, T, d), out_dtype, row(d))
-        slots.scratch("probe_t", (d, blocks.rows), q_BHTd.dtype)
-        slots.scratch("acc_probe", (blocks.rows, d), jnp.float32)
-    slots.scratch("qs", (blocks.rows, d), q_BHTd.dtype)
-    slots.scratch("q_t", (d, blocks.rows), q_BHTd.dtype)
-    slots.scratch("do_t", (e, blocks.rows), do_BHTe.dtype)
-    slots.scratch("columns", (len(rows), blocks.rows, 128), jnp.float32)
-    slots.scratch("acc", (blocks.rows, d), jnp.float32)
+    _scratch(slots, blocks.rows, len(rows))
     found = slots.call(
         functools.partial(_kernel, plan, slots.names(), tiles),
         table.reshape(-1),
@@ -274,3 +268,17 @@ def run(
     )
     dbias = found["dbias_sum"].sum(3).reshape(B, K, S) if bias_BKS is not None else None
     return Gradients(found["dq"], found["dk"], found["dv"], dbias, found.get("dprobe"))
+
+
+def _scratch(slots: Slots, rows: int, statistics: int) -> None:
+    """What a row tile keeps: its arrays scaled or turned, its statistics as columns, and the sums of its gradients."""
+    q, do = slots.inputs["q"][0], slots.inputs["do"][0]
+    d, e = q.shape[3], do.shape[3]
+    slots.scratch("qs", (rows, d), q.dtype)
+    slots.scratch("q_t", (d, rows), q.dtype)
+    slots.scratch("do_t", (e, rows), do.dtype)
+    slots.scratch("columns", (statistics, rows, 128), jnp.float32)
+    slots.scratch("acc", (rows, d), jnp.float32)
+    if "probe" in slots.inputs:
+        slots.scratch("probe_t", (d, rows), q.dtype)
+        slots.scratch("acc_probe", (rows, d), jnp.float32)

@@ -122,17 +122,33 @@ def test_what_nothing_sees_changes_nothing():
         assert not np.any(b[:, where]) and np.any(b[:, ~where])
 
 
+@functools.cache
+def causal_kernel():
+    """Arrays and the kernel, one compile for the tests of its forward."""
+    arrays, bounds = inputs("causal", 130, (1, 2, 1), (32, 32), "bfloat16")
+    kernel = jax.jit(functools.partial(parallax_attention, interpret=True, blocks=SMALLEST, **bounds))
+    return arrays, bounds, lambda *arrays: np.asarray(kernel(*(jnp.asarray(x, "bfloat16") for x in arrays)), np.float64)
+
+
 def test_what_keys_have_in_common_does_not_round_off():
     """A channel of keys that is 0, or 64: the same function, and in bfloat16 as near to it."""
-    arrays, bounds = inputs("causal", 130, (1, 2, 1), (32, 32), "bfloat16")
-    arrays[0][..., 0], arrays[2][..., 0] = 0, 0
-    kernel = jax.jit(functools.partial(parallax_attention, interpret=True, blocks=SMALLEST, **bounds))
-    moved = [*arrays[:2], arrays[2].copy(), arrays[3]]
-    moved[2][..., 0] = 64
-    near, far = (np.asarray(kernel(*(jnp.asarray(x, "bfloat16") for x in a)), np.float64) for a in (arrays, moved))
-    true = definition(*arrays, **bounds)
-    mean = lambda x: np.sqrt(np.mean(np.square(x)))
-    assert mean(far - true) <= 1.5 * mean(near - true)
+    (q, probe, k, v), bounds, kernel = causal_kernel()
+    q, k, far = q.copy(), k.copy(), k.copy()
+    q[..., 0], k[..., 0], far[..., 0] = 0, 0, 64
+    true = definition(q, probe, k, v, **bounds)
+    off = lambda k: np.sqrt(np.mean(np.square(kernel(q, probe, k, v) - true)))
+    assert off(far) <= 1.5 * off(k)
+
+
+def test_causality():
+    """Changing what comes after a position changes no bit up to it."""
+    (*arrays, k, v), _, kernel = causal_kernel()
+    later = [x.copy() for x in (k, v)]
+    for x in later:
+        x[:, 65:] *= -3
+    a, b = kernel(*arrays, k, v), kernel(*arrays, *later)
+    np.testing.assert_array_equal(a[:, :65], b[:, :65])
+    assert np.any(a[:, 65:] != b[:, 65:])
 
 
 @pytest.mark.parametrize("mask", ["causal", "window"])
