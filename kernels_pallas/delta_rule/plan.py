@@ -11,15 +11,16 @@ from jax.experimental import pallas as pl
 from kernels_pallas.linear_recurrence import plan as linear
 from kernels_pallas.linear_recurrence.plan import Blocks, Plan, Sizes
 
-CHUNK = 64  # at most: a triangular system's cost grows with it
+CHUNK = 128  # at most
+_CHUNKS = 2  # of a block at most
 _SLACK = 4 * 2**20  # bytes of fast memory for the compiler's own
 
 
 def sizes(length: int, heads: int, width: int, value_width: int, itemsize: int, kind: str) -> Sizes | None:
     """Blocks for these lengths and padded widths; None where no state of a head fits into fast memory."""
     chunk = min(CHUNK, max(16, 1 << (length - 1).bit_length()))
-    needed = (8, forward_bytes), (4, backward_bytes)
-    return linear.fitting(chunk, needed, length, heads, width, value_width, itemsize, kind)
+    needed = (16, forward_bytes), (8, backward_bytes)
+    return linear.fitting(chunk, _CHUNKS, needed, length, heads, width, value_width, itemsize, kind)
 
 
 def forward_bytes(heads: int, chunk: int, chunks: int, d: int, e: int, itemsize: int) -> int:

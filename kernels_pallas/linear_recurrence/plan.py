@@ -127,11 +127,12 @@ def sizes(length: int, heads: int, width: int, value_width: int, itemsize: int, 
     """Blocks for these lengths and padded widths; None where no state of a head fits into fast memory."""
     chunk = min(LANES, -(-length // 16) * 16)
     needed = (8, forward_bytes), (4, backward_bytes)
-    return fitting(chunk, needed, length, heads, width, value_width, itemsize, kind)
+    return fitting(chunk, _CHUNKS, needed, length, heads, width, value_width, itemsize, kind)
 
 
 def fitting(
     chunk: int,
+    most_chunks: int,
     needed: Sequence[tuple[int, Callable[..., int]]],
     length: int,
     heads: int,
@@ -140,11 +141,11 @@ def fitting(
     itemsize: int,
     kind: str,
 ) -> Sizes | None:
-    """`sizes` with a given chunk; `needed`: of each direction the most heads, and the bytes of fast memory that it
-    takes for heads, chunk, chunks, widths and size of an item."""
+    """`sizes` with a given chunk and at most so many of a block; `needed`: of each direction the most heads, and the
+    bytes of fast memory that it takes for heads, chunk, chunks, widths and size of an item."""
     count = -(-length // chunk)
     steps = lambda chunks: -(-count // chunks) * (chunks + _STEP)
-    for chunks in sorted(range(1, _CHUNKS + 1), key=lambda n: (steps(n), -n)):
+    for chunks in sorted(range(1, most_chunks + 1), key=lambda n: (steps(n), -n)):
         found = []
         for most, of in needed:
             fits = lambda n: of(n, chunk, chunks, width, value_width, itemsize) <= tuning.vmem_limit(kind)
