@@ -92,10 +92,12 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
     from attnlab.train import config as run_config
 
     config = run_config.load(args.config, overrides)
+    from attnlab.launch import runtime
     from attnlab.train import goodput
     from attnlab.train.loop import train
 
     out = output.Lasting(sys.stdout)  # a run outlives the reader of its output: log.txt has it all
+    runtime.keep_compiled(args.workdir)
     train(config, args.workdir, rich.console.Console(file=out), began=goodput.process_began())
     with output.after(f"the run went on, and {args.workdir / 'log.txt'} has what it said"):
         output.require() if out.error is None else output.fail(out.error)

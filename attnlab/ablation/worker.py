@@ -67,7 +67,7 @@ def work(part: Part) -> str | None:
     plan = announce.read(workdir)
     if plan is None:
         raise UserError(f"workdir {workdir} holds no plan")
-    keep_compiled(workdir)
+    runtime.keep_compiled(workdir)
     Program.share(len(plan.cells))
     log, idle = Log(workdir), time.monotonic()
     while True:
@@ -160,13 +160,6 @@ def _tail(path: pathlib.Path, lines: int = 5) -> list[str]:
 def cores() -> int:
     """How many this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def keep_compiled(workdir: pathlib.Path) -> None:
-    """Keeps compiled programs in the plan's directory, by host, unless a place for them is set already."""
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled" / os.uname().nodename))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def main(argument: str) -> int:

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import importlib.metadata
 import os
+import pathlib
 import platform
 import re
 import signal
@@ -42,6 +43,23 @@ def configure() -> None:
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # read when the CPU's client is made
     if jax.default_backend() == "cpu":
         _keep_freed_memory()
+
+
+def keep_compiled(workdir: pathlib.Path) -> None:
+    """Keeps compiled programs in a workdir, for whoever goes on there, unless jax has a place for them already.
+
+    One process's programs for a CPU are of its host alone, whose instructions another may lack. Of several processes
+    jax has one write for all.
+    """
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    folder = workdir / "compiled"
+    if jax.default_backend() == "cpu" and jax.process_count() == 1:
+        folder /= os.uname().nodename
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 @contextlib.contextmanager

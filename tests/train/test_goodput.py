@@ -94,8 +94,10 @@ def test_nested_compiling_counts_once(monkeypatch):
     assert abs(goodput._compiled_since(now - 1) - 1.0) < 0.01
 
 
-def test_a_killed_run(tmp_path):
-    """Of a run that was killed and went on: its steps again are lost, and its time alone is idle; all kinds add up."""
+def test_a_killed_run(tmp_path, monkeypatch):
+    """Of a run that was killed and went on: its steps again are lost, and its time alone is idle; all kinds add up.
+    What was compiled is in the workdir."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     source = runs.corpus(tmp_path / "corpus")
     config = runs.write_config(tmp_path / "c.py", source, train__steps=60, train__save_every=20, train__eval_every=20)
     command = ["train", "--config", config, "--workdir", str(tmp_path / "w")]
@@ -106,7 +108,9 @@ def test_a_killed_run(tmp_path):
         time.sleep(0.05)
     child.send_signal(signal.SIGKILL)
     child.wait()
-    assert runs.attnlab(*command).returncode == 0
+    compiled = lambda: {path.name for path in (tmp_path / "w" / "compiled").rglob("*train_step*-cache")}
+    before = compiled()
+    assert before and runs.attnlab(*command).returncode == 0 and compiled() == before
     said = runs.attnlab("goodput", "--workdir", str(tmp_path / "w"), "--json")
     found = json.loads(said.stdout)
     first, second = found["attempts"]
