@@ -132,8 +132,8 @@ def test_rows_are_moved_exactly(dtype):
 
 def test_tiles_are_long_where_rows_are_many():
     """Few rows of many heads take short tiles, of which less is empty."""
-    assert row_tile("v6e", 2**18, 12) == tuning.forward_blocks("v6e", 4096, 4096).rows
-    assert row_tile("v6e", 1024, 16) == tuning.LANES
+    assert row_tile("v6e", 2**18, 12, 128) == tuning.forward_blocks("v6e", 4096, 4096).rows
+    assert row_tile("v6e", 1024, 16, 128) == tuning.LANES
 
 
 @pytest.mark.parametrize("change, says", [
