@@ -70,9 +70,7 @@ def softmax_step(s, bias, highest, total, *, scale: float, soft_cap: float | Non
     return weights, new, total * decay + weights.sum(axis=1), decay
 
 
-def ranges(
-    bounds: tuple[jax.Array, jax.Array], rows: int, keys: int, heads_BN: jax.Array | None = None
-) -> jax.Array:
+def ranges(bounds: tuple[jax.Array, jax.Array], rows: int, keys: int, heads_BN: jax.Array | None = None) -> jax.Array:
     """For each block of W x `rows` rows its tiles of keys, [B, blocks, 2 + 2 W]: (first, end), then (full, full_end) of
     each warpgroup.
 
@@ -94,7 +92,7 @@ def ranges(
 
 
 def key_heads(heads_BN: jax.Array, blocks: int) -> jax.Array:
-    """The key head of each of so many blocks of packed rows, [B, blocks], from those of N tiles, which hold whole ones."""
+    """The key head of each of so many blocks of packed rows, [B, blocks], from those of tiles of whole blocks."""
     return jnp.repeat(heads_BN, blocks // heads_BN.shape[1], axis=1)
 
 

@@ -11,8 +11,8 @@ heads). `lse2` is the log-sum-exp in log2 units, float32 [B, H, T], sinks includ
         so that each p is 0 there. dkey_bias [B, K, S], float32.
 
 Both take `heads_BN` last where rows are packed (`kernels_pallas.routed_attention`): H is 1, and it says which key head
-each tile of rows reads; dk and dv of a head that no tile reads are 0. `bounds` is from `masks.intervals`: None, or starts and ends. Keys and values that no row sees
-are 0.
+each tile of rows reads; dk and dv of a head that no tile reads are 0. `bounds` is from `masks.intervals`: None, or
+starts and ends. Keys and values that no row sees are 0.
 """
 
 from __future__ import annotations

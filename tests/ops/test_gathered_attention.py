@@ -11,7 +11,16 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from attnlab.errors import UserError
-from attnlab.ops import Mask, attention, dispatch, gathered_kernel, gathered_rows, gathered_xla, mask_from_segments, router
+from attnlab.ops import (
+    Mask,
+    attention,
+    dispatch,
+    gathered_kernel,
+    gathered_rows,
+    gathered_xla,
+    mask_from_segments,
+    router,
+)
 from attnlab.ops.gathered_attention import GATHERED_ATTENTION, chosen_attention, gathered_attention
 from attnlab.ops.gathered_rows import GatheredSpec, Heads
 from attnlab.parallel import partition
