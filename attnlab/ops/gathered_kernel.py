@@ -58,7 +58,10 @@ def unsupported_rows(spec: GatheredSpec) -> str | None:
 
 
 def worth(spec: GatheredSpec) -> bool:
-    """Whether "auto" takes it: not for less than a tile."""
+    """Whether "auto" takes it: not for less than a tile.
+
+    On GPUs, too, where nothing is timed: there rows are gathered for those alone who ask for it (`pays`).
+    """
     return min(spec.queries, spec.keys) >= _LANES
 
 

@@ -14,7 +14,7 @@ from kernels_pallas import hopper, masks
 from kernels_pallas.flash_attention import gpu, gpu_backward, gpu_backward_rows, gpu_forward
 from kernels_pallas.routed_attention import pack_rows, routed_attention, row_tile, unpack_rows
 from tests.kernels_pallas.test_flash_gpu import needs_interpreter
-from tests.kernels_pallas.test_routed_attention import TILES, S, inputs, is_the_definition
+from tests.kernels_pallas.test_routed_attention import TILE, TILES, K, S, inputs, is_the_definition
 
 SMALL = gpu.Blocks(gpu_forward.Blocks(keys=64), gpu_backward.Blocks(rows=128), gpu_backward_rows.Blocks(keys=64))
 # Widths, cap, and tiles.
@@ -57,11 +57,11 @@ def test_work_is_that_of_the_tiles_that_are_seen(monkeypatch):
     assert len(products) == 2 * (2 * of_rows + 4 * of_keys + 3 * of_rows)
 
 
-def met(starts, ends, keys):
-    """Whether a tile of 128 rows sees any of a tile of so many keys, [B, N, tiles]."""
+def met(starts, ends, keys, rows=TILE):
+    """Whether so many rows see any of a tile of so many keys, [B, tiles of rows, tiles of keys]."""
     seen = np.asarray(masks.visible(jnp.asarray(starts), jnp.asarray(ends), starts.shape[1], S))
     seen = np.pad(seen, ((0, 0), (0, 0), (0, -S % keys)))
-    return seen.reshape(*TILES.shape, 128, -1, keys).any((2, 4))
+    return seen.reshape(len(TILES), -1, rows, seen.shape[2] // keys, keys).any((2, 4))
 
 
 def between(met):
@@ -70,8 +70,9 @@ def between(met):
 
 
 def of_heads(met):
-    """For each key head and tile of keys the tiles of rows from the first to the last of that head that sees it."""
-    return np.stack([between((met & (TILES == head)[..., None]).swapaxes(1, 2)) for head in range(TILES.max() + 1)])
+    """Tiles of rows of a key head from the first to the last that sees a tile of keys, [B, K, tiles of keys]."""
+    heads = np.repeat(TILES, met.shape[1] // TILES.shape[1], 1)
+    return np.stack([between((met & (heads == head)[..., None]).swapaxes(1, 2)) for head in range(K)], 1)
 
 
 def test_ranges_are_of_what_is_seen():
@@ -81,11 +82,11 @@ def test_ranges_are_of_what_is_seen():
     of_rows = np.asarray(gpu_forward.ranges(bounds, 64, 64, heads))
     np.testing.assert_array_equal(of_rows[..., 1] - of_rows[..., 0], between(met(starts, ends, 64)))
     np.testing.assert_array_equal(of_rows[..., -1], TILES)
-    of_keys = gpu_backward.row_ranges(bounds, gpu_backward.Blocks(128, 128), S + -S % 128, TILES.max() + 1, heads)
-    first, end = np.moveaxis(np.asarray(of_keys).reshape(len(TILES), TILES.max() + 1, -1, 4)[..., :2], -1, 0)
-    np.testing.assert_array_equal(end - first, of_heads(met(starts, ends, 128)).swapaxes(0, 1))
+    of_keys = gpu_backward.row_ranges(bounds, gpu_backward.Blocks(rows=64, keys=128), S + -S % 128, K, heads)
+    first, end = np.moveaxis(np.asarray(of_keys).reshape(len(TILES), K, -1, 4)[..., :2], -1, 0)
+    np.testing.assert_array_equal(end - first, of_heads(met(starts, ends, 128, rows=64)))
     for b, head, block in np.argwhere(end > first):
-        assert np.all(TILES[b, first[b, head, block] : end[b, head, block]] == head)
+        assert np.all(TILES[b, first[b, head, block] // 2 : (end[b, head, block] + 1) // 2] == head)
 
 
 @pytest.mark.parametrize(
