@@ -19,14 +19,21 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from attnlab.launch import llo, schedules, schedules_flow, schedules_linear_recurrence, schedules_neural_memory
+from attnlab.launch import (
+    llo,
+    schedules,
+    schedules_delta_rule,
+    schedules_flow,
+    schedules_linear_recurrence,
+    schedules_neural_memory,
+)
 from attnlab.launch.schedules import TOPOLOGIES, Case, Reading, Shape
 
 SHAPE = Shape()
 LENGTHS = (4096, 16384)  # of the estimates
 SPLASH_TILES = (512, 1024)
 GROWTH, CHECKED = 0.05, ("full", "masked", "bundles", "spills", "kernel_bundles", "vmem")
-FAMILIES = (schedules_linear_recurrence, schedules_flow, schedules_neural_memory)
+FAMILIES = (schedules_linear_recurrence, schedules_delta_rule, schedules_flow, schedules_neural_memory)
 RECURRENCES = {f"{m.NAME}: {case}": (m, case) for m in FAMILIES for case in m.CASES}
 Fact = tuple[str, str, dict[str, Any]]
 CASES = {

@@ -26,7 +26,14 @@ LEAVES = ("arguments", "batch", "config", "data", "errors", "memory", "output", 
 # What asks for tiles, and so for kernels, directly.
 TUNING = tuple(
     f"launch/{name}.py"
-    for name in ("schedules", "schedules_flow", "schedules_linear_recurrence", "schedules_neural_memory", "tune")
+    for name in (
+        "schedules",
+        "schedules_delta_rule",
+        "schedules_flow",
+        "schedules_linear_recurrence",
+        "schedules_neural_memory",
+        "tune",
+    )
 )
 KNOWN_UPWARD: set[tuple[str, str]] = set()  # (file, room) that are still the wrong way round: only to get fewer
 

@@ -118,8 +118,7 @@ def _arm(plan: Announced, arm: str, now: Schedule, workdir: pathlib.Path) -> res
     firsts = {c.task: c for c in plan.cells if c.arm == plan.config.first}
     differing, notes = {}, []
     for task, cell in cells.items():
-        for key, a, b in config_lib.difference(firsts[task].tree, cell.tree):
-            differing.setdefault(key, [a, b])
+        differing = collect_lib.difference(firsts[task].config(), cell.config()) | differing
     chosen, curve = None, []
     for i, (task, found) in enumerate(now.searches.items()):
         where = f" on {task}" if task else ""

@@ -144,9 +144,17 @@ def main_table(view: View, metric: Metric, *, costs: bool) -> Markup:
 
 def _changed(config_diff: dict[str, list[Any]]) -> str:
     """Names first; the rest of many is in the table of keys that differ."""
-    keys = sorted(config_diff, key=lambda key: not key.endswith(".name"))
-    told = ", ".join(f"{key} = {shown(config_diff[key][1])}" for key in keys[:_KEYS])
+    ours = {key: value for key, (_, value) in config_diff.items() if value != "-"}
+    keys = sorted(ours, key=lambda key: not key.endswith(".name"))
+    told = ", ".join(f"{_end(key, keys)} = {shown(ours[key])}" for key in keys[:_KEYS])
     return f"{told}, and {len(keys) - _KEYS} more" if len(keys) > _KEYS else told
+
+
+def _end(key: str, among: list[str]) -> str:
+    """The shortest end of a dotted key that no other key has."""
+    parts = key.split(".")
+    ends = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
+    return next(end for end in ends if sum(f".{other}".endswith(f".{end}") for other in among) == 1)
 
 
 def _tested(c: Comparison) -> list[Markup]:

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.errors import UserError
+from attnlab.ops import delta_kernel
 from attnlab.ops.dispatch import Implementation, Op
 from attnlab.parallel.sequence_parallel import SequenceParallel
 
@@ -164,8 +165,19 @@ def _over_devices(chosen: Implementation, exchange: SequenceParallel, *arrays: A
 DELTA_RULE = Op(
     "delta_rule",
     DeltaSpec.of,
-    {"definition": Implementation(definition), "chunked": Implementation(chunked)},
-    preference=("chunked",),
+    {
+        "definition": Implementation(definition),
+        "chunked": Implementation(chunked),
+        "pallas": Implementation(
+            delta_kernel.run,
+            delta_kernel.unsupported,
+            delta_kernel.worth,
+            platforms=("tpu",),
+            interpretable=True,
+            kernel_flops=delta_kernel.kernel_flops,
+        ),
+    },
+    preference=("pallas", "chunked"),
     split=_over_devices,
 )
 
@@ -191,11 +203,12 @@ def delta_rule(
       beta_BTH: strengths of writing.
       documents_BT: of `attnlab.ops.documents.document_index`; None: all positions continue one document.
       state_BHde: the state before the first position, of document 0; None: zero.
-      chunk: most positions computed at once by "chunked".
+      chunk: most positions computed at once by "chunked"; the kernel has its own.
       impl: "auto", or a name in `DELTA_RULE.table`.
 
     Returns:
-      o_BTHe in the dtype of v, and the state after the last position. All is computed in fp32, fp64 for fp64 inputs.
+      o_BTHe in the dtype of v, and the state after the last position. All is computed in fp32, fp64 for fp64 inputs;
+      of the kernel sums and states are, its products of numbers in the dtype of v.
 
     Raises:
       UserError: shapes do not fit, `chunk` is below 1, `impl` is unknown.

@@ -27,7 +27,7 @@ def unsupported(spec: RecurrenceSpec) -> str | None:
     """Why the kernel cannot serve, or None."""
     if spec.dtype not in ("bfloat16", "float32"):
         return f"it computes bfloat16 and float32, not {spec.dtype}"
-    if _kernels().default_sizes(*_arrays(spec), _kind()) is None:
+    if _kernels().default_sizes(*_arrays(spec), device_kind()) is None:
         return f"a head's state of {spec.width} x {spec.value_width} does not fit into fast memory"
     return None
 
@@ -39,7 +39,7 @@ def worth(spec: RecurrenceSpec) -> bool:
 
 def kernel_flops(spec: RecurrenceSpec) -> dict[str, float]:
     """FLOPs of one run of each kernel."""
-    return _kernels().kernel_flops(*_arrays(spec), _kind())
+    return _kernels().kernel_flops(*_arrays(spec), device_kind())
 
 
 def run(
@@ -59,24 +59,29 @@ def run(
     "attention_o". The chunk is the kernel's own.
     """
     del chunk
-    if log_decay is not None:
-        log_decay = jnp.maximum(log_decay.astype(jnp.float32), jnp.log(jnp.finfo(jnp.float32).tiny))
+    log_decay = None if log_decay is None else finite_logs(log_decay)
     with tuning.device_kind(partition.device_kind()):
         return _kernels().linear_recurrence(
             q, k.astype(q.dtype), u.astype(q.dtype),
-            log_decay=log_decay, starts=None if documents is None else _starts(documents),
+            log_decay=log_decay, starts=None if documents is None else first_positions(documents),
             state=None if state is None else state.astype(jnp.float32), interpret=interpret,
         )  # fmt: skip
 
 
-def _starts(documents_BT: jax.Array) -> jax.Array:
+def finite_logs(log_decay: jax.Array) -> jax.Array:
+    """In float32; a decay of nothing at all, or nearly, is that of the smallest normal number."""
+    return jnp.maximum(log_decay.astype(jnp.float32), jnp.log(jnp.finfo(jnp.float32).tiny))
+
+
+def first_positions(documents_BT: jax.Array) -> jax.Array:
     """The first position of each position's document, -1 of document 0, whose first may be before the row."""
     t = jnp.arange(documents_BT.shape[1], dtype=jnp.int32)
     before = jnp.pad(documents_BT, ((0, 0), (1, 0)))[:, :-1]
     return jax.lax.cummax(jnp.where(documents_BT != before, t, -1), axis=1)
 
 
-def _kind() -> str:
+def device_kind() -> str:
+    """As `kernels_pallas.tuning` calls it."""
     kind = partition.device_kind()
     return tuning.KINDS.get(kind, kind)
 

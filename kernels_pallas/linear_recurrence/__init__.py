@@ -58,13 +58,13 @@ def linear_recurrence(
     sizes = default_sizes(q, u, kind) if sizes is None else sizes
     if sizes is None:
         raise ValueError(f"linear_recurrence: widths {width}/{value_width}: a state of so many does not fit on chip")
-    _check_sizes(sizes, T, H, d, e)
+    plan_lib.check_sizes("linear_recurrence", sizes, H, d, e)
     constant = log_decay is None or log_decay.ndim == 1
     plan = plan_lib.Plan(
         (B, T, H, d, e), str(q.dtype), constant, starts is not None, column, state is not None, sizes, kind, interpret
     )
-    arrays = {name: _side_by_side(x, d) for name, x in (("q", q), ("k", k))}
-    arrays["u"] = _side_by_side(u[..., : value_width - column], e)
+    arrays = {name: plan_lib.side_by_side(x, d) for name, x in (("q", q), ("k", k))}
+    arrays["u"] = plan_lib.side_by_side(u[..., : value_width - column], e)
     logs = jnp.zeros((H,)) if log_decay is None else log_decay
     arrays["logs"] = _heads_first(logs.astype(jnp.float32) * _LOG2E)
     if starts is not None:
@@ -101,12 +101,6 @@ def kernel_flops(q: jax.ShapeDtypeStruct, u: jax.ShapeDtypeStruct, kind: str) ->
     return {f"linear_recurrence_{name}": 2.0 * B * T * H * n for name, n in each.items()}
 
 
-def _side_by_side(x_BTHw: jax.Array, width: int) -> jax.Array:
-    """[B, T, H width], zeros behind each head's."""
-    x = jnp.pad(x_BTHw, ((0, 0), (0, 0), (0, 0), (0, width - x_BTHw.shape[3])))
-    return x.reshape(*x.shape[:2], -1)
-
-
 def _heads_first(x: jax.Array) -> jax.Array:
     """[B, H, T] from [B, T, H]; [H] as it is."""
     return x if x.ndim == 1 else jnp.moveaxis(x, 2, 1)
@@ -138,16 +132,3 @@ def _check(q, k, u, log_decay, starts, state) -> None:
         need(x is None or x.shape in allowed, f"{name} {getattr(x, 'shape', ())}; expected {expected}")
     need(starts is None or starts.dtype.kind == "i", f"starts {getattr(starts, 'dtype', '')}; expected signed integers")
     need(state is None or state.dtype == jnp.float32, f"state {getattr(state, 'dtype', '')}; expected float32")
-
-
-def _check_sizes(sizes: Sizes, length: int, heads: int, width: int, value_width: int) -> None:
-    def need(ok: bool, allowed: str) -> None:
-        if not ok:
-            raise ValueError(f"linear_recurrence: {sizes} is not allowed; allowed: {allowed}")
-
-    C, lanes = sizes.chunk, plan_lib.LANES
-    need(C >= 16 and C % 16 == 0, "chunk a multiple of 16")
-    need(sizes.chunks >= 1, "chunks 1 or more")
-    for n in (sizes.forward_heads, sizes.backward_heads):
-        whole = n * width % lanes == 0 == n * value_width % lanes
-        need(n == heads or (1 <= n <= heads and whole), f"all {heads} heads, or so many that fill whole {lanes} lanes")

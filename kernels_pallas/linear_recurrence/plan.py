@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -103,15 +103,52 @@ def has_column(width: int) -> bool:
     return width > _NARROWEST and padded_width(width - 1) == width - 1
 
 
+def side_by_side(x_BTHw: jax.Array, width: int) -> jax.Array:
+    """[B, T, H width], zeros behind each head's."""
+    x = jnp.pad(x_BTHw, ((0, 0), (0, 0), (0, 0), (0, width - x_BTHw.shape[3])))
+    return x.reshape(*x.shape[:2], -1)
+
+
+def check_sizes(kernel: str, sizes: Sizes, heads: int, width: int, value_width: int) -> None:
+    """Raises ValueError for blocks that a call with so many heads of padded widths cannot take."""
+
+    def need(ok: bool, allowed: str) -> None:
+        if not ok:
+            raise ValueError(f"{kernel}: {sizes} is not allowed; allowed: {allowed}")
+
+    need(sizes.chunk >= 16 and sizes.chunk % 16 == 0, "chunk a multiple of 16")
+    need(sizes.chunks >= 1, "chunks 1 or more")
+    for n in (sizes.forward_heads, sizes.backward_heads):
+        whole = n * width % LANES == 0 == n * value_width % LANES
+        need(n == heads or (1 <= n <= heads and whole), f"all {heads} heads, or so many that fill whole {LANES} lanes")
+
+
 def sizes(length: int, heads: int, width: int, value_width: int, itemsize: int, kind: str) -> Sizes | None:
     """Blocks for these lengths and padded widths; None where no state of a head fits into fast memory."""
     chunk = min(LANES, -(-length // 16) * 16)
+    needed = (8, forward_bytes), (4, backward_bytes)
+    return fitting(chunk, _CHUNKS, needed, length, heads, width, value_width, itemsize, kind)
+
+
+def fitting(
+    chunk: int,
+    most_chunks: int,
+    needed: Sequence[tuple[int, Callable[..., int]]],
+    length: int,
+    heads: int,
+    width: int,
+    value_width: int,
+    itemsize: int,
+    kind: str,
+) -> Sizes | None:
+    """`sizes` with a given chunk and at most so many of a block; `needed`: of each direction the most heads, and the
+    bytes of fast memory that it takes for heads, chunk, chunks, widths and size of an item."""
     count = -(-length // chunk)
     steps = lambda chunks: -(-count // chunks) * (chunks + _STEP)
-    for chunks in sorted(range(1, _CHUNKS + 1), key=lambda n: (steps(n), -n)):
+    for chunks in sorted(range(1, most_chunks + 1), key=lambda n: (steps(n), -n)):
         found = []
-        for most, needed in ((8, forward_bytes), (4, backward_bytes)):
-            fits = lambda n: needed(n, chunk, chunks, width, value_width, itemsize) <= tuning.vmem_limit(kind)
+        for most, of in needed:
+            fits = lambda n: of(n, chunk, chunks, width, value_width, itemsize) <= tuning.vmem_limit(kind)
             found.append(_group(heads, width, value_width, most, fits))
         if None not in found:
             return Sizes(chunk, chunks, *found)
@@ -200,7 +237,7 @@ class Blocks(Slots):
             grid=self.grid,
             semantics=("parallel", "parallel", "arbitrary"),
             name=name,
-            scope="linear_recurrence",
+            scope=name.rpartition("_")[0],
             vmem=tuning.vmem_limit(self.plan.kind),
             interpret=self.plan.interpret,
             cost=pl.CostEstimate(flops=flops, bytes_accessed=self.bytes_moved(), transcendentals=0),

@@ -319,6 +319,18 @@ def test_fewest_results():
         Page(text)
 
 
+def test_what_an_arm_changes():
+    """Keys go by as much of their ends as tells them apart; what the arm lacks, and the rest of many, is not told."""
+    results = synthetic.results({"a": 0.0, "b": 0.0}, 1)
+    sides = {"model.mixers.M.name": ["softmax", "based"], "model.mixers.S.name": ["-", "gated"],
+             "model.mixers.M.window": [8, "-"], "model.mixers.S.heads": ["-", 2], "optimizer.lr": [1, 2],
+             "train.steps": [3, 4]}  # fmt: skip
+    arms = {**results.plan.arms, "b": dataclasses.replace(results.plan.arms["b"], config_diff=sides)}
+    plan = dataclasses.replace(results.plan, arms=arms)
+    text = report.render(report.compare.compare(dataclasses.replace(results, plan=plan)))
+    assert ">M.name = based, S.name = gated, heads = 2, lr = 2, and 1 more<" in text
+
+
 # --- numbers and axes -------------------------------------------------------------------------------------------------
 
 

@@ -53,6 +53,7 @@ def test_a_plan(tmp_path, attnlab, source):
     assert "not finite" in failed["reason"] and failed["tail"]
     assert "failed: bad/seed0" in out and (work / "report.html").is_file()
     results = json.loads((work / "results.json").read_text())
+    assert list(results["plan"]["arms"]["wide"]["config_diff"]) == ["data.batch", "train.steps"]
     assert results["plan"]["hash"] == json.loads((work / "plan.json").read_text())["hash"]
     assert results["plan"]["equal"]["residual"] == {"plain": 0, "wide": 0, "bad": 0}
     by_name = {(r["arm"], r["seed"]): r for r in results["runs"]}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -15,25 +14,16 @@ from attnlab.ops.linear_recurrence import LINEAR_RECURRENCE
 from kernels_pallas import tuning
 from kernels_pallas.linear_recurrence import Sizes, default_sizes, linear_recurrence
 from kernels_pallas.linear_recurrence import plan as plan_lib
-from tests.mixers import precision
-
-B = 2
-
-
-def documents_of(length):
-    """Document 0 goes on from before the first row. Documents begin inside chunks of 16, 32 and 128 and at their edges,
-    a document of one position among them, and with the last position."""
-    begins = ([16, 17, 40, 128, length - 1], [0, 32, 64, 65, 200])
-    index = np.zeros((B, length), np.int32)
-    for b in range(B):
-        for n, t in enumerate(t for t in begins[b] if 0 <= t < length):
-            index[b, t:] = n + 1
-    return index
-
-
-def starts_of(documents):
-    first = np.diff(documents, axis=1, prepend=0) != 0
-    return np.maximum.accumulate(np.where(first, np.arange(documents.shape[1]), -1), axis=1)
+from tests.kernels_pallas.recurrences import (
+    B,
+    assert_close,
+    bytes_of_blocks,
+    calls,
+    documents_of,
+    results,
+    rounded,
+    starts_of,
+)
 
 
 def inputs(length, heads, d, e, decay, state, seed=0):
@@ -54,37 +44,12 @@ def definition(q, k, u, log_decay=None, state=None, documents=None):
     return LINEAR_RECURRENCE.table["definition"].run(q, k, u, log_decay, documents, state, chunk=1)
 
 
-def results(fn, arrays):
-    """o, the state after, and gradients by name, for one cotangent of both."""
-
-    def loss(arrays):
-        o, end = fn(**arrays)
-        weigh = lambda y, by: jnp.sum(y.astype(end.dtype) * by(jnp.arange(y.size)).reshape(y.shape).astype(end.dtype))
-        return weigh(o, jnp.cos) + weigh(end, jnp.sin), (o, end)
-
-    grads, (o, end) = jax.jit(jax.grad(loss, has_aux=True))(arrays)
-    found = {"o": o, "end": end, **{f"d{name}": x for name, x in grads.items()}}
-    return {name: np.asarray(x.astype(jnp.promote_types(x.dtype, jnp.float32))) for name, x in found.items()}
-
-
 def exact(arrays, documents):
     with jax.enable_x64(True):
         return results(
             functools.partial(definition, documents=documents),
             {name: jnp.asarray(x, jnp.float64) for name, x in arrays.items()},
         )
-
-
-def rounded(arrays, dtype):
-    """q, k and u in a dtype."""
-    return {name: jnp.asarray(x, dtype if name in "qku" else jnp.float32) for name, x in arrays.items()}
-
-
-def assert_close(found, expected, tolerance):
-    for name, value in expected.items():
-        assert found[name].shape == value.shape
-        scale = max(np.abs(value).max(), 1e-3)
-        np.testing.assert_allclose(found[name], value, atol=tolerance * scale, rtol=0, err_msg=name)
 
 
 # T, H, d, e, decay, documents, state, dtype, sizes; several blocks of several chunks where sizes are given.
@@ -171,33 +136,14 @@ def test_no_races(decay, packed, heads, e, sizes, capfd):
     assert "RACE DETECTED" not in "".join(capfd.readouterr())
 
 
-def calls(fn, *args):
-    """Parameters of the kernels that a function calls, by name, and what is below each grid."""
-    found = precision.equations(jax.make_jaxpr(fn)(*args).jaxpr)
-    return {eqn.params["name"]: eqn.params for eqn in found if eqn.primitive.name == "pallas_call"}
-
-
 @pytest.mark.parametrize("decay, packed, e", [("constant", False, 128), ("data", True, 129)])
 def test_declared_bytes_are_those_of_the_blocks(decay, packed, e):
-    """A block is fetched when its place changes from one step of the grid to the next; within 5 %."""
+    """Within 5 %."""
     arrays = rounded(inputs(1024, 16, 128, e, decay, False), "bfloat16")
     starts = jnp.asarray(starts_of(documents_of(1024))) if packed else None
     loss = lambda arrays: jnp.sum(linear_recurrence(**arrays, starts=starts)[0].astype(jnp.float32))
     for params in calls(jax.grad(loss), arrays).values():
-        mapping, total = params["grid_mapping"], 0
-        for block in mapping.block_mappings:
-            array, shape = block.array_aval, block.block_shape
-            if "smem" in str(block.transformed_block_aval).lower():
-                continue
-            size = math.prod(int(getattr(n, "block_size", n)) for n in shape) * array.dtype.itemsize
-            place = lambda at: tuple(int(i) for i in jax.core.eval_jaxpr(*_closed(block.index_map_jaxpr), *at))
-            places = [place(at) for at in np.ndindex(*mapping.grid)]
-            total += size * sum(a != b for a, b in zip([None, *places], places))
-        assert params["cost_estimate"].bytes_accessed == pytest.approx(total, rel=0.05)
-
-
-def _closed(closed):
-    return closed.jaxpr, closed.consts
+        assert params["cost_estimate"].bytes_accessed == pytest.approx(bytes_of_blocks(params), rel=0.05)
 
 
 def test_a_constant_has_no_gradient_to_compute():

@@ -1,0 +1,121 @@
+"""The gated delta rule in one pass (Yang et al. 2024, arXiv:2412.06464, section 3): the state never leaves the chip."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import tuning
+from kernels_pallas.delta_rule import plan as plan_lib
+from kernels_pallas.delta_rule.gradient import rule
+from kernels_pallas.linear_recurrence.plan import Plan, Sizes, check_sizes, padded_width, side_by_side
+
+__all__ = ["Sizes", "default_sizes", "delta_rule", "kernel_flops"]
+
+_LOG2E = math.log2(math.e)
+_CHUNKS = (16, 32, 64, 128)
+
+
+def delta_rule(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array,
+    beta: jax.Array,
+    *,
+    starts: jax.Array | None = None,
+    state: jax.Array | None = None,
+    interpret: Any = False,
+    sizes: Sizes | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """`S_t = a_t S_{t-1} + k_t u_t^T`, `u_t = beta_t (v_t - a_t S_{t-1}^T k_t)`, `o_t = S_t^T q_t` per head, on TPU.
+
+    Args:
+      q, k: queries and keys [B, T, H, d]; v: values [B, T, H, e]; all bfloat16, or all float32. Any T, H, d and e. For
+        `0 <= beta <= 2` the rule is stable where keys are of length 1 or less.
+      log_decay: [B, T, H], log a, finite, 0 or less. A weight within a chunk is the exponential of a difference of
+        float32 sums over it: where these are large, it is less exact.
+      beta: [B, T, H], strengths of writing.
+      starts: int [B, T], the first position of each position's document; -1: that of the document that `state` is of.
+        They ascend, and begin with -1 or 0. None: all are of that document.
+      state: [B, H, d, e] float32, before the first position; None: nothing.
+      interpret: runs the kernels as plain XLA operations on any platform, or, on a CPU, as its interpreter's parameters
+        say (`jax.experimental.pallas.tpu.InterpretParams`).
+      sizes: blocks; by default `default_sizes`.
+
+    Returns:
+      o [B, T, H, e] in the dtype of q, and the state after the last position [B, H, d, e] in float32: of the last
+      position's document. Both differentiable (reverse mode) in q, k, v, log_decay, beta and state. States and sums are
+      float32; products are of numbers in the dtype of q, those that invert a chunk's triangular system among them.
+
+    Raises:
+      ValueError: shapes, dtypes or options that do not fit.
+    """
+    _check(q, k, v, log_decay, beta, starts, state)
+    (B, T, H, width), value_width, kind = q.shape, v.shape[3], tuning.kind()
+    d, e = padded_width(width), padded_width(value_width)
+    sizes = default_sizes(q, v, kind) if sizes is None else sizes
+    if sizes is None:
+        raise ValueError(f"delta_rule: widths {width}/{value_width}: a state of so many does not fit on chip")
+    check_sizes("delta_rule", sizes, H, d, e)
+    if sizes.chunk not in _CHUNKS:
+        raise ValueError(f"delta_rule: {sizes} is not allowed; allowed: chunk {', '.join(map(str, _CHUNKS))}")
+    plan = Plan(
+        (B, T, H, d, e), str(q.dtype), False, starts is not None, False, state is not None, sizes, kind, interpret
+    )
+    arrays = {name: side_by_side(x, w) for name, x, w in (("q", q, d), ("k", k, d), ("v", v, e))}
+    heads_first = lambda x: jnp.moveaxis(x.astype(jnp.float32), 2, 1)
+    arrays |= {"logs": heads_first(log_decay) * _LOG2E, "beta": heads_first(beta)}
+    if starts is not None:
+        arrays["starts"] = starts.astype(jnp.int32)
+    if state is not None:
+        arrays["state"] = jnp.pad(state, ((0, 0), (0, 0), (0, d - width), (0, e - value_width)))
+    out = rule(plan, arrays)
+    return out["o"].reshape(B, T, H, e)[..., :value_width], out["state_end"][:, :, :width, :value_width]
+
+
+def default_sizes(q: jax.Array | jax.ShapeDtypeStruct, v: jax.Array | jax.ShapeDtypeStruct, kind: str) -> Sizes | None:
+    """Blocks for queries and values of these shapes on devices of a kind; None: states are too large for the chip."""
+    d, e = padded_width(q.shape[3]), padded_width(v.shape[3])
+    return plan_lib.sizes(q.shape[1], q.shape[2], d, e, q.dtype.itemsize, kind)
+
+
+def kernel_flops(q: jax.ShapeDtypeStruct, v: jax.ShapeDtypeStruct, kind: str) -> dict[str, float]:
+    """FLOPs of the products of one run of each kernel, by name, without padding; all pairs of a chunk are counted."""
+    (B, T, H, d), e, sizes = q.shape, v.shape[3], default_sizes(q, v, kind)
+    if sizes is None:
+        return {}
+    C, again = sizes.chunk, 1 - 1 / sizes.chunks
+    each = {"forward": C * (2 * d + 2 * e + plan_lib.inverse_width(C)) + 3 * d * e,
+            "backward": C * (6 * d + 6 * e) + (7 + again) * d * e}  # fmt: skip
+    return {f"delta_rule_{name}": 2.0 * B * T * H * n for name, n in each.items()}
+
+
+def _check(q, k, v, log_decay, beta, starts, state) -> None:
+    def need(ok: bool, what: str) -> None:
+        if not ok:
+            raise ValueError(f"delta_rule: {what}")
+
+    shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
+    need(
+        q.ndim == v.ndim == 4 and q.shape == k.shape and v.shape[:3] == q.shape[:3],
+        f"{shapes} do not fit; expected q, k [B, T, H, d], v [B, T, H, e]",
+    )
+    need(min(*q.shape, v.shape[3]) > 0, f"{shapes}; no size may be 0")
+    need(
+        q.dtype == k.dtype == v.dtype and q.dtype in ("bfloat16", "float32"),
+        f"q {q.dtype}, k {k.dtype}, v {v.dtype}; allowed: all bfloat16, or all float32",
+    )
+    B, T, H, d = q.shape
+    for name, x, expected in (
+        ("log_decay", log_decay, (B, T, H)),
+        ("beta", beta, (B, T, H)),
+        ("starts", starts, (B, T)),
+        ("state", state, (B, H, d, v.shape[3])),
+    ):
+        need(x is None or x.shape == expected, f"{name} {getattr(x, 'shape', ())}; expected {list(expected)}")
+    need(starts is None or starts.dtype.kind == "i", f"starts {getattr(starts, 'dtype', '')}; expected signed integers")
+    need(state is None or state.dtype == jnp.float32, f"state {getattr(state, 'dtype', '')}; expected float32")

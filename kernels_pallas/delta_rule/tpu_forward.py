@@ -1,0 +1,97 @@
+"""The forward on TPU: one pass over the positions, the states of a group of heads in fast memory."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from kernels_pallas.delta_rule.inverse import unit_lower_inverse
+from kernels_pallas.delta_rule.plan import DeltaBlocks, forward_flops
+from kernels_pallas.linear_recurrence.chunk import Step, Unit, lockstep
+from kernels_pallas.linear_recurrence.plan import Plan
+from kernels_pallas.mosaic import product
+
+NAME = "delta_rule_forward"
+
+
+class Forward(Step):
+    """A step of the grid; states of a block's heads stay values from chunk to chunk."""
+
+    def run(self) -> None:
+        """Everything. What does not need the state is made for all chunks of the block at once."""
+        plan, r, heads, chunks = self.plan, self.r, range(self.heads), range(self.plan.sizes.chunks)
+
+        @pl.when(self.first)
+        def _():
+            r["state"][...] = r["given"][0] if plan.given else jnp.zeros_like(r["state"])
+
+        if "state_saved" in r:
+            r["state_saved"][0, 0] = r["state"][...]
+        self.state = [r["state"][h] for h in heads]
+        self.ahead: dict[tuple[int, int], tuple[jax.Array, jax.Array]] = {}
+        lockstep(self.pairs_unit(m, h) for m in chunks for h in heads)
+        for m in chunks:
+            lockstep(self.unit(m, h) for h in heads)
+        for h in heads:
+            r["state"][h] = self.state[h]
+
+        @pl.when(self.last)
+        def _():
+            r["state_end"][0] = r["state"][...]
+
+    def pairs_unit(self, m: int, h: int) -> Unit:
+        """What positions of a chunk take from each other: the weights of outputs, and the inverse of the system."""
+        C, dtype = self.plan.sizes.chunk, self.r["q"].dtype
+        k = self.load("k", m, h)
+        both = product(jnp.concatenate([k, self.load("q", m, h)]), k, 1, 1)
+        yield
+        pairs = self.weights(m, h).pairs
+        overlap = jnp.where(self.row > self.col, both[:C] * pairs, 0)
+        inverse = yield from unit_lower_inverse(overlap * self.r["beta"][0, h, m], dtype)
+        inverse = inverse.astype(dtype)
+        if "inverse_saved" in self.r:
+            self.r["inverse_saved"][0, h, 0, :, m * C : (m + 1) * C] = inverse
+        self.ahead[m, h] = inverse, (both[C:] * pairs).astype(dtype)
+
+    def unit(self, m: int, h: int) -> Unit:
+        """The rest of a chunk of a head, in phases: errors `e` solve (I + N diag(beta)) e = v - what is read at k."""
+        (*_, d, e), C, dtype = self.plan.shape, self.plan.sizes.chunk, self.r["q"].dtype
+        inverse, p = self.ahead.pop((m, h))
+        q, k, v = (self.load(name, m, h) for name in ("q", "k", "v"))
+        _, read, write, carry = self.weights(m, h)
+        seen = product(jnp.concatenate([k, q]), self.state[h].astype(dtype), 1, 0)
+        yield
+        wanted = (v - seen[:C] * read[:, :e]).astype(dtype)
+        error = product(inverse, wanted, 1, 0)
+        yield
+        u = (error * self.spread(self.r["beta"][0, h, m], e)).astype(dtype)
+        near = product(p, u, 1, 0)
+        new = product((k * write[:, :d]).astype(dtype), u, 0, 0)
+        yield
+        self.store("o", m, h, near + seen[C:] * read[:, :e])
+        self.state[h] = self.state[h] * carry[:, :e] + new
+
+
+def _kernel(plan: Plan, heads: int, names: tuple[str, ...], *refs) -> None:
+    Forward(plan, dict(zip(names, refs, strict=True)), heads=heads, backward=False).run()
+
+
+def run(plan: Plan, arrays: Mapping[str, Any], *, save: bool) -> dict[str, jax.Array]:
+    """See `kernels_pallas.delta_rule.gradient`; with `save` also what the backward reads."""
+    (B, T, H, d, e), heads = plan.shape, plan.sizes.forward_heads
+    blocks = DeltaBlocks(plan, heads, reverse=False)
+    blocks.given(arrays)
+    if plan.given:
+        blocks.input("given", arrays["state"], blocks.states(d, e))
+    blocks.output("o", (B, T, H * e), arrays["v"].dtype, blocks.positions(e))
+    blocks.output("state_end", (B, H, d, e), jnp.float32, blocks.states(d, e))
+    if save:
+        blocks.output("state_saved", (B, plan.blocks, H, d, e), jnp.float32, blocks.saved_states(d, e))
+        blocks.output("inverse_saved", blocks.inverse_shape(), arrays["q"].dtype, blocks.inverses())
+    blocks.scratch("state", (heads, d, e), jnp.float32)
+    return blocks.run(functools.partial(_kernel, plan, heads, blocks.names()), NAME, forward_flops(plan))

@@ -1,0 +1,75 @@
+"""What tests of recurrences' kernels share: documents, gradients by name, and the bytes that blocks move."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tests.mixers import precision
+
+B = 2
+
+
+def documents_of(length):
+    """Document 0 goes on from before the first row. Documents begin inside chunks of 16, 32 and 128 and at their edges,
+    a document of one position among them, and with the last position."""
+    begins = ([16, 17, 40, 128, length - 1], [0, 32, 64, 65, 200])
+    index = np.zeros((B, length), np.int32)
+    for b in range(B):
+        for n, t in enumerate(t for t in begins[b] if 0 <= t < length):
+            index[b, t:] = n + 1
+    return index
+
+
+def starts_of(documents):
+    first = np.diff(documents, axis=1, prepend=0) != 0
+    return np.maximum.accumulate(np.where(first, np.arange(documents.shape[1]), -1), axis=1)
+
+
+def results(fn, arrays):
+    """o, the state after, and gradients by name, for one cotangent of both."""
+
+    def loss(arrays):
+        o, end = fn(**arrays)
+        weigh = lambda y, by: jnp.sum(y.astype(end.dtype) * by(jnp.arange(y.size)).reshape(y.shape).astype(end.dtype))
+        return weigh(o, jnp.cos) + weigh(end, jnp.sin), (o, end)
+
+    grads, (o, end) = jax.jit(jax.grad(loss, has_aux=True))(arrays)
+    found = {"o": o, "end": end, **{f"d{name}": x for name, x in grads.items()}}
+    return {name: np.asarray(x.astype(jnp.promote_types(x.dtype, jnp.float32))) for name, x in found.items()}
+
+
+def rounded(arrays, dtype):
+    """Arrays that are multiplied are of a dtype, the others float32."""
+    return {name: jnp.asarray(x, dtype if name in "qkuv" else jnp.float32) for name, x in arrays.items()}
+
+
+def assert_close(found, expected, tolerance):
+    for name, value in expected.items():
+        assert found[name].shape == value.shape
+        scale = max(np.abs(value).max(), 1e-3)
+        np.testing.assert_allclose(found[name], value, atol=tolerance * scale, rtol=0, err_msg=name)
+
+
+def calls(fn, *args):
+    """Parameters of the kernels that a function calls, by name, and what is below each grid."""
+    found = precision.equations(jax.make_jaxpr(fn)(*args).jaxpr)
+    return {eqn.params["name"]: eqn.params for eqn in found if eqn.primitive.name == "pallas_call"}
+
+
+def bytes_of_blocks(params):
+    """What a kernel moves: a block is fetched when its place changes from one step of the grid to the next."""
+    mapping, total = params["grid_mapping"], 0
+    for block in mapping.block_mappings:
+        array, shape = block.array_aval, block.block_shape
+        if "smem" in str(block.transformed_block_aval).lower():
+            continue
+        size = math.prod(int(getattr(n, "block_size", n)) for n in shape) * array.dtype.itemsize
+        index = block.index_map_jaxpr
+        place = lambda at: tuple(int(i) for i in jax.core.eval_jaxpr(index.jaxpr, index.consts, *at))
+        places = [place(at) for at in np.ndindex(*mapping.grid)]
+        total += size * sum(a != b for a, b in zip([None, *places], places))
+    return total

@@ -1,0 +1,174 @@
+"""The delta rule's TPU kernels, interpreted: values and all gradients against the definition in float64."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from attnlab.ops.delta_rule import DELTA_RULE
+from kernels_pallas import tuning
+from kernels_pallas.delta_rule import Sizes, default_sizes, delta_rule
+from kernels_pallas.delta_rule import plan as plan_lib
+from tests.kernels_pallas.recurrences import (
+    B,
+    assert_close,
+    bytes_of_blocks,
+    calls,
+    documents_of,
+    results,
+    rounded,
+    starts_of,
+)
+
+
+def inputs(length, heads, d, e, state, seed=0):
+    """Keys of length 1 with cosines of about a half, the hard case for the inverse; strengths up to 1.5."""
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    q, k = normal(B, length, heads, d), normal(B, length, heads, d) + normal(1, 1, heads, d)
+    k /= np.linalg.norm(k, axis=-1, keepdims=True)
+    arrays = {"q": q, "k": k, "v": normal(B, length, heads, e)}
+    arrays["log_decay"] = np.float32(-rng.exponential(0.2, (B, length, heads)) * (rng.random((B, length, heads)) < 0.8))
+    arrays["beta"] = np.float32(1.5 * rng.random((B, length, heads)) * (rng.random((B, length, heads)) < 0.9))
+    if state:
+        arrays["state"] = normal(B, heads, d, e)
+    return arrays
+
+
+def definition(q, k, v, log_decay, beta, state=None, documents=None):
+    documents = None if documents is None else jnp.asarray(documents)
+    return DELTA_RULE.table["definition"].run(q, k, v, log_decay, beta, documents, state, chunk=1)
+
+
+def exact(arrays, documents):
+    with jax.enable_x64(True):
+        arrays = {name: jnp.asarray(np.asarray(x, np.float32), jnp.float64) for name, x in arrays.items()}
+        return results(functools.partial(definition, documents=documents), arrays)
+
+
+# T, H, d, e, documents, state, dtype, sizes; several blocks of several chunks where sizes are given.
+CASES = [
+    (1, 3, 16, 16, False, True, "float32", None),
+    (7, 2, 5, 17, True, True, "float32", None),
+    (64, 4, 64, 32, True, False, "float32", Sizes(16, 2, 4, 4)),
+    (130, 2, 24, 65, True, True, "float32", Sizes(64, 1, 2, 2)),
+    (130, 3, 64, 64, True, True, "float32", Sizes(32, 2, 2, 3)),
+    (130, 1, 130, 33, True, True, "bfloat16", Sizes(64, 2, 1, 1)),
+    (256, 1, 64, 64, False, True, "float32", Sizes(128, 1, 1, 1)),
+    (256, 2, 64, 64, True, False, "bfloat16", None),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(str(x) for x in c[:7]))
+def test_equals_the_definition(case):
+    """Values and every gradient; positions that write nothing or do not decay among them."""
+    T, H, d, e, packed, state, dtype, sizes = case
+    arrays = rounded(inputs(T, H, d, e, state), dtype)
+    documents = documents_of(T) if packed else None
+    starts = jnp.asarray(starts_of(documents)) if packed else None
+    found = results(functools.partial(delta_rule, starts=starts, sizes=sizes, interpret=True), arrays)
+    assert_close(found, exact(arrays, documents), 2e-5 if dtype == "float32" else 0.03)
+
+
+def run_simply(arrays, sizes=None, starts=None):
+    return jax.jit(functools.partial(delta_rule, starts=starts, sizes=sizes, interpret=True))(**arrays)
+
+
+def test_chunks_and_blocks_change_nothing():
+    """Any sizes give the same, but for rounding."""
+    arrays = rounded(inputs(96, 2, 16, 33, True), "float32")
+    starts = jnp.asarray(starts_of(documents_of(96)))
+    by = [run_simply(arrays, sizes, starts) for sizes in (Sizes(128, 1, 2, 2), Sizes(16, 3, 2, 2), Sizes(32, 1, 2, 2))]
+    for other in by[1:]:
+        assert_close(*({name: np.asarray(x) for name, x in zip(("o", "end"), y)} for y in (other, by[0])), 5e-6)
+
+
+def test_states_compose():
+    """Two pieces, the second from the state after the first, are one pass; a document goes on over the cut."""
+    arrays, sizes, cut = rounded(inputs(80, 2, 16, 17, True), "float32"), Sizes(16, 2, 2, 2), 50
+    documents = documents_of(80)
+    whole = run_simply(arrays, sizes, jnp.asarray(starts_of(documents)))
+    state, parts = arrays["state"], []
+    for piece in (slice(0, cut), slice(cut, 80)):
+        index = documents[:, piece] - (0 if piece.start == 0 else documents[:, cut - 1 : cut])
+        own = {name: x[:, piece] for name, x in arrays.items() if name != "state"}
+        o, state = run_simply({**own, "state": state}, sizes, jnp.asarray(starts_of(index)))
+        parts.append(o)
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole[0], atol=2e-5)
+    np.testing.assert_allclose(state, whole[1], atol=2e-5)
+
+
+def test_causality_is_bitwise():
+    """What comes later changes nothing before, to the last bit."""
+    arrays = rounded(inputs(64, 2, 16, 33, False), "float32")
+    run = lambda arrays: run_simply(arrays, Sizes(16, 2, 2, 2))[0]
+    later = {name: x.at[:, 37:].set(-0.5 * jnp.abs(x[:, 37:])) for name, x in arrays.items()}
+    np.testing.assert_array_equal(run(later)[:, :37], run(arrays)[:, :37])
+
+
+@pytest.mark.parametrize("packed, heads, e, sizes", [(False, 2, 16, None), (True, 3, 64, Sizes(16, 2, 2, 2))])
+def test_no_races(packed, heads, e, sizes, capfd):
+    """Forward and backward on a simulated TPU whose two cores share heads, with NaN in what was never written and
+    behind the ends of arrays, of positions and of heads: the same as interpreted as XLA operations."""
+    arrays = rounded(inputs(70, heads, 64, e, True), "float32")
+    starts = jnp.asarray(starts_of(documents_of(70))) if packed else None
+    kernel = functools.partial(delta_rule, starts=starts, sizes=sizes)
+    simulate = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+    simulated, plain = (results(functools.partial(kernel, interpret=x), arrays) for x in (simulate, True))
+    assert_close(simulated, plain, 2e-6)
+    assert "RACE DETECTED" not in "".join(capfd.readouterr())
+
+
+def test_declared_bytes_are_those_of_the_blocks():
+    """Within 5 %."""
+    arrays = rounded(inputs(1024, 16, 128, 128, False), "bfloat16")
+    starts = jnp.asarray(starts_of(documents_of(1024)))
+    loss = lambda arrays: jnp.sum(delta_rule(**arrays, starts=starts)[0].astype(jnp.float32))
+    found = calls(jax.grad(loss), arrays)
+    assert set(found) == {"delta_rule_forward", "delta_rule_backward"}
+    for params in found.values():
+        assert params["cost_estimate"].bytes_accessed == pytest.approx(bytes_of_blocks(params), rel=0.05)
+
+
+def test_a_constant_has_no_gradient_to_compute():
+    """Decays that nothing is differentiated by cost the backward nothing."""
+    arrays = rounded(inputs(32, 2, 16, 16, False), "float32")
+    logs = arrays.pop("log_decay")
+    loss = lambda arrays, logs: jnp.sum(delta_rule(**arrays, log_decay=logs)[0])
+    outputs = lambda wanted: len(calls(jax.grad(loss, wanted), arrays, logs)["delta_rule_backward"]["out_avals"])
+    assert outputs((0, 1)) == outputs(0) + 1 == 5
+
+
+def test_sizes():
+    """Groups of heads for any count that fit into fast memory; a state that no chip holds has none."""
+    of = lambda T, H, w: jax.ShapeDtypeStruct((1, T, H, w), jnp.bfloat16)
+    assert default_sizes(of(7, 8, 128), of(7, 8, 128), "v6e").chunk == 16
+    assert default_sizes(of(4096, 1, 8192), of(4096, 1, 8192), "v6e") is None
+    for kind in tuning.KINDS.values():
+        for d, e, H in ((128, 128, 16), (128, 256, 7), (256, 512, 8), (512, 1024, 4)):
+            s = default_sizes(of(4096, H, d), of(4096, H, e), kind)
+            for n, needed in ((s.forward_heads, plan_lib.forward_bytes), (s.backward_heads, plan_lib.backward_bytes)):
+                assert needed(n, s.chunk, s.chunks, d, e, 2) <= tuning.vmem_limit(kind)
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"k": (1, 9, 2, 7)}, "do not fit"), ({"v": (1, 9, 3, 8)}, "do not fit"), ({"v": (1, 9, 2, 0)}, "no size may be 0"),
+    ({"log_decay": (2,)}, r"log_decay \(2,\); expected \[1, 9, 2\]"), ({"beta": (1, 9, 3)}, "beta"),
+    ({"starts": (1, 8)}, "starts"), ({"state": (1, 2, 8, 9)}, "state"), ({"dtype": "float16"}, "bfloat16, or all flo"),
+    ({"starts": (1, 9), "starts_dtype": "float32"}, "signed integers"), ({"sizes": Sizes(8)}, "chunk a multiple of 16"),
+    ({"sizes": Sizes(48, 1, 2, 2)}, "chunk 16, 32, 64, 128"), ({"sizes": Sizes(16, 1, 1, 2)}, "all 2 heads, or so m"),
+])  # fmt: skip
+def test_refusals(change, says):
+    """Each names the value and what is allowed."""
+    wide, narrow = (1, 9, 2, 8), (1, 9, 2)
+    shapes = {"q": wide, "k": wide, "v": wide, "log_decay": narrow, "beta": narrow} | change
+    dtype, of_starts = shapes.pop("dtype", "float32"), shapes.pop("starts_dtype", "int32")
+    of = lambda name: dtype if name in "qkv" else of_starts if name == "starts" else "float32"
+    args = {n: jnp.zeros(x, of(n)) if isinstance(x, tuple) else x for n, x in shapes.items()}
+    with pytest.raises(ValueError, match=says):
+        delta_rule(**args, interpret=True)

@@ -1,0 +1,98 @@
+"""Our kernel as an implementation of the delta rule: when it is chosen, what it gets, split over devices."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab import ops
+from attnlab.errors import UserError
+from attnlab.ops.delta_rule import DELTA_RULE, DeltaSpec, delta_rule
+from attnlab.ops.dispatch import interpreted
+from attnlab.parallel import partition
+from attnlab.train import sharding
+from attnlab.train.config import MeshConfig
+from tests.ops.devices import on
+
+
+def spec(**changes):
+    facts = dict(batch=2, positions=4096, heads=16, width=128, value_width=128, dtype="bfloat16", chunk=64, packed=True)
+    return DeltaSpec(**(facts | changes))
+
+
+def test_auto():
+    """On TPU the kernel, on any kind; XLA's form takes what is shorter than a chunk, float64 and states too large."""
+    huge = {"width": 8192, "value_width": 8192}
+    for kind in ("TPU v5e", "TPU v5p", "TPU v6e", "TPU7x", "TPU v99"):
+        with on(kind):
+            for changes in ({}, {"dtype": "float32"}, {"heads": 25, "width": 96}, {"positions": 1000}):
+                assert DELTA_RULE.pick(spec(**changes)) == "pallas", changes
+            for changes in ({"positions": 63}, {"positions": 1}, {"dtype": "float64"}, huge):
+                assert DELTA_RULE.pick(spec(**changes)) == "chunked", changes
+            with pytest.raises(UserError, match="bfloat16 and float32, not float64"):
+                DELTA_RULE.pick(spec(dtype="float64"), "pallas")
+            with pytest.raises(UserError, match="state of 8192 x 8192 does not fit"):
+                DELTA_RULE.pick(spec(**huge), "pallas")
+    assert DELTA_RULE.pick(spec()) == "chunked"
+
+
+def test_kernel_flops():
+    """Forward: overlaps, scores, errors, outputs and the inverse of pairs, three of states; backward: six and six of
+    pairs, seven of states and one more of all chunks but a block's last."""
+    each, d, e, C = 2.0 * 2 * 4096 * 16, 128, 128, 128
+    with on("TPU v6e"), ops.recording() as chosen:
+        DELTA_RULE.choose(spec())
+    runs = lambda name: chosen.kernel_flops({f"delta_rule_{name}.3": 1})
+    assert runs("forward") == pytest.approx(each * (C * (2 * d + 2 * e + 8 * C) + 3 * d * e))
+    assert runs("backward") == pytest.approx(each * (C * (6 * d + 6 * e) + 7.5 * d * e))
+
+
+def arrays(length=96):
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    q, k, v = (normal(1, length, 2, w) for w in (16, 16, 16))
+    k /= jnp.linalg.norm(k, axis=-1, keepdims=True)
+    return q, k, v, -jnp.abs(normal(1, length, 2)), jax.nn.sigmoid(normal(1, length, 2)), normal(1, 2, 16, 16)
+
+
+DOCUMENTS = jnp.asarray([[0] * 30 + [1] * 18 + [2] * 40 + [3] * 8])
+
+
+def value_and_gradients(impl, *arrays, wrap=lambda f: f):
+    def loss(arrays):
+        *inputs, state = arrays
+        run = wrap(lambda *inputs: delta_rule(*inputs, documents_BT=DOCUMENTS, state_BHde=state, impl=impl))
+        o, end = run(*inputs)
+        return jnp.sum(jnp.sin(o)) + jnp.sum(jnp.sin(end)), (o, end)
+
+    return jax.value_and_grad(loss, has_aux=True)(arrays)
+
+
+def assert_same(a, b, atol):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, atol=atol * max(1, np.abs(y).max()))
+
+
+def test_documents_states_and_remat():
+    """The op's documents and states, a decay of nothing at all, under checkpoint."""
+    q, k, v, log_decay, *rest = arrays()
+    inputs = q, k, v, log_decay.at[0, 40].set(-jnp.inf), *rest
+    expected = jax.jit(lambda *a: value_and_gradients("definition", *a))(*inputs)
+    with interpreted():
+        plain = jax.jit(lambda *a: value_and_gradients("pallas", *a))(*inputs)
+        inside = jax.jit(lambda *a: value_and_gradients("pallas", *a, wrap=jax.checkpoint))(*inputs)
+    assert_same(plain, expected, 1e-4)  # float32 sums of 126: see the kernel's `log_decay`
+    assert_same(inside, plain, 1e-6)
+
+
+def test_positions_split_over_devices():
+    """Each of four devices has a quarter of the positions and half of the heads; the same."""
+    inputs = arrays()
+    devices = sharding.make_mesh(MeshConfig(data=1, context=4, tensor=2), 1)
+    with interpreted(), ops.recording() as chosen:
+        run = partition.traced(lambda: value_and_gradients("pallas", *inputs), devices, sharding.ACTIVATION_RULES)
+        results = jax.jit(run)()
+    assert {str(c.spec) for c in chosen.choices} == {"B1 T24 H1 d16/32 C64 float32 packed"}
+    assert_same(results, jax.jit(lambda: value_and_gradients("definition", *inputs))(), 1e-4)
