@@ -79,11 +79,17 @@ def test_ranges_are_of_what_is_seen():
     """Of a block of rows the keys that it sees, none where it sees none; of one of keys the rows of its own head."""
     _, starts, ends = inputs()
     bounds, heads = masks.intervals(jnp.asarray(starts), jnp.asarray(ends), starts.shape[1], S), jnp.asarray(TILES)
-    of_rows = np.asarray(gpu_forward.ranges(bounds, 64, 64, heads))
+    blocks, padded = gpu_backward.Blocks(rows=64, keys=128), S + -S % 128
+
+    @jax.jit
+    def tables(bounds, heads):
+        of_keys = gpu_backward.row_ranges(bounds, blocks, padded, K, heads)
+        return gpu_forward.ranges(bounds, 64, 64, heads), of_keys
+
+    of_rows, of_keys = map(np.asarray, tables(bounds, heads))
     np.testing.assert_array_equal(of_rows[..., 1] - of_rows[..., 0], between(met(starts, ends, 64)))
     np.testing.assert_array_equal(of_rows[..., -1], TILES)
-    of_keys = gpu_backward.row_ranges(bounds, gpu_backward.Blocks(rows=64, keys=128), S + -S % 128, K, heads)
-    first, end = np.moveaxis(np.asarray(of_keys).reshape(len(TILES), K, -1, 4)[..., :2], -1, 0)
+    first, end = np.moveaxis(of_keys.reshape(len(TILES), K, -1, 4)[..., :2], -1, 0)
     np.testing.assert_array_equal(end - first, of_heads(met(starts, ends, 128, rows=64)))
     for b, head, block in np.argwhere(end > first):
         assert np.all(TILES[b, first[b, head, block] // 2 : (end[b, head, block] + 1) // 2] == head)
