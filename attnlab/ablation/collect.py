@@ -23,7 +23,7 @@ from attnlab.train import files, metrics
 from attnlab.train.config import RunConfig, free_keys
 
 SEEDS = ("seed", "data.seed")
-_TIMED = ("tokens_per_second", "step_seconds", "mfu", "goodput")
+_TIMED = ("tokens_per_second", "step_seconds", "mfu", "goodput", "peak_bytes")
 _COLUMNS = ("tokens", *_TIMED)
 _HIGHER = ("accuracy", "exact", "gap_closed", "r2")  # endings of figures of which more is better
 _REFERENCES = ("chance_", "oracle_")  # beginnings of figures that no model changes
@@ -302,7 +302,7 @@ def run(arm: str, workdir: Workdir, cost: ModelCost) -> Run:
         tasks=_tasks(workdir.config.data.node_name, last, records[0] if records else {}),
         samples=_samples(workdir.path / "samples.txt"),
         cost=Cost(cost.parameters, cost.parameters - cost.embedding_parameters, cost.total_flops, cost.state_bytes,
-                  rates[len(rates) // 2] if rates else None),
+                  rates[len(rates) // 2] if rates else None, end.get("peak_bytes")),
     )  # fmt: skip
 
 

@@ -22,7 +22,8 @@ from attnlab.train.config import RunConfig
 SCHEMA = 1
 _NAME = re.compile(r"[A-Za-z0-9][\w.=,+-]{0,99}")
 _NAME_ALLOWED = "up to 100 letters, digits and _ . = , + -, a letter or digit first"
-_TIMING = ("tokens_per_second", "step_seconds", "mfu", "goodput")  # of metrics.jsonl; they need no evaluation
+# Of metrics.jsonl; they need no evaluation.
+_TIMING = ("tokens_per_second", "step_seconds", "mfu", "goodput", "peak_bytes")
 EQUAL = ("steps", "tokens", "parameters", "flops", "state_bytes", "seconds")
 
 

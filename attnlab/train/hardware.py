@@ -75,6 +75,23 @@ def peak_flops(devices: int) -> float | None:
     return None if kind is None else CHIPS[kind[0]].peak / kind[1] * devices
 
 
+class PeakBytes:
+    """Most bytes of memory that a device of this process has held since this was made."""
+
+    def __init__(self) -> None:
+        self._before = _peak_of_process()
+
+    def __call__(self) -> int | None:
+        """None where devices do not say, and while it is less than an earlier run of the process has held."""
+        held = _peak_of_process()
+        return None if held == self._before else held
+
+
+def _peak_of_process() -> int | None:
+    held = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    return max((n for n in held if n is not None), default=None)
+
+
 def require_memory(config: RunConfig, batch: int, held: int) -> None:
     """Raises UserError where a run surely needs more memory than a CPU's machine has.
 

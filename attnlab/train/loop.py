@@ -23,7 +23,7 @@ from attnlab.models.cost import model_cost
 from attnlab.train import goodput, metadata, optimizers, trackers, workdir
 from attnlab.train.checkpoints import Checkpoints, Host
 from attnlab.train.config import RunConfig
-from attnlab.train.hardware import peak_flops, require_memory
+from attnlab.train.hardware import PeakBytes, peak_flops, require_memory
 from attnlab.train.metrics import MetricLog, Progress, Report
 from attnlab.train.processes import Processes
 from attnlab.train.program import Program, open_data
@@ -143,6 +143,7 @@ class _Run:
         self._spent = clock
         trackers.require(config.train.trackers)
         self._report, self._say = report, report.say
+        self._held_at_most = PeakBytes()
         c = config
         self.data = open_data(c)
         self.program = Program.of(c)
@@ -307,6 +308,7 @@ class _Run:
             "tokens_per_second": rate,
             "step_seconds": seconds if timed else None,
             "mfu": rate * self._flops_per_token / self._peak if rate and self._peak else None,
+            "peak_bytes": self._held_at_most(),
             **values,
         }
         if step == 1:

@@ -23,8 +23,8 @@ class Forward(Step):
     """A step of the grid; states of a block's heads stay values from chunk to chunk."""
 
     def run(self) -> None:
-        """Everything. What does not need the state is made for all chunks of the block at once."""
-        plan, r, heads, chunks = self.plan, self.r, range(self.heads), range(self.plan.sizes.chunks)
+        """Everything."""
+        plan, r, heads = self.plan, self.r, range(self.heads)
 
         @pl.when(self.first)
         def _():
@@ -33,9 +33,7 @@ class Forward(Step):
         if "state_saved" in r:
             r["state_saved"][0, 0] = r["state"][...]
         self.state = [r["state"][h] for h in heads]
-        self.ahead: dict[tuple[int, int], tuple[jax.Array, jax.Array]] = {}
-        lockstep(self.pairs_unit(m, h) for m in chunks for h in heads)
-        for m in chunks:
+        for m in range(plan.sizes.chunks):
             lockstep(self.unit(m, h) for h in heads)
         for h in heads:
             r["state"][h] = self.state[h]
@@ -44,30 +42,21 @@ class Forward(Step):
         def _():
             r["state_end"][0] = r["state"][...]
 
-    def pairs_unit(self, m: int, h: int) -> Unit:
-        """What positions of a chunk take from each other: the weights of outputs, and the inverse of the system."""
-        C, dtype = self.plan.sizes.chunk, self.r["q"].dtype
-        k = self.load("k", m, h)
-        both = product(jnp.concatenate([k, self.load("q", m, h)]), k, 1, 1)
+    def unit(self, m: int, h: int) -> Unit:
+        """A chunk of a head, in phases. Errors `e` solve (I + N diag(beta)) e = v - what is read at k."""
+        (*_, d, e), C, dtype = self.plan.shape, self.plan.sizes.chunk, self.r["q"].dtype
+        q, k, v = (self.load(name, m, h) for name in ("q", "k", "v"))
+        kq = jnp.concatenate([k, q])
+        both, seen = product(kq, k, 1, 1), product(kq, self.state[h].astype(dtype), 1, 0)
         yield
-        pairs = self.weights(m, h).pairs
+        pairs, read, write, carry = self.weights(m, h)
         overlap = jnp.where(self.row > self.col, both[:C] * pairs, 0)
+        p = (both[C:] * pairs).astype(dtype)
         inverse = yield from unit_lower_inverse(overlap * self.r["beta"][0, h, m], dtype)
         inverse = inverse.astype(dtype)
         if "inverse_saved" in self.r:
             self.r["inverse_saved"][0, h, 0, :, m * C : (m + 1) * C] = inverse
-        self.ahead[m, h] = inverse, (both[C:] * pairs).astype(dtype)
-
-    def unit(self, m: int, h: int) -> Unit:
-        """The rest of a chunk of a head, in phases: errors `e` solve (I + N diag(beta)) e = v - what is read at k."""
-        (*_, d, e), C, dtype = self.plan.shape, self.plan.sizes.chunk, self.r["q"].dtype
-        inverse, p = self.ahead.pop((m, h))
-        q, k, v = (self.load(name, m, h) for name in ("q", "k", "v"))
-        _, read, write, carry = self.weights(m, h)
-        seen = product(jnp.concatenate([k, q]), self.state[h].astype(dtype), 1, 0)
-        yield
-        wanted = (v - seen[:C] * read[:, :e]).astype(dtype)
-        error = product(inverse, wanted, 1, 0)
+        error = product(inverse, (v - seen[:C] * read[:, :e]).astype(dtype), 1, 0)
         yield
         u = (error * self.spread(self.r["beta"][0, h, m], e)).astype(dtype)
         near = product(p, u, 1, 0)

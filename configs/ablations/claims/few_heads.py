@@ -5,7 +5,8 @@ of 8, 4, 2 or 1 heads of the same width, 32 to 4 heads in all, on needles among 
 steps, and equal parameters by wider MLPs.
 
 Supported if 4 heads, an eighth of 32, are at most 5 points of accuracy below 32; refuted if 16 are more than 20 points
-below; else inconclusive.
+below; else inconclusive. The rule presupposes that 32 heads find needles, which it should have asked for: in 1,500
+steps they do not (docs/claims.md), so whoever repeats it wants more, `:steps=N`.
 
 Not covered: the claim itself, which is causal and of one trained model. Its heads are ranked by how much they attend to
 what they copy, and the tenth or so that rank highest, against as many at random, are switched off. That needs attention
