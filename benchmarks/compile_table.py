@@ -27,6 +27,14 @@ GIB = 2.0**30
 LIMIT = 600  # seconds of CPU that a compile may take
 _LLAMA = {"model.mlp_width": 11008, "model.vocab": 32000}  # Llama-2-7B's shape
 _ROUTED = (("model.mixers.M.impl", "gather"), ("model.mixers.M.gather_impl", "routed"))
+_NAMED = tuple(f"model.mixers.M.{key}" for key in ("gather_impl", "core.impl", "impl"))
+_CORE = (("model.mixers.M.core.impl", "flash"),)
+_HOPPER = (  # our kernels, asked for
+    ("flash", "softmax", (("model.mixers.M.impl", "flash"),)),
+    ("gated", "gated", (("model.mixers.M.impl", "flash"),)),
+    ("moh", "moh", (("model.mixers.M.impl", "dense"), *_CORE)),
+    ("moh-routed", "moh", (("model.mixers.M.impl", "gather"), ("model.mixers.M.gather_impl", "routed_xla"), *_CORE)),
+)
 _FILES = "docs/compile_results.json", "docs/compile_results.md"
 
 
@@ -87,7 +95,8 @@ def rows() -> list[Row]:
     found.append(Row(f"1b-moh-routed-{topology}", "1b", "moh", topology, SEQUENCES[topology], "full", _ROUTED))
     for size, topology in (("1b", "h100:8"), ("7b", "h100:8x8")):
         found.append(Row(f"hopper-{size}", size, "softmax", topology, 2, "full"))
-    found.append(Row("hopper-1b-flash", "1b", "softmax", "h100:8", 4, "full", (("model.mixers.M.impl", "flash"),)))
+    for name, mixer, overrides in _HOPPER:
+        found.append(Row(f"hopper-1b-{name}", "1b", mixer, "h100:8", 4, "full", overrides))
     return found
 
 
@@ -118,7 +127,7 @@ def table(results: list[dict[str, Any]]) -> list[str]:
 
 def _cells(result: dict[str, Any]) -> list[str]:
     knobs = result.get("overrides", {})
-    named = knobs.get("model.mixers.M.gather_impl") or knobs.get("model.mixers.M.impl")
+    named = next((knobs[key] for key in _NAMED if key in knobs), None)
     mixer = result["mixer"] + (f", {named}" if named else "")
     head = [result["size"], mixer, result["topology"], str(result["sequences"]), result["remat"]]
     report = result.get("report")

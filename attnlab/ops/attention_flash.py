@@ -28,16 +28,25 @@ def _kernels() -> Any:
 
 def unsupported(spec: AttentionSpec) -> str | None:
     """Why the kernels cannot serve, or None."""
+    return unsupported_heads(spec.dtype, max(spec.width, spec.value_width))
+
+
+def unsupported_heads(dtype: str, width: int) -> str | None:
+    """Why the kernels cannot serve heads of this type, so wide, or None."""
     if partition.platform() == "gpu":
         widest = _kernels().GPU_WIDEST
         reasons = (
-            (spec.dtype != "bfloat16", f"on GPUs it computes bfloat16, not {spec.dtype}"),
-            (max(spec.width, spec.value_width) > widest, f"on GPUs head widths are at most {widest}"),
+            (dtype != "bfloat16", f"on GPUs it computes bfloat16, not {dtype}"),
+            (width > widest, f"on GPUs head widths are at most {widest}"),
             (not _HOPPER.search(partition.device_kind()), f"its kernels are for Hopper, not {partition.device_kind()}"),
         )
         return next((reason for fails, reason in reasons if fails), None)
-    known = spec.dtype in ("bfloat16", "float32")
-    return None if known else f"it computes bfloat16 and float32, not {spec.dtype}"
+    return None if dtype in ("bfloat16", "float32") else f"it computes bfloat16 and float32, not {dtype}"
+
+
+def kernel_platform() -> str:
+    """Whose kernels run: "cuda" on GPUs, else "tpu"."""
+    return "cuda" if partition.platform() == "gpu" else "tpu"
 
 
 def worth(spec: AttentionSpec) -> bool:
@@ -139,7 +148,6 @@ def attention_with_lse(
         o, lse = _kernels().flash_attention(
             q_BTHd, k_BSKd, v_BSKe,
             starts=starts, ends=ends, sinks=sinks_H, gate=gate_BTHe, soft_cap=soft_cap, scale=scale,
-            platform="cuda" if partition.platform() == "gpu" else "tpu", interpret=interpret,
-            keys_seen=own_keys_seen(mask, T, S),
+            platform=kernel_platform(), interpret=interpret, keys_seen=own_keys_seen(mask, T, S),
         )  # fmt: skip
     return o, jnp.maximum(lse, NO_KEYS)

@@ -69,7 +69,7 @@ GATHERED_ATTENTION = Op(
             gathered_kernel.attention_by_xla,
             gathered_kernel.unsupported,
             worth=gathered_kernel.worth,
-            platforms=("tpu",),
+            platforms=("tpu", "gpu"),
             interpretable=True,
             kernel_flops=gathered_kernel.kernel_flops,
         ),

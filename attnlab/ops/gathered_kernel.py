@@ -1,4 +1,4 @@
-"""Gathered attention by our TPU kernel (`kernels_pallas.routed_attention`): any mask of intervals, any length."""
+"""Gathered attention by our kernels (`kernels_pallas.routed_attention`): any mask of intervals, any length."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnlab.ops import attention_flash
 from attnlab.ops import gathered_rows as rows_lib
 from attnlab.ops.attention_frame import NO_KEYS
 from attnlab.ops.gathered_rows import GatheredSpec, Heads, Segments, Table
@@ -34,15 +35,18 @@ def _kernels() -> Any:
 
 def unsupported(spec: GatheredSpec) -> str | None:
     """Why the kernel cannot serve, or None."""
-    known = spec.dtype in ("bfloat16", "float32")
-    return None if known else f"it computes bfloat16 and float32, not {spec.dtype}"
+    return attention_flash.unsupported_heads(spec.dtype, _widest(spec))
+
+
+def _widest(spec: GatheredSpec) -> int:
+    return max(spec.width, spec.value_width)
 
 
 def unsupported_rows(spec: GatheredSpec) -> str | None:
     """Why the kernel cannot serve with rows that kernels move, or None."""
     if reason := unsupported(spec):
         return reason
-    queries, width = spec.queries * spec.heads.sharing, max(spec.width, spec.value_width)
+    queries, width = spec.queries * spec.heads.sharing, _widest(spec)
     with tuning.device_kind(partition.device_kind()):
         most = _kernels().most_elements(width, jnp.dtype(spec.dtype).itemsize)
     if queries <= most:
@@ -54,7 +58,10 @@ def unsupported_rows(spec: GatheredSpec) -> str | None:
 
 
 def worth(spec: GatheredSpec) -> bool:
-    """Whether "auto" takes it: not for less than a tile."""
+    """Whether "auto" takes it: not for less than a tile.
+
+    On GPUs, too, where nothing is timed: there rows are gathered for those alone who ask for it (`pays`).
+    """
     return min(spec.queries, spec.keys) >= _LANES
 
 
@@ -90,9 +97,12 @@ def kernel_flops(spec: GatheredSpec) -> dict[str, float]:
     """FLOPs of one run of each kernel, every position wanting as many heads as it may; pairs as for attention."""
     seen = mean_visible_keys(spec.keys, spec.causal, spec.window)
     pairs = 2.0 * spec.batch * spec.active * spec.queries * seen
+    if partition.platform() == "gpu":
+        widths = _kernels().gpu_kernel_widths(spec.width, spec.value_width)
+        return {name: pairs * width for name, width in widths.items()}
     of = lambda *shape: jax.ShapeDtypeStruct((spec.batch, *shape), spec.dtype)
     with tuning.device_kind(partition.device_kind()):
-        segments = _segments(spec.heads, spec.queries, spec.active)
+        segments = _segments(spec.heads, spec.queries, spec.active, _widest(spec))
         rows, K = segments.I * segments.R, len(spec.heads.key_heads)
         arrays = of(rows, spec.width), of(spec.keys, K, spec.width), of(spec.keys, K, spec.value_width)
         runs = _kernels().kernel_runs(*arrays, segments.R)
@@ -118,9 +128,9 @@ def attention(
     interpret: bool = False,
     by_kernels: bool = True,
 ) -> jax.Array:
-    """See `attnlab.ops.gathered_attention.chosen_attention`; `interpret` runs the kernel as plain XLA, anywhere.
+    """See `attnlab.ops.gathered_attention.chosen_attention`; `interpret` runs the TPU's as plain XLA, anywhere.
 
-    `by_kernels`: whether kernels move rows, too, or XLA does.
+    `by_kernels`: whether kernels move rows, too, which there are for TPU alone, or XLA does.
 
     Scores and statistics are float32, products bfloat16 for bfloat16 inputs. Backward recomputes the scores from the
     rows' outputs and log-sum-exp, which carry the checkpoint names "attention_o" and "attention_lse".
@@ -129,7 +139,7 @@ def attention(
     heads = Heads.of(chosen, H, K)
     moved = _ByKernels if by_kernels else _ByXLA
     with tuning.device_kind(partition.device_kind()):
-        segments = _segments(heads, T, active)
+        segments = _segments(heads, T, active, max(q_BTHd.shape[3], v_BSKe.shape[3]))
         table = rows_lib.make_table(heads, wanted_BTE, [segments])
         rows = moved(heads, table, wanted_BTE, segments.R, interpret)
         bounds = zip(mask.bounds(T, S), (0, S))
@@ -137,7 +147,7 @@ def attention(
         o_Bre, lse_Br = _kernels().routed_attention(
             rows.queries(q_BTHd), k_BSKd, v_BSKe, *rows.bounds(starts, ends),
             jnp.asarray(heads.key_heads, jnp.int32)[table.group_Bi],
-            soft_cap=soft_cap, scale=scale, interpret=interpret,
+            soft_cap=soft_cap, scale=scale, platform=attention_flash.kernel_platform(), interpret=interpret,
         )  # fmt: skip
         o_BTEe = rows.back(o_Bre)
         if sinks_H is None:
@@ -151,9 +161,10 @@ def attention(
 attention_by_xla = functools.partial(attention, by_kernels=False)
 
 
-def _segments(heads: Heads, length: int, active: int) -> Segments:
+def _segments(heads: Heads, length: int, active: int, width: int) -> Segments:
     """All positions together, in tiles of the kernel."""
-    tile = _kernels().row_tile(tuning.kind(), length * active, len(heads.key_heads))
+    sizes = tuning.kind(), length * active, len(heads.key_heads), width
+    tile = _kernels().row_tile(*sizes, platform=attention_flash.kernel_platform())
     return Segments(0, 1, length, heads.most_blocks(length, active, tile), tile)
 
 
@@ -174,6 +185,9 @@ class _Rows:
 class _ByKernels(_Rows):
     """As products with zeros and ones, where a head's elements stand in fast memory."""
 
+    def _where(self) -> dict[str, Any]:
+        return {"platform": attention_flash.kernel_platform(), "interpret": self.interpret}
+
     def _members(self) -> list[int]:
         """All heads that read the key heads."""
         return [m * self.heads.sharing + g for m in self.heads.key_heads for g in range(self.heads.sharing)]
@@ -191,7 +205,7 @@ class _ByKernels(_Rows):
     def _packed(self, x_BMLe: jax.Array) -> jax.Array:
         place = self._place()
         x_BMLe = jnp.where(place[..., None] >= 0, x_BMLe, 0)  # 0 times what is not finite is not 0
-        return _kernels().pack_rows(x_BMLe, place, self.table.group_Bi, self.tile, interpret=self.interpret)
+        return _kernels().pack_rows(x_BMLe, place, self.table.group_Bi, self.tile, **self._where())
 
     def queries(self, q_BTHd: jax.Array) -> jax.Array:
         """[B, r, d]."""
@@ -208,7 +222,7 @@ class _ByKernels(_Rows):
     def back(self, x_Bre: jax.Array) -> jax.Array:
         """[B, T, E, e], 0 where not wanted."""
         (B, T, _), e = self.wanted_BTE.shape, x_Bre.shape[2]
-        x = _kernels().unpack_rows(x_Bre, self._place(), self.table.group_Bi, self.tile, interpret=self.interpret)
+        x = _kernels().unpack_rows(x_Bre, self._place(), self.table.group_Bi, self.tile, **self._where())
         x = x.reshape(B, -1, T, self.heads.sharing, e).swapaxes(1, 2).reshape(B, T, -1, e)
         members = self._members()
         return take_heads(x, [members.index(h) for h in self.heads.chosen])

@@ -8,7 +8,7 @@ import jax
 
 from kernels_pallas import tuning
 from kernels_pallas.flash_attention import gpu, tpu
-from kernels_pallas.flash_attention.call import Call, check_arrays
+from kernels_pallas.flash_attention.call import Call, check_arrays, platform_of
 from kernels_pallas.flash_attention.definition import definition
 from kernels_pallas.flash_attention.gradient import KERNELS, attention
 
@@ -69,11 +69,7 @@ def flash_attention(
       ValueError: shapes, dtypes or options that do not fit, or no kernel for the platform.
     """
     _check(q, k, v, starts, ends, sinks, gate, key_bias, soft_cap)
-    if platform is None:
-        default = jax.default_backend()
-        platform = "tpu" if interpret else {"gpu": "cuda"}.get(default, default)
-    if platform not in PLATFORMS:
-        raise ValueError(f"flash_attention: no kernel for platform {platform!r}; allowed: {', '.join(PLATFORMS)}")
+    platform = platform_of("flash_attention", platform, interpret, PLATFORMS)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     soft_cap = None if soft_cap is None else float(soft_cap)
     call = Call(

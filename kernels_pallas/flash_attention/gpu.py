@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -44,9 +45,15 @@ def kernel_widths(d: int, e: int) -> dict[str, int]:
     return {"flash_forward": d + e, "flash_backward_keys": 3 * (d + e), "flash_backward_rows": 3 * d + 2 * e}
 
 
-def forward(call: Call, q, k, v, bounds, sinks, gate, key_bias):
+def packed_rows(blocks: Blocks, d: int, e: int) -> int:
+    """What rows of a tile of packed rows are a multiple of, for heads so wide: the rows that a kernel takes at once."""
+    backward = gpu_backward_rows.block_rows(max(d, e) > _NARROW)
+    return math.lcm(gpu_forward.WARPGROUPS * blocks.forward.rows, blocks.backward.rows, backward)
+
+
+def forward(call: Call, q, k, v, bounds, sinks, gate, key_bias, heads_BN=None):
     """See `gradient`."""
-    device, blocks = _prepared(call, q, v)
+    device, blocks = _prepared(call, q, v, heads_BN)
     (T, S), e = (q.shape[1], k.shape[1]), v.shape[3]
     rows, keys = gpu_forward.WARPGROUPS * blocks.forward.rows, blocks.forward.keys
     bounds = _padded_bounds(bounds, T, S, rows, keys)
@@ -54,15 +61,15 @@ def forward(call: Call, q, k, v, bounds, sinks, gate, key_bias):
     gate = None if gate is None else _padded(gate.astype(q.dtype), rows, 64)
     sinks = None if sinks is None else sinks.astype(jnp.float32) * LOG2E
     o, lse2 = gpu_forward.forward(
-        device, q, k, v, bounds, sinks, gate, _bias(key_bias, keys),
+        device, q, k, v, bounds, sinks, gate, _bias(key_bias, keys), heads_BN,
         scale=call.scale, soft_cap=call.soft_cap, blocks=blocks.forward,
     )  # fmt: skip
     return o[:, :T, :, :e], lse2[..., :T]
 
 
-def backward(call: Call, q, k, v, bounds, key_bias, do, lse2, delta):
+def backward(call: Call, q, k, v, bounds, key_bias, do, lse2, delta, heads_BN=None):
     """See `gradient`."""
-    device, blocks = _prepared(call, q, v)
+    device, blocks = _prepared(call, q, v, heads_BN)
     (T, d), (S, e) = q.shape[1::2], v.shape[1::2]
     wide = max(d, e) > _NARROW
     split = wide or call.deterministic
@@ -76,30 +83,35 @@ def backward(call: Call, q, k, v, bounds, key_bias, do, lse2, delta):
     lse2, delta = jnp.pad(lse2, more, constant_values=NOTHING), jnp.pad(delta, more)
     stats = gpu_backward.statistics(lse2, delta, call.scale, call.soft_cap)
     options = {"scale": call.scale, "soft_cap": call.soft_cap, "wide": wide}
-    arrays, bias = (device, q, k, v, do, stats, bounds), _bias(key_bias, keys)
+    arrays = device, q, k, v, do, stats, bounds, _bias(key_bias, keys), heads_BN
     if split:
-        dk, dv, dbias = gpu_backward.backward(*arrays, bias, None, blocks=blocks.backward, **options)
-        dq = gpu_backward_rows.backward_rows(*arrays, bias, blocks=blocks.rows, **options)
+        dk, dv, dbias = gpu_backward.backward(*arrays, None, blocks=blocks.backward, **options)
+        dq = gpu_backward_rows.backward_rows(*arrays, blocks=blocks.rows, **options)
     else:
         total = jax.new_ref(jnp.zeros(q.shape, jnp.float32))
-        dk, dv, dbias = gpu_backward.backward(*arrays, bias, total, blocks=blocks.backward, **options)
+        dk, dv, dbias = gpu_backward.backward(*arrays, total, blocks=blocks.backward, **options)
         dq = (total[...] * call.scale).astype(q.dtype)
     dbias = None if dbias is None else dbias[..., :S]
     return dq[:, :T, :, :d], dk[:, :S, :, :d], dv[:, :S, :, :e], dbias
 
 
-def _prepared(call: Call, q: jax.Array, v: jax.Array) -> tuple[hopper.Device, Blocks]:
+def _prepared(call: Call, q: jax.Array, v: jax.Array, heads_BN: jax.Array | None) -> tuple[hopper.Device, Blocks]:
     """The primitives and tile sizes; ValueError for what the kernels cannot do."""
     d, e = q.shape[3], v.shape[3]
+    name = "flash_attention" if heads_BN is None else "routed_attention"
     if q.dtype != jnp.bfloat16:
-        raise ValueError(f"flash_attention on cuda: q, k and v are {q.dtype}; allowed: bfloat16")
+        raise ValueError(f"{name} on cuda: q, k and v are {q.dtype}; allowed: bfloat16")
     if max(d, e) > WIDEST:
-        raise ValueError(f"flash_attention on cuda: head widths {d} and {e}; allowed: up to {WIDEST}")
+        raise ValueError(f"{name} on cuda: head widths {d} and {e}; allowed: up to {WIDEST}")
     if not call.scale > 0:
-        raise ValueError(f"flash_attention on cuda: scale={call.scale}; allowed: a number > 0")
+        raise ValueError(f"{name} on cuda: scale={call.scale}; allowed: a number > 0")
     blocks = default_blocks(d, e) if call.blocks is None else call.blocks
     if not isinstance(blocks, Blocks):
-        raise ValueError(f"flash_attention on cuda: blocks={blocks}; allowed: None or {Blocks.__module__}.Blocks")
+        raise ValueError(f"{name} on cuda: blocks={blocks}; allowed: None or {Blocks.__module__}.Blocks")
+    if heads_BN is not None:
+        tile, rows = q.shape[1] // heads_BN.shape[1], packed_rows(blocks, d, e)
+        if tile % rows:
+            raise ValueError(f"{name} on cuda: tiles of {tile} rows; allowed: multiples of {rows}")
     if call.interpret is False:
         return hopper.DEVICE, blocks
     return hopper.interpreted(races=bool(getattr(call.interpret, "detect_races", False))), blocks

@@ -3,7 +3,7 @@
 Scores are transposed, [keys, rows], so that weights and their gradients are operands in registers. dq is added up in
 float32 by TMA, in no fixed order; without it (`dq=None`) the kernel is the first half of the deterministic form, whose
 other half is `gpu_backward_rows`. Where heads are wider than 128 (`wide`) both warpgroups make all scores of a block,
-and each owns half of the width.
+and each owns half of the width. Of packed rows a block goes through those tiles alone that read its key head.
 
 Shapes: as in `gpu_forward`; M rows of a tile, N keys of a block, G = H / K.
 """
@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import hopper, masks
+from kernels_pallas.flash_attention import gpu_forward
 from kernels_pallas.flash_attention.call import LOG2E
 from kernels_pallas.hopper import COLUMNS, ROWS, by_column, by_row
 
@@ -43,11 +44,22 @@ def statistics(lse2: jax.Array, delta: jax.Array, scale: float, soft_cap: float 
     return jnp.stack([-lse2 if soft_cap is not None else lse2 * (-1 / (scale * LOG2E)), -delta], 2)
 
 
-def row_ranges(bounds: tuple[jax.Array, jax.Array], blocks: Blocks, keys: int) -> jax.Array:
+def row_ranges(
+    bounds: tuple[jax.Array, jax.Array],
+    blocks: Blocks,
+    keys: int,
+    heads: int = 1,
+    heads_BN: jax.Array | None = None,
+) -> jax.Array:
     """For each block of keys its tiles of rows, [B, blocks, 4]: (first, end), and (full, full_end) of the first run of
-    tiles whose rows see all of it."""
+    tiles whose rows see all of it. Of packed rows for the blocks of each key head in turn, [B, K * blocks, 4]."""
     kinds = masks.tile_kinds(masks.tile_ranges(*bounds, blocks.rows, blocks.keys), keys // blocks.keys)
-    met, whole = (kinds != masks.EMPTY).swapaxes(1, 2), (kinds == masks.FULL).swapaxes(1, 2)
+    kinds = kinds.swapaxes(1, 2)
+    if heads_BN is not None:
+        own = gpu_forward.key_heads(heads_BN, kinds.shape[2])[:, None] == jnp.arange(heads)[:, None]
+        kinds = jnp.where(own[:, :, None], kinds[:, None], masks.EMPTY)  # [B, K, blocks, tiles]
+        kinds = kinds.reshape(kinds.shape[0], -1, kinds.shape[3])
+    met, whole = kinds != masks.EMPTY, kinds == masks.FULL
     count = met.shape[-1]
     i = jnp.arange(count)
     end = jnp.where(met, i + 1, 0).max(-1)
@@ -67,6 +79,7 @@ def backward(
     stats: jax.Array,
     bounds: tuple[jax.Array, jax.Array] | None,
     bias: jax.Array | None,
+    heads_BN: jax.Array | None,
     dq: Any,
     *,
     scale: float,
@@ -77,11 +90,12 @@ def backward(
     """dk, dv, and dbias [B, K, S] (None without a bias); adds to the Ref `dq`, float32, what is to be scaled.
 
     stats: from `statistics`. bias: [B, K or 1, S] float32, log2 units; its gradient
-    is that of the logit.
+    is that of the logit. heads_BN: see `gradient`; with it there are bounds.
     """
     (B, T, H, d), (S, K, e) = q.shape, v.shape[1:]
-    fused = dq is not None
-    launch = _Backward(device, blocks, H // K, T, scale, soft_cap, d, e, q.dtype, fused, wide)
+    fused, packed = dq is not None, heads_BN is not None
+    group = 1 if packed else H // K
+    launch = _Backward(device, blocks, group, T, scale, soft_cap, d, e, q.dtype, fused, wide, packed)
     dbias = None if bias is None else jax.ShapeDtypeStruct((B, K, S), jnp.float32)
     options = dict(
         out_type=[*(jax.ShapeDtypeStruct(x.shape, q.dtype) for x in (k, v)), dbias],
@@ -91,11 +105,12 @@ def backward(
         num_threads=2,
         thread_name="wg",
     )
+    name = "routed_backward" if packed else "flash_backward"
     if fused:
-        run = device.kernel_into(dq, "flash_backward", launch.body, **options)
+        run = device.kernel_into(dq, name, launch.body, **options)
     else:
-        run = device.kernel("flash_backward_keys", launch.body, **options)
-    tiles = None if bounds is None else row_ranges(bounds, blocks, S)
+        run = device.kernel(f"{name}_keys", launch.body, **options)
+    tiles = None if bounds is None else row_ranges(bounds, blocks, S, K, heads_BN)
     intervals = None if bounds is None else jnp.stack(bounds, 1)
     return run(q, k, v, do, stats, intervals, tiles, bias)
 
@@ -115,6 +130,7 @@ class _Backward:
     dtype: Any
     fused: bool
     wide: bool
+    packed: bool
 
     @property
     def own(self) -> tuple[int, int, int]:
@@ -154,12 +170,13 @@ class _Backward:
         j, h, b, wg = (lax.axis_index(name) for name in ("j", "h", "b", "wg"))
         shared = lambda x: b if x is None or x.shape[0] > 1 else b & 0
         first, end = 0, self.length // self.blocks.rows
+        block = h * (k.shape[1] // self.blocks.keys) + j if self.packed else j
         if tiles is not None:
-            first, end = tiles[shared(tiles), j, 0], tiles[shared(tiles), j, 1]
+            first, end = tiles[shared(tiles), block, 0], tiles[shared(tiles), block, 1]
         keys, part = self.own[0], pl.ds(wg * self.own[0], self.own[0])
         t = types.SimpleNamespace(
             q=q, k=k, v=v, do=do, stats=stats, intervals=intervals, tiles=tiles, bias=bias, dq=dq, dk=dk, dv=dv,
-            dbias=dbias, j=j, h=h, b=b, wg=wg, first=first, end=end, row=shared(intervals), part=part,
+            dbias=dbias, block=block, h=h, b=b, wg=wg, first=first, end=end, row=shared(intervals), part=part,
             first_key=j * self.blocks.keys + (0 if self.wide else wg * keys), **scratch,
         )  # fmt: skip
         t.ks, t.vs = (t.k_s, t.v_s) if self.wide else (t.k_s.at[part], t.v_s.at[part])
@@ -171,13 +188,17 @@ class _Backward:
 
     def fetch(self, t: Any, g: Any, i: jax.Array) -> None:
         """Copies tile i of the group's g-th head, with its statistics and intervals."""
-        at, head, rows = self.slot(t, g, i), t.h * self.group + g, pl.ds(i * self.blocks.rows, self.blocks.rows)
+        at, head, rows = self.slot(t, g, i), self.query_head(t, g), pl.ds(i * self.blocks.rows, self.blocks.rows)
         copy = lambda source, target: plgpu.copy_gmem_to_smem(source, target.at[at], t.rows_here.at[at])
         copy(t.q.at[t.b, rows, head], t.q_s)
         copy(t.stats.at[t.b, head, :, rows], t.stats_s)
         if t.intervals is not None:
             copy(t.intervals.at[t.row, :, rows], t.intervals_s)
         copy(t.do.at[t.b, rows, head], t.do_s)
+
+    def query_head(self, t: Any, g: jax.Array) -> jax.Array:
+        """The group's g-th."""
+        return g if self.packed else t.h * self.group + g
 
     def meet(self, t: Any) -> None:
         plgpu.barrier_arrive(t.meeting)
@@ -200,7 +221,7 @@ class _Backward:
             t.key_bias = self.device.load(row, ROWS, optimized=False)
         if t.tiles is not None:
             batch = t.b if t.tiles.shape[0] > 1 else t.b & 0
-            t.full, t.full_end = t.tiles[batch, t.j, 2], t.tiles[batch, t.j, 3]
+            t.full, t.full_end = t.tiles[batch, t.block, 2], t.tiles[batch, t.block, 3]
         plgpu.barrier_wait(here)
         if self.fused:
             self.meet(t)  # dq reads the other's keys too
@@ -238,7 +259,7 @@ class _Backward:
         following = lambda: self.fetch(t, g + last, i + 1 - last * (t.end - t.first))
         pl.when((t.wg == 0) & (g + last < self.group))(following)
         if self.fused:
-            self.add_dq(t, i, t.h * self.group + g, shared)
+            self.add_dq(t, i, self.query_head(t, g), shared)
         else:
             device.wgmma_wait(0)
             plgpu.commit_smem()  # orders the plain reads of statistics and intervals before the next copy over them

@@ -49,6 +49,7 @@ def backward_rows(
     stats: jax.Array,
     bounds: tuple[jax.Array, jax.Array] | None,
     bias: jax.Array | None,
+    heads_BN: jax.Array | None,
     *,
     scale: float,
     soft_cap: float | None,
@@ -57,9 +58,10 @@ def backward_rows(
 ) -> jax.Array:
     """dq. The arguments are those of `gpu_backward.backward`."""
     (B, T, H, d), (S, K, e) = q.shape, v.shape[1:]
-    launch = _Rows(device, blocks, H // K, S, scale, soft_cap, d, e, q.dtype, wide)
+    packed = heads_BN is not None
+    launch = _Rows(device, blocks, H // K, S, scale, soft_cap, d, e, q.dtype, wide, packed)
     run = device.kernel(
-        "flash_backward_rows",
+        "routed_backward_rows" if packed else "flash_backward_rows",
         launch.body,
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         scratch_types=launch.scratch(bias is not None),
@@ -71,9 +73,10 @@ def backward_rows(
     tiles = None
     if bounds is not None and wide:
         first, full, full_end, end = jnp.moveaxis(masks.tile_ranges(*bounds, _ROWS, blocks.keys), -1, 0)
-        tiles = jnp.stack([first, end, full, full_end], -1).astype(jnp.int32)
+        own = [] if heads_BN is None else [gpu_forward.key_heads(heads_BN, first.shape[1])]
+        tiles = jnp.stack([first, end, full, full_end, *own], -1).astype(jnp.int32)
     elif bounds is not None:
-        tiles = gpu_forward.ranges(bounds, _ROWS, blocks.keys)
+        tiles = gpu_forward.ranges(bounds, _ROWS, blocks.keys, heads_BN)
     return run(q, k, v, do, stats, *(bounds or (None, None)), tiles, bias)
 
 
@@ -91,6 +94,7 @@ class _Rows:
     e: int
     dtype: Any
     wide: bool
+    packed: bool
 
     def scratch(self, biased: bool) -> dict[str, Any]:
         N, stages, count = self.blocks.keys, self.blocks.stages, 1 if self.wide else _W
@@ -126,7 +130,7 @@ class _Rows:
     def copy(self, t: Any) -> None:
         """The third warpgroup: fills the rings of keys and values."""
         self.device.set_registers(hopper.REGISTERS[1], action="decrease")
-        kh, N, stages = lax.div(t.h, jnp.int32(self.group)), self.blocks.keys, self.blocks.stages
+        kh, N, stages = gpu_forward.key_head(t, self.group, self.packed), self.blocks.keys, self.blocks.stages
 
         @pl.loop(t.first, t.end)
         def _(j: jax.Array) -> None:

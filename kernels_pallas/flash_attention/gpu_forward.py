@@ -4,6 +4,9 @@ A step has two products in flight, the scores of its own tile and the values of 
 under the second (Shah et al. 2024, arXiv:2407.08608). Compiled code decides whether that overlap is real; the comments
 say which lines it hangs on.
 
+Packed rows (H is 1) read one key head a block of W R rows, which the block's table names; blocks whose rows see nothing
+end before they start.
+
 Shapes: B batch, T rows, H query heads, S keys, K key heads, d and e widths; W = 2 warpgroups of R rows, N keys of a
 tile. T is a multiple of W R, S of N.
 """
@@ -67,19 +70,30 @@ def softmax_step(s, bias, highest, total, *, scale: float, soft_cap: float | Non
     return weights, new, total * decay + weights.sum(axis=1), decay
 
 
-def ranges(bounds: tuple[jax.Array, jax.Array], rows: int, keys: int) -> jax.Array:
+def ranges(bounds: tuple[jax.Array, jax.Array], rows: int, keys: int, heads_BN: jax.Array | None = None) -> jax.Array:
     """For each block of W x `rows` rows its tiles of keys, [B, blocks, 2 + 2 W]: (first, end), then (full, full_end) of
     each warpgroup.
 
-    Never empty: a ring of tiles that nobody fills would be waited for.
+    Never empty, as a ring of tiles that nobody fills would be waited for, but for packed rows: there the key head comes
+    last, and blocks without tiles are left out.
     """
     block = masks.tile_ranges(*bounds, WARPGROUPS * rows, keys)
-    first, end = block[..., 0], jnp.maximum(block[..., 3], block[..., 0] + 1)
+    first, end = block[..., 0], block[..., 3]
+    if heads_BN is None:
+        end = jnp.maximum(end, first + 1)
     own = masks.tile_ranges(*bounds, rows, keys).reshape(*first.shape, WARPGROUPS, 4)
     full = jnp.clip(own[..., 1], first[..., None], end[..., None])
     full_end = jnp.clip(own[..., 2], full, end[..., None])
     parts = jnp.stack([full, full_end], -1).reshape(*first.shape, 2 * WARPGROUPS)
-    return jnp.concatenate([first[..., None], end[..., None], parts], -1).astype(jnp.int32)
+    found = [first[..., None], end[..., None], parts]
+    if heads_BN is not None:
+        found.append(key_heads(heads_BN, first.shape[1])[..., None])
+    return jnp.concatenate(found, -1).astype(jnp.int32)
+
+
+def key_heads(heads_BN: jax.Array, blocks: int) -> jax.Array:
+    """The key head of each of so many blocks of packed rows, [B, blocks], from those of tiles of whole blocks."""
+    return jnp.repeat(heads_BN, blocks // heads_BN.shape[1], axis=1)
 
 
 def forward(
@@ -91,6 +105,7 @@ def forward(
     sinks: jax.Array | None,
     gate: jax.Array | None,
     bias: jax.Array | None,
+    heads_BN: jax.Array | None,
     *,
     scale: float,
     soft_cap: float | None,
@@ -99,13 +114,15 @@ def forward(
     """o [B, T, H, e] and the log-sum-exp [B, H, T] in log2 units.
 
     bounds: starts and ends [B or 1, T]. bias: [B, K or 1, S] float32, log2 units. sinks: [H] float32, log2 units.
+    heads_BN: see `gradient`; with it there are bounds, and nothing is written for blocks whose rows see nothing.
     """
     (B, T, H, d), (S, K, e) = q.shape, v.shape[1:]
-    launch = _Forward(device, blocks, H // K, S, scale, soft_cap, d, e, q.dtype)
+    packed = heads_BN is not None
+    launch = _Forward(device, blocks, H // K, S, scale, soft_cap, d, e, q.dtype, packed)
     o = jax.ShapeDtypeStruct((B, T, H, e), q.dtype)
     lse = jax.ShapeDtypeStruct((B, H, T), jnp.float32)
     run = device.kernel(
-        "flash_forward",
+        "routed_forward" if packed else "flash_forward",
         launch.body,
         out_type=[o, lse],
         scratch_types=launch.scratch(gate is not None, bias is not None),
@@ -114,9 +131,16 @@ def forward(
         num_threads=WARPGROUPS + 1,
         thread_name="wg",
     )
-    tiles = None if bounds is None else ranges(bounds, blocks.rows, blocks.keys)
+    tiles = None if bounds is None else ranges(bounds, blocks.rows, blocks.keys, heads_BN)
     starts, ends = bounds or (None, None)
     return run(q, k, v, starts, ends, tiles, sinks, gate, bias)
+
+
+def key_head(t: Any, group: int, packed: bool) -> jax.Array:
+    """Of the block of rows that `t` describes."""
+    if packed:
+        return t.tiles[t.b if t.tiles.shape[0] > 1 else t.b & 0, t.i, t.tiles.shape[2] - 1]
+    return lax.div(t.h, jnp.int32(group))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +156,7 @@ class _Forward:
     d: int
     e: int
     dtype: Any
+    packed: bool
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -175,13 +200,17 @@ class _Forward:
             h=h, i=i, b=b, wg=wg, first=first, end=end, row=shared(starts), **scratch,
         )  # fmt: skip
         t.slot = lambda j: lax.rem(j - first, self.blocks.stages)
-        pl.when(wg < WARPGROUPS)(lambda: self.compute(t))
-        pl.when(wg == WARPGROUPS)(lambda: self.copy(t))
+
+        def run() -> None:
+            pl.when(wg < WARPGROUPS)(lambda: self.compute(t))
+            pl.when(wg == WARPGROUPS)(lambda: self.copy(t))
+
+        pl.when(end > first)(run) if self.packed else run()
 
     def copy(self, t: Any) -> None:
         """The third warpgroup: fills the rings of keys and values."""
         self.device.set_registers(hopper.REGISTERS[1], action="decrease")
-        kh, N, stages = lax.div(t.h, jnp.int32(self.group)), self.blocks.keys, self.blocks.stages
+        kh, N, stages = key_head(t, self.group, self.packed), self.blocks.keys, self.blocks.stages
 
         def tile(j: jax.Array, reused: bool) -> None:
             at, keys = t.slot(j), pl.ds(j * N, N)

@@ -11,8 +11,8 @@ heads). `lse2` is the log-sum-exp in log2 units, float32 [B, H, T], sinks includ
         so that each p is 0 there. dkey_bias [B, K, S], float32.
 
 Both take `heads_BN` last where rows are packed (`kernels_pallas.routed_attention`): H is 1, and it says which key head
-each tile of rows reads. `bounds` is from `masks.intervals`: None, or starts and ends. Keys and values that no row sees
-are 0.
+each tile of rows reads; dk and dv of a head that no tile reads are 0. `bounds` is from `masks.intervals`: None, or
+starts and ends. Keys and values that no row sees are 0.
 """
 
 from __future__ import annotations
@@ -82,9 +82,6 @@ def _attention_backward(call: Call, residuals, cotangents):
     rows = [x.swapaxes(1, 2) for x in (lse2, delta)]
     packed = () if heads_BN is None else (heads_BN,)
     dq, dk, dv, dbias = KERNELS[call.platform].backward(call, q, k, v, bounds, key_bias, do, *rows, *packed)
-    if heads_BN is not None:  # no tile was there to write the gradients of a head that has none
-        has_rows = (heads_BN[..., None] == jnp.arange(k.shape[2])).any(1)[:, None, :, None]
-        dk, dv = jnp.where(has_rows, dk, 0), jnp.where(has_rows, dv, 0)
     if key_bias is not None:
         dbias = (dbias.sum(1) if key_bias.ndim == 2 else dbias).astype(key_bias.dtype)
     return dq, dk, dv, None, None, dsinks, dgate, dbias, None

@@ -63,6 +63,9 @@ def backward(call: Call, q, k, v, bounds, key_bias, do, lse2, delta, heads_BN=No
 
         dq, of_keys = lax.scan(turn, jnp.zeros(q.shape, jnp.float32), jnp.arange(whole // keys))
         dk, dv, dbias = (None if x is None else jnp.concatenate(list(x), 2) for x in of_keys)
+    if heads_BN is not None:  # no tile was there to write the gradients of a head that has none
+        has_rows = (heads_BN[..., None] == jnp.arange(K)).any(1)[..., None, None]
+        dk, dv = jnp.where(has_rows, dk, 0), jnp.where(has_rows, dv, 0)
     back = lambda x, n, width: x[:, :, :n, :width].swapaxes(1, 2).astype(dtype)
     dbias = None if dbias is None else dbias[:, :, :S]
     return back(dq, T, d), back(dk, S, d), back(dv, S, e), dbias

@@ -1,6 +1,6 @@
 """Softmax attention of packed rows: each tile of rows reads one key head, and no tile is spent on what is not there.
 
-The kernels are those of `kernels_pallas.flash_attention` for TPU; a tile's key head comes from scalar memory.
+The kernels are those of `kernels_pallas.flash_attention`, for TPU and for Hopper; a tile's key head comes from a table.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Any
 import jax
 
 from kernels_pallas import tuning
-from kernels_pallas.flash_attention import tpu_kernel_runs
-from kernels_pallas.flash_attention.call import Call
+from kernels_pallas.flash_attention import PLATFORMS, gpu, tpu_kernel_runs
+from kernels_pallas.flash_attention.call import Call, platform_of
 from kernels_pallas.flash_attention.gradient import attention
 from kernels_pallas.routed_attention import moving
 
@@ -28,8 +28,10 @@ def routed_attention(
     *,
     soft_cap: float | None = None,
     scale: float | None = None,
+    platform: str | None = None,
     interpret: Any = False,
-    blocks: tuning.Blocks | None = None,
+    blocks: Any = None,
+    deterministic: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """`o[r] = sum_s p[r, s] v[s]`, `p = softmax_s(scale * q[r] . k[s])` over the keys that packed row `r` sees.
 
@@ -39,9 +41,9 @@ def routed_attention(
         there to fill a tile sees nothing; a tile of such rows costs no product.
       tile_heads: int [B, N], the key head that each of the N tiles of R / N rows reads; tiles of a head stand side by
         side. `row_tile` says how long tiles are best.
-      soft_cap, scale: as in `flash_attention`.
-      interpret: as in `flash_attention`; not interpreted, the kernels are for TPU.
-      blocks: tiles of both directions, whose `rows` are R / N; by default those of `tuning.routed_blocks`.
+      soft_cap, scale, platform, interpret, deterministic: as in `flash_attention`.
+      blocks: tile sizes; on TPU their `rows` are R / N, by default those of `tuning.routed_blocks`. For "cuda" as in
+        `flash_attention`; R / N is a multiple of what they take at once, by default 128.
 
     Returns:
       o [B, R, e] in the dtype of q, and lse [B, R] in float32, the natural logarithm of the softmax's denominator. Both
@@ -54,19 +56,35 @@ def routed_attention(
     _check(q, k, v, starts, ends, tile_heads, soft_cap)
     (R, d), N = q.shape[1:], tile_heads.shape[1]
     kind = tuning.kind()
-    blocks = tuning.routed_blocks(kind, R // N, k.shape[1]) if blocks is None else blocks
-    for name in ("forward", "backward"):
-        rows = getattr(getattr(blocks, name, None), "rows", None)
-        if rows != R // N:
-            raise ValueError(f"routed_attention: blocks.{name} has tiles of {rows} rows; allowed: {R // N}, R / N")
+    platform = platform_of("routed_attention", platform, interpret, PLATFORMS)
+    if platform == "tpu":
+        blocks = _tpu_blocks(blocks, kind, R // N, k.shape[1])
     scale = d**-0.5 if scale is None else float(scale)
     soft_cap = None if soft_cap is None else float(soft_cap)
-    call = Call("tpu", kind, scale, soft_cap, interpret, blocks, True, True, True)
+    call = Call(platform, kind, scale, soft_cap, interpret, blocks, deterministic, True, True)
     o, lse = attention(call, q[:, :, None], k, v, starts, ends, None, None, None, tile_heads)
     return o[:, :, 0], lse[:, :, 0]
 
 
-def pack_rows(x: jax.Array, place: jax.Array, tile_heads: jax.Array, tile: int, *, interpret: Any = False) -> jax.Array:
+def _tpu_blocks(blocks: Any, kind: str, tile: int, keys: int) -> tuning.Blocks:
+    if blocks is None:
+        return tuning.routed_blocks(kind, tile, keys)
+    for name in ("forward", "backward"):
+        rows = getattr(getattr(blocks, name, None), "rows", None)
+        if rows != tile:
+            raise ValueError(f"routed_attention: blocks.{name} has tiles of {rows} rows; allowed: {tile}, R / N")
+    return blocks
+
+
+def pack_rows(
+    x: jax.Array,
+    place: jax.Array,
+    tile_heads: jax.Array,
+    tile: int,
+    *,
+    platform: str | None = None,
+    interpret: Any = False,
+) -> jax.Array:
     """Packed rows [B, N * tile, d]: the element of x whose place each is; 0 where there is none.
 
     Args:
@@ -74,17 +92,31 @@ def pack_rows(x: jax.Array, place: jax.Array, tile_heads: jax.Array, tile: int, 
       place: int32 [B, M, L], the row of each element, or -1. Those of a head ascend, and are in tiles of its own.
       tile_heads: int32 [B, N], the head of each tile of rows; tiles of a head stand side by side.
       tile: rows of a tile.
-      interpret: as in `flash_attention`; not interpreted, the kernel is for TPU.
+      platform, interpret: as in `flash_attention`; there is a kernel for "tpu" alone, elsewhere XLA's gather serves.
 
     Differentiable (reverse mode) in x: `unpack_rows` is its transpose, and it that of `unpack_rows`.
+
+    Raises:
+      ValueError: no kernel for the platform.
     """
+    platform_of("pack_rows", platform, interpret, ("tpu",))
     return moving.packed(tile, tuning.vmem_limit(tuning.kind()), interpret, x, place, tile_heads)
 
 
 def unpack_rows(
-    x: jax.Array, place: jax.Array, tile_heads: jax.Array, tile: int, *, interpret: Any = False
+    x: jax.Array,
+    place: jax.Array,
+    tile_heads: jax.Array,
+    tile: int,
+    *,
+    platform: str | None = None,
+    interpret: Any = False,
 ) -> jax.Array:
-    """Elements [B, M, L, d]: the row of x [B, N * tile, d] that is each element's place; 0 where it has none."""
+    """Elements [B, M, L, d]: the row of x [B, N * tile, d] that is each element's place; 0 where it has none.
+
+    As in `pack_rows` in all else.
+    """
+    platform_of("unpack_rows", platform, interpret, ("tpu",))
     return moving.unpacked(tile, tuning.vmem_limit(tuning.kind()), interpret, x, place, tile_heads)
 
 
@@ -93,17 +125,35 @@ def most_elements(width: int, itemsize: int) -> int:
     return (tuning.vmem_limit(tuning.kind()) - _REST) // moving.bytes_needed(1, width, itemsize)
 
 
-def row_tile(kind: str, rows: int, heads: int) -> int:
-    """How many rows a tile best has, for `rows` rows of `heads` key heads, of which each leaves a tile partly empty."""
+def row_tile(kind: str, rows: int, heads: int, width: int, *, platform: str = "tpu") -> int:
+    """How many rows a tile best has, for `rows` rows of `heads` key heads, of which each leaves a tile partly empty.
+
+    Args:
+      kind: of the devices, as of `tuning.kind`.
+      width: the larger of those of keys and values.
+      platform: as in `flash_attention`. On "cuda" the least is best: a longer tile is several blocks of threads all the
+        same, and leaves more rows empty.
+    """
+    if platform == "cuda":
+        return gpu.packed_rows(gpu.default_blocks(width, width), width, width)
     return tuning.routed_rows(kind, rows, heads)
 
 
 def kernel_runs(q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruct, v: jax.ShapeDtypeStruct, tile: int) -> dict[str, int]:
-    """How often a forward and a backward run each kernel, by name, for tiles of so many rows."""
+    """How often a forward and a backward run each kernel on TPU, by name, for tiles of so many rows."""
     kind = tuning.kind()
     packed = jax.ShapeDtypeStruct((*q.shape[:2], 1, q.shape[2]), q.dtype)
     runs = tpu_kernel_runs(packed, k, v, tuning.routed_blocks(kind, tile, k.shape[1]))
-    return {name.replace("flash", "routed"): count for name, count in runs.items()}
+    return {_own_name(name): count for name, count in runs.items()}
+
+
+def gpu_kernel_widths(d: int, e: int) -> dict[str, int]:
+    """As of `flash_attention`, for a pair of a row and a key of its head."""
+    return {_own_name(name): width for name, width in gpu.kernel_widths(d, e).items()}
+
+
+def _own_name(name: str) -> str:
+    return name.replace("flash", "routed")
 
 
 def _check(q, k, v, starts, ends, tile_heads, soft_cap) -> None:

@@ -27,12 +27,13 @@ from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use
 from attnlab.launch.targets import Target  # noqa: E402
 from kernels_pallas import hopper  # noqa: E402
 from kernels_pallas.flash_attention import flash_attention  # noqa: E402
+from kernels_pallas.routed_attention import routed_attention, row_tile  # noqa: E402
 
 H100 = AbstractMesh(
     (), (), abstract_device=AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=132)
 )
 B, T, H, K = 2, 4096, 8, 2
-# Features by letter: intervals, sinks, cap, gate, bias of keys, deterministic.
+# Features by letter: intervals, sinks, cap, gate, bias of keys, deterministic, rows packed (always with intervals).
 CASES = {
     "64 i": (64, 64, "i"),
     "64 iscgb": (64, 64, "iscgb"),
@@ -43,6 +44,10 @@ CASES = {
     "192/128 i": (192, 128, "i"),
     "256 i": (256, 256, "i"),
     "256 iscgb": (256, 256, "iscgb"),
+    "64 r": (64, 64, "r"),
+    "128 r": (128, 128, "r"),
+    "128 rcd": (128, 128, "rcd"),
+    "256 r": (256, 256, "r"),
 }
 
 
@@ -92,10 +97,26 @@ def program(d: int, e: int, features: str, placed: Any) -> tuple[Callable[..., A
     return run, [arrays, bounds, of(B, T, H, e), of(B, T, H, dtype=jnp.float32)]
 
 
+def packed_program(d: int, e: int, features: str, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
+    """As `program`, for as many rows packed into tiles."""
+    of = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+    rows, tile = T * H, row_tile("", T * H, K, max(d, e), platform="cuda")
+    arrays, do = (of(B, rows, d), of(B, T, K, d), of(B, T, K, e)), (of(B, rows, e), of(B, rows, dtype=jnp.float32))
+    tables = [of(B, n, dtype=jnp.int32) for n in (rows, rows, rows // tile)]
+    cap = 30.0 if "c" in features else None
+
+    def run(arrays: Any, tables: Any, do: Any) -> Any:
+        attend = lambda *a: routed_attention(*a, *tables, soft_cap=cap, platform="cuda", deterministic="d" in features)
+        out, vjp = jax.vjp(attend, *arrays)
+        return out, vjp(do)
+
+    return run, [arrays, tables, do]
+
+
 def kernels(case: str, placed: Any) -> Iterator[dict[str, Any]]:
     """For each kernel of a case: its name, bytes of spills and registers; and of all of the case's the most bytes of
     shared memory, and the C75 warnings, each of which says that the tensor cores were serialized."""
-    run, arrays = program(*CASES[case], placed)
+    run, arrays = (packed_program if "r" in case else program)(*CASES[case], placed)
     _Limit.asked.clear()
     with captured() as text, use_abstract_mesh(H100):
         jax.jit(run).lower(*arrays).compile()

@@ -29,6 +29,8 @@ KERNELS = {
     "128 isgbd": ["flash_backward_keys", "flash_backward_rows", "flash_forward"],
     "256 i": ["flash_backward_keys", "flash_backward_rows", "flash_forward"],
     "256 iscgb": ["flash_backward_keys", "flash_backward_rows", "flash_forward"],
+    "128 r": ["routed_backward", "routed_forward"],
+    "256 r": ["routed_backward_keys", "routed_backward_rows", "routed_forward"],
 }
 
 

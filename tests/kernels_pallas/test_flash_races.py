@@ -56,7 +56,7 @@ def test_windows_that_data_place_are_checked():
     x, rows = jnp.ones((B, T, K, d)), jnp.ones((B, T, d))
     ends, heads = jnp.ones((B, T), jnp.int32), jnp.zeros((B, 2), jnp.int32)
     gradient = lambda fn: jax.grad(lambda *args: jnp.sum(fn(*args)[0]))
-    routed = lambda q, k: routed_attention(q, k, k, ends, ends, heads)
+    routed = lambda q, k: routed_attention(q, k, k, ends, ends, heads, platform="tpu")
     found = {}
     for fn, args in (
         (gradient(lambda q: flash_attention(q, q, q, ends=ends, platform="tpu")), (x,)),

@@ -21,20 +21,22 @@ BLOCKS = Blocks(ForwardBlocks(TILE, 256, 128, 128), BackwardBlocks(TILE, 128, 12
 
 def definition(q, k, v, starts, ends, tile_heads, soft_cap=None):
     """Each row against the keys of its tile's head."""
-    heads = jnp.repeat(tile_heads, TILE, 1)
-    own = lambda x: jnp.take_along_axis(x.swapaxes(1, 2), heads[..., None, None], axis=1)
+    by_tile = lambda x: x.reshape(*tile_heads.shape, -1, *x.shape[2:])
+    own = lambda x: jnp.take_along_axis(x.swapaxes(1, 2), tile_heads[..., None, None], axis=1)
+    starts, ends = by_tile(starts), by_tile(ends)
     s = jnp.arange(S)
     seen = (s >= starts[..., None]) & (s < ends[..., None])
-    logits = jnp.einsum("brd,brsd->brs", q, own(k), precision="highest") * d**-0.5
+    logits = jnp.einsum("bnrd,bnsd->bnrs", by_tile(q), own(k), precision="highest") * q.shape[2] ** -0.5
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
     some = seen.any(-1)
     lse = jnp.log(jnp.where(some, jnp.sum(jnp.where(seen, jnp.exp(logits), 0), -1), 1))  # logits are small
     p = jnp.where(seen, jnp.exp(logits - lse[..., None]), 0)
-    return jnp.einsum("brs,brse->bre", p, own(v), precision="highest"), jnp.where(some, lse, -jnp.inf)
+    o, lse = jnp.einsum("bnrs,bnse->bnre", p, own(v), precision="highest"), jnp.where(some, lse, -jnp.inf)
+    return o.reshape(*q.shape[:2], -1), lse.reshape(q.shape[:2])
 
 
-def inputs():
+def inputs(d=d, e=e):
     """Rows of two documents with a window, in the order of their positions; the last of each head's see nothing."""
     rng = np.random.default_rng(0)
     normal = lambda *shape: np.float32(rng.normal(size=shape))
@@ -50,7 +52,7 @@ def inputs():
 def results(fn, arrays, starts, ends, **options):
     """o, lse and gradients, for one cotangent of both."""
     rng = np.random.default_rng(1)
-    do, dlse = rng.normal(size=(B, ROWS, e)), rng.normal(size=(B, ROWS))
+    do, dlse = rng.normal(size=(B, ROWS, arrays["v"].shape[3])), rng.normal(size=(B, ROWS))
 
     def loss(arrays):
         o, lse = fn(**arrays, starts=starts, ends=ends, tile_heads=jnp.asarray(TILES, jnp.int32), **options)
@@ -70,7 +72,11 @@ def test_equals_the_definition(dtype, cap, parts, monkeypatch):
     """Values and gradients; with all keys in fast memory and with one tile of them; a head that no tile reads."""
     if parts:
         monkeypatch.setattr(tuning, "resident_keys", lambda kind, each, keys, tile, rest: tile)
-    arrays, starts, ends = inputs()
+    is_the_definition(kernel, dtype, cap, *inputs())
+
+
+def is_the_definition(kernel, dtype, cap, arrays, starts, ends):
+    """Values and gradients; what sees nothing, and key heads that nobody reads."""
     rounded = {name: np.asarray(x.astype(jnp.float32)) for name, x in as_type(arrays, dtype).items()}
     with jax.enable_x64(True):
         exact = results(definition, as_type(rounded, jnp.float64), starts, ends, soft_cap=cap)
@@ -132,8 +138,8 @@ def test_rows_are_moved_exactly(dtype):
 
 def test_tiles_are_long_where_rows_are_many():
     """Few rows of many heads take short tiles, of which less is empty."""
-    assert row_tile("v6e", 2**18, 12) == tuning.forward_blocks("v6e", 4096, 4096).rows
-    assert row_tile("v6e", 1024, 16) == tuning.LANES
+    assert row_tile("v6e", 2**18, 12, 128) == tuning.forward_blocks("v6e", 4096, 4096).rows
+    assert row_tile("v6e", 1024, 16, 128) == tuning.LANES
 
 
 @pytest.mark.parametrize("change, says", [

@@ -47,9 +47,9 @@ def test_compiles(chip, monkeypatch):
     def loss(arrays, rest):
         q, k, v, elements, place = arrays
         with tuning.device_kind(chip):
-            q += pack_rows(elements, place, rest[2], R)
-            o, lse = routed_attention(q, k, v, *rest, soft_cap=features.get("cap"), blocks=blocks)
-            o = unpack_rows(o, place, rest[2], R)
+            q += pack_rows(elements, place, rest[2], R, platform="tpu")
+            o, lse = routed_attention(q, k, v, *rest, soft_cap=features.get("cap"), platform="tpu", blocks=blocks)
+            o = unpack_rows(o, place, rest[2], R, platform="tpu")
         return jnp.sum(o.astype(jnp.float32) ** 2) + jnp.sum(jnp.maximum(lse, -9))
 
     text = jax.jit(jax.value_and_grad(loss, allow_int=True)).lower(arrays, rest).compile().as_text()

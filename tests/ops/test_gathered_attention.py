@@ -2,20 +2,34 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from attnlab.errors import UserError
-from attnlab.ops import Mask, attention, gathered_kernel, gathered_rows, gathered_xla, mask_from_segments, router
-from attnlab.ops.gathered_attention import GATHERED_ATTENTION, gathered_attention
+from attnlab.ops import (
+    Mask,
+    attention,
+    dispatch,
+    gathered_kernel,
+    gathered_rows,
+    gathered_xla,
+    mask_from_segments,
+    router,
+)
+from attnlab.ops.gathered_attention import GATHERED_ATTENTION, chosen_attention, gathered_attention
 from attnlab.ops.gathered_rows import GatheredSpec, Heads
 from attnlab.parallel import partition
 from kernels_pallas import masks, routed_attention
 from tests.mixers import flops
+from tests.ops import devices
 
+KIND = "NVIDIA H100 80GB HBM3"
+H100 = AbstractMesh((), (), abstract_device=AbstractDevice(device_kind=KIND, platform="gpu", num_cores=132))
 T = 45
 SEGMENTS = np.array([[1] * 14 + [2] * 3 + [3] * 21 + [0] * 7, [0] * 2 + [4] * 27 + [5] * 16])
 
@@ -188,6 +202,34 @@ def test_rows_that_do_not_fit_are_moved_by_xla(monkeypatch):
     assert GATHERED_ATTENTION.pick(dataclasses.replace(spec, queries=4095)) == "routed"
     with pytest.raises(UserError, match=r"8192 queries.* at most 8191"):
         GATHERED_ATTENTION.pick(spec, "routed")
+
+
+def test_on_hopper_the_kernel_is_the_program():
+    """Auto takes it, with rows moved by XLA: both directions are its kernels, and their products are those of wanted
+    pairs. What it cannot serve is said."""
+    spec = GatheredSpec(2, 256, 256, Heads.of((1, 2, 3), 4, 2), 2, 64, 64, "bfloat16", True, None, False, True)
+    x = [jax.ShapeDtypeStruct((2, 256, n, 64), jnp.bfloat16) for n in (4, 2, 2)]
+    sinks, want = jax.ShapeDtypeStruct((4,), jnp.float32), jax.ShapeDtypeStruct((2, 256, 3), bool)
+
+    def run(q, k, v, sinks, want):
+        attend = functools.partial(chosen_attention, chosen=(1, 2, 3), active=2)
+        out, vjp = jax.vjp(lambda q, k, v, s: attend(q, k, v, Mask(causal=True), want, sinks_H=s), q, k, v, sinks)
+        return out, vjp(out)
+
+    with devices.on(KIND, "gpu"), dispatch.recording() as chosen, use_abstract_mesh(H100):
+        text = jax.jit(run).trace(*x, sinks, want).lower(lowering_platforms=("cuda",)).as_text(debug_info=True)
+        refused = {"float32": {"dtype": "float32"}, "widths are at most 256": {"width": 264}}
+        for reason, change in refused.items():
+            other = dataclasses.replace(spec, **change)
+            assert GATHERED_ATTENTION.pick(other) == "xla"
+            assert reason in GATHERED_ATTENTION.table["routed_xla"].unsupported(other)
+        assert "the platform is gpu" in GATHERED_ATTENTION.table["routed"].unsupported(spec)
+    assert chosen.choices[0].spec == spec and chosen.choices[0].implementation == "routed_xla"
+    assert set(re.findall(r"\brouted_((?:forward|backward)\w*)", text)) == {"forward", "backward"}
+    pairs = 2 * 2 * 2 * 256 * 257 / 2  # two FLOPs, batch, heads on, pairs
+    assert chosen.kernel_flops({"routed_forward": 1, "routed_backward": 1}) == pytest.approx(pairs * 64 * 7)
+    with devices.on("NVIDIA A100-SXM4-80GB", "gpu"):
+        assert GATHERED_ATTENTION.pick(spec) == "xla"
 
 
 def test_what_nobody_wants_is_not_felt_by_the_kernel():
