@@ -41,6 +41,7 @@ CASES = {
     "intervals": Case(low=True),
     "causal, soft cap": Case(cap=50.0),
     "causal, sinks, gate": Case(sinks=True, gate=True),
+    "parallax: causal": Case(probe=True),
 }
 
 
@@ -105,8 +106,9 @@ def measure(
     for chip in chips:
         target = targets.Target.of(TOPOLOGIES[chip])
         for name in cases:
-            for part, facts in schedules.flash(CASES[name], SHAPE, chip, folder, target, LENGTHS).items():
-                yield chip, f"flash {part}, {name}", facts
+            case = CASES[name]
+            for part, facts in schedules.flash(case, SHAPE, chip, folder, target, LENGTHS).items():
+                yield chip, f"{case.kernel} {part}, {name.removeprefix('parallax: ')}", facts
         for tile in tiles:
             for part, facts in splash(tile, chip, folder, target).items():
                 yield chip, f"splash {part}, causal, tile {tile}", facts
@@ -199,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--chips", nargs="+", choices=list(TOPOLOGIES), default=list(TOPOLOGIES))
-    parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES), help="of flash attention")
+    parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES), help="of attention")
     parser.add_argument("--tiles", nargs="*", type=int, default=SPLASH_TILES, help="of splash attention")
     parser.add_argument("--recurrences", nargs="*", choices=list(RECURRENCES), default=list(RECURRENCES))
     parser.add_argument("--check", action="store_true", help=f"fail where a figure is {GROWTH:.0%} above the kept one")

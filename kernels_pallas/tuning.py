@@ -116,15 +116,15 @@ def _read(path: pathlib.Path, changed: int) -> dict:
     return found
 
 
-def forward_blocks(kind: str, rows: int, keys: int) -> ForwardBlocks:
-    """Tiles for so many rows and keys on devices of a kind."""
-    wanted = _wanted(ForwardBlocks, kind, "flash_forward")
+def forward_blocks(kind: str, rows: int, keys: int, kernels: str = "flash") -> ForwardBlocks:
+    """Tiles for so many rows and keys on devices of a kind; `kernels` is with what the tables' names begin."""
+    wanted = _wanted(ForwardBlocks, kind, f"{kernels}_forward")
     return _fitted(_longer(wanted, _tile(rows, wanted.rows, wanted.sub_rows)), rows, keys)
 
 
-def backward_blocks(kind: str, rows: int, keys: int) -> BackwardBlocks:
-    """Tiles for so many rows and keys on devices of a kind."""
-    return _fitted(_wanted(BackwardBlocks, kind, "flash_backward"), rows, keys)
+def backward_blocks(kind: str, rows: int, keys: int, kernels: str = "flash") -> BackwardBlocks:
+    """As `forward_blocks`."""
+    return _fitted(_wanted(BackwardBlocks, kind, f"{kernels}_backward"), rows, keys)
 
 
 def _wanted(cls, kind: str, kernel: str):

@@ -19,6 +19,7 @@ from jax.sharding import SingleDeviceSharding
 from attnlab.launch import llo
 from kernels_pallas import tuning
 from kernels_pallas.flash_attention import flash_attention
+from kernels_pallas.parallax_attention import parallax_attention
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
@@ -37,12 +38,18 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Features of a call of flash attention."""
+    """Features of a call of flash attention; with a probe it is Parallax, which has of the others `low` alone."""
 
     low: bool = False
     sinks: bool = False
     gate: bool = False
     cap: float | None = None
+    probe: bool = False
+
+    @property
+    def kernel(self) -> str:
+        """With what its kernels' names begin."""
+        return "parallax" if self.probe else "flash"
 
 
 PARTS = ("forward", "backward")
@@ -60,11 +67,16 @@ def compile_flash(
         arrays["sinks"] = of(shape.heads, dtype=jnp.float32)
     if case.gate:
         arrays["gate"] = array(shape.heads)
+    if case.probe:
+        arrays["probe"] = array(shape.heads)
     bounds = {name: of(1, shape.length, dtype=jnp.int32) for name in ("starts",) * case.low + ("ends",)}
 
     def loss(arrays, bounds):
         with tuning.device_kind(chip):
-            o, _ = flash_attention(**arrays, **bounds, soft_cap=case.cap, platform="tpu", blocks=blocks)
+            if case.probe:
+                o = parallax_attention(**arrays, **bounds, blocks=blocks)
+            else:
+                o, _ = flash_attention(**arrays, **bounds, soft_cap=case.cap, platform="tpu", blocks=blocks)
         return jnp.sum(o.astype(jnp.float32))
 
     jax.jit(jax.grad(loss) if backward else loss).lower(arrays, bounds).compile()
@@ -208,15 +220,15 @@ def flash(
     seconds = round(time.process_time() - started, 1)
     blocks = blocks or tuning.Blocks()
     of_parts = {
-        "forward": blocks.forward or tuning.forward_blocks(chip, shape.length, shape.length),
-        "backward": blocks.backward or tuning.backward_blocks(chip, shape.length, shape.length),
+        "forward": blocks.forward or tuning.forward_blocks(chip, shape.length, shape.length, case.kernel),
+        "backward": blocks.backward or tuning.backward_blocks(chip, shape.length, shape.length, case.kernel),
     }
     found = {}
     describe = {"forward": forward_facts, "backward": backward_facts}
     for part in parts:
-        (root,) = llo.kernels(folder, f"flash_{part}", chip)
+        (root,) = llo.kernels(folder, f"{case.kernel}_{part}", chip)
         found[part] = describe[part](root, chip, of_parts[part], shape, lengths) | {
-            "vmem": llo.vmem(folder, f"flash_{part}"),
+            "vmem": llo.vmem(folder, f"{case.kernel}_{part}"),
             "blocks": dataclasses.asdict(of_parts[part]),
             "compile_cpu_seconds": seconds,
         }

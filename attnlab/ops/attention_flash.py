@@ -75,25 +75,39 @@ def kernel_flops(spec: AttentionSpec) -> dict[str, float]:
 
     The forward has two products a tile, the backward five: three over the width of keys, two over that of values.
     """
-    seen = mean_visible_keys(spec.keys, spec.causal, spec.window)
-    pairs = 2.0 * spec.batch * spec.heads * spec.queries * seen
-    of = lambda length, heads, width: jax.ShapeDtypeStruct((spec.batch, length, heads, width), spec.dtype)
-    arrays = (
-        of(spec.queries, spec.heads, spec.width),
-        of(spec.keys, spec.kv_heads, spec.width),
-        of(spec.keys, spec.kv_heads, spec.value_width),
-    )
+    pairs = pair_flops(spec)
     if partition.platform() == "gpu":
         return {
             name: pairs * width for name, width in _kernels().gpu_kernel_widths(spec.width, spec.value_width).items()
         }
     with tuning.device_kind(partition.device_kind()):
-        runs = _kernels().tpu_kernel_runs(*arrays)
+        runs = _kernels().tpu_kernel_runs(*arrays(spec))
     widths = {
         "flash_forward": spec.width + spec.value_width,
         "flash_backward": 3 * spec.width + 2 * spec.value_width,
     }
     return {name: pairs * width / runs[name] for name, width in widths.items()}
+
+
+def pair_flops(spec: AttentionSpec) -> float:
+    """FLOPs of a product of width 1 over all pairs that the static mask lets see each other."""
+    seen = mean_visible_keys(spec.keys, spec.causal, spec.window)
+    return 2.0 * spec.batch * spec.heads * spec.queries * seen
+
+
+def arrays(spec: AttentionSpec) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """Queries, keys and values."""
+    of = lambda length, heads, width: jax.ShapeDtypeStruct((spec.batch, length, heads, width), spec.dtype)
+    return (
+        of(spec.queries, spec.heads, spec.width),
+        of(spec.keys, spec.kv_heads, spec.width),
+        of(spec.keys, spec.kv_heads, spec.value_width),
+    )
+
+
+def own_keys_seen(mask: Mask, queries: int, keys: int) -> bool:
+    """Whether it is known that each row sees its own key, and so every key is seen."""
+    return (mask.causal or mask.window is not None) and not mask.dynamic() and queries == keys
 
 
 def attention(
@@ -130,11 +144,10 @@ def attention_with_lse(
     """
     T, S = q_BTHd.shape[1], k_BSKd.shape[1]
     starts, ends = mask.bounds(T, S)
-    own = (mask.causal or mask.window is not None) and not mask.dynamic() and T == S  # each row sees its own key
     with tuning.device_kind(partition.device_kind()):
         o, lse = _kernels().flash_attention(
             q_BTHd, k_BSKd, v_BSKe,
             starts=starts, ends=ends, sinks=sinks_H, gate=gate_BTHe, soft_cap=soft_cap, scale=scale,
-            platform=kernel_platform(), interpret=interpret, keys_seen=own,
+            platform=kernel_platform(), interpret=interpret, keys_seen=own_keys_seen(mask, T, S),
         )  # fmt: skip
     return o, jnp.maximum(lse, NO_KEYS)

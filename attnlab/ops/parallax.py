@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.errors import UserError
+from attnlab.ops import parallax_flash
 from attnlab.ops.attention_frame import AttentionSpec, attend, check_shapes, over_devices
 from attnlab.ops.blockwise import (
     LOWEST,
@@ -152,8 +153,19 @@ def _tilt(p_GrL, total, r_Grd, k_Ld):
 PARALLAX = Op(
     "parallax",
     AttentionSpec.of,
-    {"definition": Implementation(definition), "xla": Implementation(blockwise)},
-    preference=("xla",),
+    {
+        "definition": Implementation(definition),
+        "xla": Implementation(blockwise),
+        "flash": Implementation(
+            parallax_flash.attention,
+            parallax_flash.unsupported,
+            worth=parallax_flash.worth,
+            platforms=("tpu",),
+            interpretable=True,
+            kernel_flops=parallax_flash.kernel_flops,
+        ),
+    },
+    preference=("flash", "xla"),
     split=over_devices,
 )
 

@@ -8,7 +8,7 @@ import jax
 
 from kernels_pallas import tuning
 from kernels_pallas.flash_attention import gpu, tpu
-from kernels_pallas.flash_attention.call import Call, platform_of
+from kernels_pallas.flash_attention.call import Call, check_arrays, platform_of
 from kernels_pallas.flash_attention.definition import definition
 from kernels_pallas.flash_attention.gradient import KERNELS, attention
 
@@ -87,28 +87,13 @@ def tpu_kernel_runs(
 
 
 def _check(q, k, v, starts, ends, sinks, gate, key_bias, soft_cap) -> None:
+    check_arrays("flash_attention", q, k, v, starts, ends)
+
     def need(ok: bool, what: str) -> None:
         if not ok:
             raise ValueError(f"flash_attention: {what}")
 
-    shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
-    need(q.ndim == k.ndim == v.ndim == 4, f"{shapes}; each must be [batch, length, heads, width]")
-    (B, T, H, d), (S, K), e = q.shape, k.shape[1:3], v.shape[3]
-    need(
-        k.shape == (B, S, K, d) and v.shape[:3] == (B, S, K),
-        f"{shapes} do not fit; expected q [B, T, H, d], k [B, S, K, d], v [B, S, K, e]",
-    )
-    need(min(B, T, S, K, H, d, e) > 0, f"{shapes}; no size may be 0")
-    need(H % K == 0, f"{H} query heads over {K} key heads; H must be a multiple of K")
-    dtypes = q.dtype, k.dtype, v.dtype
-    need(
-        len(set(dtypes)) == 1 and q.dtype in ("bfloat16", "float32"),
-        f"q {q.dtype}, k {k.dtype}, v {v.dtype}; allowed: all bfloat16, or all float32",
-    )
-    for name, bound in (("starts", starts), ("ends", ends)):
-        if bound is not None:
-            need(bound.shape in ((B, T), (1, T)), f"{name} {bound.shape}; expected [{B}, {T}] or [1, {T}]")
-            need(bound.dtype.kind in "iu", f"{name} {bound.dtype}; expected integers")
+    (B, T, H, _), (S, K), e = q.shape, k.shape[1:3], v.shape[3]
     need(sinks is None or sinks.shape == (H,), f"sinks {getattr(sinks, 'shape', ())}; expected [{H}], one per head")
     need(gate is None or gate.shape == (B, T, H, e), f"gate {getattr(gate, 'shape', ())}; expected {[B, T, H, e]}")
     need(

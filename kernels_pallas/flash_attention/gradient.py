@@ -38,8 +38,8 @@ def attention(call: Call, q, k, v, starts, ends, sinks, gate, key_bias, heads_BN
 
 
 def _forward(call: Call, q, k, v, starts, ends, sinks, gate, key_bias, heads_BN):
-    bounds, some = _bounds(q, k, starts, ends)
-    k, v = _seen(call, bounds, k, v)
+    bounds, some = row_bounds(q, k, starts, ends)
+    k, v = seen_by_any(call, bounds, k, v)
     packed = () if heads_BN is None else (heads_BN,)
     o, lse2 = KERNELS[call.platform].forward(call, q, k, v, bounds, sinks, gate, key_bias, *packed)
     lse = lse2.swapaxes(1, 2) / LOG2E
@@ -58,7 +58,7 @@ def _attention_forward(call: Call, q, k, v, *arrays):
 def _attention_backward(call: Call, residuals, cotangents):
     (q, k, v, starts, ends, sinks, gate, key_bias, heads_BN), o, lse = residuals
     do, dlse = (x.astype(jnp.float32) for x in cotangents)
-    bounds, some = _bounds(q, k, starts, ends)
+    bounds, some = row_bounds(q, k, starts, ends)
     dgate, wide = None, o.astype(jnp.float32)
     if gate is not None:
         # The gate's gradient needs the gated output alone. `delta` takes `do` rounded as the kernels' products do: what
@@ -90,13 +90,13 @@ def _attention_backward(call: Call, residuals, cotangents):
 attention.defvjp(_attention_forward, _attention_backward)
 
 
-def _bounds(q, k, starts, ends):
+def row_bounds(q, k, starts, ends):
     """The intervals, and which rows see anything [B, T]; None: all see all."""
     bounds = masks.intervals(starts, ends, q.shape[1], k.shape[1])
     return bounds, None if bounds is None else bounds[1] > bounds[0]
 
 
-def _seen(call: Call, bounds, k, v):
+def seen_by_any(call: Call, bounds, k, v):
     """Keys and values with 0 for what no row sees; what is saved for the backward, so that it is done once."""
     if bounds is None or call.keys_seen:
         return k, v

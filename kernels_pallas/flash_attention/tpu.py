@@ -9,26 +9,24 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas import tuning
-from kernels_pallas.flash_attention import tpu_backward, tpu_forward
+from kernels_pallas.flash_attention import tpu_arrays, tpu_backward, tpu_forward
 from kernels_pallas.flash_attention.call import LOG2E, NOTHING, Call
 from kernels_pallas.flash_attention.tpu_plan import Plan
-
-_WIDTH = 16  # head widths are padded to multiples of it
 
 
 def forward(call: Call, q, k, v, bounds, sinks, gate, key_bias, heads_BN=None):
     """See `kernels_pallas.flash_attention.gradient`."""
     T, (S, K), e = q.shape[1], k.shape[1:3], v.shape[3]
-    blocks, keys = _forward_tiles(call, q, k, v, key_bias is not None)
-    rows, whole = _round(T, blocks.rows), _round(S, keys)
-    bounds, low, high = _padded_bounds(call, bounds, T, S, rows, whole)
-    q, gate = (None if x is None else _heads(x, rows) for x in (q, gate))
-    k, v = _heads(k, whole), _heads(v, whole)
+    blocks, keys = tpu_arrays.forward_tiles(call, q, k, v, key_bias is not None)
+    rows, whole = tpu_arrays.rounded(T, blocks.rows), tpu_arrays.rounded(S, keys)
+    bounds, low, high = tpu_arrays.padded_bounds(call, bounds, T, S, rows, whole)
+    q, gate = (None if x is None else tpu_arrays.heads(x, rows) for x in (q, gate))
+    k, v = tpu_arrays.heads(k, whole), tpu_arrays.heads(v, whole)
     bias = _bias(key_bias, K, S, whole)
     plan = Plan.of(call, blocks, low, high, sinks is not None or bias is not None)
     options = {"vmem": tuning.vmem_limit(call.kind), "interpret": call.interpret}
     if keys == whole:
-        o, lse2 = tpu_forward.run(plan, q, k, v, bounds, sinks, gate, bias, heads_BN, out_dtype=q.dtype, **options)
+        o, lse2, *_ = tpu_forward.run(plan, q, k, v, bounds, sinks, gate, bias, heads_BN, out_dtype=q.dtype, **options)
     else:
         wide, lse2 = _by_key_blocks(plan, q, k, v, bounds, bias, heads_BN, keys, options)
         wide, lse2 = _with_sinks(wide, lse2, sinks)
@@ -39,26 +37,27 @@ def forward(call: Call, q, k, v, bounds, sinks, gate, key_bias, heads_BN=None):
 def backward(call: Call, q, k, v, bounds, key_bias, do, lse2, delta, heads_BN=None):
     """See `kernels_pallas.flash_attention.gradient`."""
     (T, d), (S, K), e, dtype = q.shape[1::2], k.shape[1:3], v.shape[3], q.dtype
-    blocks, keys = _backward_tiles(call, q, k, v, key_bias is not None)
-    rows, whole = _round(T, blocks.rows), _round(S, keys)
-    bounds, low, high = _padded_bounds(call, bounds, T, S, rows, whole)
-    q, do = _heads(q, rows), _heads(do, rows)
-    k, v = _heads(k, whole), _heads(v, whole)
+    blocks, keys = tpu_arrays.backward_tiles(call, q, k, v, key_bias is not None)
+    rows, whole = tpu_arrays.rounded(T, blocks.rows), tpu_arrays.rounded(S, keys)
+    bounds, low, high = tpu_arrays.padded_bounds(call, bounds, T, S, rows, whole)
+    q, do = tpu_arrays.heads(q, rows), tpu_arrays.heads(do, rows)
+    k, v = tpu_arrays.heads(k, whole), tpu_arrays.heads(v, whole)
     behind = ((0, 0), (0, 0), (0, rows - T))
     lse2, delta = jnp.pad(lse2, behind, constant_values=NOTHING), jnp.pad(delta, behind)
     bias = _bias(key_bias, K, S, whole)
     plan = Plan.of(call, blocks, low, high, bias is not None)
     options = {"vmem": tuning.vmem_limit(call.kind), "interpret": call.interpret}
     if keys == whole:
-        dq, dk, dv, dbias = tpu_backward.run(
+        dq, dk, dv, dbias, _ = tpu_backward.run(
             plan, q, k, v, do, lse2, delta, bounds, bias, heads_BN, out_dtype=dtype, **options
         )
     else:
 
         def turn(dq, n):
-            part = _key_block(n, keys, k, v, bounds, bias)
-            more, *of_keys = tpu_backward.run(
-                plan, q, part[0], part[1], do, lse2, delta, *part[2:], heads_BN, out_dtype=jnp.float32, **options
+            part = tpu_arrays.key_block(n, keys, k, v, bounds, bias)
+            own = tpu_arrays.block_lse2(lse2, part[2])
+            more, *of_keys, _ = tpu_backward.run(
+                plan, q, part[0], part[1], do, own, delta, *part[2:], heads_BN, out_dtype=jnp.float32, **options
             )
             return dq + more, of_keys
 
@@ -76,44 +75,9 @@ def kernel_runs(call: Call, q, k, v, bias: bool) -> dict[str, int]:
     """How often each kernel runs in a forward and a backward, by name; of q, k, v only shapes and dtypes matter."""
     S = k.shape[1]
     counts = {}
-    for name, tiles in (("flash_forward", _forward_tiles), ("flash_backward", _backward_tiles)):
+    for name, tiles in (("flash_forward", tpu_arrays.forward_tiles), ("flash_backward", tpu_arrays.backward_tiles)):
         counts[name] = -(-S // tiles(call, q, k, v, bias)[1])
     return counts
-
-
-def _forward_tiles(call: Call, q, k, v, bias: bool) -> tuple[tuning.ForwardBlocks, int]:
-    """Tiles, and how many keys are in fast memory at a time, in two buffers."""
-    T, S, d, e = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
-    blocks = _given(call, "forward") or tuning.forward_blocks(call.kind, T, S)
-    tuning.check(blocks)
-    each = 2 * (_round(d, 128) + _round(e, _WIDTH) + tpu_forward.ONES) * q.dtype.itemsize + 64 * bias
-    return blocks, tuning.resident_keys(call.kind, each, S, blocks.keys, tuning.FORWARD_REST)
-
-
-def _backward_tiles(call: Call, q, k, v, bias: bool) -> tuple[tuning.BackwardBlocks, int]:
-    """Tiles, and how many keys are in fast memory at a time with their gradients, in two buffers, and float32 sums."""
-    T, S, d, e = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
-    blocks = _given(call, "backward") or tuning.backward_blocks(call.kind, T, S)
-    tuning.check(blocks)
-    each = 4 * (_round(d, 128) + _round(e, 128)) * q.dtype.itemsize + 4 * (_round(d, _WIDTH) + _round(e, _WIDTH))
-    return blocks, tuning.resident_keys(call.kind, each + 128 * bias, S, blocks.keys, tuning.BACKWARD_REST)
-
-
-def _given(call: Call, name: str) -> Any:
-    """Tiles that the caller gave."""
-    if call.blocks is not None and not isinstance(call.blocks, tuning.Blocks):
-        raise ValueError(f"flash_attention: blocks={call.blocks!r}; allowed on TPU: None or tuning.Blocks(...)")
-    return None if call.blocks is None else getattr(call.blocks, name)
-
-
-def _round(n: int, to: int) -> int:
-    return -(-n // to) * to
-
-
-def _heads(x_BTHd: jax.Array, length: int) -> jax.Array:
-    """[B, H, length, width], zeros behind, the width a multiple of `_WIDTH`."""
-    x = x_BTHd.swapaxes(1, 2)
-    return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, -x.shape[3] % _WIDTH)))
 
 
 def _bias(key_bias: jax.Array | None, heads: int, keys: int, whole: int) -> jax.Array | None:
@@ -125,30 +89,15 @@ def _bias(key_bias: jax.Array | None, heads: int, keys: int, whole: int) -> jax.
     return jnp.pad(bias, ((0, 0), (0, 0), (0, whole - keys)))
 
 
-def _padded_bounds(call: Call, bounds, length: int, keys: int, rows: int, whole: int):
-    """The intervals of padded rows, which see nothing, and which ends of them are to be looked at."""
-    if bounds is None and whole == keys:
-        return None, False, False
-    if bounds is None:
-        bounds = jnp.zeros((1, length), jnp.int32), jnp.full((1, length), keys, jnp.int32)
-    behind = ((0, 0), (0, rows - length))
-    return tuple(jnp.pad(x, behind) for x in bounds), call.low, call.high or whole != keys
-
-
-def _key_block(n, keys: int, k, v, bounds, bias):
-    """Block `n` of so many keys: its keys, values, intervals and bias."""
-    cut = lambda x: None if x is None else lax.dynamic_slice_in_dim(x, n * keys, keys, 2)
-    own = None if bounds is None else tuple(jnp.clip(x - n * keys, 0, keys) for x in bounds)
-    return cut(k), cut(v), own, cut(bias)
-
-
 def _by_key_blocks(plan: Plan, q, k, v, bounds, bias, heads_BN, keys: int, options: dict[str, Any]):
     """The output, float32 and ungated, and lse2, put together from those over each block of keys."""
 
     def turn(carry, n):
         o, lse2 = carry
-        k_, v_, own, bias_ = _key_block(n, keys, k, v, bounds, bias)
-        o_, lse2_ = tpu_forward.run(plan, q, k_, v_, own, None, None, bias_, heads_BN, out_dtype=jnp.float32, **options)
+        k_, v_, own, bias_ = tpu_arrays.key_block(n, keys, k, v, bounds, bias)
+        o_, lse2_, *_ = tpu_forward.run(
+            plan, q, k_, v_, own, None, None, bias_, heads_BN, out_dtype=jnp.float32, **options
+        )
         if own is not None:
             some = (own[1] > own[0])[:, None]
             o_, lse2_ = jnp.where(some[..., None], o_, 0), jnp.where(some, lse2_, -NOTHING)

@@ -5,13 +5,18 @@ statistics of a row take one lane. Keys and values of a head stay in fast memory
 the last to the first in steps that ask for the scores of one tile while they finish the one before: nothing in a step
 waits for anything else in it. Only partial tiles are masked, as their scores are made. Logits are in log2 units, their
 scale folded into q.
+
+With a probe r for each row, tilts `t = r . k` beside the logits, what leaves is `sum p (1 - (t - mean t)) v`, its mean
+of values and of tilts too. The mean tilt is not known before the last tile, so values are summed twice, with weights p
+and p t; t is taken from its mean over what the row sees of the tile, so that rounding p t does not lose what tilts
+have in common. The matrix unit sums both weights, rounded as they are for values: those of a row then add up to 1.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +29,7 @@ from kernels_pallas.flash_attention.tpu_plan import HIDDEN, LOWEST, Plan, Tiles,
 from kernels_pallas.mosaic import Slots, product
 
 ONES = 16  # rows of ones under v^T: what bfloat16 tiles are made of
+SUMS = "acc", "acc_tilted"  # of values by weights, and by weights times tilts
 
 
 class RowTile:
@@ -48,7 +54,9 @@ class RowTile:
         plan, r = self.plan, self.refs
         q = r["q"][rows, :]
         r["qs"][rows, :] = (q.astype(jnp.float32) * plan.fold).astype(q.dtype)
-        r["acc"][:, rows] = jnp.zeros((r["acc"].shape[0], plan.blocks.sub_rows), jnp.float32)
+        for name in SUMS:
+            if name in r:
+                r[name][:, rows] = jnp.zeros((r[name].shape[0], plan.blocks.sub_rows), jnp.float32)
         total = jnp.zeros((8, plan.blocks.sub_rows), jnp.float32)
         top = jnp.full_like(total, LOWEST)
         if self.sink is not None:
@@ -62,12 +70,42 @@ class RowTile:
         else:  # eight partial sums, the sink in one of them
             r["l"][:, rows] = jnp.where(lax.broadcasted_iota(jnp.int32, total.shape, 0) == 0, total, 0.0)
 
-    def hidden(self, scores, tile, keys: slice, rows: slice):
-        """Scores [keys, rows] with those out of a row's interval hidden."""
+    def bounds(self, rows: slice):
+        """Lower and upper, [1, rows]; None where rows have none."""
         bounds, plan = self.refs["bounds"], self.plan
-        key = tile * plan.blocks.keys + keys.start + lax.broadcasted_iota(jnp.int32, scores.shape, 0)
-        low, high = bounds[0:1, rows] if plan.low else None, bounds[1:2, rows] if plan.high else None
-        return jnp.where(in_bounds(key, low, high), scores, HIDDEN)
+        return bounds[0:1, rows] if plan.low else None, bounds[1:2, rows] if plan.high else None
+
+    def seen(self, tile, keys: slice, rows: slice):
+        """Which scores are in a row's interval, [keys, rows]."""
+        blocks = self.plan.blocks
+        shape = blocks.sub_keys, blocks.sub_rows
+        key = tile * blocks.keys + keys.start + lax.broadcasted_iota(jnp.int32, shape, 0)
+        return in_bounds(key, *self.bounds(rows))
+
+    def tilts(self, tile, slot: int, rows: slice, masked: bool) -> None:
+        """Asks for the tilts of a tile, and for their mean over what a row sees of it."""
+        r, blocks = self.refs, self.plan.blocks
+        total = None
+        for keys in self.key_parts:
+            t = product(r["k"][self.at(tile, keys), :], r["probe"][rows, :], 1, 1)
+            if masked:
+                t = jnp.where(self.seen(tile, keys, rows), t, 0.0)
+            r["t"][slot, keys, rows] = t
+            part = fold8(t, jnp.sum)
+            total = part if total is None else total + part
+        share = 1 / blocks.keys
+        if masked:
+            low, high = self.bounds(rows)
+            start, end = tile * blocks.keys, (tile + 1) * blocks.keys
+            end = end if high is None else jnp.minimum(high, end)
+            count = end - (start if low is None else jnp.maximum(low, start))
+            share = 1 / jnp.maximum(count, 1).astype(jnp.float32)
+        r["t_mean"][slot, :, rows] = jnp.broadcast_to(total.sum(0, keepdims=True) * share, total.shape)
+
+    def at(self, tile, keys: slice):
+        """Where those keys of a tile are."""
+        blocks = self.plan.blocks
+        return pl.ds(pl.multiple_of(tile * blocks.keys + keys.start, blocks.sub_keys), blocks.sub_keys)
 
     def scores(self, tile, slot: int, masked: bool, row_parts: list[slice], opens: bool) -> None:
         """Asks for the scores of a tile, and their maxima by registers."""
@@ -77,20 +115,21 @@ class RowTile:
                 self.begin(rows)
             top = None
             for keys in self.key_parts:
-                at = pl.multiple_of(tile * plan.blocks.keys + keys.start, plan.blocks.sub_keys)
-                s = product(r["k"][pl.ds(at, plan.blocks.sub_keys), :], r["qs"][rows, :], 1, 1)
+                s = product(r["k"][self.at(tile, keys), :], r["qs"][rows, :], 1, 1)
                 if plan.cap is not None:
                     s = jnp.tanh(s) * plan.cap
                 if "bias" in r:
                     s += r["bias"][tile, :, keys].T[:, 0:1]
                 if masked:
-                    s = self.hidden(s, tile, keys, rows)
+                    s = jnp.where(self.seen(tile, keys, rows), s, HIDDEN)
                 r["s"][slot, keys, rows] = s
                 if not plan.bounded:
                     part = fold8(s, jnp.max)
                     top = part if top is None else jnp.maximum(top, part)
             if not plan.bounded:
                 r["top"][slot, :, rows] = top
+            if "probe" in r:
+                self.tilts(tile, slot, rows, masked)
 
     def finish(self, tile, slot: int, row_parts: list[slice], closes: bool = False) -> None:
         """Adds a tile's weighted values to the output; where it closes, the output is written."""
@@ -98,21 +137,30 @@ class RowTile:
         closing: list[tuple] = []
         for rows in row_parts:
             acc, total, new = r["acc"][:, rows], None if plan.blocks.ones else r["l"][:, rows], None
+            tilted = r["acc_tilted"][:, rows] if "probe" in r else None
             if not plan.bounded:
                 old = r["m"][0:1, rows]
                 new = jnp.maximum(old, r["top"][slot, :, rows].max(0, keepdims=True))
                 shrink = jnp.exp2(old - new)
-                acc, total = acc * shrink, None if total is None else total * shrink
+                acc, total, tilted = (None if x is None else x * shrink for x in (acc, total, tilted))
             for keys in self.key_parts:
                 s = r["s"][slot, keys, rows]
                 p = jnp.exp2(s if plan.bounded else s - new)
                 if total is not None:
                     total += fold8(p, jnp.sum)
-                acc += product(r["v"][tile, :, keys], p.astype(r["v"].dtype), 1, 0)
+                values = r["v"][tile, :, keys]
+                more = product(values, p.astype(values.dtype), 1, 0)
+                acc += more
+                if tilted is not None:
+                    mean = r["t_mean"][slot, 0:1, rows]
+                    tilts = r["t"][slot, keys, rows] - mean
+                    tilted += product(values, (p * tilts).astype(values.dtype), 1, 0) + more * mean
             if closes:  # when all parts' products have been asked for
-                closing.append((rows, acc, total, new))
+                closing.append((rows, acc, total, new, tilted))
                 continue
             r["acc"][:, rows] = acc
+            if tilted is not None:
+                r["acc_tilted"][:, rows] = tilted
             if total is not None:
                 r["l"][:, rows] = total
             if new is not None:
@@ -120,8 +168,8 @@ class RowTile:
         for part in closing:
             self.write(*part)
 
-    def write(self, rows: slice, acc, total, top) -> None:
-        """Writes the output of some rows, gated, and their log-sum-exp."""
+    def write(self, rows: slice, acc, total, top, tilted=None) -> None:
+        """Writes the output of some rows, gated, and their log-sum-exp; with a probe also what it is made of."""
         r = self.refs
         if total is None:
             inner = acc.shape[0] - ONES
@@ -129,6 +177,12 @@ class RowTile:
         else:
             total = total.sum(0, keepdims=True)
         total = jnp.maximum(total, 1e-30)
+        if tilted is not None:
+            inner, wide = acc.shape[0] - ONES, r["o"].shape[1]
+            mean_tilt = tilted[inner : inner + 1, :] / total
+            r["mean_tilt"][:, rows] = mean_tilt
+            r["mean"][rows, :] = (acc[:wide, :] * (1.0 / total)).astype(r["mean"].dtype).T
+            acc = acc * (1 + mean_tilt) - tilted
         gated = "gate" in r
         out = (acc[: r["o"].shape[1], :] * ((0.5 if gated else 1.0) / total)).astype(r["o"].dtype).T
         if gated:  # the logistic function by tanh, one operation of the unit where exp and a division are two
@@ -192,7 +246,8 @@ class RowTile:
         for rows in self.row_parts:
             self.begin(rows)
             total = None if self.plan.blocks.ones else r["l"][:, rows]
-            self.write(rows, r["acc"][:, rows], total, None if self.plan.bounded else r["m"][0:1, rows])
+            sums = [r[name][:, rows] if name in r else None for name in SUMS]
+            self.write(rows, sums[0], total, None if self.plan.bounded else r["m"][0:1, rows], sums[1])
 
 
 def _kernel(plan: Plan, names: tuple[str, ...], tiles: Tiles, table, *refs) -> None:
@@ -201,6 +256,16 @@ def _kernel(plan: Plan, names: tuple[str, ...], tiles: Tiles, table, *refs) -> N
     at = tiles.at(b, i)
     sink = refs["sinks"][h] if "sinks" in refs else None
     RowTile(plan, refs, tuple(table[at + n] for n in range(tiles.numbers)), sink).walk()
+
+
+class Output(NamedTuple):
+    """Of `run`: o [B, H, T, e] and the log-sum-exp in log2 units [B, H, T]; with a probe the means of values, like o,
+    and of tilts [B, H, T]."""
+
+    o: jax.Array
+    lse2: jax.Array
+    mean: jax.Array | None
+    mean_tilt: jax.Array | None
 
 
 def run(
@@ -213,15 +278,17 @@ def run(
     gate_BHTe: jax.Array | None,
     bias_BKS: jax.Array | None,
     heads_BN: jax.Array | None = None,
+    probe_BHTd: jax.Array | None = None,
     *,
     out_dtype: Any,
     vmem: int,
     interpret: Any,
-) -> tuple[jax.Array, jax.Array]:
-    """o [B, H, T, e] and the log-sum-exp in log2 units [B, H, T].
+) -> Output:
+    """Attention of whole row tiles over whole key tiles.
 
-    T and S are whole tiles; `bounds` is None where every row sees all keys. `heads_BN` is the key head of each tile
-    of packed rows, for which H is 1; None: query heads share key heads evenly.
+    `bounds` is None where every row sees all keys. `heads_BN` is the key head of each tile of packed rows, for which H
+    is 1; None: query heads share key heads evenly. `probe_BHTd` is like q; with it there are neither sinks nor a bias,
+    and `plan.blocks.ones` is so.
     """
     blocks, (B, H, T, d), (K, S, e) = plan.blocks, q_BHTd.shape, v_BKSe.shape[1:]
     key_tiles = S // blocks.keys
@@ -253,7 +320,30 @@ def run(
     slots.output("o", (B, H, T, e), out_dtype, row(e))
     lse_spec = pl.BlockSpec((None, None, 1, blocks.rows), lambda b, h, i, *_: (b, h, 0, i))
     slots.output("lse", (B, H, 1, T), jnp.float32, lse_spec)
-    slots.scratch("qs", (blocks.rows, d), q_BHTd.dtype)
+    if probe_BHTd is not None:
+        slots.input("probe", probe_BHTd, row(d))
+        slots.output("mean", (B, H, T, e), out_dtype, row(e))
+        slots.output("mean_tilt", (B, H, 1, T), jnp.float32, lse_spec)
+    _scratch(slots, plan, height, d)
+    found = slots.call(
+        functools.partial(_kernel, plan, slots.names(), tiles),
+        table.reshape(-1),
+        grid=(B, H, T // blocks.rows),
+        semantics=("parallel", "parallel", "arbitrary"),
+        name="parallax_forward" if probe_BHTd is not None else "routed_forward" if tiles.packed else "flash_forward",
+        scope="flash_attention",
+        checked=tiles.packed,
+        vmem=vmem,
+        interpret=interpret,
+    )
+    mean_tilt = found["mean_tilt"][:, :, 0] if probe_BHTd is not None else None
+    return Output(found["o"], found["lse"][:, :, 0], found.get("mean"), mean_tilt)
+
+
+def _scratch(slots: Slots, plan: Plan, height: int, width: int) -> None:
+    """What a row tile keeps: its queries, sums of so many rows, and the scores of two key tiles."""
+    blocks = plan.blocks
+    slots.scratch("qs", (blocks.rows, width), slots.inputs["q"][0].dtype)
     slots.scratch("acc", (height, blocks.rows), jnp.float32)
     slots.scratch("s", (2, blocks.keys, blocks.rows), jnp.float32)
     if not plan.bounded:
@@ -261,15 +351,7 @@ def run(
         slots.scratch("top", (2, 8, blocks.rows), jnp.float32)
     if not blocks.ones:
         slots.scratch("l", (8, blocks.rows), jnp.float32)
-    found = slots.call(
-        functools.partial(_kernel, plan, slots.names(), tiles),
-        table.reshape(-1),
-        grid=(B, H, T // blocks.rows),
-        semantics=("parallel", "parallel", "arbitrary"),
-        name="routed_forward" if tiles.packed else "flash_forward",
-        scope="flash_attention",
-        checked=tiles.packed,
-        vmem=vmem,
-        interpret=interpret,
-    )
-    return found["o"], found["lse"][:, :, 0]
+    if "probe" in slots.inputs:
+        slots.scratch("acc_tilted", (height, blocks.rows), jnp.float32)
+        slots.scratch("t", (2, blocks.keys, blocks.rows), jnp.float32)
+        slots.scratch("t_mean", (2, 8, blocks.rows), jnp.float32)

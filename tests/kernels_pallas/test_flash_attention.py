@@ -35,7 +35,10 @@ AXES = {
 # Two row tiles, of each of which the second half of the rows sees the last key tile alone.
 HALVED = dict(mask="causal", length=400, widths=(64, 40), heads=(1, 2, 1), dtype="float32", tiles="rows in parts",
               key_blocks=False, sinks=True, gate=True, bias=None, cap=None)  # fmt: skip
-CASES = [*pairwise.cases(AXES), HALVED]
+# A row tile in which some rows see all of a block of keys, and others, of the next document, nothing of it.
+APART = dict(mask="packed", length=400, widths=(64, 40), heads=(1, 2, 1), dtype="float32", tiles="keys in parts",
+             key_blocks=True, sinks=False, gate=False, bias=None, cap=None)  # fmt: skip
+CASES = [*pairwise.cases(AXES), HALVED, APART]
 KEYS = 300  # of masks whose queries are not the keys
 
 

@@ -1,0 +1,74 @@
+"""Parallax by tiles: softmax attention tilted along a probe (Zuo et al. 2026, arXiv:2605.29157, algorithm 1).
+
+The kernels are those of `kernels_pallas.flash_attention`, which take the probe as one more array of rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from kernels_pallas import tuning
+from kernels_pallas.flash_attention.call import Call, check_arrays
+from kernels_pallas.parallax_attention import tpu
+from kernels_pallas.parallax_attention.definition import definition
+from kernels_pallas.parallax_attention.gradient import attention
+
+__all__ = ["definition", "parallax_attention", "tpu_kernel_runs"]
+
+
+def parallax_attention(
+    q: jax.Array,
+    probe: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    starts: jax.Array | None = None,
+    ends: jax.Array | None = None,
+    scale: float | None = None,
+    interpret: Any = False,
+    blocks: tuning.Blocks | None = None,
+    keys_seen: bool = False,
+) -> jax.Array:
+    """`o[t] = sum_s p[t, s] (1 - (tilt[t, s] - sum_j p[t, j] tilt[t, j])) v[s]` over the keys that row `t` sees.
+
+    `p = softmax_s(scale * q[t] . k[s])` and `tilt[t, s] = probe[t] . k[s]`, which is not scaled.
+
+    Args:
+      q, probe: queries and probes [B, T, H, d]; k: keys [B, S, K, d]; v: values [B, S, K, e]; all bfloat16, or all
+        float32. `H % K == 0`: query head `h` reads key head `h // (H / K)`.
+      starts, ends: int [B, T] or [1, T]. Row `t` sees the keys `starts[t] <= s < ends[t]`; None: from the first key,
+        to the last.
+      scale: of the logits; `d ** -0.5` by default.
+      interpret: as in `flash_attention`; not interpreted, the kernels are for TPU.
+      blocks: tile sizes; by default those of `tuning`. `ones` counts for nothing: the matrix unit adds up weights.
+      keys_seen: as in `flash_attention`.
+
+    Returns:
+      o [B, T, H, e] in the dtype of q. Differentiable (reverse mode) in q, probe, k and v; kept for the backward are o,
+      the mean `sum_s p[t, s] v[s]` of the same shape, and two numbers a row and head. A row that sees nothing has
+      o = 0 and gradients 0. What no row sees, NaN included, changes nothing.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit.
+    """
+    _check(q, probe, k, v, starts, ends)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    call = Call(
+        "tpu", tuning.kind(), scale, None, interpret, blocks, True, starts is not None, ends is not None, keys_seen
+    )
+    return attention(call, q, probe, k, v, starts, ends)
+
+
+def tpu_kernel_runs(q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruct, v: jax.ShapeDtypeStruct) -> dict[str, int]:
+    """How often a forward and a backward run each kernel, by name: more than once for very many keys."""
+    return tpu.kernel_runs(Call("tpu", tuning.kind(), 1.0, None, False, None, True, False, False), q, k, v)
+
+
+def _check(q, probe, k, v, starts, ends) -> None:
+    check_arrays("parallax_attention", q, k, v, starts, ends)
+    if probe.shape != q.shape or probe.dtype != q.dtype:
+        raise ValueError(
+            f"parallax_attention: probe {probe.shape} {probe.dtype}; expected those of q, {q.shape} {q.dtype}"
+        )

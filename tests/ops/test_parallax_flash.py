@@ -1,0 +1,63 @@
+"""Our kernels as an implementation of Parallax: when they are chosen, what they cost, and split over devices."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab.ops import Mask, parallax_flash
+from attnlab.ops.attention_frame import AttentionSpec
+from attnlab.ops.dispatch import interpreted
+from attnlab.ops.parallax import PARALLAX, parallax
+from attnlab.parallel import partition
+from attnlab.train import sharding
+from attnlab.train.config import MeshConfig
+from tests.ops.devices import on
+
+
+def spec(**changes):
+    facts = dict(batch=2, queries=4096, keys=4096, heads=8, kv_heads=2, width=128, value_width=64, dtype="bfloat16",
+                 causal=True, window=None, intervals=False, soft_cap=False, sinks=False)  # fmt: skip
+    return AttentionSpec(**(facts | changes))
+
+
+def test_auto():
+    """On TPU, but for what is shorter than a tile, and float64."""
+    with on("TPU v6e"):
+        for changes in ({}, {"intervals": True}, {"causal": False}, {"queries": 1000, "keys": 1000}, {"kv_heads": 8}):
+            assert PARALLAX.pick(spec(**changes)) == "flash", changes
+        for changes in ({"queries": 64, "keys": 64}, {"keys": 100}, {"dtype": "float64"}):
+            assert PARALLAX.pick(spec(**changes)) == "xla", changes
+    assert PARALLAX.pick(spec()) == "xla"
+
+
+def test_kernel_flops():
+    """Four products of the visible pairs forward, eight backward; a run over a part of the keys is that part."""
+    pairs = 2.0 * 2 * 8 * 4096 * 4097 / 2
+    with on("TPU v6e"):
+        assert parallax_flash.kernel_flops(spec()) == {
+            "parallax_forward": pytest.approx(pairs * (2 * 128 + 2 * 64)),
+            "parallax_backward": pytest.approx(pairs * (6 * 128 + 2 * 64)),
+        }
+        long = parallax_flash.kernel_flops(spec(queries=1024, keys=1_000_000, causal=False))
+    runs = 2.0 * 2 * 8 * 1024 * 1e6 * 384 / long["parallax_forward"]
+    assert runs == pytest.approx(round(runs)) and runs > 1
+
+
+def test_queries_split_over_devices():
+    """The same where each of two devices has half of the causal queries, dealt out."""
+    rng = np.random.default_rng(0)
+    normal = lambda heads: jnp.asarray(rng.normal(size=(1, 32, heads, 16)), jnp.float32)
+    arrays, do = [normal(2), normal(2), normal(1), normal(1)], normal(2)
+
+    def run(impl):
+        o, vjp = jax.vjp(lambda *a: parallax(*a, Mask(causal=True), impl=impl), *arrays)
+        return o, *vjp(do)
+
+    devices = sharding.make_mesh(MeshConfig(data=1, context=2), 1)
+    with interpreted():
+        results = jax.jit(partition.traced(lambda: run("flash"), devices, sharding.ACTIVATION_RULES))()
+    for a, b in zip(results, jax.jit(lambda: run("definition"))(), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
