@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
-import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from attnlab.launch import llo
-from attnlab.launch.schedules_linear_recurrence import BATCH, HEADS, LENGTH, PARTS, WIDTH, facts
+from attnlab.launch.schedules_linear_recurrence import BATCH, HEADS, LENGTH, WIDTH, both
 from kernels_pallas import tuning
 from kernels_pallas.delta_rule import Sizes, default_sizes, delta_rule
 
@@ -38,19 +35,7 @@ def compile_case(packed: bool, target: Any, chip: str, sizes: Sizes) -> None:
 
 
 def measure(name: str, chip: str, folder: pathlib.Path, target: Any, sizes: Sizes | None = None):
-    """Facts of both kernels of a case, by direction. The dump goes to `folder` (`llo.arguments`)."""
+    """See `both`, of a case."""
     of = jax.ShapeDtypeStruct((BATCH, LENGTH, HEADS, WIDTH), "bfloat16")
     sizes = sizes or default_sizes(of, of, chip)
-    llo.clear(folder)
-    started = time.process_time()
-    compile_case(CASES[name], target, chip, sizes)
-    seconds = round(time.process_time() - started, 1)
-    found = {}
-    for part, heads in zip(PARTS, (sizes.forward_heads, sizes.backward_heads)):
-        (root,) = llo.kernels(folder, f"{NAME}_{part}", chip)
-        found[part] = facts(root, chip, sizes.chunk * sizes.chunks * heads) | {
-            "vmem": llo.vmem(folder, f"{NAME}_{part}"),
-            "sizes": dataclasses.asdict(sizes),
-            "compile_cpu_seconds": seconds,
-        }
-    return found
+    return both(NAME, sizes, chip, folder, lambda: compile_case(CASES[name], target, chip, sizes))

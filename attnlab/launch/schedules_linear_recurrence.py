@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -75,21 +76,28 @@ def facts(root: llo.Region, chip: str, work: int) -> dict[str, Any]:
     }
 
 
-def measure(name: str, chip: str, folder: pathlib.Path, target: Any, sizes: Sizes | None = None):
-    """Facts of both kernels of a case, by direction. The dump goes to `folder` (`llo.arguments`)."""
-    case = CASES[name]
-    of = lambda width: jax.ShapeDtypeStruct((BATCH, LENGTH, HEADS, width), "bfloat16")
-    sizes = sizes or default_sizes(of(WIDTH), of(case.value_width), chip)
+def both(
+    kernel: str, sizes: Sizes, chip: str, folder: pathlib.Path, compile_both: Callable[[], None]
+) -> dict[str, dict[str, Any]]:
+    """Facts of a kernel's two directions, by direction. The dump goes to `folder` (`llo.arguments`)."""
     llo.clear(folder)
     started = time.process_time()
-    compile_case(case, target, chip, sizes)
+    compile_both()
     seconds = round(time.process_time() - started, 1)
     found = {}
     for part, heads in zip(PARTS, (sizes.forward_heads, sizes.backward_heads)):
-        (root,) = llo.kernels(folder, f"linear_recurrence_{part}", chip)
+        (root,) = llo.kernels(folder, f"{kernel}_{part}", chip)
         found[part] = facts(root, chip, sizes.chunk * sizes.chunks * heads) | {
-            "vmem": llo.vmem(folder, f"linear_recurrence_{part}"),
+            "vmem": llo.vmem(folder, f"{kernel}_{part}"),
             "sizes": dataclasses.asdict(sizes),
             "compile_cpu_seconds": seconds,
         }
     return found
+
+
+def measure(name: str, chip: str, folder: pathlib.Path, target: Any, sizes: Sizes | None = None):
+    """See `both`, of a case."""
+    case = CASES[name]
+    of = lambda width: jax.ShapeDtypeStruct((BATCH, LENGTH, HEADS, width), "bfloat16")
+    sizes = sizes or default_sizes(of(WIDTH), of(case.value_width), chip)
+    return both(NAME, sizes, chip, folder, lambda: compile_case(case, target, chip, sizes))
