@@ -111,7 +111,7 @@ def test_numbers_are_those_of_results(written):
     assert again == results and results.created is not None
     main, runs = page.table("heldout_loss (primary"), again.runs
     for arm in again.plan.arms:
-        row = next(row for name, row in main.items() if name == arm or name.startswith(f"{arm}model."))
+        row = next(row for name, row in main.items() if name == arm or name.startswith(f"{arm}name = "))
         values = [run.final["heldout_loss"] for run in runs if run.arm == arm and run.status == "done"]
         assert exact(row["heldout_loss, mean ± sd"]) == pytest.approx(np.mean(values), rel=1e-15)
         assert rounds(row["heldout_loss, mean ± sd"]["text"], np.mean(values))
