@@ -11,7 +11,15 @@ import jax.numpy as jnp
 from kernels_pallas import tuning
 from kernels_pallas.delta_rule import plan as plan_lib
 from kernels_pallas.delta_rule.gradient import rule
-from kernels_pallas.linear_recurrence.plan import Plan, Sizes, check_sizes, padded_width, side_by_side
+from kernels_pallas.linear_recurrence.plan import (
+    Plan,
+    Sizes,
+    check_arrays,
+    check_shape,
+    check_sizes,
+    padded_width,
+    side_by_side,
+)
 
 __all__ = ["Sizes", "default_sizes", "delta_rule", "kernel_flops"]
 
@@ -95,27 +103,6 @@ def kernel_flops(q: jax.ShapeDtypeStruct, v: jax.ShapeDtypeStruct, kind: str) ->
 
 
 def _check(q, k, v, log_decay, beta, starts, state) -> None:
-    def need(ok: bool, what: str) -> None:
-        if not ok:
-            raise ValueError(f"delta_rule: {what}")
-
-    shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
-    need(
-        q.ndim == v.ndim == 4 and q.shape == k.shape and v.shape[:3] == q.shape[:3],
-        f"{shapes} do not fit; expected q, k [B, T, H, d], v [B, T, H, e]",
-    )
-    need(min(*q.shape, v.shape[3]) > 0, f"{shapes}; no size may be 0")
-    need(
-        q.dtype == k.dtype == v.dtype and q.dtype in ("bfloat16", "float32"),
-        f"q {q.dtype}, k {k.dtype}, v {v.dtype}; allowed: all bfloat16, or all float32",
-    )
-    B, T, H, d = q.shape
-    for name, x, expected in (
-        ("log_decay", log_decay, (B, T, H)),
-        ("beta", beta, (B, T, H)),
-        ("starts", starts, (B, T)),
-        ("state", state, (B, H, d, v.shape[3])),
-    ):
-        need(x is None or x.shape == expected, f"{name} {getattr(x, 'shape', ())}; expected {list(expected)}")
-    need(starts is None or starts.dtype.kind == "i", f"starts {getattr(starts, 'dtype', '')}; expected signed integers")
-    need(state is None or state.dtype == jnp.float32, f"state {getattr(state, 'dtype', '')}; expected float32")
+    rows = check_arrays("delta_rule", q, k, v, "v", starts, state)
+    check_shape("delta_rule", "log_decay", log_decay, rows)
+    check_shape("delta_rule", "beta", beta, rows)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels_pallas.delta_rule.plan import DeltaBlocks, backward_flops
-from kernels_pallas.linear_recurrence.chunk import Step, Unit, iota, lockstep, over_lanes, over_sublanes
+from kernels_pallas.linear_recurrence.chunk import Step, Unit, lockstep, total
 from kernels_pallas.linear_recurrence.plan import Plan, from_rows
 from kernels_pallas.mosaic import product
 
@@ -113,20 +113,9 @@ class Backward(Step):
         self.store("dk", m, h, dk_read + dk_written)
         if self.plan.wants_decay:
             passed = _wide(q) * dq + _wide(k) * (dk_read - dk_written)
-            self._decay(m, h, passed, _wide(k) * far_written, carry)
+            behind = total(_wide(k) * far_written) + total(self.states[m, h] * self.dstate[h] * carry[:, :e])
+            self.store_decay(m, h, passed, behind)
         self.dstate[h] = self.dstate[h] * carry[:, :e] + new
-
-    def _decay(self, m: int, h: int, passed, kept, carry) -> None:
-        """See `kernels_pallas.linear_recurrence.tpu_backward`."""
-        (*_, e), C = self.plan.shape, self.plan.sizes.chunk
-        behind = over_sublanes(over_lanes(kept))
-        behind += over_sublanes(over_lanes(self.states[m, h] * self.dstate[h] * carry[:, :e]))
-        each = over_lanes(passed) + jnp.where(iota((C, 1), 0) == C - 1, behind, 0)
-        mask = self.lower
-        if self.plan.documents:  # rows: later positions; the first of a document carries nothing over
-            first, here = self.r["starts"][0, m], self.col + self.start(m)
-            mask &= (here >= self.masks(m).begins) & (here != first)
-        self.r["dlogs"][0, h, m] = over_sublanes(jnp.where(mask, each, 0))
 
 
 def _kernel(plan: Plan, heads: int, names: tuple[str, ...], *refs) -> None:

@@ -107,28 +107,5 @@ def _heads_first(x: jax.Array) -> jax.Array:
 
 
 def _check(q, k, u, log_decay, starts, state) -> None:
-    def need(ok: bool, what: str) -> None:
-        if not ok:
-            raise ValueError(f"linear_recurrence: {what}")
-
-    shapes = f"q {q.shape}, k {k.shape}, u {u.shape}"
-    need(
-        q.ndim == u.ndim == 4 and q.shape == k.shape and u.shape[:3] == q.shape[:3],
-        f"{shapes} do not fit; expected q, k [B, T, H, d], u [B, T, H, e]",
-    )
-    need(min(*q.shape, u.shape[3]) > 0, f"{shapes}; no size may be 0")
-    dtypes = q.dtype, k.dtype, u.dtype
-    need(
-        len(set(dtypes)) == 1 and q.dtype in ("bfloat16", "float32"),
-        f"q {q.dtype}, k {k.dtype}, u {u.dtype}; allowed: all bfloat16, or all float32",
-    )
-    B, T, H, d = q.shape
-    for name, x, allowed in (
-        ("log_decay", log_decay, ((H,), (B, T, H))),
-        ("starts", starts, ((B, T),)),
-        ("state", state, ((B, H, d, u.shape[3]),)),
-    ):
-        expected = " or ".join(str(list(shape)) for shape in allowed)
-        need(x is None or x.shape in allowed, f"{name} {getattr(x, 'shape', ())}; expected {expected}")
-    need(starts is None or starts.dtype.kind == "i", f"starts {getattr(starts, 'dtype', '')}; expected signed integers")
-    need(state is None or state.dtype == jnp.float32, f"state {getattr(state, 'dtype', '')}; expected float32")
+    B, T, H = plan_lib.check_arrays("linear_recurrence", q, k, u, "u", starts, state)
+    plan_lib.check_shape("linear_recurrence", "log_decay", log_decay, (H,), (B, T, H))

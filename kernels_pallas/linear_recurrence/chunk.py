@@ -70,6 +70,11 @@ def over_lanes(x: jax.Array) -> jax.Array:
     return jnp.sum(x, axis=1, keepdims=True)
 
 
+def total(x: jax.Array) -> jax.Array:
+    """The sum of all, [1, 1]."""
+    return over_sublanes(over_lanes(x))
+
+
 def over_sublanes(x: jax.Array) -> jax.Array:
     """The sum over the first axis, [1, w]."""
     return jnp.sum(x, axis=0, keepdims=True)
@@ -180,6 +185,21 @@ class Step:
             read, left = jnp.where(masks.read, read, 0), jnp.where(masks.write, left, _NEVER)
             carry = jnp.where(masks.carry, carry, 0)
         return Weights(pairs, read, jnp.exp2(left), carry)
+
+    def store_decay(self, m: int, h: int, passed: jax.Array, behind: jax.Array) -> None:
+        """Writes the gradient of the log decays: what is asked for from a position on, of what was written before it.
+
+        Args:
+          passed: [C, w], what a position asks for of what is before it, less what is asked for of what it writes.
+          behind: [1, 1], what is asked for behind the chunk.
+        """
+        C = self.plan.sizes.chunk
+        each = over_lanes(passed) + jnp.where(iota((C, 1), 0) == C - 1, behind, 0)
+        mask = self.lower
+        if self.plan.documents:  # rows: later positions; the first of a document carries nothing over
+            first, here = self.r["starts"][0, m], self.col + self.start(m)
+            mask &= (here >= self.masks(m).begins) & (here != first)
+        self.r["dlogs"][0, h, m] = over_sublanes(jnp.where(mask, each, 0))
 
     def read_row(self, m: int, h: int) -> jax.Array:
         """`read` as a row, [1, C]."""

@@ -109,6 +109,39 @@ def side_by_side(x_BTHw: jax.Array, width: int) -> jax.Array:
     return x.reshape(*x.shape[:2], -1)
 
 
+def check_shape(kernel: str, name: str, x: jax.Array | None, *allowed: tuple[int, ...]) -> None:
+    """Raises ValueError for an array of another shape; None is allowed."""
+    if x is not None and x.shape not in allowed:
+        expected = " or ".join(str(list(shape)) for shape in allowed)
+        raise ValueError(f"{kernel}: {name} {x.shape}; expected {expected}")
+
+
+def check_arrays(
+    kernel: str, q: jax.Array, k: jax.Array, u: jax.Array, name: str, starts: jax.Array | None, state: jax.Array | None
+) -> tuple[int, int, int]:
+    """B, T and H; raises ValueError for what does not fit. `name`: of the values `u`."""
+
+    def need(ok: bool, what: str) -> None:
+        if not ok:
+            raise ValueError(f"{kernel}: {what}")
+
+    need(
+        q.ndim == u.ndim == 4 and q.shape == k.shape and u.shape[:3] == q.shape[:3],
+        f"q {q.shape}, k {k.shape}, {name} {u.shape} do not fit; expected q, k [B, T, H, d], {name} [B, T, H, e]",
+    )
+    need(min(*q.shape, u.shape[3]) > 0, f"q {q.shape}, k {k.shape}, {name} {u.shape}; no size may be 0")
+    need(
+        q.dtype == k.dtype == u.dtype and q.dtype in ("bfloat16", "float32"),
+        f"q {q.dtype}, k {k.dtype}, {name} {u.dtype}; allowed: all bfloat16, or all float32",
+    )
+    B, T, H, d = q.shape
+    check_shape(kernel, "starts", starts, (B, T))
+    check_shape(kernel, "state", state, (B, H, d, u.shape[3]))
+    need(starts is None or starts.dtype.kind == "i", f"starts {getattr(starts, 'dtype', '')}; expected signed integers")
+    need(state is None or state.dtype == jnp.float32, f"state {getattr(state, 'dtype', '')}; expected float32")
+    return B, T, H
+
+
 def check_sizes(kernel: str, sizes: Sizes, heads: int, width: int, value_width: int) -> None:
     """Raises ValueError for blocks that a call with so many heads of padded widths cannot take."""
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels_pallas.linear_recurrence.chunk import Step, Unit, iota, lockstep, over_lanes, over_sublanes
+from kernels_pallas.linear_recurrence.chunk import Step, Unit, lockstep, over_lanes, total
 from kernels_pallas.linear_recurrence.plan import Blocks, Plan, as_rows, from_rows
 from kernels_pallas.mosaic import product
 
@@ -92,29 +92,13 @@ class Backward(Step):
         self.store("dk", m, h, dk)
         self.store("du", m, h, near[2] + far[2] * write[:, :e])
         if self.plan.wants_decay:
-            self._decay(m, h, _wide(q) * dq - _wide(k) * dk, _wide(k) * dk_far, carry)
+            behind = total(_wide(k) * dk_far) + total(self.states[m, h] * self.dstate[h] * carry[:, :e])
+            if column is not None:
+                behind += carry[:, :1] * over_lanes(self.sums[m, h] * self.dsums[h])
+            self.store_decay(m, h, _wide(q) * dq - _wide(k) * dk, behind)
         self.dstate[h] = self.dstate[h] * carry[:, :e] + new
         if column is not None:
             column.finish(p, k, asked, carry)
-
-    def _decay(self, m: int, h: int, passed, kept, carry) -> None:
-        """The gradient of the log decays: what is asked for from a position on, of what was written before it.
-
-        Args:
-          passed: [C, d], `q dq - k dk`: what a position asks for, less what is asked for of what it writes.
-          kept: [C, d], `k dk` of what is asked for behind the chunk.
-        """
-        (*_, e), C = self.plan.shape, self.plan.sizes.chunk
-        behind = over_sublanes(over_lanes(kept))
-        behind += over_sublanes(over_lanes(self.states[m, h] * self.dstate[h] * carry[:, :e]))
-        if self.plan.column:
-            behind += carry[:, :1] * over_lanes(self.sums[m, h] * self.dsums[h])
-        each = over_lanes(passed) + jnp.where(iota((C, 1), 0) == C - 1, behind, 0)
-        mask = self.lower
-        if self.plan.documents:  # rows: later positions; the first of a document carries nothing over
-            first, here = self.r["starts"][0, m], self.col + self.start(m)
-            mask &= (here >= self.masks(m).begins) & (here != first)
-        self.r["dlogs"][0, h, m] = over_sublanes(jnp.where(mask, each, 0))
 
 
 class Column:
