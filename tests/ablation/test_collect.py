@@ -41,7 +41,15 @@ def fake(path, *, mixer="softmax", seed=0, loss=2.0, steps=12, end=None, device=
     for step in range(1, end + 1):
         timed = {"step_seconds": None if step == 1 else 0.5, "tokens_per_second": None if step == 1 else 512.0}
         lines.append(
-            {"step": step, "loss": loss + 1 / step, "tokens": 256 * step, **timed, "grad_norm": 1.0, "nonfinite": 0.0}
+            {
+                "step": step,
+                "loss": loss + 1 / step,
+                "tokens": 256 * step,
+                **timed,
+                "grad_norm": 1.0,
+                "nonfinite": 0.0,
+                "peak_bytes": 100 + step,
+            }
         )
     for line in lines:
         if line["step"] % 6 == 0:
@@ -96,7 +104,7 @@ def test_what_is_read_of_a_run(tmp_path):
     cost = collect.model_cost(config.model, config.data.length)
     assert (run.cost.parameters, run.cost.state_bytes) == (cost.parameters, cost.state_bytes)
     assert run.curve["flops"][-1] == 3072 * 3 * cost.total_flops
-    assert run.cost.tokens_per_second == 512
+    assert run.cost.tokens_per_second == 512 and run.cost.peak_bytes == 100 + run.curve["step"][-1]
 
 
 def test_how_runs_ended(tmp_path):

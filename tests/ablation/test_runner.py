@@ -38,6 +38,7 @@ def names(found, event):
 def test_a_plan(tmp_path, attnlab, source):
     """Arms take turns, seeds share a program, a diverging arm is told and not fatal (3), and nothing is run again."""
     arms = {"plain": {}, "wide": {"data.batch": 4, "train.steps": 12}, "bad": {"optimizer.learning_rate": 1e20}}
+    arms["bad"] |= {"model.mixers.M": "gated"}
     tree = plans.tree(source, arms=arms, equal={"what": "tokens"})
     tree["base"]["train"]["max_nonfinite"] = 2
     tree["base"]["optimizer"]["clip"] = None
@@ -53,7 +54,9 @@ def test_a_plan(tmp_path, attnlab, source):
     assert "not finite" in failed["reason"] and failed["tail"]
     assert "failed: bad/seed0" in out and (work / "report.html").is_file()
     results = json.loads((work / "results.json").read_text())
-    assert list(results["plan"]["arms"]["wide"]["config_diff"]) == ["data.batch", "train.steps"]
+    differing = {arm: sorted(node["config_diff"]) for arm, node in results["plan"]["arms"].items()}
+    assert differing["wide"] == ["data.batch", "train.steps"]
+    assert differing["bad"] == ["model.mixers.M.name", "optimizer.learning_rate"]  # no knob at its default
     assert results["plan"]["hash"] == json.loads((work / "plan.json").read_text())["hash"]
     assert results["plan"]["equal"]["residual"] == {"plain": 0, "wide": 0, "bad": 0}
     by_name = {(r["arm"], r["seed"]): r for r in results["runs"]}
