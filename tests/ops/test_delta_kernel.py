@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from attnlab import ops
-from attnlab.errors import UserError
 from attnlab.ops.delta_rule import DELTA_RULE, DeltaSpec, delta_rule
 from attnlab.ops.dispatch import interpreted
 from attnlab.parallel import partition
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
 from tests.ops.devices import on
+from tests.ops.recurrences import DOCUMENTS, assert_picked, assert_same
 
 
 def spec(**changes):
@@ -23,19 +23,7 @@ def spec(**changes):
 
 
 def test_auto():
-    """On TPU the kernel, on any kind; XLA's form takes what is shorter than a chunk, float64 and states too large."""
-    huge = {"width": 8192, "value_width": 8192}
-    for kind in ("TPU v5e", "TPU v5p", "TPU v6e", "TPU7x", "TPU v99"):
-        with on(kind):
-            for changes in ({}, {"dtype": "float32"}, {"heads": 25, "width": 96}, {"positions": 1000}):
-                assert DELTA_RULE.pick(spec(**changes)) == "pallas", changes
-            for changes in ({"positions": 63}, {"positions": 1}, {"dtype": "float64"}, huge):
-                assert DELTA_RULE.pick(spec(**changes)) == "chunked", changes
-            with pytest.raises(UserError, match="bfloat16 and float32, not float64"):
-                DELTA_RULE.pick(spec(dtype="float64"), "pallas")
-            with pytest.raises(UserError, match="state of 8192 x 8192 does not fit"):
-                DELTA_RULE.pick(spec(**huge), "pallas")
-    assert DELTA_RULE.pick(spec()) == "chunked"
+    assert_picked(DELTA_RULE, spec, 64)
 
 
 def test_kernel_flops():
@@ -57,9 +45,6 @@ def arrays(length=96):
     return q, k, v, -jnp.abs(normal(1, length, 2)), jax.nn.sigmoid(normal(1, length, 2)), normal(1, 2, 16, 16)
 
 
-DOCUMENTS = jnp.asarray([[0] * 30 + [1] * 18 + [2] * 40 + [3] * 8])
-
-
 def value_and_gradients(impl, *arrays, wrap=lambda f: f):
     def loss(arrays):
         *inputs, state = arrays
@@ -68,11 +53,6 @@ def value_and_gradients(impl, *arrays, wrap=lambda f: f):
         return jnp.sum(jnp.sin(o)) + jnp.sum(jnp.sin(end)), (o, end)
 
     return jax.value_and_grad(loss, has_aux=True)(arrays)
-
-
-def assert_same(a, b, atol):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_allclose(x, y, atol=atol * max(1, np.abs(y).max()))
 
 
 def test_documents_states_and_remat():
