@@ -50,7 +50,7 @@ class Sight(NamedTuple):
       enters: [1, C], 1 where a position's document goes on from before the chunk, else 0.
       stays: [1, C], 1 where a key is of the document that goes on behind it.
       carry: [1, 1], 1 where that document was before it, too.
-      read: [C, 1] bool, `enters` as a column.
+      read, write: [C, 1] bool, `enters` and `stays` as columns.
     """
 
     pairs: jax.Array
@@ -59,6 +59,7 @@ class Sight(NamedTuple):
     stays: jax.Array | None = None
     carry: jax.Array | None = None
     read: jax.Array | None = None
+    write: jax.Array | None = None
 
 
 def across(x: jax.Array, width: int) -> jax.Array:
@@ -71,6 +72,11 @@ def across(x: jax.Array, width: int) -> jax.Array:
 def over_lanes(x: jax.Array) -> jax.Array:
     """The largest along lanes, [rows, 1]."""
     return jnp.max(x, axis=1, keepdims=True)
+
+
+def sum_over_lanes(x: jax.Array) -> jax.Array:
+    """[rows, 1], in float32."""
+    return jnp.sum(x.astype(jnp.float32), axis=1, keepdims=True)
 
 
 def times(x: jax.Array, by: jax.Array | None) -> jax.Array:
@@ -96,10 +102,19 @@ class Step(linear.Step):
             seen = self.row <= self.col if self.backward else self.lower
             self.r["pairs"][...] = jnp.where(seen, 1.0, 0.0)
 
-    def rows(self, m: Any) -> Any:
-        """Positions of chunk `m` in the block, a number, or a loop's."""
-        C = self.plan.sizes.chunk
-        return super().rows(m) if isinstance(m, int) else pl.ds(pl.multiple_of(m * C, C), C)
+    def place(self, name: str, m: Any, h: Any) -> tuple[Any, ...]:
+        """Where a chunk of a head is, either of them a number or a loop's."""
+        C, width = self.plan.sizes.chunk, self.r[name].shape[2] // self.heads
+        part = lambda i, size: pl.ds(i * size if isinstance(i, int) else pl.multiple_of(i * size, size), size)
+        return 0, part(m, C), part(h, width)
+
+    def each_head(self, do: Callable[[Any], None]) -> None:
+        """Heads one after the other: by a loop, where they are whole registers wide."""
+        if any(width % LANES for width in self.plan.shape[3:]):
+            for h in range(self.heads):
+                do(h)
+        else:
+            lax.fori_loop(0, self.heads, lambda h, _: do(h), None)
 
     def sight(self, m: Any) -> Sight:
         """Of chunk `m`."""
@@ -114,7 +129,7 @@ class Step(linear.Step):
             start, number = self.start(m), lambda mask: jnp.where(mask, 1.0, 0.0)
             stays = number(iota(own.shape, 1) + start >= own[:, -1:])
             enters, carry = number(own < start), number(masks.carry)
-            sight = Sight(masks.pairs, number(masks.pairs).astype(dtype), enters, stays, carry, masks.read)
+            sight = Sight(masks.pairs, number(masks.pairs).astype(dtype), enters, stays, carry, masks.read, masks.write)
         if isinstance(m, int):
             self._sights[m] = sight
         return sight
@@ -136,19 +151,9 @@ class Step(linear.Step):
         """1 / x, as exactly as products are."""
         return pl.reciprocal(x, approx=not self.exact)
 
-    def sums(self, weights: jax.Array, sight: Sight) -> tuple[jax.Array, jax.Array]:
-        """Of weights up to each position [rows, C], and of those that stay [rows, 128]."""
-        ones, C = sight.ones, self.plan.sizes.chunk
-        if self.backward:
-            stays = jnp.where(self.stays_column(ones), 1.0, 0.0).astype(ones.dtype)
-            found = product(weights, jnp.concatenate([ones, jnp.broadcast_to(stays, (C, LANES))], 1), 1, 0)
-        else:
-            found = product(weights, jnp.concatenate([ones, jnp.broadcast_to(ones[-1:], (LANES, C))]), 1, 1)
-        return found[:, :C], found[:, C:]
-
-    def stays_column(self, ones: jax.Array) -> jax.Array:
-        """What the last query sees, [C, 1] bool, where keys lie along sublanes."""
-        return ones[:, -1:].astype(jnp.float32) > 0
+    def sums(self, weights: jax.Array, sight: Sight) -> jax.Array:
+        """Of weights up to each position, [rows, C]."""
+        return product(weights, sight.ones, 1, 0 if self.backward else 1)
 
     def note(self, totals: jax.Array, h: int) -> None:
         """Remembers sums that are too small."""
@@ -180,7 +185,7 @@ class Step(linear.Step):
 
     # Chunks that are done again, with the numbers of chunks that loops have.
 
-    def levels(self, m: Any, h: int, logits: jax.Array, state: State, use: Callable[..., Any], found: Any) -> Any:
+    def levels(self, m: Any, h: Any, logits: jax.Array, state: State, use: Callable[..., Any], found: Any) -> Any:
         """Calls `use(weights, keep, totals, now, found)` against one high after the other; returns the last `found`.
 
         weights [rows, C] of keys, keep [rows, 128] of the state before; totals [rows, C] up to each position, and
@@ -201,7 +206,7 @@ class Step(linear.Step):
             power = lambda x: jnp.exp2(jnp.minimum(x, 0) * self.rate)
             weights = jnp.where(left, power(logits - across(high, C)), 0).astype(self.r["q"].dtype)
             keep = jnp.where(entering, power(high0 - high), 0)
-            totals = self.sums(weights, sight)[0] + times(across(total0 * keep, C), sight.enters)
+            totals = self.sums(weights, sight) + times(across(total0 * keep, C), sight.enters)
             now = left & (totals >= TINY)
             found = use(weights, keep, jnp.maximum(totals, TINY), now, found)
             pending = jnp.where(now, 0.0, pending)
@@ -220,6 +225,6 @@ class Step(linear.Step):
         high = jnp.maximum(jnp.where(carry > 0, state.high, LOWEST), over_lanes(logits))
         weights = jnp.exp2((logits - across(high, C)) * self.rate).astype(dtype)
         keep = jnp.where(carry > 0, jnp.exp2(jnp.minimum(state.high - high, 0) * self.rate), 0)
-        total = state.total * keep + jnp.sum(weights.astype(jnp.float32), axis=1, keepdims=True)
+        total = state.total * keep + sum_over_lanes(weights)
         values = state.values * across(keep, v.shape[1]) + product(weights, v, 1, 0)
         return weights, keep, State(high, total, values)

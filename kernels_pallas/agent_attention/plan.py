@@ -71,16 +71,16 @@ def forward_flops(plan: AgentPlan) -> int:
     """Of the kernel's products, padding included."""
     *_, d, e = plan.shape
     C, m = plan.sizes.chunk, plan.rows
-    return _flops(plan, 2 * m * d + m * (C + LANES) + m * (C + e) + (C + m) * e)
+    return _flops(plan, 2 * m * d + m * C + m * (C + e) + (C + m) * e)
 
 
 def backward_flops(plan: AgentPlan) -> int:
     """As `forward_flops`."""
     *_, d, e = plan.shape
     C, m = plan.sizes.chunk, plan.rows
-    again = 2 * m * d + m * (C + LANES) + m * e
-    pairs = (C + m) * e + 3 * m * C + m * (C + LANES)
-    return _flops(plan, again + pairs + C * e + 3 * m * e + 4 * m * d)
+    again = 2 * m * d + m * C + m * e
+    pairs = (C + m) * e + 4 * m * C + (C + m) * e
+    return _flops(plan, again + pairs + 2 * m * e + 4 * m * d)
 
 
 def _flops(plan: AgentPlan, each: int) -> int:

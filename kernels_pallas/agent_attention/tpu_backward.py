@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from kernels_pallas.agent_attention.chunk import TINY, State, Step, across, over_lanes, times
+from kernels_pallas.agent_attention.chunk import TINY, State, Step, across, over_lanes, sum_over_lanes, times
 from kernels_pallas.agent_attention.plan import LANES, AgentBlocks, AgentPlan, backward_flops
 from kernels_pallas.linear_recurrence.chunk import Unit, lockstep, over_sublanes
 from kernels_pallas.mosaic import product
@@ -57,7 +57,7 @@ class Backward(Step):
         self.kept: dict[tuple[int, int], Kept] = {}
         for m in chunks:
             lockstep(self.forward_unit(m, h) for h in heads)
-        self.dstate = [self.of_normal(h, self.state[h].total, r["dtotal"][h], r["dvalues"][h]) for h in heads]
+        self.dstate = [self.of_normal(self.state[h].total, r["dtotal"][h], r["dvalues"][h]) for h in heads]
         self.dagents = [r["dagents"][0, h] for h in heads]
         for m in reversed(chunks):
             lockstep(self.unit(m, h) for h in heads)
@@ -66,8 +66,7 @@ class Backward(Step):
 
         @pl.when(jnp.max(self.hit) > 0)
         def _():
-            for h in heads:
-                self.again(h)
+            self.each_head(self.again)
 
         @pl.when(self.last)
         def _():
@@ -76,16 +75,16 @@ class Backward(Step):
                 for h in heads:
                     r["dtotal_start"][0, h] = self.as_row(r["dtotal"][h])
 
-    def saved(self, h: int) -> State:
+    def saved(self, h: Any) -> State:
         """Before the block."""
         return self.of_log(self.column(self.r["log_saved"][0, 0, h]), self.r["values_saved"][0, 0, h])
 
-    def of_normal(self, h: int, total: jax.Array, dtotal: jax.Array, dvalues: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def of_normal(self, total: jax.Array, dtotal: jax.Array, dvalues: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Gradients of a state's sums by those of its normal state's: what its high changes drops out."""
         inverse = 1 / jnp.maximum(total, TINY)
         return dtotal * inverse, dvalues * across(inverse, dvalues.shape[1])
 
-    def leave(self, h: int, dagents: jax.Array, dtotal: jax.Array, dvalues: jax.Array) -> None:
+    def leave(self, h: Any, dagents: jax.Array, dtotal: jax.Array, dvalues: jax.Array) -> None:
         """For the block before."""
         self.r["dagents"][0, h], self.r["dtotal"][h], self.r["dvalues"][h] = dagents, dtotal, dvalues
 
@@ -101,8 +100,8 @@ class Backward(Step):
         weights = jnp.exp2((keys - across(high, C)) * self.rate).astype(dtype)
         keep = jnp.exp2((high0 - high) * self.rate)
         total0, values0 = total0 * keep, values0 * across(keep, e)
-        up_to, stay = self.sums(weights, sight)
-        new = product(times(weights, sight.stays).astype(dtype), v, 1, 0)
+        up_to, staying = self.sums(weights, sight), times(weights, sight.stays).astype(dtype)
+        new, stay = product(staying, v, 1, 0), sum_over_lanes(staying)
         yield
         totals = up_to + times(across(total0, C), sight.enters)
         self.note(totals, h)
@@ -120,49 +119,43 @@ class Backward(Step):
         weights, agents = kept.weights, self.r["agents"][0, h]
         slopes = product(jnp.concatenate([v, kept.values0.astype(dtype)]), do, 1, 1)
         yield
+        dtotal, dvalues = self.dstate[h]
+        dvalues_ = dvalues.astype(dtype)
         pairs = jnp.where(sight.pairs, slopes[:C], 0).astype(dtype)
         raw, sum_of_raw = self.raw_shares(kept.queries)
         inverse, shares = self.inverse(kept.totals), raw * self.inverse(sum_of_raw)
         read = shares * inverse
         read_ = read.astype(dtype)
         asked = product(weights, pairs, 1, 0) + times(slopes[C:], sight.enters)
-        passed = product(weights, read_, 0, 0)
+        passed = product(weights, jnp.concatenate([read_, dvalues_], 1), 0, 0)
+        far = product(dvalues_, v, 1, 1)
         yield
-        dtotal, dvalues = self.dstate[h]
-        dvalues_ = dvalues.astype(dtype)
         dshares = asked * inverse
-        dtotals = (-read * dshares).astype(dtype)
-        ones = jnp.concatenate([sight.ones, self.entering(sight, dtype)])
-        near, far = product(read_, pairs, 1, 1), product(dvalues_, v, 1, 1)
-        behind = product(dtotals, ones, 1, 1)
-        staying = times(weights, sight.stays).astype(dtype)
-        seen = jnp.where(sight.pairs, passed, 0).astype(dtype)
-        dv = product(seen, do, 1, 0) + product(staying, dvalues_, 0, 0)
-        before = product(times(read, sight.enters).astype(dtype), do, 1, 0)
+        dtotals = -read * dshares
+        seen = jnp.where(sight.pairs, passed[:, :C], 0).astype(dtype)
+        entering = times(read, sight.enters).astype(dtype)
+        near = product(jnp.concatenate([read_, dtotals.astype(dtype)], 1), jnp.concatenate([pairs, sight.ones], 1), 1, 1)
+        written = product(jnp.concatenate([seen, entering]), do, 1, 0)
+        behind = sum_over_lanes(times(dtotals, sight.enters))
         yield
-        self.store("dv", m, h, dv)
-        dlogits = self.dlogits(shares, dshares, weights * (near + behind[:, :C])
-                               + staying * (far + across(dtotal, C)))  # fmt: skip
+        after = passed[:, C:] if sight.write is None else jnp.where(sight.write, passed[:, C:], 0)
+        self.store("dv", m, h, written[:C] + after)
+        dkeys = weights * (near + times(far + across(dtotal, C), sight.stays))
+        dlogits = self.dlogits(shares, dshares, dkeys)
         dkq, dagents = product(dlogits, agents, 0, 0), product(dlogits, jnp.concatenate([k, q]), 1, 0)
         yield
         self.store("dk", m, h, dkq[:C])
         self.store("dq", m, h, dkq[C:])
         self.dagents[h] += dagents
-        dtotal, dvalues = times(dtotal, sight.carry) + behind[:, C:], times(dvalues, sight.carry) + before
+        dtotal, dvalues = times(dtotal, sight.carry) + behind, times(dvalues, sight.carry) + written[C:]
         self.dstate[h] = dtotal * kept.keep, dvalues * across(kept.keep, e)
-
-    def entering(self, sight, dtype) -> jax.Array:
-        """[128, C], the same in all rows."""
-        C = self.plan.sizes.chunk
-        row = jnp.ones((1, C), jnp.float32) if sight.enters is None else sight.enters
-        return jnp.broadcast_to(row.astype(dtype), (LANES, C))
 
     def dlogits(self, shares: jax.Array, dshares: jax.Array, dkeys: jax.Array) -> jax.Array:
         """Of keys and queries, [rows, 2 C]."""
         dqueries = shares * (dshares - over_sublanes(shares * dshares))
         return (jnp.concatenate([dkeys, dqueries], 1) * self.plan.scale).astype(self.r["q"].dtype)
 
-    def again(self, h: int) -> None:
+    def again(self, h: Any) -> None:
         """A head's block by `levels`."""
         r, chunks = self.r, self.plan.sizes.chunks
 
@@ -180,7 +173,7 @@ class Backward(Step):
         chunk = lambda n, carried: self.chunk_again(chunks - 1 - n, h, *carried)
         self.leave(h, *lax.fori_loop(0, chunks, chunk, carried))
 
-    def chunk_again(self, m: Any, h: int, dagents: jax.Array, dtotal: jax.Array, dvalues: jax.Array):
+    def chunk_again(self, m: Any, h: Any, dagents: jax.Array, dtotal: jax.Array, dvalues: jax.Array):
         """The gradients before a chunk, of agents and of a normal state's sums, from those after it."""
         (*_, e), C, dtype = self.plan.shape, self.plan.sizes.chunk, self.r["q"].dtype
         q, k, v, do = (self.load(name, m, h) for name in ("q", "k", "v", "do"))
@@ -191,7 +184,6 @@ class Backward(Step):
         shares = raw / sum_of_raw
         state = self.of_log(self.r["high_again"][m], self.r["values_again"][m])
         pairs = jnp.where(sight.pairs, product(v, do, 1, 1), 0).astype(dtype)
-        ones = jnp.concatenate([sight.ones, self.entering(sight, dtype)])
 
         def use(weights, keep, totals, now, found):
             dshares, dkeys, dv, dtotal, dvalues = found
@@ -199,19 +191,20 @@ class Backward(Step):
             read_, before = read.astype(dtype), (state.values * across(keep, e)).astype(dtype)
             asked = product(weights, pairs, 1, 0) + times(product(before, do, 1, 1), sight.enters)
             own = jnp.where(now, asked / totals, 0)
-            behind = product((-read * own).astype(dtype), ones, 1, 1)
+            dtotals = -read * own
+            behind = sum_over_lanes(times(dtotals, sight.enters))
             seen = jnp.where(sight.pairs, product(weights, read_, 0, 0), 0).astype(dtype)
             read_before = product(times(read, sight.enters).astype(dtype), do, 1, 0)
             return (
                 dshares + own,
-                dkeys + weights * (product(read_, pairs, 1, 1) + behind[:, :C]),
+                dkeys + weights * (product(read_, pairs, 1, 1) + product(dtotals.astype(dtype), sight.ones, 1, 1)),
                 dv + product(seen, do, 1, 0),
-                dtotal + behind[:, C:] * keep,
+                dtotal + behind * keep,
                 dvalues + read_before * across(keep, e),
             )
 
         weights, keep, after = self.end(m, keys, v, state)
-        dtotal, dvalues = self.of_normal(h, after.total, dtotal, dvalues)
+        dtotal, dvalues = self.of_normal(after.total, dtotal, dvalues)
         dvalues_ = dvalues.astype(dtype)
         found = (
             jnp.zeros(keys.shape, jnp.float32),

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from kernels_pallas.agent_attention.chunk import LOWEST, TINY, State, Step, across, over_lanes, times
+from kernels_pallas.agent_attention.chunk import LOWEST, TINY, State, Step, across, over_lanes, sum_over_lanes, times
 from kernels_pallas.agent_attention.plan import LANES, AgentBlocks, AgentPlan, forward_flops
 from kernels_pallas.linear_recurrence.chunk import Unit, lockstep
 from kernels_pallas.mosaic import product
@@ -47,8 +47,7 @@ class Forward(Step):
 
         @pl.when(jnp.max(self.hit) > 0)
         def _():
-            for h in heads:
-                self.again(h)
+            self.each_head(self.again)
 
         @pl.when(self.last)
         def _():
@@ -56,7 +55,7 @@ class Forward(Step):
                 r["log_end"][0, h] = self.as_row(r["high"][h])
             r["values_end"][0] = r["values"][...]
 
-    def keep(self, h: int, state: State) -> None:
+    def keep(self, h: Any, state: State) -> None:
         """For the next block."""
         self.r["high"][h], self.r["values"][h] = state.high, state.values
 
@@ -72,7 +71,7 @@ class Forward(Step):
         weights = jnp.exp2((keys - across(high, C)) * self.rate).astype(dtype)
         keep = jnp.exp2((high0 - high) * self.rate)
         total0, values0 = total0 * keep, values0 * across(keep, e)
-        up_to, stay = self.sums(weights, sight)
+        up_to = self.sums(weights, sight)
         raw, sum_of_raw = self.raw_shares(logits[:, C:])
         yield
         totals = up_to + times(across(total0, C), sight.enters)
@@ -82,14 +81,14 @@ class Forward(Step):
         yield
         near = jnp.where(sight.pairs, pairs[:, :C], 0).astype(dtype)
         staying = weights if sight.stays is None else (weights * sight.stays).astype(dtype)
-        out = product(jnp.concatenate([near, staying]), v, 1, 0)
+        out, stay = product(jnp.concatenate([near, staying]), v, 1, 0), sum_over_lanes(staying)
         yield
         far = pairs[:, C:] if sight.read is None else jnp.where(sight.read, pairs[:, C:], 0)
         self.store("o", m, h, out[:C] + far)
         carry = sight.carry
         self.state[h] = State(high, times(total0, carry) + stay, times(values0, carry) + out[C:])
 
-    def again(self, h: int) -> None:
+    def again(self, h: Any) -> None:
         """A head's block by `levels`."""
         e, C, dtype = self.plan.shape[4], self.plan.sizes.chunk, self.r["q"].dtype
 

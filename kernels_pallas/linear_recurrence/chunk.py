@@ -109,20 +109,21 @@ class Step:
         """First position of chunk `m`."""
         return (self.block * self.plan.sizes.chunks + m) * self.plan.sizes.chunk
 
+    def place(self, name: str, m: int, h: int) -> tuple[Any, ...]:
+        """Where a chunk of a head is."""
+        width = self.r[name].shape[2] // self.heads
+        return 0, self.rows(m), slice(h * width, (h + 1) * width)
+
     def load(self, name: str, m: int, h: int, *, masked: bool = True) -> jax.Array:
         """[C, w] of a head; if `masked`, zeros behind the last position, where anything may be, NaN too."""
-        ref = self.r[name]
-        width = ref.shape[2] // self.heads
-        x = ref[0, self.rows(m), h * width : (h + 1) * width]
+        x = self.r[name][self.place(name, m, h)]
         if self.plan.ragged and masked:
             x = jnp.where(iota((x.shape[0], 1), 0) < self.plan.shape[1] - self.start(m), x, 0)
         return x
 
     def store(self, name: str, m: int, h: int, x: jax.Array) -> None:
         """The opposite."""
-        ref = self.r[name]
-        width = ref.shape[2] // self.heads
-        ref[0, self.rows(m), h * width : (h + 1) * width] = x.astype(ref.dtype)
+        self.r[name][self.place(name, m, h)] = x.astype(self.r[name].dtype)
 
     def fill_tables(self) -> None:
         """Weights of constant decays, once for a sequence."""
