@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.ops import agent_attention as both_ways
-from attnlab.ops import attention_flash
+from attnlab.ops import agent_kernel, attention_flash
 from attnlab.ops.agent_causal import Averages, fixed_agent_attention
 from attnlab.ops.agent_refreshed import Stream, definition_refreshed_agents, refreshed_agent_attention
 from attnlab.ops.attention_frame import AttentionSpec
@@ -27,13 +27,15 @@ class AgentSpec:
     positions: int
     heads: int
     width: int
+    value_width: int
     agents: int
     dtype: str
     packed: bool
     features: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        shape = f"B{self.batch} T{self.positions} H{self.heads} d{self.width} m{self.agents} {self.dtype}"
+        width = f"d{self.width}" if self.width == self.value_width else f"d{self.width}/{self.value_width}"
+        shape = f"B{self.batch} T{self.positions} H{self.heads} {width} m{self.agents} {self.dtype}"
         return " ".join([shape, *(["packed"] if self.packed else []), *self.features])
 
 
@@ -41,7 +43,7 @@ def _causal_spec(
     exchange: SequenceParallel | None, q, k, v, agents_Hmd, documents, before, *, refreshed: bool, chunk: int
 ) -> AgentSpec:
     features = ["causal", "refreshed" if refreshed else "fixed", *([] if before is None else ["stream"])]
-    return AgentSpec(*q.shape, agents_Hmd.shape[1], str(q.dtype), documents is not None, tuple(features))
+    return AgentSpec(*q.shape, v.shape[3], agents_Hmd.shape[1], str(q.dtype), documents is not None, tuple(features))
 
 
 def _no_stream(spec: AgentSpec) -> str | None:
@@ -82,8 +84,17 @@ CAUSAL_AGENT_ATTENTION = Op(
     {
         "definition": Implementation(causal_definition, _no_stream),
         "chunked": Implementation(causal_chunked, split=_causal_chunked_over_devices),
+        "pallas": Implementation(
+            agent_kernel.run,
+            agent_kernel.unsupported,
+            agent_kernel.worth,
+            platforms=("tpu",),
+            interpretable=True,
+            split=agent_kernel.over_devices,
+            kernel_flops=agent_kernel.kernel_flops,
+        ),
     },
-    preference=("chunked",),
+    preference=("pallas", "chunked"),
 )
 
 
@@ -107,7 +118,7 @@ def causal_agent_attention(
       documents_BT: of `attnlab.ops.documents.document_index`; None: all positions continue one document.
       before: what a stream's earlier positions left: `Averages` of fixed agents, `Stream` of refreshed ones.
       refreshed: whether agents are made anew for every chunk of a document (`refreshed_agent_attention`).
-      chunk: positions computed together, or between refreshes.
+      chunk: positions computed together (the kernel has its own), or between refreshes.
       impl: "auto", or a name in `CAUSAL_AGENT_ATTENTION.table`.
 
     Returns:
@@ -129,7 +140,7 @@ def causal_agent_attention(
 def _both_ways_spec(exchange, q, k, v, segments, bias_in, bias_out, *, agents: int, grid: Any) -> AgentSpec:
     features = [f"grid={grid[0]}x{grid[1]}"] if grid is not None else []
     features += ["biases"] if bias_in is not None else []
-    return AgentSpec(*q.shape, agents, str(q.dtype), segments is not None, tuple(features))
+    return AgentSpec(*q.shape, v.shape[3], agents, str(q.dtype), segments is not None, tuple(features))
 
 
 def both_ways_definition(q, k, v, segments, bias_in, bias_out, *, agents: int, grid: tuple[int, int] | None):
@@ -151,7 +162,11 @@ def both_ways_linear(q, k, v, segments, bias_in, bias_out, *, agents: int, grid:
 def both_ways_flash(
     q, k, v, segments, bias_in, bias_out, *, agents: int, grid: tuple[int, int] | None, interpret: bool = False
 ):
-    """Both softmaxes by our kernels: few queries over all keys, then all queries over few keys."""
+    """Both softmaxes by our kernels: few queries over all keys, then all queries over few keys.
+
+    One kernel of both would move as much: keys and values are read before the first output, then queries. With 128
+    agents, or as many with padding, either attention's forward takes fewer cycles than its bytes (docs/kernels.md).
+    """
     attend = functools.partial(attention_flash.attention, scale=q.shape[3] ** -0.5, soft_cap=None, interpret=interpret)
     if segments is not None:
         return both_ways.packed_agent_attention(q, k, v, segments, agents, attend)
@@ -170,7 +185,7 @@ def _two_attentions(spec: AgentSpec) -> tuple[AttentionSpec, AttentionSpec]:
     T = spec.positions
     few = T if spec.packed else min(spec.agents, T)
     of = lambda queries, keys: AttentionSpec(
-        spec.batch, queries, keys, spec.heads, spec.heads, spec.width, spec.width, spec.dtype,
+        spec.batch, queries, keys, spec.heads, spec.heads, spec.width, spec.value_width, spec.dtype,
         causal=False, window=None, intervals=spec.packed, soft_cap=False, sinks=False,
     )  # fmt: skip
     return of(few, T), of(T, few)

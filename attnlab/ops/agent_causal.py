@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 from attnlab.parallel.sequence_parallel import SequenceParallel
 
 CHUNK = 64  # positions computed together, unless said otherwise
-_LOWEST = -1e30  # stands for a maximum over nothing: exp(-inf - _LOWEST) is 0 and not NaN
+LOWEST = -1e30  # stands for a maximum over nothing: exp(-inf - LOWEST) is 0 and not NaN
 
 
 @jax.tree_util.register_dataclass
@@ -44,7 +45,7 @@ class Averages:
     def empty(cls, batch: int, heads: int, agents: int, width: int, dtype: jnp.dtype) -> Averages:
         """Over no keys."""
         shape = (batch, heads, agents)
-        return cls(jnp.full(shape, _LOWEST, dtype), jnp.zeros(shape, dtype), jnp.zeros((*shape, width), dtype))
+        return cls(jnp.full(shape, LOWEST, dtype), jnp.zeros(shape, dtype), jnp.zeros((*shape, width), dtype))
 
 
 def chunk_sizes(length: int, chunk: int) -> tuple[int, int]:
@@ -82,11 +83,16 @@ def fixed_agent_attention(
     """
     run = functools.partial(_fixed, chunk=chunk)
     arrays = (q_BTHd, k_BTHd, v_BTHe, agents_BHmd, documents_BT, valid_BT)
-    return run(*arrays, before) if exchange is None else _over_devices(exchange, run, *arrays)
+    return run(*arrays, before) if exchange is None else over_devices(exchange, run, *arrays)
 
 
-def _over_devices(exchange: SequenceParallel, run, q, k, v, agents, documents, valid):
-    """Each device averages over its own keys first, and begins with what those before it found."""
+def over_devices(
+    exchange: SequenceParallel, run: Callable[..., tuple[jax.Array, Averages]], q, k, v, agents, documents, valid
+) -> tuple[jax.Array, Averages]:
+    """Each device averages over its own keys first, and begins with what those before it found.
+
+    `run` takes the arrays of `fixed_agent_attention`, `valid_BT` before `before`.
+    """
     (B, T), (H, m) = q.shape[:2], agents.shape[1:3]
     documents = jnp.zeros((B, T), jnp.int32) if documents is None else exchange.local_documents(documents)
     last = jnp.broadcast_to(documents, (B, T)) == documents[:, -1:]
@@ -98,7 +104,7 @@ def _over_devices(exchange: SequenceParallel, run, q, k, v, agents, documents, v
 
     def join(before, part):
         own, goes_on = part
-        old_highest = jnp.where(goes_on[:, None, None], before.highest_BHm, _LOWEST)
+        old_highest = jnp.where(goes_on[:, None, None], before.highest_BHm, LOWEST)
         highest = jnp.maximum(old_highest, own.highest_BHm)
         old = jnp.where(goes_on[:, None, None], jnp.exp(old_highest - highest), 0)
         new = jnp.exp(own.highest_BHm - highest)
@@ -183,10 +189,10 @@ def _chunk(block: int, before: Averages, inputs) -> tuple[Averages, jax.Array]:
     highest = jnp.where(own[..., None], stop(s_Gm)[:, :, None], -jnp.inf).max(3)
     if n > 1:
         known = jnp.where(earlier[..., None], stop(logits_GCm)[:, None], -jnp.inf).max(2)
-        known = jnp.maximum(known, _LOWEST)
+        known = jnp.maximum(known, LOWEST)
         highest = jnp.maximum(highest, jnp.where(enters[..., None], known[:, :, None], -jnp.inf))
     carried = jnp.where(goes_on[..., None], stop(highest_Gm)[:, None], -jnp.inf)
-    highest = stop(jnp.maximum(jnp.maximum(highest, blocks(carried)), _LOWEST))
+    highest = stop(jnp.maximum(jnp.maximum(highest, blocks(carried)), LOWEST))
 
     close = jnp.exp(jnp.where(own[..., None], s_Gm[:, :, None] - highest[..., None, :], -jnp.inf))
     from_before = jnp.exp(carried - highest.reshape(G, C, m))
@@ -256,7 +262,7 @@ def averages_of(
         seen = (key >= start[:, None]) & (key < end[:, None])
         seen = (seen if valid_BS is None else seen & valid_BS)[:, None, None]
         logits = jnp.where(seen, logits, -jnp.inf)
-        highest = jax.lax.stop_gradient(jnp.maximum(logits.max(-1), _LOWEST))
+        highest = jax.lax.stop_gradient(jnp.maximum(logits.max(-1), LOWEST))
         weights = jnp.exp(logits - highest[..., None])
         return Averages(highest, weights.sum(-1), _product("bhms,bhse->bhme", weights, v_BHSe, dtype))
 

@@ -40,8 +40,8 @@ def agent_attention(
     interpret: Any = False,
     sizes: Sizes | None = None,
 ) -> tuple[jax.Array, State]:
-    """`o_t = sum_a w_ta V_a(t)` per head, on TPU, with `w_t = softmax_a(q_t . A_a / sqrt(d))` and `V_a(t)` the average of
-    `v_j` over `j <= t` of t's document by `softmax_j(A_a . k_j / sqrt(d))`.
+    """`o_t = sum_a w_ta V_a(t)` per head, on TPU, with `w_t = softmax_a(q_t . A_a / sqrt(d))` and `V_a(t)` the average
+    of `v_j` over `j <= t` of t's document by `softmax_j(A_a . k_j / sqrt(d))`.
 
     Args:
       q, k: queries and keys [B, T, H, d]; v: values [B, T, H, e]; all bfloat16, or all float32. Any T, H, d and e.
@@ -49,7 +49,7 @@ def agent_attention(
       starts: int [B, T], the first position of each position's document; -1: that of the document that `state` is of.
         They ascend, and begin with -1 or 0. None: all are of that document.
       state: before the first position, in float32: logarithms of the sums of weights `e^(A_a . k_j / sqrt(d))`
-        [B, H, m], -inf (or below -1e29) over no keys, and the averages [B, H, m, e], then 0. None: over no keys.
+        [B, H, m], -inf over no keys, and the averages [B, H, m, e], of those 0. None: over no keys.
       interpret: runs the kernels as plain XLA operations on any platform, or, on a CPU, as its interpreter's parameters
         say (`jax.experimental.pallas.tpu.InterpretParams`).
       sizes: blocks; by default `default_sizes`.
@@ -88,7 +88,8 @@ def agent_attention(
         arrays["log"] = jnp.pad(log, ((0, 0), (0, 0), (0, more)), constant_values=LOWEST)[:, :, None]
         arrays["values"] = jnp.pad(values, ((0, 0), (0, 0), (0, more), (0, e - value_width)))
     out = rule(plan, arrays)
-    log, values = out["log_end"][:, :, 0, :m] * scale, out["values_end"][:, :, :m, :value_width]
+    log, values = out["log_end"][:, :, 0, :m], out["values_end"][:, :, :m, :value_width]
+    log = jnp.where(log > LOWEST / 2, log * scale, -jnp.inf)
     return out["o"].reshape(B, T, H, e)[..., :value_width], (log, values)
 
 

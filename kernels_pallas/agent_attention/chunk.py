@@ -46,7 +46,7 @@ class Sight(NamedTuple):
 
     Attributes:
       pairs: [C, C] bool; queries along sublanes, in the backward keys.
-      ones: `pairs` as numbers.
+      ones: [C, C], the same as numbers, keys along sublanes.
       enters: [1, C], 1 where a position's document goes on from before the chunk, else 0.
       stays: [1, C], 1 where a key is of the document that goes on behind it.
       carry: [1, 1], 1 where that document was before it, too.
@@ -94,13 +94,16 @@ class Step(linear.Step):
         self.rate = plan.scale * math.log2(math.e)
         self.exact = r["q"].dtype == jnp.float32
         self.hit = jnp.zeros((plan.rows, plan.sizes.chunk), jnp.float32)
-        self._sights: dict[Any, Sight] = {}
+        self._sights: dict[int, Sight] = {}
+        self._left: dict[tuple[str, int], dict[int, jax.Array]] = {}
+        self._made: dict[tuple[str, int], jax.Array] = {}
 
     def fill_tables(self) -> None:
         """The pairs of a document that is everywhere, once for a sequence."""
         if not self.plan.documents:
-            seen = self.row <= self.col if self.backward else self.lower
-            self.r["pairs"][...] = jnp.where(seen, 1.0, 0.0)
+            tables = {"ones": self.row <= self.col, "pairs": self.row >= self.col}
+            for name in tables.keys() & self.r.keys():
+                self.r[name][...] = jnp.where(tables[name], 1.0, 0.0)
 
     def place(self, name: str, m: Any, h: Any) -> tuple[Any, ...]:
         """Where a chunk of a head is, either of them a number or a loop's."""
@@ -122,14 +125,16 @@ class Step(linear.Step):
             return self._sights[m]
         dtype = self.r["q"].dtype
         if not self.plan.documents:
-            table = self.r["pairs"][...]
-            sight = Sight(table > 0, table.astype(dtype))
+            ones = self.r["ones"][...]
+            pairs = ones if self.backward else self.r["pairs"][...]
+            sight = Sight(pairs > 0, ones.astype(dtype))
         else:
             masks, own = self._make_masks(m), self.r["starts"][0, m]
             start, number = self.start(m), lambda mask: jnp.where(mask, 1.0, 0.0)
             stays = number(iota(own.shape, 1) + start >= own[:, -1:])
             enters, carry = number(own < start), number(masks.carry)
-            sight = Sight(masks.pairs, number(masks.pairs).astype(dtype), enters, stays, carry, masks.read, masks.write)
+            ones = (self.row <= self.col) & (self.row + start >= own)
+            sight = Sight(masks.pairs, number(ones).astype(dtype), enters, stays, carry, masks.read, masks.write)
         if isinstance(m, int):
             self._sights[m] = sight
         return sight
@@ -151,9 +156,23 @@ class Step(linear.Step):
         """1 / x, as exactly as products are."""
         return pl.reciprocal(x, approx=not self.exact)
 
+    def of_all(self, name: str, m: int, h: int, by: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """`by` of a head's rows, made for those of all heads at once: what is multiplied is loaded once. Before the
+        lockstep's last yield every head has left its rows, by `leave_rows`."""
+        key = name, m
+        if key not in self._made:
+            rows = self._left.pop(key)
+            self._made[key] = by(jnp.concatenate([rows[n] for n in range(self.heads)]))
+        size = self.plan.rows
+        return self._made[key][h * size : (h + 1) * size]
+
+    def leave_rows(self, name: str, m: int, h: int, x: jax.Array) -> None:
+        """See `of_all`."""
+        self._left.setdefault((name, m), {})[h] = x
+
     def sums(self, weights: jax.Array, sight: Sight) -> jax.Array:
         """Of weights up to each position, [rows, C]."""
-        return product(weights, sight.ones, 1, 0 if self.backward else 1)
+        return product(weights, sight.ones, 1, 0)
 
     def note(self, totals: jax.Array, h: int) -> None:
         """Remembers sums that are too small."""

@@ -3,8 +3,8 @@
 Arrays by name; B sequences, T positions, H heads, d and e padded widths of keys and values, rows the padded agents:
     q, k [B, T, H d], v [B, T, H e]; agents [B, H, rows, d], or [1, H, rows, d]; one dtype.
     starts [B, T] int32, of documents; missing: all positions continue what came before.
-    log [B, H, 1, rows], values [B, H, rows, e], float32: averages before the first position, and the logarithms of their
-    sums of weights in units of logits before they are scaled; missing: of nothing.
+    log [B, H, 1, rows], values [B, H, rows, e], float32: averages before the first position, and the logarithms of
+    their sums of weights in units of logits before they are scaled; missing: of nothing.
 
 Results: o [B, T, H e], and log_end, values_end, as after the last position.
 """

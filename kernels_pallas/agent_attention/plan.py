@@ -1,5 +1,6 @@
-"""What is static of a call on TPU, block sizes, and the kernels' arrays in blocks. `kernels_pallas.linear_recurrence.plan`
-has the rest: its `Plan` is this one's, without decays. `m` agents are padded to rows of whole tiles."""
+"""What is static of a call on TPU, block sizes, and the kernels' arrays in blocks. The rest is
+`kernels_pallas.linear_recurrence.plan`'s: its `Plan` is this one's, without decays. `m` agents are padded to rows of
+whole tiles."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ from kernels_pallas.linear_recurrence import plan as linear
 from kernels_pallas.linear_recurrence.plan import LANES, Blocks, Plan, Sizes
 
 TILE = 16  # sublanes of bfloat16: agents are padded to a multiple
-_HEADS = 8  # of a block
-_CHUNKS = 4
+_HEADS = 16  # of a block at most: one waits for its chain of products while others go on
+_CHUNKS = 2
 _SLACK = 4 * 2**20  # bytes of fast memory for the compiler's own
 
 

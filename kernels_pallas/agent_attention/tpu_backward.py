@@ -25,7 +25,7 @@ NAME = "agent_attention_backward"
 
 
 class Kept(NamedTuple):
-    """What a chunk of a head keeps of its forward: as in `tpu_forward`, `total0` and `values0` against the chunk's high."""
+    """What a chunk of a head keeps of its forward, `total0` and `values0` against the chunk's high."""
 
     queries: jax.Array
     weights: jax.Array
@@ -100,9 +100,11 @@ class Backward(Step):
         weights = jnp.exp2((keys - across(high, C)) * self.rate).astype(dtype)
         keep = jnp.exp2((high0 - high) * self.rate)
         total0, values0 = total0 * keep, values0 * across(keep, e)
-        up_to, staying = self.sums(weights, sight), times(weights, sight.stays).astype(dtype)
+        self.leave_rows("sums", m, h, weights)
+        staying = times(weights, sight.stays).astype(dtype)
         new, stay = product(staying, v, 1, 0), sum_over_lanes(staying)
         yield
+        up_to = self.of_all("sums", m, h, lambda x: self.sums(x, sight))
         totals = up_to + times(across(total0, C), sight.enters)
         self.note(totals, h)
         self.kept[m, h] = Kept(logits[:, C:], weights, jnp.maximum(totals, TINY), keep, total0, values0)
@@ -113,7 +115,7 @@ class Backward(Step):
 
         With s the shares of agents, t the sums of weights up to a position and g = do . v of pairs, o = sum_a s N / t.
         """
-        (*_, d, e), C, dtype = self.plan.shape, self.plan.sizes.chunk, self.r["q"].dtype
+        e, C, dtype = self.plan.shape[4], self.plan.sizes.chunk, self.r["q"].dtype
         q, k, v, do = (self.load(name, m, h) for name in ("q", "k", "v", "do"))
         kept, sight = self.kept.pop((m, h)), self.sight(m)
         weights, agents = kept.weights, self.r["agents"][0, h]
@@ -134,12 +136,14 @@ class Backward(Step):
         dtotals = -read * dshares
         seen = jnp.where(sight.pairs, passed[:, :C], 0).astype(dtype)
         entering = times(read, sight.enters).astype(dtype)
-        near = product(jnp.concatenate([read_, dtotals.astype(dtype)], 1), jnp.concatenate([pairs, sight.ones], 1), 1, 1)
+        self.leave_rows("behind", m, h, dtotals.astype(dtype))
+        near = product(read_, pairs, 1, 1)
         written = product(jnp.concatenate([seen, entering]), do, 1, 0)
         behind = sum_over_lanes(times(dtotals, sight.enters))
         yield
         after = passed[:, C:] if sight.write is None else jnp.where(sight.write, passed[:, C:], 0)
         self.store("dv", m, h, written[:C] + after)
+        near += self.of_all("behind", m, h, lambda x: product(x, sight.ones, 1, 1))
         dkeys = weights * (near + times(far + across(dtotal, C), sight.stays))
         dlogits = self.dlogits(shares, dshares, dkeys)
         dkq, dagents = product(dlogits, agents, 0, 0), product(dlogits, jnp.concatenate([k, q]), 1, 0)
@@ -175,7 +179,7 @@ class Backward(Step):
 
     def chunk_again(self, m: Any, h: Any, dagents: jax.Array, dtotal: jax.Array, dvalues: jax.Array):
         """The gradients before a chunk, of agents and of a normal state's sums, from those after it."""
-        (*_, e), C, dtype = self.plan.shape, self.plan.sizes.chunk, self.r["q"].dtype
+        e, C, dtype = self.plan.shape[4], self.plan.sizes.chunk, self.r["q"].dtype
         q, k, v, do = (self.load(name, m, h) for name in ("q", "k", "v", "do"))
         agents, sight = self.r["agents"][0, h], self.sight(m)
         logits = product(agents, jnp.concatenate([k, q]), 1, 1)
@@ -248,5 +252,5 @@ def run(plan: AgentPlan, arrays: Mapping[str, Any], saved: Mapping[str, Any], co
     blocks.scratch("high_again", (plan.sizes.chunks, rows, LANES), jnp.float32)
     blocks.scratch("values_again", (plan.sizes.chunks, rows, e), jnp.float32)
     if not plan.documents:
-        blocks.scratch("pairs", (plan.sizes.chunk, plan.sizes.chunk), jnp.float32)
+        blocks.scratch("ones", (plan.sizes.chunk, plan.sizes.chunk), jnp.float32)
     return blocks.run(functools.partial(_kernel, plan, heads, blocks.names()), NAME, backward_flops(plan))

@@ -71,9 +71,10 @@ class Forward(Step):
         weights = jnp.exp2((keys - across(high, C)) * self.rate).astype(dtype)
         keep = jnp.exp2((high0 - high) * self.rate)
         total0, values0 = total0 * keep, values0 * across(keep, e)
-        up_to = self.sums(weights, sight)
+        self.leave_rows("sums", m, h, weights)
         raw, sum_of_raw = self.raw_shares(logits[:, C:])
         yield
+        up_to = self.of_all("sums", m, h, lambda x: self.sums(x, sight))
         totals = up_to + times(across(total0, C), sight.enters)
         self.note(totals, h)
         shares = (raw * self.inverse(jnp.maximum(totals, TINY) * sum_of_raw)).astype(dtype)
@@ -81,7 +82,8 @@ class Forward(Step):
         yield
         near = jnp.where(sight.pairs, pairs[:, :C], 0).astype(dtype)
         staying = weights if sight.stays is None else (weights * sight.stays).astype(dtype)
-        out, stay = product(jnp.concatenate([near, staying]), v, 1, 0), sum_over_lanes(staying)
+        out = product(jnp.concatenate([near, staying]), v, 1, 0)
+        stay = sum_over_lanes(staying)
         yield
         far = pairs[:, C:] if sight.read is None else jnp.where(sight.read, pairs[:, C:], 0)
         self.store("o", m, h, out[:C] + far)
@@ -136,6 +138,6 @@ def run(plan: AgentPlan, arrays: Mapping[str, Any], *, save: bool) -> dict[str, 
     for suffix in ("", "_before"):
         blocks.scratch(f"high{suffix}", (heads, rows, LANES), jnp.float32)
         blocks.scratch(f"values{suffix}", (heads, rows, e), jnp.float32)
-    if not plan.documents:
-        blocks.scratch("pairs", (plan.sizes.chunk, plan.sizes.chunk), jnp.float32)
+    for name in () if plan.documents else ("pairs", "ones"):
+        blocks.scratch(name, (plan.sizes.chunk, plan.sizes.chunk), jnp.float32)
     return blocks.run(functools.partial(_kernel, plan, heads, blocks.names()), NAME, forward_flops(plan))

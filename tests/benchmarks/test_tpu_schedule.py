@@ -10,7 +10,7 @@ from collections import Counter
 import jax.numpy as jnp
 import pytest
 
-from attnlab.launch import llo, schedules, schedules_neural_memory
+from attnlab.launch import llo, schedules, schedules_agent, schedules_neural_memory
 from benchmarks import tpu_schedule
 from kernels_pallas import masks, tuning
 from kernels_pallas.tuning import BackwardBlocks, ForwardBlocks
@@ -126,6 +126,22 @@ def test_a_memory_is_its_groups_and_a_share_of_its_segment():
     facts = schedules_neural_memory.facts(region("kernel", 0, 7, inside=[grid]), "v6e", heads=2, rows=32, segment=128)
     assert facts["bundles"] == (640 + 64) / (2 * 32) + (56 + 200) / (2 * 128)
     assert facts["matrix"] == 40 * llo.CYCLES["v6e"] / llo.UNITS["v6e"] / (2 * 32)
+
+
+def test_what_is_done_again_is_beside_the_step():
+    """Nor does what runs once for a sequence count: the first step's tables, the last step's state."""
+    region = lambda kind, at, end, bundles, products=0, stores=0, inside=(): llo.Region(
+        kind, at, end, inside=list(inside), own=Counter(bundles=bundles, products=products, VST=stores)
+    )
+    level = region("when", 40, 50, 7, 4, 30)
+    again = region("when", 30, 60, 90, 8, 99, [region("loop", 35, 55, 500, 16, 99, [level])])
+    once = region("when", 10, 20, 48, stores=99)
+    body = region("when", 5, 90, 1000, 32, 99, [once, again, region("when", 70, 75, 24)])
+    kernel = region("kernel", 0, 99, 7, inside=[region("loop", 1, 95, 76, inside=[body])])
+    facts = schedules_agent.facts(kernel, "v6e", 100)
+    assert facts["bundles"] == (1000 + 24 + 76) / 100
+    assert facts["matrix"] == 32 * llo.CYCLES["v6e"] / llo.UNITS["v6e"] / 100
+    assert (facts["again"], facts["once"]) == (597, 48)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")

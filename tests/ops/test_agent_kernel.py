@@ -1,0 +1,111 @@
+"""Our kernel as an implementation of causal agent attention: when it is chosen, what it gets, split over devices."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab import ops
+from attnlab.errors import UserError
+from attnlab.ops.agent import CAUSAL_AGENT_ATTENTION, AgentSpec, causal_agent_attention
+from attnlab.ops.agent_causal import LOWEST, Averages, fixed_agent_attention
+from attnlab.ops.dispatch import interpreted
+from attnlab.parallel import partition
+from attnlab.train import sharding
+from attnlab.train.config import MeshConfig
+from tests.ops.devices import on
+from tests.ops.recurrences import DOCUMENTS, assert_same
+
+
+def spec(**changes):
+    facts = dict(batch=2, positions=4096, heads=16, width=128, value_width=128, agents=16, dtype="bfloat16",
+                 packed=True, features=("causal", "fixed"))  # fmt: skip
+    return AgentSpec(**(facts | changes))
+
+
+def test_auto():
+    """On TPU the kernel, on any kind; XLA's form takes what is shorter than half a chunk, float64, agents that are made
+    anew, and averages too large for the chip."""
+    op, huge = CAUSAL_AGENT_ATTENTION, {"agents": 65536, "width": 1024}
+    anew = {"features": ("causal", "refreshed")}
+    for kind in ("TPU v5e", "TPU v6e", "TPU7x", "TPU v99"):
+        with on(kind):
+            for changes in ({}, {"dtype": "float32"}, {"heads": 25, "width": 153}, {"agents": 49, "positions": 1000}):
+                assert op.pick(spec(**changes)) == "pallas", changes
+            for changes in ({"positions": 63}, {"positions": 1}, {"dtype": "float64"}, anew, huge):
+                assert op.pick(spec(**changes)) == "chunked", changes
+            for changes, says in (({"dtype": "float64"}, "not float64"), (anew, "made anew"), (huge, "65536 agents")):
+                with pytest.raises(UserError, match=says):
+                    op.pick(spec(**changes), "pallas")
+    assert op.pick(spec()) == "chunked"
+
+
+def test_kernel_flops():
+    """Forward: logits, sums of weights, pairs and what they weigh, averages written and read."""
+    each, d, m, C = 2.0 * 2 * 4096 * 16, 128, 16, 128
+    with on("TPU v6e"), ops.recording() as chosen:
+        CAUSAL_AGENT_ATTENTION.choose(spec())
+    runs = lambda name: chosen.kernel_flops({f"agent_attention_{name}.3": 1})
+    assert runs("forward") == pytest.approx(each * (4 * m * d + 2 * m * C + C * d))
+    assert runs("backward") == pytest.approx(each * (11 * m * d + 5 * m * C + 2 * C * d))
+
+
+def arrays(length=96):
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    return *(normal(1, length, 2, 16) for _ in range(3)), normal(2, 3, 16)
+
+
+def value_and_gradients(impl, *arrays, wrap=lambda f: f):
+    def loss(arrays):
+        run = lambda *a: causal_agent_attention(*a, DOCUMENTS, refreshed=False, chunk=16, impl=impl)[0]
+        o = wrap(run)(*arrays)
+        return jnp.sum(jnp.sin(o)), o
+
+    return jax.value_and_grad(loss, has_aux=True)(arrays)
+
+
+def test_streams():
+    """Averages before and after, one agent's of nothing, are those of XLA's form; gradients through both, too."""
+    q, k, v, agents = arrays()
+    before = Averages.empty(1, 2, 3, 16, jnp.float32)
+    _, before = fixed_agent_attention(k, q, v, agents[None], before=before)
+    nothing = Averages(*(x.at[0, 0, 0].set(y) for x, y in zip(jax.tree.leaves(before), (LOWEST, 0, 0))))
+
+    def loss(inputs, impl):
+        total, values, rest = inputs
+        stream = Averages(nothing.highest_BHm, total, values)
+        options = {"refreshed": False, "chunk": 16, "impl": impl}
+        o, after = causal_agent_attention(*rest, DOCUMENTS[:, :20], stream, **options)
+        averages = after.values_BHme / after.total_BHm[..., None]
+        log = after.highest_BHm + jnp.log(after.total_BHm)
+        return jnp.sum(jnp.sin(o)) + jnp.sum(jnp.sin(averages)) + jnp.sum(jnp.sin(log)), (o, averages, log)
+
+    inputs = nothing.total_BHm, nothing.values_BHme, (*(x[:, :20] for x in (q, k, v)), agents)
+    with interpreted():
+        both = [
+            jax.jit(jax.value_and_grad(lambda x, impl=impl: loss(x, impl), has_aux=True))(inputs)
+            for impl in ("pallas", "chunked")
+        ]
+    (_, found), (_, expected) = both
+    assert_same(both[0][0], both[1][0], 1e-5)
+    some = lambda x: x[:, :, 1:]  # an average of nothing has no gradient that counts
+    for a, b in zip(jax.tree.leaves((some(found[0]), some(found[1]), found[2])),
+                    jax.tree.leaves((some(expected[0]), some(expected[1]), expected[2]))):  # fmt: skip
+        assert_same(a, b, 1e-5)
+
+
+def test_split_over_devices_and_remat():
+    """Under checkpoint; and each of four devices has a quarter of the positions and half of the heads: the same."""
+    inputs = arrays()
+    expected = jax.jit(lambda: value_and_gradients("definition", *inputs))()
+    devices = sharding.make_mesh(MeshConfig(data=1, context=4, tensor=2), 1)
+    with interpreted(), ops.recording() as chosen:
+        inside = jax.jit(lambda: value_and_gradients("pallas", *inputs, wrap=jax.checkpoint))()
+        run = partition.traced(lambda: value_and_gradients("pallas", *inputs), devices, sharding.ACTIVATION_RULES)
+        split = jax.jit(run)()
+    assert "B1 T24 H1 d16 m3 float32 packed causal fixed" in {str(c.spec) for c in chosen.choices}
+    for found in (inside, split):
+        assert_same(found, expected, 1e-5)
