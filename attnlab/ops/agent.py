@@ -32,18 +32,23 @@ class AgentSpec:
     dtype: str
     packed: bool
     features: tuple[str, ...] = ()
+    chunk: int | None = None  # between refreshes of agents that are made anew
 
     def __str__(self) -> str:
         width = f"d{self.width}" if self.width == self.value_width else f"d{self.width}/{self.value_width}"
         shape = f"B{self.batch} T{self.positions} H{self.heads} {width} m{self.agents} {self.dtype}"
-        return " ".join([shape, *(["packed"] if self.packed else []), *self.features])
+        chunk = [] if self.chunk is None else [f"C{self.chunk}"]
+        return " ".join([shape, *(["packed"] if self.packed else []), *self.features, *chunk])
 
 
 def _causal_spec(
     exchange: SequenceParallel | None, q, k, v, agents_Hmd, documents, before, *, refreshed: bool, chunk: int
 ) -> AgentSpec:
     features = ["causal", "refreshed" if refreshed else "fixed", *([] if before is None else ["stream"])]
-    return AgentSpec(*q.shape, v.shape[3], agents_Hmd.shape[1], str(q.dtype), documents is not None, tuple(features))
+    return AgentSpec(
+        *q.shape, v.shape[3], agents_Hmd.shape[1], str(q.dtype), documents is not None, tuple(features),
+        chunk if refreshed else None,
+    )  # fmt: skip
 
 
 def _no_stream(spec: AgentSpec) -> str | None:

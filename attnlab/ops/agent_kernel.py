@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
-from attnlab.ops import agent_causal
+from attnlab.ops import agent_causal, attention_flash
 from attnlab.ops.agent_causal import Averages
+from attnlab.ops.attention_frame import AttentionSpec
+from attnlab.ops.masks import Mask
 from attnlab.ops.recurrence_kernel import device_kind, first_positions
 from attnlab.parallel import partition
 from attnlab.parallel.sequence_parallel import SequenceParallel
@@ -29,32 +32,39 @@ def _kernels() -> Any:
 
 def unsupported(spec: AgentSpec) -> str | None:
     """Why the kernel cannot serve, or None."""
-    if "refreshed" in spec.features:
-        return "agents that are made anew begin with a pass over all keys so far, which its one sweep does not have"
     if spec.dtype not in ("bfloat16", "float32"):
         return f"it computes bfloat16 and float32, not {spec.dtype}"
+    if _anew(spec) and (spec.packed or "stream" in spec.features):
+        where = "packed documents" if spec.packed else "a stream"
+        return f"its sweeps begin where agents are made anew, which in {where} may be anywhere; allowed: whole rows"
     if _kernels().default_sizes(*_arrays(spec), spec.agents, device_kind()) is None:
         return f"averages of {spec.agents} agents of width {spec.width} do not fit into fast memory"
     return None
 
 
 def worth(spec: AgentSpec) -> bool:
-    """Whether "auto" takes it: not for less than a chunk."""
+    """Whether "auto" takes it: not for less than a chunk, nor where attention at the refreshes does not pay."""
+    if _anew(spec):
+        return min(spec.positions, spec.chunk) >= _CHUNK and attention_flash.worth(_refreshes(spec))
     return spec.positions >= _CHUNK
 
 
 def kernel_flops(spec: AgentSpec) -> dict[str, float]:
     """FLOPs of one run of each kernel."""
-    return _kernels().kernel_flops(*_arrays(spec), spec.agents, device_kind())
+    flops = _kernels().kernel_flops(*_arrays(spec), spec.agents, device_kind())
+    if _anew(spec) and spec.positions > spec.chunk:
+        flops |= attention_flash.kernel_flops(_refreshes(spec))
+    return flops
 
 
 def run(q, k, v, agents_Hmd, documents, before, *, refreshed: bool, chunk: int, interpret: bool = False):
     """See `attnlab.ops.agent.causal_agent_attention`; `interpret` runs it as plain XLA, on any platform.
 
     Products are of numbers in the dtype of q, logits, sums and averages float32; the output carries the checkpoint name
-    "attention_o". The chunk is the kernel's own.
+    "attention_o". For agents that do not change the chunk is the kernel's own.
     """
-    del refreshed, chunk
+    if refreshed:
+        return _refreshed(q, k, v, agents_Hmd, chunk, interpret), None
     o, after = _fixed(q, k, v, agents_Hmd[None], documents, None, before, interpret=interpret)
     return o, None if before is None else after
 
@@ -62,10 +72,42 @@ def run(q, k, v, agents_Hmd, documents, before, *, refreshed: bool, chunk: int, 
 def over_devices(
     exchange: SequenceParallel, q, k, v, agents_Hmd, documents, before, *, refreshed, chunk, interpret: bool = False
 ):
-    """`run` where positions are split: each device's sweep begins with what those before it found."""
-    del refreshed, chunk, before
-    fixed = lambda *arrays: _fixed(*arrays, interpret=interpret)
+    """`run` where positions are split: each device's sweep begins with what those before it found; agents that are made
+    anew see all keys, which are gathered."""
+    del before
+    if refreshed:
+        return exchange.own(_refreshed(*map(exchange.all_gather, (q, k, v)), agents_Hmd, chunk, interpret)), None
+    fixed = functools.partial(_fixed, interpret=interpret)
     return agent_causal.over_devices(exchange, fixed, q, k, v, agents_Hmd[None], documents, None)[0], None
+
+
+def _refreshed(q, k, v, first_Hmd, chunk: int, interpret: bool) -> jax.Array:
+    """See `attnlab.ops.agent_refreshed.refreshed_agent_attention`, of one document a row.
+
+    At all refreshes at once agents attend to the keys before them, by our flash kernel; every chunk is then a sweep of
+    its own, from what they found.
+    """
+    (B, T, H, d), m, e = q.shape, first_Hmd.shape[1], v.shape[3]
+    n, wide = (T - 1) // chunk, jnp.float32
+    agents = jnp.broadcast_to(first_Hmd.astype(q.dtype), (B, 1, H, m, d))
+    log, values = jnp.full((B, 1, H, m), -jnp.inf, wide), jnp.zeros((B, 1, H, m, e), wide)
+    if n:
+        made = q[:, : n * chunk].reshape(B, n, m, chunk // m, H, d).astype(wide).mean(3).astype(q.dtype)
+        ends = chunk * (1 + jnp.arange(n * m, dtype=jnp.int32) // m)
+        options = {"scale": d**-0.5, "soft_cap": None, "interpret": interpret}
+        asked, seen = made.reshape(B, n * m, H, d), Mask(k_end=ends[None])
+        means, lse = attention_flash.attention_with_lse(asked, k.astype(q.dtype), v.astype(q.dtype), seen, **options)
+        of_heads = lambda x: jnp.swapaxes(x.reshape(B, n, m, H, *x.shape[3:]), 2, 3)
+        after = lambda x, found: jnp.concatenate([x, of_heads(found).astype(x.dtype)], axis=1)
+        agents, log, values = after(agents, asked), after(log, lse), after(values, means)
+    rows = lambda x: jnp.pad(x, ((0, 0), (0, (n + 1) * chunk - T), (0, 0), (0, 0))).reshape(B * (n + 1), chunk, H, -1)
+    fold = lambda x: x.reshape(B * (n + 1), *x.shape[2:])
+    with tuning.device_kind(partition.device_kind()):
+        o, _ = _kernels().agent_attention(
+            rows(q), rows(k.astype(q.dtype)), rows(v.astype(q.dtype)), fold(agents),
+            state=(fold(log), fold(values)), interpret=interpret,
+        )  # fmt: skip
+    return o.reshape(B, (n + 1) * chunk, H, e)[:, :T]
 
 
 def _fixed(q, k, v, agents_BHmd, documents, valid, before: Averages | None, *, interpret: bool):
@@ -98,7 +140,23 @@ def _averages(log: jax.Array, values: jax.Array) -> Averages:
     return Averages(jnp.where(some, highest, agent_causal.LOWEST), total, values * total[..., None])
 
 
+def _anew(spec: AgentSpec) -> bool:
+    return "refreshed" in spec.features
+
+
+def _refreshes(spec: AgentSpec) -> AttentionSpec:
+    """Attention of all agents that are made anew over the keys before them."""
+    queries = max((spec.positions - 1) // spec.chunk, 1) * spec.agents
+    return AttentionSpec(
+        spec.batch, queries, spec.positions, spec.heads, spec.heads, spec.width, spec.value_width, spec.dtype,
+        causal=False, window=None, intervals=True, soft_cap=False, sinks=False,
+    )  # fmt: skip
+
+
 def _arrays(spec: AgentSpec) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    """Queries and values."""
-    of = lambda width: jax.ShapeDtypeStruct((spec.batch, spec.positions, spec.heads, width), spec.dtype)
+    """Queries and values; of agents that are made anew a row for each chunk."""
+    batch, positions = spec.batch, spec.positions
+    if _anew(spec):
+        batch, positions = batch * -(-positions // spec.chunk), spec.chunk
+    of = lambda width: jax.ShapeDtypeStruct((batch, positions, spec.heads, width), spec.dtype)
     return of(spec.width), of(spec.value_width)

@@ -26,17 +26,39 @@ def spec(**changes):
 
 
 def test_auto():
-    """On TPU the kernel, on any kind; XLA's form takes what is shorter than half a chunk, float64, agents that are made
-    anew, and averages too large for the chip."""
+    """On TPU the kernel, on any kind; XLA's form takes what is shorter than half a chunk, float64, averages too large
+    for the chip, and agents that are made anew in packed rows, in streams and often."""
     op, huge = CAUSAL_AGENT_ATTENTION, {"agents": 65536, "width": 1024}
-    anew = {"features": ("causal", "refreshed")}
-    for kind in ("TPU v5e", "TPU v6e", "TPU7x", "TPU v99"):
+    anew = {"features": ("causal", "refreshed"), "chunk": 64}
+    whole = anew | {"packed": False}
+    stream = whole | {"features": ("causal", "refreshed", "stream")}
+    for kind in ("TPU v5e", "TPU v6e", "TPU7x"):
         with on(kind):
-            for changes in ({}, {"dtype": "float32"}, {"heads": 25, "width": 153}, {"agents": 49, "positions": 1000}):
+            for changes in (
+                {},
+                {"dtype": "float32"},
+                {"heads": 25, "width": 153},
+                {"agents": 49, "positions": 1000},
+                whole,
+            ):
                 assert op.pick(spec(**changes)) == "pallas", changes
-            for changes in ({"positions": 63}, {"positions": 1}, {"dtype": "float64"}, anew, huge):
+            for changes in (
+                {"positions": 63},
+                {"positions": 1},
+                {"dtype": "float64"},
+                anew,
+                stream,
+                whole | {"chunk": 16},
+                huge,
+            ):
                 assert op.pick(spec(**changes)) == "chunked", changes
-            for changes, says in (({"dtype": "float64"}, "not float64"), (anew, "made anew"), (huge, "65536 agents")):
+            refused = (
+                ({"dtype": "float64"}, "not float64"),
+                (anew, "in packed documents may"),
+                (stream, "in a stream may"),
+                (huge, "65536 agents"),
+            )
+            for changes, says in refused:
                 with pytest.raises(UserError, match=says):
                     op.pick(spec(**changes), "pallas")
     assert op.pick(spec()) == "chunked"
@@ -49,6 +71,10 @@ def test_kernel_flops():
         CAUSAL_AGENT_ATTENTION.choose(spec())
     runs = lambda name: chosen.kernel_flops({f"agent_attention_{name}.3": 1})
     assert runs("forward") == pytest.approx(each * (4 * m * d + 2 * m * C + C * d))
+    with on("TPU v6e"), ops.recording() as anew:
+        CAUSAL_AGENT_ATTENTION.choose(spec(packed=False, features=("causal", "refreshed"), chunk=64))
+    assert anew.kernel_flops({"agent_attention_forward": 1}) == pytest.approx(each * (4 * m * d + 2 * m * 64 + 64 * d))
+    assert anew.kernel_flops({"flash_forward": 1}) == pytest.approx(4.0 * 2 * 16 * 63 * m * 4096 * d)
     assert runs("backward") == pytest.approx(each * (11 * m * d + 5 * m * C + 2 * C * d))
 
 
@@ -109,3 +135,21 @@ def test_split_over_devices_and_remat():
     assert "B1 T24 H1 d16 m3 float32 packed causal fixed" in {str(c.spec) for c in chosen.choices}
     for found in (inside, split):
         assert_same(found, expected, 1e-5)
+
+
+def test_agents_made_anew():
+    """Every chunk a sweep, from what its agents find in the keys before; a length that is no multiple of chunks, and
+    one that is less than one."""
+    q, k, v, agents = arrays(25)
+
+    def run(impl, T, inputs):
+        def loss(arrays):
+            o, _ = causal_agent_attention(*arrays, refreshed=True, chunk=9, impl=impl)
+            return jnp.sum(jnp.sin(o)), o
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))((*(x[:, :T] for x in inputs[:3]), inputs[3]))
+
+    for T in (25, 5):
+        with interpreted():
+            found = run("pallas", T, (q, k, v, agents))
+        assert_same(found, run("definition", T, (q, k, v, agents)), 1e-5)
