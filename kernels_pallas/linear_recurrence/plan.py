@@ -22,7 +22,7 @@ from kernels_pallas.mosaic import Slots
 
 LANES = 128
 _NARROWEST = 16  # width
-_CHUNKS = 4  # of a block at most
+_CHUNKS = 8  # of a block at most
 _STEP, _ALONE = 0.15, 2.8  # what a step costs beside its chunks, in chunks; what it costs beside its heads, in heads
 _SLACK = 4 * 2**20  # bytes of fast memory for the compiler's own
 
