@@ -1,6 +1,6 @@
 """What libtpu schedules for causal agent attention on TPUs that are not here: units as for the linear recurrence.
 
-What is done again where logits differ too much for one sweep is beside the step: a loop in a branch of its own.
+What is done again where logits differ too much for one sweep is beside the step: loops in a branch.
 """
 
 from __future__ import annotations
@@ -52,17 +52,17 @@ def compile_case(case: Case, target: Any, chip: str, sizes: Sizes) -> None:
 def facts(root: llo.Region, chip: str, work: int) -> dict[str, Any]:
     """Of a kernel whose step is `work` positions times heads; "again": bundles of a block that is done again."""
     grid = max((r for r in root.inside if r.kind == "loop"), key=lambda r: r.total()["bundles"])
-    again = [r for r in grid.walk() if r.kind == "when" and any(inner.kind == "loop" for inner in r.inside)]
-    once = [r for r in grid.walk() if r.kind == "when" and not r.inside and r.own["VST"] > 16]
-    outer = [r for r in again if not any(r is not o and o.start <= r.start and r.end <= o.end for o in again)]
-    once = [r for r in once if not any(o.start <= r.start and r.end <= o.end for o in outer)]
+    within = lambda r, others: any(o is not r and o.start <= r.start and r.end <= o.end for o in others)
+    loops = [r for r in grid.walk() if r.kind == "loop" and r is not grid]
+    again = [r for r in loops if not within(r, loops)]
+    once = [r for r in grid.walk() if r.kind == "when" and not r.inside and r.own["VST"] > 16 and not within(r, again)]
     count = lambda name, regions: sum(r.total()[name] for r in regions)
-    left = lambda name: grid.total()[name] - count(name, outer) - count(name, once)
+    left = lambda name: grid.total()[name] - count(name, again) - count(name, once)
     return {
         "bundles": round(left("bundles") / work, 3),
         "matrix": round(left("products") * llo.CYCLES[chip] / llo.UNITS[chip] / work, 3),
         "once": count("bundles", once),
-        "again": count("bundles", outer),
+        "again": count("bundles", again),
         "spills": left("SPILL"),
         "kernel_bundles": root.total()["bundles"],
     }
