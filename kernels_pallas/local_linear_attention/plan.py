@@ -11,8 +11,8 @@ from jax.experimental import pallas as pl
 from kernels_pallas import tuning
 from kernels_pallas.flash_attention.tpu_plan import Plan
 
-_REST = 10 * 2**20  # bytes of fast memory beside what belongs to keys: vectors of rows, and scores of two key tiles
-_START = 48  # rows that a tile's start costs as much as
+_REST = 12 * 2**20  # bytes of fast memory beside what belongs to keys: vectors of rows, and scores of two key tiles
+_START, _NARROW = 48, 4 / 3  # rows that a tile's start costs as much as; what a row costs more in products of 128
 FORWARD, BACKWARD = "local_linear_forward", "local_linear_backward"
 
 
@@ -23,16 +23,13 @@ class Blocks:
     Attributes:
       rows: whose systems are solved together.
       keys: of a tile.
-      sub_keys: of what is one matrix product; they divide `keys`.
+      sub_rows, sub_keys: of what is one matrix product; they divide `rows` and `keys`.
     """
 
-    rows: int = 256
+    rows: int = 512
     keys: int = 512
+    sub_rows: int = 256
     sub_keys: int = 256
-
-    @property
-    def sub_rows(self) -> int:
-        return self.rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,18 +42,16 @@ class Solver:
 
 def blocks(kind: str, queries: int, keys: int, width: int, value_width: int, itemsize: int) -> Blocks | None:
     """Tiles for these lengths and widths; None where the keys of a head do not fit into fast memory."""
-    wide = _wide(keys)
-    for rows in sorted((128, 256), key=lambda rows: -(-queries // rows) * (rows + _START) * (1 if rows > 128 else 4 / 3)):
-        if keys <= most_keys(kind, rows, width, value_width, itemsize):
-            return dataclasses.replace(wide, rows=rows)
-    if keys <= most_keys(kind, 128, width, value_width, itemsize):
-        return dataclasses.replace(wide, rows=128)
-    return None
-
-
-def _wide(keys: int) -> Blocks:
     tile = min(Blocks.keys, -(-keys // 128) * 128)
-    return Blocks(keys=tile, sub_keys=Blocks.sub_keys if tile % Blocks.sub_keys == 0 else 128)
+    sub_keys = Blocks.sub_keys if tile % Blocks.sub_keys == 0 else 128
+
+    def cost(rows: int) -> float:
+        return -(-queries // rows) * (rows + _START) * (1 if rows >= Blocks.sub_rows else _NARROW)
+
+    for rows in sorted((512, 256, 128), key=cost):
+        if keys <= most_keys(kind, rows, width, value_width, itemsize):
+            return Blocks(rows, tile, min(rows, Blocks.sub_rows), sub_keys)
+    return None
 
 
 def most_keys(kind: str, rows: int, width: int, value_width: int, itemsize: int) -> int:

@@ -11,6 +11,7 @@ two bfloat16 numbers, the second what the first leaves. Float32 inputs are multi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from kernels_pallas.flash_attention.tpu_plan import HIDDEN, Plan, in_bounds
 from kernels_pallas.local_linear_attention.plan import Solver
 from kernels_pallas.mosaic import Slots, product
 
+ALL = slice(None)
 TOP, TOTAL, SQUARE, ENOUGH, COUNT, CENTRE, SECOND_CENTRE, MEAN = range(8)  # rows of "numbers"
 
 
@@ -45,82 +47,96 @@ class RowTile:
         self.plan, self.solver, self.refs = plan, solver, refs
         self.first, _, _, self.end, _ = bounds
         blocks = plan.blocks
-        self.parts = [slice(c, c + blocks.sub_keys) for c in range(0, blocks.keys, blocks.sub_keys)]
+        self.row_parts = [slice(r, r + blocks.sub_rows) for r in range(0, blocks.rows, blocks.sub_rows)]
+        self.key_parts = [slice(c, c + blocks.sub_keys) for c in range(0, blocks.keys, blocks.sub_keys)]
 
-    def number(self, n: int):
-        return self.refs["numbers"][n : n + 1, :]
+    def number(self, n: int, rows: slice = ALL):
+        return self.refs["numbers"][n : n + 1, rows]
 
-    def keep(self, n: int, x) -> None:
-        self.refs["numbers"][n : n + 1, :] = x
+    def keep(self, n: int, x, rows: slice = ALL) -> None:
+        self.refs["numbers"][n : n + 1, rows] = x
 
     def at(self, tile, part: slice):
         """Where those keys of a tile are."""
         blocks = self.plan.blocks
         return pl.ds(pl.multiple_of(tile * blocks.keys + part.start, blocks.sub_keys), blocks.sub_keys)
 
-    def each(self, work: Callable[[Any], None]) -> None:
-        """`work` for all key tiles."""
+    def each(self, work: Callable[[Any, slice], None]) -> None:
+        """`work(tile, rows)` for all key tiles and parts of the rows."""
 
         def turn(tile, carry):
-            work(tile)
+            for rows in self.row_parts:
+                work(tile, rows)
             return carry
 
         lax.fori_loop(self.first, self.end, turn, 0)
 
-    def sweep(self, ask: Callable[[Any, int], None], finish: Callable[[Any, int], None]) -> None:
-        """`ask(tile, slot)` and then `finish(tile, slot)` for all key tiles: each is asked for in one block of code with
-        the end of the one before, slots 0 and 1 in turn."""
-        count = self.end - self.first
+    def sweep(self, name: str, ask: Callable[..., None], finish: Callable[..., Any]) -> None:
+        """Sums `finish(tile, slot, keys, rows)` over all keys, in refs[name].
 
-        def step(t, slot: int) -> None:
-            ask(self.first + t + 1, 1 - slot)
-            finish(self.first + t, slot)
+        What it needs `ask(tile, slot, keys, rows)` has put into the slot: that of the next tile in one block of code
+        with the end of the one before, part by part, so that nothing waits for products. Slots are 0 and 1 in turn.
+        """
+        r, count = self.refs, self.end - self.first
+        r[name][...] = jnp.zeros_like(r[name])
+
+        def block(t, slot: int, asks: bool, finishes: bool) -> None:
+            for rows in self.row_parts:
+                total = None
+                for keys in self.key_parts:
+                    if asks:
+                        ask(self.first + t + finishes, slot ^ finishes, keys, rows)
+                    if finishes:
+                        more = finish(self.first + t, slot, keys, rows)
+                        total = more if total is None else total + more
+                if finishes:
+                    r[name][:, rows] += total
 
         def turn(u, carry):
-            step(2 * u, 0)
-            step(2 * u + 1, 1)
+            block(2 * u, 0, True, True)
+            block(2 * u + 1, 1, True, True)
             return carry
 
         @pl.when(count > 0)
         def _():
-            ask(self.first, 0)
+            block(0, 0, True, False)
             lax.fori_loop(0, (count - 1) >> 1, turn, 0)
 
             @pl.when(count & 1 == 0)
             def _():
-                step(count - 2, 0)
-                finish(self.end - 1, 1)
+                block(count - 2, 0, True, True)
+                block(count - 1, 1, False, True)
 
-            pl.when(count & 1 == 1)(lambda: finish(self.end - 1, 0))
+            pl.when(count & 1 == 1)(lambda: block(count - 1, 0, False, True))
 
-    def logits(self, tile, part: slice):
+    def logits(self, tile, keys: slice, rows: slice):
         """In log2 units, [keys, rows]; hidden ones `HIDDEN`."""
         plan, r = self.plan, self.refs
-        s = product(r["k"][self.at(tile, part), :], r["qs"][...], 1, 1)
+        s = product(r["k"][self.at(tile, keys), :], r["qs"][rows, :], 1, 1)
         if plan.low or plan.high:
-            low = r["bounds"][0:1, :] if plan.low else None
-            high = r["bounds"][1:2, :] if plan.high else None
-            key = tile * plan.blocks.keys + part.start + lax.broadcasted_iota(jnp.int32, s.shape, 0)
+            low = r["bounds"][0:1, rows] if plan.low else None
+            high = r["bounds"][1:2, rows] if plan.high else None
+            key = tile * plan.blocks.keys + keys.start + lax.broadcasted_iota(jnp.int32, s.shape, 0)
             s = jnp.where(in_bounds(key, low, high), s, HIDDEN)
         return s
 
-    def along(self, tile, part: slice, vectors: list[Any]):
+    def along(self, tile, keys: slice, vectors: list[Any]):
         """`k . y`, [keys, rows], y the sum of some vectors [channels, rows]."""
-        k = self.refs["k"][self.at(tile, part), :]
+        k = self.refs["k"][self.at(tile, keys), :]
         if len(vectors) == 1:
             return product(k, vectors[0], 1, 0)
         if k.shape[1] % 128 == 0:  # one product, as deep as the matrix units of v6e and TPU7x are
             return product(jnp.concatenate([k] * len(vectors), 1), jnp.concatenate(vectors, 0), 1, 0)
         return sum(product(k, y, 1, 0) for y in vectors)
 
-    def of_keys(self, tile, part: slice, weights):
+    def of_keys(self, tile, keys: slice, weights):
         """`sum weights k` over those keys, [channels, rows]."""
-        k_t = self.refs["k_t"][tile, :, part]
+        k_t = self.refs["k_t"][tile, :, keys]
         return sum(product(k_t, w, 1, 0) for w in pieces(weights, k_t.dtype))
 
-    def add_of_keys(self, name: str, tile, weights: Callable[[slice], Any]) -> None:
+    def add_of_keys(self, name: str, tile, rows: slice, weights: Callable[[slice], Any]) -> None:
         """Adds `sum weights k` over a tile to a sum of that name."""
-        self.refs[name][...] += sum(self.of_keys(tile, part, weights(part)) for part in self.parts)
+        self.refs[name][:, rows] += sum(self.of_keys(tile, keys, weights(keys)) for keys in self.key_parts)
 
     def begin(self) -> None:
         """Queries of the tile, scaled, and no sums."""
@@ -148,47 +164,46 @@ class RowTile:
             return carry[0] + 1, self.step()
 
         unfinished = lambda carry: (carry[0] < self.solver.iterations) & (carry[1] > 0)
-        return lax.while_loop(unfinished, iterate, (jnp.int32(0), self.busy(square)))[0]
-
-    def busy(self, square):
-        """Above 0 where any row is not done: a scalar."""
-        return jnp.max(jnp.where(square > self.number(ENOUGH), 1.0, 0.0))
+        busy = jnp.max(jnp.where(square > self.number(ENOUGH), 1.0, 0.0))
+        return lax.while_loop(unfinished, iterate, (jnp.int32(0), busy))[0]
 
     def covariance(self) -> None:
-        """`sum p (k - mean)(k - mean)^T y` of the direction y."""
+        """`sum p (k - mean)(k - mean)^T y` of the direction y, in "image"."""
         r = self.refs
-        r["image"][...] = jnp.zeros_like(r["image"])
         self.keep(CENTRE, over_rows(r["mean"][...] * r["direction"][...].astype(jnp.float32)))
 
-        def ask(tile, slot: int) -> None:
-            for part in self.parts:
-                r["fits"][slot, part, :] = self.along(tile, part, [r["direction"][...]])
+        def ask(tile, slot: int, keys: slice, rows: slice) -> None:
+            r["fits"][slot, keys, rows] = self.along(tile, keys, [r["direction"][:, rows]])
 
-        def finish(tile, slot: int) -> None:
-            centre = self.number(CENTRE)
-            tilted = lambda part: r["weights"][tile, part, :] * (r["fits"][slot, part, :] - centre)
-            self.add_of_keys("image", tile, tilted)
+        def finish(tile, slot: int, keys: slice, rows: slice):
+            around = r["fits"][slot, keys, rows] - self.number(CENTRE, rows)
+            return self.of_keys(tile, keys, r["weights"][tile, keys, rows] * around)
 
-        self.sweep(ask, finish)
+        self.sweep("image", ask, finish)
 
     def step(self):
-        """One step along the direction, and the next direction; see `attnlab`'s solver for the guards."""
+        """One step along the direction, and the next direction; above 0 where any row is not done."""
+        return functools.reduce(jnp.maximum, [self.step_of(rows) for rows in self.row_parts])
+
+    def step_of(self, rows: slice):
         r = self.refs
-        y, residual, square = r["direction"][...].astype(jnp.float32), r["residual"][...], self.number(SQUARE)
-        image = r["image"][...] + r["ridge"][...] * y
+        y, residual = r["direction"][:, rows].astype(jnp.float32), r["residual"][:, rows]
+        square, enough = self.number(SQUARE, rows), self.number(ENOUGH, rows)
+        image = r["image"][:, rows] + r["ridge"][:, rows] * y
         curvature = over_rows(y * image)
-        live = (square > self.number(ENOUGH)) & (curvature > 0)
+        # Rounding can make the curvature of a direction of almost no length zero or negative.
+        live = (square > enough) & (curvature > 0)
         step = jnp.where(live, over_rows(residual * y) / jnp.where(live, curvature, 1.0), 0.0)
-        r["solution"][...] += step * y
+        r["solution"][:, rows] += step * y
         residual -= step * image
-        r["residual"][...] = residual
+        r["residual"][:, rows] = residual
         new = over_rows(residual * residual)
         ratio = jnp.where(live, new / jnp.where(live, square, 1.0), 0.0)
-        r["direction"][...] = jnp.where(live, residual + ratio * y, y).astype(r["direction"].dtype)
+        r["direction"][:, rows] = jnp.where(live, residual + ratio * y, y).astype(r["direction"].dtype)
         new = jnp.where(live, new, square)
-        self.keep(SQUARE, new)
-        self.keep(COUNT, self.number(COUNT) + jnp.where(live, 1.0, 0.0))
-        return self.busy(new)
+        self.keep(SQUARE, new, rows)
+        self.keep(COUNT, self.number(COUNT, rows) + jnp.where(live, 1.0, 0.0), rows)
+        return jnp.max(jnp.where(new > enough, 1.0, 0.0))
 
     def relative_residual(self):
         """Of the last system solved, [1, rows]."""

@@ -58,60 +58,56 @@ class Backward(RowTile):
         self.gradients(x, u, mean)
         r["dq"][...] = (r["image"][...] + u).astype(r["dq"].dtype).T
 
-    def weigh(self, tile) -> None:
+    def weigh(self, tile, rows: slice) -> None:
         """Weights of a tile and their mean key, slopes and their mean."""
         r = self.refs
-        mean, lse = self.number(MEAN), r["lse"][...]
-        weights = []
-        for part in self.parts:
-            p = jnp.exp2(self.logits(tile, part) - lse)
-            slopes = product(r["v"][self.at(tile, part), :], r["do_t"][...], 1, 0)
-            r["weights"][tile, part, :], r["slopes"][tile, part, :] = p, slopes
+        mean, lse = self.number(MEAN, rows), r["lse"][:, rows]
+        mean_key = r["mean"][:, rows]
+        for keys in self.key_parts:
+            p = jnp.exp2(self.logits(tile, keys, rows) - lse)
+            slopes = product(r["v"][self.at(tile, keys), :], r["do_t"][:, rows], 1, 0)
+            r["weights"][tile, keys, rows], r["slopes"][tile, keys, rows] = p, slopes
             mean += over_rows(p * slopes)
-            weights.append((part, p))
-        self.keep(MEAN, mean)
-        r["mean"][...] += sum(self.of_keys(tile, part, p) for part, p in weights)
+            mean_key += self.of_keys(tile, keys, p)
+        self.keep(MEAN, mean, rows)
+        r["mean"][:, rows] = mean_key
 
-    def right_side(self, tile) -> None:
+    def right_side(self, tile, rows: slice) -> None:
         """Slopes less their mean, and what they give of the adjoint system's right side."""
-        r, mean = self.refs, self.number(MEAN)
+        r, mean = self.refs, self.number(MEAN, rows)
 
-        def weights(part):
-            slopes = r["slopes"][tile, part, :] - mean
-            r["slopes"][tile, part, :] = slopes
-            return r["weights"][tile, part, :] * slopes
+        def weights(keys: slice):
+            slopes = r["slopes"][tile, keys, rows] - mean
+            r["slopes"][tile, keys, rows] = slopes
+            return r["weights"][tile, keys, rows] * slopes
 
-        self.add_of_keys("residual", tile, weights)
+        self.add_of_keys("residual", tile, rows, weights)
 
     def gradients(self, x, u, mean) -> None:
         """Of keys and values, added to their sums; `image` becomes that of q by way of logits."""
         r, dtype, scale = self.refs, self.refs["k"].dtype, self.plan.scale
-        r["image"][...] = jnp.zeros_like(r["image"])
         self.keep(CENTRE, over_rows(r["mean"][...] * x) - 1.0)
         self.keep(SECOND_CENTRE, over_rows(r["mean"][...] * u))
         vectors = {"fits": pieces(x, dtype), "second_fits": pieces(u, dtype)}
         x_low, u_low = x.astype(dtype), (-u).astype(dtype)
 
-        def ask(tile, slot: int) -> None:
-            for part in self.parts:
-                for name, of in vectors.items():
-                    r[name][slot, part, :] = self.along(tile, part, of)
+        def ask(tile, slot: int, keys: slice, rows: slice) -> None:
+            for name, of in vectors.items():
+                r[name][slot, keys, rows] = self.along(tile, keys, [y[:, rows] for y in of])
 
-        def finish(tile, slot: int) -> None:
-            dq = r["image"][...]
-            for part in self.parts:
-                p = r["weights"][tile, part, :]
-                tilt = r["fits"][slot, part, :] - self.number(CENTRE)
-                slope = r["slopes"][tile, part, :] - (r["second_fits"][slot, part, :] - self.number(SECOND_CENTRE))
-                dlogits = ((p * scale) * (slope * tilt - mean)).astype(dtype)
-                slope, tilt = (p * slope).astype(dtype), (p * tilt).astype(dtype)
-                dq += product(r["k_t"][tile, :, part], dlogits, 1, 0)
-                dk = product(r["q_t"][...], dlogits, 1, 1) + product(x_low, slope, 1, 1) + product(u_low, tilt, 1, 1)
-                r["dk_sum"][tile, :, part] += dk
-                r["dv_sum"][tile, :, part] += product(r["do_t"][...], tilt, 1, 1)
-            r["image"][...] = dq
+        def finish(tile, slot: int, keys: slice, rows: slice):
+            p = r["weights"][tile, keys, rows]
+            tilt = r["fits"][slot, keys, rows] - self.number(CENTRE, rows)
+            slope = r["slopes"][tile, keys, rows] - (r["second_fits"][slot, keys, rows] - self.number(SECOND_CENTRE, rows))
+            dlogits = ((p * scale) * (slope * tilt - mean[:, rows])).astype(dtype)
+            slope, tilt = (p * slope).astype(dtype), (p * tilt).astype(dtype)
+            dk = product(r["q_t"][:, rows], dlogits, 1, 1)
+            dk += product(x_low[:, rows], slope, 1, 1) + product(u_low[:, rows], tilt, 1, 1)
+            r["dk_sum"][tile, :, keys] += dk
+            r["dv_sum"][tile, :, keys] += product(r["do_t"][:, rows], tilt, 1, 1)
+            return product(r["k_t"][tile, :, keys], dlogits, 1, 0)
 
-        self.sweep(ask, finish)
+        self.sweep("image", ask, finish)
 
 
 def _turned(plan: Plan, refs: dict[str, Any]) -> None:

@@ -50,50 +50,46 @@ class Forward(RowTile):
         for n, x in enumerate((lse, self.relative_residual(), self.number(COUNT), turns)):
             r["numbers_out"][n : n + 1, :] = x
 
-    def statistics(self, tile) -> None:
+    def statistics(self, tile, rows: slice) -> None:
         """Logits of a tile, and the largest and the sum of their exponentials so far."""
         r = self.refs
-        top = self.number(TOP)
-        for part in self.parts:
-            s = self.logits(tile, part)
-            r["weights"][tile, part, :] = s
+        before = top = self.number(TOP, rows)
+        for keys in self.key_parts:
+            s = self.logits(tile, keys, rows)
+            r["weights"][tile, keys, rows] = s
             top = jnp.maximum(top, s.max(0, keepdims=True))
-        total = self.number(TOTAL) * jnp.exp2(self.number(TOP) - top)
-        for part in self.parts:
-            total += over_rows(jnp.exp2(r["weights"][tile, part, :] - top))
-        self.keep(TOP, top)
-        self.keep(TOTAL, total)
+        total = self.number(TOTAL, rows) * jnp.exp2(before - top)
+        for keys in self.key_parts:
+            total += over_rows(jnp.exp2(r["weights"][tile, keys, rows] - top))
+        self.keep(TOP, top, rows)
+        self.keep(TOTAL, total, rows)
 
-    def weigh(self, lse, tile) -> None:
+    def weigh(self, lse, tile, rows: slice) -> None:
         """Weights in place of logits, and their mean key."""
         r = self.refs
 
-        def weights(part):
-            p = jnp.exp2(r["weights"][tile, part, :] - lse)
-            r["weights"][tile, part, :] = p
+        def weights(keys: slice):
+            p = jnp.exp2(r["weights"][tile, keys, rows] - lse[:, rows])
+            r["weights"][tile, keys, rows] = p
             return p
 
-        self.add_of_keys("mean", tile, weights)
+        self.add_of_keys("mean", tile, rows, weights)
 
     def output(self) -> None:
         r = self.refs
-        r["out"][...] = jnp.zeros_like(r["out"])
         x = r["solution"][...]
         self.keep(CENTRE, over_rows(r["mean"][...] * x) - 1.0)
         vectors = pieces(x, r["k"].dtype)
 
-        def ask(tile, slot: int) -> None:
-            for part in self.parts:
-                r["fits"][slot, part, :] = self.along(tile, part, vectors)
+        def ask(tile, slot: int, keys: slice, rows: slice) -> None:
+            r["fits"][slot, keys, rows] = self.along(tile, keys, [y[:, rows] for y in vectors])
 
-        def finish(tile, slot: int) -> None:
-            sums, less = r["out"][...], self.number(CENTRE)
-            for part in self.parts:
-                weights = r["weights"][tile, part, :] * (r["fits"][slot, part, :] - less)
-                sums += product(r["v_t"][tile, :, part], weights.astype(r["v_t"].dtype), 1, 0)
-            r["out"][...] = sums
+        def finish(tile, slot: int, keys: slice, rows: slice):
+            tilt = r["fits"][slot, keys, rows] - self.number(CENTRE, rows)
+            weights = r["weights"][tile, keys, rows] * tilt
+            return product(r["v_t"][tile, :, keys], weights.astype(r["v_t"].dtype), 1, 0)
 
-        self.sweep(ask, finish)
+        self.sweep("out", ask, finish)
         r["o"][...] = r["out"][...].astype(r["o"].dtype).T
 
 

@@ -1,0 +1,206 @@
+"""Local linear attention's kernels, interpreted: against the op's definition in float64, and the laws of the solver."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from attnlab.ops import Mask
+from attnlab.ops.local_linear import local_linear
+from kernels_pallas import masks, tuning
+from kernels_pallas.local_linear_attention import Blocks, local_linear_attention, most_keys
+from kernels_pallas.local_linear_attention import plan as plan_lib
+from tests.kernels_pallas.recurrences import bytes_of_blocks, calls
+from tests.kernels_pallas.test_flash_attention import KEYS, intervals
+
+NAMES = "q", "ridge", "k", "v"
+SMALL = Blocks(128, 128, 128, 128)
+PARTS = Blocks(256, 256, 128, 128)
+# Mask, length, B H K, d e, dtype, tiles, and how far values and gradients may be off, of the largest: by rounding and by
+# the tolerance, in bfloat16 about as far as XLA's form (`test_bfloat16_is_as_near_as_xla`).
+CASES = {
+    "causal": ("causal", 256, (1, 2, 1), (32, 16), "float32", PARTS, 1e-4),
+    "window": ("window", 130, (1, 2, 2), (48, 48), "float32", SMALL, 1e-4),
+    "documents": ("packed", 256, (2, 2, 2), (48, 64), "bfloat16", SMALL, 8e-3),
+    "any intervals": ("anything", 64, (2, 2, 1), (16, 32), "float32", SMALL, 1e-4),
+    "both directions": ("all", 7, (1, 2, 1), (128, 128), "bfloat16", None, 8e-3),
+    "one position": ("causal", 1, (1, 3, 1), (16, 32), "float32", None, 1e-6),
+}
+
+
+def inputs(mask, length, heads, widths, dtype) -> tuple[list[np.ndarray], dict]:
+    """q, ridge, k, v, float32 that the dtype can say, and the intervals."""
+    rng = np.random.default_rng(0)
+    (B, H, K), (d, e) = heads, widths
+    S = KEYS if mask in ("all", "anything") else length
+    normal = lambda *shape: np.array(jnp.asarray(rng.normal(size=shape), dtype).astype(jnp.float32))
+    ridge = np.float32(rng.uniform(0.3, 1, (B, length, H)))
+    return [normal(B, length, H, d), ridge, normal(B, S, K, d), normal(B, S, K, e)], intervals(mask, B, length)
+
+
+def results(fn, arrays, dtype) -> dict[str, np.ndarray]:
+    """o, and the gradients of its product with one cotangent."""
+    do = jnp.asarray(np.random.default_rng(1).normal(size=(*arrays[0].shape[:3], arrays[3].shape[3])))
+
+    @jax.jit
+    def run(*arrays):
+        o, vjp = jax.vjp(fn, *arrays)
+        return o, *vjp(do.astype(o.dtype))
+
+    wide = jnp.promote_types(dtype, jnp.float32)
+    found = run(*(jnp.asarray(x, wide if name == "ridge" else dtype) for name, x in zip(NAMES, arrays)))
+    found = [np.asarray(x.astype(jnp.promote_types(x.dtype, jnp.float32))) for x in found]
+    return dict(zip(("o", *(f"d{name}" for name in NAMES)), found, strict=True))
+
+
+def op(bounds, **options):
+    """The op, its arguments in the kernels' order."""
+    mask = Mask(k_start=bounds.get("starts"), k_end=bounds.get("ends"))
+    return lambda q, ridge, k, v: local_linear(q, k, v, mask, ridge, **options)[0]
+
+
+def exact(arrays, bounds) -> dict[str, np.ndarray]:
+    with jax.enable_x64(True):
+        return results(op(bounds, impl="definition"), arrays, "float64")
+
+
+def kernel(bounds, **options):
+    options = {"interpret": True, "iterations": 60} | options
+    return lambda *arrays: local_linear_attention(*arrays, **bounds, **options).o
+
+
+def assert_close(found, expected, tolerance):
+    for name, value in expected.items():
+        off = np.abs(found[name] - value).max() / max(np.abs(value).max(), 1e-3)
+        assert off <= tolerance, f"{name}: {off}"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_definition(case):
+    """Values and gradients of q, ridge, k and v, in float64."""
+    *shape, dtype, tiles, tolerance = CASES[case]
+    arrays, bounds = inputs(*shape, dtype)
+    assert_close(results(kernel(bounds, blocks=tiles), arrays, dtype), exact(arrays, bounds), tolerance)
+
+
+def test_bfloat16_is_as_near_as_xla():
+    """Values and gradients err on average at most twice as much as those of `cg`, which multiplies in float32."""
+    arrays, bounds = inputs("causal", 130, (1, 2, 1), (32, 32), "bfloat16")
+    expected = exact(arrays, bounds)
+    ours = results(kernel(bounds, blocks=SMALL), arrays, "bfloat16")
+    xla = results(op(bounds, impl="cg", iterations=60), arrays, "bfloat16")
+    for name, value in expected.items():
+        mean = lambda x: np.sqrt(np.mean((x[name] - value) ** 2)) / np.sqrt(np.mean(value**2))
+        assert mean(ours) <= 2 * mean(xla) + (1e-3 if name == "dridge" else 0), f"{name}: {mean(ours)}, {mean(xla)}"
+
+
+@functools.cache
+def solver(dtype: str, iterations: int, tolerance: float):
+    """Rows of the second tile see no more than one key, those of the third need most iterations."""
+    (q, ridge, k, v), _ = inputs("causal", 384, (1, 1, 1), (32, 32), dtype)
+    t = np.arange(384)[None]
+    ends = np.where((t >= 128) & (t < 256), t % 2, t + 1)
+    ridge[:, :128] = 1e4  # one step to a residual that float32 can say
+    run = functools.partial(local_linear_attention, ends=ends, iterations=iterations, tolerance=tolerance)
+    found = jax.jit(functools.partial(run, interpret=True, blocks=SMALL))(
+        jnp.asarray(q, dtype), jnp.asarray(ridge), jnp.asarray(k, dtype), jnp.asarray(v, dtype)
+    )
+    return [np.asarray(x, np.float64) for x in found], (q, ridge, k, v), ends
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_tile_ends_with_its_last_row(dtype):
+    """Rows stop at the tolerance, each at its own iteration; a tile runs as many as its slowest row and no more."""
+    (_, residual, iterations, turns), _, _ = solver(dtype, 100, 1e-5)
+    tiles = iterations.reshape(3, 128), turns.reshape(3, 128)
+    np.testing.assert_array_equal(tiles[1], np.broadcast_to(tiles[0].max(1, keepdims=True), (3, 128)))
+    most = tiles[0].max(1)
+    assert most[0] < 6 and most[1] <= 2 and 10 < most[2] < 60
+    assert np.all(tiles[0][1, ::2] == 0) and len(np.unique(tiles[0][2])) > 2
+    assert residual.max() < 1e-5
+
+
+def test_the_bound_and_the_residual():
+    """Cut short, a solve makes all its iterations, and says what a residual is left: that of its weights."""
+    (o, residual, iterations, turns), (q, ridge, k, v), ends = solver("float32", 4, 1e-5)
+    assert turns.max() == 4 and iterations[0, 383, 0] == 4 and 1e-4 < residual[0, 383, 0] < 1
+    with jax.enable_x64(True):
+        arrays = [jnp.asarray(x, jnp.float64) for x in (q, k, v)]
+        expected, facts = local_linear(*arrays, Mask(k_end=jnp.asarray(ends)), ridge, iterations=4, tolerance=1e-5)
+    np.testing.assert_allclose(o, expected, atol=1e-4)
+    np.testing.assert_allclose(residual, facts.residual_BTH, rtol=1e-2, atol=2e-6)
+
+
+def test_what_nothing_sees_changes_nothing():
+    """NaN in keys and values that no row sees, and in rows that see none: no other bit changes; there all is 0."""
+    arrays, bounds = inputs("packed", 200, (1, 2, 1), (32, 32), "float32")
+    hidden = ~np.asarray(masks.visible(bounds["starts"], bounds["ends"], 200, 200)).any(1)[0]
+    blind = (bounds["starts"] >= bounds["ends"])[0]
+    assert hidden.sum() > 30 and blind.sum() > 30
+
+    @jax.jit
+    def run(arrays):
+        o, vjp = jax.vjp(kernel(bounds, blocks=SMALL, iterations=8), *arrays)
+        return o, *vjp(jnp.ones_like(o))
+
+    poisoned = [x.copy() for x in arrays]
+    for x, where in zip(poisoned, (blind, blind, hidden, hidden)):
+        x[:, where] = np.nan
+    for a, b, where in zip(run(arrays), run(poisoned), (blind, blind, blind, hidden, hidden), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert not np.any(b[:, where]) and np.any(b[:, ~where])
+
+
+def test_no_races(capfd):
+    """Simulated on two cores, which share the parallel axes: nothing is raced for, and results are the same."""
+    arrays, bounds = inputs("causal", 256, (1, 2, 1), (16, 16), "float32")
+    cores = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+    simulated = results(kernel(bounds, blocks=SMALL, interpret=cores, iterations=2), arrays, "float32")
+    plain = results(kernel(bounds, blocks=SMALL, iterations=2), arrays, "float32")
+    assert_close(simulated, plain, 1e-5)
+    assert "RACE DETECTED" not in "".join(capfd.readouterr())
+
+
+def test_declared_bytes_are_those_of_the_blocks():
+    """Within 5 %."""
+    of = lambda *shape: jnp.zeros(shape, jnp.bfloat16)
+    arrays = of(2, 1024, 4, 128), jnp.ones((2, 1024, 4)), of(2, 1024, 2, 128), of(2, 1024, 2, 128)
+    ends = jnp.arange(1, 1025)[None]
+    loss = lambda *arrays: jnp.sum(local_linear_attention(*arrays, ends=ends).o.astype(jnp.float32))
+    found = calls(jax.grad(loss, (0, 1, 2, 3)), *arrays)
+    assert set(found) == {"local_linear_forward", "local_linear_backward"}
+    for params in found.values():
+        assert params["cost_estimate"].bytes_accessed == pytest.approx(bytes_of_blocks(params), rel=0.05)
+
+
+def test_tiles():
+    """They fit into fast memory, fewer rows where there are more keys; what no chip holds has none."""
+    for kind in tuning.KINDS.values():
+        most = most_keys(kind, 128, 128, 2)
+        sizes = [plan_lib.blocks(kind, 4096, keys, 128, 128, 2) for keys in (100, 4096, most, most + 1)]
+        assert sizes[0].keys == 128 and sizes[1].rows > sizes[2].rows == 128 and sizes[3] is None
+        for keys, blocks in ((4096, sizes[1]), (most, sizes[2])):
+            assert keys <= plan_lib.most_keys(kind, blocks.rows, 128, 128, 2)
+    assert plan_lib.blocks("v6e", 100, 100, 128, 128, 2).rows == 128
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"ridge": (1, 5, 2)}, "ridge"), ({"k": (1, 9, 3, 4)}, "do not fit"), ({"starts": (5,)}, "starts"),
+    ({"dtype": "float16"}, "bfloat16, or all float32"), ({"blocks": 3}, "blocks=3"), ({"iterations": 0}, "iterations=0"),
+    ({"tolerance": 0.0}, "tolerance=0.0"), ({"k": (1, 10**6, 2, 4), "v": (1, 10**6, 2, 4)}, "allowed: "),
+])  # fmt: skip
+def test_refusals(change, says):
+    """Each names the value and what is allowed."""
+    rows, keys = (1, 5, 4, 4), (1, 9, 2, 4)
+    shapes = {"q": rows, "ridge": rows[:3], "k": keys, "v": keys} | change
+    dtype = shapes.pop("dtype", "float32")
+    of = lambda name: {"starts": jnp.int32, "ridge": jnp.float32}.get(name, dtype)
+    args = {n: jax.ShapeDtypeStruct(x, of(n)) for n, x in shapes.items() if isinstance(x, tuple)}
+    rest = {n: x for n, x in shapes.items() if n not in args}
+    with pytest.raises(ValueError, match=says):
+        jax.eval_shape(functools.partial(local_linear_attention, interpret=True, **rest), **args)
