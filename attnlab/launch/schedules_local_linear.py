@@ -1,10 +1,10 @@
 """What libtpu schedules for local linear attention on TPUs that are not here.
 
-The unit is bundles per 1024 scores: of an iteration of conjugate gradients, in its loop over key tiles ("bundles"), and of
-all other passes over keys together ("passes": statistics, weights, right side, output, gradients). "once" is what an
+The unit is bundles per 1024 scores: of an iteration of conjugate gradients, in its loop over key tiles ("bundles"), and
+of all other passes over keys together ("passes": statistics, weights, right side, output, gradients). "once" is what an
 iteration has beside that loop, in bundles: the first scores, the last tile, and the step. A bundle takes a cycle where
-nothing stalls. Estimates are of a causal head and 16 iterations; of a block of code its bundles count, or what its products
-occupy the matrix units if that is more.
+nothing stalls. Estimates are of a causal head and 16 iterations; of a block of code its bundles count, or what its
+products occupy the matrix units if that is more.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jax.sharding import SingleDeviceSharding
 
 from attnlab.launch import llo
 from kernels_pallas import tuning
-from kernels_pallas.local_linear_attention import Blocks, local_linear_attention, plan
+from kernels_pallas.local_linear_attention import Blocks, default_blocks, local_linear_attention
 
 NAME = "local_linear"
 PARTS = ("forward", "backward")
@@ -129,7 +129,8 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """Facts of both kernels of a case, by part. The dump goes to `folder` (`llo.arguments`), as libtpu was told."""
     case = CASES[name]
-    blocks = blocks or plan.blocks(chip, case.length, case.length, case.width, case.width, 2)
+    x = jax.ShapeDtypeStruct((case.batch, case.length, case.heads, case.width), jnp.bfloat16)
+    blocks = blocks or default_blocks(x, x, x, chip)
     llo.clear(folder)
     started = time.process_time()
     compile_case(case, target, chip, blocks)

@@ -126,9 +126,9 @@ def local_linear(
     iterations, max_iterations, tolerance: of conjugate gradients (`attnlab.ops.conjugate_gradient`); gradients are
         those of the exact solution, wrong by about the residual. `definition` reads none of them.
     blocks: A keeps second moments of channels in one block alone: of so many equal blocks of neighbouring channels.
-    impl: "auto" (pallas on TPU, else cg); "definition"; "cg": rows of a tile go on until all of them have a residual of
-        `tolerance`, for at most `max_iterations` (None: `iterations`); "cg_fixed": always `iterations`; "pallas": as cg,
-        by our TPU kernels.
+    impl: "auto" (pallas on TPU, else cg); "definition"; "cg": rows of a tile go on until all of them have a residual
+        of `tolerance`, for at most `max_iterations` (None: `iterations`); "cg_fixed": always `iterations`; "pallas": as
+        cg, by our TPU kernels.
 
     Returns o_BTHe in the dtype of q, and how the systems were solved. Weights and the solver are float32 (float64 for
     float64 inputs). Differentiable (reverse mode) in q, k, v and ridge. Raises UserError for what does not fit.

@@ -16,7 +16,7 @@ from kernels_pallas.local_linear_attention import plan
 from kernels_pallas.local_linear_attention.gradient import attention
 from kernels_pallas.local_linear_attention.plan import Blocks, Solver
 
-__all__ = ["Blocks", "Solved", "kernel_widths", "local_linear_attention", "most_keys"]
+__all__ = ["Blocks", "Solved", "default_blocks", "kernel_widths", "local_linear_attention", "most_keys"]
 
 
 class Solved(NamedTuple):
@@ -89,6 +89,11 @@ def kernel_widths(iterations: int, width: int, value_width: int) -> dict[str, in
     return plan.widths(iterations, width, value_width)
 
 
+def default_blocks(q: Any, k: Any, v: Any, kind: str) -> Blocks | None:
+    """Tiles for such arrays on devices of a kind; None where a head's keys do not fit into fast memory."""
+    return plan.blocks(kind, q.shape[1], k.shape[1], q.shape[3], v.shape[3], q.dtype.itemsize)
+
+
 def most_keys(kind: str, width: int, value_width: int, itemsize: int) -> int:
     """How many keys of a head there is room for on devices of a kind (`tuning.kind`)."""
     return plan.most_keys(kind, 128, width, value_width, itemsize)
@@ -97,9 +102,7 @@ def most_keys(kind: str, width: int, value_width: int, itemsize: int) -> int:
 def _check(q, ridge, k, v, starts, ends, iterations, tolerance) -> None:
     check_arrays("local_linear_attention", q, k, v, starts, ends)
     if ridge.shape != q.shape[:3] or ridge.dtype != jnp.float32:
-        raise ValueError(
-            f"local_linear_attention: ridge {ridge.shape} {ridge.dtype}; expected {q.shape[:3]} float32"
-        )
+        raise ValueError(f"local_linear_attention: ridge {ridge.shape} {ridge.dtype}; expected {q.shape[:3]} float32")
     if iterations < 1:
         raise ValueError(f"local_linear_attention: iterations={iterations}; allowed: 1 or more")
     if not tolerance > 0:

@@ -4,9 +4,9 @@ Everything is transposed, keys by rows and channels by rows, so that numbers of 
 or channels are plain operations on registers. Weights of the tile stay in fast memory, so that an iteration is two
 products with the keys and no more: `t = k . y - mean . y`, and `sum p t k`.
 
-The matrix unit multiplies bfloat16. Keys are that already where inputs are; directions are rounded to it before anything
-is made of them, so that products with them are exact and steps, residuals and solutions agree; weights times `t` go as
-two bfloat16 numbers, the second what the first leaves. Float32 inputs are multiplied in float32.
+The matrix unit multiplies bfloat16. Keys are that already where inputs are; directions are rounded to it before
+anything is made of them, so that products with them are exact and steps, residuals and solutions agree; weights times
+`t` go as two bfloat16 numbers, the second what the first leaves. Float32 inputs are multiplied in float32.
 """
 
 from __future__ import annotations

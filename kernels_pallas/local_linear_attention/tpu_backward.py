@@ -98,7 +98,8 @@ class Backward(RowTile):
         def finish(tile, slot: int, keys: slice, rows: slice):
             p = r["weights"][tile, keys, rows]
             tilt = r["fits"][slot, keys, rows] - self.number(CENTRE, rows)
-            slope = r["slopes"][tile, keys, rows] - (r["second_fits"][slot, keys, rows] - self.number(SECOND_CENTRE, rows))
+            against = r["second_fits"][slot, keys, rows] - self.number(SECOND_CENTRE, rows)
+            slope = r["slopes"][tile, keys, rows] - against
             dlogits = ((p * scale) * (slope * tilt - mean[:, rows])).astype(dtype)
             slope, tilt = (p * slope).astype(dtype), (p * tilt).astype(dtype)
             dk = product(r["q_t"][:, rows], dlogits, 1, 1)

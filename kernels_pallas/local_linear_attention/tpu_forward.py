@@ -114,7 +114,7 @@ class Output(NamedTuple):
 
 
 def row_specs(blocks: plan_lib.Blocks, group: int, shared: bool):
-    """Block specs on the grid (sequences, key heads, query heads of each, tiles of rows): of arrays [B, H, T, width], of
+    """Block specs on the grid (sequences, key heads, query heads of each, tiles of rows): of [B, H, T, width], of
     [B, H, height, T], of a key head's [B, K, ...], and of the intervals."""
     row = lambda width: pl.BlockSpec((None, None, blocks.rows, width), lambda b, h, g, i, *_: (b, h * group + g, i, 0))
     column = lambda n: pl.BlockSpec((None, None, n, blocks.rows), lambda b, h, g, i, *_: (b, h * group + g, 0, i))

@@ -21,8 +21,8 @@ from tests.kernels_pallas.test_flash_attention import KEYS, intervals
 NAMES = "q", "ridge", "k", "v"
 SMALL = Blocks(128, 128, 128, 128)
 PARTS = Blocks(256, 256, 128, 128)
-# Mask, length, B H K, d e, dtype, tiles, and how far values and gradients may be off, of the largest: by rounding and by
-# the tolerance, in bfloat16 about as far as XLA's form (`test_bfloat16_is_as_near_as_xla`).
+# Mask, length, B H K, d e, dtype, tiles, and how far values and gradients may be off, of the largest: by rounding and
+# by the tolerance, in bfloat16 about as far as XLA's form (`test_bfloat16_is_as_near_as_xla`).
 CASES = {
     "causal": ("causal", 256, (1, 2, 1), (32, 16), "float32", PARTS, 1e-4),
     "window": ("window", 130, (1, 2, 2), (48, 48), "float32", SMALL, 1e-4),
@@ -191,7 +191,8 @@ def test_tiles():
 
 @pytest.mark.parametrize("change, says", [
     ({"ridge": (1, 5, 2)}, "ridge"), ({"k": (1, 9, 3, 4)}, "do not fit"), ({"starts": (5,)}, "starts"),
-    ({"dtype": "float16"}, "bfloat16, or all float32"), ({"blocks": 3}, "blocks=3"), ({"iterations": 0}, "iterations=0"),
+    ({"dtype": "float16"}, "bfloat16, or all float32"), ({"blocks": 3}, "blocks=3"),
+    ({"iterations": 0}, "iterations=0"),
     ({"tolerance": 0.0}, "tolerance=0.0"), ({"k": (1, 10**6, 2, 4), "v": (1, 10**6, 2, 4)}, "allowed: "),
 ])  # fmt: skip
 def test_refusals(change, says):

@@ -1,5 +1,5 @@
-"""Our kernels as an implementation of local linear attention: when they are chosen, what they cost, and how they run split
-over devices, rematerialised and scanned."""
+"""Our kernels as an implementation of local linear attention: when they are chosen, what they cost, and how they run
+split over devices, rematerialised and scanned."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def test_kernel_flops():
 
 
 def test_runs_as_the_op_does():
-    """Values, gradients, residuals and iterations of the definition and of `cg`, where two devices each have half of the
-    queries, dealt out, in packed rows, under checkpoint in a scan."""
+    """Values, gradients, residuals and iterations of the definition and of `cg`, where two devices each have half of
+    the queries, dealt out, in packed rows, under checkpoint in a scan."""
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     arrays, do = [normal(2, 1, 32, 2, 16), normal(1, 32, 1, 16), normal(1, 32, 1, 16)], normal(1, 32, 2, 16)
