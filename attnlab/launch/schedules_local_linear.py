@@ -63,14 +63,13 @@ class Sweep:
     """A pass over key tiles that asks for the next while it finishes one, as regions of code.
 
     Attributes:
-      opening: asks for the first tile; `turn`, `even` and `odd` are in it.
+      opening: asks for the first tile; the others are in it.
       turn: two tiles, in a loop.
-      even: the last two of an even number of tiles; `odd`: the last of an odd number.
+      odd: the last of an odd number.
     """
 
     opening: llo.Region
     turn: llo.Region
-    even: llo.Region
     odd: llo.Region
 
     @classmethod
@@ -79,13 +78,12 @@ class Sweep:
         turns = [r for inner in region.inside for r in inner.walk() if r.kind == "loop" and r.own["products"]]
         if not region.own["products"] or not turns:
             return None
-        last = [r for r in region.inside if r.kind == "when" and r.own["products"]]
-        even, odd = sorted(last, key=lambda r: -r.own["products"])
-        return cls(region, turns[0], even, odd)
+        (odd,) = (r for r in region.inside if r.kind == "when" and r.own["products"])
+        return cls(region, turns[0], odd)
 
     def cycles(self, tiles: int, cost: Callable[[llo.Region], float]) -> float:
         """Of so many tiles, at least one."""
-        return cost(self.opening) + (tiles - 1) // 2 * cost(self.turn) + cost(self.odd if tiles % 2 else self.even)
+        return cost(self.opening) + tiles // 2 * cost(self.turn) + tiles % 2 * cost(self.odd)
 
 
 def facts(root: llo.Region, chip: str, blocks: Blocks, length: int) -> dict[str, Any]:

@@ -80,34 +80,30 @@ class RowTile:
         r, count = self.refs, self.end - self.first
         r[name][...] = jnp.zeros_like(r[name])
 
-        def block(t, slot: int, asks: bool, finishes: bool) -> None:
+        def block(tile, slot: int, finishes: bool, following=None) -> None:
             for rows in self.row_parts:
                 total = None
                 for keys in self.key_parts:
-                    if asks:
-                        ask(self.first + t + finishes, slot ^ finishes, keys, rows)
+                    if following is not None:
+                        ask(following, slot ^ finishes, keys, rows)
                     if finishes:
-                        more = finish(self.first + t, slot, keys, rows)
+                        more = finish(tile, slot, keys, rows)
                         total = more if total is None else total + more
                 if finishes:
                     r[name][:, rows] += total
 
         def turn(u, carry):
-            block(2 * u, 0, True, True)
-            block(2 * u + 1, 1, True, True)
+            tile = self.first + 2 * u
+            block(tile, 0, True, tile + 1)
+            # Behind the last tile it is asked for once more, which costs less than code without it.
+            block(tile + 1, 1, True, jnp.minimum(tile + 2, self.end - 1))
             return carry
 
         @pl.when(count > 0)
         def _():
-            block(0, 0, True, False)
-            lax.fori_loop(0, (count - 1) >> 1, turn, 0)
-
-            @pl.when(count & 1 == 0)
-            def _():
-                block(count - 2, 0, True, True)
-                block(count - 1, 1, False, True)
-
-            pl.when(count & 1 == 1)(lambda: block(count - 1, 0, False, True))
+            block(None, 0, False, self.first)
+            lax.fori_loop(0, count >> 1, turn, 0)
+            pl.when(count & 1 == 1)(lambda: block(self.end - 1, 0, True))
 
     def logits(self, tile, keys: slice, rows: slice):
         """In log2 units, [keys, rows]; hidden ones `HIDDEN`."""

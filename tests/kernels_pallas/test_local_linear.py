@@ -21,30 +21,34 @@ from tests.kernels_pallas.test_flash_attention import KEYS, intervals
 NAMES = "q", "ridge", "k", "v"
 SMALL = Blocks(128, 128, 128, 128)
 PARTS = Blocks(256, 256, 128, 128)
-# Mask, length, B H K, d e, dtype, tiles, and how far values and gradients may be off, of the largest: by rounding and
-# by the tolerance, in bfloat16 about as far as XLA's form (`test_bfloat16_is_as_near_as_xla`).
+# Length, masks of the sequences, H K, d e, dtype, tiles.
 CASES = {
-    "causal": ("causal", 256, (1, 2, 1), (32, 16), "float32", PARTS, 1e-4),
-    "window": ("window", 130, (1, 2, 2), (48, 48), "float32", SMALL, 1e-4),
-    "documents": ("packed", 256, (2, 2, 2), (48, 64), "bfloat16", SMALL, 8e-3),
-    "any intervals": ("anything", 64, (2, 2, 1), (16, 32), "float32", SMALL, 1e-4),
-    "both directions": ("all", 7, (1, 2, 1), (128, 128), "bfloat16", None, 8e-3),
-    "one position": ("causal", 1, (1, 3, 1), (16, 32), "float32", None, 1e-6),
+    "documents": (256, ("causal", "packed"), (2, 1), (32, 16), "float32", PARTS),
+    "bfloat16": (130, ("window", "packed"), (2, 2), (48, 64), "bfloat16", SMALL),
+    "any intervals": (64, ("anything", "anything"), (3, 1), (16, 32), "float32", SMALL),
+    "both directions": (7, (), (2, 1), (128, 128), "bfloat16", None),
+    "one position": (1, ("causal",), (1, 1), (16, 32), "float32", None),
 }
+FAST = "documents", "bfloat16", "both directions"
 
 
-def inputs(mask, length, heads, widths, dtype) -> tuple[list[np.ndarray], dict]:
+def inputs(length, of_rows, heads, widths, dtype) -> tuple[list[np.ndarray], dict]:
     """q, ridge, k, v, float32 that the dtype can say, and the intervals."""
     rng = np.random.default_rng(0)
-    (B, H, K), (d, e) = heads, widths
-    S = KEYS if mask in ("all", "anything") else length
+    (H, K), (d, e), B = heads, widths, max(len(of_rows), 1)
+    S = KEYS if of_rows in ((), ("anything", "anything")) else length
     normal = lambda *shape: np.array(jnp.asarray(rng.normal(size=shape), dtype).astype(jnp.float32))
     ridge = np.float32(rng.uniform(0.3, 1, (B, length, H)))
-    return [normal(B, length, H, d), ridge, normal(B, S, K, d), normal(B, S, K, e)], intervals(mask, B, length)
+    bounds = {}
+    if of_rows:
+        each = [intervals(mask, n + 1, length) for n, mask in enumerate(of_rows)]
+        row = lambda x, name: np.broadcast_to(x.get(name, np.int64(0)), (*x["ends"].shape,))[-1]
+        bounds = {name: np.stack([row(x, name) for x in each]) for name in ("starts", "ends")}
+    return [normal(B, length, H, d), ridge, normal(B, S, K, d), normal(B, S, K, e)], bounds
 
 
-def results(fn, arrays, dtype) -> dict[str, np.ndarray]:
-    """o, and the gradients of its product with one cotangent."""
+def results(fn, arrays, dtype, *others) -> list[dict[str, np.ndarray]]:
+    """o, and the gradients of its product with one cotangent, for some arrays by one program."""
     do = jnp.asarray(np.random.default_rng(1).normal(size=(*arrays[0].shape[:3], arrays[3].shape[3])))
 
     @jax.jit
@@ -53,20 +57,23 @@ def results(fn, arrays, dtype) -> dict[str, np.ndarray]:
         return o, *vjp(do.astype(o.dtype))
 
     wide = jnp.promote_types(dtype, jnp.float32)
-    found = run(*(jnp.asarray(x, wide if name == "ridge" else dtype) for name, x in zip(NAMES, arrays)))
-    found = [np.asarray(x.astype(jnp.promote_types(x.dtype, jnp.float32))) for x in found]
-    return dict(zip(("o", *(f"d{name}" for name in NAMES)), found, strict=True))
+    out = []
+    for given in (arrays, *others):
+        found = run(*(jnp.asarray(x, wide if name == "ridge" else dtype) for name, x in zip(NAMES, given)))
+        found = [np.asarray(x.astype(jnp.promote_types(x.dtype, jnp.float32))) for x in found]
+        out.append(dict(zip(("o", *(f"d{name}" for name in NAMES)), found, strict=True)))
+    return out
 
 
 def op(bounds, **options):
     """The op, its arguments in the kernels' order."""
-    mask = Mask(k_start=bounds.get("starts"), k_end=bounds.get("ends"))
+    mask = Mask(*(None if x is None else jnp.asarray(x) for x in (bounds.get("starts"), bounds.get("ends"))))
     return lambda q, ridge, k, v: local_linear(q, k, v, mask, ridge, **options)[0]
 
 
 def exact(arrays, bounds) -> dict[str, np.ndarray]:
     with jax.enable_x64(True):
-        return results(op(bounds, impl="definition"), arrays, "float64")
+        return results(op(bounds, impl="definition"), arrays, "float64")[0]
 
 
 def kernel(bounds, **options):
@@ -80,29 +87,26 @@ def assert_close(found, expected, tolerance):
         assert off <= tolerance, f"{name}: {off}"
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [c if c in FAST else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
 def test_equals_the_definition(case):
-    """Values and gradients of q, ridge, k and v, in float64."""
-    *shape, dtype, tiles, tolerance = CASES[case]
+    """Values and gradients of q, ridge, k and v, in float64: in float32 by rounding and by the tolerance, in bfloat16 on
+    average at most twice as far as `cg`, which multiplies in float32."""
+    *shape, dtype, tiles = CASES[case]
     arrays, bounds = inputs(*shape, dtype)
-    assert_close(results(kernel(bounds, blocks=tiles), arrays, dtype), exact(arrays, bounds), tolerance)
-
-
-def test_bfloat16_is_as_near_as_xla():
-    """Values and gradients err on average at most twice as much as those of `cg`, which multiplies in float32."""
-    arrays, bounds = inputs("causal", 130, (1, 2, 1), (32, 32), "bfloat16")
     expected = exact(arrays, bounds)
-    ours = results(kernel(bounds, blocks=SMALL), arrays, "bfloat16")
-    xla = results(op(bounds, impl="cg", iterations=60), arrays, "bfloat16")
+    (ours,) = results(kernel(bounds, blocks=tiles), arrays, dtype)
+    if dtype == "float32":
+        return assert_close(ours, expected, 1e-4)
+    (xla,) = results(op(bounds, impl="cg", iterations=60), arrays, dtype)
     for name, value in expected.items():
         mean = lambda x: np.sqrt(np.mean((x[name] - value) ** 2)) / np.sqrt(np.mean(value**2))
-        assert mean(ours) <= 2 * mean(xla) + (1e-3 if name == "dridge" else 0), f"{name}: {mean(ours)}, {mean(xla)}"
+        assert mean(ours) <= 2 * mean(xla) + (2e-3 if name == "dridge" else 0), f"{name}: {mean(ours)}, {mean(xla)}"
 
 
 @functools.cache
 def solver(dtype: str, iterations: int, tolerance: float):
     """Rows of the second tile see no more than one key, those of the third need most iterations."""
-    (q, ridge, k, v), _ = inputs("causal", 384, (1, 1, 1), (32, 32), dtype)
+    (q, ridge, k, v), _ = inputs(384, ("causal",), (1, 1), (32, 32), dtype)
     t = np.arange(384)[None]
     ends = np.where((t >= 128) & (t < 256), t % 2, t + 1)
     ridge[:, :128] = 1e4  # one step to a residual that float32 can say
@@ -113,15 +117,14 @@ def solver(dtype: str, iterations: int, tolerance: float):
     return [np.asarray(x, np.float64) for x in found], (q, ridge, k, v), ends
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_tile_ends_with_its_last_row(dtype):
+def test_a_tile_ends_with_its_last_row():
     """Rows stop at the tolerance, each at its own iteration; a tile runs as many as its slowest row and no more."""
-    (_, residual, iterations, turns), _, _ = solver(dtype, 100, 1e-5)
-    tiles = iterations.reshape(3, 128), turns.reshape(3, 128)
-    np.testing.assert_array_equal(tiles[1], np.broadcast_to(tiles[0].max(1, keepdims=True), (3, 128)))
-    most = tiles[0].max(1)
+    (_, residual, iterations, turns), _, _ = solver("bfloat16", 100, 1e-5)
+    of_rows, of_tiles = iterations.reshape(3, 128), turns.reshape(3, 128)
+    np.testing.assert_array_equal(of_tiles, np.broadcast_to(of_rows.max(1, keepdims=True), (3, 128)))
+    most = of_rows.max(1)
     assert most[0] < 6 and most[1] <= 2 and 10 < most[2] < 60
-    assert np.all(tiles[0][1, ::2] == 0) and len(np.unique(tiles[0][2])) > 2
+    assert np.all(of_rows[1, ::2] == 0) and len(np.unique(of_rows[2])) > 2
     assert residual.max() < 1e-5
 
 
@@ -138,31 +141,26 @@ def test_the_bound_and_the_residual():
 
 def test_what_nothing_sees_changes_nothing():
     """NaN in keys and values that no row sees, and in rows that see none: no other bit changes; there all is 0."""
-    arrays, bounds = inputs("packed", 200, (1, 2, 1), (32, 32), "float32")
-    hidden = ~np.asarray(masks.visible(bounds["starts"], bounds["ends"], 200, 200)).any(1)[0]
+    arrays, bounds = inputs(130, ("packed",), (2, 1), (16, 16), "float32")
+    hidden = ~np.asarray(masks.visible(bounds["starts"], bounds["ends"], 130, 130)).any(1)[0]
     blind = (bounds["starts"] >= bounds["ends"])[0]
-    assert hidden.sum() > 30 and blind.sum() > 30
-
-    @jax.jit
-    def run(arrays):
-        o, vjp = jax.vjp(kernel(bounds, blocks=SMALL, iterations=8), *arrays)
-        return o, *vjp(jnp.ones_like(o))
-
+    assert hidden.sum() > 20 and blind.sum() > 20
     poisoned = [x.copy() for x in arrays]
     for x, where in zip(poisoned, (blind, blind, hidden, hidden)):
         x[:, where] = np.nan
-    for a, b, where in zip(run(arrays), run(poisoned), (blind, blind, blind, hidden, hidden), strict=True):
-        np.testing.assert_array_equal(a, b)
-        assert not np.any(b[:, where]) and np.any(b[:, ~where])
+    plain, with_nan = results(kernel(bounds, blocks=SMALL, iterations=8), arrays, "float32", poisoned)
+    for name, where in zip(plain, (blind, blind, blind, hidden, hidden), strict=True):
+        np.testing.assert_array_equal(plain[name], with_nan[name])
+        assert not np.any(plain[name][:, where]) and np.any(plain[name][:, ~where])
 
 
 def test_no_races(capfd):
-    """Simulated on two cores, which share the parallel axes: nothing is raced for, and results are the same."""
-    arrays, bounds = inputs("causal", 256, (1, 2, 1), (16, 16), "float32")
+    """Simulated on two cores, which share the parallel axes: nothing is raced for, and the definition is met."""
+    (q, ridge, k, v), bounds = inputs(256, ("causal",), (2, 1), (16, 16), "float32")
+    arrays = q, 100 * ridge, k, v  # for few iterations
     cores = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
-    simulated = results(kernel(bounds, blocks=SMALL, interpret=cores, iterations=2), arrays, "float32")
-    plain = results(kernel(bounds, blocks=SMALL, iterations=2), arrays, "float32")
-    assert_close(simulated, plain, 1e-5)
+    (simulated,) = results(kernel(bounds, blocks=SMALL, interpret=cores, iterations=5), arrays, "float32")
+    assert_close(simulated, exact(arrays, bounds), 1e-4)
     assert "RACE DETECTED" not in "".join(capfd.readouterr())
 
 
