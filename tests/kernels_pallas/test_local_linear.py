@@ -26,7 +26,7 @@ CASES = {
     "documents": (256, ("causal", "packed"), (2, 1), (32, 16), "float32", PARTS),
     "bfloat16": (130, ("window", "packed"), (2, 2), (48, 64), "bfloat16", SMALL),
     "any intervals": (64, ("anything", "anything"), (3, 1), (16, 32), "float32", SMALL),
-    "both directions": (7, (), (2, 1), (128, 128), "bfloat16", None),
+    "both directions": (7, (), (2, 1), (16, 24), "float32", None),
     "one position": (1, ("causal",), (1, 1), (16, 32), "float32", None),
 }
 FAST = "documents", "bfloat16", "both directions"
@@ -36,13 +36,13 @@ def inputs(length, of_rows, heads, widths, dtype) -> tuple[list[np.ndarray], dic
     """q, ridge, k, v, float32 that the dtype can say, and the intervals."""
     rng = np.random.default_rng(0)
     (H, K), (d, e), B = heads, widths, max(len(of_rows), 1)
-    S = KEYS if of_rows in ((), ("anything", "anything")) else length
+    S = KEYS if "anything" in of_rows else length
     normal = lambda *shape: np.array(jnp.asarray(rng.normal(size=shape), dtype).astype(jnp.float32))
     ridge = np.float32(rng.uniform(0.3, 1, (B, length, H)))
     bounds = {}
     if of_rows:
         each = [intervals(mask, n + 1, length) for n, mask in enumerate(of_rows)]
-        row = lambda x, name: np.broadcast_to(x.get(name, np.int64(0)), (*x["ends"].shape,))[-1]
+        row = lambda x, name: np.broadcast_to(x.get(name, np.zeros((1, 1), int))[-1:], (1, length))[0]
         bounds = {name: np.stack([row(x, name) for x in each]) for name in ("starts", "ends")}
     return [normal(B, length, H, d), ridge, normal(B, S, K, d), normal(B, S, K, e)], bounds
 
@@ -89,8 +89,8 @@ def assert_close(found, expected, tolerance):
 
 @pytest.mark.parametrize("case", [c if c in FAST else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
 def test_equals_the_definition(case):
-    """Values and gradients of q, ridge, k and v, in float64: in float32 by rounding and by the tolerance, in bfloat16 on
-    average at most twice as far as `cg`, which multiplies in float32."""
+    """Values and gradients of q, ridge, k and v, in float64: in float32 by rounding and by the tolerance, in bfloat16
+    on average at most twice as far as `cg`, which multiplies in float32."""
     *shape, dtype, tiles = CASES[case]
     arrays, bounds = inputs(*shape, dtype)
     expected = exact(arrays, bounds)
@@ -136,7 +136,7 @@ def test_the_bound_and_the_residual():
         arrays = [jnp.asarray(x, jnp.float64) for x in (q, k, v)]
         expected, facts = local_linear(*arrays, Mask(k_end=jnp.asarray(ends)), ridge, iterations=4, tolerance=1e-5)
     np.testing.assert_allclose(o, expected, atol=1e-4)
-    np.testing.assert_allclose(residual, facts.residual_BTH, rtol=1e-2, atol=2e-6)
+    np.testing.assert_allclose(residual, facts.residual_BTH, rtol=1e-2, atol=1e-5)
 
 
 def test_what_nothing_sees_changes_nothing():
@@ -156,10 +156,10 @@ def test_what_nothing_sees_changes_nothing():
 
 def test_no_races(capfd):
     """Simulated on two cores, which share the parallel axes: nothing is raced for, and the definition is met."""
-    (q, ridge, k, v), bounds = inputs(256, ("causal",), (2, 1), (16, 16), "float32")
-    arrays = q, 100 * ridge, k, v  # for few iterations
+    (q, ridge, k, v), bounds = inputs(256, ("causal",), (2, 2), (16, 16), "float32")
+    arrays = q, 1e4 * ridge, k, v  # for few iterations
     cores = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
-    (simulated,) = results(kernel(bounds, blocks=SMALL, interpret=cores, iterations=5), arrays, "float32")
+    (simulated,) = results(kernel(bounds, blocks=SMALL, interpret=cores, iterations=2), arrays, "float32")
     assert_close(simulated, exact(arrays, bounds), 1e-4)
     assert "RACE DETECTED" not in "".join(capfd.readouterr())
 
