@@ -26,6 +26,7 @@ from attnlab.launch import (
     schedules_delta_rule,
     schedules_flow,
     schedules_linear_recurrence,
+    schedules_local_linear,
     schedules_neural_memory,
 )
 from attnlab.launch.schedules import TOPOLOGIES, Case, Reading, Shape
@@ -33,13 +34,14 @@ from attnlab.launch.schedules import TOPOLOGIES, Case, Reading, Shape
 SHAPE = Shape()
 LENGTHS = (4096, 16384)  # of the estimates
 SPLASH_TILES = (512, 1024)
-GROWTH, CHECKED = 0.05, ("full", "masked", "bundles", "spills", "kernel_bundles", "vmem")
+GROWTH, CHECKED = 0.05, ("full", "masked", "bundles", "passes", "spills", "kernel_bundles", "vmem")
 FAMILIES = (
     schedules_linear_recurrence,
     schedules_delta_rule,
     schedules_flow,
     schedules_neural_memory,
     schedules_agent,
+    schedules_local_linear,
 )
 RECURRENCES = {f"{m.NAME}: {case}": (m, case) for m in FAMILIES for case in m.CASES}
 Fact = tuple[str, str, dict[str, Any]]

@@ -31,6 +31,7 @@ TUNING = tuple(
         "schedules_delta_rule",
         "schedules_flow",
         "schedules_linear_recurrence",
+        "schedules_local_linear",
         "schedules_neural_memory",
         "tune",
     )

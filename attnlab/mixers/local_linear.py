@@ -54,7 +54,7 @@ class LocalLinearConfig(AttentionConfig):
         least=1,
     )
     max_iterations: int | None = knob(
-        None, "bound for impl=cg, which goes on until `tolerance`; none: iterations", other=(64,)
+        None, "bound for impl=cg and pallas, which go on until `tolerance`; none: iterations", other=(64,)
     )
     tolerance: float | None = knob(
         None,
@@ -71,7 +71,7 @@ class LocalLinearConfig(AttentionConfig):
         least=1,
     )
     impl: str = impl_knob(
-        LOCAL_LINEAR, doc="cg stops when a block of rows is done, cg_fixed after `iterations`; one of"
+        LOCAL_LINEAR, doc="cg and pallas (TPU) stop when a block of rows is done, cg_fixed after `iterations`; one of"
     )
 
     def __post_init__(self) -> None:

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.errors import UserError
-from attnlab.ops import local_linear_xla
-from attnlab.ops.attention_frame import AttentionSpec, attend, check_shapes, over_devices
+from attnlab.ops import local_linear_kernel, local_linear_xla
+from attnlab.ops.attention_frame import attend, check_shapes, over_devices
 from attnlab.ops.dispatch import Implementation, Op
+from attnlab.ops.local_linear_kernel import LocalLinearSpec
 from attnlab.ops.masks import Mask
 
 
@@ -72,13 +73,21 @@ def definition(
 
 LOCAL_LINEAR = Op(
     "local_linear",
-    AttentionSpec.of,
+    LocalLinearSpec.of,
     {
         "definition": Implementation(definition),
         "cg": Implementation(partial(local_linear_xla.local_linear, early_exit=True)),
         "cg_fixed": Implementation(partial(local_linear_xla.local_linear, early_exit=False)),
+        "pallas": Implementation(
+            local_linear_kernel.local_linear,
+            local_linear_kernel.unsupported,
+            worth=local_linear_kernel.worth,
+            platforms=("tpu",),
+            interpretable=True,
+            kernel_flops=local_linear_kernel.kernel_flops,
+        ),
     },
-    preference=("cg",),
+    preference=("pallas", "cg"),
     split=over_devices,
 )
 
@@ -117,8 +126,9 @@ def local_linear(
     iterations, max_iterations, tolerance: of conjugate gradients (`attnlab.ops.conjugate_gradient`); gradients are
         those of the exact solution, wrong by about the residual. `definition` reads none of them.
     blocks: A keeps second moments of channels in one block alone: of so many equal blocks of neighbouring channels.
-    impl: "auto" (cg); "definition"; "cg": rows of a tile go on until all of them have a residual of `tolerance`, for
-        at most `max_iterations` (None: `iterations`); "cg_fixed": always `iterations`.
+    impl: "auto" (pallas on TPU, else cg); "definition"; "cg": rows of a tile go on until all of them have a residual
+        of `tolerance`, for at most `max_iterations` (None: `iterations`); "cg_fixed": always `iterations`; "pallas": as
+        cg, by our TPU kernels.
 
     Returns o_BTHe in the dtype of q, and how the systems were solved. Weights and the solver are float32 (float64 for
     float64 inputs). Differentiable (reverse mode) in q, k, v and ridge. Raises UserError for what does not fit.

@@ -10,9 +10,10 @@ from collections import Counter
 import jax.numpy as jnp
 import pytest
 
-from attnlab.launch import llo, schedules, schedules_agent, schedules_neural_memory
+from attnlab.launch import llo, schedules, schedules_agent, schedules_local_linear, schedules_neural_memory
 from benchmarks import tpu_schedule
 from kernels_pallas import masks, tuning
+from kernels_pallas.local_linear_attention import Blocks
 from kernels_pallas.tuning import BackwardBlocks, ForwardBlocks
 
 # A loop of four bundles with one in it that a branch goes around; made up, in the compiler's form.
@@ -142,6 +143,26 @@ def test_what_is_done_again_is_beside_the_step():
     assert facts["bundles"] == (1000 + 24 + 76 + 9) / 100
     assert facts["matrix"] == 32 * llo.CYCLES["v6e"] / llo.UNITS["v6e"] / 100
     assert (facts["again"], facts["once"]) == (507, 48)
+
+
+def test_an_iteration_is_its_loop_over_tiles():
+    """Other passes, and what an iteration has beside the loop, are apart; the estimate runs 16 of them."""
+    region = lambda kind, at, end, bundles, products=0, inside=(): llo.Region(
+        kind, at, end, inside=list(inside), own=Counter(bundles=bundles, products=products)
+    )
+    looped = lambda at, turn: region("when", at, at + 3, 0, 0, [region("loop", at, at + 3, turn, 4)])
+    sweep = lambda at, opening, turn, odd: region(
+        "when", at, at + 9, opening, 1, [looped(at + 1, turn), region("when", at + 5, at + 8, odd, 2)]
+    )
+    solver = region("loop", 19, 30, 50, 0, [sweep(20, 20, 200, 60)])
+    body = region("when", 2, 50, 30, 0, [region("loop", 3, 9, 100, 10), solver, sweep(40, 10, 80, 40)])
+    kernel = region("kernel", 0, 60, 5, 0, [region("loop", 1, 55, 7, 0, [body])])
+    facts = schedules_local_linear.facts(kernel, "v6e", Blocks(128, 128, 128, 128), 384)
+    assert (facts["bundles"], facts["once"], facts["passes"]) == (6.25, 20 + 60 + 50 - 100, 100 / 16 + 80 / 32)
+    turns, odds, tiles = 0 + 1 + 1, 1 + 0 + 1, 1 + 2 + 3  # of three tiles of rows
+    iterations = 16 * (3 * (50 + 20) + turns * 200 + odds * 60)
+    total = 3 * (7 + 30) + tiles * 100 + 3 * 10 + turns * 80 + odds * 40 + iterations
+    assert facts["causal_cycles"] == {"384": total}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")

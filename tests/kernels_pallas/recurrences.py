@@ -67,9 +67,12 @@ def bytes_of_blocks(params):
         array, shape = block.array_aval, block.block_shape
         if "smem" in str(block.transformed_block_aval).lower():
             continue
-        size = math.prod(int(getattr(n, "block_size", n)) for n in shape) * array.dtype.itemsize
+        sizes = (n if isinstance(n, int) else getattr(n, "block_size", 1) for n in shape)  # 1: an axis left out
+        size = math.prod(sizes) * array.dtype.itemsize
         index = block.index_map_jaxpr
-        place = lambda at: tuple(int(i) for i in jax.core.eval_jaxpr(index.jaxpr, index.consts, *at))
+        # Behind the grid's indices come scalars in fast memory, which no place depends on here.
+        rest = [None] * (len(index.jaxpr.invars) - len(mapping.grid))
+        place = lambda at: tuple(int(i) for i in jax.core.eval_jaxpr(index.jaxpr, index.consts, *at, *rest))
         places = [place(at) for at in np.ndindex(*mapping.grid)]
         total += size * sum(a != b for a, b in zip([None, *places], places))
     return total
