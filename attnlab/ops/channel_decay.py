@@ -1,10 +1,10 @@
 """Products of positions between which every channel decays at its own rate, without a quotient of decays.
 
-A weight `exp(g_{j+1} + ... + g_i)` of a pair i > j has to be a product of one of i and one of j, channel by channel, for
-all pairs to be a matrix product. It is, around a position between them: blocks of 1, 2, 4, ... positions are joined two
-by two, and pairs across a joint meet at the joint, i by the sum up to it from there, j by the sum from it to there. Both
-are 0 or less, so that nothing overflows at any decay, and none is a difference, in which digits are lost. Sub-blocks of
-16 positions are made by four products under masks, larger ones exactly.
+A weight `exp(g_{j+1} + ... + g_i)` of a pair i > j has to be a product of one of i and one of j, channel by channel,
+for all pairs to be a matrix product. It is, around a position between them: blocks of 1, 2, 4, ... positions are joined
+two by two, and pairs across a joint meet at the joint, i by the sum up to it from there, j by the sum from it to there.
+Both are 0 or less, so that nothing overflows at any decay, and none is a difference, in which digits are lost.
+Sub-blocks of 16 positions are made by four products under masks, larger ones exactly.
 
 Source of the sub-blocks: Yang et al. 2024, Gated Linear Attention, arXiv:2312.06635, section 4.3 (secondary chunking).
 """
@@ -17,9 +17,7 @@ import jax.numpy as jnp
 _SUB = 16
 
 
-def decayed_products(
-    rows: jax.Array, keys: jax.Array, log_decay: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def decayed_products(rows: jax.Array, keys: jax.Array, log_decay: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`sum_c rows_ic keys_jc exp(g_{j+1,c} + ... + g_{i,c})` of pairs j <= i, 0 elsewhere.
 
     Args:

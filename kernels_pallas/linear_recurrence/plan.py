@@ -246,12 +246,17 @@ class Blocks(Slots):
 
     def gates(self, arrays: Mapping[str, Any]) -> None:
         """The inputs that both directions begin with: decays in log2 units, and first positions of documents."""
-        plan, (_, T, H, *_) = self.plan, self.plan.shape
+        plan, H = self.plan, self.plan.shape[2]
         if plan.constant:
             whole = jnp.pad(arrays["logs"], (0, self.grid[1] * self.heads - H))
             self.input("logs", whole, pl.BlockSpec(memory_space=pltpu.SMEM))
         else:
             self.input("logs", jnp.cumsum(as_rows(plan, arrays["logs"]), -1), self.rows())
+        self.documents(arrays)
+
+    def documents(self, arrays: Mapping[str, Any]) -> None:
+        """First positions, where there are documents."""
+        plan, T = self.plan, self.plan.shape[1]
         if plan.documents:
             starts = jnp.pad(arrays["starts"], ((0, 0), (0, plan.blocks * plan.positions - T)), mode="edge")
             self.input("starts", starts.reshape(starts.shape[0], -1, 1, plan.sizes.chunk), self.shared_rows())

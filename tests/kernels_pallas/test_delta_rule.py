@@ -26,14 +26,18 @@ from tests.kernels_pallas.recurrences import (
 )
 
 
-def inputs(length, heads, d, e, state, seed=0):
-    """Keys of length 1 with cosines of about a half, the hard case for the inverse; strengths up to 1.5."""
+def inputs(length, heads, d, e, state, seed=0, channels=False):
+    """Keys of length 1 with cosines of about a half, the hard case for the inverse; strengths up to 1.5; of channels
+    some decays are all but nothing."""
     rng = np.random.default_rng(seed)
     normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
     q, k = normal(B, length, heads, d), normal(B, length, heads, d) + normal(1, 1, heads, d)
     k /= np.linalg.norm(k, axis=-1, keepdims=True)
     arrays = {"q": q, "k": k, "v": normal(B, length, heads, e)}
-    arrays["log_decay"] = np.float32(-rng.exponential(0.2, (B, length, heads)) * (rng.random((B, length, heads)) < 0.8))
+    shape = (B, length, heads, d)[: 4 if channels else 3]
+    arrays["log_decay"] = np.float32(-rng.exponential(0.2, shape) * (rng.random(shape) < 0.8))
+    if channels:
+        arrays["log_decay"][rng.random(shape) < 0.02] = -90
     arrays["beta"] = np.float32(1.5 * rng.random((B, length, heads)) * (rng.random((B, length, heads)) < 0.9))
     if state:
         arrays["state"] = normal(B, heads, d, e)
@@ -51,24 +55,29 @@ def exact(arrays, documents):
         return results(functools.partial(definition, documents=documents), arrays)
 
 
-# T, H, d, e, documents, state, dtype, sizes; several blocks of several chunks where sizes are given.
+# T, H, d, e, documents, state, dtype, sizes, whether channels have their own decays; several blocks of several chunks
+# where sizes are given.
 CASES = [
-    (1, 3, 16, 16, False, True, "float32", None),
-    (7, 2, 5, 17, True, True, "float32", None),
-    (64, 4, 64, 32, True, False, "float32", Sizes(16, 2, 4, 4)),
-    (130, 2, 24, 65, True, True, "float32", Sizes(64, 1, 2, 2)),
-    (130, 3, 64, 64, True, True, "float32", Sizes(32, 2, 2, 3)),
-    (130, 1, 130, 33, True, True, "bfloat16", Sizes(64, 2, 1, 1)),
-    (256, 1, 64, 64, False, True, "float32", Sizes(128, 1, 1, 1)),
-    (256, 2, 64, 64, True, False, "bfloat16", None),
+    (1, 3, 16, 16, False, True, "float32", None, False),
+    (7, 2, 5, 17, True, True, "float32", None, False),
+    (64, 4, 64, 32, True, False, "float32", Sizes(16, 2, 4, 4), False),
+    (130, 2, 24, 65, True, True, "float32", Sizes(64, 1, 2, 2), False),
+    (130, 3, 64, 64, True, True, "float32", Sizes(32, 2, 2, 3), False),
+    (130, 1, 130, 33, True, True, "bfloat16", Sizes(64, 2, 1, 1), False),
+    (256, 1, 64, 64, False, True, "float32", Sizes(128, 1, 1, 1), False),
+    (256, 2, 64, 64, True, False, "bfloat16", None, False),
+    (7, 2, 5, 17, True, True, "float32", None, True),
+    (130, 2, 24, 65, True, True, "float32", Sizes(64, 1, 2, 2), True),
+    (70, 2, 64, 64, False, True, "float32", Sizes(16, 2, 2, 2), True),
+    (256, 1, 64, 64, True, False, "bfloat16", Sizes(128, 2, 1, 1), True),
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(str(x) for x in c[:7]))
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(str(x) for x in (*c[:7], c[8])))
 def test_equals_the_definition(case):
     """Values and every gradient; positions that write nothing or do not decay among them."""
-    T, H, d, e, packed, state, dtype, sizes = case
-    arrays = rounded(inputs(T, H, d, e, state), dtype)
+    T, H, d, e, packed, state, dtype, sizes, channels = case
+    arrays = rounded(inputs(T, H, d, e, state, channels=channels), dtype)
     documents = documents_of(T) if packed else None
     starts = jnp.asarray(starts_of(documents)) if packed else None
     found = results(functools.partial(delta_rule, starts=starts, sizes=sizes, interpret=True), arrays)

@@ -1,0 +1,200 @@
+"""A chunk in which every channel decays at its own rate: pairs of positions meet at a place between them.
+
+A weight of a pair is to be a product of one of either position, channel by channel, for all pairs to be a product of
+matrices. Blocks of 1, 2, 4, ... positions are joined two by two; pairs across a joint meet there: the later one has
+what passes from the joint to it, the earlier one what passes from it to the joint. Both are 1 or less at any decay, and
+no sum of logarithms is a difference. `attnlab.ops.channel_decay` is the same in XLA.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas.linear_recurrence.chunk import Masks, Step, iota, over_lanes, over_sublanes
+from kernels_pallas.mosaic import product
+
+_SUBLANES = 8
+_TILE = 16  # sublanes of bfloat16
+
+
+class Decays(NamedTuple):
+    """What passes in a chunk, [C, d] each.
+
+    Attributes:
+      joints: by the size of the blocks that are joined: to a position from the joint before it, or from it to the joint
+        behind.
+      read: of the state before the chunk to a position.
+      write: of a position to the state after the chunk.
+      kept: [1, d], of the state before in the state after.
+    """
+
+    joints: dict[int, jax.Array]
+    read: jax.Array
+    write: jax.Array
+    kept: jax.Array
+
+
+def decays(logs: jax.Array, masks: Masks) -> Decays:
+    """Of logarithms to base 2, [C, d] float32; C is 16 times a power of two."""
+    C, d = logs.shape
+    joints: dict[int, jax.Array] = {}
+    # Of a position's block: the sums up to it, behind it, and of all, which all its rows have.
+    upto, behind, total, size = logs, jnp.zeros_like(logs), logs, 1
+    while size < _SUBLANES:
+        second = (iota((C, d), 0) & size) != 0
+        joints[size] = jnp.exp2(jnp.where(second, upto, behind))
+        other = jnp.where(second, _turned(total, size), _turned(total, _SUBLANES - size))
+        upto, behind = upto + jnp.where(second, other, 0), behind + jnp.where(second, 0, other)
+        total, size = total + other, 2 * size
+    tiles = lambda x: [x[i : i + _SUBLANES] for i in range(0, C, _SUBLANES)]
+    upto, behind, total = tiles(upto), tiles(behind), tiles(total)  # the last of blocks, the others of tiles
+    while size < C:
+        n = size // _SUBLANES
+        second = [i // n % 2 == 1 for i in range(len(upto))]
+        joints[size] = jnp.exp2(jnp.concatenate([u if later else b for later, u, b in zip(second, upto, behind)]))
+        other = [total[i // n ^ 1] for i in range(len(upto))]
+        upto = [x + more if later else x for later, x, more in zip(second, upto, other)]
+        behind = [x if later else x + more for later, x, more in zip(second, behind, other)]
+        total, size = [a + b for a, b in zip(total[::2], total[1::2])], 2 * size
+    read, write = (jnp.exp2(jnp.concatenate(x)) for x in (upto, behind))
+    kept = jnp.exp2(total[0][:1])
+    if masks.read is not None:
+        read, write, kept = (jnp.where(mask, x, 0) for mask, x in zip(masks[1:4], (read, write, kept)))
+    return Decays(joints, read, write, kept)
+
+
+def _turned(x: jax.Array, by: int) -> jax.Array:
+    """Rows of every eight, so many further, the last of them first."""
+    C, d = x.shape
+    return pltpu.roll(x.reshape(-1, _SUBLANES, d), by, 1).reshape(C, d)
+
+
+def forward(step: Step, m: int, h: int, q: jax.Array, k: jax.Array, state: jax.Array):
+    """What `tpu_forward.Forward.by_position` gives, in phases."""
+    (*_, e), dtype = step.plan.shape, q.dtype
+    masks = step.masks(m)
+    x = decays(step.load("logs", m, h), masks)
+    seen = product(jnp.concatenate([k * x.read, q * x.read]).astype(dtype), state.astype(dtype), 1, 0)
+    carry = step.spread(x.kept, e)
+    yield
+    p = jnp.where(step.row == step.col, over_lanes(_wide(q) * _wide(k)), 0)
+    overlap = jnp.zeros_like(p)
+    for size, weight in x.joints.items():
+        met = (k * weight).astype(dtype)
+        later = jnp.concatenate([_halves(met, size, 1), _halves((q * weight).astype(dtype), size, 1)])
+        both = product(later, met, 1, 1)
+        yield
+        put = lambda at, own, new: jnp.where(_across(step.row[at], step.col[at], size), new, own)
+        n = len(both) // 2
+        overlap, p = (_on_halves(put, size, 1, *two) for two in ((overlap, both[:n]), (p, both[n:])))
+    if step.plan.documents:
+        overlap, p = (jnp.where(masks.pairs, pairs, 0) for pairs in (overlap, p))
+    return overlap, p.astype(dtype), seen, x.write, carry
+
+
+class Chunk:
+    """What `tpu_backward.ByPosition` is where channels have their own decays."""
+
+    def __init__(self, step: Step, m: int, h: int):
+        self.step, self.m, self.h = step, m, h
+        self.k, self.masks = step.load("k", m, h), step.masks(m)
+        self.decays = decays(step.load("logs", m, h), self.masks)
+        self.read, self.write = self.decays.read, self.decays.write
+        self.carry = step.spread(self.decays.kept, step.plan.shape[4])
+
+    def seen(self, state: jax.Array) -> jax.Array:
+        return product((self.k * self.read).astype(self.k.dtype), state, 1, 0)
+
+    def pairs(self, q: jax.Array):
+        step, k, C, dtype = self.step, self.k, self.step.plan.sizes.chunk, self.k.dtype
+        self.keys, self.both = {}, {}  # at joints, by the size of what they join: keys; queries and keys
+        p = jnp.where(step.row == step.col, over_lanes(_wide(q) * _wide(k)), 0)
+        overlap = jnp.zeros_like(p)
+        for size, weight in self.decays.joints.items():
+            met = (k * weight).astype(dtype)
+            self.keys[size] = _halves(met, size, 0)
+            self.both[size] = jnp.concatenate([(q * weight).astype(dtype), met])
+            found = product(self.keys[size], self.both[size], 1, 1)
+            yield
+            p, overlap = (
+                _on_halves(functools.partial(self._joined, size), size, 0, *two)
+                for two in ((p, found[:, :C]), (overlap, found[:, C:]))
+            )
+        return tuple(self._seen(x).astype(dtype) for x in (p, overlap))
+
+    def _joined(self, size: int, rows: slice, own: jax.Array, new: jax.Array | float) -> jax.Array:
+        """`new` for pairs that meet at joints of blocks of `size`."""
+        return jnp.where(_across(self.step.col[rows], self.step.row[rows], size), new, own)
+
+    def _seen(self, x: jax.Array) -> jax.Array:
+        return jnp.where(self.masks.pairs, x, 0) if self.step.plan.documents else x
+
+    def gradients(self, q: jax.Array, own: jax.Array, slopes: jax.Array, turned: jax.Array):
+        C, dtype = self.step.plan.sizes.chunk, q.dtype
+        slopes, turned = self._seen(slopes), self._seen(turned)
+        dq, dk_written, dk_read = own * self.k, own * q, jnp.zeros(q.shape, jnp.float32)
+        add = lambda rows, own, new: own + new
+        for size, weight in self.decays.joints.items():
+            only = lambda rows, x: self._joined(size, rows, 0.0, x)
+            s = jnp.concatenate([_of_halves(only, size, 0, x).astype(dtype) for x in (slopes, turned)], 1)
+            asked, written = product(s, self.keys[size], 0, 0), product(s, self.both[size], 1, 0)
+            yield
+            earlier, later = (_halves(weight, size, n) for n in (0, 1))
+            dq = _on_halves(add, size, 1, dq, _halves(asked[:C], size, 1) * later)
+            dk_read = _on_halves(add, size, 1, dk_read, _halves(asked[C:], size, 1) * later)
+            dk_written = _on_halves(add, size, 0, dk_written, written * earlier)
+        return dq, dk_read, dk_written
+
+    def store_decay(self, passed: jax.Array, written: jax.Array, kept: jax.Array) -> None:
+        step, C = self.step, self.step.plan.sizes.chunk
+        kept = step.times_rows(jnp.ones((1, kept.shape[1]), jnp.float32), kept, 1) * self.decays.kept
+        behind = over_sublanes(written) + kept
+        rest = passed + jnp.where(iota((C, 1), 0) == C - 1, behind, 0)
+        mask = step.row <= step.col  # columns: later positions
+        if step.plan.documents:  # the first position of a document carries nothing over
+            here = step.row + step.start(self.m)
+            mask &= (here >= step.r["starts"][0, self.m]) & (here != self.masks.begins)
+        mask, total = jnp.where(mask, 1.0, 0.0).astype(jnp.bfloat16), jnp.zeros_like(rest)
+        for _ in range(3 if self.k.dtype == jnp.float32 else 2):  # bfloat16 parts
+            part = rest.astype(jnp.bfloat16)
+            total, rest = total + product(mask, part, 1, 0), rest - part
+        step.store("dlogs", self.m, self.h, total)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32)
+
+
+def _halves(x: jax.Array, size: int, second: int) -> jax.Array:
+    """The first or the second of every two blocks of `size` rows; all rows, where blocks are smaller than a tile."""
+    return _of_halves(lambda at, own: own, size, second, x)
+
+
+def _of_halves(change: Callable[..., jax.Array], size: int, second: int, x: jax.Array) -> jax.Array:
+    """`change(rows, own)` of these."""
+    if size < _TILE:
+        return change(slice(None), x)
+    at = (slice(i, i + size) for i in range(size * second, x.shape[0], 2 * size))
+    return jnp.concatenate([change(rows, x[rows]) for rows in at])
+
+
+def _on_halves(change: Callable[..., jax.Array], size: int, second: int, x: jax.Array, new: jax.Array) -> jax.Array:
+    """`x` with `change(rows, own, new)` in place of these; `new` has their rows only."""
+    if size < _TILE:
+        return change(slice(None), x, new)
+    blocks, news = ([y[i : i + size] for i in range(0, y.shape[0], size)] for y in (x, new))
+    for n, i in enumerate(range(second, len(blocks), 2)):
+        blocks[i] = change(slice(i * size, (i + 1) * size), blocks[i], news[n])
+    return jnp.concatenate(blocks)
+
+
+def _across(later: jax.Array, earlier: jax.Array, size: int) -> jax.Array:
+    """Which pairs of positions meet at a joint of blocks of `size`."""
+    return (lax.shift_right_logical(later ^ earlier, size.bit_length() - 1) == 1) & (later > earlier)
