@@ -9,65 +9,73 @@ no sum of logarithms is a difference. `attnlab.ops.channel_decay` is the same in
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.linear_recurrence.chunk import Masks, Step, iota, over_lanes, over_sublanes
+from kernels_pallas.linear_recurrence.chunk import Masks, iota, over_lanes, over_sublanes
 from kernels_pallas.mosaic import product
+
+if TYPE_CHECKING:
+    from kernels_pallas.delta_rule.chunk import DeltaStep
 
 _SUBLANES = 8
 _TILE = 16  # sublanes of bfloat16
 
 
-class Decays(NamedTuple):
-    """What passes in a chunk, [C, d] each.
+class Decays:
+    """What passes in a chunk.
 
-    Attributes:
-      joints: by the size of the blocks that are joined: to a position from the joint before it, or from it to the joint
-        behind.
-      read: of the state before the chunk to a position.
-      write: of a position to the state after the chunk.
+    Attributes, the last three of them once `joints` has ended:
+      logs: to base 2, [C, d] float32; C is 16 times a power of two.
+      read: [C, d], of the state before the chunk to a position.
+      write: [C, d], of a position to the state after the chunk.
       kept: [1, d], of the state before in the state after.
     """
 
-    joints: dict[int, jax.Array]
-    read: jax.Array
-    write: jax.Array
-    kept: jax.Array
+    def __init__(self, logs: jax.Array, masks: Masks):
+        self.logs, self.masks = logs, masks
+
+    def joints(self) -> Iterator[tuple[int, jax.Array]]:
+        """By the size of the blocks that are joined: what passes to a position from the joint before it, or from it to
+        the joint behind, [C, d]."""
+        C, d = self.logs.shape
+        # Of a position's block: the sums up to it, behind it, and of all, which all its rows have.
+        upto, behind, total, size = self.logs, jnp.zeros_like(self.logs), self.logs, 1
+        while size < _SUBLANES:
+            second = (iota((C, d), 0) & size) != 0
+            yield size, jnp.exp2(jnp.where(second, upto, behind))
+            other = jnp.where(second, _turned(total, size), _turned(total, _SUBLANES - size))
+            upto, behind = upto + jnp.where(second, other, 0), behind + jnp.where(second, 0, other)
+            total, size = total + other, 2 * size
+        tiles = lambda x: [x[i : i + _SUBLANES] for i in range(0, C, _SUBLANES)]
+        upto, behind, total = tiles(upto), tiles(behind), tiles(total)  # the last of blocks, the others of tiles
+        while size < C:
+            n = size // _SUBLANES
+            second = [i // n % 2 == 1 for i in range(len(upto))]
+            yield size, jnp.exp2(jnp.concatenate([u if later else b for later, u, b in zip(second, upto, behind)]))
+            other = [total[i // n ^ 1] for i in range(len(upto))]
+            upto = [x + more if later else x for later, x, more in zip(second, upto, other)]
+            behind = [x if later else x + more for later, x, more in zip(second, behind, other)]
+            total, size = [a + b for a, b in zip(total[::2], total[1::2])], 2 * size
+        read, write = (jnp.exp2(jnp.concatenate(x)) for x in (upto, behind))
+        kept = jnp.exp2(total[0][:1])
+        if self.masks.read is not None:
+            read, write, kept = (jnp.where(mask, x, 0) for mask, x in zip(self.masks[1:4], (read, write, kept)))
+        self.read, self.write, self.kept = read, write, kept
 
 
-def decays(logs: jax.Array, masks: Masks) -> Decays:
-    """Of logarithms to base 2, [C, d] float32; C is 16 times a power of two."""
-    C, d = logs.shape
-    joints: dict[int, jax.Array] = {}
-    # Of a position's block: the sums up to it, behind it, and of all, which all its rows have.
-    upto, behind, total, size = logs, jnp.zeros_like(logs), logs, 1
-    while size < _SUBLANES:
-        second = (iota((C, d), 0) & size) != 0
-        joints[size] = jnp.exp2(jnp.where(second, upto, behind))
-        other = jnp.where(second, _turned(total, size), _turned(total, _SUBLANES - size))
-        upto, behind = upto + jnp.where(second, other, 0), behind + jnp.where(second, 0, other)
-        total, size = total + other, 2 * size
-    tiles = lambda x: [x[i : i + _SUBLANES] for i in range(0, C, _SUBLANES)]
-    upto, behind, total = tiles(upto), tiles(behind), tiles(total)  # the last of blocks, the others of tiles
-    while size < C:
-        n = size // _SUBLANES
-        second = [i // n % 2 == 1 for i in range(len(upto))]
-        joints[size] = jnp.exp2(jnp.concatenate([u if later else b for later, u, b in zip(second, upto, behind)]))
-        other = [total[i // n ^ 1] for i in range(len(upto))]
-        upto = [x + more if later else x for later, x, more in zip(second, upto, other)]
-        behind = [x if later else x + more for later, x, more in zip(second, behind, other)]
-        total, size = [a + b for a, b in zip(total[::2], total[1::2])], 2 * size
-    read, write = (jnp.exp2(jnp.concatenate(x)) for x in (upto, behind))
-    kept = jnp.exp2(total[0][:1])
-    if masks.read is not None:
-        read, write, kept = (jnp.where(mask, x, 0) for mask, x in zip(masks[1:4], (read, write, kept)))
-    return Decays(joints, read, write, kept)
+def meets(row: jax.Array, col: jax.Array, backward: bool) -> jax.Array:
+    """For pairs [C, C] of two positions the size of the blocks at whose joint they meet; 0 where none is passed on."""
+    later, earlier = (col, row) if backward else (row, col)
+    apart = row ^ col
+    for shift in (1, 2, 4):
+        apart |= lax.shift_right_logical(apart, shift)
+    return jnp.where(later > earlier, apart ^ lax.shift_right_logical(apart, 1), 0)
 
 
 def _turned(x: jax.Array, by: int) -> jax.Array:
@@ -76,36 +84,34 @@ def _turned(x: jax.Array, by: int) -> jax.Array:
     return pltpu.roll(x.reshape(-1, _SUBLANES, d), by, 1).reshape(C, d)
 
 
-def forward(step: Step, m: int, h: int, q: jax.Array, k: jax.Array, state: jax.Array):
+def forward(step: DeltaStep, m: int, h: int, q: jax.Array, k: jax.Array, state: jax.Array):
     """What `tpu_forward.Forward.by_position` gives, in phases."""
     (*_, e), dtype = step.plan.shape, q.dtype
-    masks = step.masks(m)
-    x = decays(step.load("logs", m, h), masks)
-    seen = product(jnp.concatenate([k * x.read, q * x.read]).astype(dtype), state.astype(dtype), 1, 0)
-    carry = step.spread(x.kept, e)
-    yield
+    x = Decays(step.load("logs", m, h), step.masks(m))
     p = jnp.where(step.row == step.col, over_lanes(_wide(q) * _wide(k)), 0)
     overlap = jnp.zeros_like(p)
-    for size, weight in x.joints.items():
+    for size, weight in x.joints():
         met = (k * weight).astype(dtype)
         later = jnp.concatenate([_halves(met, size, 1), _halves((q * weight).astype(dtype), size, 1)])
         both = product(later, met, 1, 1)
         yield
-        put = lambda at, own, new: jnp.where(_across(step.row[at], step.col[at], size), new, own)
-        n = len(both) // 2
+        put, n = functools.partial(_joined, step, size), len(both) // 2
         overlap, p = (_on_halves(put, size, 1, *two) for two in ((overlap, both[:n]), (p, both[n:])))
+    seen = product(jnp.concatenate([k * x.read, q * x.read]).astype(dtype), state.astype(dtype), 1, 0)
+    carry = step.spread(x.kept, e)
     if step.plan.documents:
-        overlap, p = (jnp.where(masks.pairs, pairs, 0) for pairs in (overlap, p))
+        overlap, p = (jnp.where(step.masks(m).pairs, pairs, 0) for pairs in (overlap, p))
     return overlap, p.astype(dtype), seen, x.write, carry
 
 
 class Chunk:
     """What `tpu_backward.ByPosition` is where channels have their own decays."""
 
-    def __init__(self, step: Step, m: int, h: int):
+    def __init__(self, step: DeltaStep, m: int, h: int):
         self.step, self.m, self.h = step, m, h
         self.k, self.masks = step.load("k", m, h), step.masks(m)
-        self.decays = decays(step.load("logs", m, h), self.masks)
+        self.decays = Decays(step.load("logs", m, h), self.masks)
+        self.joints = dict(self.decays.joints())
         self.read, self.write = self.decays.read, self.decays.write
         self.carry = step.spread(self.decays.kept, step.plan.shape[4])
 
@@ -117,21 +123,17 @@ class Chunk:
         self.keys, self.both = {}, {}  # at joints, by the size of what they join: keys; queries and keys
         p = jnp.where(step.row == step.col, over_lanes(_wide(q) * _wide(k)), 0)
         overlap = jnp.zeros_like(p)
-        for size, weight in self.decays.joints.items():
+        for size, weight in self.joints.items():
             met = (k * weight).astype(dtype)
             self.keys[size] = _halves(met, size, 0)
             self.both[size] = jnp.concatenate([(q * weight).astype(dtype), met])
             found = product(self.keys[size], self.both[size], 1, 1)
             yield
             p, overlap = (
-                _on_halves(functools.partial(self._joined, size), size, 0, *two)
+                _on_halves(functools.partial(_joined, step, size), size, 0, *two)
                 for two in ((p, found[:, :C]), (overlap, found[:, C:]))
             )
         return tuple(self._seen(x).astype(dtype) for x in (p, overlap))
-
-    def _joined(self, size: int, rows: slice, own: jax.Array, new: jax.Array | float) -> jax.Array:
-        """`new` for pairs that meet at joints of blocks of `size`."""
-        return jnp.where(_across(self.step.col[rows], self.step.row[rows], size), new, own)
 
     def _seen(self, x: jax.Array) -> jax.Array:
         return jnp.where(self.masks.pairs, x, 0) if self.step.plan.documents else x
@@ -141,8 +143,8 @@ class Chunk:
         slopes, turned = self._seen(slopes), self._seen(turned)
         dq, dk_written, dk_read = own * self.k, own * q, jnp.zeros(q.shape, jnp.float32)
         add = lambda rows, own, new: own + new
-        for size, weight in self.decays.joints.items():
-            only = lambda rows, x: self._joined(size, rows, 0.0, x)
+        for size, weight in self.joints.items():
+            only = lambda rows, x: _joined(self.step, size, rows, 0.0, x)
             s = jnp.concatenate([_of_halves(only, size, 0, x).astype(dtype) for x in (slopes, turned)], 1)
             asked, written = product(s, self.keys[size], 0, 0), product(s, self.both[size], 1, 0)
             yield
@@ -195,6 +197,6 @@ def _on_halves(change: Callable[..., jax.Array], size: int, second: int, x: jax.
     return jnp.concatenate(blocks)
 
 
-def _across(later: jax.Array, earlier: jax.Array, size: int) -> jax.Array:
-    """Which pairs of positions meet at a joint of blocks of `size`."""
-    return (lax.shift_right_logical(later ^ earlier, size.bit_length() - 1) == 1) & (later > earlier)
+def _joined(step: DeltaStep, size: int, rows: slice, own: jax.Array | float, new: jax.Array) -> jax.Array:
+    """Rows of pairs with `new` for those that meet at joints of blocks of `size`."""
+    return jnp.where(step.meets[rows] == size, new, own)

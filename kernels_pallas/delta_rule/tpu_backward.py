@@ -15,15 +15,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels_pallas.delta_rule import channels
+from kernels_pallas.delta_rule.chunk import DeltaStep
 from kernels_pallas.delta_rule.plan import DeltaBlocks, DeltaPlan, backward_flops, kernel_name
-from kernels_pallas.linear_recurrence.chunk import Step, Unit, lockstep, over_lanes, total
+from kernels_pallas.linear_recurrence.chunk import Unit, lockstep, over_lanes, total
 from kernels_pallas.linear_recurrence.plan import from_rows
 from kernels_pallas.mosaic import product
 
 _wide = lambda x: x.astype(jnp.float32)
 
 
-class Backward(Step):
+class Backward(DeltaStep):
     """A step of the grid; states and their gradients of a block's heads stay values from chunk to chunk."""
 
     def run(self) -> None:
@@ -53,10 +54,6 @@ class Backward(Step):
     def inverse(self, m: int, h: int) -> jax.Array:
         C = self.plan.sizes.chunk
         return self.r["inverse_saved"][0, h, 0, :, m * C : (m + 1) * C]
-
-    def beta(self, m: int, h: int) -> jax.Array:
-        """[C, e]"""
-        return self.spread(self.r["beta"][0, h, m], self.plan.shape[4])
 
     def forward_unit(self, m: int, h: int) -> Unit:
         """A chunk's errors, and the state after it."""
@@ -119,7 +116,7 @@ class ByPosition:
       read, write, carry: as in `Weights`.
     """
 
-    def __init__(self, step: Step, m: int, h: int):
+    def __init__(self, step: DeltaStep, m: int, h: int):
         self.step, self.m, self.h, self.k = step, m, h, step.load("k", m, h)
         self.of_pairs, self.read, self.write, self.carry = step.weights(m, h)
 

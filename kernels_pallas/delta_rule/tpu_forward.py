@@ -11,13 +11,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels_pallas.delta_rule import channels
+from kernels_pallas.delta_rule.chunk import DeltaStep
 from kernels_pallas.delta_rule.inverse import unit_lower_inverse
 from kernels_pallas.delta_rule.plan import DeltaBlocks, DeltaPlan, forward_flops, kernel_name
-from kernels_pallas.linear_recurrence.chunk import Step, Unit, lockstep
+from kernels_pallas.linear_recurrence.chunk import Unit, lockstep
 from kernels_pallas.mosaic import product
 
 
-class Forward(Step):
+class Forward(DeltaStep):
     """A step of the grid; states of a block's heads stay values from chunk to chunk."""
 
     def run(self) -> None:
@@ -52,7 +53,7 @@ class Forward(Step):
             self.r["inverse_saved"][0, h, 0, :, m * C : (m + 1) * C] = inverse
         error = product(inverse, (v - seen[:C]).astype(dtype), 1, 0)
         yield
-        u = (error * self.spread(self.r["beta"][0, h, m], e)).astype(dtype)
+        u = (error * self.beta(m, h)).astype(dtype)
         near = product(p, u, 1, 0)
         new = product((k * write[:, :d]).astype(dtype), u, 0, 0)
         yield
@@ -60,16 +61,17 @@ class Forward(Step):
         self.state[h] = self.state[h] * carry[:, :e] + new
 
     def by_position(self, m: int, h: int, q: jax.Array, k: jax.Array, state: jax.Array):
-        """Of a chunk, in phases: overlaps of keys and scores [C, C], what is read at keys and queries [2 C, e], what
-        passes of a position to the state after the chunk [C, at least d], and of the state before."""
+        """Of a chunk, in phases: overlaps of keys, below the diagonal, and scores [C, C], what is read at keys and
+        queries [2 C, e], what passes of a position to the state after the chunk [C, at least d], and of the state
+        before."""
         C, e = self.plan.sizes.chunk, self.plan.shape[4]
         kq = jnp.concatenate([k, q])
         both, seen = product(kq, k, 1, 1), product(kq, state.astype(k.dtype), 1, 0)
+        self.columns(m, h, C)  # asked for before it is waited for
         yield
         pairs, read, write, carry = self.weights(m, h)
-        overlap = jnp.where(self.row > self.col, both[:C] * pairs, 0)
         seen = jnp.concatenate([seen[at] * read[:, :e] for at in (slice(C), slice(C, None))])
-        return overlap, (both[C:] * pairs).astype(k.dtype), seen, write, carry
+        return both[:C] * pairs, (both[C:] * pairs).astype(k.dtype), seen, write, carry
 
 
 def _kernel(plan: DeltaPlan, heads: int, names: tuple[str, ...], *refs) -> None:

@@ -27,8 +27,8 @@ from tests.kernels_pallas.recurrences import (
 
 
 def inputs(length, heads, d, e, state, seed=0, channels=False):
-    """Keys of length 1 with cosines of about a half, the hard case for the inverse; strengths up to 1.5; of channels
-    some decays are all but nothing."""
+    """Keys of length 1 with cosines of about a half, the hard case for the inverse; strengths up to 1.5; some
+    channels keep nothing."""
     rng = np.random.default_rng(seed)
     normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
     q, k = normal(B, length, heads, d), normal(B, length, heads, d) + normal(1, 1, heads, d)
@@ -37,7 +37,7 @@ def inputs(length, heads, d, e, state, seed=0, channels=False):
     shape = (B, length, heads, d)[: 4 if channels else 3]
     arrays["log_decay"] = np.float32(-rng.exponential(0.2, shape) * (rng.random(shape) < 0.8))
     if channels:
-        arrays["log_decay"][rng.random(shape) < 0.02] = -90
+        arrays["log_decay"][rng.random(shape) < 0.02] = -np.inf
     arrays["beta"] = np.float32(1.5 * rng.random((B, length, heads)) * (rng.random((B, length, heads)) < 0.9))
     if state:
         arrays["state"] = normal(B, heads, d, e)

@@ -38,8 +38,7 @@ def test_kernel_flops():
 
 
 def test_channels():
-    """Decays of channels: a name of its own, and products of keys and queries at seven sizes of joints; the op's state
-    and documents, a decay of nothing at all."""
+    """Decays of channels: names of their own, and products of keys and queries at seven sizes of joints."""
     each, d, e, C = 2.0 * 2 * 4096 * 16, 128, 128, 128
     with on("TPU v6e"), ops.recording() as chosen:
         assert DELTA_RULE.pick(spec(channels=True)) == "pallas"
@@ -47,12 +46,6 @@ def test_channels():
     runs = lambda name: chosen.kernel_flops({f"delta_rule_channels_{name}.3": 1})
     assert runs("forward") == pytest.approx(each * (C * (14 * d + 2 * e + 8 * C) + 3 * d * e))
     assert runs("backward") == pytest.approx(each * (C * (42 * d + 6 * e) + 7.5 * d * e))
-    q, k, v, log_decay, *rest = arrays()
-    rates = jnp.linspace(0, 2, 16)
-    inputs = q, k, v, (log_decay[..., None] * rates).at[0, 40].set(-jnp.inf), *rest
-    expected = jax.jit(lambda *a: value_and_gradients("definition", *a))(*inputs)
-    with interpreted():
-        assert_same(jax.jit(lambda *a: value_and_gradients("pallas", *a))(*inputs), expected, 2e-5)
 
 
 def arrays(length=96):
