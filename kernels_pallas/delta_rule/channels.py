@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _SUBLANES = 8
 _TILE = 16  # sublanes of bfloat16
+Tiles = list[jax.Array]  # of so many rows
 
 
 class Decays:
@@ -40,28 +41,37 @@ class Decays:
     def __init__(self, logs: jax.Array, masks: Masks):
         self.logs, self.masks = logs, masks
 
-    def joints(self) -> Iterator[tuple[int, jax.Array]]:
+    def joints(self, *arrays: jax.Array) -> Iterator[tuple[int, Tiles, list[Tiles]]]:
         """By the size of the blocks that are joined: what passes to a position from the joint before it, or from it to
-        the joint behind, [C, d]."""
-        C, d = self.logs.shape
+        the joint behind, and arrays [C, d] times that, in their dtypes.
+
+        All are tiles of 16 positions: blocks that lie in one are joined while it is in registers.
+        """
+        logs, rows = _tiles(self.logs), [_tiles(x) for x in arrays]
+        found: dict[int, tuple[Tiles, list[Tiles]]] = {1 << n: ([], [[] for _ in rows]) for n in range(4)}
+        weigh = lambda weight, i: [(x[i] * weight).astype(x[i].dtype) for x in rows]
         # Of a position's block: the sums up to it, behind it, and of all, which all its rows have.
-        upto, behind, total, size = self.logs, jnp.zeros_like(self.logs), self.logs, 1
-        while size < _SUBLANES:
-            second = (iota((C, d), 0) & size) != 0
-            yield size, jnp.exp2(jnp.where(second, upto, behind))
-            other = jnp.where(second, _turned(total, size), _turned(total, _SUBLANES - size))
-            upto, behind = upto + jnp.where(second, other, 0), behind + jnp.where(second, 0, other)
-            total, size = total + other, 2 * size
-        tiles = lambda x: [x[i : i + _SUBLANES] for i in range(0, C, _SUBLANES)]
-        upto, behind, total = tiles(upto), tiles(behind), tiles(total)  # the last of blocks, the others of tiles
-        while size < C:
-            n = size // _SUBLANES
-            second = [i // n % 2 == 1 for i in range(len(upto))]
-            yield size, jnp.exp2(jnp.concatenate([u if later else b for later, u, b in zip(second, upto, behind)]))
-            other = [total[i // n ^ 1] for i in range(len(upto))]
+        upto, behind, total = list(logs), [jnp.zeros_like(x) for x in logs], list(logs)
+        for i in range(len(logs)):
+            for size, (weights, products) in found.items():
+                weights.append(jnp.exp2(_either(behind[i], upto[i], size)))
+                for known, new in zip(products, weigh(weights[-1], i)):
+                    known.append(new)
+                other = _exchanged(total[i], size)
+                upto[i] = _either(upto[i], upto[i] + other, size)
+                behind[i] = _either(behind[i] + other, behind[i], size)
+                total[i] += other
+        yield from ((size, *x) for size, x in found.items())
+        size = _TILE
+        while size < len(logs) * _TILE:
+            n = size // _TILE
+            second = [i // n % 2 == 1 for i in range(len(logs))]
+            weights = [jnp.exp2(u if later else b) for later, u, b in zip(second, upto, behind)]
+            yield size, weights, [list(x) for x in zip(*(weigh(w, i) for i, w in enumerate(weights)))]
+            other = [total[i // n ^ 1] for i in range(len(logs))]
             upto = [x + more if later else x for later, x, more in zip(second, upto, other)]
             behind = [x if later else x + more for later, x, more in zip(second, behind, other)]
-            total, size = [a + b for a, b in zip(total[::2], total[1::2])], 2 * size
+            total, size = [x + y for x, y in zip(total[::2], total[1::2])], 2 * size
         read, write = (jnp.exp2(jnp.concatenate(x)) for x in (upto, behind))
         kept = jnp.exp2(total[0][:1])
         if self.masks.read is not None:
@@ -78,10 +88,29 @@ def meets(row: jax.Array, col: jax.Array, backward: bool) -> jax.Array:
     return jnp.where(later > earlier, apart ^ lax.shift_right_logical(apart, 1), 0)
 
 
-def _turned(x: jax.Array, by: int) -> jax.Array:
-    """Rows of every eight, so many further, the last of them first."""
-    C, d = x.shape
-    return pltpu.roll(x.reshape(-1, _SUBLANES, d), by, 1).reshape(C, d)
+def _tiles(x: jax.Array) -> Tiles:
+    return [x[i : i + _TILE] for i in range(0, x.shape[0], _TILE)]
+
+
+def _either(first: jax.Array, second: jax.Array, size: int) -> jax.Array:
+    """Rows of a tile from one or the other: of every two blocks of `size` which they are in."""
+    if size == _SUBLANES:
+        return jnp.concatenate([first[:size], second[size:]])
+    return jnp.where((iota(first.shape, 0) & size) != 0, second, first)
+
+
+def _exchanged(x: jax.Array, size: int) -> jax.Array:
+    """A tile, every two blocks of `size` rows exchanged."""
+    if size == _SUBLANES:
+        return jnp.concatenate([x[size:], x[:size]])
+    turned = lambda by: pltpu.roll(x.reshape(-1, _SUBLANES, x.shape[1]), by, 1).reshape(x.shape)
+    return _either(turned(_SUBLANES - size), turned(size), size)
+
+
+def _half(tiles: Tiles, size: int, second: int) -> jax.Array:
+    """Of every two blocks of `size` rows one; all rows, where blocks are smaller than a tile."""
+    n = size // _TILE
+    return jnp.concatenate([x for i, x in enumerate(tiles) if n == 0 or i // n % 2 == second])
 
 
 def forward(step: DeltaStep, m: int, h: int, q: jax.Array, k: jax.Array, state: jax.Array):
@@ -90,10 +119,8 @@ def forward(step: DeltaStep, m: int, h: int, q: jax.Array, k: jax.Array, state: 
     x = Decays(step.load("logs", m, h), step.masks(m))
     p = jnp.where(step.row == step.col, over_lanes(_wide(q) * _wide(k)), 0)
     overlap = jnp.zeros_like(p)
-    for size, weight in x.joints():
-        met = (k * weight).astype(dtype)
-        later = jnp.concatenate([_halves(met, size, 1), _halves((q * weight).astype(dtype), size, 1)])
-        both = product(later, met, 1, 1)
+    for size, _, (met, asked) in x.joints(k, q):
+        both = product(jnp.concatenate([_half(met, size, 1), _half(asked, size, 1)]), jnp.concatenate(met), 1, 1)
         yield
         put, n = functools.partial(_joined, step, size), len(both) // 2
         overlap, p = (_on_halves(put, size, 1, *two) for two in ((overlap, both[:n]), (p, both[n:])))
@@ -111,7 +138,7 @@ class Chunk:
         self.step, self.m, self.h = step, m, h
         self.k, self.masks = step.load("k", m, h), step.masks(m)
         self.decays = Decays(step.load("logs", m, h), self.masks)
-        self.joints = dict(self.decays.joints())
+        self.joints = {size: weights for size, weights, _ in self.decays.joints()}
         self.read, self.write = self.decays.read, self.decays.write
         self.carry = step.spread(self.decays.kept, step.plan.shape[4])
 
@@ -123,10 +150,9 @@ class Chunk:
         self.keys, self.both = {}, {}  # at joints, by the size of what they join: keys; queries and keys
         p = jnp.where(step.row == step.col, over_lanes(_wide(q) * _wide(k)), 0)
         overlap = jnp.zeros_like(p)
-        for size, weight in self.joints.items():
-            met = (k * weight).astype(dtype)
-            self.keys[size] = _halves(met, size, 0)
-            self.both[size] = jnp.concatenate([(q * weight).astype(dtype), met])
+        for size, weights in self.joints.items():
+            asked, met = ([(x * w).astype(dtype) for x, w in zip(_tiles(y), weights)] for y in (q, k))
+            self.keys[size], self.both[size] = _half(met, size, 0), jnp.concatenate([*asked, *met])
             found = product(self.keys[size], self.both[size], 1, 1)
             yield
             p, overlap = (
@@ -143,12 +169,12 @@ class Chunk:
         slopes, turned = self._seen(slopes), self._seen(turned)
         dq, dk_written, dk_read = own * self.k, own * q, jnp.zeros(q.shape, jnp.float32)
         add = lambda rows, own, new: own + new
-        for size, weight in self.joints.items():
+        for size, weights in self.joints.items():
             only = lambda rows, x: _joined(self.step, size, rows, 0.0, x)
             s = jnp.concatenate([_of_halves(only, size, 0, x).astype(dtype) for x in (slopes, turned)], 1)
             asked, written = product(s, self.keys[size], 0, 0), product(s, self.both[size], 1, 0)
             yield
-            earlier, later = (_halves(weight, size, n) for n in (0, 1))
+            earlier, later = (_half(weights, size, n) for n in (0, 1))
             dq = _on_halves(add, size, 1, dq, _halves(asked[:C], size, 1) * later)
             dk_read = _on_halves(add, size, 1, dk_read, _halves(asked[C:], size, 1) * later)
             dk_written = _on_halves(add, size, 0, dk_written, written * earlier)
