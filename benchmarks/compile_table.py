@@ -92,6 +92,8 @@ def rows() -> list[Row]:
     for topology, sequences in SEQUENCES.items():
         found.append(Row(f"1b-parallax-{topology}", "1b", "parallax", topology, sequences, "full"))
     topology = "v6e:16x16"
+    for mixer in ("gated_deltanet", "kda"):
+        found.append(Row(f"1b-{mixer}-{topology}", "1b", mixer, topology, SEQUENCES[topology], "full"))
     found.append(Row(f"1b-moh-routed-{topology}", "1b", "moh", topology, SEQUENCES[topology], "full", _ROUTED))
     for size, topology in (("1b", "h100:8"), ("7b", "h100:8x8")):
         found.append(Row(f"hopper-{size}", size, "softmax", topology, 2, "full"))

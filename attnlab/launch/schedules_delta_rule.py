@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -14,17 +15,33 @@ from kernels_pallas import tuning
 from kernels_pallas.delta_rule import Sizes, default_sizes, delta_rule
 
 NAME = "delta_rule"
-CASES = {"one document": False, "documents": True}
 
 
-def compile_case(packed: bool, target: Any, chip: str, sizes: Sizes) -> None:
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Of a call; `channels`: each with a decay of its own."""
+
+    packed: bool = False
+    channels: bool = False
+
+
+CASES = {
+    "one document": Case(),
+    "documents": Case(packed=True),
+    "channels": Case(channels=True),
+    "channels, documents": Case(packed=True, channels=True),
+}
+
+
+def compile_case(case: Case, target: Any, chip: str, sizes: Sizes) -> None:
     """Forward and backward for a chip; what is scheduled is in the dump."""
     placed = SingleDeviceSharding(target.devices[0])
     of = lambda *shape, dtype="bfloat16": jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
     rows = BATCH, LENGTH, HEADS
     arrays = {name: of(*rows, WIDTH) for name in "qkv"}
-    arrays |= {name: of(*rows, dtype=jnp.float32) for name in ("log_decay", "beta")}
-    starts = of(*rows[:2], dtype=jnp.int32) if packed else None
+    decays = (*rows, WIDTH) if case.channels else rows
+    arrays |= {"log_decay": of(*decays, dtype=jnp.float32), "beta": of(*rows, dtype=jnp.float32)}
+    starts = of(*rows[:2], dtype=jnp.int32) if case.packed else None
 
     def loss(arrays, starts):
         with tuning.device_kind(chip):
@@ -36,6 +53,6 @@ def compile_case(packed: bool, target: Any, chip: str, sizes: Sizes) -> None:
 
 def measure(name: str, chip: str, folder: pathlib.Path, target: Any, sizes: Sizes | None = None):
     """See `both`, of a case."""
-    of = jax.ShapeDtypeStruct((BATCH, LENGTH, HEADS, WIDTH), "bfloat16")
-    sizes = sizes or default_sizes(of, of, chip)
-    return both(NAME, sizes, chip, folder, lambda: compile_case(CASES[name], target, chip, sizes))
+    case, of = CASES[name], jax.ShapeDtypeStruct((BATCH, LENGTH, HEADS, WIDTH), "bfloat16")
+    sizes, kernel = sizes or default_sizes(of, of, chip, case.channels), NAME + "_channels" * case.channels
+    return both(kernel, sizes, chip, folder, lambda: compile_case(case, target, chip, sizes))

@@ -83,7 +83,7 @@ class Decay(nnx.Module):
         kind = param_dtype(dtype)
         self.linear = Linear(width, heads, ("embed", "gates"), rngs=rngs, dtype=dtype)
         self.a_log = drawn(rngs, _log_rates, heads, kind, axes=("gates",), role=Role.DECAY_RATE)
-        self.dt_bias = drawn(rngs, _time_steps, heads, kind, axes=("gates",), role=Role.DECAY_RATE)
+        self.dt_bias = drawn(rngs, time_steps, heads, kind, axes=("gates",), role=Role.DECAY_RATE)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         logits = self.linear(x)
@@ -96,10 +96,10 @@ def _log_rates(key: jax.Array, heads: int, dtype: Any) -> jax.Array:
     return jnp.log(_LARGEST_A * (1 - jax.random.uniform(key, (heads,), dtype)))
 
 
-def _time_steps(key: jax.Array, heads: int, dtype: Any) -> jax.Array:
-    """What softplus makes log-uniform time steps of."""
+def time_steps(key: jax.Array, count: int, dtype: Any) -> jax.Array:
+    """What softplus makes time steps of, log-uniform in [0.001, 0.1]."""
     low, high = (math.log(t) for t in _TIME_STEPS)
-    step = jnp.exp(jax.random.uniform(key, (heads,), dtype, low, high))
+    step = jnp.exp(jax.random.uniform(key, (count,), dtype, low, high))
     return step + jnp.log(-jnp.expm1(-step))
 
 
@@ -139,11 +139,21 @@ class GatedDeltaNet(HeadMixer):
             self.filters = drawn(rngs, jax.random.uniform, *args, axes=("conv", "heads"), role=Role.TAPS)
         self.beta = make(config.heads, "gates")
         if config.decay:
-            self.log_decay = Decay(width, config.heads, rngs=rngs, dtype=dtype)
+            self.log_decay = self.make_decay(width, rngs=rngs, dtype=dtype)
         self.norm = RMSNorm(self.value_dim, ("head",), dtype=dtype)
         if config.gate:
-            self.gate = make(values)
+            self.gate = self.make_gate(make)
         self.out = make.out(values)
+
+    def make_decay(self, width: int, *, rngs: nnx.Rngs, dtype: Any) -> nnx.Module:
+        """From x to log decays, as the op takes them."""
+        return Decay(width, self.config.heads, rngs=rngs, dtype=dtype)
+
+    def make_gate(self, make: Projections) -> nnx.Module:
+        """From x to what `openness` makes gates of, [B, T, H e]."""
+        return make(self.config.heads * self.value_dim)
+
+    openness = staticmethod(jax.nn.silu)
 
     def heads(self, x: jax.Array, seq: Sequence, carried: DeltaState | None = None) -> MixerOutput:
         c, (B, T, _) = self.config, x.shape
@@ -175,7 +185,7 @@ class GatedDeltaNet(HeadMixer):
         )
         o = self.norm(o)
         if c.gate:
-            o = o * jax.nn.silu(self.gate(x)).reshape(o.shape)
+            o = o * self.openness(self.gate(x)).reshape(o.shape)
         if carried is None:
             return MixerOutput(o)
         return MixerOutput(o, DeltaState(memory, tail.astype(carried.tail.dtype)))

@@ -28,7 +28,7 @@ def unsupported(spec: DeltaSpec) -> str | None:
     """Why the kernel cannot serve, or None."""
     if spec.dtype not in ("bfloat16", "float32"):
         return f"it computes bfloat16 and float32, not {spec.dtype}"
-    if _kernels().default_sizes(*_arrays(spec), device_kind()) is None:
+    if _kernels().default_sizes(*_arrays(spec), device_kind(), spec.channels) is None:
         return f"a head's state of {spec.width} x {spec.value_width} does not fit into fast memory"
     return None
 
@@ -40,7 +40,7 @@ def worth(spec: DeltaSpec) -> bool:
 
 def kernel_flops(spec: DeltaSpec) -> dict[str, float]:
     """FLOPs of one run of each kernel."""
-    return _kernels().kernel_flops(*_arrays(spec), device_kind())
+    return _kernels().kernel_flops(*_arrays(spec), device_kind(), spec.channels)
 
 
 def run(

@@ -2,11 +2,14 @@
 
 With `a_t = exp(log_decay_t)`, for every head
 
-    S_t = a_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T,      o_t = S_t q_t.
+    S_t = S_{t-1} A_t (I - beta_t k_t k_t^T) + beta_t v_t k_t^T,      o_t = S_t q_t,
+
+where `A_t` is the number `a_t`, or diagonal with a decay for each channel of the keys.
 
 Source: Yang et al. 2024, Gated Delta Networks: Improving Mamba2 with Delta Rule, arXiv:2412.06464, section 3; without
 decay it is the delta rule of Schlag et al. 2021, arXiv:2102.11174, in parallel form of Yang et al. 2024,
-arXiv:2406.06484. States here are transposed, [d, e], so that keys index rows.
+arXiv:2406.06484; with decays of channels it is Kimi Delta Attention, Kimi Team 2025, arXiv:2510.26692. States here are
+transposed, [d, e], so that keys index rows.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import jax.numpy as jnp
 
 from attnlab.errors import UserError
 from attnlab.ops import delta_kernel
+from attnlab.ops.channel_decay import decayed_products, products_flops
 from attnlab.ops.dispatch import Implementation, Op
 from attnlab.parallel.sequence_parallel import SequenceParallel
 
@@ -40,10 +44,11 @@ class DeltaSpec:
     dtype: str
     chunk: int
     packed: bool
+    channels: bool = False  # whether each has a decay of its own
 
     def __str__(self) -> str:
         shape = f"B{self.batch} T{self.positions} H{self.heads} d{self.width}/{self.value_width} C{self.chunk}"
-        return " ".join([shape, self.dtype, *(["packed"] if self.packed else [])])
+        return " ".join([shape, self.dtype, *(name for name in ("packed", "channels") if getattr(self, name))])
 
     @classmethod
     def of(
@@ -53,7 +58,7 @@ class DeltaSpec:
         d, e, dtype = q.shape[3], v.shape[3], v.dtype
         if exchange is not None:
             e, dtype = e + d, jnp.promote_types(dtype, jnp.float32)
-        return cls(*q.shape, e, str(dtype), chunk, documents is not None)
+        return cls(*q.shape, e, str(dtype), chunk, documents is not None, log_decay.ndim == 4)
 
 
 def _widened(q, k, v, log_decay, beta, documents, state) -> tuple[Any, ...]:
@@ -76,7 +81,7 @@ def _in_wide_sums(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @_in_wide_sums
-def definition(q_BTHd, k_BTHd, v_BTHe, log_decay_BTH, beta_BTH, documents_BT, state_BHde, *, chunk):
+def definition(q_BTHd, k_BTHd, v_BTHe, log_decay, beta_BTH, documents_BT, state_BHde, *, chunk):
     """The recurrence, position by position; `chunk` plays no part."""
     same_BT = jnp.ones(q_BTHd.shape[:2], bool)
     if documents_BT is not None:
@@ -85,29 +90,29 @@ def definition(q_BTHd, k_BTHd, v_BTHe, log_decay_BTH, beta_BTH, documents_BT, st
     def step(state, inputs):
         return _step(state, *inputs)
 
-    by_time = [jnp.moveaxis(x, 1, 0) for x in (q_BTHd, k_BTHd, v_BTHe, log_decay_BTH, beta_BTH, same_BT)]
+    by_time = [jnp.moveaxis(x, 1, 0) for x in (q_BTHd, k_BTHd, v_BTHe, log_decay, beta_BTH, same_BT)]
     state, o = jax.lax.scan(step, state_BHde, tuple(by_time))
     return jnp.moveaxis(o, 0, 1), state
 
 
 @_in_wide_sums
-def chunked(q_BTHd, k_BTHd, v_BTHe, log_decay_BTH, beta_BTH, documents_BT, state_BHde, *, chunk):
+def chunked(q_BTHd, k_BTHd, v_BTHe, log_decay, beta_BTH, documents_BT, state_BHde, *, chunk):
     """Chunks of up to `chunk` positions by matrix products, the state carried from one to the next.
 
     Inside a chunk the rule writes `M_t = a_t M_{t-1} + k_t u_t^T` with `u_t = beta_t (v_t - a_t M_{t-1}^T k_t)`: a unit
     triangular system in the u, whose inverse (the WY or UT transform) does not depend on the state. All that does not
-    is computed for all chunks at once. Decays enter as exp of differences of sums, never as quotients.
+    is computed for all chunks at once. Decays enter as exp of sums of 0 or less, never as quotients.
     """
     B, T, H, d = q_BTHd.shape
     if T == 1:
         same_B = None if documents_BT is None else documents_BT[:, 0] == 0
-        inputs = (x[:, 0] for x in (q_BTHd, k_BTHd, v_BTHe, log_decay_BTH, beta_BTH))
+        inputs = (x[:, 0] for x in (q_BTHd, k_BTHd, v_BTHe, log_decay, beta_BTH))
         state, o = _step(state_BHde, *inputs, same_B)
         return o[:, None], state
     C = min(chunk, T)
     # Rows and heads are one axis, G: beside an axis of size 1 (a batch of one row) XLA on CPU is slow at sums. Padded
     # positions write nothing and let nothing decay; they are of the last document, whose state is kept.
-    q, k, v, log_decay, beta = (_in_chunks(x, C) for x in (q_BTHd, k_BTHd, v_BTHe, log_decay_BTH, beta_BTH))
+    q, k, v, log_decay, beta = (_in_chunks(x, C) for x in (q_BTHd, k_BTHd, v_BTHe, log_decay, beta_BTH))
     seen = jnp.tril(jnp.ones((C, C), bool))
     follows = True  # whether a position's document began before the chunk
     if documents_BT is not None:
@@ -117,20 +122,16 @@ def chunked(q_BTHd, k_BTHd, v_BTHe, log_decay_BTH, beta_BTH, documents_BT, state
         last = documents[..., -1:]
         follows = documents == jnp.concatenate([jnp.zeros_like(last[:1]), last[:-1]])
 
-    # [N, G, C] and [N, G, C, C], N chunks. Sums begin anew with a document, whose bits no other then changes.
-    total = jnp.sum(jnp.where(seen, log_decay[..., None, :], 0), axis=-1)
-    decay = jnp.where(seen, jnp.exp(jnp.where(seen, total[..., :, None] - total[..., None, :], 0)), 0)
-    from_state = jnp.where(follows, jnp.exp(total), 0)
-    to_state = decay[..., -1, :]
-    kept = from_state[..., -1, None, None]
-
-    products = jnp.concatenate([q, k], axis=-2) @ jnp.swapaxes(k, -1, -2)
-    q_weights, overlap = products[..., :C, :] * decay, products[..., C:, :] * decay
+    # N chunks: pairs [N, G, C, C], positions [N, G, C, 1 or d], what the whole chunk keeps [N, G, 1 or d, 1].
+    weigh = _by_channel if log_decay.ndim == q.ndim else _by_position
+    q_weights, overlap, from_state, to_state = weigh(q, k, log_decay, seen)
+    from_state = jnp.where(follows if follows is True else follows[..., None], from_state, 0)
+    kept = from_state[..., -1, :, None]
     inverse = invert_unit_triangular(jnp.tril(beta[..., None] * overlap, -1))
-    written = inverse @ (jnp.concatenate([v, k * from_state[..., None]], axis=-1) * beta[..., None])
+    written = inverse @ (jnp.concatenate([v, k * from_state], axis=-1) * beta[..., None])
     v_width = v.shape[-1]
     own, read = written[..., :v_width], written[..., v_width:]
-    readers = jnp.concatenate([read, q * from_state[..., None]], axis=-2)
+    readers = jnp.concatenate([read, q * from_state], axis=-2)
 
     def carry_over(state, inputs):
         readers, own, k_end, kept = inputs
@@ -139,9 +140,27 @@ def chunked(q_BTHd, k_BTHd, v_BTHe, log_decay_BTH, beta_BTH, documents_BT, state
         return kept * state + jnp.swapaxes(k_end, -1, -2) @ u, (u, seen[..., C:, :])
 
     start = state_BHde.reshape(B * H, d, v_width)
-    state, (u, o) = jax.lax.scan(carry_over, start, (readers, own, k * to_state[..., None], kept))
+    state, (u, o) = jax.lax.scan(carry_over, start, (readers, own, k * to_state, kept))
     o = (o + q_weights @ u).reshape(-1, B, H, C, v_width).transpose(1, 0, 3, 2, 4)
     return o.reshape(B, -1, H, v_width)[:, :T], state.reshape(state_BHde.shape)
+
+
+def _by_position(q, k, log_decay, seen):
+    """What passes of one decay a position: `q k^T` and `k k^T` of pairs, of the state before, in the state after."""
+    # Sums begin anew with a document, whose bits no other then changes.
+    total = jnp.sum(jnp.where(seen, log_decay[..., None, :], 0), axis=-1)
+    decay = jnp.where(seen, jnp.exp(jnp.where(seen, total[..., :, None] - total[..., None, :], 0)), 0)
+    products = jnp.concatenate([q, k], axis=-2) @ jnp.swapaxes(k, -1, -2)
+    C = q.shape[-2]
+    of_pairs = products[..., :C, :] * decay, products[..., C:, :] * decay
+    return *of_pairs, jnp.exp(total)[..., None], decay[..., -1, :, None]
+
+
+def _by_channel(q, k, log_decay, seen):
+    """`_by_position` of a decay for each channel."""
+    products, upto, behind = decayed_products(jnp.stack([q, k], axis=-3), k, log_decay)
+    of_queries, of_keys = (jnp.where(seen, products[..., i, :, :], 0) for i in (0, 1))
+    return of_queries, of_keys, jnp.exp(upto), jnp.where(seen[..., -1, :, None], jnp.exp(behind), 0)
 
 
 def _over_devices(chosen: Implementation, exchange: SequenceParallel, *arrays: Any, chunk: int):
@@ -186,7 +205,7 @@ def delta_rule(
     q_BTHd: jax.Array,
     k_BTHd: jax.Array,
     v_BTHe: jax.Array,
-    log_decay_BTH: jax.Array,
+    log_decay: jax.Array,
     beta_BTH: jax.Array,
     *,
     documents_BT: jax.Array | None = None,
@@ -199,7 +218,7 @@ def delta_rule(
     Args:
       q_BTHd, k_BTHd: queries and keys; for `0 <= beta <= 2` the rule is stable where keys are of length 1 or less.
       v_BTHe: values.
-      log_decay_BTH: logarithms of the decays, 0 or less.
+      log_decay: logarithms of the decays, 0 or less, [B, T, H], or [B, T, H, d]: of each channel of keys and queries.
       beta_BTH: strengths of writing.
       documents_BT: of `attnlab.ops.documents.document_index`; None: all positions continue one document.
       state_BHde: the state before the first position, of document 0; None: zero.
@@ -213,22 +232,24 @@ def delta_rule(
     Raises:
       UserError: shapes do not fit, `chunk` is below 1, `impl` is unknown.
     """
-    _check(q_BTHd, k_BTHd, v_BTHe, log_decay_BTH, beta_BTH, chunk)
+    _check(q_BTHd, k_BTHd, v_BTHe, log_decay, beta_BTH, chunk)
     wide, narrow = ("batch", "seq", "heads", None), ("batch", "seq", "heads")
     state_axes = ("batch", "heads", None, None)
     return DELTA_RULE(
-        q_BTHd, k_BTHd, v_BTHe, log_decay_BTH, beta_BTH, documents_BT, state_BHde,
-        axes=(wide, wide, wide, narrow, narrow, ("batch", "seq"), state_axes),
+        q_BTHd, k_BTHd, v_BTHe, log_decay, beta_BTH, documents_BT, state_BHde,
+        axes=(wide, wide, wide, wide[: log_decay.ndim], narrow, ("batch", "seq"), state_axes),
         out_axes=[wide, state_axes], impl=impl, chunk=chunk,
     )  # fmt: skip
 
 
-def chunked_flops(chunk: int, length: int, d: int, e: int) -> float:
-    """FLOPs of the matrix products of "chunked" for one head and sequence, the filled-up last chunk counted whole."""
+def chunked_flops(chunk: int, length: int, d: int, e: int, channels: bool = False) -> float:
+    """FLOPs of the matrix products of "chunked" for one head and sequence, the filled-up last chunk counted whole;
+    `channels`: of decays of each channel."""
     if length == 1:
         return 4.0 * d * e
     C = min(chunk, length)
-    a_chunk = 2 * (2 * C) * d * C + 2 * C * C * (d + e) + 2 * (2 * C) * d * e + 2 * C * d * e + 2 * C * C * e
+    pairs = products_flops(2, C, d) if channels else 2 * (2 * C) * d * C
+    a_chunk = pairs + 2 * C * C * (d + e) + 2 * (2 * C) * d * e + 2 * C * d * e + 2 * C * C * e
     return -(-length // C) * (a_chunk + _inverse_flops(C))
 
 
@@ -287,12 +308,12 @@ def _inverse_flops(C: int) -> float:
     return flops
 
 
-def _step(state_BHde, q_BHd, k_BHd, v_BHe, log_decay_BH, beta_BH, same_B):
+def _step(state_BHde, q_BHd, k_BHd, v_BHe, log_decay, beta_BH, same_B):
     """One position: the new state and o_BHe. Where `same_B` is false a document begins; None: nowhere."""
-    decay_BH = jnp.exp(log_decay_BH)
+    decay_BHd = jnp.exp(log_decay if log_decay.ndim == 3 else log_decay[..., None])  # d, or 1
     if same_B is not None:
-        decay_BH = jnp.where(same_B[:, None], decay_BH, 0)
-    state = decay_BH[..., None, None] * state_BHde
+        decay_BHd = jnp.where(same_B[:, None, None], decay_BHd, 0)
+    state = decay_BHd[..., None] * state_BHde
     error = v_BHe - jnp.einsum("bhd,bhde->bhe", k_BHd, state)
     state += k_BHd[..., :, None] * (beta_BH[..., None] * error)[..., None, :]
     return state, jnp.einsum("bhd,bhde->bhe", q_BHd, state)
@@ -311,8 +332,11 @@ def _check(q, k, v, log_decay, beta, chunk) -> None:
         raise UserError(
             f"delta_rule: q {q.shape}, k {k.shape}, v {v.shape} do not fit; expected q, k [B, T, H, d], v [B, T, H, e]"
         )
-    for name, x in (("log_decay", log_decay), ("beta", beta)):
-        if x.shape != q.shape[:3]:
-            raise UserError(f"delta_rule: {name} {x.shape}; expected [B, T, H] = {q.shape[:3]}")
+    if beta.shape != q.shape[:3]:
+        raise UserError(f"delta_rule: beta {beta.shape}; expected [B, T, H] = {q.shape[:3]}")
+    if log_decay.shape not in (q.shape[:3], q.shape):
+        raise UserError(
+            f"delta_rule: log_decay {log_decay.shape}; expected [B, T, H] = {q.shape[:3]}, or [B, T, H, d] = {q.shape}"
+        )
     if chunk < 1:
         raise UserError(f"delta_rule: chunk = {chunk}; allowed: 1 or more")

@@ -1,4 +1,6 @@
-"""The gated delta rule in one pass (Yang et al. 2024, arXiv:2412.06464, section 3): the state never leaves the chip."""
+"""The gated delta rule in one pass (Yang et al. 2024, arXiv:2412.06464, section 3): the state never leaves the chip.
+
+With a decay for each channel: Kimi Team 2025, arXiv:2510.26692, section 3."""
 
 from __future__ import annotations
 
@@ -12,7 +14,6 @@ from kernels_pallas import tuning
 from kernels_pallas.delta_rule import plan as plan_lib
 from kernels_pallas.delta_rule.gradient import rule
 from kernels_pallas.linear_recurrence.plan import (
-    Plan,
     Sizes,
     check_arrays,
     check_shape,
@@ -45,7 +46,8 @@ def delta_rule(
       q, k: queries and keys [B, T, H, d]; v: values [B, T, H, e]; all bfloat16, or all float32. Any T, H, d and e. For
         `0 <= beta <= 2` the rule is stable where keys are of length 1 or less.
       log_decay: [B, T, H], log a, finite, 0 or less. A weight within a chunk is the exponential of a difference of
-        float32 sums over it: where these are large, it is less exact.
+        float32 sums over it: where these are large, it is less exact. Or [B, T, H, d], of channels, `a` then a diagonal
+        matrix at the left of S: weights are exact at any decay, -inf too.
       beta: [B, T, H], strengths of writing.
       starts: int [B, T], the first position of each position's document; -1: that of the document that `state` is of.
         They ascend, and begin with -1 or 0. None: all are of that document.
@@ -65,18 +67,21 @@ def delta_rule(
     _check(q, k, v, log_decay, beta, starts, state)
     (B, T, H, width), value_width, kind = q.shape, v.shape[3], tuning.kind()
     d, e = padded_width(width), padded_width(value_width)
-    sizes = default_sizes(q, v, kind) if sizes is None else sizes
+    channels = log_decay.ndim == 4
+    sizes = default_sizes(q, v, kind, channels) if sizes is None else sizes
     if sizes is None:
         raise ValueError(f"delta_rule: widths {width}/{value_width}: a state of so many does not fit on chip")
     check_sizes("delta_rule", sizes, H, d, e)
     if sizes.chunk not in _CHUNKS:
         raise ValueError(f"delta_rule: {sizes} is not allowed; allowed: chunk {', '.join(map(str, _CHUNKS))}")
-    plan = Plan(
-        (B, T, H, d, e), str(q.dtype), False, starts is not None, False, state is not None, sizes, kind, interpret
-    )
+    plan = plan_lib.DeltaPlan(
+        (B, T, H, d, e), str(q.dtype), False, starts is not None, False, state is not None, sizes, kind, interpret,
+        channels=channels,
+    )  # fmt: skip
     arrays = {name: side_by_side(x, w) for name, x, w in (("q", q, d), ("k", k, d), ("v", v, e))}
     heads_first = lambda x: jnp.moveaxis(x.astype(jnp.float32), 2, 1)
-    arrays |= {"logs": heads_first(log_decay) * _LOG2E, "beta": heads_first(beta)}
+    logs = log_decay.astype(jnp.float32) * _LOG2E
+    arrays |= {"logs": side_by_side(logs, d) if channels else heads_first(logs), "beta": heads_first(beta)}
     if starts is not None:
         arrays["starts"] = starts.astype(jnp.int32)
     if state is not None:
@@ -85,24 +90,33 @@ def delta_rule(
     return out["o"].reshape(B, T, H, e)[..., :value_width], out["state_end"][:, :, :width, :value_width]
 
 
-def default_sizes(q: jax.Array | jax.ShapeDtypeStruct, v: jax.Array | jax.ShapeDtypeStruct, kind: str) -> Sizes | None:
-    """Blocks for queries and values of these shapes on devices of a kind; None: states are too large for the chip."""
+def default_sizes(
+    q: jax.Array | jax.ShapeDtypeStruct, v: jax.Array | jax.ShapeDtypeStruct, kind: str, channels: bool = False
+) -> Sizes | None:
+    """Blocks for queries and values of these shapes on devices of a kind, `channels` with decays of their own; None:
+    states are too large for the chip."""
     d, e = padded_width(q.shape[3]), padded_width(v.shape[3])
-    return plan_lib.sizes(q.shape[1], q.shape[2], d, e, q.dtype.itemsize, kind)
+    return plan_lib.sizes(q.shape[1], q.shape[2], d, e, q.dtype.itemsize, kind, channels)
 
 
-def kernel_flops(q: jax.ShapeDtypeStruct, v: jax.ShapeDtypeStruct, kind: str) -> dict[str, float]:
+def kernel_flops(
+    q: jax.ShapeDtypeStruct, v: jax.ShapeDtypeStruct, kind: str, channels: bool = False
+) -> dict[str, float]:
     """FLOPs of the products of one run of each kernel, by name, without padding; all pairs of a chunk are counted."""
-    (B, T, H, d), e, sizes = q.shape, v.shape[3], default_sizes(q, v, kind)
+    (B, T, H, d), e, sizes = q.shape, v.shape[3], default_sizes(q, v, kind, channels)
     if sizes is None:
         return {}
-    C, again = sizes.chunk, 1 - 1 / sizes.chunks
-    each = {"forward": C * (2 * d + 2 * e + plan_lib.inverse_width(C)) + 3 * d * e,
-            "backward": C * (6 * d + 6 * e) + (7 + again) * d * e}  # fmt: skip
-    return {f"delta_rule_{name}": 2.0 * B * T * H * n for name, n in each.items()}
+    C, again = sizes.chunk, {"forward": 0, "backward": 1 - 1 / sizes.chunks}
+    widths = {"forward": plan_lib.forward_widths, "backward": plan_lib.backward_widths}
+    found = {}
+    for name, of in widths.items():
+        pairs, states = of(q.shape[:3] + (d, e), C, channels)
+        each = C * pairs + (states + again[name]) * d * e
+        found[f"delta_rule_{'channels_' * channels}{name}"] = 2.0 * B * T * H * each
+    return found
 
 
 def _check(q, k, v, log_decay, beta, starts, state) -> None:
     rows = check_arrays("delta_rule", q, k, v, "v", starts, state)
-    check_shape("delta_rule", "log_decay", log_decay, rows)
+    check_shape("delta_rule", "log_decay", log_decay, rows, q.shape)
     check_shape("delta_rule", "beta", beta, rows)

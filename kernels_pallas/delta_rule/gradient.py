@@ -2,7 +2,7 @@
 
 Arrays by name; B sequences, T positions, H heads, d and e padded widths of keys and values:
     q, k [B, T, H d], v [B, T, H e].
-    logs [B, H, T]: decays in log2 units; beta [B, H, T]; both float32.
+    logs [B, H, T], of channels [B, T, H d]: decays in log2 units; beta [B, H, T]; both float32.
     starts [B, T] int32, of documents; missing: all positions continue what came before.
     state [B, H, d, e] float32, before the first position; missing: nothing.
 
@@ -21,18 +21,18 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from kernels_pallas.delta_rule import tpu_backward, tpu_forward
-from kernels_pallas.linear_recurrence.plan import Plan
+from kernels_pallas.delta_rule.plan import DeltaPlan
 
 Arrays = dict[str, jax.Array]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def rule(plan: Plan, arrays: Arrays) -> Arrays:
+def rule(plan: DeltaPlan, arrays: Arrays) -> Arrays:
     """See the module."""
     return tpu_forward.run(plan, arrays, save=False)
 
 
-def _forward(plan: Plan, primals):
+def _forward(plan: DeltaPlan, primals):
     arrays = {name: x.value for name, x in primals.items()}
     out = tpu_forward.run(plan, arrays, save=True)
     # Named as attention's, for remat policies that do not repeat attention.
@@ -42,7 +42,7 @@ def _forward(plan: Plan, primals):
     return {"o": named["o"], "state_end": out["state_end"]}, (plan, arrays, saved)
 
 
-def _backward(plan: Plan, residuals, cotangents):
+def _backward(plan: DeltaPlan, residuals, cotangents):
     plan, arrays, saved = residuals
     known = lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x
     found = tpu_backward.run(plan, arrays, saved, {name: known(x) for name, x in cotangents.items()})

@@ -15,7 +15,7 @@ _BASE = 8  # blocks of so many rows by a power series: powers of larger ones are
 
 
 def unit_lower_inverse(lower: jax.Array, dtype: jnp.dtype) -> Generator[None, None, jax.Array]:
-    """`(I + lower)^-1` [C, C] in float32, of a strictly lower triangular matrix; C is 8 times a power of two.
+    """`(I + L)^-1` [C, C] in float32, L what is below the diagonal of `lower`; C is 8 times a power of two.
 
     Blocks on the diagonal are `(I - L)(I + L^2)(I + L^4)`, all at once. Neighbours are joined two by two, for which
     only rows of the second of each two are made: X_21 = -X_22 L_21 X_11. Products are of numbers in `dtype`. Yields
@@ -24,7 +24,7 @@ def unit_lower_inverse(lower: jax.Array, dtype: jnp.dtype) -> Generator[None, No
     C = lower.shape[0]
     row, col = iota((C, C), 0), iota((C, C), 1)
     same = lax.shift_right_logical(row ^ col, _BASE.bit_length() - 1) == 0
-    diagonal = jnp.where(same, lower, 0)
+    diagonal = jnp.where(same & (row > col), lower, 0)
     inverse = jnp.where(row == col, 1.0, 0.0) - diagonal
     power = diagonal.astype(dtype)
     square = product(power, power, 1, 0)

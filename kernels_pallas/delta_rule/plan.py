@@ -1,11 +1,14 @@
 """Block sizes of the delta rule on TPU, and its kernels' arrays in blocks. `kernels_pallas.linear_recurrence.plan` has
-the rest: its `Plan` is this one's, with decays per position and without a column."""
+the rest: its `Plan` is this one's, with decays per position and without a column, but for decays of channels."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from jax.experimental import pallas as pl
 
 from kernels_pallas.linear_recurrence import plan as linear
@@ -16,36 +19,70 @@ _CHUNKS = 2  # of a block at most
 _SLACK = 4 * 2**20  # bytes of fast memory for the compiler's own
 
 
-def sizes(length: int, heads: int, width: int, value_width: int, itemsize: int, kind: str) -> Sizes | None:
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class DeltaPlan(Plan):
+    """`channels`: whether each channel has a decay of its own."""
+
+    channels: bool = False
+
+
+def kernel_name(plan: DeltaPlan, direction: str) -> str:
+    return f"delta_rule_{'channels_' * plan.channels}{direction}"
+
+
+def sizes(
+    length: int, heads: int, width: int, value_width: int, itemsize: int, kind: str, channels: bool
+) -> Sizes | None:
     """Blocks for these lengths and padded widths; None where no state of a head fits into fast memory."""
     chunk = min(CHUNK, max(16, 1 << (length - 1).bit_length()))
-    needed = (16, forward_bytes), (8, backward_bytes)
+    of = lambda count: functools.partial(count, channels=channels)
+    needed = (16, of(forward_bytes)), (8, of(backward_bytes))
     return linear.fitting(chunk, _CHUNKS, needed, length, heads, width, value_width, itemsize, kind)
 
 
-def forward_bytes(heads: int, chunk: int, chunks: int, d: int, e: int, itemsize: int) -> int:
+def forward_bytes(heads: int, chunk: int, chunks: int, d: int, e: int, itemsize: int, *, channels: bool) -> int:
     """Of fast memory in the forward: windows in two buffers, the state, and values of all heads at a time."""
     windows = 2 * (chunk * chunks * (2 * d + 2 * e + max(linear.LANES, chunk)) * itemsize + 3 * d * e * 4)
-    return heads * (windows + 8 * d * e + 4 * chunk * (chunks * 4 * linear.LANES + d + 4 * e)) + _SLACK
+    decays = chunk * d * 4 * (2 * chunks + joints(chunk) + 2) if channels else 0
+    return heads * (windows + decays + 8 * d * e + 4 * chunk * (chunks * 4 * linear.LANES + d + 4 * e)) + _SLACK
 
 
-def backward_bytes(heads: int, chunk: int, chunks: int, d: int, e: int, itemsize: int) -> int:
+def backward_bytes(heads: int, chunk: int, chunks: int, d: int, e: int, itemsize: int, *, channels: bool) -> int:
     """As `forward_bytes`; the states before each chunk and errors are made again."""
     windows = 2 * (chunk * chunks * (4 * d + 3 * e + max(linear.LANES, chunk)) * itemsize + 3 * d * e * 4)
     made = 4 * (chunks + 2) * d * e + 4 * chunk * chunks * e
-    return heads * (windows + made + 4 * chunk * (4 * linear.LANES + 6 * d + 4 * e)) + _SLACK
+    decays = chunk * d * (4 * (4 + joints(chunk) + 2) * chunks + 3 * itemsize * joints(chunk)) if channels else 0
+    return heads * (windows + made + decays + 4 * chunk * (4 * linear.LANES + 6 * d + 4 * e)) + _SLACK
 
 
-def forward_flops(plan: Plan) -> int:
-    """Of the kernel's products, without those of the inverse that only spread numbers."""
-    *_, d, e = plan.shape
-    return plan.flops(2 * d + 2 * e + inverse_width(plan.sizes.chunk), 3)
+def joints(chunk: int) -> int:
+    """Sizes of blocks that are joined two by two to a chunk, where channels have their own decays."""
+    return chunk.bit_length() - 1
 
 
-def backward_flops(plan: Plan) -> int:
-    *_, d, e = plan.shape
+def forward_flops(plan: DeltaPlan) -> int:
+    """Of the kernel's products, without those that only spread or add numbers."""
+    return plan.flops(*forward_widths(plan.shape, plan.sizes.chunk, plan.channels))
+
+
+def backward_flops(plan: DeltaPlan) -> int:
     chunks = plan.sizes.chunks
-    return plan.flops(6 * d + 6 * e, 7) + plan.flops(0, 1) * (chunks - 1) // chunks
+    pairs, states = backward_widths(plan.shape, plan.sizes.chunk, plan.channels)
+    return plan.flops(pairs, states) + plan.flops(0, 1) * (chunks - 1) // chunks
+
+
+def forward_widths(shape: tuple[int, ...], chunk: int, channels: bool) -> tuple[int, int]:
+    """Width of products over pairs of a chunk, and of states as multiples of d e."""
+    *_, d, e = shape
+    met = joints(chunk) if channels else 1
+    return 2 * d * met + 2 * e + inverse_width(chunk), 3
+
+
+def backward_widths(shape: tuple[int, ...], chunk: int, channels: bool) -> tuple[int, int]:
+    *_, d, e = shape
+    met = joints(chunk) if channels else 1
+    return 6 * d * met + 6 * e, 7
 
 
 def inverse_width(chunk: int) -> int:
@@ -60,7 +97,11 @@ class DeltaBlocks(Blocks):
     def given(self, arrays: Mapping[str, Any]) -> None:
         """The inputs that both directions begin with."""
         *_, d, e = self.plan.shape
-        self.gates(arrays)
+        if self.plan.channels:
+            self.input("logs", arrays["logs"], self.positions(d))
+            self.documents(arrays)
+        else:
+            self.gates(arrays)
         self.input("beta", linear.as_rows(self.plan, arrays["beta"]), self.rows())
         for name, width in (("q", d), ("k", d), ("v", e)):
             self.input(name, arrays[name], self.positions(width))

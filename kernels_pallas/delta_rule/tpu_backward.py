@@ -14,16 +14,17 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels_pallas.delta_rule.plan import DeltaBlocks, backward_flops
-from kernels_pallas.linear_recurrence.chunk import Step, Unit, lockstep, total
-from kernels_pallas.linear_recurrence.plan import Plan, from_rows
+from kernels_pallas.delta_rule import channels
+from kernels_pallas.delta_rule.chunk import DeltaStep
+from kernels_pallas.delta_rule.plan import DeltaBlocks, DeltaPlan, backward_flops, kernel_name
+from kernels_pallas.linear_recurrence.chunk import Unit, lockstep, over_lanes, total
+from kernels_pallas.linear_recurrence.plan import from_rows
 from kernels_pallas.mosaic import product
 
-NAME = "delta_rule_backward"
 _wide = lambda x: x.astype(jnp.float32)
 
 
-class Backward(Step):
+class Backward(DeltaStep):
     """A step of the grid; states and their gradients of a block's heads stay values from chunk to chunk."""
 
     def run(self) -> None:
@@ -36,6 +37,7 @@ class Backward(Step):
 
         self.states = {(0, h): r["state_saved"][0, 0, h] for h in heads}
         self.errors: dict[tuple[int, int], jax.Array] = {}
+        self.chunks: dict[tuple[int, int], ByPosition | channels.Chunk] = {}
         for m in chunks:
             lockstep(self.forward_unit(m, h) for h in heads)
         self.dstate = [r["dstate"][h] for h in heads]
@@ -53,25 +55,21 @@ class Backward(Step):
         C = self.plan.sizes.chunk
         return self.r["inverse_saved"][0, h, 0, :, m * C : (m + 1) * C]
 
-    def beta(self, m: int, h: int) -> jax.Array:
-        """[C, e]"""
-        return self.spread(self.r["beta"][0, h, m], self.plan.shape[4])
-
     def forward_unit(self, m: int, h: int) -> Unit:
         """A chunk's errors, and the state after it."""
         (*_, d, e), dtype = self.plan.shape, self.r["q"].dtype
-        k, v = self.load("k", m, h), self.load("v", m, h)
-        _, read, write, carry = self.weights(m, h)
-        seen = product(k, self.states[m, h].astype(dtype), 1, 0)
+        v = self.load("v", m, h)
+        chunk = self.chunks[m, h] = (channels.Chunk if self.plan.channels else ByPosition)(self, m, h)
+        seen = chunk.seen(self.states[m, h].astype(dtype))
         yield
-        error = product(self.inverse(m, h), (v - seen * read[:, :e]).astype(dtype), 1, 0)
+        error = product(self.inverse(m, h), (v - seen).astype(dtype), 1, 0)
         self.errors[m, h] = error
         yield
         if m + 1 < self.plan.sizes.chunks:
             u = (error * self.beta(m, h)).astype(dtype)
-            new = product((k * write[:, :d]).astype(dtype), u, 0, 0)
+            new = product((chunk.k * chunk.write[:, :d]).astype(dtype), u, 0, 0)
             yield
-            self.states[m + 1, h] = self.states[m, h] * carry[:, :e] + new
+            self.states[m + 1, h] = self.states[m, h] * chunk.carry[:, :e] + new
 
     def unit(self, m: int, h: int) -> Unit:
         """A chunk of a head, in phases.
@@ -80,16 +78,14 @@ class Backward(Step):
         that of w, and of v, is dv = (I + N diag(beta))^-T (beta du), and that of beta e (du - N^T dv).
         """
         (*_, d, e), C, dtype = self.plan.shape, self.plan.sizes.chunk, self.r["q"].dtype
-        q, k, do = (self.load(name, m, h) for name in ("q", "k", "do"))
-        error, beta = self.errors.pop((m, h)), self.beta(m, h)
+        q, do, chunk = self.load("q", m, h), self.load("do", m, h), self.chunks.pop((m, h))
+        error, beta, k = self.errors.pop((m, h)), self.beta(m, h), chunk.k
         u = (error * beta).astype(dtype)
-        scores, slopes = product(k, jnp.concatenate([q, k]), 1, 1), product(u, do, 1, 1)
-        yield
-        pairs, read, write, carry = self.weights(m, h)
+        slopes = product(u, do, 1, 1)
+        p, overlap = yield from chunk.pairs(q)
         before, after = self.states[m, h].astype(dtype), self.dstate[h].astype(dtype)
-        p = (scores[:, :C] * pairs).astype(dtype)
-        overlap = jnp.where(self.row < self.col, scores[:, C:] * pairs, 0).astype(dtype)
-        du = product(p, do, 1, 0) + product((k * write[:, :d]).astype(dtype), after, 1, 0)
+        read, write = chunk.read[:, :d], chunk.write[:, :d]
+        du = product(p, do, 1, 0) + product((k * write).astype(dtype), after, 1, 0)
         yield
         dv = product(self.inverse(m, h), (du * beta).astype(dtype), 0, 0)
         yield
@@ -97,32 +93,78 @@ class Backward(Step):
         back = (-dv).astype(dtype)
         dbeta = error * (du + product(overlap, back, 1, 0))
         self.r["dbeta"][0, h, m] = self.times_rows(jnp.ones((1, e), jnp.float32), dbeta, 1)
-        turned = jnp.where(self.row < self.col, product(u, back, 1, 1) * pairs, 0)
+        turned = product(u, back, 1, 1)
         yield
-        s = jnp.concatenate([(slopes * pairs).astype(dtype), turned.astype(dtype)], 1)
         both = jnp.concatenate([do, back])
-        near, near_written = product(s, k, 0, 0), product(s, jnp.concatenate([q, k]), 1, 0)
-        far, far_written = product(both, before, 1, 1), product(u, after, 1, 1)
-        asked = jnp.concatenate([q * read[:, :d], k * read[:, :d]]).astype(dtype)
-        new = product(asked, both, 0, 0)
-        yield
-        dq, dk_read = (near[at] + far[at] * read[:, :d] for at in (slice(C), slice(C, None)))
-        far_written = far_written * write[:, :d]
-        dk_written = near_written + far_written
+        far, far_written = product(both, before, 1, 1), product(u, after, 1, 1) * write
+        new = product(jnp.concatenate([q * read, k * read]).astype(dtype), both, 0, 0)
+        dq, dk_read, dk_written = yield from chunk.gradients(q, over_lanes(_wide(u) * _wide(do)), slopes, turned)
+        dq, dk_read, dk_written = dq + far[:C] * read, dk_read + far[C:] * read, dk_written + far_written
         self.store("dq", m, h, dq)
         self.store("dk", m, h, dk_read + dk_written)
         if self.plan.wants_decay:
             passed = _wide(q) * dq + _wide(k) * (dk_read - dk_written)
-            behind = total(_wide(k) * far_written) + total(self.states[m, h] * self.dstate[h] * carry[:, :e])
-            self.store_decay(m, h, passed, behind)
-        self.dstate[h] = self.dstate[h] * carry[:, :e] + new
+            chunk.store_decay(passed, _wide(k) * far_written, self.states[m, h] * self.dstate[h])
+        self.dstate[h] = self.dstate[h] * chunk.carry[:, :e] + new
 
 
-def _kernel(plan: Plan, heads: int, names: tuple[str, ...], *refs) -> None:
+class ByPosition:
+    """A chunk of a head where all channels decay alike.
+
+    Attributes:
+      k: its keys.
+      read, write, carry: as in `Weights`.
+    """
+
+    def __init__(self, step: DeltaStep, m: int, h: int):
+        self.step, self.m, self.h, self.k = step, m, h, step.load("k", m, h)
+        self.of_pairs, self.read, self.write, self.carry = step.weights(m, h)
+
+    def seen(self, state: jax.Array) -> jax.Array:
+        """What is read at the keys, [C, e]."""
+        return product(self.k, state, 1, 0) * self.read[:, : state.shape[1]]
+
+    def pairs(self, q: jax.Array):
+        """Scores and overlaps of keys, [C, C], keys by queries, in phases."""
+        C, dtype = self.step.plan.sizes.chunk, q.dtype
+        self.both = jnp.concatenate([q, self.k])
+        found = product(self.k, self.both, 1, 1)
+        yield
+        overlap = jnp.where(self.step.row < self.step.col, found[:, C:] * self.of_pairs, 0)
+        return (found[:, :C] * self.of_pairs).astype(dtype), overlap.astype(dtype)
+
+    def gradients(self, q: jax.Array, own: jax.Array, slopes: jax.Array, turned: jax.Array):
+        """Of queries, of keys where they are read and where they are written, by the chunk's pairs, [C, d], in phases.
+
+        Args:
+          own: [C, 1], of scores of a position with itself; in `slopes`, too.
+          slopes, turned: of scores and overlaps, [C, C], keys by queries.
+        """
+        del own
+        C, dtype = self.step.plan.sizes.chunk, q.dtype
+        turned = jnp.where(self.step.row < self.step.col, turned * self.of_pairs, 0)
+        s = jnp.concatenate([(slopes * self.of_pairs).astype(dtype), turned.astype(dtype)], 1)
+        asked, written = product(s, self.k, 0, 0), product(s, self.both, 1, 0)
+        yield
+        return asked[:C], asked[C:], written
+
+    def store_decay(self, passed: jax.Array, written: jax.Array, kept: jax.Array) -> None:
+        """The gradient of the log decays.
+
+        Args:
+          passed: [C, d], what a position asks for of what is before it, less what is asked for of what it writes.
+          written: [C, d], what is asked for behind the chunk of what it writes.
+          kept: [d, e], of the state, before `carry`.
+        """
+        behind = total(written) + total(kept * self.carry[:, : kept.shape[1]])
+        self.step.store_decay(self.m, self.h, passed, behind)
+
+
+def _kernel(plan: DeltaPlan, heads: int, names: tuple[str, ...], *refs) -> None:
     Backward(plan, dict(zip(names, refs, strict=True)), heads=heads, backward=True).run()
 
 
-def run(plan: Plan, arrays: Mapping[str, Any], saved: Mapping[str, Any], cotangents: Mapping[str, Any]):
+def run(plan: DeltaPlan, arrays: Mapping[str, Any], saved: Mapping[str, Any], cotangents: Mapping[str, Any]):
     """See `kernels_pallas.delta_rule.gradient`; gradients by the names of the arrays that they are of."""
     (B, T, H, d, e), heads = plan.shape, plan.sizes.backward_heads
     blocks = DeltaBlocks(plan, heads, reverse=True)
@@ -133,11 +175,15 @@ def run(plan: Plan, arrays: Mapping[str, Any], saved: Mapping[str, Any], cotange
     blocks.input("dstate_end", cotangents["state_end"], blocks.states(d, e))
     for name, width in (("q", d), ("k", d), ("v", e)):
         blocks.output(f"d{name}", (B, T, H * width), arrays[name].dtype, blocks.positions(width))
-    for name in ("dbeta", "dlogs") if plan.wants_decay else ("dbeta",):
-        rows = (B, H, plan.blocks * plan.sizes.chunks, 1, plan.sizes.chunk)
+    rows = (B, H, plan.blocks * plan.sizes.chunks, 1, plan.sizes.chunk)
+    by_rows = ["dbeta", "dlogs"] if plan.wants_decay and not plan.channels else ["dbeta"]
+    for name in by_rows:
         blocks.output(name, rows, jnp.float32, blocks.rows())
+    if plan.wants_decay and plan.channels:
+        blocks.output("dlogs", (B, T, H * d), jnp.float32, blocks.positions(d))
     if plan.given:
         blocks.output("dstate_start", (B, H, d, e), jnp.float32, blocks.states(d, e))
     blocks.scratch("dstate", (heads, d, e), jnp.float32)
-    out = blocks.run(functools.partial(_kernel, plan, heads, blocks.names()), NAME, backward_flops(plan))
-    return out | {name: from_rows(plan, out[name]) for name in ("dbeta", "dlogs") if name in out}
+    kernel = functools.partial(_kernel, plan, heads, blocks.names())
+    out = blocks.run(kernel, kernel_name(plan, "backward"), backward_flops(plan))
+    return out | {name: from_rows(plan, out[name]) for name in by_rows}

@@ -199,7 +199,7 @@ class Step:
 
     def _by_position(self, m: int, h: int, masks: Masks) -> Weights:
         C, wide, row = self.plan.sizes.chunk, max(self.plan.shape[3:]), self.r["logs"][0, h, m]
-        columns = self.spread(row, max(C, wide))
+        columns = self.columns(m, h, max(C, wide))
         passed = row - columns[:, :C] if self.backward else columns[:, :C] - row
         pairs = jnp.exp2(jnp.where(masks.pairs, passed, _NEVER))
         total, columns = row[:, -1:], columns[:, :wide]
@@ -208,6 +208,10 @@ class Step:
             read, left = jnp.where(masks.read, read, 0), jnp.where(masks.write, left, _NEVER)
             carry = jnp.where(masks.carry, carry, 0)
         return Weights(pairs, read, jnp.exp2(left), carry)
+
+    def columns(self, m: int, h: int, width: int) -> jax.Array:
+        """Sums of the log decays, [C, width]."""
+        return self.spread(self.r["logs"][0, h, m], width)
 
     def store_decay(self, m: int, h: int, passed: jax.Array, behind: jax.Array) -> None:
         """Writes the gradient of the log decays: what is asked for from a position on, of what was written before it.
@@ -252,18 +256,26 @@ class Step:
         return jnp.clip(self.plan.shape[1] - self.start(m), 0, self.plan.sizes.chunk)
 
     def spread(self, row: jax.Array, width: int) -> jax.Array:
-        """A row [1, C] as columns, [C, width], exactly.
+        """A row [1, C] as columns, [C, width], exactly."""
+        return self.spread_all([row], width)[0]
 
-        By the matrix unit, as the product of its three bfloat16 parts with ones: sums over lanes and broadcasts along
-        them are slower.
+    def spread_all(self, rows: list[jax.Array], width: int) -> list[jax.Array]:
+        """Up to 5 rows [1, C] as columns, [C, width] each, exactly.
+
+        By the matrix unit, as the product of their bfloat16 parts, three of each, with ones: sums over lanes and
+        broadcasts along them are slower.
         """
-        sublane, half = iota((_TILE, row.shape[1]), 0), jnp.bfloat16
+        sublane, half = iota((_TILE, rows[0].shape[1]), 0), jnp.bfloat16
         parts = jnp.zeros(sublane.shape, jnp.float32)
-        for n in range(_PARTS):
-            part = row.astype(half).astype(jnp.float32)
-            parts, row = jnp.where(sublane == n, part, parts), row - part
-        ones = (iota((_TILE, width), 0) < _PARTS).astype(jnp.float32)
-        return product(parts.astype(half), ones.astype(half), 0, 0)
+        for n, rest in enumerate(rows):
+            for i in range(_PARTS):
+                part = rest.astype(half).astype(jnp.float32)
+                parts, rest = jnp.where(sublane == _PARTS * n + i, part, parts), rest - part
+        at = iota((_TILE, width), 0)
+        own = [(at >= _PARTS * n) & (at < _PARTS * (n + 1)) for n in range(len(rows))]
+        ones = jnp.concatenate([x.astype(jnp.float32) for x in own], axis=1).astype(half)
+        out = product(parts.astype(half), ones, 0, 0)
+        return [out[:, n * width : (n + 1) * width] for n in range(len(rows))]
 
     def times_rows(self, row: jax.Array, x: jax.Array, axis: int) -> jax.Array:
         """The product of a row with a matrix over an axis of it, a row, as the matrix unit does it."""

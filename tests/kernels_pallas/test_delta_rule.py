@@ -26,14 +26,18 @@ from tests.kernels_pallas.recurrences import (
 )
 
 
-def inputs(length, heads, d, e, state, seed=0):
-    """Keys of length 1 with cosines of about a half, the hard case for the inverse; strengths up to 1.5."""
+def inputs(length, heads, d, e, state, seed=0, channels=False):
+    """Keys of length 1 with cosines of about a half, the hard case for the inverse; strengths up to 1.5; some
+    channels keep nothing."""
     rng = np.random.default_rng(seed)
     normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
     q, k = normal(B, length, heads, d), normal(B, length, heads, d) + normal(1, 1, heads, d)
     k /= np.linalg.norm(k, axis=-1, keepdims=True)
     arrays = {"q": q, "k": k, "v": normal(B, length, heads, e)}
-    arrays["log_decay"] = np.float32(-rng.exponential(0.2, (B, length, heads)) * (rng.random((B, length, heads)) < 0.8))
+    shape = (B, length, heads, d)[: 4 if channels else 3]
+    arrays["log_decay"] = np.float32(-rng.exponential(0.2, shape) * (rng.random(shape) < 0.8))
+    if channels:
+        arrays["log_decay"][rng.random(shape) < 0.02] = -np.inf
     arrays["beta"] = np.float32(1.5 * rng.random((B, length, heads)) * (rng.random((B, length, heads)) < 0.9))
     if state:
         arrays["state"] = normal(B, heads, d, e)
@@ -51,24 +55,29 @@ def exact(arrays, documents):
         return results(functools.partial(definition, documents=documents), arrays)
 
 
-# T, H, d, e, documents, state, dtype, sizes; several blocks of several chunks where sizes are given.
+# T, H, d, e, documents, state, dtype, sizes, whether channels have their own decays; several blocks of several chunks
+# where sizes are given.
 CASES = [
-    (1, 3, 16, 16, False, True, "float32", None),
-    (7, 2, 5, 17, True, True, "float32", None),
-    (64, 4, 64, 32, True, False, "float32", Sizes(16, 2, 4, 4)),
-    (130, 2, 24, 65, True, True, "float32", Sizes(64, 1, 2, 2)),
-    (130, 3, 64, 64, True, True, "float32", Sizes(32, 2, 2, 3)),
-    (130, 1, 130, 33, True, True, "bfloat16", Sizes(64, 2, 1, 1)),
-    (256, 1, 64, 64, False, True, "float32", Sizes(128, 1, 1, 1)),
-    (256, 2, 64, 64, True, False, "bfloat16", None),
+    (1, 3, 16, 16, False, True, "float32", None, False),
+    (7, 2, 5, 17, True, True, "float32", None, False),
+    (64, 4, 64, 32, True, False, "float32", Sizes(16, 2, 4, 4), False),
+    (130, 2, 24, 65, True, True, "float32", Sizes(64, 1, 2, 2), False),
+    (130, 3, 64, 64, True, True, "float32", Sizes(32, 2, 2, 3), False),
+    (130, 1, 130, 33, True, True, "bfloat16", Sizes(64, 2, 1, 1), False),
+    (256, 1, 64, 64, False, True, "float32", Sizes(128, 1, 1, 1), False),
+    (256, 2, 64, 64, True, False, "bfloat16", None, False),
+    (7, 2, 5, 17, True, True, "float32", None, True),
+    (130, 2, 24, 65, True, True, "float32", Sizes(64, 1, 2, 2), True),
+    (70, 2, 64, 64, False, True, "float32", Sizes(16, 2, 2, 2), True),
+    (256, 1, 64, 64, True, False, "bfloat16", Sizes(128, 2, 1, 1), True),
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(str(x) for x in c[:7]))
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(str(x) for x in (*c[:7], c[8])))
 def test_equals_the_definition(case):
     """Values and every gradient; positions that write nothing or do not decay among them."""
-    T, H, d, e, packed, state, dtype, sizes = case
-    arrays = rounded(inputs(T, H, d, e, state), dtype)
+    T, H, d, e, packed, state, dtype, sizes, channels = case
+    arrays = rounded(inputs(T, H, d, e, state, channels=channels), dtype)
     documents = documents_of(T) if packed else None
     starts = jnp.asarray(starts_of(documents)) if packed else None
     found = results(functools.partial(delta_rule, starts=starts, sizes=sizes, interpret=True), arrays)
@@ -111,11 +120,14 @@ def test_causality_is_bitwise():
     np.testing.assert_array_equal(run(later)[:, :37], run(arrays)[:, :37])
 
 
-@pytest.mark.parametrize("packed, heads, e, sizes", [(False, 2, 16, None), (True, 3, 64, Sizes(16, 2, 2, 2))])
-def test_no_races(packed, heads, e, sizes, capfd):
+RACES = [(False, 2, 16, None, False), (True, 3, 64, Sizes(16, 2, 2, 2), False), (True, 3, 64, Sizes(32, 2, 2, 2), True)]
+
+
+@pytest.mark.parametrize("packed, heads, e, sizes, channels", RACES)
+def test_no_races(packed, heads, e, sizes, channels, capfd):
     """Forward and backward on a simulated TPU whose two cores share heads, with NaN in what was never written and
     behind the ends of arrays, of positions and of heads: the same as interpreted as XLA operations."""
-    arrays = rounded(inputs(70, heads, 64, e, True), "float32")
+    arrays = rounded(inputs(70, heads, 64, e, True, channels=channels), "float32")
     starts = jnp.asarray(starts_of(documents_of(70))) if packed else None
     kernel = functools.partial(delta_rule, starts=starts, sizes=sizes)
     simulate = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
@@ -124,13 +136,14 @@ def test_no_races(packed, heads, e, sizes, capfd):
     assert "RACE DETECTED" not in "".join(capfd.readouterr())
 
 
-def test_declared_bytes_are_those_of_the_blocks():
+@pytest.mark.parametrize("channels", [False, True])
+def test_declared_bytes_are_those_of_the_blocks(channels):
     """Within 5 %."""
-    arrays = rounded(inputs(1024, 16, 128, 128, False), "bfloat16")
+    arrays = rounded(inputs(1024, 16, 128, 128, False, channels=channels), "bfloat16")
     starts = jnp.asarray(starts_of(documents_of(1024)))
     loss = lambda arrays: jnp.sum(delta_rule(**arrays, starts=starts)[0].astype(jnp.float32))
     found = calls(jax.grad(loss), arrays)
-    assert set(found) == {"delta_rule_forward", "delta_rule_backward"}
+    assert set(found) == {f"delta_rule_{'channels_' * channels}{direction}" for direction in ("forward", "backward")}
     for params in found.values():
         assert params["cost_estimate"].bytes_accessed == pytest.approx(bytes_of_blocks(params), rel=0.05)
 
@@ -151,14 +164,16 @@ def test_sizes():
     assert default_sizes(of(4096, 1, 8192), of(4096, 1, 8192), "v6e") is None
     for kind in tuning.KINDS.values():
         for d, e, H in ((128, 128, 16), (128, 256, 7), (256, 512, 8), (512, 1024, 4)):
-            s = default_sizes(of(4096, H, d), of(4096, H, e), kind)
-            for n, needed in ((s.forward_heads, plan_lib.forward_bytes), (s.backward_heads, plan_lib.backward_bytes)):
-                assert needed(n, s.chunk, s.chunks, d, e, 2) <= tuning.vmem_limit(kind)
+            for channels in (False, True):
+                s = default_sizes(of(4096, H, d), of(4096, H, e), kind, channels)
+                of_both = (s.forward_heads, plan_lib.forward_bytes), (s.backward_heads, plan_lib.backward_bytes)
+                for n, needed in of_both:
+                    assert needed(n, s.chunk, s.chunks, d, e, 2, channels=channels) <= tuning.vmem_limit(kind)
 
 
 @pytest.mark.parametrize("change, says", [
     ({"k": (1, 9, 2, 7)}, "do not fit"), ({"v": (1, 9, 3, 8)}, "do not fit"), ({"v": (1, 9, 2, 0)}, "no size may be 0"),
-    ({"log_decay": (2,)}, r"log_decay \(2,\); expected \[1, 9, 2\]"), ({"beta": (1, 9, 3)}, "beta"),
+    ({"log_decay": (2,)}, r"log_decay \(2,\); expected \[1, 9, 2\] or \[1, 9, 2, 8\]"), ({"beta": (1, 9, 3)}, "beta"),
     ({"starts": (1, 8)}, "starts"), ({"state": (1, 2, 8, 9)}, "state"), ({"dtype": "float16"}, "bfloat16, or all flo"),
     ({"starts": (1, 9), "starts_dtype": "float32"}, "signed integers"), ({"sizes": Sizes(8)}, "chunk a multiple of 16"),
     ({"sizes": Sizes(48, 1, 2, 2)}, "chunk 16, 32, 64, 128"), ({"sizes": Sizes(16, 1, 1, 2)}, "all 2 heads, or so m"),

@@ -28,15 +28,15 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("chip", CASES)
-def test_compiles(chip):
+@pytest.mark.parametrize("chip, channels", [*((chip, False) for chip in CASES), *((chip, True) for chip in CASES)])
+def test_compiles(chip, channels):
     """Forward and backward become one call of a kernel each, under their own names."""
     targets.prepare()
     B, T, H, d, e, dtype, packed, sizes = CASES[chip]
     placed = SingleDeviceSharding(targets.Target.of(TOPOLOGIES[chip]).devices[0])
     of = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
     arrays = {name: of(B, T, H, w, dtype=dtype) for name, w in (("q", d), ("k", d), ("v", e))}
-    arrays |= {name: of(B, T, H) for name in ("log_decay", "beta")}
+    arrays |= {"log_decay": of(B, T, H, d) if channels else of(B, T, H), "beta": of(B, T, H)}
     if packed:
         arrays["state"] = of(B, H, d, e)
     starts = of(B, T, dtype=jnp.int32) if packed else None
@@ -47,4 +47,5 @@ def test_compiles(chip):
         return jnp.sum(o.astype(jnp.float32)) + jnp.sum(end)
 
     text = jax.jit(jax.value_and_grad(loss)).lower(arrays, starts).compile().as_text()
-    assert hlo.analyse(text).kernels == {"delta_rule_forward": 1, "delta_rule_backward": 1}
+    name = "delta_rule_channels" if channels else "delta_rule"
+    assert hlo.analyse(text).kernels == {f"{name}_forward": 1, f"{name}_backward": 1}

@@ -35,6 +35,10 @@ ROLES = {
         "matrix": f"{_QKVO} beta gate log_decay.linear", "taps": "filters", "scale": "norm",
         "decay_rate": "log_decay.a_log log_decay.dt_bias",
     },
+    "kda": {
+        "matrix": f"{_QKVO} beta gate.down gate.up log_decay.linear.down log_decay.linear.up", "taps": "filters",
+        "scale": "norm", "decay_rate": "log_decay.a_log log_decay.dt_bias",
+    },
     "lightning": {"matrix": f"{_QKVO} gate_down gate_up", "scale": "scale", "bias": "bias"},
     "local_linear": {"matrix": f"{_QKVO} ridge", "bias": "ridge_bias", "scale": "q_norm k_norm"},
     "moh": {

@@ -37,6 +37,17 @@ def test_kernel_flops():
     assert runs("backward") == pytest.approx(each * (C * (6 * d + 6 * e) + 7.5 * d * e))
 
 
+def test_channels():
+    """Decays of channels: names of their own, and products of keys and queries at seven sizes of joints."""
+    each, d, e, C = 2.0 * 2 * 4096 * 16, 128, 128, 128
+    with on("TPU v6e"), ops.recording() as chosen:
+        assert DELTA_RULE.pick(spec(channels=True)) == "pallas"
+        DELTA_RULE.choose(spec(channels=True))
+    runs = lambda name: chosen.kernel_flops({f"delta_rule_channels_{name}.3": 1})
+    assert runs("forward") == pytest.approx(each * (C * (14 * d + 2 * e + 8 * C) + 3 * d * e))
+    assert runs("backward") == pytest.approx(each * (C * (42 * d + 6 * e) + 7.5 * d * e))
+
+
 def arrays(length=96):
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)

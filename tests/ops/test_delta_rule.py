@@ -26,11 +26,11 @@ def x64():
         yield
 
 
-def arrays(seed=0, length=T):
-    """q, k, v, log_decay, beta and an incoming state; keys are not normed, one decay is nearly 0."""
+def arrays(seed=0, length=T, channels=False):
+    """q, k, v, log_decay, of channels if asked, beta and an incoming state; one decay is nearly 0."""
     rng = np.random.default_rng(seed)
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape))
-    log_decay = -jnp.abs(normal(B, length, H)).at[:, 4].set(40.0)
+    log_decay = -jnp.abs(normal(*(B, length, H, D)[: 4 if channels else 3]).at[:, 4].set(40.0))
     beta = jax.nn.sigmoid(normal(B, length, H))
     q, k, v = normal(B, length, H, D), normal(B, length, H, D), normal(B, length, H, E)
     return (q, k / jnp.linalg.norm(k, axis=-1, keepdims=True), v, log_decay, beta), normal(B, H, D, E)
@@ -41,14 +41,15 @@ def formula(q, k, v, log_decay, beta, documents, state):
     S, before, o = np.asarray(state).T, 0, []
     for t in range(len(q)):
         a = np.exp(log_decay[t]) * (documents[t] == before)
-        S = a * S @ (np.eye(len(q[t])) - beta[t] * np.outer(k[t], k[t])) + beta[t] * np.outer(v[t], k[t])
+        S = (S * a) @ (np.eye(len(q[t])) - beta[t] * np.outer(k[t], k[t])) + beta[t] * np.outer(v[t], k[t])
         o.append(S @ q[t])
         before = documents[t]
     return np.stack(o), S.T
 
 
-def test_definition_is_the_formula():
-    inputs, state = arrays()
+@pytest.mark.parametrize("channels", [False, True])
+def test_definition_is_the_formula(channels):
+    inputs, state = arrays(channels=channels)
     o, end = delta_rule(*inputs, documents_BT=DOCUMENTS, state_BHde=state, impl="definition")
     for b, h in itertools.product(range(B), range(H)):
         want, want_end = formula(*(np.asarray(x[b, :, h]) for x in inputs), np.asarray(DOCUMENTS[b]), state[b, h])
@@ -56,11 +57,14 @@ def test_definition_is_the_formula():
         np.testing.assert_allclose(end[b, h], want_end, atol=1e-12)
 
 
-@pytest.mark.parametrize("documents", [DOCUMENTS, None], ids=["packed", "whole"])
-@pytest.mark.parametrize("chunk", [1, 4, 5, 64])
-def test_chunks_equal_the_recurrence(chunk, documents):
+CHUNKS = [(chunk, packed, False) for chunk in (1, 4, 5, 64) for packed in (True, False)]
+
+
+@pytest.mark.parametrize("chunk, packed, channels", [*CHUNKS, (5, True, True), (64, False, True)])
+def test_chunks_equal_the_recurrence(chunk, packed, channels):
     """Values and the gradients of all six arguments, also for chunks that do not divide the length."""
-    inputs, state = arrays()
+    inputs, state = arrays(channels=channels)
+    documents = DOCUMENTS if packed else None
 
     def run(impl):
         def scalar(inputs, state):
@@ -74,9 +78,10 @@ def test_chunks_equal_the_recurrence(chunk, documents):
         np.testing.assert_allclose(got, want, atol=1e-11)
 
 
-def test_a_chunk_longer_than_one_base_block():
-    """Chunks of 20 and 40 positions: inverses joined from blocks twice."""
-    inputs, state = arrays(length=40)
+@pytest.mark.parametrize("channels", [False, True])
+def test_a_chunk_longer_than_one_base_block(channels):
+    """Chunks of 20 and 40 positions: inverses, and pairs whose channels decay, joined from blocks twice."""
+    inputs, state = arrays(length=40, channels=channels)
     rule = jax.jit(delta_rule, static_argnames=("chunk", "impl"))
     want = rule(*inputs, state_BHde=state, impl="definition")
     for chunk in (20, 40):
@@ -107,17 +112,21 @@ def test_one_position_takes_no_chunk():
 
 @pytest.mark.parametrize("chunk, length", [(64, 13), (5, 13), (40, 40), (16, 33)])
 def test_declared_products(chunk, length):
-    inputs, state = arrays(length=length)
-    counted = flops.count(lambda: delta_rule(*inputs, state_BHde=state, chunk=chunk))
-    assert counted == B * H * chunked_flops(chunk, length, D, E)
+    for channels in (False, True):
+        inputs, state = arrays(length=length, channels=channels)
+        counted = flops.count(lambda: delta_rule(*inputs, state_BHde=state, chunk=chunk))
+        assert counted == B * H * chunked_flops(chunk, length, D, E, channels)
 
 
-def test_strong_decay_and_long_documents_stay_finite():
-    """In fp32, where quotients of decays would be 0 / 0: log decays of -80 and 0, side by side, over 200 positions."""
+@pytest.mark.parametrize("channels, atol", [(False, 2e-3), (True, 1e-5)])
+def test_strong_decay_and_long_documents_stay_finite(channels, atol):
+    """In fp32, where quotients of decays would be 0 / 0: log decays of -80 and 0, side by side, over 200 positions. Of
+    channels no sum is taken from another: nothing is lost."""
     rng = np.random.default_rng(0)
     k = rng.standard_normal((1, 200, 1, 8))
     k = jnp.asarray(k / np.linalg.norm(k, axis=-1, keepdims=True), jnp.float32)
-    log_decay = jnp.asarray(np.where(rng.random((1, 200, 1)) < 0.5, -80.0, 0.0), jnp.float32)
+    shape = (1, 200, 1, 8)[: 4 if channels else 3]
+    log_decay = jnp.asarray(np.where(rng.random(shape) < 0.5, -80.0, 0.0), jnp.float32)
     beta = jnp.full((1, 200, 1), 0.9, jnp.float32)
 
     def scalar(k, log_decay, impl):
@@ -128,7 +137,7 @@ def test_strong_decay_and_long_documents_stay_finite():
     (_, o), gradients = run(k, log_decay, "chunked")
     (_, want), wanted = run(k, log_decay, "definition")
     for a, b in zip((o, *gradients), (want, *wanted), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-3)
+        np.testing.assert_allclose(a, b, atol=atol)
 
 
 def test_what_does_not_fit_is_refused():
@@ -137,6 +146,8 @@ def test_what_does_not_fit_is_refused():
         delta_rule(q, k[..., :2], v, log_decay, beta)
     with pytest.raises(UserError, match="beta"):
         delta_rule(q, k, v, log_decay, beta[..., :1])
+    with pytest.raises(UserError, match=r"log_decay \(2, 13, 2, 1\); expected .*\(2, 13, 2, 3\)"):
+        delta_rule(q, k, v, log_decay[..., None], beta)
     with pytest.raises(UserError, match="chunk = 0"):
         delta_rule(q, k, v, log_decay, beta, chunk=0)
     with pytest.raises(UserError, match="unknown impl"):
