@@ -43,7 +43,7 @@ def delta_rule(
     interpret: Any = False,
     sizes: Sizes | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """`S_t = a_t S_{t-1} + k_t u_t^T`, `u_t = beta_t (v_t - a_t S_{t-1}^T k_t)`, `o_t = S_t^T q_t` per head, on TPU and Hopper GPUs.
+    """`S_t = a_t S_{t-1} + k_t u_t^T`, `u_t = beta_t (v_t - a_t S_{t-1}^T k_t)`, `o_t = S_t^T q_t`, on TPU and Hopper.
 
     Args:
       q, k: queries and keys [B, T, H, d]; v: values [B, T, H, e]; all bfloat16, or all float32. Any T, H, d and e. For

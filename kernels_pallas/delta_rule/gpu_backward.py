@@ -48,7 +48,7 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dv [B, N C, H, e], gradients of the states after each chunk [B, H, N, d, e], both in the dtype of q, and that of
     the state before the first position, float32. For the arrays see `gpu_chunk` and `gpu_pairs`."""
-    (B, T, H, d), e, N = q.shape, do.shape[3], numbers.shape[2]
+    (B, _, H, d), e, N = q.shape, do.shape[3], numbers.shape[2]
     of = jax.ShapeDtypeStruct
     launch = _States(device, N, d, q.dtype)
     run = device.kernel(
@@ -56,6 +56,7 @@ def backward(
         launch.body,
         out_type=[of(do.shape, q.dtype), of((B, H, N, d, e), q.dtype), of((B, H, d, e), jnp.float32)],
         scratch_types=launch.scratch(),
+        by_lanes=True,
         grid=(e // E, H, B),
         grid_names=("j", "h", "b"),
     )
@@ -80,9 +81,7 @@ class _States:
             "read_do_s": tile, "du_s": tile, "dv_s": tile, "read_dv_s": tile, "here": hopper.barriers(SLOTS, 6),
         }  # fmt: skip
 
-    def body(
-        self, q, k, inverses, scores, numbers, do, dstate_end, dv, dstates, dstate_start, **scratch: Any
-    ) -> None:
+    def body(self, q, k, inverses, scores, numbers, do, dstate_end, dv, dstates, dstate_start, **scratch: Any) -> None:
         j, h, b = (lax.axis_index(name) for name in ("j", "h", "b"))
         t = types.SimpleNamespace(
             q=q, k=k, inverses=inverses, scores=scores, numbers=numbers, do=do, dv=dv, dstates=dstates,

@@ -1,7 +1,7 @@
 """Gradients of queries, keys, strengths and decays on Hopper, of all chunks at once: two warpgroups make one chunk's.
 
-`gpu_forward` left the state before the chunk and the errors in it, `gpu_backward` the gradient of the state after it and
-that of the values. The first warpgroup makes dq and both matrices of pairs, the second dk.
+`gpu_forward` left the state before the chunk and the errors in it, `gpu_backward` the gradients of the state after it
+and of the values. The first warpgroup makes dq and both matrices of pairs, the second dk.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def backward_chunks(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk in the dtype of q, and numbers per position, [B, H, N, 5, C] float32. For the arrays see `gpu_chunk`,
     `gpu_forward` and `gpu_backward`."""
-    (B, T, H, d), e, N = q.shape, do.shape[3], numbers.shape[2]
+    (B, _, H, d), e, N = q.shape, do.shape[3], numbers.shape[2]
     of = jax.ShapeDtypeStruct
     launch = _Chunks(device, documents, d, e // E, q.dtype)
     run = device.kernel(
@@ -66,6 +66,7 @@ def backward_chunks(
         launch.body,
         out_type=[of(q.shape, q.dtype), of(q.shape, q.dtype), of(numbers.shape, jnp.float32)],
         scratch_types=launch.scratch(),
+        by_lanes=True,
         grid=(N, H, B),
         grid_names=("n", "h", "b"),
         num_threads=2,
@@ -157,7 +158,9 @@ class _Chunks:
             device.wgmma(turned, t.dv_s.at[at], t.error_s.at[at].T)
             device.wgmma(dq, t.do_s.at[at], t.state_s.at[at].T)
 
-        (slopes, turned, dq), _ = self.over_tiles(t, ((zeros(C, C), zeros(C, C), zeros(C, self.d)), ()), step, fetches=True)
+        (slopes, turned, dq), _ = self.over_tiles(
+            t, ((zeros(C, C), zeros(C, C), zeros(C, self.d)), ()), step, fetches=True
+        )
         plgpu.barrier_wait(t.here.at[0])
         weights, beta = pair_weights(device, t.numbers_s, self.documents), per_column(device, t.numbers_s, BETA)
         slopes = slopes * weights

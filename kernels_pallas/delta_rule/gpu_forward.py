@@ -17,7 +17,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import hopper
-from kernels_pallas.delta_rule.gpu_chunk import BETA, READ, SLOTS, WRITE, C, E, chunk, numbers_memory, per_row, put, values
+from kernels_pallas.delta_rule.gpu_chunk import (
+    BETA,
+    READ,
+    SLOTS,
+    WRITE,
+    C,
+    E,
+    chunk,
+    numbers_memory,
+    per_row,
+    put,
+    values,
+)
 from kernels_pallas.hopper import LAYOUT
 
 NAME = "delta_rule_forward"
@@ -37,7 +49,7 @@ def forward(
 ) -> dict[str, jax.Array]:
     """o and state_end; with `save` also the states before each chunk, [B, H, N, d, e], and errors [B, N C, H, e], both
     in the dtype of q. For the arrays see `gpu_chunk` and `gpu_pairs`."""
-    (B, T, H, d), e, N = q.shape, v.shape[3], numbers.shape[2]
+    (B, _, H, d), e, N = q.shape, v.shape[3], numbers.shape[2]
     of = jax.ShapeDtypeStruct
     out = {"o": of(v.shape, q.dtype), "state_end": of((B, H, d, e), jnp.float32)}
     if save:
@@ -48,6 +60,7 @@ def forward(
         launch.body,
         out_type=list(out.values()),
         scratch_types=launch.scratch(),
+        by_lanes=True,
         grid=(e // E, H, B),
         grid_names=("j", "h", "b"),
     )
@@ -70,7 +83,8 @@ class _Forward:
         return {
             "q_s": ring(self.d), "k_s": ring(self.d), "v_s": ring(E), "inverse_s": ring(C), "p_s": ring(C),
             "numbers_s": numbers_memory(SLOTS), "state_s": hopper.tiles((self.d, E), self.dtype),
-            "error_s": tile, "u_s": tile, "written_s": tile, "o_s": tile, "here": hopper.barriers(SLOTS, 6),
+            "asked_s": tile, "error_s": tile if self.save else None, "u_s": tile, "written_s": tile, "o_s": tile,
+            "here": hopper.barriers(SLOTS, 6),
         }  # fmt: skip
 
     def body(self, q, k, v, inverses, scores, numbers, state, o, state_end, *rest: Any, **scratch: Any) -> None:
@@ -116,8 +130,8 @@ class _Forward:
             seen, far, error = refs
             device.wgmma(seen, k, t.state_s)
             device.wgmma(far, q, t.state_s)
-            put(t.u_s, v - device.read(seen, 1) * read)
-            device.wgmma(error, t.inverse_s.at[at], t.u_s)
+            put(t.asked_s, v - device.read(seen, 1) * read)
+            device.wgmma(error, t.inverse_s.at[at], t.asked_s)
 
         start = device.start(device.zeros(C, E))
         _, far, error = device.state(errors)((start, start, start))

@@ -15,7 +15,17 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import hopper
-from kernels_pallas.delta_rule.gpu_chunk import BETA, C, added, chunk, numbers_memory, pair_weights, per_column, product, put
+from kernels_pallas.delta_rule.gpu_chunk import (
+    BETA,
+    C,
+    added,
+    chunk,
+    numbers_memory,
+    pair_weights,
+    per_column,
+    product,
+    put,
+)
 
 NAME = "delta_rule_pairs"
 _BASE = 8  # blocks of so many rows by a power series: powers of larger ones are huge, and cancel
@@ -25,7 +35,7 @@ def pairs(
     device: hopper.Device, q: jax.Array, k: jax.Array, numbers: jax.Array, *, documents: bool
 ) -> tuple[jax.Array, jax.Array]:
     """The inverses and P, both [B, H, N, C, C] in the dtype of q; for the other arrays see `gpu_chunk`."""
-    (B, T, H, d), N = q.shape, numbers.shape[2]
+    (B, _, H, d), N = q.shape, numbers.shape[2]
     out = jax.ShapeDtypeStruct((B, H, N, C, C), q.dtype)
     tile = hopper.tiles((C, C), q.dtype)
     run = device.kernel(
@@ -36,6 +46,7 @@ def pairs(
             "q_s": hopper.tiles((C, d), q.dtype), "k_s": hopper.tiles((C, d), q.dtype), "numbers_s": numbers_memory(),
             "p_s": tile, "first_s": tile, "second_s": tile, "here": hopper.barriers(1, 3),
         },
+        by_lanes=True,
         grid=(N, H, B),
         grid_names=("n", "h", "b"),
     )  # fmt: skip
@@ -64,8 +75,8 @@ class _Pairs:
         below = device.iota((C, C), 0) > device.iota((C, C), 1)
         lower = jnp.where(below, overlap * weights * per_column(device, numbers_s, BETA), 0.0)
         inverse = self.inverse(lower, first_s, second_s)
-        put(first_s, inverse)
-        plgpu.copy_smem_to_gmem(first_s, inverses.at[b, h, n])
+        put(second_s, inverse)  # the other may still be read, by the last product of another warp
+        plgpu.copy_smem_to_gmem(second_s, inverses.at[b, h, n])
         plgpu.wait_smem_to_gmem(0)
 
     def inverse(self, lower: jax.Array, first: Any, second: Any) -> jax.Array:
