@@ -1,5 +1,5 @@
-"""What PyTorch computes in `benchmarks.kernels`: its fused attention, attention with a mask that is compiled in, and the
-gated delta rule of fla."""
+"""What PyTorch computes in `benchmarks.kernels`: its fused attention, attention with a mask that is compiled in,
+and the gated delta rule of fla."""
 
 from __future__ import annotations
 

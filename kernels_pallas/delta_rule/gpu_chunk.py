@@ -1,7 +1,7 @@
 """What the Hopper kernels of the delta rule share: chunks of 64 positions, their numbers per position, and products.
 
 Shapes: B sequences, N chunks of C = 64 positions, H heads, d and e widths of keys and values, multiples of 64. Arrays
-of positions lie as [B, N C, H, w]. A sequential kernel owns E = 64 of the values of a head, and a chunk of them is a tile.
+of positions lie as [B, N C, H, w]. A sequential kernel owns E = 64 of a head's values, and a chunk of them is a tile.
 """
 
 from __future__ import annotations
