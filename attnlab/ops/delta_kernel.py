@@ -28,7 +28,8 @@ def _kernels() -> Any:
 def unsupported(spec: DeltaSpec) -> str | None:
     """Why the kernel cannot serve, or None."""
     if partition.platform() == "gpu":
-        return _kernels().gpu_unsupported(spec.dtype, spec.width) or attention_flash.not_hopper()
+        reason = _kernels().gpu_unsupported(spec.dtype, spec.width)
+        return reason or attention_flash.unsupported_heads(spec.dtype, spec.width)
     if spec.dtype not in ("bfloat16", "float32"):
         return f"it computes bfloat16 and float32, not {spec.dtype}"
     if _kernels().default_sizes(*_arrays(spec), device_kind()) is None:

@@ -39,7 +39,7 @@ def delta_rule(
     *,
     starts: jax.Array | None = None,
     state: jax.Array | None = None,
-    platform: str | None = None,
+    platform: str = "tpu",
     interpret: Any = False,
     sizes: Sizes | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -54,8 +54,7 @@ def delta_rule(
       starts: int [B, T], the first position of each position's document; -1: that of the document that `state` is of.
         They ascend, and begin with -1 or 0. None: all are of that document.
       state: [B, H, d, e] float32, before the first position; None: nothing.
-      platform: "tpu" or "cuda", whose kernels run; by default that of jax's default device, interpreted the TPU's.
-        Hopper's take bfloat16 alone, and keys up to `GPU_WIDEST`.
+      platform: whose kernels run, "tpu" or "cuda". Hopper's take bfloat16 alone, and keys up to `GPU_WIDEST`.
       interpret: runs the kernels as plain XLA operations on any platform, or, on a CPU, as its interpreter's parameters
         say (`jax.experimental.pallas.tpu.InterpretParams`). Hopper's run on a CPU, by jax's interpreter of GPU kernels.
       sizes: blocks; by default `default_sizes`. Hopper's chunks are of 64 positions.
@@ -83,7 +82,8 @@ def delta_rule(
         (B, T, H, d, e), str(q.dtype), False, starts is not None, False, state is not None, sizes, kind, interpret
     )
     arrays = {name: side_by_side(x, w) for name, x, w in (("q", q, d), ("k", k, d), ("v", v, e))}
-    arrays |= _heads_first(log_decay, beta)
+    heads_first = lambda x: jnp.moveaxis(x.astype(jnp.float32), 2, 1)
+    arrays |= {"logs": heads_first(log_decay) * _LOG2E, "beta": heads_first(beta)}
     if starts is not None:
         arrays["starts"] = starts.astype(jnp.int32)
     if state is not None:
@@ -93,21 +93,16 @@ def delta_rule(
 
 
 def _on_hopper(q, k, v, log_decay, beta, starts, state, interpret, sizes) -> tuple[jax.Array, jax.Array]:
-    if reason := gpu.unsupported(str(q.dtype), q.shape[3]):
+    if reason := gpu.unsupported(str(q.dtype), q.shape[3], channels=log_decay.ndim == 4):
         raise ValueError(f"delta_rule on cuda: {reason}")
     if sizes is not None:
         raise ValueError(f"delta_rule on cuda: sizes={sizes}; allowed: None")
-    arrays = {"q": q, "k": k, "v": v} | _heads_first(log_decay, beta)
+    heads_first = lambda x: jnp.moveaxis(x.astype(jnp.float32), 2, 1)
+    arrays = {"q": q, "k": k, "v": v, "logs": heads_first(log_decay) * _LOG2E, "beta": heads_first(beta)}
     arrays |= {} if starts is None else {"starts": starts.astype(jnp.int32)}
     arrays |= {} if state is None else {"state": state}
     out = rule(gpu.Plan(starts is not None, state is not None, interpret), arrays)
     return out["o"], out["state_end"]
-
-
-def _heads_first(log_decay: jax.Array, beta: jax.Array) -> dict[str, jax.Array]:
-    """Both as [B, H, T] float32, decays in units of log2."""
-    first = lambda x: jnp.moveaxis(x.astype(jnp.float32), 2, 1)
-    return {"logs": first(log_decay) * _LOG2E, "beta": first(beta)}
 
 
 def default_sizes(q: jax.Array | jax.ShapeDtypeStruct, v: jax.Array | jax.ShapeDtypeStruct, kind: str) -> Sizes | None:

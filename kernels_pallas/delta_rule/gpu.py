@@ -44,11 +44,14 @@ class Plan:
         return hopper.interpreted(races=bool(getattr(self.interpret, "detect_races", False)))
 
 
-def unsupported(dtype: str, width: int) -> str | None:
-    """Why the kernels cannot serve inputs of this type and keys so wide, or None."""
-    if dtype != "bfloat16":
-        return f"on GPUs it computes bfloat16, not {dtype}"
-    return None if width <= WIDEST else f"on GPUs keys are at most {WIDEST} wide, not {width}"
+def unsupported(dtype: str, width: int, *, channels: bool = False) -> str | None:
+    """Why the kernels cannot serve inputs of this type and keys so wide, or None. `channels`: each has its decay."""
+    reasons = (
+        (dtype != "bfloat16", f"on GPUs it computes bfloat16, not {dtype}"),
+        (width > WIDEST, f"on GPUs keys are at most {WIDEST} wide, not {width}"),
+        (channels, "on GPUs a position has one decay, not one for each channel"),
+    )
+    return next((reason for fails, reason in reasons if fails), None)
 
 
 def kernel_widths(d: int, e: int) -> dict[str, int]:

@@ -23,7 +23,6 @@ from kernels_pallas.delta_rule.gpu_chunk import (
     WRITE,
     C,
     E,
-    added,
     chunk,
     numbers_memory,
     per_row,
@@ -120,21 +119,22 @@ class _States:
         put(t.dstate_s, dstate)
         plgpu.copy_smem_to_gmem(t.dstate_s, t.dstates.at[t.b, t.h, n, :, values(t.j)])
 
-        def written(refs: Any) -> None:
-            far, near = refs
+        def products(refs: Any) -> None:
+            far, near, before = refs
             device.wgmma(far, k, t.dstate_s)
             device.wgmma(near, t.p_s.at[at].T, t.do_s.at[at])
+            device.wgmma(before, q.T, t.read_do_s)  # nobody waits for it yet
+            far = device.read(far, 1) * per_row(device, numbers, WRITE)
+            put(t.du_s, (device.read(near, 1) + far) * per_row(device, numbers, BETA))
+            dv = product(device, t.inverse_s.at[at].T, t.du_s, (C, E))
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            t.dv_s[...] = dv.astype(self.dtype)
+            put(t.read_dv_s, -dv * read)
+            device.wgmma(before, k.T, t.read_dv_s)
+            plgpu.copy_smem_to_gmem(t.dv_s, t.dv.at[t.b, chunk(n), t.h, values(t.j)])
 
-        start = device.start(device.zeros(C, E))
-        far, near = device.state(written)((start, start))
-        du = near + far * per_row(device, numbers, WRITE)
-        put(t.du_s, du * per_row(device, numbers, BETA))
-        dv = product(device, t.inverse_s.at[at].T, t.du_s, (C, E))
-        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-        t.dv_s[...] = dv.astype(self.dtype)
-        put(t.read_dv_s, -dv * read)
-        plgpu.copy_smem_to_gmem(t.dv_s, t.dv.at[t.b, chunk(n), t.h, values(t.j)])
-        dstate = added(device, dstate * numbers[READ, C - 1], (q.T, t.read_do_s), (k.T, t.read_dv_s))
+        start, carry = device.start(device.zeros(C, E)), numbers[READ, C - 1]
+        *_, dstate = device.state(products)((start, start, device.start(dstate * carry)))
         plgpu.commit_smem()  # orders what was read from the slot before the copies over it
         pl.when(i + SLOTS < self.chunks)(lambda: self.fetch(t, i + SLOTS))
         return dstate

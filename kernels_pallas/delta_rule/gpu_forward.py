@@ -124,31 +124,35 @@ class _Forward:
         if self.save:
             plgpu.copy_smem_to_gmem(t.state_s, t.states.at[t.b, t.h, n, :, values(t.j)])
         read = per_row(device, numbers, READ)
-        v = device.load(t.v_s.at[at], LAYOUT).astype(jnp.float32)
+        v = device.load(t.v_s.at[at], LAYOUT)
 
-        def errors(refs: Any) -> None:
-            seen, far, error = refs
+        def written(refs: Any) -> None:
+            seen, error, far, kept = refs
             device.wgmma(seen, k, t.state_s)
-            device.wgmma(far, q, t.state_s)
-            put(t.asked_s, v - device.read(seen, 1) * read)
+            asked = v.astype(jnp.float32) - device.read(seen) * read
+            put(t.asked_s, asked)
             device.wgmma(error, t.inverse_s.at[at], t.asked_s)
+            device.wgmma(far, q, t.state_s)  # nobody waits for it yet
+            error = device.read(error, 1)
+            if self.save:
+                kept[...] = error.astype(self.dtype)
+            u = error * per_row(device, numbers, BETA)
+            t.written_s[...] = (u * per_row(device, numbers, WRITE)).astype(self.dtype)
+            put(t.u_s, u)
 
         start = device.start(device.zeros(C, E))
-        _, far, error = device.state(errors)((start, start, start))
-        if self.save:
-            self.wait_for_stores()
-            t.error_s[...] = error.astype(self.dtype)
-        u = error * per_row(device, numbers, BETA)
-        t.written_s[...] = (u * per_row(device, numbers, WRITE)).astype(self.dtype)
-        put(t.u_s, u)
-        if self.save:
-            plgpu.copy_smem_to_gmem(t.error_s, t.errors.at[t.b, chunk(n), t.h, values(t.j)])
+        none = device.zeros(C, E).astype(self.dtype) if self.save else ()
+        _, _, far, error = device.state(written)((start, start, start, none))
         carry = numbers[READ, C - 1]
 
         def results(refs: Any) -> None:
             o, state = refs
             device.wgmma(o, t.p_s.at[at], t.u_s)
             device.wgmma(state, k.T, t.written_s)
+            if self.save:
+                self.wait_for_stores()
+                put(t.error_s, error)
+                plgpu.copy_smem_to_gmem(t.error_s, t.errors.at[t.b, chunk(n), t.h, values(t.j)])
             o = device.read(o, 1)
             self.wait_for_stores()
             put(t.o_s, o)
