@@ -1,10 +1,11 @@
-"""Attention kernels on a GPU: are ours right, and how fast are they beside cuDNN, tokamax and PyTorch?
+"""Kernels on a GPU: are ours right, and how fast are they beside cuDNN, tokamax, PyTorch and fla?
 
     python -m benchmarks.kernels [--json FILE] [--minutes 9]
     python -m benchmarks.kernels --dry-run          the whole program but the timing, in small, on any machine
 
 In this order: what a matrix product and a copy reach; ours against the definition in float32, for every width whose
-tile sizes are shipped; then milliseconds, forward and forward with backward, of everybody that is here. What is
+tile sizes are shipped; then milliseconds, forward and forward with backward, of everybody that is here: of attention,
+then of the gated delta rule, whose peer is fla's chunk_gated_delta_rule (`--cases "delta rule"`: only those). What is
 measured is printed and written at once, and each library works in a process of its own: what hangs is ended and said.
 A dry run computes small cases, with ours interpreted where this jax can, and lowers the others for a GPU.
 """
@@ -24,7 +25,7 @@ import threading
 import time
 from typing import Any
 
-from benchmarks.kernels_cases import PARITY, TIMED, Case
+from benchmarks.kernels_cases import DELTA_PARITY, DELTA_TIMED, PARITY, TIMED, Case, DeltaCase
 
 _NO_GPU = "benchmarks.kernels times kernels on a GPU, and jax sees none here; --dry-run tries the rest of it"
 _ANSWER_S = 90  # a program is compiled and run in less, or it hangs
@@ -105,13 +106,20 @@ def work(kind: str, dry: bool) -> int:
     for line in sys.stdin:
         request = json.loads(line)
         if "case" in request:
-            request["case"] = Case(**{**request["case"], "extras": tuple(request["case"]["extras"])})
+            request["case"] = case_of(request["case"])
         try:
             answer = getattr(server, request.pop("do"))(**request)
         except Exception as error:  # a peer may raise anything, and the others are still to be measured
             answer = {"failed": f"{type(error).__name__}: {str(error)[:500]}"}
         print(json.dumps(answer), file=out, flush=True)
     return 0
+
+
+def case_of(fields: dict[str, Any]) -> Case | DeltaCase:
+    """The case that these are the fields of."""
+    if "mask" not in fields:
+        return DeltaCase(**fields)
+    return Case(**{**fields, "extras": tuple(fields["extras"])})
 
 
 class Run:
@@ -155,33 +163,34 @@ class Run:
             torch = self.ask("torch", do="about")
             self.peers |= dict.fromkeys(torch.pop("peers", []), "torch")
             about |= torch
-        everybody = ("ours", "cudnn", "tokamax", "xla", "torch sdpa", "torch flex_attention")
+        everybody = ("ours", "cudnn", "tokamax", "xla", "torch sdpa", "torch flex_attention", "fla")
         self.found |= about | {"absent": [name for name in everybody if name not in self.peers]}
         self.say(json.dumps({name: x for name, x in self.found.items() if name not in ("parity", "times")}))
         return 0
 
-    def parity(self) -> set[tuple[int, int]]:
-        """The widths of heads that are not right, whose times say nothing."""
+    def parity(self) -> set[tuple[Any, ...]]:
+        """The families of cases that are not right, whose times say nothing."""
         wrong = set()
-        for case in self.chosen(PARITY[:3] if self.args.dry_run else PARITY):
+        few = (3, 1) if self.args.dry_run else (None, None)
+        for case in self.chosen([*PARITY[: few[0]], *DELTA_PARITY[: few[1]]]):
             answer = self.ask("jax", do="parity", case=dataclasses.asdict(case))
             self.found["parity"].append({"case": case.name, **answer})
             good = not (answer.get("failed") or answer.get("differ_between_runs"))
             if not good:
-                wrong.add((case.d, case.e))
+                wrong.add(case.family)
             errors = " ".join(f"{name} {error:.1e}" for name, error in answer.get("errors", {}).items())
             self.say(f"parity {case.name}: {'right' if good else f'WRONG: {answer}'} {errors}")
         return wrong
 
-    def times(self, wrong: set[tuple[int, int]]) -> None:
-        for case in self.chosen(TIMED):
+    def times(self, wrong: set[tuple[Any, ...]]) -> None:
+        for case in self.chosen([*TIMED, *DELTA_TIMED]):
             rows = []
             for peer, kind in self.peers.items():
                 if self.over(f"{case.name}, {peer}"):
                     continue
                 answer = self.ask(kind, do="time", case=dataclasses.asdict(case), peer=peer)
                 row = {"case": case.name, "peer": peer, **answer}
-                if peer == "ours" and (case.d, case.e) in wrong:
+                if peer == "ours" and case.family in wrong:
                     row["wrong"] = True
                 rows.append(row)
                 self.found["times"].append(row)
@@ -189,7 +198,7 @@ class Run:
             for row in rows:
                 self.say(self.line(case, row, rows))
 
-    def line(self, case: Case, row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    def line(self, case: Case | DeltaCase, row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         """One row in words, rates added to it; `of best` compares with the fastest of the others."""
         start = f"{case.name:26} {row['peer']:22}"
         if reason := row.get("unsupported") or row.get("failed"):
@@ -207,7 +216,7 @@ class Run:
             parts.append(f"{what} {x['ms']:8.3f} ms {x['tflops']:6.0f} TFLOP/s {x['of_ceiling']:4.0%}{best}")
         return f"{start} {'   '.join(parts)}{'   WRONG RESULTS' if row.get('wrong') else ''}"
 
-    def chosen(self, cases: list[Case]) -> Any:
+    def chosen(self, cases: list[Case | DeltaCase]) -> Any:
         """Those that were asked for, as long as there is time; the others are noted."""
         for case in cases:
             if self.args.cases is not None and not any(part in case.name for part in self.args.cases):

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from benchmarks.kernels_cases import Case
+from benchmarks import kernels_delta
+from benchmarks.kernels_cases import Case, DeltaCase
 from kernels_pallas import hopper, masks
 from kernels_pallas.flash_attention import definition, flash_attention
 
@@ -55,11 +56,13 @@ class Jax:
             return {}
         return {"matmul_tflops": 2 * n**3 / product["ms"] / 1e9, "copy_tbs": 8 * size / copy["ms"] / 1e9}
 
-    def parity(self, case: Case) -> dict[str, Any]:
+    def parity(self, case: Case | DeltaCase) -> dict[str, Any]:
         """Errors of ours, values and gradients, against the float32 definition: no more than twice those of what XLA
         makes of the formula in the same dtype, and a rounding; and whether what should be the same bits in two runs is.
         """
         case = case.tiny() if self.dry else case
+        if isinstance(case, DeltaCase):
+            return kernels_delta.parity(self.dry, case, _arrays(case))
         arrays, rest = _arrays(case), _rest(case)
         wide = {name: x.astype(jnp.float32) for name, x in arrays.items()}
         exact, xla = _both(definition, rest)(wide), _both(_eager, rest)(arrays)
@@ -78,9 +81,9 @@ class Jax:
         differing = [name for name in repeatable if not jnp.array_equal(ours[name], again[name])]
         return {"errors": errors, "failed": failed, "differ_between_runs": differing}
 
-    def time(self, case: Case, peer: str) -> dict[str, Any]:
+    def time(self, case: Case | DeltaCase, peer: str) -> dict[str, Any]:
         """Milliseconds of a forward pass, and of forward and backward; or why not. Dry: both are lowered for a GPU."""
-        attend = self.peers[peer](self.dry, case)
+        attend = self.run(case, peer)
         if isinstance(attend, str):
             return {"unsupported": attend}
         forward = jax.jit(lambda arrays, do: attend(arrays))
@@ -90,12 +93,19 @@ class Jax:
         if self.dry:
             if peer != "ours":  # what ours is held to in `parity`
                 small = case.tiny()
-                check_same_attention(small, jax.jit(self.peers[peer](True, small))(_arrays(small)))
+                check = kernels_delta.check_same_rule if isinstance(case, DeltaCase) else check_same_attention
+                check(small, jax.jit(self.run(small, peer))(_arrays(small)))
             with use_abstract_mesh(_H100):
                 for run in (forward, both):
                     run.trace(arrays, do).lower(lowering_platforms=("cuda",))
             return {"lowered": True}
         return {"forward": timed(forward, (arrays, do), False), "both": timed(both, (arrays, do), False)}
+
+    def run(self, case: Case | DeltaCase, peer: str) -> Callable[..., Any] | str:
+        """What a peer computes of the arrays of a case, or why it does not."""
+        if isinstance(case, DeltaCase):
+            return kernels_delta.rule(peer, case)
+        return self.peers[peer](self.dry, case)
 
 
 def timed(run: Callable[..., Any], arguments: tuple[Any, ...], dry: bool) -> dict[str, float]:
@@ -130,12 +140,12 @@ def check_same_attention(case: Case, o: Any) -> None:
         raise ValueError(f"it computes another attention: off by {off}")
 
 
-def _specs(case: Case) -> dict[str, jax.ShapeDtypeStruct]:
+def _specs(case: Case | DeltaCase) -> dict[str, jax.ShapeDtypeStruct]:
     bf16 = ("q", "k", "v", "gate", "do")
     return {n: jax.ShapeDtypeStruct(x, "bfloat16" if n in bf16 else "float32") for n, x in case.shapes().items()}
 
 
-def _arrays(case: Case) -> dict[str, jax.Array]:
+def _arrays(case: Case | DeltaCase) -> dict[str, jax.Array]:
     """What is differentiated, and do."""
     return {name: jnp.asarray(x, _specs(case)[name].dtype) for name, x in case.arrays().items()}
 

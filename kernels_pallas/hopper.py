@@ -94,10 +94,17 @@ class Device:
         """Adds shared memory to global memory, float32, as one of many blocks that do."""
         plgpu.copy_smem_to_gmem(source, target, reduction_op="add")
 
-    def kernel(self, name: str, body: Callable[..., None], **options: Any) -> Callable[..., Any]:
-        """A kernel that profiles, and what ptxas says, call by this name."""
+    def kernel(
+        self, name: str, body: Callable[..., None], *, by_lanes: bool = False, **options: Any
+    ) -> Callable[..., Any]:
+        """A kernel that profiles, and what ptxas says, call by this name.
+
+        by_lanes: whether Mosaic takes layouts from the code, which it does in any case before jax 0.11, and does not
+        look for them: where sums over columns and transposed operands meet, its search does not end.
+        """
+        params = _params(**({"lowering_semantics": plgpu.LoweringSemantics.Lane} if by_lanes else {}))
         named = _named(name, body)
-        return plgpu.kernel(named, compiler_params=_params(), interpret=self.interpret, kernel_name=name, **options)
+        return plgpu.kernel(named, compiler_params=params, interpret=self.interpret, kernel_name=name, **options)
 
     def kernel_into(
         self, total: Any, name: str, body: Callable[..., None], *, out_type: Any, scratch_types: Any, **mesh: Any
@@ -134,9 +141,9 @@ def _named(name: str, body: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _params() -> plgpu.CompilerParams:
+def _params(**more: Any) -> plgpu.CompilerParams:
     # Row reductions of accumulators need no scratch, and the default of 2048 bytes can be too much.
-    return plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=512)
+    return plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=512, **more)
 
 
 def missing_interpreter() -> str | None:

@@ -1,4 +1,4 @@
-"""The gated delta rule by our TPU kernel (`kernels_pallas.delta_rule`): one pass, the states on chip."""
+"""The gated delta rule by our kernels (`kernels_pallas.delta_rule`), for TPU and Hopper: the states stay on chip."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from attnlab.ops import attention_flash
 from attnlab.ops.recurrence_kernel import device_kind, finite_logs, first_positions
 from attnlab.parallel import partition
 from kernels_pallas import tuning
@@ -26,6 +27,9 @@ def _kernels() -> Any:
 
 def unsupported(spec: DeltaSpec) -> str | None:
     """Why the kernel cannot serve, or None."""
+    if partition.platform() == "gpu":
+        reason = _kernels().gpu_unsupported(spec.dtype, spec.width, channels=spec.channels)
+        return reason or attention_flash.unsupported_heads(spec.dtype, spec.width)
     if spec.dtype not in ("bfloat16", "float32"):
         return f"it computes bfloat16 and float32, not {spec.dtype}"
     if _kernels().default_sizes(*_arrays(spec), device_kind(), spec.channels) is None:
@@ -40,6 +44,8 @@ def worth(spec: DeltaSpec) -> bool:
 
 def kernel_flops(spec: DeltaSpec) -> dict[str, float]:
     """FLOPs of one run of each kernel."""
+    if partition.platform() == "gpu":
+        return _kernels().gpu_kernel_flops(*_arrays(spec))
     return _kernels().kernel_flops(*_arrays(spec), device_kind(), spec.channels)
 
 
@@ -55,7 +61,7 @@ def run(
     chunk: int,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `attnlab.ops.delta_rule.delta_rule`; `interpret` runs it as plain XLA, on any platform.
+    """See `attnlab.ops.delta_rule.delta_rule`; `interpret` runs the TPU's as plain XLA, on any platform.
 
     Products are of numbers in the dtype of v, sums and states float32; the output carries the checkpoint name
     "attention_o". The chunk is the kernel's own.
@@ -65,7 +71,8 @@ def run(
         return _kernels().delta_rule(
             q.astype(v.dtype), k.astype(v.dtype), v, finite_logs(log_decay), beta,
             starts=None if documents is None else first_positions(documents),
-            state=None if state is None else state.astype(jnp.float32), interpret=interpret,
+            state=None if state is None else state.astype(jnp.float32),
+            platform=attention_flash.kernel_platform(), interpret=interpret,
         )  # fmt: skip
 
 

@@ -191,7 +191,7 @@ DELTA_RULE = Op(
             delta_kernel.run,
             delta_kernel.unsupported,
             delta_kernel.worth,
-            platforms=("tpu",),
+            platforms=("tpu", "gpu"),
             interpretable=True,
             kernel_flops=delta_kernel.kernel_flops,
         ),

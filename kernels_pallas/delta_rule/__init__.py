@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import tuning
+from kernels_pallas.delta_rule import gpu
 from kernels_pallas.delta_rule import plan as plan_lib
 from kernels_pallas.delta_rule.gradient import rule
+from kernels_pallas.flash_attention.call import platform_of
 from kernels_pallas.linear_recurrence.plan import (
     Sizes,
     check_arrays,
@@ -22,8 +24,9 @@ from kernels_pallas.linear_recurrence.plan import (
     side_by_side,
 )
 
-__all__ = ["Sizes", "default_sizes", "delta_rule", "kernel_flops"]
+__all__ = ["GPU_WIDEST", "Sizes", "default_sizes", "delta_rule", "gpu_kernel_flops", "gpu_unsupported", "kernel_flops"]
 
+GPU_WIDEST, gpu_unsupported = gpu.WIDEST, gpu.unsupported
 _LOG2E = math.log2(math.e)
 _CHUNKS = (16, 32, 64, 128)
 
@@ -37,10 +40,11 @@ def delta_rule(
     *,
     starts: jax.Array | None = None,
     state: jax.Array | None = None,
+    platform: str = "tpu",
     interpret: Any = False,
     sizes: Sizes | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """`S_t = a_t S_{t-1} + k_t u_t^T`, `u_t = beta_t (v_t - a_t S_{t-1}^T k_t)`, `o_t = S_t^T q_t` per head, on TPU.
+    """`S_t = a_t S_{t-1} + k_t u_t^T`, `u_t = beta_t (v_t - a_t S_{t-1}^T k_t)`, `o_t = S_t^T q_t`, on TPU and Hopper.
 
     Args:
       q, k: queries and keys [B, T, H, d]; v: values [B, T, H, e]; all bfloat16, or all float32. Any T, H, d and e. For
@@ -52,9 +56,10 @@ def delta_rule(
       starts: int [B, T], the first position of each position's document; -1: that of the document that `state` is of.
         They ascend, and begin with -1 or 0. None: all are of that document.
       state: [B, H, d, e] float32, before the first position; None: nothing.
+      platform: whose kernels run, "tpu" or "cuda". Hopper's take bfloat16 alone, and keys up to `GPU_WIDEST`.
       interpret: runs the kernels as plain XLA operations on any platform, or, on a CPU, as its interpreter's parameters
-        say (`jax.experimental.pallas.tpu.InterpretParams`).
-      sizes: blocks; by default `default_sizes`.
+        say (`jax.experimental.pallas.tpu.InterpretParams`). Hopper's run on a CPU, by jax's interpreter of GPU kernels.
+      sizes: blocks; by default `default_sizes`. Hopper's chunks are of 64 positions.
 
     Returns:
       o [B, T, H, e] in the dtype of q, and the state after the last position [B, H, d, e] in float32: of the last
@@ -65,6 +70,8 @@ def delta_rule(
       ValueError: shapes, dtypes or options that do not fit.
     """
     _check(q, k, v, log_decay, beta, starts, state)
+    if platform_of("delta_rule", platform, interpret, ("tpu", "cuda")) == "cuda":
+        return _on_hopper(q, k, v, log_decay, beta, starts, state, interpret, sizes)
     (B, T, H, width), value_width, kind = q.shape, v.shape[3], tuning.kind()
     d, e = padded_width(width), padded_width(value_width)
     channels = log_decay.ndim == 4
@@ -88,6 +95,19 @@ def delta_rule(
         arrays["state"] = jnp.pad(state, ((0, 0), (0, 0), (0, d - width), (0, e - value_width)))
     out = rule(plan, arrays)
     return out["o"].reshape(B, T, H, e)[..., :value_width], out["state_end"][:, :, :width, :value_width]
+
+
+def _on_hopper(q, k, v, log_decay, beta, starts, state, interpret, sizes) -> tuple[jax.Array, jax.Array]:
+    if reason := gpu.unsupported(str(q.dtype), q.shape[3], channels=log_decay.ndim == 4):
+        raise ValueError(f"delta_rule on cuda: {reason}")
+    if sizes is not None:
+        raise ValueError(f"delta_rule on cuda: sizes={sizes}; allowed: None")
+    heads_first = lambda x: jnp.moveaxis(x.astype(jnp.float32), 2, 1)
+    arrays = {"q": q, "k": k, "v": v, "logs": heads_first(log_decay) * _LOG2E, "beta": heads_first(beta)}
+    arrays |= {} if starts is None else {"starts": starts.astype(jnp.int32)}
+    arrays |= {} if state is None else {"state": state}
+    out = rule(gpu.Plan(starts is not None, state is not None, interpret), arrays)
+    return out["o"], out["state_end"]
 
 
 def default_sizes(
@@ -114,6 +134,12 @@ def kernel_flops(
         each = C * pairs + (states + again[name]) * d * e
         found[f"delta_rule_{'channels_' * channels}{name}"] = 2.0 * B * T * H * each
     return found
+
+
+def gpu_kernel_flops(q: jax.ShapeDtypeStruct, v: jax.ShapeDtypeStruct) -> dict[str, float]:
+    """As `kernel_flops`, of the kernels for Hopper."""
+    (B, T, H, d), e = q.shape, v.shape[3]
+    return {name: 2.0 * B * T * H * n for name, n in gpu.kernel_widths(d, e).items()}
 
 
 def _check(q, k, v, log_decay, beta, starts, state) -> None:

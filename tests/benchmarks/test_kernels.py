@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import kernels, kernels_jax
-from benchmarks.kernels_cases import PARITY, TIMED, Case
+from benchmarks import kernels, kernels_delta, kernels_jax
+from benchmarks.kernels_cases import DELTA_PARITY, PARITY, TIMED, Case
 from kernels_pallas.flash_attention import definition
 
 
@@ -28,16 +28,19 @@ def test_a_dry_run(tmp_path):
     """Every part runs in small or is lowered at full size; the file names who is absent; nothing in it is a figure."""
     path = tmp_path / "k.json"
     command = [sys.executable, "-m", "benchmarks.kernels", "--dry-run", "--json", str(path), "--cases",
-               "64/64 documents", "192/128 causal", "128 causal sinks"]  # fmt: skip
+               "64/64 documents", "192/128 causal", "128 causal sinks", "rule 64/64"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(path.read_text())
     assert found["complete"] and found["dry_run"] and found["jax"] and "tokamax" in found["absent"]
-    (parity,) = found["parity"]
+    parity, delta = found["parity"]
     assert not parity["failed"] and set(parity["errors"]) > {"o", "lse", "dq", "dk", "dv", "dsinks", "dgate"}
+    assert not delta["failed"] and set(delta["errors"]) == {"o", "dq", "dk", "dv", "dlog_decay", "dbeta"}
     rows = {(row["case"], row["peer"]): row for row in found["times"]}
     assert rows["192/128 causal", "ours"] == {"case": "192/128 causal", "peer": "ours", "lowered": True}
     assert "another width" in rows["192/128 causal", "cudnn"]["unsupported"]
+    assert rows["delta rule 64/64", "ours"]["lowered"] and rows["delta rule 64/64", "xla"]["lowered"]
+    assert rows["delta rule 64/64", "cudnn"]["unsupported"] == "cudnn has no delta rule" and "fla" in found["absent"]
     assert not found["ceilings"] and not any("ms" in row for row in found["times"])
 
 
@@ -59,6 +62,11 @@ def test_wrong_kernels_are_found(monkeypatch):
 
     monkeypatch.setattr(kernels_jax, "_kernel", lambda dry, case: off)
     assert {"o", "dq", "dv"} <= set(server.parity(case)["failed"])
+
+    rule = kernels_delta._op
+    late = lambda dry, case: lambda arrays: rule(case, "chunked", arrays | {"beta": 1.1 * arrays["beta"]})
+    monkeypatch.setattr(kernels_delta, "_ours", late)
+    assert {"o", "dq", "dbeta"} <= set(server.parity(DELTA_PARITY[0])["failed"])
 
     shift = iter(range(99))
     monkeypatch.setattr(kernels_jax, "_kernel", lambda dry, case: definition)

@@ -26,6 +26,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use
 
 from attnlab.launch.targets import Target  # noqa: E402
 from kernels_pallas import hopper  # noqa: E402
+from kernels_pallas.delta_rule import delta_rule  # noqa: E402
 from kernels_pallas.flash_attention import flash_attention  # noqa: E402
 from kernels_pallas.routed_attention import routed_attention, row_tile  # noqa: E402
 
@@ -33,7 +34,8 @@ H100 = AbstractMesh(
     (), (), abstract_device=AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=132)
 )
 B, T, H, K = 2, 4096, 8, 2
-# Features by letter: intervals, sinks, cap, gate, bias of keys, deterministic, rows packed (always with intervals).
+# Features by letter: intervals, sinks, cap, gate, bias of keys, deterministic, rows packed (always with intervals). Of
+# the delta rule: packed documents, a state before the first position, the forward without a gradient.
 CASES = {
     "64 i": (64, 64, "i"),
     "64 iscgb": (64, 64, "iscgb"),
@@ -48,6 +50,10 @@ CASES = {
     "128 r": (128, 128, "r"),
     "128 rcd": (128, 128, "rcd"),
     "256 r": (256, 256, "r"),
+    "delta 64": (64, 64, ""),
+    "delta 64 f": (64, 64, "f"),
+    "delta 128": (128, 128, ""),
+    "delta 128 ps": (128, 128, "ps"),
 }
 
 
@@ -113,10 +119,29 @@ def packed_program(d: int, e: int, features: str, placed: Any) -> tuple[Callable
     return run, [arrays, tables, do]
 
 
+def delta_program(d: int, e: int, features: str, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
+    """As `program`, of the gated delta rule."""
+    of = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+    arrays = {name: of(B, T, H, w, dtype=jnp.bfloat16) for name, w in (("q", d), ("k", d), ("v", e))}
+    arrays |= {name: of(B, T, H) for name in ("log_decay", "beta")}
+    arrays |= {"state": of(B, H, d, e)} if "s" in features else {}
+    starts = of(B, T, dtype=jnp.int32) if "p" in features else None
+
+    def run(arrays: Any, starts: Any, cotangents: Any) -> Any:
+        rule = lambda a: delta_rule(**a, starts=starts, platform="cuda")
+        if "f" in features:
+            return rule(arrays)
+        out, vjp = jax.vjp(rule, arrays)
+        return out, vjp(cotangents)
+
+    return run, [arrays, starts, (of(B, T, H, e, dtype=jnp.bfloat16), of(B, H, d, e))]
+
+
 def kernels(case: str, placed: Any) -> Iterator[dict[str, Any]]:
     """For each kernel of a case: its name, bytes of spills and registers; and of all of the case's the most bytes of
     shared memory, and the C75 warnings, each of which says that the tensor cores were serialized."""
-    run, arrays = (packed_program if "r" in case else program)(*CASES[case], placed)
+    make = delta_program if case.startswith("delta") else packed_program if "r" in case else program
+    run, arrays = make(*CASES[case], placed)
     _Limit.asked.clear()
     with captured() as text, use_abstract_mesh(H100):
         jax.jit(run).lower(*arrays).compile()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from attnlab import ops
+from attnlab.errors import UserError
 from attnlab.ops.delta_rule import DELTA_RULE, DeltaSpec, delta_rule
 from attnlab.ops.dispatch import interpreted
 from attnlab.parallel import partition
@@ -15,6 +19,10 @@ from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
 from tests.ops.devices import on
 from tests.ops.recurrences import DOCUMENTS, assert_picked, assert_same
+
+H100 = AbstractMesh(
+    (), (), abstract_device=AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=132)
+)
 
 
 def spec(**changes):
@@ -24,6 +32,51 @@ def spec(**changes):
 
 def test_auto():
     assert_picked(DELTA_RULE, spec, 64)
+
+
+def test_auto_on_gpus():
+    """On Hopper the kernel, with its FLOPs; XLA's form takes other GPUs, other types, wider keys, and less than a
+    chunk, each but the last with its reason."""
+    with on("NVIDIA H100 80GB HBM3", "gpu"), ops.recording() as chosen:
+        assert DELTA_RULE.choose(spec(value_width=512)) and chosen.choices[0].implementation == "pallas"
+        for says, change in {"not float32": {"dtype": "float32"}, "at most 128 wide, not 136": {"width": 136}}.items():
+            assert DELTA_RULE.pick(spec(**change)) == "chunked"
+            with pytest.raises(UserError, match=says):
+                DELTA_RULE.pick(spec(**change), "pallas")
+        assert DELTA_RULE.pick(spec(positions=63)) == "chunked" and DELTA_RULE.pick(spec(positions=64)) == "pallas"
+    with on("NVIDIA A100-SXM4-80GB", "gpu"):
+        assert DELTA_RULE.pick(spec()) == "chunked"
+        with pytest.raises(UserError, match="for Hopper, not NVIDIA A100"):
+            DELTA_RULE.pick(spec(), "pallas")
+    each, d, e, C = 2.0 * 2 * 4096 * 16, 128, 512, 64
+    runs = lambda name: chosen.kernel_flops({f"delta_rule_{name}": 1})
+    # The inverse is ten products; the states' kernels have three of states and two of pairs; the last has, of pairs,
+    # two over values and four over keys.
+    assert runs("pairs") == each * C * (2 * d + 10 * C)
+    assert runs("forward") == runs("backward_states") == each * (3 * d * e + 2 * C * e)
+    assert runs("backward_chunks") == each * (3 * d * e + C * (2 * e + 4 * d))
+
+
+def test_on_hopper_it_is_the_program():
+    """In this jax, under a scan and rematerialisation, documents, a state, widths and a length that fill no tile: two
+    kernels a direction."""
+    of = lambda width, dtype=jnp.bfloat16: jax.ShapeDtypeStruct((1, 96, 2, width)[: 4 if width else 3], dtype)
+    state = jax.ShapeDtypeStruct((1, 2, 24, 72), jnp.float32)
+
+    def loss(q, k, v, log_decay, beta, state):
+        @jax.checkpoint
+        def layer(q, _):
+            o, end = delta_rule(q, k, v, log_decay, beta, documents_BT=DOCUMENTS, state_BHde=state)
+            return q + o.sum() + end.sum().astype(q.dtype), None
+
+        return jax.lax.scan(layer, q, None, length=2)[0].astype(jnp.float32).sum()
+
+    with on("NVIDIA H100 80GB HBM3", "gpu"), use_abstract_mesh(H100):
+        gates = of(0, jnp.float32), of(0, jnp.float32)
+        traced = jax.jit(jax.grad(loss, range(6))).trace(of(24), of(24), of(72), *gates, state)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text(debug_info=True)
+    names = {"delta_rule_pairs", "delta_rule_forward", "delta_rule_backward_states", "delta_rule_backward_chunks"}
+    assert set(re.findall(r"\bdelta_rule_(?:pairs|forward|backward)\w*", text)) == names and "mosaic_gpu" in text
 
 
 def test_kernel_flops():
