@@ -26,6 +26,7 @@ LAYOUT = plgpu.Layout.WGMMA  # of an accumulator [64 n, m], over the 128 threads
 ROWS, COLUMNS = LAYOUT.reduce(1), LAYOUT.reduce(0)  # of what has one number per row of it, per column
 SMEM_BYTES = 227 * 1024  # that a block of threads may have
 REGISTERS = 240, 24  # of two computing warpgroups and of one that copies: 2 * 240 + 24 is what three start with, 504
+REGISTERS_OF_MANY = 232, 40  # where so many arrays are copied that 24 would spill
 _RECENT = compat.VERSION >= (0, 11)
 
 
@@ -39,10 +40,11 @@ def by_column(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
     return lax.broadcast_in_dim(x, shape, [1])
 
 
-def tiles(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory for matrices [..., m, n] that TMA writes and the tensor cores read; n in units of 128 bytes."""
-    elements = 128 // jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, elements)), plgpu.SwizzleTransform(128)))
+def tiles(shape: tuple[int, ...], dtype: Any, unit: int = 128) -> Any:
+    """Shared memory for matrices [..., m, n] that TMA writes and the tensor cores read; n in units of so many bytes,
+    the same for both operands of a product."""
+    elements = unit // jnp.dtype(dtype).itemsize
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, elements)), plgpu.SwizzleTransform(unit)))
 
 
 def barriers(count: int, arrivals: int = 1) -> Any:
@@ -94,10 +96,17 @@ class Device:
         """Adds shared memory to global memory, float32, as one of many blocks that do."""
         plgpu.copy_smem_to_gmem(source, target, reduction_op="add")
 
-    def kernel(self, name: str, body: Callable[..., None], **options: Any) -> Callable[..., Any]:
-        """A kernel that profiles, and what ptxas says, call by this name."""
+    def kernel(
+        self, name: str, body: Callable[..., None], *, by_lanes: bool = False, **options: Any
+    ) -> Callable[..., Any]:
+        """A kernel that profiles, and what ptxas says, call by this name.
+
+        by_lanes: whether Mosaic takes layouts from the code, which it does in any case before jax 0.11, and does not
+        look for them: where sums over columns and transposed operands meet, its search does not end.
+        """
+        params = _params(**({"lowering_semantics": plgpu.LoweringSemantics.Lane} if by_lanes else {}))
         named = _named(name, body)
-        return plgpu.kernel(named, compiler_params=_params(), interpret=self.interpret, kernel_name=name, **options)
+        return plgpu.kernel(named, compiler_params=params, interpret=self.interpret, kernel_name=name, **options)
 
     def kernel_into(
         self, total: Any, name: str, body: Callable[..., None], *, out_type: Any, scratch_types: Any, **mesh: Any
@@ -134,9 +143,9 @@ def _named(name: str, body: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _params() -> plgpu.CompilerParams:
+def _params(**more: Any) -> plgpu.CompilerParams:
     # Row reductions of accumulators need no scratch, and the default of 2048 bytes can be too much.
-    return plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=512)
+    return plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=512, **more)
 
 
 def missing_interpreter() -> str | None:

@@ -7,6 +7,7 @@ chunk.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,20 @@ from attnlab.parallel.sequence_parallel import SequenceParallel
 
 
 def causal_chunked(
-    q, k, v, documents, state: FlowState | None, rule: FlowRule, chunk: int, exchange: SequenceParallel | None = None
+    q,
+    k,
+    v,
+    documents,
+    state: FlowState | None,
+    rule: FlowRule,
+    chunk: int,
+    exchange: SequenceParallel | None = None,
+    narrow: Any = None,
 ) -> FlowOutput:
     """`causal_definition` in chunks. The four flows share one product of queries and keys within a chunk.
 
     Sums of a call are taken from zero and then joined to those before it, so that sums and averages differ only there.
+    `narrow`: the dtype to which features and weighted values are rounded for the output; None: as they are.
     """
     eps = rule.epsilon
     if exchange is not None and documents is not None:
@@ -51,7 +61,9 @@ def causal_chunked(
         outgoing = flow("absorbed", k, *running.sent(share / inflow)) / N
         weights, after["rivals"], after["peak"] = _running_softmax(outgoing, running, earlier, places, rule)
         u = times_rows(v, weights)
-    o, own = linear_recurrence(q, k, u, documents_BT=documents, chunk=chunk)
+    rounded = [x if narrow is None else x.astype(narrow) for x in (q, k, u)]
+    o, own = linear_recurrence(*rounded, documents_BT=documents, chunk=chunk)
+    o = o.astype(u.dtype)
     before = earlier.sum("pairs", own)
     if before is not None:
         o += places.weight[..., None] * jnp.einsum("bthd,bhde->bthe", q, before)

@@ -1,4 +1,4 @@
-"""The linear recurrence by our TPU kernel (`kernels_pallas.linear_recurrence`): one pass, the states on chip."""
+"""The linear recurrence by our kernels (`kernels_pallas.linear_recurrence`): one pass, the states on chip."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from attnlab.ops import attention_flash
 from attnlab.parallel import partition
 from kernels_pallas import tuning
 
@@ -25,6 +26,8 @@ def _kernels() -> Any:
 
 def unsupported(spec: RecurrenceSpec) -> str | None:
     """Why the kernel cannot serve, or None."""
+    if attention_flash.kernel_platform() == "cuda":
+        return attention_flash.unsupported_heads(spec.dtype, max(spec.width, spec.value_width))
     if spec.dtype not in ("bfloat16", "float32"):
         return f"it computes bfloat16 and float32, not {spec.dtype}"
     if _kernels().default_sizes(*_arrays(spec), device_kind()) is None:
@@ -39,6 +42,8 @@ def worth(spec: RecurrenceSpec) -> bool:
 
 def kernel_flops(spec: RecurrenceSpec) -> dict[str, float]:
     """FLOPs of one run of each kernel."""
+    if attention_flash.kernel_platform() == "cuda":
+        return _kernels().gpu_kernel_flops(*_arrays(spec))
     return _kernels().kernel_flops(*_arrays(spec), device_kind())
 
 
@@ -53,7 +58,8 @@ def run(
     chunk: int,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `attnlab.ops.linear_recurrence.linear_recurrence`; `interpret` runs it as plain XLA, on any platform.
+    """See `attnlab.ops.linear_recurrence.linear_recurrence`; `interpret` runs the TPU's as plain XLA, on any
+    platform.
 
     Products are of numbers in the dtype of q, sums and states float32; the output carries the checkpoint name
     "attention_o". The chunk is the kernel's own.
@@ -64,7 +70,8 @@ def run(
         return _kernels().linear_recurrence(
             q, k.astype(q.dtype), u.astype(q.dtype),
             log_decay=log_decay, starts=None if documents is None else first_positions(documents),
-            state=None if state is None else state.astype(jnp.float32), interpret=interpret,
+            state=None if state is None else state.astype(jnp.float32),
+            platform=attention_flash.kernel_platform(), interpret=interpret,
         )  # fmt: skip
 
 

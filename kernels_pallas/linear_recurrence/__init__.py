@@ -9,11 +9,19 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import tuning
+from kernels_pallas.linear_recurrence import gpu
 from kernels_pallas.linear_recurrence import plan as plan_lib
 from kernels_pallas.linear_recurrence.gradient import recurrence
 from kernels_pallas.linear_recurrence.plan import Sizes
 
-__all__ = ["Sizes", "default_sizes", "kernel_flops", "linear_recurrence"]
+__all__ = [
+    "Sizes",
+    "default_sizes",
+    "gpu_kernel_flops",
+    "kernel_flops",
+    "linear_recurrence",
+]
+
 
 _LOG2E = math.log2(math.e)
 
@@ -26,10 +34,11 @@ def linear_recurrence(
     log_decay: jax.Array | None = None,
     starts: jax.Array | None = None,
     state: jax.Array | None = None,
+    platform: str = "tpu",
     interpret: Any = False,
-    sizes: Sizes | None = None,
+    sizes: Sizes | gpu.Blocks | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """`S_t = exp(log_decay_t) S_{t-1} + k_t u_t^T`, `o_t = q_t S_t` per head, on TPU.
+    """`S_t = exp(log_decay_t) S_{t-1} + k_t u_t^T`, `o_t = q_t S_t` per head, on TPU or NVIDIA's Hopper.
 
     Args:
       q, k: queries and keys [B, T, H, d]; u: values [B, T, H, e]; all bfloat16, or all float32. Any T, H, d and e. A
@@ -39,9 +48,10 @@ def linear_recurrence(
       starts: int [B, T], the first position of each position's document; -1: that of the document that `state` is of.
         They ascend, and begin with -1 or 0. None: all are of that document.
       state: [B, H, d, e] float32, before the first position; None: nothing.
+      platform: whose kernels: "tpu", or "cuda", which take bfloat16 and widths up to 256.
       interpret: runs the kernels as plain XLA operations on any platform, or, on a CPU, as its interpreter's parameters
-        say (`jax.experimental.pallas.tpu.InterpretParams`).
-      sizes: blocks; by default `default_sizes`.
+        say (`jax.experimental.pallas.tpu.InterpretParams`). On cuda: by jax's interpreter of GPU kernels, on a CPU.
+      sizes: blocks; by default `default_sizes`, on cuda `gpu_sweep.default_blocks`.
 
     Returns:
       o [B, T, H, e] in the dtype of q, and the state after the last position [B, H, d, e] in float32: of the last
@@ -52,6 +62,10 @@ def linear_recurrence(
       ValueError: shapes, dtypes or options that do not fit.
     """
     _check(q, k, u, log_decay, starts, state)
+    if platform not in ("tpu", "cuda"):
+        raise ValueError(f"linear_recurrence: no kernel for platform {platform!r}; allowed: tpu, cuda")
+    if platform == "cuda":
+        return _on_hopper(q, k, u, log_decay, starts, state, interpret, sizes)
     (B, T, H, width), value_width, kind = q.shape, u.shape[3], tuning.kind()
     column = plan_lib.has_column(value_width)
     d, e = plan_lib.padded_width(width), plan_lib.padded_width(value_width - column)
@@ -85,6 +99,21 @@ def linear_recurrence(
     return o, end
 
 
+def _on_hopper(q, k, u, log_decay, starts, state, interpret, blocks) -> tuple[jax.Array, jax.Array]:
+    if reason := gpu.unsupported(q.dtype, q.shape[3], u.shape[3]):
+        raise ValueError(f"linear_recurrence: {reason}")
+    if blocks is not None and not isinstance(blocks, gpu.Blocks):
+        raise ValueError(f"linear_recurrence on cuda: sizes={blocks}; allowed: None or {gpu.Blocks.__module__}.Blocks")
+    arrays = {"q": q, "k": k, "u": u}
+    if log_decay is not None:
+        arrays["log_decay"] = log_decay.astype(jnp.float32)
+    if starts is not None:
+        arrays["starts"] = starts.astype(jnp.int32)
+    if state is not None:
+        arrays["state"] = state
+    return gpu.recurrence(gpu.Call(interpret, blocks), arrays)
+
+
 def default_sizes(q: jax.Array | jax.ShapeDtypeStruct, u: jax.Array | jax.ShapeDtypeStruct, kind: str) -> Sizes | None:
     """Blocks for queries and values of these shapes on devices of a kind; None: states are too large for the chip."""
     width = plan_lib.padded_width(u.shape[3] - plan_lib.has_column(u.shape[3]))
@@ -99,6 +128,12 @@ def kernel_flops(q: jax.ShapeDtypeStruct, u: jax.ShapeDtypeStruct, kind: str) ->
     C, again = sizes.chunk, 1 - 1 / sizes.chunks
     each = {"forward": C * (d + e) + 2 * d * e, "backward": C * (3 * d + 2 * e) + (4 + again) * d * e}
     return {f"linear_recurrence_{name}": 2.0 * B * T * H * n for name, n in each.items()}
+
+
+def gpu_kernel_flops(q: jax.ShapeDtypeStruct, u: jax.ShapeDtypeStruct) -> dict[str, float]:
+    """As `kernel_flops`, of the kernels for Hopper."""
+    B, T, H, d = q.shape
+    return {name: 2.0 * B * T * H * width for name, width in gpu.kernel_widths(d, u.shape[3]).items()}
 
 
 def _heads_first(x: jax.Array) -> jax.Array:
