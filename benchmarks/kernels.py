@@ -1,4 +1,4 @@
-"""Attention kernels on a GPU: are ours right, and how fast are they beside cuDNN, tokamax and PyTorch?
+"""Kernels on a GPU: are ours right, and how fast are they beside cuDNN, tokamax, PyTorch and fla?
 
     python -m benchmarks.kernels [--json FILE] [--minutes 9]
     python -m benchmarks.kernels --dry-run          the whole program but the timing, in small, on any machine
@@ -24,8 +24,12 @@ import threading
 import time
 from typing import Any
 
-from benchmarks.kernels_cases import PARITY, TIMED, Case
+from benchmarks import kernels_cases, kernels_recurrences
+from benchmarks.kernels_cases import Case
+from benchmarks.kernels_recurrences import Recurrence
 
+PARITY = kernels_cases.PARITY + kernels_recurrences.PARITY
+TIMED = kernels_cases.TIMED + kernels_recurrences.TIMED
 _NO_GPU = "benchmarks.kernels times kernels on a GPU, and jax sees none here; --dry-run tries the rest of it"
 _ANSWER_S = 90  # a program is compiled and run in less, or it hangs
 _SPARE_S = 20  # nothing is begun with less left
@@ -105,13 +109,20 @@ def work(kind: str, dry: bool) -> int:
     for line in sys.stdin:
         request = json.loads(line)
         if "case" in request:
-            request["case"] = Case(**{**request["case"], "extras": tuple(request["case"]["extras"])})
+            request["case"] = case_of(request["case"])
         try:
             answer = getattr(server, request.pop("do"))(**request)
         except Exception as error:  # a peer may raise anything, and the others are still to be measured
             answer = {"failed": f"{type(error).__name__}: {str(error)[:500]}"}
         print(json.dumps(answer), file=out, flush=True)
     return 0
+
+
+def case_of(fields: dict[str, Any]) -> Case | Recurrence:
+    """The case that these are the fields of."""
+    if "op" in fields:
+        return Recurrence(**fields)
+    return Case(**{**fields, "extras": tuple(fields["extras"])})
 
 
 class Run:
@@ -155,33 +166,35 @@ class Run:
             torch = self.ask("torch", do="about")
             self.peers |= dict.fromkeys(torch.pop("peers", []), "torch")
             about |= torch
-        everybody = ("ours", "cudnn", "tokamax", "xla", "torch sdpa", "torch flex_attention")
+        everybody = dict.fromkeys((*kernels_cases.PEERS, *kernels_recurrences.PEERS))
         self.found |= about | {"absent": [name for name in everybody if name not in self.peers]}
         self.say(json.dumps({name: x for name, x in self.found.items() if name not in ("parity", "times")}))
         return 0
 
-    def parity(self) -> set[tuple[int, int]]:
-        """The widths of heads that are not right, whose times say nothing."""
+    def parity(self) -> set[str]:
+        """The ops and widths that are not right, whose times say nothing."""
         wrong = set()
         for case in self.chosen(PARITY[:3] if self.args.dry_run else PARITY):
             answer = self.ask("jax", do="parity", case=dataclasses.asdict(case))
             self.found["parity"].append({"case": case.name, **answer})
             good = not (answer.get("failed") or answer.get("differ_between_runs"))
             if not good:
-                wrong.add((case.d, case.e))
+                wrong.add(case.tested)
             errors = " ".join(f"{name} {error:.1e}" for name, error in answer.get("errors", {}).items())
             self.say(f"parity {case.name}: {'right' if good else f'WRONG: {answer}'} {errors}")
         return wrong
 
-    def times(self, wrong: set[tuple[int, int]]) -> None:
+    def times(self, wrong: set[str]) -> None:
         for case in self.chosen(TIMED):
             rows = []
             for peer, kind in self.peers.items():
+                if peer not in case.peers:
+                    continue
                 if self.over(f"{case.name}, {peer}"):
                     continue
                 answer = self.ask(kind, do="time", case=dataclasses.asdict(case), peer=peer)
                 row = {"case": case.name, "peer": peer, **answer}
-                if peer == "ours" and (case.d, case.e) in wrong:
+                if peer == "ours" and case.tested in wrong:
                     row["wrong"] = True
                 rows.append(row)
                 self.found["times"].append(row)
@@ -189,7 +202,7 @@ class Run:
             for row in rows:
                 self.say(self.line(case, row, rows))
 
-    def line(self, case: Case, row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    def line(self, case: Case | Recurrence, row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         """One row in words, rates added to it; `of best` compares with the fastest of the others."""
         start = f"{case.name:26} {row['peer']:22}"
         if reason := row.get("unsupported") or row.get("failed"):
@@ -207,7 +220,7 @@ class Run:
             parts.append(f"{what} {x['ms']:8.3f} ms {x['tflops']:6.0f} TFLOP/s {x['of_ceiling']:4.0%}{best}")
         return f"{start} {'   '.join(parts)}{'   WRONG RESULTS' if row.get('wrong') else ''}"
 
-    def chosen(self, cases: list[Case]) -> Any:
+    def chosen(self, cases: list[Case | Recurrence]) -> Any:
         """Those that were asked for, as long as there is time; the others are noted."""
         for case in cases:
             if self.args.cases is not None and not any(part in case.name for part in self.args.cases):

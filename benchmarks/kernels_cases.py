@@ -7,6 +7,9 @@ import dataclasses
 import numpy as np
 
 
+PEERS = ("ours", "cudnn", "tokamax", "xla", "torch sdpa", "torch flex_attention")
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One attention: shapes as in `kernels_pallas.flash_attention`; T rows and as many keys.
@@ -29,6 +32,13 @@ class Case:
     window: int | None = None
     extras: tuple[str, ...] = ()
     deterministic: bool = False
+
+    peers = PEERS
+
+    @property
+    def tested(self) -> str:
+        """What a parity case speaks for."""
+        return f"attention {self.d}/{self.e}"
 
     def tiny(self) -> Case:
         """The same in small, to try a program where it would take too long."""

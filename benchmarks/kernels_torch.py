@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from benchmarks.kernels_cases import Case
+from benchmarks.kernels_recurrences import Recurrence, in_fla
 
 
 class Torch:
@@ -20,6 +22,8 @@ class Torch:
         self.dry = dry
         self.device = "cpu" if dry else "cuda"
         self.peers = {"torch sdpa": self._sdpa, "torch flex_attention": self._flex}
+        if importlib.util.find_spec("fla") is not None:
+            self.peers["fla"] = in_fla
 
     def about(self) -> dict[str, Any]:
         if not self.dry and not torch.cuda.is_available():
@@ -29,8 +33,10 @@ class Torch:
             facts |= {"torch_cuda": torch.version.cuda, "torch_cudnn": torch.backends.cudnn.version()}
         return facts
 
-    def time(self, case: Case, peer: str) -> dict[str, Any]:
+    def time(self, case: Case | Recurrence, peer: str) -> dict[str, Any]:
         """As `benchmarks.kernels_jax.Jax.time`."""
+        if isinstance(case, Recurrence):
+            return self._time_recurrence(case, peer)
         case = case.tiny() if self.dry else case
         if case.deterministic:
             return {"unsupported": f"{peer} promises no order"}
@@ -56,6 +62,28 @@ class Torch:
 
             check_same_attention(case, attend(q, k, v).detach().transpose(1, 2).float().numpy())
         return {"forward": self._timed(forward), "both": self._timed(forward if forward_only else both)}
+
+    def _time_recurrence(self, case: Recurrence, peer: str) -> dict[str, Any]:
+        """Layouts are jax's."""
+        run = self.peers[peer](case)
+        if isinstance(run, str):
+            return {"unsupported": run}
+        if self.dry:
+            return {"unsupported": "Triton's kernels need a GPU"}
+        dtype = lambda name: torch.float32 if name == "log_decay" else torch.bfloat16
+        arrays = {name: torch.tensor(x, dtype=dtype(name), device=self.device) for name, x in case.arrays().items()}
+        do = arrays.pop("do")
+        # Of a constant decay fla gives no gradient; nobody is asked for one.
+        wanted = [x.requires_grad_() for name, x in arrays.items() if case.decay != "constant" or name != "log_decay"]
+
+        def forward() -> None:
+            with torch.no_grad():
+                run(**arrays)
+
+        return {
+            "forward": self._timed(forward),
+            "both": self._timed(lambda: torch.autograd.grad(run(**arrays), wanted, do)),
+        }
 
     def _timed(self, call: Callable[[], None]) -> dict[str, float]:
         """As `benchmarks.kernels_jax.timed`, by the GPU's own clock."""

@@ -26,7 +26,6 @@ LAYOUT = plgpu.Layout.WGMMA  # of an accumulator [64 n, m], over the 128 threads
 ROWS, COLUMNS = LAYOUT.reduce(1), LAYOUT.reduce(0)  # of what has one number per row of it, per column
 SMEM_BYTES = 227 * 1024  # that a block of threads may have
 REGISTERS = 240, 24  # of two computing warpgroups and of one that copies: 2 * 240 + 24 is what three start with, 504
-REGISTERS_OF_MANY = 232, 40  # where so many arrays are copied that 24 would spill
 _RECENT = compat.VERSION >= (0, 11)
 
 
@@ -45,6 +44,14 @@ def tiles(shape: tuple[int, ...], dtype: Any, unit: int = 128) -> Any:
     the same for both operands of a product."""
     elements = unit // jnp.dtype(dtype).itemsize
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, elements)), plgpu.SwizzleTransform(unit)))
+
+
+def hidden_zero() -> jax.Array:
+    """An operand for a kernel, 0: the minimum of it and a loop's counter is one that no compiler knows.
+
+    Addresses that it is added to are made again in every step; else all are kept in registers through the loop.
+    """
+    return jnp.zeros((1,), jnp.int32)
 
 
 def barriers(count: int, arrivals: int = 1) -> Any:

@@ -78,7 +78,9 @@ def forward(
         num_threads=3,
         thread_name="wg",
     )
-    o, numbers, vectors, rivals, pairs = run(q, k, v, counts, limits, vectors, rivals, pairs)
+    o, numbers, vectors, rivals, pairs = run(
+        q, k, v, counts, limits, vectors, rivals, pairs, hopper.hidden_zero()
+    )
     return o, numbers, vectors, rivals[..., -1], pairs
 
 
@@ -107,7 +109,7 @@ class _Forward:
             "weights_s": rows(2),  # of the second flows: N / I, N / O
             "numbers_s": rows(3),
             "own_s": rows(2),  # what a warpgroup turns from rows into columns
-            "pairs_s": tiles((CHUNK, CHUNK), self.dtype),
+            "pairs_s": tiles((1, CHUNK, CHUNK), self.dtype),
             "rows_s": tiles((2, CHUNK, CHUNK), self.dtype),
             "state_s": tiles((parts, self.d, TILE), self.dtype),
             "u_s": tiles((parts, CHUNK, TILE), self.dtype),
@@ -120,12 +122,14 @@ class _Forward:
         }
 
     def body(
-        self, q, k, v, counts, limits, vectors, rivals, pairs, o, numbers, vectors_end, rivals_end, pairs_end, **scratch
-    ) -> None:
+        self, q, k, v, counts, limits, vectors, rivals, pairs, zero, o, numbers, vectors_end, rivals_end, pairs_end,
+        **scratch: Any,
+    ) -> None:  # fmt: skip
         h, b, wg = (lax.axis_index(name) for name in ("h", "b", "wg"))
         t = types.SimpleNamespace(
             q=q, k=k, v=v, counts=counts, limits=limits, vectors=vectors, rivals=rivals, pairs=pairs, o=o,
-            numbers=numbers, vectors_end=vectors_end, rivals_end=rivals_end, pairs_end=pairs_end, h=h, b=b, **scratch,
+            numbers=numbers, vectors_end=vectors_end, rivals_end=rivals_end, pairs_end=pairs_end, h=h, b=b,
+            zero=zero[0], **scratch,
         )  # fmt: skip
         t.slot = lambda i: lax.rem(i, _STAGES)
         for side in (0, 1):
@@ -134,7 +138,7 @@ class _Forward:
 
     def copy(self, t: Any) -> None:
         """The third warpgroup: fills the ring of chunks."""
-        self.device.set_registers(hopper.REGISTERS_OF_MANY[1], action="decrease")
+        self.device.set_registers(hopper.REGISTERS[1], action="decrease")
 
         def chunk(i: jax.Array, reused: bool) -> None:
             at, rows = t.slot(i), pl.ds(i * CHUNK, CHUNK)
@@ -155,7 +159,7 @@ class _Forward:
 
     def compute(self, t: Any, side: int) -> None:
         """A warpgroup: flows of queries (0) or of keys (1), and its columns of the output where there are so many."""
-        self.device.set_registers(hopper.REGISTERS_OF_MANY[0], action="increase")
+        self.device.set_registers(hopper.REGISTERS[0], action="increase")
         own, mine = (2 * side, 2 * side + 1), pl.ds(side * TILE, TILE)
         for n in own:
             plgpu.copy_gmem_to_smem(t.vectors.at[t.b, t.h, n], t.vectors_s.at[n], t.start.at[side])
@@ -183,6 +187,7 @@ class _Chunk:
     def __init__(self, launch: _Forward, t: Any, side: int, i: jax.Array, state: Any, rivals: Any, before: Any):
         self.launch, self.device, self.rule, self.t, self.side = launch, launch.device, launch.rule, t, side
         self.i, self.at, self.state, self.rivals, self.before = i, t.slot(i), state, rivals, before
+        self.zero = lax.min(i, t.zero)
         self.x_s, self.y_s = (t.q_s.at[self.at], t.k_s.at[self.at])[:: 1 - 2 * side]
         self.tiles = [pl.ds(n * TILE, TILE) for n in range(launch.d // TILE)]
         self.first = side == 0 or self.rule.allocation  # whether the first flow is asked for, and the second
@@ -215,8 +220,7 @@ class _Chunk:
     def seen(self) -> jax.Array:
         """The pairs of a position with itself and those before it in its document."""
         device, shape = self.device, (CHUNK, CHUNK)
-        # No compiler knows that the minimum is 0: else the comparisons would stay in registers from chunk to chunk.
-        row, column = device.iota(shape, 0) + lax.min(self.i, 0), device.iota(shape, 1)
+        row, column = device.iota(shape, 0), device.iota(shape, 1)
         seen = row >= column
         if self.t.limits is not None:
             limits = device.load(self.t.limits_s.at[self.at], ROWS) - self.i * CHUNK
@@ -235,7 +239,7 @@ class _Chunk:
         parts = []
         for tile in self.tiles:
             x = self.wide(self.x_s, tile) + self.rule.epsilon
-            vector = self.device.load(self.t.vectors_s.at[n, tile], COLUMNS)
+            vector = self.device.load(self.t.vectors_s.at[n + self.zero, tile], COLUMNS)
             parts.append((x * by_column(vector, x.shape)).sum(axis=1))
         return self.following(sum(parts[1:], parts[0]))
 
@@ -253,17 +257,18 @@ class _Chunk:
         if t.limits is not None:
             limits = device.load(t.limits_s.at[self.at], COLUMNS)
             found = jnp.where(across(limits) == self.last, found, 0.0)
-        t.rows_s.at[self.side][...] = found.astype(launch.dtype)
+        rows_s = t.rows_s.at[self.side + self.zero]
+        rows_s[...] = found.astype(launch.dtype)
         plgpu.commit_smem()  # and all threads have read the vectors
 
         def product(sums: Any) -> jax.Array:
-            device.wgmma(sums, self.y_s.T, t.rows_s.at[self.side, pl.ds(0, _PARTS)].T)
+            device.wgmma(sums, self.y_s.T, rows_s.at[pl.ds(0, _PARTS)].T)
             return device.read(sums)
 
         sums = device.scoped(product, (launch.d, _PARTS))
         column = device.iota(sums.shape, 1)
         for n, own in enumerate([column == 0] if weights is None else [column == 0, (column == 1) | (column == 2)]):
-            ref = t.vectors_s.at[2 * self.side + n]
+            ref = t.vectors_s.at[2 * self.side + n + self.zero]
             before = device.load(ref, ROWS)
             before = before if self.carry is None else before * self.carry
             ref[...] = before + jnp.where(own, sums, 0.0).sum(axis=1)
@@ -293,20 +298,20 @@ class _Chunk:
             return
         n = 2 * self.side
         self.flow = self.pairs.sum(axis=1) + self.meets(n) + self.more
-        t.weights_s.at[self.side][...] = jnp.where(self.counts > 0, self.counts / self.flow, 0.0)
+        t.weights_s.at[self.side + self.zero][...] = jnp.where(self.counts > 0, self.counts / self.flow, 0.0)
 
     def second_flow(self) -> None:
         """I^ and by it the scale of outputs, or O^ and by it the share of values."""
         t, device, n = self.t, self.device, 2 * self.side + 1
         flow = weights = None
         if self.second:
-            weights = t.weights_s.at[1 - self.side]
+            weights = t.weights_s.at[1 - self.side + self.zero]
             near = (self.pairs * by_column(device.load(weights, COLUMNS), self.pairs.shape)).sum(axis=1)
             flow = (near + self.meets(n) + self.more) / jnp.maximum(self.counts, 1.0)
         if self.first or self.second:
             self.add(weights)
         if self.side == 0:
-            t.pairs_s[...] = self.narrow
+            t.pairs_s.at[self.zero][...] = self.narrow
             scale = 1.0 / self.flow
             t.numbers_s.at[0][...] = scale if flow is None else scale / (1.0 + jnp.exp(-flow))
         elif flow is not None:
@@ -333,7 +338,7 @@ class _Chunk:
         t, side, rows = self.t, self.side, pl.ds(self.i * CHUNK, CHUNK)
         if self.state is not None:
             o = self.columns(pl.ds(side * TILE, TILE))
-            t.o_s.at[side][...] = o.astype(self.launch.dtype)
+            t.o_s.at[side + self.zero][...] = o.astype(self.launch.dtype)
         plgpu.commit_smem()  # also puts plain reads of the ring before the copies that overwrite it
         plgpu.barrier_arrive(t.free.at[self.at])
         if self.state is not None:
@@ -346,11 +351,11 @@ class _Chunk:
         u = device.load(t.v_s.at[self.at, :, mine], LAYOUT)
         if self.rule.competition:
             u = (u.astype(jnp.float32) * by_row(device.load(t.numbers_s.at[1], ROWS), shape)).astype(dtype)
-        u_s, state_s = t.u_s.at[side], t.state_s.at[side]
+        u_s, state_s = t.u_s.at[side + self.zero], t.state_s.at[side + self.zero]
         u_s[...], state_s[...] = u, self.state.astype(dtype)
         written_s = u_s
         if self.written is not None:
-            written_s = t.written_s.at[side]
+            written_s = t.written_s.at[side + self.zero]
             kept = by_row(jnp.where(self.written, 1.0, 0.0), shape)
             written_s[...] = (u.astype(jnp.float32) * kept).astype(dtype)
         plgpu.commit_smem()
@@ -363,7 +368,7 @@ class _Chunk:
         o = device.scoped(from_state, shape)
         if self.follows is not None:
             o = o * by_row(jnp.where(self.follows, 1.0, 0.0), shape)
-        o = device.state(lambda o: device.wgmma(o, t.pairs_s, u_s))(device.start(o))
+        o = device.state(lambda o: device.wgmma(o, t.pairs_s.at[self.zero], u_s))(device.start(o))
         state = self.state if self.carry is None else self.state * self.carry
         self.state = device.state(lambda s: device.wgmma(s, k.T, written_s))(device.start(state))
         return o * by_row(device.load(t.numbers_s.at[0], ROWS), shape)

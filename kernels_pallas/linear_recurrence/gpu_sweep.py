@@ -101,7 +101,7 @@ def sweep(
         num_threads=blocks.warpgroups + 1,
         thread_name="wg",
     )
-    return run(q, k, u, numbers.logs, numbers.limits, numbers.before, state, against)
+    return run(q, k, u, numbers.logs, numbers.limits, numbers.before, state, against, hopper.hidden_zero())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,11 +139,11 @@ class _Sweep:
             "free": hopper.barriers(stages, W),
         }
 
-    def body(self, q, k, u, logs, limits, before, state, against, o, end, dots, **scratch: Any) -> None:
+    def body(self, q, k, u, logs, limits, before, state, against, zero, o, end, dots, **scratch: Any) -> None:
         e, h, b, wg = (lax.axis_index(name) for name in ("e", "h", "b", "wg"))
         t = types.SimpleNamespace(
             q=q, k=k, u=u, logs=logs, limits=limits, before=before, state=state, against=against, o=o, end=end,
-            dots=dots, e=e, h=h, b=b, wg=wg, **scratch,
+            dots=dots, e=e, h=h, b=b, wg=wg, zero=zero[0], **scratch,
         )  # fmt: skip
         t.part = e * self.blocks.warpgroups + wg
         t.columns = pl.ds(t.part * self.blocks.columns, self.blocks.columns)
@@ -155,7 +155,7 @@ class _Sweep:
     def set_registers(self, which: int, action: str) -> None:
         """Only three warpgroups start with less than they may have."""
         if self.blocks.warpgroups == 2:
-            self.device.set_registers(hopper.REGISTERS_OF_MANY[which], action=action)
+            self.device.set_registers(hopper.REGISTERS[which], action=action)
 
     def copy(self, t: Any) -> None:
         """The last warpgroup: fills the ring of chunks."""
@@ -201,10 +201,9 @@ class _Sweep:
     def step(self, t: Any, i: jax.Array, state: jax.Array, before: jax.Array) -> tuple[jax.Array, jax.Array]:
         """A chunk: its rows of o, and the state behind it."""
         device, at, wide = self.device, t.slot(i), (CHUNK, self.blocks.columns)
-        # No compiler knows that it is 0: else what it is added to would stay in registers from chunk to chunk.
-        zero = lax.min(i, 0)
+        wg = t.wg + lax.min(i, t.zero)
         mine = pl.ds(t.wg * wide[1], wide[1])
-        state_s, written_s = t.state_s.at[t.wg + zero], t.written_s.at[t.wg + zero]
+        state_s, written_s = t.state_s.at[wg], t.written_s.at[wg]
         state_s[...] = state.astype(self.dtype)
         plgpu.barrier_wait(t.here.at[at])
         q, k, u = t.q_s.at[at], t.k_s.at[at], t.u_s.at[at, :, mine]
@@ -233,14 +232,14 @@ class _Sweep:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         if t.against is not None:
             against = device.load(t.against_s.at[at, :, mine], LAYOUT).astype(jnp.float32)
-            t.dots_s.at[t.wg][...] = (o * against).sum(axis=1)
-        t.o_s.at[t.wg][...] = o.astype(self.dtype)
+            t.dots_s.at[wg][...] = (o * against).sum(axis=1)
+        t.o_s.at[wg][...] = o.astype(self.dtype)
         plgpu.commit_smem()  # also puts plain reads of the ring before the copies that overwrite it
         plgpu.barrier_arrive(t.free.at[at])
         rows = pl.ds(t.chunk(i) * CHUNK, CHUNK)
-        plgpu.copy_smem_to_gmem(t.o_s.at[t.wg], t.o.at[t.b, rows, t.h, t.columns])
+        plgpu.copy_smem_to_gmem(t.o_s.at[wg], t.o.at[t.b, rows, t.h, t.columns])
         if t.against is not None:
-            plgpu.copy_smem_to_gmem(t.dots_s.at[t.wg], t.dots.at[t.b, t.h, t.part, rows])
+            plgpu.copy_smem_to_gmem(t.dots_s.at[wg], t.dots.at[t.b, t.h, t.part, rows])
         return state, last
 
     def weights(self, t: Any, at: jax.Array, before: jax.Array) -> tuple[Any, ...]:
@@ -260,7 +259,7 @@ class _Sweep:
     def weighted(self, t: Any, i: jax.Array, scores: jax.Array) -> jax.Array:
         """Scores of a query and a key that the sweep meets before it or with it, by what of the key is left."""
         device, at, shape = self.device, t.slot(i), (CHUNK, CHUNK)
-        row, column = device.iota(shape, 0) + lax.min(i, 0), device.iota(shape, 1)
+        row, column = device.iota(shape, 0), device.iota(shape, 1)
         seen = row <= column if self.reverse else row >= column
         if t.limits is not None:
             limit = by_row(device.load(t.limits_s.at[at], ROWS) - t.chunk(i) * CHUNK, shape)
