@@ -6,7 +6,6 @@ import dataclasses
 
 import numpy as np
 
-
 PEERS = ("ours", "cudnn", "tokamax", "xla", "torch sdpa", "torch flex_attention")
 
 

@@ -1,4 +1,4 @@
-"""Recurrences in `benchmarks.kernels`: cases, and who computes them: our kernels, XLA's form, and fla's Triton kernels."""
+"""Recurrences in `benchmarks.kernels`: cases, and who computes them: our kernels, XLA, and fla's Triton kernels."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ class Recurrence:
     decay: str = "none"
 
     peers = PEERS
-    deterministic = True
 
     @property
     def tested(self) -> str:

@@ -47,8 +47,8 @@ def flow_attention(
 
     Returns:
       o [B, T, H, e] in the dtype of v; O^ [B, T, H] in float32 (None without competition); the sums of the last
-      position's document. Differentiable (reverse mode) in q, k, v and the state's sums, but on cuda. Sums are float32; products
-      of bfloat16 inputs round pairs and weighted values to bfloat16.
+      position's document. Differentiable (reverse mode) in q, k, v and the state's sums, but on cuda. Sums are float32;
+      products of bfloat16 inputs round pairs and weighted values to bfloat16.
 
     Raises:
       ValueError: shapes, dtypes or options that do not fit.

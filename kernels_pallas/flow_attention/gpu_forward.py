@@ -3,7 +3,7 @@
 Two warpgroups compute, a third copies chunks to them. The flows of queries and those of keys are the same sums with the
 two exchanged: I and I^ are what a query makes of the keys so far, O and O^ what a key makes of the queries so far. So a
 warpgroup has the chunk's pairs by queries, the other the same by keys; both add up rows, and they meet twice a chunk,
-to exchange the weights of the second flows and those of the output. Each then makes 64 columns of it.
+to exchange the weights of the second flows and those of the output. Each then makes 64 columns of it; 64 are the first's.
 
 Products are the tensor cores'; what meets a vector, sums of features and their products with rows, is float32.
 
@@ -78,9 +78,7 @@ def forward(
         num_threads=3,
         thread_name="wg",
     )
-    o, numbers, vectors, rivals, pairs = run(
-        q, k, v, counts, limits, vectors, rivals, pairs, hopper.hidden_zero()
-    )
+    o, numbers, vectors, rivals, pairs = run(q, k, v, counts, limits, vectors, rivals, pairs, hopper.hidden_zero())
     return o, numbers, vectors, rivals[..., -1], pairs
 
 
@@ -109,7 +107,7 @@ class _Forward:
             "weights_s": rows(2),  # of the second flows: N / I, N / O
             "numbers_s": rows(3),
             "own_s": rows(2),  # what a warpgroup turns from rows into columns
-            "pairs_s": tiles((1, CHUNK, CHUNK), self.dtype),
+            "pairs_s": tiles((_STAGES, CHUNK, CHUNK), self.dtype),  # the other warpgroup may be at the chunk before
             "rows_s": tiles((2, CHUNK, CHUNK), self.dtype),
             "state_s": tiles((parts, self.d, TILE), self.dtype),
             "u_s": tiles((parts, CHUNK, TILE), self.dtype),
@@ -280,7 +278,8 @@ class _Chunk:
     def first_flow(self) -> None:
         """I or O, and what each position weighs in the other side's second flow."""
         t, device, shape, epsilon = self.t, self.device, (CHUNK, CHUNK), self.rule.epsilon
-        t.own_s.at[self.side][...] = self.row_sums(self.y_s)
+        own = t.own_s.at[self.side + self.zero]
+        own[...] = self.row_sums(self.y_s)
         plgpu.commit_smem()
 
         def product(pairs: Any) -> jax.Array:
@@ -289,8 +288,9 @@ class _Chunk:
 
         seen = self.seen()
         pairs = device.scoped(product, shape)
-        self.narrow = jnp.where(seen, pairs, 0.0).astype(self.launch.dtype) if self.side == 0 else None
-        others = by_column(device.load(t.own_s.at[self.side], COLUMNS), shape)
+        if self.side == 0:
+            t.pairs_s.at[self.at][...] = jnp.where(seen, pairs, 0.0).astype(self.launch.dtype)
+        others = by_column(device.load(own, COLUMNS), shape)
         self.pairs = jnp.where(seen, pairs + epsilon * others, 0.0)
         # What epsilon beside the sums gives.
         self.more = epsilon * (self.row_sums(self.x_s) + epsilon * self.launch.width)
@@ -311,14 +311,13 @@ class _Chunk:
         if self.first or self.second:
             self.add(weights)
         if self.side == 0:
-            t.pairs_s.at[self.zero][...] = self.narrow
             scale = 1.0 / self.flow
-            t.numbers_s.at[0][...] = scale if flow is None else scale / (1.0 + jnp.exp(-flow))
+            t.numbers_s.at[self.zero][...] = scale if flow is None else scale / (1.0 + jnp.exp(-flow))
         elif flow is not None:
             self.compete(flow)
 
     def compete(self, outgoing: jax.Array) -> None:
-        t, device, shape, own = self.t, self.device, (CHUNK, CHUNK), self.t.own_s.at[self.side]
+        t, device, shape, own = self.t, self.device, (CHUNK, CHUNK), self.t.own_s.at[self.side + self.zero]
         clip = self.rule.clip
         rival = jnp.exp(jnp.minimum(jnp.maximum(outgoing, -clip), clip))
         rival = jnp.where(self.counts > 0, rival, 0.0)
@@ -326,8 +325,8 @@ class _Chunk:
         plgpu.commit_smem()
         before = jnp.where(self.seen(), by_column(device.load(own, COLUMNS), shape), 0.0).sum(axis=1)
         total = before + self.following(self.counts * 0.0 + self.rivals)
-        t.numbers_s.at[1][...] = jnp.where(self.counts > 0, self.counts * rival / total, 0.0)
-        t.numbers_s.at[2][...] = outgoing
+        t.numbers_s.at[1 + self.zero][...] = jnp.where(self.counts > 0, self.counts * rival / total, 0.0)
+        t.numbers_s.at[2 + self.zero][...] = outgoing
         plgpu.commit_smem()
         own[...] = total
         plgpu.commit_smem()
@@ -350,7 +349,7 @@ class _Chunk:
         t, device, side, shape, dtype = self.t, self.device, self.side, (CHUNK, TILE), self.launch.dtype
         u = device.load(t.v_s.at[self.at, :, mine], LAYOUT)
         if self.rule.competition:
-            u = (u.astype(jnp.float32) * by_row(device.load(t.numbers_s.at[1], ROWS), shape)).astype(dtype)
+            u = (u.astype(jnp.float32) * by_row(device.load(t.numbers_s.at[1 + self.zero], ROWS), shape)).astype(dtype)
         u_s, state_s = t.u_s.at[side + self.zero], t.state_s.at[side + self.zero]
         u_s[...], state_s[...] = u, self.state.astype(dtype)
         written_s = u_s
@@ -368,7 +367,7 @@ class _Chunk:
         o = device.scoped(from_state, shape)
         if self.follows is not None:
             o = o * by_row(jnp.where(self.follows, 1.0, 0.0), shape)
-        o = device.state(lambda o: device.wgmma(o, t.pairs_s.at[self.zero], u_s))(device.start(o))
+        o = device.state(lambda o: device.wgmma(o, t.pairs_s.at[self.at], u_s))(device.start(o))
         state = self.state if self.carry is None else self.state * self.carry
         self.state = device.state(lambda s: device.wgmma(s, k.T, written_s))(device.start(state))
-        return o * by_row(device.load(t.numbers_s.at[0], ROWS), shape)
+        return o * by_row(device.load(t.numbers_s.at[self.zero], ROWS), shape)

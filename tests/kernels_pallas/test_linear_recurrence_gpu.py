@@ -121,4 +121,3 @@ def test_refusals(change, says):
     of = lambda w: jax.ShapeDtypeStruct((1, 9, 2, w), dtype)
     with pytest.raises(ValueError, match=f"linear_recurrence.*{says}"):
         jax.eval_shape(functools.partial(linear_recurrence, **change), of(width), of(width), of(8))
-

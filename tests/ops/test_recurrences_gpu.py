@@ -35,7 +35,7 @@ SWEEPS = {"forward", "backward_queries", "backward_keys", "backward_values"}
     ids=["recurrence", "flow"],
 )
 def test_auto(op, spec, refused):
-    """On Hopper the kernel; XLA's form takes short rows, float32, what is too wide, and other GPUs, each for a reason."""
+    """On Hopper the kernel; XLA's form takes short rows, float32, what is too wide, other GPUs, each for a reason."""
     with on(KIND, "gpu"):
         assert op.pick(spec) == "pallas"
         short = {"positions": 64} if isinstance(spec, RecurrenceSpec) else {"sinks": 64, "sources": 64}
