@@ -171,20 +171,20 @@ class Run:
         self.say(json.dumps({name: x for name, x in self.found.items() if name not in ("parity", "times")}))
         return 0
 
-    def parity(self) -> set[str]:
-        """The ops and widths that are not right, whose times say nothing."""
+    def parity(self) -> set[tuple[Any, ...]]:
+        """The families of cases that are not right, whose times say nothing."""
         wrong = set()
         for case in self.chosen(PARITY[:3] + kernels_recurrences.PARITY[:1] if self.args.dry_run else PARITY):
             answer = self.ask("jax", do="parity", case=dataclasses.asdict(case))
             self.found["parity"].append({"case": case.name, **answer})
             good = not (answer.get("failed") or answer.get("differ_between_runs"))
             if not good:
-                wrong.add(case.tested)
+                wrong.add(case.family)
             errors = " ".join(f"{name} {error:.1e}" for name, error in answer.get("errors", {}).items())
             self.say(f"parity {case.name}: {'right' if good else f'WRONG: {answer}'} {errors}")
         return wrong
 
-    def times(self, wrong: set[str]) -> None:
+    def times(self, wrong: set[tuple[Any, ...]]) -> None:
         for case in self.chosen(TIMED):
             rows = []
             for peer, kind in self.peers.items():
@@ -194,7 +194,7 @@ class Run:
                     continue
                 answer = self.ask(kind, do="time", case=dataclasses.asdict(case), peer=peer)
                 row = {"case": case.name, "peer": peer, **answer}
-                if peer == "ours" and case.tested in wrong:
+                if peer == "ours" and case.family in wrong:
                     row["wrong"] = True
                 rows.append(row)
                 self.found["times"].append(row)

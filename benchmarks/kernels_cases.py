@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -35,9 +36,9 @@ class Case:
     peers = PEERS
 
     @property
-    def tested(self) -> str:
-        """What a parity case speaks for."""
-        return f"attention {self.d}/{self.e}"
+    def family(self) -> tuple[Any, ...]:
+        """What a case that is wrong says of others: those of heads as wide."""
+        return self.d, self.e
 
     def tiny(self) -> Case:
         """The same in small, to try a program where it would take too long."""

@@ -32,9 +32,9 @@ class Recurrence:
     peers = PEERS
 
     @property
-    def tested(self) -> str:
-        """What a parity case speaks for."""
-        return f"{self.op} {self.d}/{self.e}"
+    def family(self) -> tuple[Any, ...]:
+        """What a case that is wrong says of others."""
+        return self.op, self.d, self.e
 
     def tiny(self) -> Recurrence:
         """The same in small, to try a program where it would take too long."""
