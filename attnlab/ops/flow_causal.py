@@ -7,6 +7,7 @@ chunk.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,12 +27,12 @@ def causal_chunked(
     rule: FlowRule,
     chunk: int,
     exchange: SequenceParallel | None = None,
-    narrow: Any = None,
+    recurrence: Callable[..., Any] | None = None,
 ) -> FlowOutput:
     """`causal_definition` in chunks. The four flows share one product of queries and keys within a chunk.
 
     Sums of a call are taken from zero and then joined to those before it, so that sums and averages differ only there.
-    `narrow`: the dtype to which features and weighted values are rounded for the output; None: as they are.
+    `recurrence`: of q, k, u and documents, makes the output and the pairs' sum; None: the op.
     """
     eps = rule.epsilon
     if exchange is not None and documents is not None:
@@ -61,9 +62,10 @@ def causal_chunked(
         outgoing = flow("absorbed", k, *running.sent(share / inflow)) / N
         weights, after["rivals"], after["peak"] = _running_softmax(outgoing, running, earlier, places, rule)
         u = times_rows(v, weights)
-    rounded = [x if narrow is None else x.astype(narrow) for x in (q, k, u)]
-    o, own = linear_recurrence(*rounded, documents_BT=documents, chunk=chunk)
-    o = o.astype(u.dtype)
+    if recurrence is None:
+        o, own = linear_recurrence(q, k, u, documents_BT=documents, chunk=chunk)
+    else:
+        o, own = recurrence(q, k, u, documents)
     before = earlier.sum("pairs", own)
     if before is not None:
         o += places.weight[..., None] * jnp.einsum("bthd,bhde->bthe", q, before)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attnlab.ops import attention_flash
+from attnlab.ops import attention_flash, recurrence_kernel
 from attnlab.ops.flow_causal import causal_chunked, places_in_documents
 from attnlab.ops.flow_definition import FlowOutput, FlowRule, FlowState, empty_state
 from attnlab.parallel import partition
@@ -48,7 +48,10 @@ def worth(spec: Any) -> bool:
 def kernel_flops(spec: Any) -> dict[str, float]:
     """FLOPs of one run of each kernel."""
     if attention_flash.kernel_platform() == "cuda":
-        return _kernels().gpu_kernel_flops(spec.batch, spec.sinks, spec.heads, spec.width, spec.value_width)
+        own = _kernels().gpu_kernel_flops(spec.batch, spec.sinks, spec.heads, spec.width, spec.value_width)
+        return own | recurrence_kernel.gpu_kernel_flops(  # in the gradient
+            spec.batch, spec.sinks, spec.heads, spec.width, spec.value_width
+        )
     return _kernels().kernel_flops(spec.batch, spec.sinks, spec.heads, spec.width, spec.value_width)
 
 
@@ -102,9 +105,14 @@ def _gradient_forward(rule: FlowRule, chunk: int, *arrays: Any) -> tuple[FlowOut
 
 
 def _gradient_backward(rule: FlowRule, chunk: int, arrays: Any, cotangents: Any) -> Any:
+    def recurrence(q, k, u, documents):
+        narrow = (x.astype(arrays[2].dtype) for x in (q, k, u))
+        o, own = recurrence_kernel.run(*narrow, None, documents, None, chunk=chunk)
+        return o.astype(u.dtype), own
+
     def run(q, k, v, documents, state) -> FlowOutput:
         wide = (x.astype(jnp.float32) for x in (q, k, v))
-        out = causal_chunked(*wide, documents, state, rule, chunk, narrow=v.dtype)
+        out = causal_chunked(*wide, documents, state, rule, chunk, recurrence=recurrence)
         return out._replace(o=out.o.astype(v.dtype))
 
     return jax.vjp(run, *arrays)[1](cotangents)

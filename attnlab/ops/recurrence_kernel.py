@@ -43,8 +43,14 @@ def worth(spec: RecurrenceSpec) -> bool:
 def kernel_flops(spec: RecurrenceSpec) -> dict[str, float]:
     """FLOPs of one run of each kernel."""
     if attention_flash.kernel_platform() == "cuda":
-        return _kernels().gpu_kernel_flops(*_arrays(spec))
+        shape = spec.batch, spec.positions, spec.heads
+        return gpu_kernel_flops(*shape, spec.width, spec.value_width)
     return _kernels().kernel_flops(*_arrays(spec), device_kind())
+
+
+def gpu_kernel_flops(batch: int, positions: int, heads: int, width: int, value_width: int) -> dict[str, float]:
+    """Of the kernels on GPUs, as `kernel_flops`."""
+    return _kernels().gpu_kernel_flops(batch, positions, heads, width, value_width)
 
 
 def run(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import tuning
-from kernels_pallas.flow_attention import gpu, layout, tpu_backward, tpu_forward
+from kernels_pallas.flow_attention import gpu, gpu_forward, layout, tpu_backward, tpu_forward
 from kernels_pallas.flow_attention.gradient import Call, flow
 from kernels_pallas.flow_attention.layout import Blocks, Sums
 from kernels_pallas.flow_attention.plan import Rule
@@ -74,7 +74,7 @@ def kernel_flops(batch: int, length: int, heads: int, width: int, value_width: i
 
 def gpu_kernel_flops(batch: int, length: int, heads: int, width: int, value_width: int) -> dict[str, float]:
     """As `kernel_flops`, of the kernel for Hopper: pairs are products by queries and by keys."""
-    pairs, states = gpu.CHUNK * (2 * width + value_width), 2 * width * value_width
+    pairs, states = gpu_forward.CHUNK * (2 * width + value_width), 2 * width * value_width
     return {"flow_forward": 2.0 * batch * length * heads * (pairs + states)}
 
 

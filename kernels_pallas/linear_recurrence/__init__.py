@@ -130,10 +130,9 @@ def kernel_flops(q: jax.ShapeDtypeStruct, u: jax.ShapeDtypeStruct, kind: str) ->
     return {f"linear_recurrence_{name}": 2.0 * B * T * H * n for name, n in each.items()}
 
 
-def gpu_kernel_flops(q: jax.ShapeDtypeStruct, u: jax.ShapeDtypeStruct) -> dict[str, float]:
+def gpu_kernel_flops(batch: int, length: int, heads: int, width: int, value_width: int) -> dict[str, float]:
     """As `kernel_flops`, of the kernels for Hopper."""
-    B, T, H, d = q.shape
-    return {name: 2.0 * B * T * H * width for name, width in gpu.kernel_widths(d, u.shape[3]).items()}
+    return {name: 2.0 * batch * length * heads * n for name, n in gpu.kernel_widths(width, value_width).items()}
 
 
 def _heads_first(x: jax.Array) -> jax.Array:
