@@ -3,8 +3,8 @@
 Two warpgroups compute, a third copies chunks to them. The flows of queries and those of keys are the same sums with the
 two exchanged: I and I^ are what a query makes of the keys so far, O and O^ what a key makes of the queries so far. So a
 warpgroup has the chunk's pairs by queries, the other the same by keys; both add up rows, and they meet twice a chunk,
-to exchange the weights of the second flows and those of the output. Each then makes 64 columns of it: the first alone, if
-there are no more.
+to exchange the weights of the second flows and those of the output. Each then makes 64 columns of it: the first alone
+where there are no more.
 
 Products are the tensor cores'; what meets a vector, sums of features and their products with rows, is float32.
 
