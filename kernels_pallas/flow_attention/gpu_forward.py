@@ -281,6 +281,9 @@ class _Chunk:
         t, device, shape, epsilon = self.t, self.device, (CHUNK, CHUNK), self.rule.epsilon
         own = t.own_s.at[self.side + self.zero]
         own[...] = self.row_sums(self.y_s)
+        # Before the pairs, which would stay in registers beside it. What epsilon beside the sums gives:
+        self.more = epsilon * (self.row_sums(self.x_s) + epsilon * self.launch.width)
+        far = self.meets(2 * self.side) + self.more if self.first else None
         plgpu.commit_smem()
 
         def product(pairs: Any) -> jax.Array:
@@ -293,12 +296,9 @@ class _Chunk:
             t.pairs_s.at[self.at][...] = jnp.where(seen, pairs, 0.0).astype(self.launch.dtype)
         others = by_column(device.load(own, COLUMNS), shape)
         self.pairs = jnp.where(seen, pairs + epsilon * others, 0.0)
-        # What epsilon beside the sums gives.
-        self.more = epsilon * (self.row_sums(self.x_s) + epsilon * self.launch.width)
-        if not self.first:
+        if far is None:
             return
-        n = 2 * self.side
-        self.flow = self.pairs.sum(axis=1) + self.meets(n) + self.more
+        self.flow = self.pairs.sum(axis=1) + far
         t.weights_s.at[self.side + self.zero][...] = jnp.where(self.counts > 0, self.counts / self.flow, 0.0)
 
     def second_flow(self) -> None:

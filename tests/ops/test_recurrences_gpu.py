@@ -52,17 +52,18 @@ def test_auto(op, spec, refused):
         op.pick(spec, "pallas")
 
 
-def program(f, *shapes):
-    """What f and its gradient are lowered to for an H100, and the FLOPs of the kernels that were chosen, by name."""
+def program(f, *shapes, lower=True):
+    """What f and its gradient are traced or lowered to for an H100, and the FLOPs of chosen kernels, by name."""
 
     def run(*arrays):
         out, vjp = jax.vjp(f, *arrays)
         return out, vjp(jax.tree.map(jnp.ones_like, out))
 
     with on(KIND, "gpu"), dispatch.recording() as chosen, use_abstract_mesh(H100):
-        lowered = jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",))
+        traced = jax.jit(run).trace(*shapes)
+        lowered = traced.lower(lowering_platforms=("cuda",)).as_text(debug_info=True) if lower else str(traced.jaxpr)
     flops = {name: x for choice in chosen.choices for name, x in choice.kernel_flops.items()}
-    return lowered.as_text(debug_info=True), flops
+    return lowered, flops
 
 
 def test_the_recurrence_is_the_program():
@@ -81,7 +82,7 @@ def test_flow_is_the_program():
     """Its kernel forward; of the gradient the output's sweeps are the recurrence's kernel."""
     x = jax.ShapeDtypeStruct((B, T, H, D), jnp.bfloat16)
     run = lambda q, k, v: flow_attention(q, k, v, FlowRule(), causal=True, documents=DOCUMENTS).o
-    text, flops = program(run, x, x, x)
+    text, flops = program(run, x, x, x, lower=False)
     assert "flow_forward" in text and SWEEPS - {"forward"} < set(
         re.findall(r"\blinear_recurrence_((?:forward|backward)\w*)", text)
     )
