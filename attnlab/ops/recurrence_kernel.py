@@ -12,6 +12,7 @@ from attnlab.parallel import partition
 from kernels_pallas import tuning
 
 if TYPE_CHECKING:
+    from attnlab.ops.feature_maps import Taylor
     from attnlab.ops.linear_recurrence import RecurrenceSpec
 
 _LANES = 128  # below so many positions most of a chunk is padding
@@ -27,11 +28,11 @@ def _kernels() -> Any:
 def unsupported(spec: RecurrenceSpec) -> str | None:
     """Why the kernel cannot serve, or None."""
     if attention_flash.kernel_platform() == "cuda":
-        return attention_flash.unsupported_heads(spec.dtype, max(spec.width, spec.value_width))
+        return attention_flash.unsupported_heads(spec.dtype, max(_state_width(spec), spec.value_width))
     if spec.dtype not in ("bfloat16", "float32"):
         return f"it computes bfloat16 and float32, not {spec.dtype}"
-    if _kernels().default_sizes(*_arrays(spec), device_kind()) is None:
-        return f"a head's state of {spec.width} x {spec.value_width} does not fit into fast memory"
+    if _kernels().default_sizes(*_arrays(spec), device_kind(), kernel_features(spec.features)) is None:
+        return f"a head's state of {_state_width(spec)} x {spec.value_width} does not fit into fast memory"
     return None
 
 
@@ -43,9 +44,8 @@ def worth(spec: RecurrenceSpec) -> bool:
 def kernel_flops(spec: RecurrenceSpec) -> dict[str, float]:
     """FLOPs of one run of each kernel."""
     if attention_flash.kernel_platform() == "cuda":
-        shape = spec.batch, spec.positions, spec.heads
-        return gpu_kernel_flops(*shape, spec.width, spec.value_width)
-    return _kernels().kernel_flops(*_arrays(spec), device_kind())
+        return gpu_kernel_flops(spec.batch, spec.positions, spec.heads, _state_width(spec), spec.value_width)
+    return _kernels().kernel_flops(*_arrays(spec), device_kind(), kernel_features(spec.features))
 
 
 def gpu_kernel_flops(batch: int, positions: int, heads: int, width: int, value_width: int) -> dict[str, float]:
@@ -62,6 +62,7 @@ def run(
     state: jax.Array | None,
     *,
     chunk: int,
+    features: Taylor | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """See `attnlab.ops.linear_recurrence.linear_recurrence`; `interpret` runs the TPU's as plain XLA, on any
@@ -71,13 +72,17 @@ def run(
     "attention_o". The chunk is the kernel's own.
     """
     del chunk
+    platform = attention_flash.kernel_platform()
+    if features is not None and platform == "cuda":  # by XLA, and rounded
+        q, k = (features(x.astype(jnp.float32)).astype(q.dtype) for x in (q, k))
+        features = None
     log_decay = None if log_decay is None else finite_logs(log_decay)
     with tuning.device_kind(partition.device_kind()):
         return _kernels().linear_recurrence(
             q, k.astype(q.dtype), u.astype(q.dtype),
             log_decay=log_decay, starts=None if documents is None else first_positions(documents),
-            state=None if state is None else state.astype(jnp.float32),
-            platform=attention_flash.kernel_platform(), interpret=interpret,
+            state=None if state is None else state.astype(jnp.float32), features=kernel_features(features),
+            platform=platform, interpret=interpret,
         )  # fmt: skip
 
 
@@ -93,10 +98,23 @@ def first_positions(documents_BT: jax.Array) -> jax.Array:
     return jax.lax.cummax(jnp.where(documents_BT != before, t, -1), axis=1)
 
 
+def kernel_features(features: Taylor | None) -> Any:
+    """As the kernel takes them (`kernels_pallas.linear_recurrence.Features`)."""
+    if features is None:
+        return None
+    first, second, scale = (tuple(x.tolist()) for x in features.pairs)
+    return _kernels().Features(features.width, first, second, scale)
+
+
 def device_kind() -> str:
     """As `kernels_pallas.tuning` calls it."""
     kind = partition.device_kind()
     return tuning.KINDS.get(kind, kind)
+
+
+def _state_width(spec: RecurrenceSpec) -> int:
+    """d of a head's state."""
+    return spec.width if spec.features is None else spec.features.count
 
 
 def _arrays(spec: RecurrenceSpec) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
