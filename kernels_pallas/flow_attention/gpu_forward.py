@@ -230,17 +230,19 @@ class _Chunk:
         """Rows, 0 where they do not follow what came before the chunk."""
         return x if self.follows is None else jnp.where(self.follows, x, 0.0)
 
-    def wide(self, ref: Any, tile: Any) -> jax.Array:
-        return self.device.load(ref.at[:, tile], LAYOUT).astype(jnp.float32)
-
-    def meets(self, n: int) -> jax.Array:
-        """`(x + epsilon) . vector n`, of before the chunk."""
-        parts = []
+    def sums(self, ref: Any, n: int | None = None) -> tuple[jax.Array, jax.Array | None]:
+        """Of features their sums and, of before the chunk, `(x + epsilon) . vector n`; one tile is in registers."""
+        own = met = None
         for tile in self.tiles:
-            x = self.wide(self.x_s, tile) + self.rule.epsilon
-            vector = self.device.load(self.t.vectors_s.at[n + self.zero, tile], COLUMNS)
-            parts.append((x * by_column(vector, x.shape)).sum(axis=1))
-        return self.following(sum(parts[1:], parts[0]))
+            plgpu.commit_smem()  # no tile is loaded before it
+            x = self.device.load(ref.at[:, tile], LAYOUT).astype(jnp.float32)
+            part = x.sum(axis=1)
+            own = part if own is None else own + part
+            if n is not None:
+                vector = self.device.load(self.t.vectors_s.at[n + self.zero, tile], COLUMNS)
+                part = ((x + self.rule.epsilon) * by_column(vector, x.shape)).sum(axis=1)
+                met = part if met is None else met + part
+        return own, None if met is None else self.following(met)
 
     def add(self, weights: Any | None) -> None:
         """Adds the chunk's y to the first vector, and weighted to the second: a product for both, of a matrix that has
@@ -272,18 +274,14 @@ class _Chunk:
             before = before if self.carry is None else before * self.carry
             ref[...] = before + jnp.where(own, sums, 0.0).sum(axis=1)
 
-    def row_sums(self, ref: Any) -> jax.Array:
-        parts = [self.wide(ref, tile).sum(axis=1) for tile in self.tiles]
-        return sum(parts[1:], parts[0])
-
     def first_flow(self) -> None:
         """I or O, and what each position weighs in the other side's second flow."""
         t, device, shape, epsilon = self.t, self.device, (CHUNK, CHUNK), self.rule.epsilon
         own = t.own_s.at[self.side + self.zero]
-        own[...] = self.row_sums(self.y_s)
-        # Before the pairs, which would stay in registers beside it. What epsilon beside the sums gives:
-        self.more = epsilon * (self.row_sums(self.x_s) + epsilon * self.launch.width)
-        far = self.meets(2 * self.side) + self.more if self.first else None
+        own[...], _ = self.sums(self.y_s)
+        # Before the pairs, which would stay in registers beside it.
+        sums, far = self.sums(self.x_s, 2 * self.side if self.first else None)
+        self.more = epsilon * (sums + epsilon * self.launch.width)  # what epsilon beside the sums gives
         plgpu.commit_smem()
 
         def product(pairs: Any) -> jax.Array:
@@ -298,7 +296,7 @@ class _Chunk:
         self.pairs = jnp.where(seen, pairs + epsilon * others, 0.0)
         if far is None:
             return
-        self.flow = self.pairs.sum(axis=1) + far
+        self.flow = self.pairs.sum(axis=1) + far + self.more
         t.weights_s.at[self.side + self.zero][...] = jnp.where(self.counts > 0, self.counts / self.flow, 0.0)
 
     def second_flow(self) -> None:
@@ -308,7 +306,8 @@ class _Chunk:
         if self.second:
             weights = t.weights_s.at[1 - self.side + self.zero]
             near = (self.pairs * by_column(device.load(weights, COLUMNS), self.pairs.shape)).sum(axis=1)
-            flow = (near + self.meets(n) + self.more) / jnp.maximum(self.counts, 1.0)
+            _, far = self.sums(self.x_s, n)
+            flow = (near + far + self.more) / jnp.maximum(self.counts, 1.0)
         if self.first or self.second:
             self.add(weights)
         if self.side == 0:
