@@ -4,8 +4,7 @@
     python -m benchmarks.kernels --dry-run          the whole program but the timing, in small, on any machine
 
 In this order: what a matrix product and a copy reach; ours against the definition in float32, for every width whose
-tile sizes are shipped; then milliseconds, forward and forward with backward, of everybody that is here: of attention,
-then of the gated delta rule, whose peer is fla's chunk_gated_delta_rule (`--cases "delta rule"`: only those). What is
+tile sizes are shipped; then milliseconds, forward and forward with backward, of everybody that is here. What is
 measured is printed and written at once, and each library works in a process of its own: what hangs is ended and said.
 A dry run computes small cases, with ours interpreted where this jax can, and lowers the others for a GPU.
 """
@@ -25,8 +24,12 @@ import threading
 import time
 from typing import Any
 
-from benchmarks.kernels_cases import DELTA_PARITY, DELTA_TIMED, PARITY, TIMED, Case, DeltaCase
+from benchmarks import kernels_cases, kernels_recurrences
+from benchmarks.kernels_cases import Case
+from benchmarks.kernels_recurrences import Recurrence
 
+PARITY = kernels_cases.PARITY + kernels_recurrences.PARITY
+TIMED = kernels_cases.TIMED + kernels_recurrences.TIMED
 _NO_GPU = "benchmarks.kernels times kernels on a GPU, and jax sees none here; --dry-run tries the rest of it"
 _ANSWER_S = 90  # a program is compiled and run in less, or it hangs
 _SPARE_S = 20  # nothing is begun with less left
@@ -115,10 +118,10 @@ def work(kind: str, dry: bool) -> int:
     return 0
 
 
-def case_of(fields: dict[str, Any]) -> Case | DeltaCase:
+def case_of(fields: dict[str, Any]) -> Case | Recurrence:
     """The case that these are the fields of."""
-    if "mask" not in fields:
-        return DeltaCase(**fields)
+    if "op" in fields:
+        return Recurrence(**fields)
     return Case(**{**fields, "extras": tuple(fields["extras"])})
 
 
@@ -163,7 +166,7 @@ class Run:
             torch = self.ask("torch", do="about")
             self.peers |= dict.fromkeys(torch.pop("peers", []), "torch")
             about |= torch
-        everybody = ("ours", "cudnn", "tokamax", "xla", "torch sdpa", "torch flex_attention", "fla")
+        everybody = dict.fromkeys((*kernels_cases.PEERS, *kernels_recurrences.PEERS))
         self.found |= about | {"absent": [name for name in everybody if name not in self.peers]}
         self.say(json.dumps({name: x for name, x in self.found.items() if name not in ("parity", "times")}))
         return 0
@@ -171,8 +174,7 @@ class Run:
     def parity(self) -> set[tuple[Any, ...]]:
         """The families of cases that are not right, whose times say nothing."""
         wrong = set()
-        few = (3, 1) if self.args.dry_run else (None, None)
-        for case in self.chosen([*PARITY[: few[0]], *DELTA_PARITY[: few[1]]]):
+        for case in self.chosen(PARITY[:3] + kernels_recurrences.PARITY[:1] if self.args.dry_run else PARITY):
             answer = self.ask("jax", do="parity", case=dataclasses.asdict(case))
             self.found["parity"].append({"case": case.name, **answer})
             good = not (answer.get("failed") or answer.get("differ_between_runs"))
@@ -183,9 +185,11 @@ class Run:
         return wrong
 
     def times(self, wrong: set[tuple[Any, ...]]) -> None:
-        for case in self.chosen([*TIMED, *DELTA_TIMED]):
+        for case in self.chosen(TIMED):
             rows = []
             for peer, kind in self.peers.items():
+                if peer not in case.peers:
+                    continue
                 if self.over(f"{case.name}, {peer}"):
                     continue
                 answer = self.ask(kind, do="time", case=dataclasses.asdict(case), peer=peer)
@@ -198,7 +202,7 @@ class Run:
             for row in rows:
                 self.say(self.line(case, row, rows))
 
-    def line(self, case: Case | DeltaCase, row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    def line(self, case: Case | Recurrence, row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         """One row in words, rates added to it; `of best` compares with the fastest of the others."""
         start = f"{case.name:26} {row['peer']:22}"
         if reason := row.get("unsupported") or row.get("failed"):
@@ -216,7 +220,7 @@ class Run:
             parts.append(f"{what} {x['ms']:8.3f} ms {x['tflops']:6.0f} TFLOP/s {x['of_ceiling']:4.0%}{best}")
         return f"{start} {'   '.join(parts)}{'   WRONG RESULTS' if row.get('wrong') else ''}"
 
-    def chosen(self, cases: list[Case | DeltaCase]) -> Any:
+    def chosen(self, cases: list[Case | Recurrence]) -> Any:
         """Those that were asked for, as long as there is time; the others are noted."""
         for case in cases:
             if self.args.cases is not None and not any(part in case.name for part in self.args.cases):

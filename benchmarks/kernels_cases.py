@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+PEERS = ("ours", "cudnn", "tokamax", "xla", "torch sdpa", "torch flex_attention")
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -30,6 +32,8 @@ class Case:
     window: int | None = None
     extras: tuple[str, ...] = ()
     deterministic: bool = False
+
+    peers = PEERS
 
     @property
     def family(self) -> tuple[Any, ...]:
@@ -86,56 +90,6 @@ class Case:
         return 30.0 if "cap" in self.extras else None
 
 
-@dataclasses.dataclass(frozen=True)
-class DeltaCase:
-    """One gated delta rule: shapes as in `kernels_pallas.delta_rule`; `packed`: of documents about T / 8 long."""
-
-    name: str
-    B: int
-    T: int
-    H: int
-    d: int
-    e: int
-    packed: bool = False
-
-    @property
-    def family(self) -> tuple[Any, ...]:
-        """What a case that is wrong says of others."""
-        return "delta rule", self.d, self.e
-
-    def tiny(self) -> DeltaCase:
-        """The same in small."""
-        return dataclasses.replace(self, B=1, T=70, H=1)
-
-    def flops(self, backward: bool) -> float:
-        """Of reading, writing and asking a state once a position; twice as much more in the backward."""
-        forward = 6.0 * self.B * self.T * self.H * self.d * self.e
-        return 3 * forward if backward else forward
-
-    def starts(self) -> np.ndarray | None:
-        """First position of each position's document, int32 [B, T]."""
-        if not self.packed:
-            return None
-        first = np.arange(self.T) // max(self.T // 8, 1) * max(self.T // 8, 1)
-        return np.broadcast_to(first, (self.B, self.T)).astype(np.int32)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the arrays, and do."""
-        rows = self.B, self.T, self.H
-        widths = {"q": self.d, "k": self.d, "v": self.e, "do": self.e}
-        return {name: (*rows, w) for name, w in widths.items()} | dict.fromkeys(("log_decay", "beta"), rows)
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """float32, the same whenever and by whomever they are asked for; queries and keys are of length 1."""
-        rng = np.random.default_rng(0)
-        found = {name: rng.standard_normal(shape, np.float32) for name, shape in self.shapes().items()}
-        for name in ("q", "k"):
-            found[name] /= np.linalg.norm(found[name], axis=-1, keepdims=True)
-        found["log_decay"] = -0.1 * np.abs(found["log_decay"])
-        found["beta"] = 1 / (1 + np.exp(-found["beta"]))
-        return found
-
-
 _ALL = ("sinks", "gate", "cap", "bias")
 # Every width for which tile sizes are shipped, without and with everything, at a length that fills no tile.
 PARITY = [
@@ -158,15 +112,4 @@ TIMED = [
     Case("128 causal cap", 2, 8192, 16, 16, 128, 128, "causal", None, ("cap",)),
     Case("128 causal, deterministic", 2, 8192, 16, 16, 128, 128, "causal", None, (), True),
     Case("192/128 causal", 2, 8192, 16, 16, 192, 128, "causal"),
-]
-DELTA_PARITY = [
-    DeltaCase("delta rule 64/64 packed", 2, 1000, 4, 64, 64, True),
-    DeltaCase("delta rule 128/256", 2, 1000, 4, 128, 256),
-    DeltaCase("delta rule 128/128 packed", 2, 1000, 4, 128, 128, True),
-]
-DELTA_TIMED = [
-    DeltaCase("delta rule 128/128", 4, 4096, 16, 128, 128),
-    DeltaCase("delta rule 128/128 packed", 4, 4096, 16, 128, 128, True),
-    DeltaCase("delta rule 64/64", 4, 4096, 32, 64, 64),
-    DeltaCase("delta rule 128/256", 4, 4096, 8, 128, 256),
 ]

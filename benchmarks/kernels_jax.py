@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import statistics
 import time
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from benchmarks import kernels_delta
-from benchmarks.kernels_cases import Case, DeltaCase
+from benchmarks.kernels_cases import Case
+from benchmarks.kernels_recurrences import Recurrence, in_jax
 from kernels_pallas import hopper, masks
 from kernels_pallas.flash_attention import definition, flash_attention
 
@@ -56,34 +57,30 @@ class Jax:
             return {}
         return {"matmul_tflops": 2 * n**3 / product["ms"] / 1e9, "copy_tbs": 8 * size / copy["ms"] / 1e9}
 
-    def parity(self, case: Case | DeltaCase) -> dict[str, Any]:
+    def parity(self, case: Case | Recurrence) -> dict[str, Any]:
         """Errors of ours, values and gradients, against the float32 definition: no more than twice those of what XLA
         makes of the formula in the same dtype, and a rounding; and whether what should be the same bits in two runs is.
         """
+        if isinstance(case, Recurrence):
+            return recurrence_parity(self.dry, case)
         case = case.tiny() if self.dry else case
-        if isinstance(case, DeltaCase):
-            return kernels_delta.parity(self.dry, case, _arrays(case))
         arrays, rest = _arrays(case), _rest(case)
         wide = {name: x.astype(jnp.float32) for name, x in arrays.items()}
         exact, xla = _both(definition, rest)(wide), _both(_eager, rest)(arrays)
         run = _both(_kernel(self.dry, case), rest)
         ours, again = run(arrays), run(arrays)
-        errors, failed = {}, []
-        for name, value in exact.items():
-            a, b, c = (np.asarray(x.astype(jnp.float32)) for x in (ours[name], value, xla[name]))
-            live = np.isfinite(b)
-            off, allowed = (np.abs(x - b)[live].max(initial=0) for x in (a, c))
-            scale = np.abs(b[live]).max(initial=0)
-            errors[name] = float(off / max(scale, 1e-30))
-            if not (np.isfinite(a) == live).all() or not off <= 2 * allowed + 0.004 * scale:
-                failed.append(name)
+        errors, failed = compared(exact, xla, ours)
         repeatable = ("o", "lse", *(exact if case.deterministic else ()))
         differing = [name for name in repeatable if not jnp.array_equal(ours[name], again[name])]
         return {"errors": errors, "failed": failed, "differ_between_runs": differing}
 
-    def time(self, case: Case | DeltaCase, peer: str) -> dict[str, Any]:
+    def time(self, case: Case | Recurrence, peer: str) -> dict[str, Any]:
         """Milliseconds of a forward pass, and of forward and backward; or why not. Dry: both are lowered for a GPU."""
-        attend = self.run(case, peer)
+        if isinstance(case, Recurrence):
+            by_name = in_jax(case, {"ours": "pallas", "xla": "chunked"}[peer])
+            attend = lambda arrays: by_name(**arrays)
+        else:
+            attend = self.peers[peer](self.dry, case)
         if isinstance(attend, str):
             return {"unsupported": attend}
         forward = jax.jit(lambda arrays, do: attend(arrays))
@@ -91,21 +88,52 @@ class Jax:
         arrays = _specs(case) if self.dry else _arrays(case)
         do = arrays.pop("do")
         if self.dry:
-            if peer != "ours":  # what ours is held to in `parity`
+            if peer != "ours" and isinstance(case, Case):  # what ours is held to in `parity`
                 small = case.tiny()
-                check = kernels_delta.check_same_rule if isinstance(case, DeltaCase) else check_same_attention
-                check(small, jax.jit(self.run(small, peer))(_arrays(small)))
-            with use_abstract_mesh(_H100):
+                check_same_attention(small, jax.jit(self.peers[peer](True, small))(_arrays(small)))
+            with use_abstract_mesh(_H100), _as_if_on_h100():
                 for run in (forward, both):
                     run.trace(arrays, do).lower(lowering_platforms=("cuda",))
             return {"lowered": True}
         return {"forward": timed(forward, (arrays, do), False), "both": timed(both, (arrays, do), False)}
 
-    def run(self, case: Case | DeltaCase, peer: str) -> Callable[..., Any] | str:
-        """What a peer computes of the arrays of a case, or why it does not."""
-        if isinstance(case, DeltaCase):
-            return kernels_delta.rule(peer, case)
-        return self.peers[peer](self.dry, case)
+
+def compared(exact: Any, xla: Any, ours: Any) -> tuple[dict[str, float], list[str]]:
+    """Errors as a share of the largest, and those of ours that are more than twice XLA's and a rounding."""
+    errors, failed = {}, []
+    for name, value in exact.items():
+        a, b, c = (np.asarray(x.astype(jnp.float32)) for x in (ours[name], value, xla[name]))
+        live = np.isfinite(b)
+        off, allowed = (np.abs(x - b)[live].max(initial=0) for x in (a, c))
+        scale = np.abs(b[live]).max(initial=0)
+        errors[name] = float(off / max(scale, 1e-30))
+        if not (np.isfinite(a) == live).all() or not off <= 2 * allowed + 0.004 * scale:
+            failed.append(name)
+    return errors, failed
+
+
+def recurrence_parity(dry: bool, case: Recurrence) -> dict[str, Any]:
+    """As `Jax.parity`. Dry: XLA's form in place of ours, whose own tests interpret it."""
+    case = case.tiny() if dry else case
+    run = lambda impl: _gradients(in_jax(case, impl))
+    arrays, ours = _arrays(case), run("chunked" if dry else "pallas")
+    wide = {name: x.astype(jnp.float32) for name, x in arrays.items()}
+    found, again = ours(arrays), ours(arrays)
+    errors, failed = compared(run("definition")(wide), run("chunked")(arrays), found)
+    differing = [name for name in found if not jnp.array_equal(found[name], again[name])]
+    return {"errors": errors, "failed": failed, "differ_between_runs": differing}
+
+
+def _gradients(attend: Callable[..., Any]) -> Callable[[dict[str, jax.Array]], dict[str, jax.Array]]:
+    """o and its gradients for do, compiled."""
+
+    @jax.jit
+    def run(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        inputs = {name: x for name, x in arrays.items() if name != "do"}
+        o, vjp = jax.vjp(lambda inputs: attend(**inputs), inputs)
+        return {"o": o} | {f"d{name}": x for name, x in vjp(arrays["do"].astype(o.dtype))[0].items()}
+
+    return run
 
 
 def timed(run: Callable[..., Any], arguments: tuple[Any, ...], dry: bool) -> dict[str, float]:
@@ -140,12 +168,20 @@ def check_same_attention(case: Case, o: Any) -> None:
         raise ValueError(f"it computes another attention: off by {off}")
 
 
-def _specs(case: Case | DeltaCase) -> dict[str, jax.ShapeDtypeStruct]:
-    bf16 = ("q", "k", "v", "gate", "do")
+def _as_if_on_h100() -> Any:
+    """What is traced inside picks implementations for an H100: a mesh of one, as far as tracing asks."""
+    from attnlab.parallel import partition
+
+    device = types.SimpleNamespace(platform="gpu", device_kind=_H100.abstract_device.device_kind)
+    return partition.use(types.SimpleNamespace(size=1, devices=np.asarray([device])), {})
+
+
+def _specs(case: Case | Recurrence) -> dict[str, jax.ShapeDtypeStruct]:
+    bf16 = ("q", "k", "u", "v", "gate", "do")
     return {n: jax.ShapeDtypeStruct(x, "bfloat16" if n in bf16 else "float32") for n, x in case.shapes().items()}
 
 
-def _arrays(case: Case | DeltaCase) -> dict[str, jax.Array]:
+def _arrays(case: Case | Recurrence) -> dict[str, jax.Array]:
     """What is differentiated, and do."""
     return {name: jnp.asarray(x, _specs(case)[name].dtype) for name, x in case.arrays().items()}
 

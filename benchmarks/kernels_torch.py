@@ -1,5 +1,4 @@
-"""What PyTorch computes in `benchmarks.kernels`: its fused attention, attention with a mask that is compiled in,
-and the gated delta rule of fla."""
+"""What PyTorch computes in `benchmarks.kernels`: its fused attention, and attention with a mask that is compiled in."""
 
 from __future__ import annotations
 
@@ -12,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.kernels_cases import Case, DeltaCase
+from benchmarks.kernels_cases import Case
+from benchmarks.kernels_recurrences import Recurrence, in_fla
 
 
 class Torch:
@@ -22,22 +22,21 @@ class Torch:
         self.dry = dry
         self.device = "cpu" if dry else "cuda"
         self.peers = {"torch sdpa": self._sdpa, "torch flex_attention": self._flex}
+        if importlib.util.find_spec("fla") is not None:
+            self.peers["fla"] = in_fla
 
     def about(self) -> dict[str, Any]:
         if not self.dry and not torch.cuda.is_available():
             return {"torch": torch.__version__, "peers": [], "without_a_gpu": "torch sees no GPU"}
-        others = [name for name in ("fla",) if importlib.util.find_spec(name) is not None]
-        facts = {"torch": torch.__version__, "peers": [*self.peers, *others]}
+        facts = {"torch": torch.__version__, "peers": list(self.peers)}
         if not self.dry:
             facts |= {"torch_cuda": torch.version.cuda, "torch_cudnn": torch.backends.cudnn.version()}
         return facts
 
-    def time(self, case: Case | DeltaCase, peer: str) -> dict[str, Any]:
+    def time(self, case: Case | Recurrence, peer: str) -> dict[str, Any]:
         """As `benchmarks.kernels_jax.Jax.time`."""
-        if isinstance(case, DeltaCase) != (peer == "fla"):
-            return {"unsupported": f"{peer} has no {'delta rule' if isinstance(case, DeltaCase) else 'attention'}"}
-        if peer == "fla":
-            return self._fla(case)
+        if isinstance(case, Recurrence):
+            return self._time_recurrence(case, peer)
         case = case.tiny() if self.dry else case
         if case.deterministic:
             return {"unsupported": f"{peer} promises no order"}
@@ -64,6 +63,28 @@ class Torch:
             check_same_attention(case, attend(q, k, v).detach().transpose(1, 2).float().numpy())
         return {"forward": self._timed(forward), "both": self._timed(forward if forward_only else both)}
 
+    def _time_recurrence(self, case: Recurrence, peer: str) -> dict[str, Any]:
+        """Layouts are jax's."""
+        run = self.peers[peer](case)
+        if isinstance(run, str):
+            return {"unsupported": run}
+        if self.dry:
+            return {"unsupported": "Triton's kernels need a GPU"}
+        dtype = lambda name: torch.float32 if name in ("log_decay", "beta") else torch.bfloat16
+        arrays = {name: torch.tensor(x, dtype=dtype(name), device=self.device) for name, x in case.arrays().items()}
+        do = arrays.pop("do")
+        # Of a constant decay fla gives no gradient; nobody is asked for one.
+        wanted = [x.requires_grad_() for name, x in arrays.items() if case.decay != "constant" or name != "log_decay"]
+
+        def forward() -> None:
+            with torch.no_grad():
+                run(**arrays)
+
+        return {
+            "forward": self._timed(forward),
+            "both": self._timed(lambda: torch.autograd.grad(run(**arrays), wanted, do)),
+        }
+
     def _timed(self, call: Callable[[], None]) -> dict[str, float]:
         """As `benchmarks.kernels_jax.timed`, by the GPU's own clock."""
         call()
@@ -85,32 +106,6 @@ class Torch:
         samples = [sample(repeat) for _ in range(20)]
         low, median, high = statistics.quantiles(samples, n=4)
         return {"ms": median, "low": low, "high": high, "samples": 20 * repeat}
-
-    def _fla(self, case: DeltaCase) -> dict[str, Any]:
-        """Flash Linear Attention's chunk_gated_delta_rule; documents as its sequences of any length."""
-        if self.dry:
-            return {"unsupported": "fla's kernels run on GPUs alone"}
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
-        starts, given = case.starts(), case.arrays()
-        rows = (case.B, case.T) if starts is None else (1, case.B * case.T)
-        wide = ("log_decay", "beta")
-        array = lambda name: torch.tensor(
-            given[name].reshape(*rows, *given[name].shape[2:]), device=self.device,
-            dtype=torch.float32 if name in wide else torch.bfloat16,
-        )  # fmt: skip
-        inputs = [array(name).requires_grad_() for name in ("q", "k", "v", *wide)]
-        do, more = array("do"), {}
-        if starts is not None:
-            first = np.flatnonzero(starts.ravel() == np.tile(np.arange(case.T), case.B))
-            more = {"cu_seqlens": torch.tensor([*first, case.B * case.T], dtype=torch.long, device=self.device)}
-        run = lambda: chunk_gated_delta_rule(*inputs, scale=1.0, **more)[0]
-
-        def forward() -> None:
-            with torch.no_grad():
-                run()
-
-        return {"forward": self._timed(forward), "both": self._timed(lambda: torch.autograd.grad(run(), inputs, do))}
 
     def _sdpa(self, case: Case) -> Callable[..., Any] | str:
         if case.extras:

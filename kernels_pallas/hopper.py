@@ -39,10 +39,19 @@ def by_column(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
     return lax.broadcast_in_dim(x, shape, [1])
 
 
-def tiles(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory for matrices [..., m, n] that TMA writes and the tensor cores read; n in units of 128 bytes."""
-    elements = 128 // jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, elements)), plgpu.SwizzleTransform(128)))
+def tiles(shape: tuple[int, ...], dtype: Any, unit: int = 128) -> Any:
+    """Shared memory for matrices [..., m, n] that TMA writes and the tensor cores read; n in units of so many bytes,
+    the same for both operands of a product."""
+    elements = unit // jnp.dtype(dtype).itemsize
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, elements)), plgpu.SwizzleTransform(unit)))
+
+
+def hidden_zero() -> jax.Array:
+    """An operand for a kernel, 0: the minimum of it and a loop's counter is one that no compiler knows.
+
+    Addresses that it is added to are made again in every step; else all are kept in registers through the loop.
+    """
+    return jnp.zeros((1,), jnp.int32)
 
 
 def barriers(count: int, arrivals: int = 1) -> Any:

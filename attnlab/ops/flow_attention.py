@@ -104,7 +104,7 @@ FLOW_ATTENTION = Op(
             flow_kernel.attention,
             supports=flow_kernel.unsupported,
             worth=flow_kernel.worth,
-            platforms=("tpu",),
+            platforms=("tpu", "gpu"),
             interpretable=True,
             kernel_flops=flow_kernel.kernel_flops,
         ),

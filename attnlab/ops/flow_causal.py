@@ -7,6 +7,8 @@ chunk.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +19,20 @@ from attnlab.parallel.sequence_parallel import SequenceParallel
 
 
 def causal_chunked(
-    q, k, v, documents, state: FlowState | None, rule: FlowRule, chunk: int, exchange: SequenceParallel | None = None
+    q,
+    k,
+    v,
+    documents,
+    state: FlowState | None,
+    rule: FlowRule,
+    chunk: int,
+    exchange: SequenceParallel | None = None,
+    recurrence: Callable[..., Any] | None = None,
 ) -> FlowOutput:
     """`causal_definition` in chunks. The four flows share one product of queries and keys within a chunk.
 
     Sums of a call are taken from zero and then joined to those before it, so that sums and averages differ only there.
+    `recurrence`: of q, k, u and documents, makes the output and the pairs' sum; None: the op.
     """
     eps = rule.epsilon
     if exchange is not None and documents is not None:
@@ -51,7 +62,10 @@ def causal_chunked(
         outgoing = flow("absorbed", k, *running.sent(share / inflow)) / N
         weights, after["rivals"], after["peak"] = _running_softmax(outgoing, running, earlier, places, rule)
         u = times_rows(v, weights)
-    o, own = linear_recurrence(q, k, u, documents_BT=documents, chunk=chunk)
+    if recurrence is None:
+        o, own = linear_recurrence(q, k, u, documents_BT=documents, chunk=chunk)
+    else:
+        o, own = recurrence(q, k, u, documents)
     before = earlier.sum("pairs", own)
     if before is not None:
         o += places.weight[..., None] * jnp.einsum("bthd,bhde->bthe", q, before)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from attnlab.ops.flow_causal import places_in_documents
+from attnlab.ops import attention_flash, recurrence_kernel
+from attnlab.ops.flow_causal import causal_chunked, places_in_documents
 from attnlab.ops.flow_definition import FlowOutput, FlowRule, FlowState, empty_state
 from attnlab.parallel import partition
 from kernels_pallas import tuning
@@ -24,15 +26,18 @@ def _kernels() -> Any:
 
 def unsupported(spec: Any) -> str | None:
     """Why the kernels cannot serve a `FlowSpec`, or None."""
-    clip = spec.rule.clip
+    clip, on_gpu = spec.rule.clip, attention_flash.kernel_platform() == "cuda"
+    widest = max(spec.width, spec.value_width)
     reasons = (
         (not spec.causal, "it is causal; causal=False is not"),
         (spec.rule.averages, "it keeps sums; form=averages is not"),
         (spec.rule.competition and (clip is None or clip > 50), f"it needs a clip of at most 50, not {clip}"),
         (spec.split, "its sums run over all positions of a row, which are split over devices"),
         (spec.dtype not in ("bfloat16", "float32"), f"it computes bfloat16 and float32, not {spec.dtype}"),
+        (on_gpu and widest > 128, f"on GPUs widths of features and values are at most 128, not {widest}"),
     )
-    return next((reason for fails, reason in reasons if fails), None)
+    reason = next((reason for fails, reason in reasons if fails), None)
+    return attention_flash.unsupported_heads(spec.dtype, widest) if on_gpu and reason is None else reason
 
 
 def worth(spec: Any) -> bool:
@@ -42,6 +47,11 @@ def worth(spec: Any) -> bool:
 
 def kernel_flops(spec: Any) -> dict[str, float]:
     """FLOPs of one run of each kernel."""
+    if attention_flash.kernel_platform() == "cuda":
+        own = _kernels().gpu_kernel_flops(spec.batch, spec.sinks, spec.heads, spec.width, spec.value_width)
+        return own | recurrence_kernel.gpu_kernel_flops(  # in the gradient
+            spec.batch, spec.sinks, spec.heads, spec.width, spec.value_width
+        )
     return _kernels().kernel_flops(spec.batch, spec.sinks, spec.heads, spec.width, spec.value_width)
 
 
@@ -58,15 +68,22 @@ def attention(
     interpret: bool = False,
 ) -> FlowOutput:
     """See `attnlab.ops.flow_attention.flow_attention`. Features are rounded to the dtype of values, as products are."""
-    del causal, chunk
-    kernels, B = _kernels(), q.shape[0]
+    del causal
     q, k = q.astype(v.dtype), k.astype(v.dtype)
+    if attention_flash.kernel_platform() == "cuda":
+        return _with_gradient(rule, chunk, q, k, v, documents, state)
+    return _by_kernels(rule, interpret, q, k, v, documents, state)
+
+
+def _by_kernels(rule: FlowRule, interpret: Any, q, k, v, documents, state: FlowState | None) -> FlowOutput:
+    kernels, B = _kernels(), q.shape[0]
     clip = 0.0 if rule.clip is None else rule.clip  # not used without competition
     of_kernels = kernels.Rule(rule.competition, rule.allocation, clip, rule.epsilon)
     with tuning.device_kind(partition.device_kind()):
         o, outgoing, sums = kernels.flow_attention(
             q, k, v, of_kernels,
-            documents=documents, state=None if state is None else _given(state, kernels.Sums), interpret=interpret,
+            documents=documents, state=None if state is None else _given(state, kernels.Sums),
+            platform=attention_flash.kernel_platform(), interpret=interpret,
         )  # fmt: skip
     here = places_in_documents(documents, q.shape[1])[0][:, -1]
     own = True if documents is None else documents[:, -1] == 0
@@ -74,6 +91,34 @@ def attention(
     like = jax.eval_shape(lambda: empty_state(rule, B, *q.shape[2:], v.shape[3], jnp.float32))
     after = {name: x if getattr(like, name) is not None else None for name, x in sums._asdict().items()}
     return FlowOutput(o, FlowState(count=count, peak=None, **after), outgoing)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _with_gradient(rule: FlowRule, chunk: int, *arrays: Any) -> FlowOutput:
+    """By the kernel for GPUs, which has no gradient of its own: it is that of XLA's form, whose output is the linear
+    recurrence's kernel's, forward and backward."""
+    return _by_kernels(rule, False, *arrays)
+
+
+def _gradient_forward(rule: FlowRule, chunk: int, *arrays: Any) -> tuple[FlowOutput, Any]:
+    return _with_gradient(rule, chunk, *arrays), arrays
+
+
+def _gradient_backward(rule: FlowRule, chunk: int, arrays: Any, cotangents: Any) -> Any:
+    def recurrence(q, k, u, documents):
+        narrow = (x.astype(arrays[2].dtype) for x in (q, k, u))
+        o, own = recurrence_kernel.run(*narrow, None, documents, None, chunk=chunk)
+        return o.astype(u.dtype), own
+
+    def run(q, k, v, documents, state) -> FlowOutput:
+        wide = (x.astype(jnp.float32) for x in (q, k, v))
+        out = causal_chunked(*wide, documents, state, rule, chunk, recurrence=recurrence)
+        return out._replace(o=out.o.astype(v.dtype))
+
+    return jax.vjp(run, *arrays)[1](cotangents)
+
+
+_with_gradient.defvjp(_gradient_forward, _gradient_backward)
 
 
 def _given(state: FlowState, sums_of: Any) -> tuple[jax.Array, Any]:

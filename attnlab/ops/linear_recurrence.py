@@ -183,7 +183,7 @@ LINEAR_RECURRENCE = Op(
             recurrence_kernel.run,
             recurrence_kernel.unsupported,
             recurrence_kernel.worth,
-            platforms=("tpu",),
+            platforms=("tpu", "gpu"),
             interpretable=True,
             kernel_flops=recurrence_kernel.kernel_flops,
         ),

@@ -1,4 +1,4 @@
-"""The linear recurrence by our TPU kernel (`kernels_pallas.linear_recurrence`): one pass, the states on chip."""
+"""The linear recurrence by our kernels (`kernels_pallas.linear_recurrence`): one pass, the states on chip."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from attnlab.ops import attention_flash
 from attnlab.parallel import partition
 from kernels_pallas import tuning
 
@@ -26,11 +27,12 @@ def _kernels() -> Any:
 
 def unsupported(spec: RecurrenceSpec) -> str | None:
     """Why the kernel cannot serve, or None."""
+    if attention_flash.kernel_platform() == "cuda":
+        return attention_flash.unsupported_heads(spec.dtype, max(_state_width(spec), spec.value_width))
     if spec.dtype not in ("bfloat16", "float32"):
         return f"it computes bfloat16 and float32, not {spec.dtype}"
     if _kernels().default_sizes(*_arrays(spec), device_kind(), kernel_features(spec.features)) is None:
-        width = spec.width if spec.features is None else spec.features.count
-        return f"a head's state of {width} x {spec.value_width} does not fit into fast memory"
+        return f"a head's state of {_state_width(spec)} x {spec.value_width} does not fit into fast memory"
     return None
 
 
@@ -41,7 +43,14 @@ def worth(spec: RecurrenceSpec) -> bool:
 
 def kernel_flops(spec: RecurrenceSpec) -> dict[str, float]:
     """FLOPs of one run of each kernel."""
+    if attention_flash.kernel_platform() == "cuda":
+        return gpu_kernel_flops(spec.batch, spec.positions, spec.heads, _state_width(spec), spec.value_width)
     return _kernels().kernel_flops(*_arrays(spec), device_kind(), kernel_features(spec.features))
+
+
+def gpu_kernel_flops(batch: int, positions: int, heads: int, width: int, value_width: int) -> dict[str, float]:
+    """Of the kernels on GPUs, as `kernel_flops`."""
+    return _kernels().gpu_kernel_flops(batch, positions, heads, width, value_width)
 
 
 def run(
@@ -56,19 +65,24 @@ def run(
     features: Taylor | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `attnlab.ops.linear_recurrence.linear_recurrence`; `interpret` runs it as plain XLA, on any platform.
+    """See `attnlab.ops.linear_recurrence.linear_recurrence`; `interpret` runs the TPU's as plain XLA, on any
+    platform.
 
     Products are of numbers in the dtype of q, sums and states float32; the output carries the checkpoint name
     "attention_o". The chunk is the kernel's own.
     """
     del chunk
+    platform = attention_flash.kernel_platform()
+    if features is not None and platform == "cuda":  # by XLA, and rounded
+        q, k = (features(x.astype(jnp.float32)).astype(q.dtype) for x in (q, k))
+        features = None
     log_decay = None if log_decay is None else finite_logs(log_decay)
     with tuning.device_kind(partition.device_kind()):
         return _kernels().linear_recurrence(
             q, k.astype(q.dtype), u.astype(q.dtype),
             log_decay=log_decay, starts=None if documents is None else first_positions(documents),
             state=None if state is None else state.astype(jnp.float32), features=kernel_features(features),
-            interpret=interpret,
+            platform=platform, interpret=interpret,
         )  # fmt: skip
 
 
@@ -96,6 +110,11 @@ def device_kind() -> str:
     """As `kernels_pallas.tuning` calls it."""
     kind = partition.device_kind()
     return tuning.KINDS.get(kind, kind)
+
+
+def _state_width(spec: RecurrenceSpec) -> int:
+    """d of a head's state."""
+    return spec.width if spec.features is None else spec.features.count
 
 
 def _arrays(spec: RecurrenceSpec) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:

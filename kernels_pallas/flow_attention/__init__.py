@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import tuning
-from kernels_pallas.flow_attention import layout, tpu_backward, tpu_forward
+from kernels_pallas.flow_attention import gpu, gpu_forward, layout, tpu_backward, tpu_forward
 from kernels_pallas.flow_attention.gradient import Call, flow
 from kernels_pallas.flow_attention.layout import Blocks, Sums
 from kernels_pallas.flow_attention.plan import Rule
 
-__all__ = ["Blocks", "Rule", "Sums", "flow_attention", "kernel_flops"]
+__all__ = ["Blocks", "Rule", "Sums", "flow_attention", "gpu_kernel_flops", "kernel_flops"]
 
 
 def flow_attention(
@@ -24,6 +24,7 @@ def flow_attention(
     *,
     documents: jax.Array | None = None,
     state: tuple[jax.Array, Sums] | None = None,
+    platform: str = "tpu",
     interpret: Any = False,
     blocks: Blocks | None = None,
 ) -> tuple[jax.Array, jax.Array | None, Sums]:
@@ -39,14 +40,15 @@ def flow_attention(
         to [-clip, clip].
       documents: int [B, T], ascending: positions see each other where it is equal. None: all are of document 0.
       state: positions before the first, int [B], and their sums: of document 0. None: none.
+      platform: whose kernels: "tpu", or "cuda": NVIDIA's Hopper, bfloat16 and widths up to 128, values alone.
       interpret: runs the kernels as plain XLA operations on any platform, or, on a CPU, as its interpreter's parameters
-        say (`jax.experimental.pallas.tpu.InterpretParams`).
-      blocks: what a grid step computes; `Blocks()` by default.
+        say (`jax.experimental.pallas.tpu.InterpretParams`). On cuda: by jax's interpreter of GPU kernels, on a CPU.
+      blocks: what a grid step computes; `Blocks()` by default. On cuda there is no choice.
 
     Returns:
       o [B, T, H, e] in the dtype of v; O^ [B, T, H] in float32 (None without competition); the sums of the last
-      position's document. Differentiable (reverse mode) in q, k, v and the state's sums. Sums are float32; products of
-      bfloat16 inputs round pairs and weighted values to bfloat16.
+      position's document. Differentiable (reverse mode) in q, k, v and the state's sums, but on cuda. Sums are float32;
+      products of bfloat16 inputs round pairs and weighted values to bfloat16.
 
     Raises:
       ValueError: shapes, dtypes or options that do not fit.
@@ -54,6 +56,12 @@ def flow_attention(
     rule, blocks = rule or Rule(), blocks or Blocks()
     _check(q, k, v, rule, documents, state, blocks)
     count, sums = (None, None) if state is None else state
+    if platform not in ("tpu", "cuda"):
+        raise ValueError(f"flow_attention: no kernel for platform {platform!r}; allowed: tpu, cuda")
+    if platform == "cuda":
+        if reason := gpu.unsupported(q.dtype, q.shape[3], v.shape[3]):
+            raise ValueError(f"flow_attention: {reason}")
+        return gpu.forward(interpret, rule, q, k, v, documents, count, sums)
     return flow(Call(rule, tuning.kind(), interpret, blocks), q, k, v, documents, count, sums)
 
 
@@ -62,6 +70,12 @@ def kernel_flops(batch: int, length: int, heads: int, width: int, value_width: i
     of = lambda w: jax.ShapeDtypeStruct((batch, length, heads, w), jnp.bfloat16)
     plan = layout.plan_of(Rule(), Blocks(), of(width), of(value_width), False, False)
     return {"flow_forward": tpu_forward.flops(plan), "flow_backward": tpu_backward.flops(plan)}
+
+
+def gpu_kernel_flops(batch: int, length: int, heads: int, width: int, value_width: int) -> dict[str, float]:
+    """As `kernel_flops`, of the kernel for Hopper: pairs are products by queries and by keys."""
+    pairs, states = gpu_forward.CHUNK * (2 * width + value_width), 2 * width * value_width
+    return {"flow_forward": 2.0 * batch * length * heads * (pairs + states)}
 
 
 def _check(q, k, v, rule, documents, state, blocks) -> None:

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import tuning
+from kernels_pallas.linear_recurrence import gpu
 from kernels_pallas.linear_recurrence import plan as plan_lib
 from kernels_pallas.linear_recurrence.gradient import recurrence
 from kernels_pallas.linear_recurrence.plan import Features, Sizes
 
-__all__ = ["Features", "Sizes", "default_sizes", "kernel_flops", "linear_recurrence"]
+__all__ = ["Features", "Sizes", "default_sizes", "gpu_kernel_flops", "kernel_flops", "linear_recurrence"]
 
 _LOG2E = math.log2(math.e)
 
@@ -27,10 +28,11 @@ def linear_recurrence(
     starts: jax.Array | None = None,
     state: jax.Array | None = None,
     features: Features | None = None,
+    platform: str = "tpu",
     interpret: Any = False,
-    sizes: Sizes | None = None,
+    sizes: Sizes | gpu.Blocks | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """`S_t = exp(log_decay_t) S_{t-1} + k_t u_t^T`, `o_t = q_t S_t` per head, on TPU.
+    """`S_t = exp(log_decay_t) S_{t-1} + k_t u_t^T`, `o_t = q_t S_t` per head, on TPU or NVIDIA's Hopper.
 
     Args:
       q, k: queries and keys [B, T, H, d]; u: values [B, T, H, e]; all bfloat16, or all float32. Any T, H, d and e. A
@@ -42,9 +44,10 @@ def linear_recurrence(
       state: [B, H, d, e] float32, before the first position; None: nothing.
       features: what stands for queries and keys, made on chip from those of its width; None: themselves. d of the state
         is then their number.
+      platform: whose kernels: "tpu", or "cuda", which take bfloat16, widths up to 256, and no features.
       interpret: runs the kernels as plain XLA operations on any platform, or, on a CPU, as its interpreter's parameters
-        say (`jax.experimental.pallas.tpu.InterpretParams`).
-      sizes: blocks; by default `default_sizes`.
+        say (`jax.experimental.pallas.tpu.InterpretParams`). On cuda: by jax's interpreter of GPU kernels, on a CPU.
+      sizes: blocks; by default `default_sizes`, on cuda `gpu_sweep.default_blocks`.
 
     Returns:
       o [B, T, H, e] in the dtype of q, and the state after the last position [B, H, d, e] in float32: of the last
@@ -55,6 +58,12 @@ def linear_recurrence(
       ValueError: shapes, dtypes or options that do not fit.
     """
     _check(q, k, u, log_decay, starts, state, features)
+    if platform not in ("tpu", "cuda"):
+        raise ValueError(f"linear_recurrence: no kernel for platform {platform!r}; allowed: tpu, cuda")
+    if platform == "cuda":
+        if features is not None:
+            raise ValueError("linear_recurrence: on GPUs features are made before; allowed: features=None")
+        return _on_hopper(q, k, u, log_decay, starts, state, interpret, sizes)
     (B, T, H, key_width), value_width, kind = q.shape, u.shape[3], tuning.kind()
     width = key_width if features is None else len(features.scale)
     column = plan_lib.has_column(value_width)
@@ -90,6 +99,21 @@ def linear_recurrence(
     return o, end
 
 
+def _on_hopper(q, k, u, log_decay, starts, state, interpret, blocks) -> tuple[jax.Array, jax.Array]:
+    if reason := gpu.unsupported(q.dtype, q.shape[3], u.shape[3]):
+        raise ValueError(f"linear_recurrence: {reason}")
+    if blocks is not None and not isinstance(blocks, gpu.Blocks):
+        raise ValueError(f"linear_recurrence on cuda: sizes={blocks}; allowed: None or {gpu.Blocks.__module__}.Blocks")
+    arrays = {"q": q, "k": k, "u": u}
+    if log_decay is not None:
+        arrays["log_decay"] = log_decay.astype(jnp.float32)
+    if starts is not None:
+        arrays["starts"] = starts.astype(jnp.int32)
+    if state is not None:
+        arrays["state"] = state
+    return gpu.recurrence(gpu.Call(interpret, blocks), arrays)
+
+
 def default_sizes(
     q: jax.Array | jax.ShapeDtypeStruct,
     u: jax.Array | jax.ShapeDtypeStruct,
@@ -117,6 +141,11 @@ def kernel_flops(
     C, again = sizes.chunk, 1 - 1 / sizes.chunks
     each = {"forward": C * (d + e) + 2 * d * e, "backward": C * (3 * d + 2 * e) + (4 + again) * d * e}
     return {f"linear_recurrence_{name}": 2.0 * B * T * H * n for name, n in each.items()}
+
+
+def gpu_kernel_flops(batch: int, length: int, heads: int, width: int, value_width: int) -> dict[str, float]:
+    """As `kernel_flops`, of the kernels for Hopper."""
+    return {name: 2.0 * batch * length * heads * n for name, n in gpu.kernel_widths(width, value_width).items()}
 
 
 def _heads_first(x: jax.Array) -> jax.Array:

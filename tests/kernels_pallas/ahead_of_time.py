@@ -28,6 +28,8 @@ from attnlab.launch.targets import Target  # noqa: E402
 from kernels_pallas import hopper  # noqa: E402
 from kernels_pallas.delta_rule import delta_rule  # noqa: E402
 from kernels_pallas.flash_attention import flash_attention  # noqa: E402
+from kernels_pallas.flow_attention import Sums, flow_attention  # noqa: E402
+from kernels_pallas.linear_recurrence import linear_recurrence  # noqa: E402
 from kernels_pallas.routed_attention import routed_attention, row_tile  # noqa: E402
 
 H100 = AbstractMesh(
@@ -55,6 +57,14 @@ CASES = {
     "delta 128": (128, 128, ""),
     "delta 128 ps": (128, 128, "ps"),
 }
+# Of recurrences: a decay for each position, one that is constant, packed documents, a state in.
+RECURRENCES = {
+    f"recurrence {d}/{e} {features}": (d, e, features)
+    for d, e, features in ((64, 64, "aps"), (64, 128, "cs"), (128, 64, "ap"), (128, 128, "aps"), (128, 128, ""),
+                           (128, 129, "aps"), (256, 256, "aps"))
+}  # fmt: skip
+FLOWS = {f"flow {d}/{e} {features}": (d, e, features) for d, e, features in (
+    (64, 64, "ps"), (64, 128, ""), (128, 64, "ps"), (128, 128, ""), (128, 128, "ps"))}  # fmt: skip
 
 
 class _Limit(int):
@@ -137,11 +147,48 @@ def delta_program(d: int, e: int, features: str, placed: Any) -> tuple[Callable[
     return run, [arrays, starts, (of(B, T, H, e, dtype=jnp.bfloat16), of(B, H, d, e))]
 
 
+def recurrence_program(d: int, e: int, features: str, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
+    """As `program`, for the linear recurrence."""
+    of = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+    wide = lambda *shape: of(*shape, dtype=jnp.float32)
+    arrays = {"q": of(B, T, H, d), "k": of(B, T, H, d), "u": of(B, T, H, e)}
+    more = {"a": ("log_decay", wide(B, T, H)), "c": ("log_decay", wide(H)), "s": ("state", wide(B, H, d, e))}
+    arrays |= dict(more[f] for f in features if f in more)
+    starts = of(B, T, dtype=jnp.int32) if "p" in features else None
+
+    def run(arrays: Any, starts: Any, cotangents: Any) -> Any:
+        out, vjp = jax.vjp(lambda a: linear_recurrence(**a, starts=starts, platform="cuda"), arrays)
+        return out, vjp(cotangents)
+
+    return run, [arrays, starts, (of(B, T, H, e), wide(B, H, d, e))]
+
+
+def flow_program(d: int, e: int, features: str, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
+    """As `program`, for the values of flow attention."""
+    of = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+    wide = lambda *shape: of(*shape, dtype=jnp.float32)
+    documents = of(B, T, dtype=jnp.int32) if "p" in features else None
+    sums = Sums(*[wide(B, H, d)] * 4, wide(B, H), wide(B, H, d, e))
+    state = (of(B, dtype=jnp.int32), sums) if "s" in features else None
+    run = lambda q, k, v, *rest: flow_attention(q, k, v, documents=rest[0], state=rest[1], platform="cuda")
+    return run, [of(B, T, H, d), of(B, T, H, d), of(B, T, H, e), documents, state]
+
+
+def program_of(case: str, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
+    """What a case compiles, and for what arrays."""
+    if case in RECURRENCES:
+        return recurrence_program(*RECURRENCES[case], placed)
+    if case in FLOWS:
+        return flow_program(*FLOWS[case], placed)
+    if case.startswith("delta"):
+        return delta_program(*CASES[case], placed)
+    return (packed_program if "r" in case else program)(*CASES[case], placed)
+
+
 def kernels(case: str, placed: Any) -> Iterator[dict[str, Any]]:
     """For each kernel of a case: its name, bytes of spills and registers; and of all of the case's the most bytes of
     shared memory, and the C75 warnings, each of which says that the tensor cores were serialized."""
-    make = delta_program if case.startswith("delta") else packed_program if "r" in case else program
-    run, arrays = make(*CASES[case], placed)
+    run, arrays = program_of(case, placed)
     _Limit.asked.clear()
     with captured() as text, use_abstract_mesh(H100):
         jax.jit(run).lower(*arrays).compile()
@@ -160,7 +207,7 @@ def kernels(case: str, placed: Any) -> Iterator[dict[str, Any]]:
 def main() -> None:
     mosaic._SMEM_SIZE_BOUND = _Limit(hopper.SMEM_BYTES)
     placed = SingleDeviceSharding(Target.of("h100:1").devices[0])
-    for case in sys.argv[1:] or CASES:
+    for case in sys.argv[1:] or CASES | RECURRENCES | FLOWS:
         for found in kernels(case, placed):
             print(json.dumps(found), flush=True)
 

@@ -1,0 +1,158 @@
+"""Recurrences in `benchmarks.kernels`: cases, and who computes them: our kernels, XLA, and fla's Triton kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+PEERS = ("ours", "xla", "fla")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recurrence:
+    """One recurrence: shapes as in `kernels_pallas.linear_recurrence` or, without decay, `.flow_attention`.
+
+    Attributes:
+      op: linear_recurrence, delta_rule (decay: data), or flow_attention.
+      decay: none, constant (a number per head), or data (one per position and head).
+      packed: rows are documents T / 8 long.
+    """
+
+    name: str
+    op: str
+    B: int
+    T: int
+    H: int
+    d: int
+    e: int
+    decay: str = "none"
+    packed: bool = False
+
+    peers = PEERS
+
+    @property
+    def family(self) -> tuple[Any, ...]:
+        """What a case that is wrong says of others."""
+        return self.op, self.d, self.e
+
+    def tiny(self) -> Recurrence:
+        """The same in small, to try a program where it would take too long."""
+        return dataclasses.replace(self, B=1, T=72, H=1)
+
+    def flops(self, backward: bool) -> float:
+        """Of the products of a chunk of 64, forward, or forward and backward by 3 d + 2 e and five states; of the delta
+        rule, of reading, writing and asking a state once a position, and twice as much backward."""
+        if self.op == "delta_rule":
+            return (18.0 if backward else 6.0) * self.B * self.T * self.H * self.d * self.e
+        pairs, states = 64 * (self.d + self.e), 2 * self.d * self.e
+        if backward:
+            pairs, states = pairs + 64 * (3 * self.d + 2 * self.e), states + 5 * self.d * self.e
+        return 2.0 * self.B * self.T * self.H * (pairs + states)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of q, k, u, do and what there is of log_decay and beta."""
+        positions = self.B, self.T, self.H
+        keys, values = (*positions, self.d), (*positions, self.e)
+        decay = {"none": {}, "constant": {"log_decay": (self.H,)}, "data": {"log_decay": positions}}[self.decay]
+        beta = {"beta": positions} if self.op == "delta_rule" else {}
+        return {"q": keys, "k": keys, "u": values, "do": values} | decay | beta
+
+    def documents(self) -> np.ndarray | None:
+        """The number of each position's document, int32 [B, T]."""
+        number = np.arange(self.T, dtype=np.int32) // max(self.T // 8, 1)
+        return np.broadcast_to(number, (self.B, self.T)) if self.packed else None
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """float32, the same whenever and by whomever they are asked for; features of flow attention are positive."""
+        rng = np.random.default_rng(0)
+        found = {name: rng.standard_normal(shape, np.float32) for name, shape in self.shapes().items()}
+        if self.op == "flow_attention":
+            found |= {name: 1 / (1 + np.exp(-found[name])) for name in "qk"}
+        if self.op == "delta_rule":
+            found |= {name: found[name] / np.linalg.norm(found[name], axis=-1, keepdims=True) for name in "qk"}
+            found["beta"] = 1 / (1 + np.exp(-found["beta"]))
+        if self.decay != "none":
+            found["log_decay"] = -np.abs(found["log_decay"]) / 10
+        return found
+
+
+# Every width for which blocks are shipped, at a length that fills no chunk.
+PARITY = [
+    *(Recurrence(f"linear {d}/{e} {decay}", "linear_recurrence", 2, 1000, 4, d, e, decay)
+      for d, e, decay in ((64, 64, "constant"), (128, 128, "data"), (128, 129, "none"), (256, 256, "data"))),
+    *(Recurrence(f"flow {d}/{d}", "flow_attention", 2, 1000, 4, d, d) for d in (64, 128)),
+    *(Recurrence(f"delta rule {d}/{e} packed", "delta_rule", 2, 1000, 4, d, e, "data", True)
+      for d, e in ((64, 64), (128, 128), (128, 256))),
+]  # fmt: skip
+TIMED = [
+    Recurrence("linear 128 data", "linear_recurrence", 4, 8192, 16, 128, 128, "data"),
+    Recurrence("linear 128 constant", "linear_recurrence", 4, 8192, 16, 128, 128, "constant"),
+    Recurrence("linear 64 data", "linear_recurrence", 4, 8192, 32, 64, 64, "data"),
+    Recurrence("linear 128/129", "linear_recurrence", 4, 8192, 16, 128, 129),
+    Recurrence("linear 256 data", "linear_recurrence", 4, 8192, 8, 256, 256, "data"),
+    Recurrence("flow 128", "flow_attention", 4, 8192, 16, 128, 128),
+    Recurrence("delta rule 128", "delta_rule", 4, 8192, 16, 128, 128, "data"),
+    Recurrence("delta rule 128 packed", "delta_rule", 4, 8192, 16, 128, 128, "data", True),
+    Recurrence("delta rule 64", "delta_rule", 4, 8192, 32, 64, 64, "data"),
+    Recurrence("delta rule 128/256", "delta_rule", 4, 8192, 8, 128, 256, "data"),
+]
+
+
+def in_jax(case: Recurrence, impl: str) -> Callable[..., Any]:
+    """o as a function of the arrays but do, by an implementation of the op in attnlab."""
+    documents = case.documents()
+    if case.op == "flow_attention":
+        from attnlab.ops.flow_attention import flow_attention
+        from attnlab.ops.flow_definition import FlowRule
+
+        return lambda q, k, u: flow_attention(q, k, u, FlowRule(), causal=True, documents=documents, impl=impl).o
+    if case.op == "delta_rule":
+        from attnlab.ops.delta_rule import delta_rule
+
+        return lambda q, k, u, log_decay, beta: delta_rule(
+            q, k, u, log_decay, beta, documents_BT=documents, impl=impl
+        )[0]
+    from attnlab.ops.linear_recurrence import linear_recurrence
+
+    return lambda q, k, u, log_decay=None: linear_recurrence(
+        q, k, u, log_decay=log_decay, documents_BT=documents, impl=impl
+    )[0]
+
+
+def in_fla(case: Recurrence) -> Callable[..., Any] | str:
+    """As `in_jax`, of torch tensors, by the kernels of flash-linear-attention; or why not."""
+    if case.op == "delta_rule":
+        return _delta_in_fla(case)
+    if case.op != "linear_recurrence" or case.packed:
+        return f"fla has no {case.op}{' that is packed, here' * case.packed}"
+    if case.decay == "none":
+        from fla.ops.linear_attn import chunk_linear_attn
+
+        return lambda q, k, u: chunk_linear_attn(q, k, u, scale=1.0, normalize=False)[0]
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    if case.decay == "constant":
+        return lambda q, k, u, log_decay: chunk_simple_gla(q, k, u, g_gamma=log_decay, scale=1.0)[0]
+    return lambda q, k, u, log_decay: chunk_simple_gla(q, k, u, g=log_decay, scale=1.0)[0]
+
+
+def _delta_in_fla(case: Recurrence) -> Callable[..., Any]:
+    """Documents are its sequences of any length, one behind the other."""
+    import torch
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    if not case.packed:
+        return lambda q, k, u, log_decay, beta: chunk_gated_delta_rule(q, k, u, log_decay, beta, scale=1.0)[0]
+    number = case.documents()[0]
+    first = np.flatnonzero(np.diff(number, prepend=-1))
+    bounds = torch.tensor([*(b * case.T + t for b in range(case.B) for t in first), case.B * case.T], device="cuda")
+    joined = lambda x: x.reshape(1, case.B * case.T, *x.shape[2:])
+
+    def run(q, k, u, log_decay, beta):
+        rows = map(joined, (q, k, u, log_decay, beta))
+        return chunk_gated_delta_rule(*rows, scale=1.0, cu_seqlens=bounds)[0].reshape(u.shape)
+
+    return run

@@ -1,0 +1,36 @@
+"""The Hopper kernels of recurrences by the real ptxas, with no GPU: no spills, no serialized tensor cores."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from kernels_pallas import hopper
+from tests.kernels_pallas.test_flash_gpu_compile import absent
+
+SWEEPS = [f"linear_recurrence_{name}" for name in ("backward_keys", "backward_queries", "backward_values", "forward")]
+KERNELS = {
+    "recurrence 128/128 aps": SWEEPS,
+    "recurrence 256/256 aps": SWEEPS,
+    "flow 128/128 ps": ["flow_forward"],
+}
+
+SPILLS = {"flow 128/128 ps": 16}  # bytes: addresses, read again once a chunk
+
+
+@pytest.mark.skipif(absent() is not None, reason=str(absent()))
+def test_compiles_without_spills():
+    """The widest heads, with everything: forward and backward; memory that two of flow's blocks need not share."""
+    command = [sys.executable, "-m", "tests.kernels_pallas.ahead_of_time", *KERNELS]
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert {case: sorted(x["kernel"] for x in found if x["case"] == case) for case in KERNELS} == KERNELS
+    for kernel in found:
+        assert not kernel["serialized"] and kernel["spills"] <= SPILLS.get(kernel["case"], 0), kernel
+        assert kernel["shared_memory"] <= hopper.SMEM_BYTES, kernel

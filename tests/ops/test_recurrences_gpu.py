@@ -1,0 +1,132 @@
+"""Our kernels as implementations of recurrences on a GPU: chosen by auto on Hopper, and what the program is."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import use_abstract_mesh
+
+from attnlab.errors import UserError
+from attnlab.ops import attention_flash, dispatch, flow_kernel, recurrence_kernel
+from attnlab.ops.feature_maps import Taylor
+from attnlab.ops.flow_attention import FLOW_ATTENTION, flow_attention
+from attnlab.ops.flow_definition import FlowRule, FlowState
+from attnlab.ops.linear_recurrence import LINEAR_RECURRENCE, RecurrenceSpec, linear_recurrence
+from attnlab.parallel import partition
+from attnlab.train import sharding
+from attnlab.train.config import MeshConfig
+from tests.ops.devices import on
+from tests.ops.test_attention_flash_gpu import H100, KIND
+from tests.ops.test_flow_kernel import SPEC as FLOW
+from tests.ops.test_recurrence_kernel import spec
+
+B, T, H, D = 2, 200, 2, 64
+DOCUMENTS = jnp.arange(T)[None].repeat(B, 0) // 90
+SWEEPS = {"forward", "backward_queries", "backward_keys", "backward_values"}
+
+
+@pytest.mark.parametrize(
+    "op, spec, refused",
+    [
+        (LINEAR_RECURRENCE, spec(), {"head widths are at most 256": {"width": 264}}),
+        (FLOW_ATTENTION, FLOW, {"at most 128, not 192": {"width": 192}, "causal=False is not": {"causal": False}}),
+    ],
+    ids=["recurrence", "flow"],
+)
+def test_auto(op, spec, refused):
+    """On Hopper the kernel; XLA's form takes short rows, float32, what is too wide, other GPUs, each for a reason."""
+    with on(KIND, "gpu"):
+        assert op.pick(spec) == "pallas"
+        short = {"positions": 64} if isinstance(spec, RecurrenceSpec) else {"sinks": 64, "sources": 64}
+        assert op.pick(dataclasses.replace(spec, **short)) == "chunked"
+        for reason, changes in (refused | {"bfloat16, not float32": {"dtype": "float32"}}).items():
+            changed = dataclasses.replace(spec, **changes)
+            assert op.pick(changed) == "chunked"
+            with pytest.raises(UserError, match=reason):
+                op.pick(changed, "pallas")
+    with on("NVIDIA A100-SXM4-80GB", "gpu"), pytest.raises(UserError, match="for Hopper, not NVIDIA A100"):
+        op.pick(spec, "pallas")
+
+
+def program(f, *shapes, lower=True):
+    """What f and its gradient are traced or lowered to for an H100, and the FLOPs of chosen kernels, by name."""
+
+    def run(*arrays):
+        out, vjp = jax.vjp(f, *arrays)
+        return out, vjp(jax.tree.map(jnp.ones_like, out))
+
+    with on(KIND, "gpu"), dispatch.recording() as chosen, use_abstract_mesh(H100):
+        traced = jax.jit(run).trace(*shapes)
+        lowered = traced.lower(lowering_platforms=("cuda",)).as_text(debug_info=True) if lower else str(traced.jaxpr)
+    flops = {name: x for choice in chosen.choices for name, x in choice.kernel_flops.items()}
+    return lowered, flops
+
+
+def test_the_recurrence_is_the_program():
+    """Documents, a state in and out, a decay, at a length that fills no chunk: its four sweeps, and no other form."""
+    of = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
+    x, state, decay = of(B, T, H, D), of(B, H, D, D, dtype=jnp.float32), of(B, T, H, dtype=jnp.float32)
+    run = lambda q, k, u, a, s: linear_recurrence(q, k, u, log_decay=a, documents_BT=DOCUMENTS, state_BHde=s)
+    text, flops = program(run, x, x, x, decay, state)
+    assert set(re.findall(r"\blinear_recurrence_((?:forward|backward)\w*)", text)) == SWEEPS
+    assert "mosaic_gpu" in text
+    each = 2 * B * T * H * (64 * 2 * D + 2 * D * D)
+    assert flops == {f"linear_recurrence_{name}": each for name in SWEEPS}
+
+
+def test_features_are_made_before():
+    """Of queries and keys of width 16 they are 153, which is what the kernel takes; 273 are too many for it."""
+    x, u = (jax.ShapeDtypeStruct((B, T, H, w), jnp.bfloat16) for w in (16, 65))
+    text, flops = program(lambda q, k, u: linear_recurrence(q, k, u, features=Taylor(16)), x, x, u, lower=False)
+    assert SWEEPS == set(re.findall(r"\blinear_recurrence_((?:forward|backward)\w*)", text))
+    assert flops["linear_recurrence_forward"] == 2 * B * T * H * (64 * (153 + 65) + 2 * 153 * 65)
+    with on(KIND, "gpu"):
+        assert LINEAR_RECURRENCE.pick(spec(width=16, features=Taylor(16, symmetric=False))) == "chunked"
+
+
+def test_flow_is_the_program():
+    """Its kernel forward; of the gradient the output's sweeps are the recurrence's kernel."""
+    x = jax.ShapeDtypeStruct((B, T, H, D), jnp.bfloat16)
+    run = lambda q, k, v: flow_attention(q, k, v, FlowRule(), causal=True, documents=DOCUMENTS).o
+    text, flops = program(run, x, x, x, lower=False)
+    assert "flow_forward" in text and SWEEPS - {"forward"} < set(
+        re.findall(r"\blinear_recurrence_((?:forward|backward)\w*)", text)
+    )
+    assert flops["flow_forward"] == 2 * B * T * H * (64 * 3 * D + 2 * D * D)
+    assert flops.keys() == {"flow_forward"} | {f"linear_recurrence_{name}" for name in SWEEPS}
+
+
+def test_flows_gradient_is_that_of_the_op(monkeypatch):
+    """By stand-ins for kernels, in float32, rows split over two devices: of outputs, flows and state, with respect to
+    all of it."""
+    rule, rng, length = FlowRule(epsilon=1e-2), np.random.default_rng(0), 40
+    feature = lambda *shape: jnp.asarray(rng.uniform(0.1, 1, shape), jnp.float32)
+    q, k, v = feature(B, length, H, 8), feature(B, length, H, 8), feature(B, length, H, 8) - 0.5
+    vectors = [feature(B, H, 8) * 5 for _ in range(4)]
+    state = FlowState(jnp.full(B, 5, jnp.int32), *vectors, feature(B, H) * 5, None, feature(B, H, 8, 8))
+    documents = jnp.arange(length)[None].repeat(B, 0) // 30
+    definition = FLOW_ATTENTION.table["definition"].run
+    options = dict(rule=rule, causal=True, chunk=16)
+    monkeypatch.setattr(attention_flash, "kernel_platform", lambda: "cuda")
+    monkeypatch.setattr(flow_kernel, "_by_kernels", lambda rule, interpret, *arrays: definition(*arrays, **options))
+    monkeypatch.setattr(recurrence_kernel, "run", LINEAR_RECURRENCE.table["definition"].run)
+
+    def gradients(impl):
+        def loss(q, k, v, state):
+            out = flow_attention(q, k, v, rule, causal=True, documents=documents, state=state, chunk=16, impl=impl)
+            return sum(jnp.sum(jnp.sin(jnp.arange(x.size)).reshape(x.shape) * x) for x in jax.tree.leaves(out))
+
+        return jax.grad(loss, (0, 1, 2, 3), allow_int=True)(q, k, v, state)
+
+    devices = sharding.make_mesh(MeshConfig(data=2, fsdp=1), B)
+    with dispatch.interpreted():
+        found = jax.jit(partition.traced(lambda: gradients("pallas"), devices, sharding.ACTIVATION_RULES))()
+    expected = jax.jit(lambda: gradients("definition"))()
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        if x.dtype != jax.dtypes.float0:
+            np.testing.assert_allclose(x, y, atol=1e-4 * np.abs(y).max())
