@@ -22,6 +22,7 @@ from typing import Any
 from attnlab.launch import (
     llo,
     schedules,
+    schedules_cross_entropy,
     schedules_delta_rule,
     schedules_flow,
     schedules_linear_recurrence,
@@ -33,7 +34,13 @@ SHAPE = Shape()
 LENGTHS = (4096, 16384)  # of the estimates
 SPLASH_TILES = (512, 1024)
 GROWTH, CHECKED = 0.05, ("full", "masked", "bundles", "spills", "kernel_bundles", "vmem")
-FAMILIES = (schedules_linear_recurrence, schedules_delta_rule, schedules_flow, schedules_neural_memory)
+FAMILIES = (
+    schedules_linear_recurrence,
+    schedules_delta_rule,
+    schedules_flow,
+    schedules_neural_memory,
+    schedules_cross_entropy,
+)
 RECURRENCES = {f"{m.NAME}: {case}": (m, case) for m in FAMILIES for case in m.CASES}
 Fact = tuple[str, str, dict[str, Any]]
 CASES = {
