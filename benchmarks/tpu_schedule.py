@@ -23,6 +23,7 @@ from attnlab.launch import (
     llo,
     schedules,
     schedules_agent,
+    schedules_cross_entropy,
     schedules_delta_rule,
     schedules_flow,
     schedules_linear_recurrence,
@@ -42,6 +43,7 @@ FAMILIES = (
     schedules_neural_memory,
     schedules_agent,
     schedules_local_linear,
+    schedules_cross_entropy,
 )
 RECURRENCES = {f"{m.NAME}: {case}": (m, case) for m in FAMILIES for case in m.CASES}
 Fact = tuple[str, str, dict[str, Any]]

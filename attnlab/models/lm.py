@@ -23,7 +23,6 @@ from attnlab.models.scores import Scores, sums_of_scores
 from attnlab.models.transformer import StackConfig, Transformer, extend
 from attnlab.ops.cross_entropy import cross_entropy, likeliest
 from attnlab.ops.linear import project
-from attnlab.parallel import partition
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +56,7 @@ class LanguageModel(Objective):
     """
 
     Config = LanguageModelConfig
-    options = ("z_loss", "loss_chunk")
+    options = ("z_loss", "loss_chunk", "loss_impl")
     decodes = True
 
     def __init__(self, config: LanguageModelConfig, *, rngs: nnx.Rngs):
@@ -91,9 +90,9 @@ class LanguageModel(Objective):
         """Cross-entropy, a mean over tokens by their weights.
 
         Options: `z_loss`, coefficient of the mean squared log-partition (Chowdhery et al. 2022, PaLM, section 5), and
-        `loss_chunk`, columns of the vocabulary held at a time.
+        `loss_chunk` and `loss_impl`, of `attnlab.ops.cross_entropy.cross_entropy`.
         """
-        nll, lse, out = self.token_losses(batch, key, chunk=options["loss_chunk"])
+        nll, lse, out = self.token_losses(batch, key, chunk=options["loss_chunk"], impl=options["loss_impl"])
         losses = {"loss": jnp.sum(nll)}
         if options["z_loss"]:
             losses["z_loss"] = options["z_loss"] * jnp.sum(lse * lse)
@@ -102,7 +101,7 @@ class LanguageModel(Objective):
 
     def evaluate(self, batch: Batch, options: Mapping[str, Any]) -> dict[str, jax.Array]:
         """`nll` and `tokens` [T] by position in the row's document; with weights, also what `Scores` is made of."""
-        nll, _, out = self.token_losses(batch, chunk=options["loss_chunk"])
+        nll, _, out = self.token_losses(batch, chunk=options["loss_chunk"], impl=options["loss_impl"])
         weights = self.weights(batch)
         by_position = lambda values: jnp.zeros((nll.shape[1],), nll.dtype).at[batch["positions"]].add(values)
         sums = {"nll": by_position(nll), "tokens": by_position(weights)}
@@ -148,30 +147,21 @@ class LanguageModel(Objective):
         return used * batch["weights"] if "weights" in batch else used
 
     def token_losses(
-        self, batch: Batch, key: jax.Array | None = None, *, chunk: int = 8192
+        self, batch: Batch, key: jax.Array | None = None, *, chunk: int = 8192, impl: str = "auto"
     ) -> tuple[jax.Array, jax.Array, mixers.MixerOutput]:
         """Losses of a batch of packed documents.
 
         Args:
           batch: arrays of `batch_spec`; segment 0 is padding.
           key: turns dropout on.
-          chunk: columns of the vocabulary held at a time.
+          chunk, impl: of `attnlab.ops.cross_entropy.cross_entropy`.
 
         Returns:
           nll_BT in nats, lse_BT (both by their weights: 0 on padding), and the output of `hidden`.
         """
         out = self.encoded(self.embedded(batch), self.sequence(batch), key)
-        shape, weights = batch["targets"].shape, self.weights(batch)
-        # One axis of rows, unless both are split over devices: that could not be told of one.
-        rows = shape if partition.ways("seq") > 1 else (-1,)
-        nll, lse = cross_entropy(
-            out.y.reshape(*rows, self.config.width),
-            self.output_kernel(),
-            batch["targets"].reshape(rows),
-            weights.reshape(rows),
-            chunk,
-        )
-        return nll.reshape(shape), lse.reshape(shape), out
+        nll, lse = cross_entropy(out.y, self.output_kernel(), batch["targets"], self.weights(batch), chunk, impl)
+        return nll, lse, out
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., V] fp32 logits of normalised hidden states [..., D]."""

@@ -1,35 +1,90 @@
-"""Cross-entropy over a vocabulary that is never held whole."""
+"""Cross-entropy over a vocabulary that is never held whole.
+
+Shapes: `N` rows, several axes among them, `D` width, `V` vocabulary. Where the vocabulary is split over devices each
+computes what its columns say, and what they exchange is two numbers a row.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from attnlab.ops import cross_entropy_kernel
+from attnlab.ops.dispatch import Implementation, Op
 from attnlab.ops.linear import project
+from attnlab.parallel import partition
+from attnlab.parallel.sequence_parallel import SequenceParallel
+
+Statistics = tuple[jax.Array, jax.Array]  # log-partitions of rows, and logits of their targets, 0 where there is none
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def cross_entropy(
-    hidden_ND: jax.Array, kernel_DV: jax.Array, targets_N: jax.Array, weights_N: jax.Array, chunk: int = 8192
-) -> tuple[jax.Array, jax.Array]:
+    hidden_ND: jax.Array,
+    kernel_DV: jax.Array,
+    targets_N: jax.Array,
+    weights_N: jax.Array,
+    chunk: int = 8192,
+    impl: str = "auto",
+) -> Statistics:
     """Negative log-likelihood and log-partition of `softmax(hidden @ kernel)`, a chunk of the vocabulary at a time.
 
     Logits, statistics and gradients' sums are fp32 (fp64 for fp64 inputs); the products take the inputs as they are.
 
     Args:
-      hidden_ND: final hidden states; here and below N may be several axes.
+      hidden_ND: final hidden states; N is one axis, or two: sequences and their positions.
       kernel_DV: output projection.
       targets_N: int32, the right token; any value where the weight is 0.
       weights_N: weight of each position; positions of weight 0 give 0 and pass no gradient.
-      chunk: columns of the vocabulary held at a time.
+      chunk: columns of the vocabulary that a product makes; the kernels' tiles are their own.
+      impl: "auto" or a name in `CROSS_ENTROPY.table`.
 
     Returns:
       nll_N, weights * (lse - logit[target]), in nats, and lse_N, weights * log-sum-exp of the logits. `weights` and
       `targets` get no gradient.
+
+    Raises:
+      UserError: the implementation cannot serve.
     """
-    return _forward(hidden_ND, kernel_DV, targets_N, weights_N, chunk)[0]
+    used, weights = weights_N != 0, jax.lax.stop_gradient(weights_N)
+    # Nothing of an unused row, not even NaN, reaches the kernel's gradient.
+    hidden = jnp.where(used[..., None], hidden_ND, 0)
+    rows = ("batch", "seq")[: targets_N.ndim]
+    lse, right = CROSS_ENTROPY(
+        hidden,
+        kernel_DV,
+        targets_N,
+        axes=((*rows, None), (None, "vocab"), rows),
+        out_axes=[rows, rows],
+        impl=impl,
+        chunk=chunk,
+    )
+    return jnp.where(used, weights * (lse - right), 0), jnp.where(used, weights * lse, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossEntropySpec:
+    """The static facts by which an implementation is chosen: of a device's rows, and its columns of the vocabulary."""
+
+    rows: int
+    width: int
+    columns: int
+    dtype: str
+    chunk: int
+
+    def __str__(self) -> str:
+        return f"N{self.rows} D{self.width} V{self.columns} C{self.chunk} {self.dtype}"
+
+    @classmethod
+    def of(cls, exchange: SequenceParallel | None, hidden, kernel, targets, *, chunk: int) -> CrossEntropySpec:
+        """Of the arrays of a device."""
+        del exchange  # rows know nothing of each other
+        return cls(math.prod(targets.shape), *kernel.shape, str(hidden.dtype), chunk)
 
 
 def _chunks(vocab: int, chunk: int) -> list[tuple[int, int]]:
@@ -41,11 +96,20 @@ def _logits(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
     return project(hidden, kernel.astype(hidden.dtype), dtype)
 
 
-def _forward(hidden, kernel, targets, weights, chunk):
-    used = weights != 0
-    hidden = jnp.where(
-        used[..., None], hidden, 0
-    )  # nothing of an unused row, not even NaN, reaches the kernel's gradient
+def definition(hidden, kernel, targets, *, chunk: int) -> Statistics:
+    """All logits at once; `chunk` plays no part."""
+    del chunk
+    logits = _logits(hidden, kernel)
+    here = jnp.arange(kernel.shape[1]) == targets[..., None]
+    return jax.nn.logsumexp(logits, axis=-1), jnp.sum(jnp.where(here, logits, 0), axis=-1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _chunked(hidden, kernel, targets, chunk: int) -> Statistics:
+    return _chunked_forward(hidden, kernel, targets, chunk)[0]
+
+
+def _chunked_forward(hidden, kernel, targets, chunk):
     n, dtype = hidden.shape[:-1], jnp.promote_types(hidden.dtype, jnp.float32)
     peak = jnp.full(n, -jnp.inf, dtype)
     total = jnp.zeros(n, dtype)
@@ -58,27 +122,69 @@ def _forward(hidden, kernel, targets, weights, chunk):
         here = jnp.arange(lo, hi) == targets[..., None]
         right = right + jnp.sum(jnp.where(here, logits, 0), axis=-1)
     lse = peak + jnp.log(total)
-    outputs = (jnp.where(used, weights * (lse - right), 0), jnp.where(used, weights * lse, 0))
-    return outputs, (hidden, kernel, targets, weights, lse)
+    return (lse, right), (hidden, kernel, targets, lse)
 
 
-def _backward(chunk, residuals, cotangents):
-    hidden, kernel, targets, weights, lse = residuals
-    d_nll, d_lse = (c * weights for c in cotangents)
+def _chunked_backward(chunk, residuals, cotangents):
+    hidden, kernel, targets, lse = residuals
+    d_lse, d_right = cotangents
     d_hidden = jnp.zeros(hidden.shape, lse.dtype)
     d_kernel, rows = [], tuple(range(hidden.ndim - 1))
     for lo, hi in _chunks(kernel.shape[1], chunk):
         columns = kernel[:, lo:hi]
         p = jnp.exp(_logits(hidden, columns) - lse[..., None])
         here = jnp.arange(lo, hi) == targets[..., None]
-        d_logits = ((d_nll + d_lse)[..., None] * p - jnp.where(here, d_nll[..., None], 0)).astype(hidden.dtype)
+        d_logits = (d_lse[..., None] * p + jnp.where(here, d_right[..., None], 0)).astype(hidden.dtype)
         d_hidden = d_hidden + jnp.matmul(d_logits, columns.astype(hidden.dtype).T, preferred_element_type=lse.dtype)
         d_kernel.append(jnp.tensordot(hidden, d_logits, (rows, rows), preferred_element_type=lse.dtype))
     d_kernel = d_kernel[0] if len(d_kernel) == 1 else jnp.concatenate(d_kernel, axis=1)
-    return d_hidden.astype(hidden.dtype), d_kernel.astype(kernel.dtype), None, None
+    return d_hidden.astype(hidden.dtype), d_kernel.astype(kernel.dtype), None
 
 
-cross_entropy.defvjp(_forward, _backward)
+_chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def chunked(hidden, kernel, targets, *, chunk: int) -> Statistics:
+    """A chunk of columns at a time, forward and backward; rows are one axis."""
+    rows = hidden.shape[:-1]
+    lse, right = _chunked(hidden.reshape(-1, hidden.shape[-1]), kernel, targets.reshape(-1), chunk)
+    return lse.reshape(rows), right.reshape(rows)
+
+
+def _of_all_columns(run: Callable[..., Statistics]) -> Callable[..., Statistics]:
+    """`run` on a device's columns of the vocabulary, and what all devices' columns together say."""
+
+    @functools.wraps(run)
+    def whole(hidden, kernel, targets, **options: Any) -> Statistics:
+        split = partition.here("vocab")
+        if split is None:
+            return run(hidden, kernel, targets, **options)
+        lse, right = run(hidden, kernel, targets - jax.lax.axis_index(split.names) * kernel.shape[1], **options)
+        peak = jax.lax.pmax(jax.lax.stop_gradient(lse), split.names)
+        total = jax.lax.psum(jnp.exp(lse - peak), split.names)
+        return peak + jnp.log(total), jax.lax.psum(right, split.names)
+
+    return whole
+
+
+CROSS_ENTROPY = Op(
+    "cross_entropy",
+    CrossEntropySpec.of,
+    {
+        "definition": Implementation(_of_all_columns(definition)),
+        "chunked": Implementation(_of_all_columns(chunked)),
+        "pallas": Implementation(
+            _of_all_columns(cross_entropy_kernel.run),
+            cross_entropy_kernel.unsupported,
+            cross_entropy_kernel.worth,
+            platforms=("tpu",),
+            interpretable=True,
+            kernel_flops=cross_entropy_kernel.kernel_flops,
+        ),
+    },
+    preference=("pallas", "chunked"),
+    split=lambda chosen, exchange, *arrays, **options: chosen.run(*arrays, **options),
+)
 
 
 def likeliest(hidden_ND: jax.Array, kernel_DV: jax.Array, chunk: int = 8192) -> jax.Array:

@@ -11,6 +11,7 @@ from attnlab import config as config_lib
 from attnlab import data as data_lib
 from attnlab import models
 from attnlab import tasks as tasks  # registers generated data
+from attnlab.ops.cross_entropy import CROSS_ENTROPY
 from attnlab.train import optimizers, trackers
 
 
@@ -23,7 +24,8 @@ class TrainConfig:
       accumulate: micro-batches that a step's `data.batch` sequences are processed in.
       z_loss: of language models: coefficient of the mean squared log-partition (Chowdhery et al. 2022, PaLM,
         section 5); 0: off.
-      loss_chunk: of language models: columns of the vocabulary whose logits are held at a time.
+      loss_chunk: of language models: columns of the vocabulary whose logits a product makes.
+      loss_impl: of language models: how cross-entropy is computed: auto, definition, chunked or pallas.
       log_every: steps between logged lines.
       eval_every: steps between evaluations on held-out data, and one after the last step; 0: never.
       eval_batches: held-out batches of an evaluation; 0: all of them.
@@ -41,6 +43,7 @@ class TrainConfig:
     accumulate: int = 1
     z_loss: float = 0.0
     loss_chunk: int = 8192
+    loss_impl: str = "auto"
     log_every: int = 10
     eval_every: int = 250
     eval_batches: int = 16
@@ -68,6 +71,7 @@ class TrainConfig:
             value = getattr(self, key)
             config_lib.require(value >= least, f"train.{key}", value, f"{least} or more")
         config_lib.require(self.z_loss >= 0, "train.z_loss", self.z_loss, "0 or more")
+        config_lib.require_choice("train.loss_impl", self.loss_impl, list(CROSS_ENTROPY.names()))
         config_lib.require_choice("train.on_config_change", self.on_config_change, ["stop", "continue"])
         for name in self.trackers:
             config_lib.require_choice("train.trackers", name, list(trackers.TRACKERS))
@@ -206,7 +210,7 @@ class RunConfig:
 
 
 # Fields of `train` that some models' losses read and others know nothing of.
-_OPTIONS = ("z_loss", "loss_chunk")
+_OPTIONS = ("z_loss", "loss_chunk", "loss_impl")
 
 _FREE_KEYS = (
     "train.log_every",
@@ -228,7 +232,7 @@ def free_keys(config: RunConfig) -> tuple[str, ...]:
 
 def placement_keys(config: RunConfig) -> tuple[str, ...]:
     """Where and how a run is computed, which is for whoever has the devices to say; keys, and beginnings of keys."""
-    return "mesh.", *(f"model.{name}" for name in config.model.placement)
+    return "mesh.", "train.loss_impl", *(f"model.{name}" for name in config.model.placement)
 
 
 def load(spec: str, overrides: list[str]) -> RunConfig:

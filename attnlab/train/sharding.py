@@ -33,6 +33,7 @@ ACTIVATION_RULES: dict[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
+    "vocab": ("tensor",),
 }
 
 

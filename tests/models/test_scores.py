@@ -24,7 +24,7 @@ from attnlab.models.transformer import mixer_table
 from attnlab.models.vectors import VectorModelConfig
 from attnlab.ops.cross_entropy import likeliest
 
-OPTIONS = {"z_loss": 0.0, "loss_chunk": 7}
+OPTIONS = {"z_loss": 0.0, "loss_chunk": 7, "loss_impl": "auto"}
 B, T, V, D, N = 3, 6, 11, 8, 3
 
 

@@ -16,6 +16,7 @@ from attnlab.ops.agent import AGENT_ATTENTION, CAUSAL_AGENT_ATTENTION, causal_ag
 from attnlab.ops.attention import ATTENTION, ATTENTION_WITH_LSE, attention, attention_with_lse
 from attnlab.ops.attention_gated import GATED_ATTENTION, gated_attention
 from attnlab.ops.cached_attention import CACHED_ATTENTION, cached_attention
+from attnlab.ops.cross_entropy import CROSS_ENTROPY, cross_entropy
 from attnlab.ops.delta_rule import DELTA_RULE, delta_rule
 from attnlab.ops.dispatch import Op, interpreted
 from attnlab.ops.flow_attention import FLOW_ATTENTION, flow_attention
@@ -90,6 +91,15 @@ def _delta(impl: str) -> tuple[Callable, list[jax.Array]]:
     return lambda *a: delta_rule(*a, chunk=4, impl=impl), [q, k, v, -decay, beta]
 
 
+def _cross_entropy(impl: str) -> tuple[Callable, list[jax.Array]]:
+    """An odd vocabulary, rows that do not count, whose targets are nowhere, and weights."""
+    hidden, kernel = arrays(1, (2, 11, 16))[0], arrays(1, (16, 29), seed=1)[0]
+    targets = jnp.arange(22, dtype=jnp.int32).reshape(2, 11) * 7 % 29
+    weights = (jnp.arange(22.0) % 4 / 2).reshape(2, 11)
+    targets = jnp.where(weights == 0, -5, targets)
+    return lambda h, w: cross_entropy(h, w, targets, weights, 8, impl), [hidden, kernel]
+
+
 def _flow(causal: bool, impl: str) -> tuple[Callable, list[jax.Array]]:
     features = [jax.nn.sigmoid(x) for x in arrays(3, SHORT)]
     run = lambda *a: flow_attention(*a, FlowRule(), causal=causal, chunk=4, impl=impl).o
@@ -129,6 +139,7 @@ CASES: dict[str, tuple[Op, dict[str, Callable[[str], tuple[Callable, list[jax.Ar
         LINEAR_RECURRENCE,
         {"short": lambda impl: (lambda *a: linear_recurrence(*a, chunk=4, impl=impl), arrays(3, SHORT))},
     ),
+    "cross_entropy": (CROSS_ENTROPY, {"short": _cross_entropy}),
     "delta_rule": (DELTA_RULE, {"short": _delta}),
     "flow_attention": (FLOW_ATTENTION, {f"causal={c}": functools.partial(_flow, c) for c in (True, False)}),
     "neural_memory": (NEURAL_MEMORY, {f"chunk {C}": functools.partial(_memory, C) for C in (4, 16)}),

@@ -1,0 +1,65 @@
+"""Cross-entropy by our TPU kernels (`kernels_pallas.cross_entropy`): logits never leave the chip."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from attnlab.ops.recurrence_kernel import device_kind
+from attnlab.parallel import partition
+from kernels_pallas import tuning
+
+if TYPE_CHECKING:
+    from attnlab.ops.cross_entropy import CrossEntropySpec
+
+_ROWS = 128  # of fewer most of a tile is padding
+# XLA holds all logits from forward to backward and computes them once, the kernels twice. By the compiler's schedule
+# (docs/kernels.md) the kernels are shorter for hidden states up to such widths.
+_WIDEST = {"v5e": 256, "v5p": 256, "v6e": 1024, "tpu7x": 512}
+# Bytes of logits in float32 from which holding them, and that they fit at all, matters more.
+_HELD = {"v5e": 4 * 2**30, "v5p": 16 * 2**30, "v6e": 8 * 2**30, "tpu7x": 16 * 2**30}
+
+
+def _kernels() -> Any:
+    """Imported where they run: what has no kernels need not wait for Pallas, which takes longer than the rest here."""
+    from kernels_pallas import cross_entropy
+
+    return cross_entropy
+
+
+def unsupported(spec: CrossEntropySpec) -> str | None:
+    """Why the kernels cannot serve, or None."""
+    if spec.dtype not in ("bfloat16", "float32"):
+        return f"it computes bfloat16 and float32, not {spec.dtype}"
+    itemsize = 2 if spec.dtype == "bfloat16" else 4
+    if _kernels().default_sizes(spec.rows, spec.width, spec.columns, itemsize, device_kind()) is None:
+        return f"a tile of rows of width {spec.width} does not fit into fast memory"
+    return None
+
+
+def worth(spec: CrossEntropySpec) -> bool:
+    """Whether "auto" takes it: for narrow hidden states, and where logits are a large part of a device's memory."""
+    kind = device_kind()
+    if spec.rows < _ROWS or kind not in _WIDEST:
+        return False
+    return spec.width <= _WIDEST[kind] or 4 * spec.rows * spec.columns >= _HELD[kind]
+
+
+def kernel_flops(spec: CrossEntropySpec) -> dict[str, float]:
+    """FLOPs of one run of each kernel."""
+    return _kernels().kernel_flops(spec.rows, spec.width, spec.columns)
+
+
+def run(
+    hidden: jax.Array, kernel: jax.Array, targets: jax.Array, *, chunk: int, interpret: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """See `attnlab.ops.cross_entropy.Statistics`; `interpret` runs it as plain XLA, on any platform. Tiles are the
+    kernels' own."""
+    del chunk
+    rows = hidden.shape[:-1]
+    with tuning.device_kind(partition.device_kind()):
+        lse, logit = _kernels().cross_entropy(
+            hidden.reshape(-1, hidden.shape[-1]), kernel, targets.reshape(-1), interpret=interpret
+        )
+    return lse.reshape(rows), logit.reshape(rows)

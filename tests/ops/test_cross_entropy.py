@@ -1,0 +1,82 @@
+"""Cross-entropy's implementations: when each is chosen, and rows and vocabulary split over devices."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab import ops
+from attnlab.errors import UserError
+from attnlab.ops.cross_entropy import CROSS_ENTROPY, CrossEntropySpec, cross_entropy
+from attnlab.ops.dispatch import interpreted
+from attnlab.parallel import partition
+from attnlab.train import sharding
+from attnlab.train.config import MeshConfig
+from tests.ops.devices import on
+
+
+def spec(**changes):
+    return CrossEntropySpec(**(dict(rows=16384, width=2048, columns=32768, dtype="bfloat16", chunk=8192) | changes))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "impl"),
+    [
+        ("TPU v6e", {}, "chunked"),
+        ("TPU v6e", {"width": 512}, "pallas"),
+        ("TPU v6e", {"columns": 131072}, "pallas"),
+        ("TPU v6e", {"width": 512, "rows": 64}, "chunked"),
+        ("TPU v5e", {"columns": 65536}, "pallas"),
+        ("TPU v6e", {"width": 512, "dtype": "float64"}, "chunked"),
+    ],
+)
+def test_auto(kind, changes, impl):
+    """Kernels for narrow rows, and where logits are a quarter of the memory."""
+    with on(kind):
+        assert CROSS_ENTROPY.pick(spec(**changes)) == impl
+    assert CROSS_ENTROPY.pick(spec(**changes)) == "chunked"  # here
+
+
+def test_what_it_cannot_do_it_says():
+    with on("TPU v6e"):
+        for changes, said in (({"dtype": "float64"}, "not float64"), ({"width": 2**18}, "width 262144 does not fit")):
+            with pytest.raises(UserError, match=said):
+                CROSS_ENTROPY.pick(spec(**changes), "pallas")
+
+
+def test_kernel_flops():
+    """A product of every row with every column for the value, two for the forward and two for the backward."""
+    with on("TPU v6e"), ops.recording() as chosen:
+        CROSS_ENTROPY.choose(spec(), "pallas")
+    each = 2.0 * 16384 * 2048 * 32768
+    for name, products in (("value", 1), ("forward", 2), ("backward", 2)):
+        assert chosen.kernel_flops({f"cross_entropy_{name}.2": 1}) == products * each
+
+
+def value_and_gradients(impl, hidden, kernel, targets, weights):
+    def loss(hidden, kernel):
+        nll, lse = cross_entropy(hidden, kernel, targets, weights, 16, impl)
+        return jnp.sum(nll * jnp.arange(nll.size).reshape(nll.shape)) + jnp.sum(lse * lse)
+
+    return jax.value_and_grad(loss, (0, 1))(hidden, kernel)
+
+
+@pytest.mark.parametrize("mesh", [{"data": 2, "context": 2, "tensor": 2}, {"data": 1, "fsdp": 2, "tensor": 4}])
+def test_rows_and_vocabulary_split_over_devices(mesh):
+    """Each device has its rows and its columns; the same, by chunks and by the kernels."""
+    rng = np.random.default_rng(0)
+    hidden, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 6, 8), (8, 40)))
+    targets = jnp.asarray(rng.integers(0, 40, (2, 6)), jnp.int32)
+    weights = jnp.asarray([[1, 0.5, 0, 1, 2, 1], [0, 1, 1, 0, 1, 1]], jnp.float32)
+    inputs = hidden.at[0, 2].set(jnp.nan), kernel, jnp.where(weights == 0, 99, targets), weights
+    expected = jax.jit(lambda: value_and_gradients("definition", hidden, kernel, targets, weights))()
+    devices = sharding.make_mesh(MeshConfig(**mesh), 2, length=6)
+    for impl in ("chunked", "pallas"):
+        with interpreted(), ops.recording() as chosen:
+            run = lambda: value_and_gradients(impl, *inputs)
+            found = jax.jit(partition.traced(run, devices, sharding.ACTIVATION_RULES))()
+        columns, rows = 40 // mesh["tensor"], 12 // (devices.size // mesh["tensor"])
+        assert {(c.spec.rows, c.spec.columns) for c in chosen.choices} == {(rows, columns)}
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
