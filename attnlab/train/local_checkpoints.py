@@ -178,7 +178,9 @@ class LocalCheckpoints:
                 break
         content, host = self._collect(here, plan)
         step, lent = int(name.split("/")[0]), sorted((r, s) for s, r in plan if s != r)
-        tell(f"local checkpoint {step} is the newest" + "".join(f"; process {r} takes pieces from {s}" for r, s in lent))
+        tell(
+            f"local checkpoint {step} is the newest" + "".join(f"; process {r} takes pieces from {s}" for r, s in lent)
+        )
         return step, self._layout.place(content, self._index), host
 
     def resumed(self, step: int) -> None:

@@ -86,7 +86,9 @@ class Layout:
     def pull(self, state: Any, pieces: Sequence[Piece], process: int) -> list[np.ndarray]:
         """The content of pieces, as arrays of the host that nothing changes any more."""
         leaves, devices = jax.tree.leaves(state), self.devices[process]
-        shards = {leaf: {s.device: s.data for s in leaves[leaf].addressable_shards} for leaf in {p.leaf for p in pieces}}
+        shards = {
+            leaf: {s.device: s.data for s in leaves[leaf].addressable_shards} for leaf in {p.leaf for p in pieces}
+        }
         found = [shards[p.leaf][devices[p.rank]] for p in pieces]
         for shard in found:
             shard.copy_to_host_async()
@@ -165,9 +167,7 @@ class Layout:
     def _between(self, pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """Pairs of processes as pairs of the mesh's devices."""
         place = {device: i for i, device in enumerate(self.mesh.devices.flat)}
-        return [
-            (place[a], place[b]) for one, other in pairs for a, b in zip(self.devices[one], self.devices[other])
-        ]
+        return [(place[a], place[b]) for one, other in pairs for a, b in zip(self.devices[one], self.devices[other])]
 
     def _ring(self, specs: tuple[PartitionSpec, ...]) -> Any:
         count = len(self.devices)

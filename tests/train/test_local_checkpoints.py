@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pathlib
 import time
 
 import jax
@@ -156,7 +155,7 @@ def layout_of(processes, parts):
 )
 def test_what_one_loses_another_holds(processes, parts, passed):
     """Whatever the mesh, all pieces of any one process are with the others: in their own or in what was passed to them.
-    With two copies of the state nothing is passed; what one process needs of another it gets once, from one that has it."""
+    With two copies of the state nothing is passed; what a process needs it gets once, from one that has it."""
     layout = layout_of(processes, parts)
     assert [len(p) for p in layout.passed] == [passed] * processes
     local = LocalCheckpoints.__new__(LocalCheckpoints)
@@ -164,7 +163,9 @@ def test_what_one_loses_another_holds(processes, parts, passed):
     for lost in range(processes):
         plan, missing = local._sources([[] if p == lost else [p] for p in range(processes)])
         assert missing == ([lost] if processes == 1 else [])
-        given = [piece.key for (sender, to), pieces in plan.items() for piece in pieces if to == lost and sender != lost]
+        given = [
+            piece.key for (sender, to), pieces in plan.items() for piece in pieces if to == lost and sender != lost
+        ]
         if processes > 1:
             assert sorted(given) == sorted(p.key for p in layout.held[lost])
             assert {(s, r) for s, r in plan if s != r} == {(s, lost) for s, r in plan if r == lost}
@@ -187,9 +188,9 @@ def test_mistakes_are_told(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_host_that_lost_its_disk(tmp_path, monkeypatch):
-    """Arrays split over two processes; one dies after local checkpoint 8 and its disk is empty: it takes its pieces from
-    the other, and the next losses are those of a run that was never stopped. Then it is late, and named; then it hangs,
-    and both end with its name and where it is."""
+    """Arrays split over two processes; one dies after local checkpoint 8 and its disk is empty: it takes its pieces
+    from the other, and the next losses are those of a run that was never stopped. Then it is late, and named; then it
+    hangs, and both end with its name and where it is."""
     source = runs.corpus(tmp_path / "corpus")
     runs.run(runs.config(source, **SMALL), tmp_path / "alone")
     every = {"train__save_every": 6, "train__local_checkpoint_every": 2, "train__steps": 60}
