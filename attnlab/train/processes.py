@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import pathlib
 import signal
 import socket
 import sys
@@ -23,6 +24,7 @@ from attnlab import output
 from attnlab.train.config import ClusterConfig
 
 _PREFIX = "attnlab"
+_OURS = pathlib.Path(__file__).parents[1]
 _NAMED = 8  # processes that a reason names, at most
 
 
@@ -231,9 +233,9 @@ def _where() -> str:
     """The line of ours that the main thread is at: what a run that hangs was about to do."""
     frame = sys._current_frames().get(threading.main_thread().ident)
     while frame is not None:
-        path, package, module = frame.f_code.co_filename.rpartition("/attnlab/")
-        if package:
-            return f" at attnlab/{module}:{frame.f_lineno}, {frame.f_code.co_name}"
+        path = pathlib.Path(frame.f_code.co_filename)
+        if path.is_relative_to(_OURS):
+            return f" at attnlab/{path.relative_to(_OURS)}:{frame.f_lineno}, {frame.f_code.co_name}"
         frame = frame.f_back
     return ""
 

@@ -18,6 +18,7 @@ from attnlab.errors import UserError
 from attnlab.launch import cluster
 from attnlab.train.config import ClusterConfig
 from attnlab.train.processes import Processes
+from attnlab.train.stragglers import Stragglers
 from tests.train import runs
 from tests.train.pair import MESH, SMALL, TIMEOUT, Pair
 
@@ -226,7 +227,7 @@ def test_the_watch_names_the_silent_one(three):
 
 
 def test_the_watch_names_the_late_one(three):
-    """All alive and none gets on: those behind are named. While one gets on, nobody is."""
+    """All alive and none gets on: those behind are named, with what they do. While one gets on, nobody is."""
     store, watches, ended = three
     for watch in watches:
         watch.at_step(4)
@@ -235,7 +236,9 @@ def test_the_watch_names_the_late_one(three):
         watches[0].at_step(5)
     assert not ended
     watches[1].at_step(5)
-    assert "no step for 1 s; the last at step 4: process 2 on" in wait_for(ended, 3)[1]
+    watches[2].follow(lambda: "data_wait", lambda: 0.0)
+    said = wait_for(ended, 3)[1]
+    assert "no step for 1 s; the last at step 4: process 2 on" in said and said.endswith("(data_wait)")
 
 
 def test_the_watch_names_the_one_that_never_began(three):
@@ -247,6 +250,26 @@ def test_the_watch_names_the_one_that_never_began(three):
         watch.at_step(1)
     watches[2].working()
     assert "no step for 1 s; the last on its way to the first: process 2 on" in wait_for(ended, 3)[0]
+
+
+def test_who_holds_the_others_up(three):
+    """What hosts need themselves is compared, since they were last asked; a tenth of a step behind is worth a word."""
+    store, watches, ended = three
+    stragglers, took, busy = Stragglers(), (0.01, 0.02, 0.5), [0.0, 0.0, 0.0]
+    assert stragglers.spread({}) is None
+    for index, watch in enumerate(watches):
+        watch.follow(lambda: "step", lambda index=index: busy[index])
+    for step, spread in ((2, None), (6, "seen")):
+        busy[:] = [step * each for each in took]
+        for watch in watches:
+            watch.at_step(step)
+        time.sleep(0.15)
+        found = stragglers.spread(watches[0].lives())
+        assert (found is None) == (spread is None)
+    record = {"host_seconds_min": 0.01, "host_seconds_max": 0.5, "slowest_process": 2}
+    assert found.record() == pytest.approx(record) and not watches[1].lives()
+    assert found.note(1.0) == f"process 2 on {socket.gethostname()} is 0.485 s a step behind"
+    assert found.note(4.9) == found.note(None) == ""
 
 
 def test_long_work_in_a_step_is_no_hang(three):
