@@ -261,8 +261,8 @@ class _Run:
                     self._saved(step)
                     took = time.monotonic() - self.processes.heard
                     self._say(
-                        f"{stopping}: saved step {step}, {took:.1f} s after the notice; resume with the same command "
-                        f"(workdir {self.path})"
+                        f"{stopping}: saved step {step}; resume with the same command (workdir {self.path}); "
+                        f"it was saved {took:.1f} s after the notice"
                     )
                     return self._result(step, stopped=stopping)
             self._saved(c.steps)
