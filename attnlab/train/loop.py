@@ -251,7 +251,8 @@ class _Run:
                 # Asked once: what comes later acts at the next step.
                 stopping = self.processes.agree_to_stop(step, signals.name)
                 saving = step == c.steps or (c.save_every and step % c.save_every == 0) or stopping is not None
-                local = self.local is not None and step % c.local_checkpoint_every == 0
+                due = self.local is not None and (step % c.local_checkpoint_every == 0 or stopping is not None)
+                local = due and step < c.steps
                 if evaluating or saving or local:
                     evaluation = self._finish(*pending, evaluating=evaluating)
                     pending = None
@@ -277,6 +278,8 @@ class _Run:
     def _saved(self, step: int) -> None:
         """Waits for what is being saved."""
         with self._spent.during("save"):
+            if self.local is not None:
+                self.local.wait()
             self.checkpoints.wait()
         self._require_workdir()
         self._spent.write(step, now=True)
