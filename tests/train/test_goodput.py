@@ -97,7 +97,7 @@ def test_nested_compiling_counts_once(monkeypatch):
 
 def test_three_restarts(tmp_path, monkeypatch):
     """Of a run that fails three times the kinds sum to the time on the wall within 1 %; idle is when none was there."""
-    config = runs.config(runs.corpus(tmp_path / "corpus"), train__steps=16, train__save_every=3, train__eval_every=8)
+    config = runs.config(runs.corpus(tmp_path / "corpus"), train__steps=16, train__save_every=3, train__eval_every=0)
     at_step, fails, down, gone = Processes.at_step, [], [], []
 
     def failing(self, step):
@@ -123,8 +123,7 @@ def test_three_restarts(tmp_path, monkeypatch):
     assert abs(found["seconds"]["idle"] - sum(down)) < 0.02 * wall and min(found["seconds"].values()) >= 0
     assert [a["first_step"] for a in found["attempts"]] == [0, 3, 6, 12] and found["seconds"]["lost_steps"] > 0
     for attempt in found["attempts"]:
-        spent = attempt["seconds"]
-        assert spent["start_up"] + spent["compile"] <= attempt["to_first_step"] <= sum(spent.values())
+        assert attempt["seconds"]["start_up"] < attempt["to_first_step"] < sum(attempt["seconds"].values())
 
 
 def test_a_killed_run(tmp_path, monkeypatch):
