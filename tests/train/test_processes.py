@@ -260,7 +260,7 @@ def test_who_holds_the_others_up(three):
     for index, watch in enumerate(watches):
         watch.follow(lambda: "step", lambda index=index: busy[index])
     for step, spread in ((2, None), (6, "seen")):
-        busy[:] = [step * each for each in took]
+        busy[:] = [5 + (step - 2) * each for each in took]
         for watch in watches:
             watch.at_step(step)
         time.sleep(0.15)
