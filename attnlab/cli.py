@@ -69,6 +69,7 @@ def _start(args: argparse.Namespace, overrides: list[str]) -> None:
     from attnlab.launch import runtime
 
     runtime.quiet()
+    runtime.seldom_collect()
     if args.verb in ("list", "cost", "tokenizer", "report", "goodput"):  # a TPU serves one process at a time
         os.environ["JAX_PLATFORMS"] = "cpu"
     if args.verb == "train":  # before anything touches a device

@@ -2,10 +2,12 @@
 
 Saving: the same steps with and without digests, in processes that alternate. Restoring: attnlab's restore, which checks
 every byte, against orbax's own of the same checkpoint, one after the other. Digests alone: written and verified over
-files of `--gigabytes` in all, in the page cache where they fit.
+files of `--gigabytes` in all, in the page cache where they fit. With `--hosts` nothing of that, but one state saved by
+so many processes, on their own disks and in the workdir (`benchmarks.checkpoint_hosts`).
 
     python -m benchmarks.checkpoints
     python -m benchmarks.checkpoints --gigabytes 10 --require
+    python -m benchmarks.checkpoints --hosts 1,2,4
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import harness
+from benchmarks import checkpoint_hosts, harness
 
 _FILE_BYTES = 1 << 31  # what orbax makes at most
 
@@ -34,6 +36,8 @@ def main() -> int:
         _work(args)
         return 0
     facts = harness.machine()
+    if args.hosts:
+        return _hosts(args, facts)
     with tempfile.TemporaryDirectory(dir=args.directory) as directory:
         saving, undisturbed = _saving(args, directory)
         restoring = _restoring(args, pathlib.Path(directory))
@@ -62,11 +66,26 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=240, help="no round of saving starts later (240)")
     parser.add_argument("--restore-gigabytes", type=float, default=1.0, metavar="G", help="of the state restored (1)")
     parser.add_argument("--gigabytes", type=float, default=0, metavar="G", help="of files whose digests are timed (0)")
+    parser.add_argument("--hosts", type=lambda text: [int(n) for n in text.split(",")], metavar="N,N,..",
+                        help="processes that save one state together, --restore-gigabytes of it")  # fmt: skip
     parser.add_argument("--directory", help="where all is written; default: the system's for temporary files")
     parser.add_argument("--require", action="store_true", help="exit with 1 where a bar is missed")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--worker", choices=("digests", "none"), help=argparse.SUPPRESS)
     return parser
+
+
+def _hosts(args: argparse.Namespace, facts: dict[str, Any]) -> int:
+    with tempfile.TemporaryDirectory(dir=args.directory) as directory:
+        place = pathlib.Path(directory)
+        found = checkpoint_hosts.measure(args.hosts, args.restore_gigabytes, args.rounds, place)
+    if args.json:
+        print(json.dumps({"machine": facts, "hosts": found}))
+        return 0
+    columns, rows = checkpoint_hosts.table(found)
+    harness.print_table(columns, rows, f"saving {args.restore_gigabytes:g} GB, all processes on this machine")
+    harness.print_machine(facts, True)
+    return 0
 
 
 def _saving(args: argparse.Namespace, directory: str) -> tuple[dict[str, float], bool]:

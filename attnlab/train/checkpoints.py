@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import jax
-import orbax.checkpoint as ocp
 
 from attnlab.errors import Damaged, UserError
 from attnlab.train import digests, files, noise, workdir
+from attnlab.train.late import ocp
 from attnlab.train.processes import Processes
 from attnlab.train.state import TrainState
 

@@ -30,6 +30,8 @@ class TrainConfig:
       eval_every: steps between evaluations on held-out data, and one after the last step; 0: never.
       eval_batches: held-out batches of an evaluation; 0: all of them.
       save_every: steps between checkpoints, and one after the last step; 0: only that one.
+      local_checkpoint_every: steps between checkpoints on the hosts' own disks, beside those of `save_every`; 0: none.
+      local_checkpoint_dir: where on each host.
       keep: newest checkpoints that are kept; of those saved at an evaluation, the best by held-out loss is kept, too.
       sample_tokens: tokens of each sample that a language model writes to samples.txt after the last step; 0, or
         without evaluation: no samples.
@@ -48,6 +50,8 @@ class TrainConfig:
     eval_every: int = 250
     eval_batches: int = 16
     save_every: int = 250
+    local_checkpoint_every: int = 0
+    local_checkpoint_dir: str | None = None
     keep: int = 2
     sample_tokens: int = 256
     max_nonfinite: int = 10
@@ -64,12 +68,19 @@ class TrainConfig:
             ("eval_every", 0),
             ("eval_batches", 0),
             ("save_every", 0),
+            ("local_checkpoint_every", 0),
             ("keep", 1),
             ("sample_tokens", 0),
             ("max_nonfinite", 1),
         ):
             value = getattr(self, key)
             config_lib.require(value >= least, f"train.{key}", value, f"{least} or more")
+        config_lib.require(
+            not self.local_checkpoint_every or bool(self.local_checkpoint_dir),
+            "train.local_checkpoint_dir",
+            self.local_checkpoint_dir,
+            f"a directory on each host where train.local_checkpoint_every = {self.local_checkpoint_every}",
+        )
         config_lib.require(self.z_loss >= 0, "train.z_loss", self.z_loss, "0 or more")
         config_lib.require_choice("train.loss_impl", self.loss_impl, list(CROSS_ENTROPY.names()))
         config_lib.require_choice("train.on_config_change", self.on_config_change, ["stop", "continue"])
@@ -215,6 +226,8 @@ _OPTIONS = ("z_loss", "loss_chunk", "loss_impl")
 _FREE_KEYS = (
     "train.log_every",
     "train.save_every",
+    "train.local_checkpoint_every",
+    "train.local_checkpoint_dir",
     "train.keep",
     "train.profile",
     "train.max_nonfinite",

@@ -45,6 +45,33 @@ class Clock:
         self._path = None if path is None else path / FILE
         self._kind, self._since, self._written = "start_up", time.perf_counter(), -EVERY
         self._first, self._useful = self.began, 0.0
+        self._waited, self._to_first = 0.0, None
+
+    @property
+    def kind(self) -> str:
+        """What time is of now."""
+        return self._kind
+
+    def busy(self) -> float:
+        """Seconds in steps and waiting for data so far, without those that the host waited for its devices."""
+        self.enter(self._kind)
+        return self.seconds["step"] + self.seconds["data_wait"] - self._waited
+
+    @contextlib.contextmanager
+    def on_device(self) -> Iterator[None]:
+        """What runs inside is the devices' work, within whatever kind it is of; what compiles in it is not."""
+        self.enter(self._kind)
+        before = self.seconds[self._kind]
+        try:
+            yield
+        finally:
+            self.enter(self._kind)
+            self._waited += self.seconds[self._kind] - before
+
+    def first_step_done(self, step: int) -> None:
+        """The attempt's first step is computed; of when the next line tells."""
+        self._to_first = round(time.time() - self.began, 3)
+        self.write(step, now=True)
 
     def resumed(self, step: int) -> None:
         """The attempt goes on from this step: what earlier ones did after it is lost."""
@@ -88,17 +115,23 @@ class Clock:
         self.enter(self._kind)
         seconds = {kind: round(spent, 3) for kind, spent in self.seconds.items()}
         line = {"began": round(self.began, 3), "time": round(time.time(), 3), "step": step, "seconds": seconds}
+        if self._to_first is not None:
+            line["to_first_step"] = self._to_first
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self._written = time.perf_counter()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Attempt:
-    """One attempt's lines, in order: (time, step, seconds by kind since it began). The first is of where it goes on."""
+    """One attempt's lines, in order: (time, step, seconds by kind since it began). The first is of where it goes on.
+
+    `to_first_step`: seconds until its first step was computed; None if that never came.
+    """
 
     began: float
     lines: list[tuple[float, int, dict[str, float]]]
+    to_first_step: float | None = None
 
     @property
     def end(self) -> float:
@@ -127,7 +160,8 @@ def account(workdir: pathlib.Path) -> dict[str, Any]:
       seconds: by kind, `KINDS`, `lost_steps` and `idle`; together they are `wall`.
       wall: from the first attempt's beginning to the last line of the last.
       goodput: the share of `step`.
-      attempts: of each `began` (seconds since 1970), `first_step`, `last_step`, `seconds` by kind.
+      attempts: of each `began` (seconds since 1970), `first_step`, `last_step`, `seconds` by kind, and `to_first_step`,
+        seconds until its first step was computed, None if that never came.
 
     Raises:
       UserError: the directory holds no goodput.jsonl with a line in it.
@@ -148,7 +182,8 @@ def account(workdir: pathlib.Path) -> dict[str, Any]:
         if after is not None:
             total[IDLE] += after.began - attempt.end
         first, last = attempt.lines[0][1], attempt.lines[-1][1]
-        told.append({"began": attempt.began, "first_step": first, "last_step": last, "seconds": own})
+        about = {"began": attempt.began, "first_step": first, "last_step": last}
+        told.append(about | {"to_first_step": attempt.to_first_step, "seconds": own})
     wall = attempts[-1].end - attempts[0].began
     return {"goodput": total["step"] / wall if wall > 0 else 0.0, "wall": wall, "seconds": total, "attempts": told}
 
@@ -160,11 +195,15 @@ def tables(found: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]
     kinds = [[kind, f"{seconds:,.1f}", share(seconds)] for kind, seconds in found["seconds"].items()]
     when = lambda began: time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(began))
     attempts = [
-        [when(a["began"]), f"{a['first_step']:,}", f"{a['last_step']:,}", *(f"{s:,.1f}" for s in a["seconds"].values())]
+        [
+            when(a["began"]), f"{a['first_step']:,}", f"{a['last_step']:,}",
+            "-" if a["to_first_step"] is None else f"{a['to_first_step']:,.1f}",
+            *(f"{s:,.1f}" for s in a["seconds"].values()),
+        ]
         for a in found["attempts"]
-    ]
+    ]  # fmt: skip
     title = f"goodput {100 * found['goodput']:.1f} %: of {wall:,.1f} s, what went into steps that counted"
-    columns = ["attempt", "from step", "to step", *KINDS, LOST]
+    columns = ["attempt", "from step", "to step", "first step after", *KINDS, LOST]
     return [
         (title, ["kind", "seconds", "share"], [*kinds, ["all", f"{wall:,.1f}", share(wall)]]),
         ("seconds of each attempt", columns, attempts),
@@ -194,6 +233,7 @@ def _attempts(path: pathlib.Path) -> list[Attempt]:
         if not attempts or attempts[-1].began != began:
             attempts.append(Attempt(began, []))
         attempts[-1].lines.append(at)
+        attempts[-1].to_first_step = line.get("to_first_step")
     return attempts
 
 

@@ -15,7 +15,7 @@ import jax
 import rich.console
 
 from attnlab import config as config_lib
-from attnlab import memory, models, ops
+from attnlab import memory, models, ops, paths
 from attnlab.errors import TrainingFailed
 from attnlab.evaluate import samples
 from attnlab.evaluate.heldout import evaluate
@@ -24,10 +24,13 @@ from attnlab.train import goodput, metadata, optimizers, trackers, workdir
 from attnlab.train.checkpoints import Checkpoints, Host
 from attnlab.train.config import RunConfig
 from attnlab.train.hardware import PeakBytes, peak_flops, require_memory
+from attnlab.train.local_checkpoints import LocalCheckpoints, newest_of_both
 from attnlab.train.metrics import MetricLog, Progress, Report
+from attnlab.train.pieces import Layout
 from attnlab.train.processes import Processes
 from attnlab.train.program import Program, open_data
 from attnlab.train.state import TrainState
+from attnlab.train.stragglers import Stragglers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +143,8 @@ class _Run:
         clock: goodput.Clock,
     ):
         self.config, self.path, self.processes, self.checkpoints, self.held = config, path, processes, checkpoints, held
-        self._spent = clock
+        self._spent, self._stragglers = clock, Stragglers()
+        processes.follow(lambda: clock.kind, clock.busy)
         trackers.require(config.train.trackers)
         self._report, self._say = report, report.say
         self._held_at_most = PeakBytes()
@@ -167,6 +171,10 @@ class _Run:
                 f"the warm-up is {warmup} steps"
             )
         processes.meet()
+        self.local: LocalCheckpoints | None = None
+        if c.train.local_checkpoint_every:
+            place = pathlib.Path(paths.expand(c.train.local_checkpoint_dir))
+            self.local = LocalCheckpoints(place, path, Layout(self.mesh, self.program.state), processes)
         self.step, self.tokens, self.state = self._start()
 
         self._tracing = False
@@ -187,12 +195,11 @@ class _Run:
 
     def _start(self) -> tuple[int, int, TrainState]:
         """Step, tokens and state of the newest checkpoint, to whose place in the data the loader goes; or new ones."""
-        restore = lambda step: self.checkpoints.restore(step, self.program.state)
         with self._spent.during("restore"):
-            restored = self.checkpoints.newest(self._say, restore)
+            restored = newest_of_both(self.checkpoints, self.local, self.program.state, self._say)
         if restored is None:
             return 0, 0, self.program.init(self.config.seed)
-        step, (state, host) = restored
+        step, state, host = restored
         self.loader.set_state(host.data)
         self._say(f"resuming {self.path} at step {step}")
         return step, host.tokens, state
@@ -206,6 +213,8 @@ class _Run:
         with contextlib.ExitStack() as stack:
             stack.callback(self.trackers.close)
             stack.callback(self.checkpoints.close)
+            if self.local is not None:
+                stack.callback(self.local.close)
             self._spent.resumed(self.step)
             if self.log is not None:
                 stack.callback(self.log.close)
@@ -224,33 +233,42 @@ class _Run:
                     with self._spent.during("data_wait"):
                         batch = next(self.loader)
                     batch = self.program.put(batch)
-                    with ops.recording() as chosen:  # in what is traced: the first step
+                    with ops.recording() as chosen, self._spent.on_device():  # recorded is what is traced: the first
                         self.state, metrics = self.program.train_step(self.state, batch)
+                        if self._serial:
+                            jax.block_until_ready(self.state)
                     self.program.chosen = self.program.chosen or chosen.table()
-                    if self._serial:
-                        jax.block_until_ready(self.state)
                     # The metrics of a step are fetched while the next one runs: the host never makes the device wait.
                     if pending is not None:
                         self._finish(*pending)
                     pending = (step, metrics)
                 self.checkpoints.poll()
+                if self.local is not None:
+                    self.local.poll()
                 if step == first:
                     self._first_step_done(step, metrics)
                 evaluating = self.heldout is not None and (step % c.eval_every == 0 or step == c.steps)
                 # Asked once: what comes later acts at the next step.
                 stopping = self.processes.agree_to_stop(step, signals.name)
                 saving = step == c.steps or (c.save_every and step % c.save_every == 0) or stopping is not None
-                if evaluating or saving:
+                due = self.local is not None and (step % c.local_checkpoint_every == 0 or stopping is not None)
+                local = due and step < c.steps
+                if evaluating or saving or local:
                     evaluation = self._finish(*pending, evaluating=evaluating)
                     pending = None
-                    if saving:
-                        self._save(step, evaluation)
+                    self._save(step, evaluation, here=local, workdir=saving)
                     self._clock, self._clock_step = time.perf_counter(), step
                 if stopping is not None and step < c.steps:
                     self._saved(step)
-                    self._say(f"{stopping}: saved step {step}; resume with the same command (workdir {self.path})")
+                    took = time.monotonic() - self.processes.heard
+                    self._say(
+                        f"{stopping}: saved step {step}; resume with the same command (workdir {self.path}); "
+                        f"it was saved {took:.1f} s after the notice"
+                    )
                     return self._result(step, stopped=stopping)
             self._saved(c.steps)
+            if self.local is not None:
+                self.local.remove()
             with self._spent.during("evaluation"):
                 self._write_samples()
             self._spent.write(c.steps, now=True)
@@ -260,6 +278,8 @@ class _Run:
     def _saved(self, step: int) -> None:
         """Waits for what is being saved."""
         with self._spent.during("save"):
+            if self.local is not None:
+                self.local.wait()
             self.checkpoints.wait()
         self._require_workdir()
         self._spent.write(step, now=True)
@@ -269,7 +289,9 @@ class _Run:
 
     def _first_step_done(self, step: int, metrics: Any) -> None:
         """After the first step everything is traced: what was chosen is known, and the clocks can start."""
-        jax.block_until_ready(metrics)
+        with self._spent.on_device():
+            jax.block_until_ready(metrics)
+        self._spent.first_step_done(step)
         self._describe()
         self.progress.started(step)
         self._clock, self._clock_step = time.perf_counter(), step
@@ -283,7 +305,8 @@ class _Run:
 
     def _finish(self, step: int, metrics: Any, evaluating: bool = False) -> models.Figures | None:
         """Fetches the metrics of a step, checks them, logs them; evaluates if asked."""
-        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        with self._spent.on_device():
+            values = {k: float(v) for k, v in jax.device_get(metrics).items()}
         tokens = int(values.pop("step_tokens"))
         self.tokens += tokens
         c = self.config.train
@@ -323,12 +346,14 @@ class _Run:
             self._say(f"step {step}: {evaluation.line()}")
             self._evaluation = evaluation
         record["goodput"] = self._spent.share()
+        spread = self._stragglers.spread(self.processes.lives())
+        record |= spread.record() if spread else {}
         self._record = record
         if self.log is not None:
             self.log.write(record)
         self.trackers.log(step, record)
         self._spent.write(step)
-        self.progress.update(step, record)
+        self.progress.update(step, record, spread.note(record["step_seconds"]) if spread else "")
         return evaluation
 
     def _require_workdir(self) -> None:
@@ -341,12 +366,16 @@ class _Run:
             self.processes.working()
             yield self.program.put(batch)
 
-    def _save(self, step: int, evaluation: models.Figures | None) -> None:
+    def _save(self, step: int, evaluation: models.Figures | None, *, here: bool, workdir: bool) -> None:
+        """Saves on the hosts' own disks, in the workdir, or both."""
         loss = None if evaluation is None else evaluation.loss
         host = Host(self.tokens, self.loader.get_state(), config_lib.to_dict(self.config), loss)
         with self._spent.during("save"):
-            self.checkpoints.save(step, self.state, host)
-            if self._serial:
+            if here:
+                self.local.save(step, self.state, host)
+            if workdir:
+                self.checkpoints.save(step, self.state, host)
+            if workdir and self._serial:
                 self.checkpoints.wait()
         self._spent.write(step, now=True)
 

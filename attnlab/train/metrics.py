@@ -154,8 +154,8 @@ class Progress:
         """The first step is done: the clock for the time left starts."""
         self._started, self._first = time.monotonic(), step
 
-    def update(self, step: int, record: dict[str, Any]) -> None:
-        """Shows a logged step."""
+    def update(self, step: int, record: dict[str, Any], note: str = "") -> None:
+        """Shows a logged step, and what is to be noted of it."""
         numbers = f"loss {record['loss']:.4f}"
         if record["tokens_per_second"] is not None:
             numbers += f"  {record['tokens_per_second']:,.0f} tokens/s"
@@ -163,6 +163,7 @@ class Progress:
             numbers += f"  MFU {100 * record['mfu']:.1f}%"
         if record["goodput"] is not None:
             numbers += f"  goodput {100 * record['goodput']:.0f}%"
+        numbers += f"  {note}" if note else ""
         self._bar.update(self._task, completed=step, numbers=numbers)
         done = step - self._first
         left = (time.monotonic() - self._started) / done * (self._steps - step) if done > 0 else math.nan

@@ -9,8 +9,10 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import pathlib
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +24,8 @@ from attnlab import output
 from attnlab.train.config import ClusterConfig
 
 _PREFIX = "attnlab"
+_OURS = pathlib.Path(__file__).parents[1]
+_NAMED = 8  # processes that a reason names, at most
 
 
 class Processes:
@@ -30,6 +34,9 @@ class Processes:
     Args:
       config: how long to wait for the others.
       end: called with the reason when the run cannot go on; ends this process. A test may watch instead.
+
+    Attributes:
+      heard: when this process learned that the run is to stop, by `time.monotonic`.
     """
 
     def __init__(self, config: ClusterConfig, end: Callable[[str], Any] | None = None):
@@ -42,6 +49,9 @@ class Processes:
         self._reached = time.monotonic()  # when the coordinator last answered
         self._done = threading.Event()
         self._stop_step: int | None = None
+        self.heard: float | None = None
+        self._doing, self._busy, self._begun = lambda: "start_up", lambda: 0.0, (-1, 0.0)
+        self._lives: dict[int, dict[str, Any]] = {}
         self._barriers = self._gathered = 0
         if self._client is not None:
             if not self.first and end is None:
@@ -78,8 +88,16 @@ class Processes:
 
     def at_step(self, step: int) -> None:
         """Tells the others that this process begins a step."""
-        self._step = step
+        self._step, self._begun = step, (step, self._busy())
         self.meet()
+
+    def follow(self, doing: Callable[[], str], busy: Callable[[], float]) -> None:
+        """From now on others hear what this process does, and its own seconds in steps so far."""
+        self._doing, self._busy = doing, busy
+
+    def lives(self) -> dict[int, dict[str, Any]]:
+        """In the first process: what each told last (`host`, `step`, `busy` until then); else nothing."""
+        return dict(self._lives)
 
     def working(self) -> None:
         """Tells the others that this process gets on with what takes long."""
@@ -95,6 +113,8 @@ class Processes:
           step: about to be run.
           wanted: the name of the signal that this process got, or None.
         """
+        if wanted is not None and self.heard is None:
+            self.heard = time.monotonic()
         if self._client is None:
             return wanted
         if self._stop_step is None:
@@ -103,7 +123,7 @@ class Processes:
             found = self._get("stop")
             if found is None:
                 return None
-            self._stop = json.loads(found)
+            self._stop, self.heard = json.loads(found), self.heard or time.monotonic()
             self._stop_step = self._stop["step"]
         return self._stop["why"] if step >= self._stop_step else None
 
@@ -132,9 +152,10 @@ class Processes:
         seen: dict[str, tuple[Any, float]] = {}
         while not self._done.wait(self._poll):
             beat += 1
+            step, busy = self._begun
             life = {
-                "beat": beat, "step": self._step, "meetings": self._meetings, "idle": time.monotonic() - self._moved,
-                "host": socket.gethostname(),
+                "beat": beat, "step": step, "meetings": self._meetings, "idle": time.monotonic() - self._moved,
+                "host": socket.gethostname(), "busy": busy, "doing": f"{self._doing()}{_where()}",
             }  # fmt: skip
             if not self._put(f"life/{self.index}", json.dumps(life)):
                 continue
@@ -162,12 +183,14 @@ class Processes:
         now, config = time.monotonic(), self._config
         lives = {int(key.rsplit("/", 1)[1]): json.loads(value) for key, value in self._all("life/")}
         for index, life in lives.items():
+            self._lives[index] = life
             if index not in seen or seen[index][0]["beat"] != life["beat"]:
                 seen[index] = (life, now)
             elif now - seen[index][1] > config.timeout:
                 where = f"process {index} of {self.count} on {life['host']}"
                 return (
-                    f"{where} gave no sign of life for {now - seen[index][1]:.0f} s; its last step was {life['step']}"
+                    f"{where} gave no sign of life for {now - seen[index][1]:.0f} s; its last step was {life['step']} "
+                    f"({life['doing']})"
                 )
         if not config.step_timeout or len(lives) < self.count:
             return None
@@ -176,7 +199,8 @@ class Processes:
         # Before the first step all may be busy with the data; who waits for the others says that they are late.
         if (begun or least < most) and all(life["idle"] > config.step_timeout for life in lives.values()):
             late = {i: lives[i] for i in sorted(lives) if lives[i]["meetings"] == least}
-            names = ", ".join(f"{i} on {life['host']}" for i, life in late.items())
+            names = ", ".join(f"{i} on {life['host']} ({life['doing']})" for i, life in list(late.items())[:_NAMED])
+            names += f" and {len(late) - _NAMED} more" if len(late) > _NAMED else ""
             last = min(life["step"] for life in late.values())
             where = f"the last at step {last}" if last >= 0 else "the last on its way to the first"
             return f"no step for {config.step_timeout} s; {where}: process {names}"
@@ -203,6 +227,17 @@ class Processes:
             return self._client.key_value_dir_get(f"{_PREFIX}/{prefix}")
         except jax.errors.JaxRuntimeError:
             return []
+
+
+def _where() -> str:
+    """The line of ours that the main thread is at: what a run that hangs was about to do."""
+    frame = sys._current_frames().get(threading.main_thread().ident)
+    while frame is not None:
+        path = pathlib.Path(frame.f_code.co_filename)
+        if path.is_relative_to(_OURS):
+            return f" at attnlab/{path.relative_to(_OURS)}:{frame.f_lineno}, {frame.f_code.co_name}"
+        frame = frame.f_back
+    return ""
 
 
 def tell_at_abort(reason: str) -> None:

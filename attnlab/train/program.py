@@ -100,9 +100,14 @@ class Program:
         return state_shardings(self.mesh, self.model, self.tx)
 
     @functools.cached_property
+    def _first_state(self) -> Callable[[int], TrainState]:
+        """What `shapes` and `init` trace, once for both."""
+        return jax.jit(lambda seed: init_state(self.model, self.tx, seed), inline=True)
+
+    @functools.cached_property
     def shapes(self) -> TrainState:
         """ShapeDtypeStructs of the whole state, wherever it lies."""
-        return jax.eval_shape(lambda: init_state(self.model, self.tx, 0))
+        return jax.eval_shape(self._first_state, 0)
 
     @functools.cached_property
     def state(self) -> TrainState:
@@ -126,7 +131,7 @@ class Program:
     @functools.cached_property
     def init(self) -> Callable[[int], TrainState]:
         """`init(seed)`: the state before the first step, jitted."""
-        return jax.jit(lambda seed: init_state(self.model, self.tx, seed), out_shardings=self.shardings)
+        return jax.jit(lambda seed: self._first_state(seed), out_shardings=self.shardings)
 
     @functools.cached_property
     def train_step(self) -> Any:

@@ -23,7 +23,8 @@ Metrics = dict[str, jax.Array]
 # What a step and the loop report themselves, besides what begins with `heldout_`.
 _RESERVED = (
     "step", "weight", "tokens", "step_tokens", "tokens_per_second", "step_seconds", "mfu", "grad_norm",
-    "learning_rate", "nonfinite", "skipped", "goodput", "peak_bytes",
+    "learning_rate", "nonfinite", "skipped", "goodput", "peak_bytes", "host_seconds_min", "host_seconds_max",
+    "slowest_process",
 )  # fmt: skip
 
 

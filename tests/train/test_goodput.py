@@ -14,6 +14,7 @@ import pytest
 
 from attnlab.errors import UserError
 from attnlab.train import goodput
+from attnlab.train.processes import Processes
 from tests.train import runs
 
 
@@ -92,6 +93,37 @@ def test_nested_compiling_counts_once(monkeypatch):
     goodput._note("/jax/other", 9.0)
     assert abs(goodput._compiled_since(now - 10) - 2.0) < 0.01
     assert abs(goodput._compiled_since(now - 1) - 1.0) < 0.01
+
+
+def test_three_restarts(tmp_path, monkeypatch):
+    """Of a run that fails three times the kinds sum to the time on the wall within 1 %; idle is when none was there."""
+    config = runs.config(runs.corpus(tmp_path / "corpus"), train__steps=16, train__save_every=3, train__eval_every=0)
+    at_step, fails, down, gone = Processes.at_step, [], [], []
+
+    def failing(self, step):
+        if step in fails:
+            gone.append(time.time())
+            raise KeyboardInterrupt
+        at_step(self, step)
+
+    monkeypatch.setattr(Processes, "at_step", failing)
+    monkeypatch.setattr(goodput, "EVERY", 0.0)
+    began = time.time()
+    for step in (5, 8, 14):
+        fails[:] = [step]
+        with pytest.raises(KeyboardInterrupt):
+            runs.run(config, tmp_path / "w")
+        time.sleep(0.4)
+        down.append(time.time() - gone[-1])
+    fails.clear()
+    runs.run(config, tmp_path / "w")
+    wall = time.time() - began
+    found = goodput.account(tmp_path / "w")
+    assert abs(sum(found["seconds"].values()) - wall) < 0.01 * wall
+    assert abs(found["seconds"]["idle"] - sum(down)) < 0.02 * wall and min(found["seconds"].values()) >= 0
+    assert [a["first_step"] for a in found["attempts"]] == [0, 3, 6, 12] and found["seconds"]["lost_steps"] > 0
+    for attempt in found["attempts"]:
+        assert attempt["seconds"]["start_up"] < attempt["to_first_step"] < sum(attempt["seconds"].values())
 
 
 def test_a_killed_run(tmp_path, monkeypatch):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import pathlib
 import shutil
 import signal
 import socket
@@ -21,96 +18,11 @@ from attnlab.errors import UserError
 from attnlab.launch import cluster
 from attnlab.train.config import ClusterConfig
 from attnlab.train.processes import Processes
-from tests.flags import UNOPTIMISED
+from attnlab.train.stragglers import Stragglers
 from tests.train import runs
+from tests.train.pair import MESH, SMALL, TIMEOUT, Pair
 
 pytestmark = pytest.mark.timeout(600)
-
-MESH = {"mesh__data": 4, "mesh__fsdp": 2}
-SMALL = {
-    "model__layers": 1, "data__length": 16, "train__eval_every": 0, "train__steps": 12, "train__keep": 3,
-    "optimizer__schedule": "constant",
-}  # fmt: skip
-TIMEOUT = 8  # of a sign of life
-
-# The command line, in a process that writes down which rows of the data it reads.
-RECORDED = """
-import json, sys
-from attnlab.data.packing import PackedRows
-pack = PackedRows.pack
-def recorded(self, indices):
-    batch = pack(self, indices)
-    print(json.dumps([int(i) for i in indices]), file=open(sys.argv[1], "a"))
-    return batch
-PackedRows.pack = recorded
-from attnlab.cli import main
-sys.exit(main(sys.argv[2:]))
-"""
-
-
-class Pair:
-    """Processes 0 and 1 of a run, and what they print."""
-
-    def __init__(self, directory: pathlib.Path, source: str, **more: object):
-        self.directory, self.workdir = directory, directory / "run"
-        self.config = runs.write_config(directory / "config.py", source, **{**SMALL, **MESH, **more})
-        self.processes: list[subprocess.Popen] = []
-
-    def start(self, *overrides: str) -> Pair:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        env = {**os.environ, "PYTHONPATH": str(runs.ROOT), "JAX_PLATFORMS": "cpu"}
-        env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4" + UNOPTIMISED
-        env["TF_CPP_MIN_LOG_LEVEL"] = "2"
-        self.processes = [
-            subprocess.Popen(
-                [
-                    sys.executable, "-c", RECORDED, str(self.directory / f"rows{i}"),
-                    "train", "--config", self.config, "--workdir", str(self.workdir),
-                    f"--config.cluster.coordinator=127.0.0.1:{port}", "--config.cluster.processes=2",
-                    f"--config.cluster.index={i}", f"--config.cluster.timeout={TIMEOUT}", *overrides,
-                ],
-                env=env, stdout=(self.directory / f"out{i}").open("w"), stderr=subprocess.STDOUT, cwd=runs.ROOT,
-            )
-            for i in range(2)
-        ]  # fmt: skip
-        return self
-
-    def output(self, index: int) -> str:
-        return (self.directory / f"out{index}").read_text()
-
-    def read(self, index: int) -> set[tuple[int, ...]]:
-        """The rows of each batch that a process read."""
-        return {tuple(json.loads(line)) for line in (self.directory / f"rows{index}").read_text().splitlines()}
-
-    def wait(self, seconds: float) -> list[int]:
-        """Exit codes; the processes are killed if they do not come in time."""
-        end = time.monotonic() + seconds
-        try:
-            return [p.wait(max(end - time.monotonic(), 0.1)) for p in self.processes]
-        finally:
-            self.kill()
-
-    def kill(self) -> None:
-        for p in self.processes:
-            p.kill()
-            p.wait()
-
-    def ends(self, code: int = 0, seconds: float = 300) -> Pair:
-        """Waits until both end, with this code."""
-        assert self.wait(seconds) == [code, code], f"{self.output(0)[-2000:]}\n---\n{self.output(1)[-2000:]}"
-        return self
-
-    def at_step(self, step: int, seconds: float = 200) -> Pair:
-        """Waits until a step is logged."""
-        end, metrics = time.monotonic() + seconds, self.workdir / "metrics.jsonl"
-        while time.monotonic() < end and all(p.poll() is None for p in self.processes):
-            if metrics.exists() and any(line["step"] >= step for line in runs.lines(self.workdir)[-1:]):
-                return self
-            time.sleep(0.05)
-        self.kill()
-        raise AssertionError(f"step {step} never came:\n{self.output(0)[-2000:]}\n---\n{self.output(1)[-2000:]}")
 
 
 @pytest.fixture(scope="module")
@@ -315,7 +227,7 @@ def test_the_watch_names_the_silent_one(three):
 
 
 def test_the_watch_names_the_late_one(three):
-    """All alive and none gets on: those behind are named. While one gets on, nobody is."""
+    """All alive and none gets on: those behind are named, with what they do. While one gets on, nobody is."""
     store, watches, ended = three
     for watch in watches:
         watch.at_step(4)
@@ -324,7 +236,9 @@ def test_the_watch_names_the_late_one(three):
         watches[0].at_step(5)
     assert not ended
     watches[1].at_step(5)
-    assert "no step for 1 s; the last at step 4: process 2 on" in wait_for(ended, 3)[1]
+    watches[2].follow(lambda: "data_wait", lambda: 0.0)
+    said = wait_for(ended, 3)[1]
+    assert "no step for 1 s; the last at step 4: process 2 on" in said and said.endswith("(data_wait)")
 
 
 def test_the_watch_names_the_one_that_never_began(three):
@@ -336,6 +250,26 @@ def test_the_watch_names_the_one_that_never_began(three):
         watch.at_step(1)
     watches[2].working()
     assert "no step for 1 s; the last on its way to the first: process 2 on" in wait_for(ended, 3)[0]
+
+
+def test_who_holds_the_others_up(three):
+    """What hosts need themselves is compared, since they were last asked; a tenth of a step behind is worth a word."""
+    store, watches, ended = three
+    stragglers, took, busy = Stragglers(), (0.01, 0.02, 0.5), [0.0, 0.0, 0.0]
+    assert stragglers.spread({}) is None
+    for index, watch in enumerate(watches):
+        watch.follow(lambda: "step", lambda index=index: busy[index])
+    for step, spread in ((2, None), (6, "seen")):
+        busy[:] = [5 + (step - 2) * each for each in took]
+        for watch in watches:
+            watch.at_step(step)
+        time.sleep(0.15)
+        found = stragglers.spread(watches[0].lives())
+        assert (found is None) == (spread is None)
+    record = {"host_seconds_min": 0.01, "host_seconds_max": 0.5, "slowest_process": 2}
+    assert found.record() == pytest.approx(record) and not watches[1].lives()
+    assert found.note(1.0) == f"process 2 on {socket.gethostname()} is 0.485 s a step behind"
+    assert found.note(4.9) == found.note(None) == ""
 
 
 def test_long_work_in_a_step_is_no_hang(three):
