@@ -278,7 +278,8 @@ def filesystem(scheme: str) -> Any:
             try:
                 importlib.import_module(package)
             except ImportError:
-                raise UserError(f"{scheme}:// needs {package}, which is not installed; pip install 'attnlab[{extra}]'") from None
+                missing = f"{scheme}:// needs {package}, which is not installed"
+                raise UserError(f"{missing}; pip install 'attnlab[{extra}]'") from None
             try:
                 made = _google() if scheme == "gs" else _amazon()
             except Exception as error:  # whatever the library's search for credentials comes to
@@ -291,15 +292,20 @@ def _google() -> Any:
     import aiohttp
     from gcsfs.core import GCSFileSystem  # the package's own name also asks each bucket for its kind, by gRPC
 
+    class Google(GCSFileSystem):
+        _request = GCSFileSystem._request.__wrapped__  # without tries of its own, which are silent
+
     limits = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=_CALL)
-    return GCSFileSystem(requests_timeout=limits, consistency="md5", use_listings_cache=False, skip_instance_cache=True)
+    return Google(requests_timeout=limits, consistency="md5", use_listings_cache=False, skip_instance_cache=True)
 
 
 def _amazon() -> Any:
     from s3fs import S3FileSystem
 
-    limits = {"connect_timeout": 30, "read_timeout": _CALL, "retries": {"max_attempts": 2}}
-    return S3FileSystem(config_kwargs=limits, use_listings_cache=False, skip_instance_cache=True)
+    limits = {"connect_timeout": 30, "read_timeout": _CALL, "retries": {"total_max_attempts": 1}}
+    made = S3FileSystem(config_kwargs=limits, use_listings_cache=False, skip_instance_cache=True)
+    made.retries = 1  # its own tries are silent
+    return made
 
 
 def _version(info: dict[str, Any]) -> str:
@@ -316,7 +322,8 @@ def _trouble(error: BaseException) -> tuple[str, bool]:
     if "region" in text.lower() or status == 301 or "AuthorizationHeaderMalformed" in str(chain):
         return f"{text}; is AWS_REGION the bucket's region?", False
     if status is not None:
-        return f"{status}: {text}", status in _PASSING
+        expired = status == 401 and "Invalid Credentials" in text  # they are renewed
+        return f"{status}: {text}", status in _PASSING or expired
     kinds = (asyncio.TimeoutError, TimeoutError, ConnectionError, _Cut)
     modules = {type(e).__module__.partition(".")[0] for e in chain}
     named = {kind.__name__ for e in chain for kind in type(e).__mro__}

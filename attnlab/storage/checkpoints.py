@@ -70,8 +70,8 @@ class RemoteCheckpoints:
         """Writes a checkpoint to the bucket, its `digests.json` last.
 
         Several processes each have written their part of it into a directory of their own: each brings its files, the
-        first those that all have alike. They meet in the bucket: the first says what it brings, the others what they do,
-        and only when all is there it writes `digests.json`, of all.
+        first those that all have alike. They meet in the bucket: the first says what it brings, the others what they
+        do, and only when all is there it writes `digests.json`, of all.
 
         Args:
           directory: of the local files, with a `digests.json` of them.

@@ -1,9 +1,9 @@
 """Who may write a workdir in a bucket: one run at a time, for as long as it renews its lease.
 
-Leases are objects `lease/TERM.json` with rising terms, each created by the store's conditional put: of several runs that
-want a term one gets it. Its holder renews it four times in its seconds, by writing it again. A lease that is not renewed
-for its seconds is of a run that died: the next term may be taken. The holder of an earlier term sees the later one, and
-ends. Nobody's clock is compared with another's, but to see that a lease ran out long ago.
+Leases are objects `lease/TERM.json` with rising terms, each created by the store's conditional put: of several runs
+that want a term one gets it. Its holder renews it four times in its seconds, by writing it again. A lease that is not
+renewed for its seconds is of a run that died: the next term may be taken. The holder of an earlier term sees the later
+one, and ends. Nobody's clock is compared with another's, but to see that a lease ran out long ago.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class Lease:
             try:
                 self._renew(self._bucket.patient(patience()))
             except UserError as error:
-                raise TrainingFailed(f"the lease of {self._bucket.url} ran out and cannot be renewed: {error}") from error
+                ended = f"the lease of {self._bucket.url} ran out and cannot be renewed"
+                raise TrainingFailed(f"{ended}: {error}") from error
             self.check()
 
     def release(self) -> None:

@@ -20,7 +20,7 @@ def store(request):
 
 @pytest.fixture
 def place(store, tmp_path, monkeypatch):
-    """The URL of a directory that is not there yet; leases last a second, and staging and copies are the test's own."""
+    """The URL of a directory that is not there yet; leases last two seconds; staging and copies are the test's."""
     store.proxy.fault = None
     store.proxy.requests.clear()
     monkeypatch.setenv("ATTNLAB_LEASE_SECONDS", "2")

