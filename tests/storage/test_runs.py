@@ -131,23 +131,55 @@ def start(source, place, directory, **overrides):
     )
 
 
-def test_killed(place, source, tmp_path, alone):
-    """SIGKILL in the middle of a process's life; another is refused while it lives; the losses are as if never."""
-    long = {"train__steps": 400, "train__log_every": 1, "train__save_every": 4, "train__eval_every": 0}
-    process, url = start(source, place, tmp_path, **long), Url(place)
+LONG = {
+    "train__steps": 400, "train__log_every": 1, "train__save_every": 4, "train__eval_every": 0,
+    "optimizer__schedule": "constant", "train__on_config_change": "continue",
+}  # fmt: skip
+
+
+def saved(bucket):
+    """Steps of the checkpoints that are complete."""
+    return [int(n.split("/")[1]) for n in bucket.listing("checkpoints") if n.endswith("digests.json")]
+
+
+def wait_until(process, condition, seconds=120):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < until, process.stdout.read()
+        time.sleep(0.1)
+
+
+def test_killed(place, source, tmp_path):
+    """SIGKILL at a random time; another run is refused while it lives; then the losses are as if it never had been."""
+    process, url = start(source, place, tmp_path, **LONG), Url(place)
+    bucket = Bucket(url)
     try:
-        bucket, until = Bucket(url), time.monotonic() + 120
-        while not [n for n in bucket.listing("checkpoints") if n.endswith("digests.json")]:
-            assert process.poll() is None and time.monotonic() < until, process.stdout.read()
-            time.sleep(0.2)
+        wait_until(process, lambda: saved(bucket))
         with pytest.raises(UserError, match=rf"in use by another run \(process {process.pid} on .*holds until"):
-            runs.run(runs.config(source, **long), url)
+            runs.run(runs.config(source, **LONG), url)
         time.sleep(random.uniform(0, 0.5))
     finally:
         process.kill()
         process.wait()
-    saved = max(int(n.split("/")[1]) for n in bucket.listing("checkpoints") if n.endswith("digests.json"))
-    short = runs.config(source, **{**long, "train__steps": saved + 8, "train__on_config_change": "continue"})
-    runs.run(short, url)
-    runs.run(short, tmp_path / "alone")
+    went_on = runs.config(source, **{**LONG, "train__steps": max(saved(bucket)) + 6})
+    runs.run(went_on, url)
+    runs.run(went_on, tmp_path / "alone")
+    assert lines(place) == runs.lines(tmp_path / "alone")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_killed_five_times(place, source, tmp_path):
+    """SIGKILL at five random times, in start-up, steps, uploads: no step is missing or doubled, none is another's."""
+    url, bucket = Url(place), Bucket(Url(place))
+    for i in range(5):
+        process, before = start(source, place, tmp_path, **LONG), saved(bucket)
+        if i % 2 == 0:
+            wait_until(process, lambda: max(saved(bucket), default=0) > max(before, default=0))
+        time.sleep(random.uniform(0, 6))
+        process.kill()
+        process.wait()
+    went_on = runs.config(source, **{**LONG, "train__steps": max(saved(bucket)) + 6})
+    runs.run(went_on, url)
+    runs.run(went_on, tmp_path / "alone")
     assert lines(place) == runs.lines(tmp_path / "alone")
