@@ -18,7 +18,7 @@ def corpus(place, tmp_path):
 
 
 def test_a_corpus_in_a_bucket(place, corpus, store, attnlab, tmp_path):
-    """Globs, tokenizer and tokens at URLs give what they give on a disk; copies are read again only where they changed."""
+    """Globs, tokenizer and tokens at URLs give what they give on a disk; copies are read again where they changed."""
     remote, local = corpus
     made = {}
     for source, out in ((remote, place), (local, tmp_path)):
