@@ -105,8 +105,7 @@ class Bucket:
     def listing(self, below: str = "") -> dict[str, Object]:
         """All objects below `below`, by name."""
         root = self._path(below)
-        find = lambda: self._fs._find(root, detail=True)
-        found = self._call(f"listing {self._shown(below)}", find)
+        found = self._of_bucket(f"listing {self._shown(below)}", lambda: self._fs._find(root, detail=True))
         start = len(self.url.path) + 1
         inside = {path[start:]: info for path, info in found.items() if path.startswith(f"{self.url.path}/")}
         files = {name: info for name, info in inside.items() if name and info.get("type", "file") == "file"}
@@ -115,7 +114,7 @@ class Bucket:
     def glob(self, pattern: str) -> dict[str, Object]:
         """Objects that a glob relative to the URL matches, by name."""
         find = lambda: self._fs._glob(f"{self.url.path}/{pattern}", detail=True)
-        found = self._call(f"listing {self._shown(pattern)}", find)
+        found = self._of_bucket(f"listing {self._shown(pattern)}", find)
         start = len(self.url.path) + 1
         return {p[start:]: Object(int(i["size"]), _version(i)) for p, i in found.items() if i.get("type") == "file"}
 
@@ -134,13 +133,13 @@ class Bucket:
     def put(self, name: str, content: bytes) -> None:
         """Writes an object, whole or not at all."""
         put = lambda: self._fs._pipe_file(self._path(name), content)
-        self._writing(f"writing {self._shown(name)}", put, len(content))
+        self._of_bucket(f"writing {self._shown(name)}", put, len(content))
 
     def create(self, name: str, content: bytes) -> bool:
         """Writes an object where there is none, by the store's conditional put; False: somebody else's is there."""
         put = lambda: self._fs._pipe_file(self._path(name), content, mode="create")
         try:
-            self._writing(f"writing {self._shown(name)}", put, len(content))
+            self._of_bucket(f"writing {self._shown(name)}", put, len(content))
             return True
         except FileExistsError:  # perhaps by a try of ours whose answer was lost
             return self.get(name) == content
@@ -151,7 +150,7 @@ class Bucket:
         def one(item: tuple[str, str | os.PathLike[str]]) -> None:
             name, local = item
             put = lambda: self._fs._put_file(os.fspath(local), self._path(name))
-            self._writing(f"writing {self._shown(name)}", put, os.path.getsize(local))
+            self._of_bucket(f"writing {self._shown(name)}", put, os.path.getsize(local))
 
         _each(one, files.items())
 
@@ -185,7 +184,7 @@ class Bucket:
     def copy(self, names: dict[str, str]) -> None:
         """Copies objects within the bucket, by name."""
         copy = lambda item: lambda: self._fs._cp_file(self._path(item[0]), self._path(item[1]))
-        _each(lambda item: self._writing(f"copying {self._shown(item[0])}", copy(item)), names.items())
+        _each(lambda item: self._of_bucket(f"copying {self._shown(item[0])}", copy(item)), names.items())
 
     def remove(self, names: Iterable[str]) -> None:
         """Removes objects, those that are not there, too."""
@@ -206,9 +205,10 @@ class Bucket:
     def _shown(self, name: str) -> str:
         return f"{self.url}/{name}" if name else str(self.url)
 
-    def _writing(self, what: str, make: Callable[[], Any], size: int = 0) -> None:
+    def _of_bucket(self, what: str, make: Callable[[], Any], size: int = 0) -> Any:
+        """`_call`, where the one thing that may be missing is the bucket."""
         try:
-            self._call(what, make, size)
+            return self._call(what, make, size)
         except FileNotFoundError as error:
             raise UserError(f"{what} failed: there is no bucket {self.url.path.partition('/')[0]} ({error})") from None
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from attnlab.errors import Damaged, UserError
-from attnlab.storage.bucket import Bucket, patience
+from attnlab.storage.bucket import Bucket, log, patience
 
 BELOW, MARK = "checkpoints", "digests.json"
 _UPLOADS = "uploads"
@@ -117,7 +117,14 @@ class RemoteCheckpoints:
         self._bucket.remove([f"{BELOW}/{step}/{MARK}"])
         self.steps()
         self._steps.discard(step)
-        return lambda: self._bucket.remove(self._bucket.listing(f"{BELOW}/{step}"))
+
+        def rest() -> None:
+            try:
+                self._bucket.remove(self._bucket.listing(f"{BELOW}/{step}"))
+            except UserError as error:
+                log.warning("%s; what is left of checkpoint %d goes when the run is started again", error, step)
+
+        return rest
 
     def remove_incomplete(self) -> None:
         """Removes what attempts left that did not come to write `digests.json`."""

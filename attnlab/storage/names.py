@@ -8,11 +8,13 @@ import os
 import pathlib
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 
 from attnlab import paths
 from attnlab.errors import TrainingFailed, UserError
 
+_YOUNG = 60.0  # seconds in which a directory may not be held yet by who made it
 _places: dict[str, str] = {}  # local path of what is at a URL
 
 
@@ -58,13 +60,19 @@ def staging(name: str) -> Iterator[pathlib.Path]:
 
     It is gone at the end, and those that killed processes left go at the next beginning.
     """
-    above = pathlib.Path(os.environ.get("ATTNLAB_STAGING") or tempfile.gettempdir()) / "attnlab-staging"
-    above.mkdir(parents=True, exist_ok=True)
+    above = pathlib.Path(os.environ.get("ATTNLAB_STAGING") or tempfile.gettempdir()) / f"attnlab-{os.getuid()}"
+    try:
+        above.mkdir(parents=True, exist_ok=True)
+        own = pathlib.Path(tempfile.mkdtemp(dir=above))
+    except OSError as error:
+        raise UserError(
+            f"{above} cannot be written: {error.strerror}; ATTNLAB_STAGING names another directory for what is staged"
+        ) from None
     for left in above.iterdir():
         with contextlib.suppress(OSError), (left / ".held").open("r") as held:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left, ignore_errors=True)
-    own = pathlib.Path(tempfile.mkdtemp(prefix=".new-", dir=above))
+            if time.time() - left.stat().st_mtime > _YOUNG:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left, ignore_errors=True)
     with (own / ".held").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         directory = own / name

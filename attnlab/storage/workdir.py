@@ -25,7 +25,8 @@ EVERY = 10.0  # seconds between looks at what is new
 LOGS = ("metrics.jsonl", "goodput.jsonl", "log.txt")
 _PARTS = ".parts"
 _MOST_PARTS = 100
-_SLOW = ("tensorboard/", "profile/", "compiled/")  # written less often: they are written whole each time
+# Written less often, as they are written whole each time.
+_SLOW = ("tensorboard/", "profile/", "compiled/", "wandb/", "mlruns/", "mlflow.db")
 _SLOW_EVERY = 60.0
 _NOT_FILES = (f"{BELOW}/", "damaged_checkpoints/", "lock", f"{lease_lib.BELOW}/")
 _ELSEWHERE = {BELOW, "damaged_checkpoints", lease_lib.BELOW, "lock", "tensorboard", "profile", "compiled", "uploads"}

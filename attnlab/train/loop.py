@@ -52,7 +52,9 @@ class Result:
 def train(
     config: RunConfig,
     path: pathlib.Path | storage.Url,
-    console: rich.console.Console | None = None, *, began: float | None = None
+    console: rich.console.Console | None = None,
+    *,
+    began: float | None = None,
 ) -> Result:
     """Trains in the workdir `path` from its newest checkpoint, or from the start, to `train.steps`.
 

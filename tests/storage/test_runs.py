@@ -1,6 +1,7 @@
 """Runs whose workdir is in a bucket: what holds on a disk holds there."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -80,7 +81,7 @@ def test_a_run(place, source, alone, attnlab, tmp_path):
     assert code == 0 and json.loads(out)["step"] == 12
     code, out, _ = attnlab("goodput", "--workdir", place, "--json")
     assert code == 0 and len(json.loads(out)["attempts"]) == 2
-    assert not list((tmp_path / "staging" / "attnlab-staging").iterdir())
+    assert not list((tmp_path / "staging" / f"attnlab-{os.getuid()}").iterdir())
 
 
 def test_damage(place, source, alone):
