@@ -40,6 +40,10 @@ class RemoteCheckpoints:
             self._steps = {int(match[1]) for match in found if match}
         return sorted(self._steps)
 
+    def look_again(self) -> None:
+        """Another process of the run has moved some."""
+        self._steps = None
+
     def sizes(self, step: int) -> dict[str, int]:
         """Bytes of every object of a checkpoint, by name below it."""
         below = f"{BELOW}/{step}/"

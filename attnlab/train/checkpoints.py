@@ -179,7 +179,9 @@ class Checkpoints:
         state = ocp.StandardCheckpointHandler(multiprocessing_options=options, use_ocdbt=not apart)
         host = ocp.JsonCheckpointHandler(multiprocessing_options=options)
         return ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(state=state, host=host),
+            ocp.CompositeCheckpointHandler(
+                state=state, host=host, composite_options=ocp.CompositeOptions(multiprocessing_options=options)
+            ),
             multiprocessing_options=options,
             async_options=ocp.options.AsyncOptions(
                 timeout_secs=600 if self._remote is None else _UPLOAD_SECONDS,
@@ -399,6 +401,8 @@ class Checkpoints:
                 where = self._set_aside(step) if self._first and may else ""
                 report(f"checkpoint {step} is damaged ({reason}){where}")
         self._together()
+        if damaged and self._remote is not None:
+            self._remote.look_again()
 
     def _set_aside(self, step: int) -> str:
         if self._remote is not None:
