@@ -336,7 +336,7 @@ def _status(error: BaseException) -> int | None:
     for e in (error, error.__cause__, error.__context__):
         response = getattr(e, "response", None)
         code = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
-        code = code or getattr(e, "code", None)
+        code = code or (getattr(e, "code", None) if type(e).__name__ == "HttpError" else None)
         if str(code).isdecimal():
             return int(code)
         if isinstance(e, PermissionError) or str(e).startswith("Forbidden"):
