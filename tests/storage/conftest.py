@@ -19,12 +19,19 @@ def store(request):
 
 
 @pytest.fixture
-def place(store, tmp_path, monkeypatch):
+def patch():
+    """As `monkeypatch`, but nothing that is patched here is in a compiled program, so that none is compiled again."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture
+def place(store, tmp_path, patch):
     """The URL of a directory that is not there yet; leases last two seconds; staging and copies are the test's."""
     store.proxy.fault = None
     store.proxy.requests.clear()
-    monkeypatch.setenv("ATTNLAB_LEASE_SECONDS", "2")
-    monkeypatch.setenv("ATTNLAB_STORAGE_PATIENCE", "20")
-    monkeypatch.setenv("ATTNLAB_STAGING", str(tmp_path / "staging"))
-    monkeypatch.setenv("ATTNLAB_CACHE", str(tmp_path / "cache"))
+    patch.setenv("ATTNLAB_LEASE_SECONDS", "2")
+    patch.setenv("ATTNLAB_STORAGE_PATIENCE", "20")
+    patch.setenv("ATTNLAB_STAGING", str(tmp_path / "staging"))
+    patch.setenv("ATTNLAB_CACHE", str(tmp_path / "cache"))
     return f"{store.url}/{secrets.token_hex(6)}"

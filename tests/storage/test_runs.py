@@ -16,6 +16,10 @@ from tests import flags
 from tests.storage.servers import Answer
 from tests.train import runs
 
+# One program for all of them: what a step does depends neither on their number nor on where it is saved.
+SMALL = {"optimizer__schedule": "constant", "train__on_config_change": "continue"}
+LONG = {**SMALL, "train__steps": 400}
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
@@ -26,7 +30,7 @@ def source(tmp_path_factory):
 def alone(source, tmp_path_factory):
     """The workdir of an unbroken run on a disk."""
     path = tmp_path_factory.mktemp("alone") / "run"
-    runs.run(runs.config(source), path)
+    runs.run(runs.config(source, **SMALL), path)
     return path
 
 
@@ -57,7 +61,7 @@ def broken_off(config, place, step):
 
 def test_a_run(place, source, alone, attnlab, tmp_path):
     """It leaves what it would on a disk, bit for bit, whatever broke it off; every verb reads it there."""
-    config, url = runs.config(source), Url(place)
+    config, url = runs.config(source, **SMALL), Url(place)
     broken_off(config, url, 7)
     assert Bucket(url).size("checkpoints/4/digests.json") and lines(place)[:4] == runs.lines(alone)[:4]
     bucket = Bucket(url)
@@ -86,7 +90,7 @@ def test_a_run(place, source, alone, attnlab, tmp_path):
 
 def test_damage(place, source, alone):
     """A checkpoint that is not what was written is set aside in the bucket, and the run is as it would have been."""
-    config, url = runs.config(source), Url(place)
+    config, url = runs.config(source, **SMALL), Url(place)
     broken_off(config, url, 11)
     bucket = Bucket(url)
     name = max(bucket.listing("checkpoints/8/state"), key=lambda n: bucket.listing()[n].size)
@@ -101,7 +105,7 @@ def test_damage(place, source, alone):
 
 def test_faults(place, store, source, alone):
     """A bucket that refuses for a while costs nothing; one that is read-only ends the run, and nothing is lost."""
-    config, url, first = runs.config(source), Url(place), []
+    config, url, first = runs.config(source, **SMALL), Url(place), []
 
     def at_times(method, path):
         first.append(path)
@@ -135,12 +139,6 @@ def start(source, place, directory, **overrides):
     return subprocess.Popen(
         command, cwd=runs.ROOT, env=flags.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-
-
-LONG = {
-    "train__steps": 400, "train__log_every": 1, "train__save_every": 4, "train__eval_every": 0,
-    "optimizer__schedule": "constant", "train__on_config_change": "continue",
-}  # fmt: skip
 
 
 def saved(bucket):

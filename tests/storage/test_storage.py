@@ -81,7 +81,7 @@ def test_what_passes_is_tried_again(bucket, store, tmp_path, caplog):
     assert bucket.size("g") is None
 
 
-def test_the_outer_tries_tell(bucket, monkeypatch, caplog):
+def test_the_outer_tries_tell(bucket, patch, caplog):
     """What the library gives up is tried again by us, with a message; a call without an answer has a limit."""
     calls = []
 
@@ -94,26 +94,26 @@ def test_the_outer_tries_tell(bucket, monkeypatch, caplog):
     async def silent():
         await __import__("asyncio").sleep(60)
 
-    monkeypatch.setattr(bucket_lib.time, "sleep", lambda _: None)
+    patch.setattr(bucket_lib.time, "sleep", lambda _: None)
     assert bucket._call("reading x", flaky) == 7
     assert [r.getMessage().partition(";")[0] for r in caplog.records] == ["reading x failed: reset"] * 2
-    monkeypatch.setattr(bucket_lib, "_NO_ANSWER", 0.05)
-    monkeypatch.setattr(bucket_lib, "_CALL", 0.1)
+    patch.setattr(bucket_lib, "_NO_ANSWER", 0.05)
+    patch.setattr(bucket_lib, "_CALL", 0.1)
     with pytest.raises(UserError, match="reading x failed for 0 s: no answer for 0 s"):
         bucket.patient(0)._call("reading x", silent)
     assert "reading x: no answer for 0 s, still waiting" in caplog.text
 
 
-def test_slow_answers(bucket, store, monkeypatch, caplog):
+def test_slow_answers(bucket, store, patch, caplog):
     """A slow answer is waited for, and told of."""
-    monkeypatch.setattr(bucket_lib, "_NO_ANSWER", 0.1)
+    patch.setattr(bucket_lib, "_NO_ANSWER", 0.1)
     bucket.put("f", b"x")
     with store.failing(lambda method, path: time.sleep(0.3)):
         assert bucket.get("f") == b"x"
     assert "/f: no answer for 0 s, still waiting" in caplog.text
 
 
-def test_what_does_not_pass(bucket, store, place, monkeypatch):
+def test_what_does_not_pass(bucket, store, place, patch):
     """No right, no bucket, another region, no package: one clear error at once, that says what it is of."""
     began = time.monotonic()
     with store.failing(denied), pytest.raises(UserError, match=f"writing {place}/f failed: .*"):
@@ -129,8 +129,8 @@ def test_what_does_not_pass(bucket, store, place, monkeypatch):
         with store.failing(region), pytest.raises(UserError, match="is AWS_REGION the bucket's region?"):
             bucket.put("f", b"x")
     assert time.monotonic() - began < 15
-    monkeypatch.setattr(bucket_lib, "_filesystems", {})
-    monkeypatch.setitem(__import__("sys").modules, {"gs": "gcsfs", "s3": "s3fs"}[store.scheme], None)
+    patch.setattr(bucket_lib, "_filesystems", {})
+    patch.setitem(__import__("sys").modules, {"gs": "gcsfs", "s3": "s3fs"}[store.scheme], None)
     extra = {"gs": "gcs", "s3": "s3"}[store.scheme]
     with pytest.raises(UserError, match=rf"pip install 'attnlab\[{extra}\]'"):
         Bucket(Url(place))
@@ -217,9 +217,9 @@ def staged(bucket, path):
     return here
 
 
-def test_logs_grow_by_parts(bucket, tmp_path, monkeypatch):
+def test_logs_grow_by_parts(bucket, tmp_path, patch):
     """Readers have all that was brought, whenever its writer dies; the writer's end makes one object of it."""
-    monkeypatch.setattr(workdir_lib, "_MOST_PARTS", 4)
+    patch.setattr(workdir_lib, "_MOST_PARTS", 4)
     here, log = staged(bucket, tmp_path / "a"), tmp_path / "a" / "metrics.jsonl"
     for i in range(7):
         with log.open("a") as file:

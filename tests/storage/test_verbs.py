@@ -66,7 +66,8 @@ def test_a_report_of_runs_in_a_bucket(place, attnlab, tmp_path):
     source = runs.corpus(tmp_path / "corpus")
     for name, rate in (("a", 1e-2), ("b", 1e-3)):
         for seed in (0, 1):
-            config = runs.config(source, seed=seed, optimizer__learning_rate=rate, train__sample_tokens=0)
+            more = {"optimizer__learning_rate": rate, "optimizer__schedule": "constant", "train__sample_tokens": 0}
+            config = runs.config(source, seed=seed, **more)
             runs.run(config, Url(f"{place}/{name}{seed}"))
     code, out, err = attnlab("report", place, "--out", f"{place}/report", "--json")
     assert code == 0, err
