@@ -287,8 +287,10 @@ class _Program:
 
     def _moved(self, op: Instruction, body: Body) -> float:
         arrays = op.arrays
-        if op.opcode in ("copy-start", "slice-start"):  # (result, operand, context)
+        if op.opcode == "copy-start":  # (result, operand, context)
             arrays = arrays[:1]
+        elif op.opcode == "slice-start":  # ((operands), result, context)
+            arrays = arrays[len(op.operands) :][:1]
         if op.opcode in ("dynamic-slice", "slice", "slice-start", "gather"):
             read = arrays[0].bytes if self._hbm(self._result(body, op.operands[0])) else 0
             return read + self._hbm(arrays[:1])

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from attnlab.launch import llo
+from attnlab.ops.feature_maps import Taylor
+from attnlab.ops.recurrence_kernel import kernel_features
 from kernels_pallas import tuning
 from kernels_pallas.linear_recurrence import Sizes, default_sizes, linear_recurrence
 
@@ -29,6 +31,12 @@ class Case:
     decay: str = "constant"
     packed: bool = False
     value_width: int = 128
+    features: Taylor | None = None  # of queries and keys, whose width is then its own
+
+    @property
+    def key_width(self) -> int:
+        """Of queries and keys as they lie."""
+        return WIDTH if self.features is None else self.features.width
 
 
 NAME = "linear_recurrence"
@@ -37,6 +45,7 @@ CASES = {
     "constant": Case(),
     "data, documents": Case("data", True),
     "constant, a column of ones": Case(value_width=129),
+    "Taylor features, a column of ones": Case(value_width=129, features=Taylor(16)),
 }
 PARTS = ("forward", "backward")
 
@@ -46,7 +55,7 @@ def compile_case(case: Case, target: Any, chip: str, sizes: Sizes) -> None:
     placed = SingleDeviceSharding(target.devices[0])
     of = lambda *shape, dtype="bfloat16": jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
     rows = BATCH, LENGTH, HEADS
-    arrays = {"q": of(*rows, WIDTH), "k": of(*rows, WIDTH), "u": of(*rows, case.value_width)}
+    arrays = {"q": of(*rows, case.key_width), "k": of(*rows, case.key_width), "u": of(*rows, case.value_width)}
     fixed = {"starts": of(*rows[:2], dtype=jnp.int32)} if case.packed else {}
     if case.decay == "data":
         arrays["log_decay"] = of(*rows, dtype=jnp.float32)
@@ -55,7 +64,7 @@ def compile_case(case: Case, target: Any, chip: str, sizes: Sizes) -> None:
 
     def loss(arrays, fixed):
         with tuning.device_kind(chip):
-            o, _ = linear_recurrence(**arrays, **fixed, sizes=sizes)
+            o, _ = linear_recurrence(**arrays, **fixed, features=kernel_features(case.features), sizes=sizes)
         return jnp.sum(o.astype(jnp.float32))
 
     jax.jit(jax.grad(loss)).lower(arrays, fixed).compile()
@@ -99,5 +108,6 @@ def measure(name: str, chip: str, folder: pathlib.Path, target: Any, sizes: Size
     """See `both`, of a case."""
     case = CASES[name]
     of = lambda width: jax.ShapeDtypeStruct((BATCH, LENGTH, HEADS, width), "bfloat16")
-    sizes = sizes or default_sizes(of(WIDTH), of(case.value_width), chip)
+    features = kernel_features(case.features)
+    sizes = sizes or default_sizes(of(case.key_width), of(case.value_width), chip, features)
     return both(NAME, sizes, chip, folder, lambda: compile_case(case, target, chip, sizes))

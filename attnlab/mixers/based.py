@@ -13,32 +13,8 @@ from attnlab.mixers.base import Capabilities, MixerOutput, impl_knob, knob, regi
 from attnlab.mixers.heads import HeadConfig, HeadMixer, Projections, split_heads
 from attnlab.mixers.parts import param_dtype
 from attnlab.mixers.sequence import Sequence
+from attnlab.ops.feature_maps import Taylor
 from attnlab.ops.linear_recurrence import LINEAR_RECURRENCE, flops_per_token, linear_recurrence
-
-
-def full_features(x: jax.Array) -> jax.Array:
-    """`[1, x / f^(1/4), vec(x x^T) / sqrt(2 f)]` [..., 1 + f + f^2], of x [..., f] (Arora et al. 2024, section 4.1)."""
-    f = x.shape[-1]
-    products = (x[..., :, None] * x[..., None, :]).reshape(*x.shape[:-1], f * f)
-    return jnp.concatenate([jnp.ones_like(x[..., :1]), x * f**-0.25, products * (2 * f) ** -0.5], axis=-1)
-
-
-def symmetric_features(x: jax.Array) -> jax.Array:
-    """`full_features` with each product x_i x_j, i != j, once and times sqrt(2): [..., 1 + f + f (f + 1) / 2].
-
-    Products are those of x and of x shifted round by r = 0 .. f / 2 places: each pair stands at one distance r on the
-    circle, and twice where r is half of f.
-    """
-    f = x.shape[-1]
-    circle = jnp.concatenate([x, x], axis=-1)
-    parts = [jnp.ones_like(x[..., :1]), x * f**-0.25, x * x * (2 * f) ** -0.5]
-    for r in range(1, f // 2 + 1):
-        pairs = f // 2 if 2 * r == f else f
-        parts.append(x[..., :pairs] * circle[..., r : r + pairs] * f**-0.5)
-    return jnp.concatenate(parts, axis=-1)
-
-
-FEATURES = {"symmetric": symmetric_features, "full": full_features}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,23 +27,22 @@ class BasedConfig(HeadConfig):
         "symmetric: 1 + f + f (f + 1) / 2 features; full: 1 + f + f^2, the same "
         "layer with every product of two channels twice",
         other=("full",),
-        choices=FEATURES,
+        choices=("symmetric", "full"),
     )
     epsilon: float = knob(1e-12, "added to the denominator, which is at least 1/2", other=(0.5,), least=0)
     chunk: int = knob(64, "positions computed as one product; changes only speed and memory", other=(4,), least=1)
     impl: str = impl_knob(LINEAR_RECURRENCE)
 
-    def feature_count(self) -> int:
-        """Width of queries and keys after the feature map."""
-        f = self.feature_width
-        return 1 + f + (f * (f + 1) // 2 if self.features == "symmetric" else f * f)
+    def feature_map(self) -> Taylor:
+        """Of queries and keys."""
+        return Taylor(self.feature_width, self.features == "symmetric")
 
 
 @register("based")
 class Based(HeadMixer):
     """`o_t = sum_s w_ts v_s / (sum_s w_ts + epsilon)`, s <= t, `w_ts = 1 + z + z^2 / 2`, `z = q_t . k_s / sqrt(f)`.
 
-    The weight is `phi(q_t) . phi(k_s)` of `full_features`, at least 1/2; so numerator and denominator are one linear
+    The weight is `phi(q_t) . phi(k_s)` of `Taylor` features, at least 1/2; so numerator and denominator are one linear
     recurrence, of the values with a column of ones.
     """
 
@@ -95,22 +70,24 @@ class Based(HeadMixer):
 
     def heads(self, x: jax.Array, seq: Sequence, carried: jax.Array | None = None) -> MixerOutput:
         """As in the contract; `carried` is the memory [B, H, features, e + 1]."""
-        c, wide = self.config, param_dtype(self.dtype)
-        q, k = (FEATURES[c.features](split_heads(y(x), c.feature_width).astype(wide)) for y in (self.q, self.k))
-        v = split_heads(self.v(x), self.head_dim).astype(wide)
+        c = self.config
+        q, k = (split_heads(y(x), c.feature_width) for y in (self.q, self.k))
+        v = split_heads(self.v(x), self.head_dim)
         u = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
         sums, memory = linear_recurrence(
-            q, k, u, documents_BT=seq.documents, state_BHde=carried, chunk=c.chunk, impl=c.impl
-        )
+            q, k, u, documents_BT=seq.documents, state_BHde=carried, features=c.feature_map(), chunk=c.chunk,
+            impl=c.impl,
+        )  # fmt: skip
         return MixerOutput(self.averaged(sums).astype(self.dtype), memory)
 
     def averaged(self, sums_BTHe: jax.Array) -> jax.Array:
         """Sums of weighted values by the sum of weights, which is in the last column."""
         # Weights are at least 1/2; features of huge queries and keys cancel, and may round their sum to about 0.
+        sums_BTHe = sums_BTHe.astype(param_dtype(sums_BTHe.dtype))
         return sums_BTHe[..., :-1] / (jnp.maximum(sums_BTHe[..., -1:], 0.5) + self.config.epsilon)
 
     def init_carried(self, batch: int, max_length: int, dtype: Any) -> jax.Array:
-        shape = (batch, self.config.heads, self.config.feature_count(), self.head_dim + 1)
+        shape = (batch, self.config.heads, self.config.feature_map().count, self.head_dim + 1)
         return jnp.zeros(shape, param_dtype(dtype))
 
     @classmethod
@@ -118,5 +95,5 @@ class Based(HeadMixer):
         e, H = config.head_dim(width), config.heads
         return {
             "projections": 4.0 * width * H * (config.feature_width + e),
-            "recurrence": H * flops_per_token(length, config.chunk, config.feature_count(), e + 1),
+            "recurrence": H * flops_per_token(length, config.chunk, config.feature_map().count, e + 1),
         }, None

@@ -89,8 +89,7 @@ class Memory(nnx.Module):
         """`inputs`, from the convolution's outputs [B, T, 3 H d]."""
         c = self.config
         shape = (*x.shape[:2], c.heads, -1)
-        wide = param_dtype(convolved.dtype)
-        q, k, v = jnp.split(jax.nn.silu(convolved.astype(wide)).reshape(shape), 3, axis=-1)
+        q, k, v = jnp.split(jax.nn.silu(convolved).reshape(shape), 3, axis=-1)
         logits = self.gates(x).reshape(shape) + self.gate_bias[...]
         gates = list(jnp.moveaxis(logits, -1, 0))
         log_keep = log_gate(-gates.pop(0)) if c.forgetting else None

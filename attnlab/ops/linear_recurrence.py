@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from attnlab.errors import UserError
 from attnlab.ops import recurrence_kernel
 from attnlab.ops.dispatch import Implementation, Op
+from attnlab.ops.feature_maps import Taylor
 from attnlab.parallel.sequence_parallel import SequenceParallel
 
 
@@ -35,19 +36,22 @@ class RecurrenceSpec:
     chunk: int
     decay: str  # none, constant, data
     packed: bool
+    features: Taylor | None = None  # of keys whose width is then its own
 
     def __str__(self) -> str:
         shape = f"B{self.batch} T{self.positions} H{self.heads} d{self.width}/{self.value_width} C{self.chunk}"
-        return " ".join([shape, self.dtype, f"decay={self.decay}", *(["packed"] if self.packed else [])])
+        made = [] if self.features is None else [f"features={self.features.count}"]
+        return " ".join([shape, self.dtype, f"decay={self.decay}", *made, *(["packed"] if self.packed else [])])
 
     @classmethod
     def of(
-        cls, exchange: SequenceParallel | None, q, k, u, log_decay, documents, state, *, chunk: int
-    ) -> RecurrenceSpec:
+        cls, exchange: SequenceParallel | None, q, k, u, log_decay, documents, state, *, chunk: int,
+        features: Taylor | None = None,
+    ) -> RecurrenceSpec:  # fmt: skip
         """Of the arrays of a device; where positions are split over several, what each finds is added in wide sums."""
         dtype = q.dtype if exchange is None else jnp.promote_types(q.dtype, jnp.float32)
         decay = "none" if log_decay is None else "constant" if log_decay.ndim == 1 else "data"
-        return cls(*q.shape, u.shape[3], str(dtype), chunk, decay, documents is not None)
+        return cls(*q.shape, u.shape[3], str(dtype), chunk, decay, documents is not None, features)
 
 
 class Weights(NamedTuple):
@@ -78,11 +82,13 @@ def _widened(q, k, u, log_decay, documents, state) -> tuple[Any, ...]:
 
 
 def _in_wide_sums(run: Callable[..., Any]) -> Callable[..., Any]:
-    """`run` on arrays in the dtype of sums, its output in that of q."""
+    """`run` on arrays in the dtype of sums, features for queries and keys; its output in the dtype of q."""
 
     @functools.wraps(run)
-    def wide(q, *rest, chunk: int):
-        o, state = run(*_widened(q, *rest), chunk=chunk)
+    def wide(q, *rest, chunk: int, features: Taylor | None = None):
+        wide_q, k, *others = _widened(q, *rest)
+        made = (wide_q, k) if features is None else (features(wide_q), features(k))
+        o, state = run(*made, *others, chunk=chunk)
         return o.astype(q.dtype), state
 
     return wide
@@ -147,12 +153,15 @@ def chunked(
     return jnp.moveaxis(o, 1, 3).reshape(B, N * C, H, e)[:, :T], state
 
 
-def _over_devices(chosen: Implementation, exchange: SequenceParallel, *arrays: Any, chunk: int):
+def _over_devices(
+    chosen: Implementation, exchange: SequenceParallel, *arrays: Any, chunk: int, features: Taylor | None = None
+):
     """Each device runs its positions from nothing and adds what the state of those before gives: it is linear in it."""
     q, k, u, log_decay, documents, state = _widened(*arrays)
-    B, T, H, d = q.shape
     documents = None if documents is None else exchange.local_documents(documents)
-    o, written = chosen.run(q, k, u, log_decay, documents, None, chunk=chunk)
+    o, written = chosen.run(q, k, u, log_decay, documents, None, chunk=chunk, features=features)
+    q = q if features is None else features(q)
+    B, T, H, d = q.shape
     logs = jnp.zeros((B, T, H), q.dtype) if log_decay is None else jnp.broadcast_to(log_decay, (B, T, H))
     kept = jnp.exp(jnp.cumsum(logs, axis=1))
     if documents is not None:
@@ -192,6 +201,7 @@ def linear_recurrence(
     log_decay: jax.Array | None = None,
     documents_BT: jax.Array | None = None,
     state_BHde: jax.Array | None = None,
+    features: Taylor | None = None,
     chunk: int = 64,
     impl: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
@@ -204,6 +214,7 @@ def linear_recurrence(
         smallest normal number of its dtype counts as that number.
       documents_BT: of `attnlab.ops.documents.document_index`; None: all positions continue one document.
       state_BHde: the state before the first position, read by document 0 only; None: nothing.
+      features: of queries and keys, which then stand for them, on chip in the kernel; d of the state is their count.
       chunk: positions in a chunk of `chunked`, changes only time and memory; the kernel has its own.
       impl: "auto", or a name in `LINEAR_RECURRENCE.table`.
 
@@ -214,12 +225,13 @@ def linear_recurrence(
     Raises:
       UserError: shapes that do not fit, or an unknown `impl`.
     """
-    _check_shapes(q_BTHd, k_BTHd, u_BTHe, log_decay, documents_BT, state_BHde, chunk)
+    _check_shapes(q_BTHd, k_BTHd, u_BTHe, log_decay, documents_BT, state_BHde, features, chunk)
     rows, states = ("batch", "seq", "heads", None), ("batch", "heads", None, None)
     decays = ("heads",) if log_decay is not None and log_decay.ndim == 1 else rows[:3]
     return LINEAR_RECURRENCE(
         q_BTHd, k_BTHd, u_BTHe, log_decay, documents_BT, state_BHde,
         axes=(rows, rows, rows, decays, rows[:2], states), out_axes=[rows, states], impl=impl, chunk=chunk,
+        features=features,
     )  # fmt: skip
 
 
@@ -297,13 +309,17 @@ def _states(
     return jnp.moveaxis(jnp.concatenate([start[None], between]), 0, 2), last
 
 
-def _check_shapes(q, k, u, log_decay, documents, state, chunk: int) -> None:
+def _check_shapes(q, k, u, log_decay, documents, state, features: Taylor | None, chunk: int) -> None:
     if q.ndim != 4 or q.shape != k.shape or u.ndim != 4 or u.shape[:3] != q.shape[:3]:
         raise UserError(
             f"linear_recurrence: q {q.shape}, k {k.shape}, u {u.shape} do not fit; "
             "expected q, k [B, T, H, d], u [B, T, H, e]"
         )
     B, T, H, d = q.shape
+    if features is not None:
+        if features.width != d:
+            raise UserError(f"linear_recurrence: q {q.shape}; expected width {features.width}, that of {features}")
+        d = features.count
     for name, x, allowed in (
         ("log_decay", log_decay, [(H,), (B, T, H)]),
         ("documents_BT", documents, [(B, T)]),

@@ -11,6 +11,7 @@ from attnlab.parallel import partition
 from kernels_pallas import tuning
 
 if TYPE_CHECKING:
+    from attnlab.ops.feature_maps import Taylor
     from attnlab.ops.linear_recurrence import RecurrenceSpec
 
 _LANES = 128  # below so many positions most of a chunk is padding
@@ -27,8 +28,9 @@ def unsupported(spec: RecurrenceSpec) -> str | None:
     """Why the kernel cannot serve, or None."""
     if spec.dtype not in ("bfloat16", "float32"):
         return f"it computes bfloat16 and float32, not {spec.dtype}"
-    if _kernels().default_sizes(*_arrays(spec), device_kind()) is None:
-        return f"a head's state of {spec.width} x {spec.value_width} does not fit into fast memory"
+    if _kernels().default_sizes(*_arrays(spec), device_kind(), kernel_features(spec.features)) is None:
+        width = spec.width if spec.features is None else spec.features.count
+        return f"a head's state of {width} x {spec.value_width} does not fit into fast memory"
     return None
 
 
@@ -39,7 +41,7 @@ def worth(spec: RecurrenceSpec) -> bool:
 
 def kernel_flops(spec: RecurrenceSpec) -> dict[str, float]:
     """FLOPs of one run of each kernel."""
-    return _kernels().kernel_flops(*_arrays(spec), device_kind())
+    return _kernels().kernel_flops(*_arrays(spec), device_kind(), kernel_features(spec.features))
 
 
 def run(
@@ -51,6 +53,7 @@ def run(
     state: jax.Array | None,
     *,
     chunk: int,
+    features: Taylor | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """See `attnlab.ops.linear_recurrence.linear_recurrence`; `interpret` runs it as plain XLA, on any platform.
@@ -64,7 +67,8 @@ def run(
         return _kernels().linear_recurrence(
             q, k.astype(q.dtype), u.astype(q.dtype),
             log_decay=log_decay, starts=None if documents is None else first_positions(documents),
-            state=None if state is None else state.astype(jnp.float32), interpret=interpret,
+            state=None if state is None else state.astype(jnp.float32), features=kernel_features(features),
+            interpret=interpret,
         )  # fmt: skip
 
 
@@ -78,6 +82,14 @@ def first_positions(documents_BT: jax.Array) -> jax.Array:
     t = jnp.arange(documents_BT.shape[1], dtype=jnp.int32)
     before = jnp.pad(documents_BT, ((0, 0), (1, 0)))[:, :-1]
     return jax.lax.cummax(jnp.where(documents_BT != before, t, -1), axis=1)
+
+
+def kernel_features(features: Taylor | None) -> Any:
+    """As the kernel takes them (`kernels_pallas.linear_recurrence.Features`)."""
+    if features is None:
+        return None
+    first, second, scale = (tuple(x.tolist()) for x in features.pairs)
+    return _kernels().Features(features.width, first, second, scale)
 
 
 def device_kind() -> str:

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from kernels_pallas import tuning
 from kernels_pallas.linear_recurrence import plan as plan_lib
 from kernels_pallas.linear_recurrence.gradient import recurrence
-from kernels_pallas.linear_recurrence.plan import Sizes
+from kernels_pallas.linear_recurrence.plan import Features, Sizes
 
-__all__ = ["Sizes", "default_sizes", "kernel_flops", "linear_recurrence"]
+__all__ = ["Features", "Sizes", "default_sizes", "kernel_flops", "linear_recurrence"]
 
 _LOG2E = math.log2(math.e)
 
@@ -26,6 +26,7 @@ def linear_recurrence(
     log_decay: jax.Array | None = None,
     starts: jax.Array | None = None,
     state: jax.Array | None = None,
+    features: Features | None = None,
     interpret: Any = False,
     sizes: Sizes | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -39,6 +40,8 @@ def linear_recurrence(
       starts: int [B, T], the first position of each position's document; -1: that of the document that `state` is of.
         They ascend, and begin with -1 or 0. None: all are of that document.
       state: [B, H, d, e] float32, before the first position; None: nothing.
+      features: what stands for queries and keys, made on chip from those of its width; None: themselves. d of the state
+        is then their number.
       interpret: runs the kernels as plain XLA operations on any platform, or, on a CPU, as its interpreter's parameters
         say (`jax.experimental.pallas.tpu.InterpretParams`).
       sizes: blocks; by default `default_sizes`.
@@ -51,19 +54,21 @@ def linear_recurrence(
     Raises:
       ValueError: shapes, dtypes or options that do not fit.
     """
-    _check(q, k, u, log_decay, starts, state)
-    (B, T, H, width), value_width, kind = q.shape, u.shape[3], tuning.kind()
+    _check(q, k, u, log_decay, starts, state, features)
+    (B, T, H, key_width), value_width, kind = q.shape, u.shape[3], tuning.kind()
+    width = key_width if features is None else len(features.scale)
     column = plan_lib.has_column(value_width)
     d, e = plan_lib.padded_width(width), plan_lib.padded_width(value_width - column)
-    sizes = default_sizes(q, u, kind) if sizes is None else sizes
+    sizes = default_sizes(q, u, kind, features) if sizes is None else sizes
     if sizes is None:
         raise ValueError(f"linear_recurrence: widths {width}/{value_width}: a state of so many does not fit on chip")
-    plan_lib.check_sizes("linear_recurrence", sizes, H, d, e)
     constant = log_decay is None or log_decay.ndim == 1
     plan = plan_lib.Plan(
-        (B, T, H, d, e), str(q.dtype), constant, starts is not None, column, state is not None, sizes, kind, interpret
-    )
-    arrays = {name: plan_lib.side_by_side(x, d) for name, x in (("q", q), ("k", k))}
+        (B, T, H, d, e), str(q.dtype), constant, starts is not None, column, state is not None, sizes, kind, interpret,
+        features=features,
+    )  # fmt: skip
+    plan_lib.check_sizes("linear_recurrence", sizes, H, plan.key_width, e)
+    arrays = {name: plan_lib.side_by_side(x, plan.key_width) for name, x in (("q", q), ("k", k))}
     arrays["u"] = plan_lib.side_by_side(u[..., : value_width - column], e)
     logs = jnp.zeros((H,)) if log_decay is None else log_decay
     arrays["logs"] = _heads_first(logs.astype(jnp.float32) * _LOG2E)
@@ -85,17 +90,30 @@ def linear_recurrence(
     return o, end
 
 
-def default_sizes(q: jax.Array | jax.ShapeDtypeStruct, u: jax.Array | jax.ShapeDtypeStruct, kind: str) -> Sizes | None:
+def default_sizes(
+    q: jax.Array | jax.ShapeDtypeStruct,
+    u: jax.Array | jax.ShapeDtypeStruct,
+    kind: str,
+    features: Features | None = None,
+) -> Sizes | None:
     """Blocks for queries and values of these shapes on devices of a kind; None: states are too large for the chip."""
-    width = plan_lib.padded_width(u.shape[3] - plan_lib.has_column(u.shape[3]))
-    return plan_lib.sizes(q.shape[1], q.shape[2], plan_lib.padded_width(q.shape[3]), width, q.dtype.itemsize, kind)
+    lies = plan_lib.padded_width(q.shape[3])
+    width = lies if features is None else plan_lib.padded_width(len(features.scale))
+    values = plan_lib.padded_width(u.shape[3] - plan_lib.has_column(u.shape[3]))
+    return plan_lib.sizes(q.shape[1], q.shape[2], width, values, q.dtype.itemsize, kind, lies)
 
 
-def kernel_flops(q: jax.ShapeDtypeStruct, u: jax.ShapeDtypeStruct, kind: str) -> dict[str, float]:
-    """FLOPs of the products of one run of each kernel, by name, without padding; all pairs of a chunk are counted."""
-    (B, T, H, d), e, sizes = q.shape, u.shape[3], default_sizes(q, u, kind)
+def kernel_flops(
+    q: jax.ShapeDtypeStruct, u: jax.ShapeDtypeStruct, kind: str, features: Features | None = None
+) -> dict[str, float]:
+    """FLOPs of the products of one run of each kernel, by name, without padding; all pairs of a chunk are counted.
+
+    Features are no products: what is only picked out is not counted.
+    """
+    (B, T, H, d), e, sizes = q.shape, u.shape[3], default_sizes(q, u, kind, features)
     if sizes is None:
         return {}
+    d = d if features is None else len(features.scale)
     C, again = sizes.chunk, 1 - 1 / sizes.chunks
     each = {"forward": C * (d + e) + 2 * d * e, "backward": C * (3 * d + 2 * e) + (4 + again) * d * e}
     return {f"linear_recurrence_{name}": 2.0 * B * T * H * n for name, n in each.items()}
@@ -106,6 +124,9 @@ def _heads_first(x: jax.Array) -> jax.Array:
     return x if x.ndim == 1 else jnp.moveaxis(x, 2, 1)
 
 
-def _check(q, k, u, log_decay, starts, state) -> None:
-    B, T, H = plan_lib.check_arrays("linear_recurrence", q, k, u, "u", starts, state)
+def _check(q, k, u, log_decay, starts, state, features) -> None:
+    width = None if features is None else len(features.scale)
+    B, T, H = plan_lib.check_arrays("linear_recurrence", q, k, u, "u", starts, state, width)
+    if features is not None and features.width != q.shape[3]:
+        raise ValueError(f"linear_recurrence: q {q.shape}; expected width {features.width}, that of features")
     plan_lib.check_shape("linear_recurrence", "log_decay", log_decay, (H,), (B, T, H))

@@ -118,8 +118,30 @@ class Step:
             x = jnp.where(iota((x.shape[0], 1), 0) < self.plan.shape[1] - self.start(m), x, 0)
         return x
 
+    def keys(self, name: str, m: int, h: int, *, masked: bool = True) -> jax.Array:
+        """[C, d]: queries or keys of a head as the products read them."""
+        x = self.load(name, m, h, masked=masked)
+        if self.plan.features is None:
+            return x
+        first, second = self._factors(x)
+        return (first * second * self.r["rest"][2:3]).astype(x.dtype)
+
+    def _factors(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[C, d] float32: of every feature, unscaled. Products with a single 1 in a column are exact."""
+        pick = lambda n, name: product(x, self.r[name][...], 1, 0) + self.r["rest"][n : n + 1]
+        return pick(0, "ones_first"), pick(1, "ones_second")
+
+    def store_keys(self, name: str, m: int, h: int, dx: jax.Array) -> None:
+        """Writes the gradient of queries or keys, from that of what the products read."""
+        if self.plan.features is not None:
+            x, dx = self.load(name, m, h), dx * self.r["rest"][2:3]
+            first, second = self._factors(x)
+            narrow = lambda factor, table: product((dx * factor).astype(x.dtype), self.r[table][...], 1, 1)
+            dx = narrow(second, "ones_first") + narrow(first, "ones_second")
+        self.store(f"d{name}", m, h, dx)
+
     def store(self, name: str, m: int, h: int, x: jax.Array) -> None:
-        """The opposite."""
+        """The opposite of `load`."""
         ref = self.r[name]
         width = ref.shape[2] // self.heads
         ref[0, self.rows(m), h * width : (h + 1) * width] = x.astype(ref.dtype)

@@ -8,12 +8,14 @@ group of heads. Numbers per position are rows, [B, H, N M, 1, C].
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -22,7 +24,7 @@ from kernels_pallas.mosaic import Slots
 
 LANES = 128
 _NARROWEST = 16  # width
-_CHUNKS = 4  # of a block at most
+_CHUNKS, _FEATURE_CHUNKS = 8, 2  # of a block at most; with features more are slower, and take minutes to compile
 _STEP, _ALONE = 0.15, 2.8  # what a step costs beside its chunks, in chunks; what it costs beside its heads, in heads
 _SLACK = 4 * 2**20  # bytes of fast memory for the compiler's own
 
@@ -43,13 +45,38 @@ class Sizes:
     backward_heads: int = 4
 
 
+class Features(NamedTuple):
+    """What the products read instead of queries and keys x: scale[i] y[first[i]] y[second[i]], y = [x, 1].
+
+    They are made on chip, and never written out.
+    """
+
+    width: int  # of x
+    first: tuple[int, ...]
+    second: tuple[int, ...]
+    scale: tuple[float, ...]
+
+    def tables(self, dtype: str) -> dict[str, np.ndarray]:
+        """`ones_*`: [w, d], a column for each feature, 1 at its channel; `rest`: [3, d], what the factors have beside
+        it, and the scale; w and d are padded."""
+        w, d = padded_width(self.width), padded_width(len(self.scale))
+        rest, found = np.zeros((3, d), np.float32), {}
+        for row, (name, channels) in enumerate((("ones_first", self.first), ("ones_second", self.second))):
+            pick = np.zeros((self.width + 1, d), np.float32)
+            pick[np.asarray(channels), np.arange(len(channels))] = 1
+            rest[row] = pick[-1]
+            found[name] = np.pad(pick[:-1], ((0, w - self.width), (0, 0))).astype(jnp.dtype(dtype))
+        rest[2, : len(self.scale)] = self.scale
+        return found | {"rest": rest}
+
+
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What is static of a call.
 
     Attributes:
-      shape: B, T, H, d, e.
+      shape: B, T, H, d, e; d is what the products read.
       dtype: of products.
       constant: whether heads decay at fixed rates, else by a number per position.
       documents: whether positions have documents.
@@ -57,6 +84,7 @@ class Plan:
       given: whether there is a state before the first position.
       kind: of the devices (`kernels_pallas.tuning.kind`).
       wants_decay: whether the backward gives the gradient of the decay.
+      features: of queries and keys; None: themselves.
     """
 
     shape: tuple[int, int, int, int, int]
@@ -69,6 +97,12 @@ class Plan:
     kind: str
     interpret: Any
     wants_decay: bool = False
+    features: Features | None = None
+
+    @property
+    def key_width(self) -> int:
+        """Of queries and keys as they lie, padded."""
+        return self.shape[3] if self.features is None else padded_width(self.features.width)
 
     @property
     def positions(self) -> int:
@@ -85,10 +119,13 @@ class Plan:
         """Whether the last block ends behind the last position."""
         return self.shape[1] % self.positions != 0
 
-    def flops(self, of_pairs: int, of_states: int) -> int:
-        """Of products of so many width units: over pairs within a chunk, and of states."""
+    def flops(self, of_pairs: int, of_states: int, of_features: int = 0) -> int:
+        """Of products of so many width units: over pairs within a chunk, of states, and between keys and features."""
         B, _, H, d, e = self.shape
-        return 2 * B * H * self.blocks * self.positions * (self.sizes.chunk * of_pairs + d * e * of_states)
+        each = self.sizes.chunk * of_pairs + d * e * of_states
+        if self.features is not None:
+            each += d * self.key_width * of_features
+        return 2 * B * H * self.blocks * self.positions * each
 
 
 def padded_width(width: int) -> int:
@@ -117,9 +154,16 @@ def check_shape(kernel: str, name: str, x: jax.Array | None, *allowed: tuple[int
 
 
 def check_arrays(
-    kernel: str, q: jax.Array, k: jax.Array, u: jax.Array, name: str, starts: jax.Array | None, state: jax.Array | None
+    kernel: str,
+    q: jax.Array,
+    k: jax.Array,
+    u: jax.Array,
+    name: str,
+    starts: jax.Array | None,
+    state: jax.Array | None,
+    width: int | None = None,
 ) -> tuple[int, int, int]:
-    """B, T and H; raises ValueError for what does not fit. `name`: of the values `u`."""
+    """B, T and H; raises ValueError for what does not fit. `name`: of the values `u`; `width`: of a state's keys."""
 
     def need(ok: bool, what: str) -> None:
         if not ok:
@@ -136,7 +180,7 @@ def check_arrays(
     )
     B, T, H, d = q.shape
     check_shape(kernel, "starts", starts, (B, T))
-    check_shape(kernel, "state", state, (B, H, d, u.shape[3]))
+    check_shape(kernel, "state", state, (B, H, d if width is None else width, u.shape[3]))
     need(starts is None or starts.dtype.kind == "i", f"starts {getattr(starts, 'dtype', '')}; expected signed integers")
     need(state is None or state.dtype == jnp.float32, f"state {getattr(state, 'dtype', '')}; expected float32")
     return B, T, H
@@ -156,11 +200,17 @@ def check_sizes(kernel: str, sizes: Sizes, heads: int, width: int, value_width: 
         need(n == heads or (1 <= n <= heads and whole), f"all {heads} heads, or so many that fill whole {LANES} lanes")
 
 
-def sizes(length: int, heads: int, width: int, value_width: int, itemsize: int, kind: str) -> Sizes | None:
-    """Blocks for these lengths and padded widths; None where no state of a head fits into fast memory."""
-    chunk = min(LANES, -(-length // 16) * 16)
-    needed = (8, forward_bytes), (4, backward_bytes)
-    return fitting(chunk, _CHUNKS, needed, length, heads, width, value_width, itemsize, kind)
+def sizes(
+    length: int, heads: int, width: int, value_width: int, itemsize: int, kind: str, key_width: int | None = None
+) -> Sizes | None:
+    """Blocks for these lengths and padded widths; None where no state of a head fits into fast memory.
+
+    `key_width`: of queries and keys as they lie, where the products read others.
+    """
+    chunk, lies = min(LANES, -(-length // 16) * 16), width if key_width is None else key_width
+    needed = (8, functools.partial(forward_bytes, lies)), (4, functools.partial(backward_bytes, lies))
+    most = _CHUNKS if lies == width else _FEATURE_CHUNKS
+    return fitting(chunk, most, needed, length, heads, width, value_width, itemsize, kind, lies)
 
 
 def fitting(
@@ -173,6 +223,7 @@ def fitting(
     value_width: int,
     itemsize: int,
     kind: str,
+    key_width: int | None = None,
 ) -> Sizes | None:
     """`sizes` with a given chunk and at most so many of a block; `needed`: of each direction the most heads, and the
     bytes of fast memory that it takes for heads, chunk, chunks, widths and size of an item."""
@@ -182,7 +233,7 @@ def fitting(
         found = []
         for most, of in needed:
             fits = lambda n: of(n, chunk, chunks, width, value_width, itemsize) <= tuning.vmem_limit(kind)
-            found.append(_group(heads, width, value_width, most, fits))
+            found.append(_group(heads, key_width or width, value_width, most, fits))
         if None not in found:
             return Sizes(chunk, chunks, *found)
     return None
@@ -196,16 +247,16 @@ def _group(heads: int, width: int, value_width: int, most: int, fits: Callable[[
     return min(within, key=lambda n: (-(-heads // n) * (n + _ALONE), -n), default=None)
 
 
-def forward_bytes(heads: int, chunk: int, chunks: int, d: int, e: int, itemsize: int) -> int:
+def forward_bytes(key_width: int, heads: int, chunk: int, chunks: int, d: int, e: int, itemsize: int) -> int:
     """Of fast memory in the forward: windows in two buffers, the state, tables, and values of all heads at a time."""
-    windows = 2 * (2 * chunk * chunks * (d + e) * itemsize + 3 * d * e * 4)
+    windows = 2 * (2 * chunk * chunks * (key_width + e) * itemsize + 3 * d * e * 4)
     tables = 4 * chunk * (chunk + 2 * max(d, e))
     return heads * (windows + tables + 8 * d * e + 4 * chunk * (chunk + d + 2 * e)) + _SLACK
 
 
-def backward_bytes(heads: int, chunk: int, chunks: int, d: int, e: int, itemsize: int) -> int:
+def backward_bytes(key_width: int, heads: int, chunk: int, chunks: int, d: int, e: int, itemsize: int) -> int:
     """As `forward_bytes`; the states before each chunk are made again."""
-    windows = 2 * (chunk * chunks * (4 * d + 3 * e) * itemsize + 3 * d * e * 4)
+    windows = 2 * (chunk * chunks * (4 * key_width + 3 * e) * itemsize + 3 * d * e * 4)
     tables = 4 * chunk * (chunk + 2 * max(d, e))
     return heads * (windows + tables + 4 * (chunks + 2) * d * e + 4 * chunk * (2 * chunk + 4 * d + 2 * e)) + _SLACK
 
@@ -245,7 +296,7 @@ class Blocks(Slots):
         return pl.BlockSpec((1, 1, self.heads, *shape), lambda b, h, n: (b, self.at(n), h, 0, 0))
 
     def gates(self, arrays: Mapping[str, Any]) -> None:
-        """The inputs that both directions begin with: decays in log2 units, and first positions of documents."""
+        """The inputs that both directions begin with: decays in log2 units, documents' first positions, features."""
         plan, (_, T, H, *_) = self.plan, self.plan.shape
         if plan.constant:
             whole = jnp.pad(arrays["logs"], (0, self.grid[1] * self.heads - H))
@@ -255,6 +306,8 @@ class Blocks(Slots):
         if plan.documents:
             starts = jnp.pad(arrays["starts"], ((0, 0), (0, plan.blocks * plan.positions - T)), mode="edge")
             self.input("starts", starts.reshape(starts.shape[0], -1, 1, plan.sizes.chunk), self.shared_rows())
+        for name, table in ({} if plan.features is None else plan.features.tables(plan.dtype)).items():
+            self.input(name, jnp.asarray(table), pl.BlockSpec(table.shape, lambda b, h, n: (0, 0)))
 
     def tables(self) -> None:
         """Scratch for what is the same in every chunk where decays are constant."""

@@ -57,7 +57,7 @@ class Backward(Step):
         """The state after a chunk of a head."""
         (*_, d, e), dtype = self.plan.shape, self.r["q"].dtype
         _, _, write, carry = self.weights(m, h)
-        written = (self.load("k", m, h) * write[:, :d]).astype(dtype)
+        written = (self.keys("k", m, h) * write[:, :d]).astype(dtype)
         new = product(written, self.load("u", m, h), 0, 0)
         yield
         self.states[m + 1, h] = self.states[m, h] * carry[:, :e] + new
@@ -67,7 +67,7 @@ class Backward(Step):
     def unit(self, m: int, h: int) -> Unit:
         """A chunk of a head, in phases."""
         (*_, d, e), dtype = self.plan.shape, self.r["q"].dtype
-        q, k, u, do = (self.load(name, m, h) for name in ("q", "k", "u", "do"))
+        (q, k), (u, do) = (self.keys(name, m, h) for name in "qk"), (self.load(name, m, h) for name in ("u", "do"))
         scores, slopes = product(k, q, 1, 1), product(u, do, 1, 1)
         column = Column(self, m, h) if self.plan.column else None
         yield
@@ -88,8 +88,8 @@ class Backward(Step):
             dq += read[:, :d] * column.far_queries()
             dk_far += write[:, :d] * column.far_keys()
         dq, dk = near[0] + dq, near[1] + dk_far
-        self.store("dq", m, h, dq)
-        self.store("dk", m, h, dk)
+        self.store_keys("q", m, h, dq)
+        self.store_keys("k", m, h, dk)
         self.store("du", m, h, near[2] + far[2] * write[:, :e])
         if self.plan.wants_decay:
             behind = total(_wide(k) * dk_far) + total(self.states[m, h] * self.dstate[h] * carry[:, :e])
@@ -138,10 +138,10 @@ def _kernel(plan: Plan, heads: int, names: tuple[str, ...], *refs) -> None:
 
 def run(plan: Plan, arrays: Mapping[str, Any], saved: Mapping[str, Any], cotangents: Mapping[str, Any]):
     """See `kernels_pallas.linear_recurrence.gradient`; gradients by the names of the arrays that they are of."""
-    (B, T, H, d, e), heads = plan.shape, plan.sizes.backward_heads
+    (B, T, H, d, e), heads, keys = plan.shape, plan.sizes.backward_heads, plan.key_width
     blocks = Blocks(plan, heads, reverse=True)
     blocks.gates(arrays)
-    for name, width in (("q", d), ("k", d), ("u", e)):
+    for name, width in (("q", keys), ("k", keys), ("u", e)):
         blocks.input(name, arrays[name], blocks.positions(width))
     blocks.input("do", cotangents["o"], blocks.positions(e))
     rows = (B, H, plan.blocks * plan.sizes.chunks, 1, plan.sizes.chunk)
@@ -150,7 +150,7 @@ def run(plan: Plan, arrays: Mapping[str, Any], saved: Mapping[str, Any], cotange
         states["sums"] = (1, d)
         blocks.input("z", as_rows(plan, arrays["z"]), blocks.rows())
         blocks.input("doz", as_rows(plan, cotangents["oz"]), blocks.rows())
-    for name, width in (("q", d), ("k", d), ("u", e)):
+    for name, width in (("q", keys), ("k", keys), ("u", e)):
         blocks.output(f"d{name}", (B, T, H * width), arrays[name].dtype, blocks.positions(width))
     for name, wanted in (("dz", plan.column), ("dlogs", plan.wants_decay)):
         if wanted:
@@ -164,7 +164,8 @@ def run(plan: Plan, arrays: Mapping[str, Any], saved: Mapping[str, Any], cotange
     blocks.tables()
     kernel = functools.partial(_kernel, plan, heads, blocks.names())
     chunks = plan.sizes.chunks
-    out = blocks.run(kernel, NAME, plan.flops(3 * d + 2 * e, 4) + plan.flops(0, 1) * (chunks - 1) // chunks)
+    again = plan.flops(0, 1, 2) * (chunks - 1) // chunks
+    out = blocks.run(kernel, NAME, plan.flops(3 * d + 2 * e, 4, 12) + again)
     for name in ("dz", "dlogs"):
         if name in out:
             out[name] = from_rows(plan, out[name])

@@ -51,8 +51,8 @@ class Forward(Step):
     def unit(self, m: int, h: int) -> Unit:
         """A chunk of a head, in phases."""
         (_, _, _, d, e), dtype = self.plan.shape, self.r["q"].dtype
-        q = self.load("q", m, h, masked=False)  # rows behind the end are nobody's
-        k, u = self.load("k", m, h), self.load("u", m, h)
+        q = self.keys("q", m, h, masked=False)  # rows behind the end are nobody's
+        k, u = self.keys("k", m, h), self.load("u", m, h)
         scores = product(q, k, 1, 1)
         yield
         pairs, read, write, carry = self.weights(m, h)
@@ -83,7 +83,7 @@ def run(plan: Plan, arrays: Mapping[str, Any], *, save: bool) -> dict[str, jax.A
     (B, T, H, d, e), heads = plan.shape, plan.sizes.forward_heads
     blocks = Blocks(plan, heads, reverse=False)
     blocks.gates(arrays)
-    for name, width in (("q", d), ("k", d), ("u", e)):
+    for name, width in (("q", plan.key_width), ("k", plan.key_width), ("u", e)):
         blocks.input(name, arrays[name], blocks.positions(width))
     states = {"state": (d, e)}
     if plan.column:
@@ -104,7 +104,7 @@ def run(plan: Plan, arrays: Mapping[str, Any], *, save: bool) -> dict[str, jax.A
         blocks.scratch(name, (heads, *shape), jnp.float32)
     blocks.tables()
     kernel = functools.partial(_kernel, plan, heads, blocks.names())
-    out = blocks.run(kernel, NAME, plan.flops(d + e, 2))
+    out = blocks.run(kernel, NAME, plan.flops(d + e, 2, 4))
     if plan.column:
         out["oz"] = from_rows(plan, out["oz"])
     return out

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from attnlab.ops.feature_maps import Taylor
 from attnlab.ops.linear_recurrence import LINEAR_RECURRENCE
 from kernels_pallas import tuning
-from kernels_pallas.linear_recurrence import Sizes, default_sizes, linear_recurrence
+from kernels_pallas.linear_recurrence import Features, Sizes, default_sizes, linear_recurrence
 from kernels_pallas.linear_recurrence import plan as plan_lib
 from tests.kernels_pallas.recurrences import (
     B,
@@ -39,15 +40,16 @@ def inputs(length, heads, d, e, decay, state, seed=0):
     return arrays
 
 
-def definition(q, k, u, log_decay=None, state=None, documents=None):
+def definition(q, k, u, log_decay=None, state=None, documents=None, features=None):
     documents = None if documents is None else jnp.asarray(documents)
-    return LINEAR_RECURRENCE.table["definition"].run(q, k, u, log_decay, documents, state, chunk=1)
+    run = LINEAR_RECURRENCE.table["definition"].run
+    return run(q, k, u, log_decay, documents, state, chunk=1, features=features)
 
 
-def exact(arrays, documents):
+def exact(arrays, documents, features=None):
     with jax.enable_x64(True):
         return results(
-            functools.partial(definition, documents=documents),
+            functools.partial(definition, documents=documents, features=features),
             {name: jnp.asarray(x, jnp.float64) for name, x in arrays.items()},
         )
 
@@ -76,6 +78,31 @@ def test_equals_the_definition(case):
     found = results(functools.partial(linear_recurrence, starts=starts, sizes=sizes, interpret=True), arrays)
     expected = exact({name: np.asarray(x.astype(jnp.float32)) for name, x in arrays.items()}, documents)
     assert_close(found, expected, 1e-5 if dtype == "float32" else 0.02)
+
+
+# T, H, f, symmetric, e, documents, state, dtype, sizes
+FEATURES = [
+    (70, 2, 3, False, 16, True, True, "float32", Sizes(16, 2, 2, 2)),
+    (40, 8, 16, True, 33, True, True, "float32", Sizes(16, 2, 8, 8)),
+    (64, 8, 16, True, 17, False, False, "bfloat16", None),
+]
+
+
+@pytest.mark.parametrize("case", FEATURES, ids=lambda c: "-".join(str(x) for x in c[:8]))
+def test_features_on_chip(case):
+    """Taylor features, made inside: values and gradients of narrow queries and keys, and of a state over features."""
+    T, H, f, symmetric, e, packed, state, dtype, sizes = case
+    phi = Taylor(f, symmetric)
+    arrays = inputs(T, H, f, e, "none", False)
+    if state:
+        arrays["state"] = np.random.default_rng(1).standard_normal((B, H, phi.count, e)).astype(np.float32)
+    arrays = rounded(arrays, dtype)
+    documents = documents_of(T) if packed else None
+    starts = jnp.asarray(starts_of(documents)) if packed else None
+    features = Features(f, *(tuple(x.tolist()) for x in phi.pairs))
+    run = functools.partial(linear_recurrence, starts=starts, sizes=sizes, features=features, interpret=True)
+    expected = exact({name: np.asarray(x.astype(jnp.float32)) for name, x in arrays.items()}, documents, phi)
+    assert_close(results(run, arrays), expected, 1e-5 if dtype == "float32" else 0.02)
 
 
 def run_simply(arrays, sizes=None, starts=None, interpret=True):
@@ -168,7 +195,7 @@ def test_sizes():
         for d, e, H in ((256, 128, 16), (512, 512, 8), (1024, 1024, 4)):
             s = default_sizes(of(4096, H, d), of(4096, H, e), kind)
             for n, needed in ((s.forward_heads, plan_lib.forward_bytes), (s.backward_heads, plan_lib.backward_bytes)):
-                assert needed(n, s.chunk, s.chunks, d, e, 2) <= tuning.vmem_limit(kind)
+                assert needed(d, n, s.chunk, s.chunks, d, e, 2) <= tuning.vmem_limit(kind)
 
 
 @pytest.mark.parametrize("change, says", [

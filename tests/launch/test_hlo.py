@@ -144,6 +144,28 @@ def test_text_of_the_tpu_compiler():
     assert costs.bytes == fusion + 3 * (each_turn + index)
 
 
+def test_slices_fetched_ahead():
+    """Of an array that comes into fast memory in two slices, each slice is read once, and nothing is written to HBM."""
+    text = """HloModule jit_f
+
+ENTRY %main (a: bf16[32,8]) -> bf16[32,8] {
+  %a = bf16[32,8]{1,0} parameter(0)
+  %slice-start.1 = ((bf16[32,8]{1,0}), bf16[16,8]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%a), slice={[0:16], [0:8]}
+  %slice-start.2 = ((bf16[32,8]{1,0}), bf16[16,8]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%a), slice={[16:32], [0:8]}
+  %slice-done.1 = bf16[16,8]{1,0:S(1)} slice-done(%slice-start.1)
+  %slice-done.2 = bf16[16,8]{1,0:S(1)} slice-done(%slice-start.2)
+  ROOT %fusion.1 = bf16[32,8]{1,0:S(1)} fusion(%slice-done.1, %slice-done.2), kind=kLoop, calls=%joined
+}
+
+%joined (b: bf16[16,8], c: bf16[16,8]) -> bf16[32,8] {
+  %b = bf16[16,8]{1,0} parameter(0)
+  %c = bf16[16,8]{1,0} parameter(1)
+  ROOT %concatenate.1 = bf16[32,8]{1,0} concatenate(%b, %c), dimensions={0}
+}
+"""
+    assert hlo.analyse(text).bytes == 2 * 32 * 8
+
+
 def test_reduce_scatter_of_the_tpu_compiler():
     """An all-reduce fused with the slice that a device keeps sends half of what an all-reduce does."""
     text = """HloModule jit_f, num_partitions=4

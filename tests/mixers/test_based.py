@@ -12,7 +12,7 @@ from flax import nnx
 
 from attnlab import mixers
 from attnlab.errors import ConfigError
-from attnlab.mixers.based import FEATURES, full_features, symmetric_features
+from attnlab.ops.feature_maps import Taylor
 from tests.mixers import cases
 
 
@@ -39,31 +39,33 @@ def weights(module, x):
     return np.tril(1 + z + z**2 / 2)
 
 
-@pytest.mark.parametrize("features", list(FEATURES))
+@pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("f", [1, 2, 3, 5, 16])
-def test_features_make_the_taylor_kernel(features, f):
-    """phi(q) . phi(k) = 1 + z + z^2 / 2, z = q . k / sqrt(f), for even and odd widths."""
+def test_features_make_the_taylor_kernel(symmetric, f):
+    """phi(q) . phi(k) = 1 + z + z^2 / 2, z = q . k / sqrt(f), for even and odd widths; by channels the same."""
     q, k = 2 * np.random.default_rng(f).standard_normal((2, 7, f))
-    phi = FEATURES[features]
+    phi = Taylor(f, symmetric)
+    with_one = np.concatenate([q, np.ones((7, 1))], axis=1)
+    by_channels = phi.pairs.scale * with_one[:, phi.pairs.first] * with_one[:, phi.pairs.second]
+    np.testing.assert_allclose(phi(jnp.asarray(q)), by_channels, rtol=1e-12)
     z = q @ k.T / math.sqrt(f)
     np.testing.assert_allclose(phi(jnp.asarray(q)) @ phi(jnp.asarray(k)).T, 1 + z + z**2 / 2, rtol=1e-12, atol=1e-12)
 
 
 def test_number_of_features():
     """273 in the released code, 153 of them distinct, for queries and keys of width 16; the config counts the same."""
-    x = jnp.ones((3, 16))
-    assert full_features(x).shape == (3, 273) and symmetric_features(x).shape == (3, 153)
-    for features, phi in FEATURES.items():
-        for f in (1, 4, 5, 16):
-            config = mixers.get("based").Config(feature_width=f, features=features)
-            assert config.feature_count() == phi(jnp.ones((1, f))).shape[-1]
+    for features, counts in (("full", {1: 3, 4: 21, 5: 31, 16: 273}), ("symmetric", {1: 3, 4: 15, 5: 21, 16: 153})):
+        for f, count in counts.items():
+            phi = mixers.get("based").Config(feature_width=f, features=features).feature_map()
+            assert phi.count == phi(jnp.ones((1, f))).shape[-1] == count
 
 
 def test_features_are_the_first_terms_of_exp():
     """For small z the kernel is exp(z) up to z^3 / 6."""
     q, k = 0.2 * np.random.default_rng(0).standard_normal((2, 50, 16))
     z = (q * k).sum(-1) / 4
-    kernel = (full_features(jnp.asarray(q)) * full_features(jnp.asarray(k))).sum(-1)
+    phi = Taylor(16, symmetric=False)
+    kernel = (phi(jnp.asarray(q)) * phi(jnp.asarray(k))).sum(-1)
     np.testing.assert_array_less(np.abs(kernel - np.exp(z)), np.abs(z) ** 3 / 6 * np.exp(np.abs(z)) + 1e-15)
 
 
@@ -71,7 +73,7 @@ def test_weights_are_at_least_one_half():
     """1 + z + z^2 / 2 = ((z + 1)^2 + 1) / 2; z = -1 attains the bound."""
     q = np.random.default_rng(0).standard_normal((100, 16))
     k = -4 * q / (q**2).sum(-1, keepdims=True)  # z = -1 on the diagonal
-    kernel = symmetric_features(jnp.asarray(q)) @ symmetric_features(jnp.asarray(k)).T
+    kernel = Taylor(16)(jnp.asarray(q)) @ Taylor(16)(jnp.asarray(k)).T
     assert kernel.min() >= 0.5 - 1e-12
     np.testing.assert_allclose(jnp.diagonal(kernel), 0.5, atol=1e-12)
 
@@ -109,7 +111,7 @@ def test_step_is_chunk():
     state = module.init_state(2, cases.LENGTH, jnp.float64)
     y, state = cases.streamed(jax.jit(module.extend), state, x, seq, [1] * cases.LENGTH)
     np.testing.assert_allclose(y, module(x, seq).y, atol=1e-12)
-    k = symmetric_features((x @ module.k.kernel[...]).reshape(*x.shape[:2], 4, -1))
+    k = module.config.feature_map()((x @ module.k.kernel[...]).reshape(*x.shape[:2], 4, -1))
     np.testing.assert_allclose(state.carried[..., -1], k.sum(1), atol=1e-11)
 
 
@@ -127,7 +129,7 @@ def test_denominators_are_positive():
     by is on the bound then, and untouched elsewhere."""
     q = jnp.asarray([1.0, 0.7] * 8, jnp.float32) * 1e4
     k = jnp.asarray([0.7, -1.0] * 8, jnp.float32) * 1e4
-    rounded = (symmetric_features(q) * symmetric_features(k)).sum()
+    rounded = (Taylor(16)(q) * Taylor(16)(k)).sum()
     assert rounded.dtype == jnp.float32 and rounded < 0.5, "the case must be one where rounding breaks the bound"
     module = make()
     sums = jnp.asarray([[3.0, 5.0, 0.0], [3.0, 5.0, -4.0], [3.0, 5.0, 1e-9], [3.0, 5.0, 2.0]])
