@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from attnlab import config as config_lib
-from attnlab import output, paths
+from attnlab import output, paths, storage
 from attnlab.errors import UserError
 
 _EXAMPLES = """\
@@ -82,9 +82,21 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return args, overrides
 
 
+def _place(text: str) -> pathlib.Path | storage.Url:
+    """A local path, or a place in a bucket."""
+    if not storage.is_url(text):
+        return _path(text)
+    try:
+        return storage.Url(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _path(text: str) -> pathlib.Path:
     if not text:
         raise argparse.ArgumentTypeError("a path is expected")
+    if storage.is_url(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is a URL, which is not possible here; allowed: a local path")
     try:
         return pathlib.Path(paths.expand(text))
     except UserError as error:
@@ -166,7 +178,7 @@ def build() -> argparse.ArgumentParser:
 
 def _verb(
     verbs: Any, name: str, text: str, *,
-    config: bool | None = False, workdir: bool = False, machine: bool = False, more: str = "",
+    config: bool | None = False, workdir: bool = False, machine: bool = False, more: str = "", place: Any = _place,
 ) -> argparse.ArgumentParser:  # fmt: skip
     reads = config is not False or workdir
     notes = (_CONFIG if config else "") + (_OVERRIDES if reads else "")
@@ -176,7 +188,7 @@ def _verb(
         sub.add_argument("--config", required=True, metavar="PATH[:arg=value,...]",
                          help="a config file, e.g. configs/lm.py:mixer=gated,size=nano")  # fmt: skip
     if workdir:
-        sub.add_argument("--workdir", required=True, type=_path, metavar="DIR",
+        sub.add_argument("--workdir", required=True, type=place, metavar="DIR",
                          help="of the run" if config is False else "where the run is, or will be")  # fmt: skip
     if machine:
         sub.add_argument("--json", action="store_true", help="print one JSON object")
@@ -210,7 +222,7 @@ def _add_ablate(verbs: Any) -> None:
         "report come at the end. The same command goes on where it stopped, and repeats none. Exit code 3: one failed."
     )
     sub = _verb(verbs, "ablate", "compare arms by a plan: runs, statistics, report",
-                config=None, workdir=True, machine=True, more=more)  # fmt: skip
+                config=None, workdir=True, machine=True, more=more, place=_path)  # fmt: skip
     sub.add_argument("--config", metavar="PATH[:arg=value,...]", help="a plan, e.g. configs/ablations/quick.py")
     sub.add_argument("--dry-run", action="store_true", help="tell what it would cost, and run nothing")
     sub.add_argument("--self-test", action="store_true",
@@ -274,7 +286,7 @@ def _add_tokenizer(verbs: Any) -> None:
     for name, text in (("train", "train a byte-level BPE tokenizer on the config's data"),
                        ("apply", "write the config's data as array_record shards of tokens")):  # fmt: skip
         sub = _verb(actions, name, text, config=True, machine=True)
-        sub.add_argument("--out", required=True, type=_path, metavar="FILE" if name == "train" else "DIR",
+        sub.add_argument("--out", required=True, type=_place, metavar="FILE" if name == "train" else "DIR",
                          help="the tokenizer's JSON file: --config.data.tokenizer=FILE uses it" if name == "train" else
                          "new directory: --config.data.source=array_record:DIR/*.array_record reads it")  # fmt: skip
         sub.add_argument("--overwrite", action="store_true",
@@ -294,9 +306,9 @@ def _add_report(verbs: Any) -> None:
         "run gets its report.html made anew from that."
     )
     sub = _verb(verbs, "report", "compare runs that are there: statistics, and one page", machine=True, more=more)
-    sub.add_argument("workdirs", nargs="+", type=_path, metavar="DIR",
+    sub.add_argument("workdirs", nargs="+", type=_place, metavar="DIR",
                      help="workdirs of attnlab train, or directories with some (two levels down, at most)")  # fmt: skip
-    sub.add_argument("--out", type=_path, metavar="DIR", help="where the files go, made if need be (report)")
+    sub.add_argument("--out", type=_place, metavar="DIR", help="where the files go, made if need be (report)")
     sub.add_argument("--baseline", metavar="ARM|DIR",
                      help="what the others are compared with; default: the arm of the first workdir")  # fmt: skip
     sub.add_argument("--metric", metavar="NAME",

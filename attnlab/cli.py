@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import logging
 import os
 import pathlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
-from attnlab import arguments, output
+from attnlab import arguments, output, storage
 from attnlab.errors import TrainingFailed, UserError
 
 
@@ -43,7 +45,8 @@ def _main(argv: list[str]) -> int:
         if args.verb not in ("train", "ablate", "tokenizer"):  # what these do is in files
             output.require()
         _start(args, overrides)
-        return _VERBS[args.verb](args, overrides) or 0
+        with _staged(args):
+            return _VERBS[args.verb](args, overrides) or 0
     except UserError as error:
         say(error)
         return 2
@@ -63,8 +66,26 @@ def _main(argv: list[str]) -> int:
         return 1 if "RESOURCE_EXHAUSTED" in reason else 2
 
 
+@contextlib.contextmanager
+def _staged(args: argparse.Namespace) -> Iterator[None]:
+    """Brings here what a verb reads of workdirs in buckets."""
+    with contextlib.ExitStack() as stack:
+        if args.verb in ("eval", "generate", "goodput"):
+            args.workdir = stack.enter_context(storage.opened(args.workdir))
+        if args.verb == "report":
+            args.workdirs = [stack.enter_context(storage.opened(place, depth=2)) for place in args.workdirs]
+        yield
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return storage.shown(super().format(record))
+
+
 def _start(args: argparse.Namespace, overrides: list[str]) -> None:
     logging.basicConfig(format="%(message)s")  # to stderr: stdout is for results
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_Formatter("%(message)s"))
     logging.getLogger("attnlab").setLevel(logging.INFO)
     from attnlab.launch import runtime
 
@@ -98,7 +119,8 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
     from attnlab.train.loop import train
 
     out = output.Lasting(sys.stdout)  # a run outlives the reader of its output: log.txt has it all
-    runtime.keep_compiled(args.workdir)
+    remote = isinstance(args.workdir, storage.Url)
+    runtime.keep_compiled(pathlib.Path(storage.cache_directory()) if remote else args.workdir)
     train(config, args.workdir, rich.console.Console(file=out), began=goodput.process_began())
     with output.after(f"the run went on, and {args.workdir / 'log.txt'} has what it said"):
         output.require() if out.error is None else output.fail(out.error)
@@ -376,10 +398,11 @@ def _tokenizer(args: argparse.Namespace, overrides: list[str]) -> int:
     from attnlab.launch import runtime
     from attnlab.train import config as run_config
 
-    config, out = run_config.load(args.config, overrides).data, str(args.out)
+    config = run_config.load(args.config, overrides).data
     if not isinstance(config, data.DataConfig):
         raise UserError(f"data.name = {config.node_name!r} has no text; allowed: text")
-    with runtime.ending_in_order():
+    with runtime.ending_in_order(), storage.writing(args.out, last="index.json") as path:
+        out = str(path)
         if args.action == "train":
             summary = data.train_tokenizer(config, args.vocab, out, overwrite=args.overwrite)
         else:
@@ -409,12 +432,15 @@ def _report(args: argparse.Namespace, _: list[str]) -> int:
         if args.out or args.baseline or args.metric or args.unpaired:
             raise UserError(f"{first} holds results.json, of which the report is made anew; it takes no other argument")
         path = report.remake(first)
+        if (remote := storage.mirrored(first)) is not None:
+            remote.push()
         output.write_json({"report": str(path)}) if args.json else output.write(f"wrote {path}")
         return 0
     out = pathlib.Path("report") if args.out is None else args.out
-    report.require_free(out)
-    results = collect.collect(args.workdirs, baseline=args.baseline, metric=args.metric, paired=not args.unpaired)
-    results, path = report.write(out, results)
+    with storage.writing(out, reads=("results.json",)) as here:
+        report.require_free(here)
+        results = collect.collect(args.workdirs, baseline=args.baseline, metric=args.metric, paired=not args.unpaired)
+        results, path = report.write(here, results)
     with output.after(f"{path} is written"):
         if args.json:
             output.write_json(

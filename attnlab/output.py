@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from typing import IO, Any, NoReturn
 
+from attnlab import storage
 from attnlab.errors import UserError
 
 
@@ -56,7 +57,7 @@ def write(text: str) -> None:
     """
     require()
     try:
-        sys.stdout.write(text + "\n")
+        sys.stdout.write(storage.shown(text) + "\n")
         sys.stdout.flush()
     except OSError as error:
         fail(error)
@@ -82,7 +83,7 @@ def note(text: str) -> None:
     """Writes a line to stderr, if that can be written."""
     if sys.stderr is not None:
         with contextlib.suppress(OSError, ValueError):
-            print(text, file=sys.stderr, flush=True)
+            print(storage.shown(str(text)), file=sys.stderr, flush=True)
 
 
 def settle() -> None:

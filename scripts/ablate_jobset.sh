@@ -54,6 +54,8 @@ done
 [ ${#ablate_args[@]} -gt 0 ] || fail "the arguments of attnlab ablate are missing after --"
 case " ${ablate_args[*]} " in
     *" --slice "* | *" --slice="*) fail "--slice is the pods' to say (--slices $slices)" ;;
+    *" --workdir gs://"* | *" --workdir=gs://"* | *" --workdir s3://"* | *" --workdir=s3://"*)
+        fail "a plan's workdir is in no bucket yet; allowed: a directory below /runs" ;;
     *" --workdir "* | *" --workdir="*) ;;
     *) fail "--workdir is missing after --; it goes below /runs" ;;
 esac

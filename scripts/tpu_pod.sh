@@ -66,7 +66,7 @@ case $action in
         [ ${#train_args[@]} -gt 0 ] || fail "$action needs the arguments of attnlab train after --"
         case " ${train_args[*]} " in
             *" --workdir "* | *" --workdir="*) ;;
-            *) fail "--workdir is missing after --; it must be on a filesystem that all workers share" ;;
+            *) fail "--workdir is missing after --; it is gs://... or s3://..., or on a filesystem that all workers share" ;;
         esac ;;
     *) [ ${#train_args[@]} -eq 0 ] || fail "$action takes no arguments after --" ;;
 esac
@@ -161,7 +161,7 @@ install() {
 if alive; then echo \"\$(hostname): a run is on, nothing installed\"; exit 0; fi
 rm -rf attnlab configs kernels_pallas; tar -xzf ../attnlab.tar.gz; echo $commit >COMMIT
 $(python_on_worker)
-.venv/tpu/bin/python -m pip install --quiet -e '.[tpu]'
+.venv/tpu/bin/python -m pip install --quiet -e '.[tpu,gcs,s3]'
 .venv/tpu/bin/python -c 'import attnlab, jax; print(\"installed, jax\", jax.__version__)'"
 }
 

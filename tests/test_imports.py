@@ -22,7 +22,7 @@ ROOMS = (
     ("ops",),
     ("parallel",),
 )
-LEAVES = ("arguments", "batch", "config", "data", "errors", "memory", "output", "paths", "registry", "taps")
+LEAVES = ("arguments", "batch", "config", "data", "errors", "memory", "output", "paths", "registry", "storage", "taps")
 # What asks for tiles, and so for kernels, directly.
 TUNING = tuple(
     f"launch/{name}.py"

@@ -61,7 +61,7 @@ def test_pod_from_nothing_to_a_log(tmp_path):
     assert create[create.index("--accelerator-type") + 1] == "v5p-128"
     assert create[create.index("--valid-until-duration") + 1] == "90m"
     assert archive[:2] == ["git", "archive"] and copy[4] == "scp" and "--worker=all" in copy
-    assert ".[tpu]" in " ".join(install)
+    assert ".[tpu,gcs,s3]" in " ".join(install)
     assert "attnlab train" in " ".join(train) and "mixer=moh" in " ".join(train) and "--worker=all" in train
     assert "--worker=0" in follow and "tail" in " ".join(follow)
     assert "costs until: bash scripts/tpu_pod.sh down --name a --zone z" in err

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 from attnlab import config as config_lib
+from attnlab import storage
 from attnlab.ablation import statistics
 from attnlab.ablation.results import Arm, Cost, Figure, Metric, Plan, Results, Run, Sample
 from attnlab.data.base import DEFAULT as TEXT
@@ -184,7 +185,7 @@ def _names(trees: list[dict[str, Any]], firsts: list[Workdir]) -> list[str]:
         names = [" ".join(values(tree)) or "-" for tree in trees]
         if len(set(names)) == len(names):
             return names
-    paths = [workdir.path for workdir in firsts]
+    paths = [pathlib.PurePath(storage.shown(str(workdir.path))) for workdir in firsts]
     for name in (lambda path: path.name, lambda path: f"{path.parent.name}/{path.name}", str):
         names = [name(path) for path in paths]
         if len(set(names)) == len(names):
@@ -211,6 +212,8 @@ def _baseline(arms: dict[str, list[Workdir]], wanted: str | None) -> str:
     path = pathlib.Path(wanted).resolve()
     for name, group in arms.items():
         if path in [workdir.path.resolve() for workdir in group]:
+            return name
+        if wanted.rstrip("/") in [storage.shown(str(workdir.path)) for workdir in group]:
             return name
     hint = config_lib.suggest(wanted, list(arms))
     raise UserError(f"--baseline {wanted!r} is no arm{hint}; allowed: {', '.join(arms)}, or one of the workdirs")
@@ -295,7 +298,7 @@ def run(arm: str, workdir: Workdir, cost: ModelCost) -> Run:
     curve = _curve(records, 3 * cost.total_flops)
     rates = sorted(r["tokens_per_second"] for r in records if r.get("tokens_per_second"))
     return Run(
-        arm, workdir.config.seed, str(workdir.path), status, reason,
+        arm, workdir.config.seed, storage.shown(str(workdir.path)), status, reason,
         device=(info.get("devices") or {}).get("kind"), commit=(info.get("git") or {}).get("commit"),
         seconds=curve["seconds"][-1] if "seconds" in curve else None, tokens=end.get("tokens"), curve=curve,
         final=final, diagnostics=diagnostics, impl=_implementations(info),

@@ -68,10 +68,10 @@ class DataConfig:
         _require(number and 0 <= self.heldout < 1, "heldout", self, "a fraction of at least 0 and below 1")
         _require(self.on_bad_record in ("raise", "skip"), "on_bad_record", self, "'raise' or 'skip'")
         _require(
-            self.cache is None or (isinstance(self.cache, str) and self.cache),
+            self.cache is None or (isinstance(self.cache, str) and self.cache and "://" not in self.cache),
             "cache",
             self,
-            "a directory, or None for the default",
+            "a local directory, or None for the default",
         )
         _require(isinstance(self.shuffle, bool), "shuffle", self, "True or False")
         kind, colon, globs = self.source.partition(":")

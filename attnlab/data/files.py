@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 
+from attnlab import storage
 from attnlab.errors import UserError
 from attnlab.paths import expand
 
@@ -47,16 +48,22 @@ def split_globs(text: str) -> tuple[str, ...]:
     return tuple(glob for glob in globs if glob)
 
 
-def matching_files(globs: tuple[str, ...]) -> list[File]:
+def matching_files(globs: tuple[str, ...], cache: str | None = None, beside: tuple[str, ...] = ()) -> list[File]:
     """The files that the globs match, by name, each once however many names or links lead to it.
 
-    `**` goes through links to directories, and into no directory twice.
+    `**` goes through links to directories, and into no directory twice. Of objects in a bucket the files are copies,
+    see `storage.local_copies` for `cache` and `beside`.
 
     Raises:
       UserError: a glob matches none.
     """
     found: dict[str, tuple[str, File, tuple[int, int] | str]] = {}
     for pattern in globs:
+        if storage.is_url(pattern):
+            for path, name in _copies(pattern, cache, beside):
+                stat = os.stat(path)
+                found[path] = os.path.dirname(path), File(path, name, stat.st_size, stat.st_mtime_ns), path
+            continue
         expanded = expand(pattern)
         literal = os.path.isfile(expanded)
         paths = [expanded] if literal else () if "\0" in expanded else _expand(expanded)
@@ -72,6 +79,13 @@ def matching_files(globs: tuple[str, ...]) -> list[File]:
                 identity = (stat.st_dev, stat.st_ino) if stat.st_ino else os.path.realpath(path)
                 found[absolute] = root, File(absolute, name, stat.st_size, stat.st_mtime_ns), identity
     return _once(found.values())
+
+
+def _copies(pattern: str, cache: str | None, beside: tuple[str, ...]) -> list[tuple[str, str]]:
+    try:
+        return storage.local_copies(pattern, cache, beside)
+    except UserError as error:
+        raise UserError(f"data.source: {error}") from error
 
 
 def _once(found: Iterable[tuple[str, File, tuple[int, int] | str]]) -> list[File]:

@@ -255,7 +255,7 @@ def open_records(config: DataConfig, tokenizer: Tokenizer, progress: ProgressFn 
       UserError: shards or their index are missing, damaged, or of another tokenizer.
     """
     groups: dict[str, set[str]] = {}
-    for file in matching_files(config.globs):
+    for file in matching_files(config.globs, config.cache, beside=(INDEX, DOCUMENTS)):
         groups.setdefault(os.path.dirname(file.path), set()).add(os.path.basename(file.path))
     indices = [read_index(directory, names, tokenizer) for directory, names in sorted(groups.items())]
     if len({index.record_tokens for index in indices}) > 1:

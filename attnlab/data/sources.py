@@ -65,7 +65,7 @@ class Source:
 
     def __init__(self, config: DataConfig):
         self.config = config
-        self.files = _stdlib_files() if config.kind == "stdlib" else matching_files(config.globs)
+        self.files = _stdlib_files() if config.kind == "stdlib" else matching_files(config.globs, config.cache)
         self.bytes = sum(file.size for file in self.files)
         self.skipped = 0  # bad records left out
         self.empty = 0  # documents without a character, left out

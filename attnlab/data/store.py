@@ -23,7 +23,7 @@ from typing import IO, Any, Protocol
 
 import numpy as np
 
-from attnlab import paths
+from attnlab import storage
 from attnlab.data.config import DataConfig
 from attnlab.data.corpus import TOKEN_BYTES_DTYPE, Corpus, CorpusBuilder, token_dtype, tokenised
 from attnlab.data.digests import read_json, sha256_of, without_checksum, write_json
@@ -160,9 +160,7 @@ def open_flat(config: DataConfig, tokenizer: Tokenizer, progress: ProgressFn | N
 
 def cache_directory(config: DataConfig) -> str:
     """Where tokenised corpora are kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
-    chosen = config.cache or os.environ.get("ATTNLAB_CACHE") or os.path.join(base, "attnlab")
-    return os.path.abspath(paths.expand(chosen))
+    return storage.cache_directory(config.cache)
 
 
 def _cache_name(source: Source, tokenizer: Tokenizer) -> str:

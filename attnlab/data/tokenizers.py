@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from attnlab import paths
+from attnlab import paths, storage
 from attnlab.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -301,4 +301,8 @@ def load_tokenizer(spec: str) -> Tokenizer:
     if spec == "bytes":
         return BytesTokenizer()
     path, _, eod = spec.partition("?eod=")
+    try:
+        path = storage.local_copy(path)
+    except UserError as error:
+        raise UserError(f"data.tokenizer: {error}") from error
     return HuggingFaceTokenizer(path, eod or None)

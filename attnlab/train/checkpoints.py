@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 
 import jax
 
+from attnlab import storage
 from attnlab.errors import Damaged, UserError
 from attnlab.train import digests, files, noise, workdir
 from attnlab.train.late import ocp
@@ -27,6 +29,8 @@ T = TypeVar("T")
 
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _HOST = "host/metadata"  # the file of the item `host`
+_METADATA = "_CHECKPOINT_METADATA"
+_UPLOAD_SECONDS = 3600  # for which processes wait for each other's uploads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +54,11 @@ class Checkpoints:
     """The checkpoints of a workdir.
 
     A checkpoint holds the train state, a JSON of what lives on the host (`Host`) and the digests of its files. Its
-    directory has its final name only once it is complete.
+    directory has its final name only once it is complete. In a bucket it is complete once its digests are there, which
+    are written last; here, in the staging directory, are only files that are being written or read.
 
     Args:
-      path: the workdir.
+      path: the workdir, or the staging directory of one in a bucket.
       keep: newest checkpoints that are kept, besides the one with the lowest held-out loss.
       processes: those of the run, which all save and restore together; None: there is one.
     """
@@ -63,6 +68,8 @@ class Checkpoints:
         noise.keep_out()
         self._workdir = path.absolute()
         self.directory = self._workdir / "checkpoints"
+        remote = storage.mirrored(path)
+        self._remote = None if remote is None else remote.checkpoints
         self._open: ocp.AsyncCheckpointer | None = None
         self._saving: int | None = None
         self._removing: threading.Thread | None = None
@@ -74,6 +81,8 @@ class Checkpoints:
         Raises:
           UserError: `checkpoints` is no directory.
         """
+        if self._remote is not None:
+            return self._remote.steps()
         if not self.directory.is_symlink() and not self.directory.exists():
             return []
         try:
@@ -121,6 +130,8 @@ class Checkpoints:
             self._open.wait_until_finished()
             if not (self.directory / str(self._saving)).is_dir():
                 raise FileNotFoundError("it is not there")
+            if self._remote is not None:
+                self._remote.committed(self._saving)
             if self._first:
                 self._remove(self._superseded())
         self._saving = None
@@ -155,15 +166,25 @@ class Checkpoints:
         return []
 
     def _opened(self) -> ocp.AsyncCheckpointer:
-        if self._first:
+        if self._first and self._remote is not None:
+            self._remote.remove_incomplete()
+        if self._first or self._remote is not None:
             self.directory.mkdir(parents=True, exist_ok=True)
             stale = [p for p in self.directory.iterdir() if re.fullmatch(rf"\d+({_TEMPORARY}.*|\.removed)", p.name)]
             for path in stale:  # of a process that was killed
                 _delete(path)
         self._together()
+        apart = self._remote is not None and self._count > 1  # each process writes its part into a directory of its own
+        options = ocp.options.MultiprocessingOptions(primary_host=None if apart else 0)
+        state = ocp.StandardCheckpointHandler(multiprocessing_options=options, use_ocdbt=not apart)
+        host = ocp.JsonCheckpointHandler(multiprocessing_options=options)
         return ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler(), host=ocp.JsonCheckpointHandler()),
+            ocp.CompositeCheckpointHandler(
+                state=state, host=host, composite_options=ocp.CompositeOptions(multiprocessing_options=options)
+            ),
+            multiprocessing_options=options,
             async_options=ocp.options.AsyncOptions(
+                timeout_secs=600 if self._remote is None else _UPLOAD_SECONDS,
                 # Made by another thread, a directory that cannot be made leaves others waiting for it for ever.
                 create_directories_asynchronously=False,
                 post_finalization_callback=self._write_digests,
@@ -174,6 +195,10 @@ class Checkpoints:
         """Called by orbax's thread when all is written, before the directory gets its final name."""
         (directory,) = self.directory.glob(f"{self._saving}{_TEMPORARY}*")
         digests.write(directory)
+        if self._remote is not None:
+            index = 0 if self._processes is None else self._processes.index
+            write = lambda listed: digests.write_listed(directory, listed)
+            self._remote.commit(self._saving, directory, index, self._count, write)
 
     def _superseded(self) -> list[int]:
         steps = self.steps()
@@ -182,14 +207,17 @@ class Checkpoints:
 
     def _remove(self, steps: Iterable[int]) -> None:
         """Removes checkpoints, in the background: renamed first, so that none is ever there in part."""
-        renamed = []
+        removals: list[Callable[[], None]] = []
         for step in steps:
+            if self._remote is not None:
+                removals.append(self._remote.remove(step))
+                continue
             target = self.directory / f"{step}.removed"
             (self.directory / str(step)).rename(target)
-            renamed.append(target)
+            removals.append(functools.partial(_delete, target))
         if self._removing is not None:
             self._removing.join()
-        self._removing = threading.Thread(target=lambda: [_delete(path) for path in renamed], daemon=True)
+        self._removing = threading.Thread(target=lambda: [remove() for remove in removals], daemon=True)
         self._removing.start()
 
     # Reading.
@@ -202,10 +230,12 @@ class Checkpoints:
             of another step than its name says.
         """
         directory = self.directory / str(step)
-        digests.check_sizes(directory)
+        if self._remote is not None:
+            self._remote.fetch(step, only=(digests.NAME, _HOST, _METADATA))
+        digests.check_sizes(directory, None if self._remote is None else self._remote.sizes(step))
         digests.check_file(directory, _HOST)
         with contextlib.suppress(FileNotFoundError):
-            files.read_json(directory / "_CHECKPOINT_METADATA")
+            files.read_json(directory / _METADATA)
         known = files.read_json(directory / _HOST)
         if known.pop("step", None) != step:
             raise Damaged("it was saved at another step")
@@ -251,11 +281,9 @@ class Checkpoints:
     def _restored(self, step: int, read: Callable[[pathlib.Path], T]) -> tuple[T, Host]:
         """What `read` makes of a checkpoint's directory, while its files are checked."""
         host = self._agreed(lambda: self.host(step))
-        directory = self.directory / str(step)
+        directory = self._agreed(lambda: self._here(step))
         outcome = digests.verifying(directory, self._share)
-        if (
-            self._processes is not None and self._processes.count > 1
-        ):  # none may wait inside orbax for one that found damage
+        if self._count > 1:  # none may wait inside orbax for one that found damage
             self._agreed(lambda: _raise_damage(outcome()))
         try:
             restored = read(directory)
@@ -267,7 +295,15 @@ class Checkpoints:
                 f"{first_line(error)}\nif the model's code has changed, undo that or use another workdir"
             ) from error
         _raise_damage(outcome())
+        if self._remote is not None:
+            self._remote.drop(step)
         return restored, host
+
+    def _here(self, step: int) -> pathlib.Path:
+        """The directory with all files of a checkpoint."""
+        if self._remote is not None:
+            self._remote.fetch(step)
+        return self.directory / str(step)
 
     def first_whole(
         self,
@@ -317,7 +353,7 @@ class Checkpoints:
         def load(step: int) -> Host:
             host = self._agreed(lambda: self.host(step))
             if step >= last:
-                self._agreed(lambda: _raise_damage(digests.verifying(self.directory / str(step), self._share)()))
+                self._agreed(lambda: _raise_damage(digests.verifying(self._here(step), self._share)()))
             return host
 
         return self.newest(report, load)
@@ -365,8 +401,12 @@ class Checkpoints:
                 where = self._set_aside(step) if self._first and may else ""
                 report(f"checkpoint {step} is damaged ({reason}){where}")
         self._together()
+        if damaged and self._remote is not None:
+            self._remote.look_again()
 
     def _set_aside(self, step: int) -> str:
+        if self._remote is not None:
+            return f"; moved to {self._remote.set_aside(step)}"
         bin_ = self._workdir / "damaged_checkpoints"
         try:
             bin_.mkdir(exist_ok=True)
@@ -381,8 +421,14 @@ class Checkpoints:
 
     @property
     def _share(self) -> slice:
-        """Which of many files this process reads."""
-        return slice(None) if self._processes is None else slice(self._processes.index, None, self._processes.count)
+        """Which of many files this process reads: each its own, where all have fetched them."""
+        if self._processes is None or self._remote is not None:
+            return slice(None)
+        return slice(self._processes.index, None, self._processes.count)
+
+    @property
+    def _count(self) -> int:
+        return 1 if self._processes is None else self._processes.count
 
     @property
     def _first(self) -> bool:

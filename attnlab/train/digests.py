@@ -24,7 +24,12 @@ def write(directory: pathlib.Path) -> None:
     names = [name for name in names if name not in _LATER]
     paths = [str(directory / name) for name in names]
     written = zip(map(os.path.getsize, paths), sha256_of_each(paths), strict=True)
-    write_json(str(directory / NAME), {"files": dict(zip(names, written, strict=True))})
+    write_listed(directory, dict(zip(names, written, strict=True)))
+
+
+def write_listed(directory: pathlib.Path, listed: dict[str, tuple[int, str]]) -> None:
+    """Writes `digests.json` of files that may lie elsewhere."""
+    write_json(str(directory / NAME), {"files": listed})
 
 
 def read(directory: pathlib.Path) -> dict[str, tuple[int, str]]:
@@ -45,18 +50,26 @@ def read(directory: pathlib.Path) -> dict[str, tuple[int, str]]:
         raise Damaged(f"{NAME} is damaged ({error})") from None
 
 
-def check_sizes(directory: pathlib.Path) -> None:
-    """Raises Damaged unless every file is there with the size it was written with."""
+def check_sizes(directory: pathlib.Path, sizes: dict[str, int] | None = None) -> None:
+    """Raises Damaged unless every file is there with the size it was written with.
+
+    Args:
+      sizes: of the files, where they lie elsewhere.
+    """
     for name, (size, _) in read(directory).items():
-        try:
-            status = os.stat(directory / name)
-            found = status.st_size if stat.S_ISREG(status.st_mode) else None
-        except (FileNotFoundError, NotADirectoryError):
-            found = None
-        except OSError as error:
-            raise Damaged(f"{name} cannot be read: {error.strerror}") from None
+        found = _size(directory, name) if sizes is None else sizes.get(name)
         if found != size:
             raise Damaged(f"{name} has {found if found is not None else 'no'} bytes instead of {size}")
+
+
+def _size(directory: pathlib.Path, name: str) -> int | None:
+    try:
+        status = os.stat(directory / name)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise Damaged(f"{name} cannot be read: {error.strerror}") from None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def check_file(directory: pathlib.Path, name: str) -> None:

@@ -15,7 +15,7 @@ import jax
 import rich.console
 
 from attnlab import config as config_lib
-from attnlab import memory, models, ops, paths
+from attnlab import memory, models, ops, paths, storage
 from attnlab.errors import TrainingFailed
 from attnlab.evaluate import samples
 from attnlab.evaluate.heldout import evaluate
@@ -53,7 +53,11 @@ class Result:
 
 
 def train(
-    config: RunConfig, path: pathlib.Path, console: rich.console.Console | None = None, *, began: float | None = None
+    config: RunConfig,
+    path: pathlib.Path | storage.Url,
+    console: rich.console.Console | None = None,
+    *,
+    began: float | None = None,
 ) -> Result:
     """Trains in the workdir `path` from its newest checkpoint, or from the start, to `train.steps`.
 
@@ -74,7 +78,10 @@ def train(
     began = time.time() if began is None else began
     processes = Processes(config.cluster)
     try:
-        with workdir.hold(path) if processes.first else contextlib.nullcontext() as held:
+        with contextlib.ExitStack() as stack:
+            tell, first = processes.gather, processes.first
+            path = stack.enter_context(storage.opened(path, writes=True, first=first, tell=tell))
+            held = stack.enter_context(workdir.hold(path)) if first else None
             processes.barrier()  # the first one has made the workdir, and none has written to it
             checkpoints = Checkpoints(path, config.train.keep, processes=processes)
             report = Report(console, path if processes.first else None)
@@ -155,7 +162,8 @@ class _Run:
         size = memory.size(self.program.state)
         saved = len(checkpoints.steps())
         if processes.first:
-            workdir.require_space(path, size * max(c.train.keep + 2 - saved, 1))
+            kept = 0 if storage.mirrored(path) else c.train.keep + 1 - saved  # in a bucket one at a time is staged
+            workdir.require_space(path, size * max(kept + 1, 1))
         require_memory(c, memory.size(self.program.batch), size)
 
         self.loader = self.data.training(seed=c.seed, rows=self.program.rows(c.data.batch))

@@ -18,6 +18,7 @@ import rich.progress
 import rich.text
 from tensorboardX import SummaryWriter
 
+from attnlab import storage
 from attnlab.train import files
 
 
@@ -110,7 +111,7 @@ class Report:
 
     def print(self, text: str) -> None:
         """Only prints."""
-        print_plain(self.console, text)
+        print_plain(self.console, storage.shown(text))
 
     def say(self, text: str) -> None:
         """Prints and logs."""
@@ -121,7 +122,7 @@ class Report:
         """Only logs."""
         if self._path is not None:
             self._file = self._file or self._path.open("a", 1, "utf-8", "backslashreplace")
-            self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {storage.shown(text)}\n")
 
 
 class Progress:

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import IO
 
+from attnlab import storage
 from attnlab.errors import TrainingFailed, UserError
 from attnlab.train import files
 
@@ -32,6 +33,8 @@ class Held:
 
     def require(self) -> None:
         """Raises TrainingFailed if the directory is no longer there, or no longer the one that was taken."""
+        if (remote := storage.mirrored(self._path)) is not None:
+            remote.require()
         try:
             same = os.path.samestat(os.stat(self._path / "lock"), os.fstat(self._lock.fileno()))
         except OSError:

@@ -1,0 +1,189 @@
+"""Runs whose workdir is in a bucket: what holds on a disk holds there."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+
+import pytest
+
+from attnlab import storage
+from attnlab.errors import TrainingFailed, UserError
+from attnlab.storage.bucket import Bucket, Url
+from tests import flags
+from tests.storage.servers import Answer
+from tests.train import runs
+
+# One program for all of them: what a step does depends neither on their number nor on where it is saved.
+SMALL = {"optimizer__schedule": "constant", "train__on_config_change": "continue"}
+LONG = {**SMALL, "train__steps": 400}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return runs.corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def alone(source, tmp_path_factory):
+    """The workdir of an unbroken run on a disk."""
+    path = tmp_path_factory.mktemp("alone") / "run"
+    runs.run(runs.config(source, **SMALL), path)
+    return path
+
+
+def lines(place):
+    with storage.opened(Url(place)) as path:
+        return runs.lines(path)
+
+
+def broken_off(config, place, step):
+    """A run that a kill ends as it begins a step, as far as one process can: nothing is put in order."""
+
+    class Killed(BaseException):
+        pass
+
+    from attnlab.train import loop
+
+    class Run(loop._Run):
+        def _finish(self, at, *args, **kwargs):
+            if at >= step:
+                raise Killed
+            return super()._finish(at, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(loop, "_Run", Run)
+        patch.setattr(storage.RemoteWorkdir, "stop", lambda self: self._end.set())
+        runs.run(config, place)
+
+
+def test_a_run(place, source, alone, attnlab, tmp_path):
+    """It leaves what it would on a disk, bit for bit, whatever broke it off; every verb reads it there."""
+    config, url = runs.config(source, **SMALL), Url(place)
+    broken_off(config, url, 7)
+    assert Bucket(url).size("checkpoints/4/digests.json") and lines(place)[:4] == runs.lines(alone)[:4]
+    bucket = Bucket(url)
+    bucket.put("checkpoints/8/state/left", b"by a killed upload")  # never complete
+    said = runs.run(config, url)
+    assert f"resuming {place} at step 4" in said and f"checkpoints and metrics are in {place}" in said
+    assert lines(place) == runs.lines(alone)
+    names = set(bucket.listing())
+    assert {"config.json", "metrics.jsonl", "goodput.jsonl", "log.txt", "samples.txt"} < names
+    assert not [n for n in names if ".parts/" in n or n == "checkpoints/8/state/left" or "lock" in n]
+    assert {n.split("/")[1] for n in names if n.startswith("checkpoints/")} == {"8", "12"}
+    assert place.encode() in bucket.get("log.txt") and str(tmp_path).encode() not in bucket.get("log.txt")
+    assert f"the run in {place} is complete" in runs.run(config, url)
+    here = {}
+    for where in (place, alone):
+        code, out, _ = attnlab("eval", "--workdir", where, "--json")
+        assert code == 0
+        here[where] = json.loads(out)
+    assert here[place] == here[alone]
+    code, out, _ = attnlab("generate", "--workdir", place, "--prompt", "def", "--tokens", "4", "--json")
+    assert code == 0 and json.loads(out)["step"] == 12
+    code, out, _ = attnlab("goodput", "--workdir", place, "--json")
+    assert code == 0 and len(json.loads(out)["attempts"]) == 2
+    assert not list((tmp_path / "staging" / f"attnlab-{os.getuid()}").iterdir())
+
+
+def test_damage(place, source, alone):
+    """A checkpoint that is not what was written is set aside in the bucket, and the run is as it would have been."""
+    config, url = runs.config(source, **SMALL), Url(place)
+    broken_off(config, url, 11)
+    bucket = Bucket(url)
+    name = max(bucket.listing("checkpoints/8/state"), key=lambda n: bucket.listing()[n].size)
+    content = bytearray(bucket.get(name))
+    content[len(content) // 2] ^= 1
+    bucket.put(name, bytes(content))
+    said = runs.run(config, url)
+    assert "checkpoint 8 is damaged" in said and f"moved to {place}/damaged_checkpoints/8" in said.replace("\n", "")
+    assert lines(place) == runs.lines(alone)
+    assert bucket.get(f"damaged_checkpoints/8/{name.split('/', 2)[2]}") == content
+
+
+def test_faults(place, store, source, alone):
+    """A bucket that refuses for a while costs nothing; one that is read-only ends the run, and nothing is lost."""
+    config, url, first = runs.config(source, **SMALL), Url(place), []
+
+    def at_times(method, path):
+        first.append(path)
+        return Answer(503, {}, b"") if len(first) % 7 == 0 else None
+
+    with store.failing(at_times):
+        runs.run(config, url)
+    assert lines(place) == runs.lines(alone)
+    bucket = Bucket(url)
+    bucket.remove([n for n in bucket.listing() if n.startswith("checkpoints/12")])
+    kept = set(bucket.listing("checkpoints"))
+
+    writes = []
+
+    def read_only(method, path):
+        if method in ("GET", "HEAD"):
+            return None
+        writes.append(path)
+        return Answer(403, {}, b"denied") if len(writes) > 3 else None
+
+    with store.failing(read_only), pytest.raises((UserError, TrainingFailed), match=place):
+        runs.run(config, url)
+    assert len(writes) > 3 and kept <= set(bucket.listing("checkpoints")) and saved(bucket) == [8]
+    runs.run(config, url)
+    assert lines(place) == runs.lines(alone)
+
+
+def start(source, place, directory, **overrides):
+    config = runs.write_config(directory / "config.py", source, **overrides)
+    command = [sys.executable, "-m", "attnlab", "train", "--config", config, "--workdir", str(place)]
+    return subprocess.Popen(
+        command, cwd=runs.ROOT, env=flags.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def saved(bucket):
+    """Steps of the checkpoints that are complete."""
+    return [int(n.split("/")[1]) for n in bucket.listing("checkpoints") if n.endswith("digests.json")]
+
+
+def wait_until(process, condition, seconds=120):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < until, process.stdout.read()
+        time.sleep(0.1)
+
+
+def test_killed(place, source, tmp_path):
+    """SIGKILL at a random time; another run is refused while it lives; then the losses are as if it never had been."""
+    process, url = start(source, place, tmp_path, **LONG), Url(place)
+    bucket = Bucket(url)
+    try:
+        wait_until(process, lambda: saved(bucket))
+        with pytest.raises(UserError, match=rf"in use by another run \(process {process.pid} on .*holds until"):
+            runs.run(runs.config(source, **LONG), url)
+        time.sleep(random.uniform(0, 0.5))
+    finally:
+        process.kill()
+        process.wait()
+    went_on = runs.config(source, **{**LONG, "train__steps": max(saved(bucket)) + 6})
+    runs.run(went_on, url)
+    runs.run(went_on, tmp_path / "alone")
+    assert lines(place) == runs.lines(tmp_path / "alone")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_killed_five_times(place, source, tmp_path):
+    """SIGKILL at five random times, in start-up, steps, uploads: no step is missing or doubled, none is another's."""
+    url, bucket = Url(place), Bucket(Url(place))
+    for i in range(5):
+        process, before = start(source, place, tmp_path, **LONG), saved(bucket)
+        if i % 2 == 0:
+            wait_until(process, lambda: max(saved(bucket), default=0) > max(before, default=0))
+        time.sleep(random.uniform(0, 6))
+        process.kill()
+        process.wait()
+    went_on = runs.config(source, **{**LONG, "train__steps": max(saved(bucket)) + 6})
+    runs.run(went_on, url)
+    runs.run(went_on, tmp_path / "alone")
+    assert lines(place) == runs.lines(tmp_path / "alone")

@@ -1,0 +1,64 @@
+"""Two processes of one run, whose workdir is in a bucket: they share no directory."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from attnlab import storage
+from attnlab.storage.bucket import Bucket, Url
+from tests import flags
+from tests.train import runs
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+SMALL = {
+    "model__layers": 1, "data__length": 16, "train__eval_every": 4, "train__steps": 12, "train__sample_tokens": 0,
+    "optimizer__schedule": "constant", "mesh__data": 1, "mesh__fsdp": 2, "train__on_config_change": "continue",
+}  # fmt: skip
+
+
+def pair(directory, source, workdir, **more):
+    """Both processes of a run, to its end; each has a staging directory of its own."""
+    config = runs.write_config(directory / "config.py", source, **{**SMALL, **more})
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    cluster = [f"--config.cluster.coordinator=127.0.0.1:{port}", "--config.cluster.processes=2"]
+    processes = []
+    for index in range(2):
+        command = [sys.executable, "-m", "attnlab", "train", "--config", config, "--workdir", str(workdir)]
+        env = {**os.environ, "ATTNLAB_STAGING": str(directory / f"host{index}"), "JAX_PLATFORMS": "cpu"}
+        env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1" + flags.UNOPTIMISED
+        processes.append(
+            subprocess.Popen(
+                [*command, *cluster, f"--config.cluster.index={index}"],
+                env=env, cwd=runs.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )
+        )  # fmt: skip
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    return said
+
+
+def test_two_hosts(place, store, tmp_path, attnlab):
+    """Each writes its part of a checkpoint; broken off and gone on with, losses are those of a run on a disk."""
+    source = runs.corpus(tmp_path / "corpus")
+    pair(tmp_path, source, tmp_path / "disk")
+    pair(tmp_path, source, place, train__steps=8)
+    listed = json.loads(Bucket(Url(place)).get("checkpoints/8/digests.json"))["files"]
+    assert {n for n in listed if "array_metadatas" in n} == {f"state/array_metadatas/process_{i}" for i in range(2)}
+    assert not Bucket(Url(place)).listing("uploads")
+    said = pair(tmp_path, source, place)
+    assert f"resuming {place} at step 8" in said[0]
+    with storage.opened(Url(place)) as path:
+        assert runs.lines(path) == runs.lines(tmp_path / "disk")
+    losses = []
+    for where in (place, tmp_path / "disk"):
+        code, out, err = attnlab("eval", "--workdir", where, "--config.mesh.fsdp=1", "--json")
+        assert code == 0, err
+        losses.append(json.loads(out)["loss"] if "loss" in json.loads(out) else json.loads(out))
+    assert losses[0] == losses[1]
