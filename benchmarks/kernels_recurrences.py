@@ -112,9 +112,9 @@ def in_jax(case: Recurrence, impl: str) -> Callable[..., Any]:
     if case.op == "delta_rule":
         from attnlab.ops.delta_rule import delta_rule
 
-        return lambda q, k, u, log_decay, beta: delta_rule(
-            q, k, u, log_decay, beta, documents_BT=documents, impl=impl
-        )[0]
+        return lambda q, k, u, log_decay, beta: delta_rule(q, k, u, log_decay, beta, documents_BT=documents, impl=impl)[
+            0
+        ]
     from attnlab.ops.linear_recurrence import linear_recurrence
 
     return lambda q, k, u, log_decay=None: linear_recurrence(

@@ -28,6 +28,7 @@ TUNING = tuple(
     f"launch/{name}.py"
     for name in (
         "schedules",
+        "schedules_agent",
         "schedules_cross_entropy",
         "schedules_delta_rule",
         "schedules_flow",

@@ -13,7 +13,7 @@ from flax import nnx
 from attnlab import config as config_lib
 from attnlab.mixers.base import Capabilities, MixerOutput, impl_knob, knob, register
 from attnlab.mixers.heads import HeadConfig, HeadMixer, Projections
-from attnlab.mixers.parts import Linear, RMSNorm, param_dtype
+from attnlab.mixers.parts import Linear, RMSNorm, param_dtype, time_steps
 from attnlab.mixers.roles import Role, drawn
 from attnlab.mixers.sequence import Sequence
 from attnlab.ops.causal_conv import causal_conv
@@ -21,7 +21,6 @@ from attnlab.ops.delta_rule import DELTA_RULE, chunked_flops, delta_rule
 from attnlab.ops.norm import unit
 
 _LARGEST_A = 16.0
-_TIME_STEPS = 1e-3, 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,13 +93,6 @@ class Decay(nnx.Module):
 def _log_rates(key: jax.Array, heads: int, dtype: Any) -> jax.Array:
     """Logarithms of numbers uniform in (0, 16]."""
     return jnp.log(_LARGEST_A * (1 - jax.random.uniform(key, (heads,), dtype)))
-
-
-def time_steps(key: jax.Array, count: int, dtype: Any) -> jax.Array:
-    """What softplus makes time steps of, log-uniform in [0.001, 0.1]."""
-    low, high = (math.log(t) for t in _TIME_STEPS)
-    step = jnp.exp(jax.random.uniform(key, (count,), dtype, low, high))
-    return step + jnp.log(-jnp.expm1(-step))
 
 
 @register("gated_deltanet")

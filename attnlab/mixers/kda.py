@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnlab.mixers.base import knob, register
-from attnlab.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig, time_steps
+from attnlab.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig
 from attnlab.mixers.heads import Projections, split_heads
-from attnlab.mixers.parts import Linear, param_dtype
+from attnlab.mixers.parts import Linear, param_dtype, time_steps
 from attnlab.mixers.roles import Role, drawn
 from attnlab.ops.delta_rule import chunked_flops
 

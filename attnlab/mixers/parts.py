@@ -16,6 +16,8 @@ from attnlab.mixers.roles import Fused, Role, drawn, normal, param
 from attnlab.ops.linear import linear
 from attnlab.ops.norm import layer_norm, rms_norm
 
+_TIME_STEPS = 1e-3, 0.1
+
 
 class Linear(nnx.Module):
     """`x @ kernel`, plus a bias [out] where asked; both are fp32.
@@ -66,6 +68,13 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return layer_norm(x, self.scale[...], self.bias[...], self.epsilon)
+
+
+def time_steps(key: jax.Array, count: int, dtype: Any) -> jax.Array:
+    """What softplus makes time steps of, log-uniform in [0.001, 0.1]."""
+    low, high = (math.log(t) for t in _TIME_STEPS)
+    step = jnp.exp(jax.random.uniform(key, (count,), dtype, low, high))
+    return step + jnp.log(-jnp.expm1(-step))
 
 
 def param_dtype(dtype: Any) -> Any:

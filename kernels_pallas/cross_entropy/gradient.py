@@ -1,5 +1,5 @@
-"""The gradient around the kernels, on arrays as they want them: hidden [N, D], kernel [D, V] of any dtype, targets [N], -1
-where there is none.
+"""The gradient around the kernels, on arrays as they want them: hidden [N, D], kernel [D, V] of any dtype, targets [N],
+-1 where there is none.
 
 The gradient of a row is `scale sum_v p_v w_v + slope w_target`, of cotangents `scale` of its log-partition and `slope`
 of its target's logit. They alone are not known in the forward, so it sums `others = sum_{v != target} p_v w_v` with the

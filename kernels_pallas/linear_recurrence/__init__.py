@@ -64,6 +64,10 @@ def linear_recurrence(
         if features is not None:
             raise ValueError("linear_recurrence: on GPUs features are made before; allowed: features=None")
         return _on_hopper(q, k, u, log_decay, starts, state, interpret, sizes)
+    return _on_tpu(q, k, u, log_decay, starts, state, features, interpret, sizes)
+
+
+def _on_tpu(q, k, u, log_decay, starts, state, features, interpret, sizes) -> tuple[jax.Array, jax.Array]:
     (B, T, H, key_width), value_width, kind = q.shape, u.shape[3], tuning.kind()
     width = key_width if features is None else len(features.scale)
     column = plan_lib.has_column(value_width)
