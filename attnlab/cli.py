@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import logging
 import os
 import pathlib
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 from attnlab import arguments, output, storage
 from attnlab.errors import TrainingFailed, UserError
+from attnlab.storage import verbs
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,7 +44,7 @@ def _main(argv: list[str]) -> int:
         if args.verb not in ("train", "ablate", "tokenizer"):  # what these do is in files
             output.require()
         _start(args, overrides)
-        with _staged(args):
+        with verbs.staged(args):
             return _VERBS[args.verb](args, overrides) or 0
     except UserError as error:
         say(error)
@@ -66,26 +65,10 @@ def _main(argv: list[str]) -> int:
         return 1 if "RESOURCE_EXHAUSTED" in reason else 2
 
 
-@contextlib.contextmanager
-def _staged(args: argparse.Namespace) -> Iterator[None]:
-    """Brings here what a verb reads of workdirs in buckets."""
-    with contextlib.ExitStack() as stack:
-        if args.verb in ("eval", "generate", "goodput"):
-            args.workdir = stack.enter_context(storage.opened(args.workdir))
-        if args.verb == "report":
-            args.workdirs = [stack.enter_context(storage.opened(place, depth=2)) for place in args.workdirs]
-        yield
-
-
-class _Formatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return storage.shown(super().format(record))
-
-
 def _start(args: argparse.Namespace, overrides: list[str]) -> None:
-    logging.basicConfig(format="%(message)s")  # to stderr: stdout is for results
+    logging.basicConfig()  # to stderr: stdout is for results
     for handler in logging.getLogger().handlers:
-        handler.setFormatter(_Formatter("%(message)s"))
+        handler.setFormatter(verbs.Formatter("%(message)s"))
     logging.getLogger("attnlab").setLevel(logging.INFO)
     from attnlab.launch import runtime
 

@@ -19,3 +19,9 @@ class TrainingFailed(Exception):
 
 class Damaged(UserError):
     """A file that a run or a corpus left is not what was written: missing, cut off, changed, or of another kind."""
+
+
+def first_line(error: BaseException) -> str:
+    """The start of an exception's message, for a message of ours."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

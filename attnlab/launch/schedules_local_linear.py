@@ -30,16 +30,15 @@ ITERATIONS = 16
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Of a call on [batch, length, heads, width]."""
+    """Of a call on [batch, length, heads, width], causal."""
 
-    low: bool = False
     batch: int = 16
     length: int = 4096
     heads: int = 4
     width: int = 128
 
 
-CASES = {"causal": Case(), "intervals": Case(low=True)}
+CASES = {"causal": Case()}
 
 
 def compile_case(case: Case, target: Any, chip: str, blocks: Blocks | None) -> None:
@@ -48,14 +47,14 @@ def compile_case(case: Case, target: Any, chip: str, blocks: Blocks | None) -> N
     of = lambda *shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
     rows = case.batch, case.length, case.heads
     x = of(*rows, case.width, dtype=jnp.bfloat16)
-    bounds = {name: of(1, case.length, dtype=jnp.int32) for name in ("starts",) * case.low + ("ends",)}
+    ends = of(1, case.length, dtype=jnp.int32)
 
-    def loss(arrays, bounds):
+    def loss(arrays, ends):
         with tuning.device_kind(chip):
-            o = local_linear_attention(*arrays, **bounds, iterations=ITERATIONS, blocks=blocks).o
+            o = local_linear_attention(*arrays, ends=ends, iterations=ITERATIONS, blocks=blocks).o
         return jnp.sum(o.astype(jnp.float32))
 
-    jax.jit(jax.grad(loss)).lower((x, of(*rows, dtype=jnp.float32), x, x), bounds).compile()
+    jax.jit(jax.grad(loss)).lower((x, of(*rows, dtype=jnp.float32), x, x), ends).compile()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +92,9 @@ def facts(root: llo.Region, chip: str, blocks: Blocks, length: int) -> dict[str,
     steps = max((r for r in root.inside if r.kind == "loop"), key=lambda r: r.total()["bundles"])
     loops = [r for r in steps.walk() if r.kind == "loop" and r is not steps]
     found = {id(r): sweep for r in steps.walk() if (sweep := Sweep.of(r))}
-    solver = next(r for r in loops if any(id(inner) in found for inner in r.inside))
-    inner = next(found[id(r)] for r in solver.inside if id(r) in found)
+    solver = next(r for r in loops if any(id(inner) in found for inner in r.walk()))
+    inner = next(found[id(r)] for r in solver.walk() if id(r) in found)
+    step = solver.total()["bundles"] - inner.opening.total()["bundles"]
     others = [sweep for sweep in found.values() if sweep is not inner]
     turns = {id(sweep.turn) for sweep in found.values()}
     plain = [r for r in loops if r.own["products"] and id(r) not in turns and r is not solver]
@@ -103,13 +103,13 @@ def facts(root: llo.Region, chip: str, blocks: Blocks, length: int) -> dict[str,
         sum(measure(r) for r in plain) / unit + sum(measure(sweep.turn) for sweep in others) / (2 * unit)
     )
     bundles = inner.turn.own["bundles"] / (2 * unit)
-    once = sum(r.own["bundles"] for r in (inner.opening, inner.odd, solver)) - bundles * unit
+    once = step + inner.opening.own["bundles"] + inner.odd.own["bundles"] - bundles * unit
     beside = steps.own["bundles"] + sum(r.own["bundles"] for r in steps.inside)
     total = 0.0
     for n in range(length // blocks.rows):
         tiles = -(-(n + 1) * blocks.rows // blocks.keys)
         total += beside + tiles * sum(map(cost, plain)) + sum(sweep.cycles(tiles, cost) for sweep in others)
-        total += ITERATIONS * (solver.own["bundles"] + inner.cycles(tiles, cost))
+        total += ITERATIONS * (step + inner.cycles(tiles, cost))
     return {
         "bundles": round(bundles, 3),
         "matrix": round(matrix(inner.turn) / (2 * unit), 3),

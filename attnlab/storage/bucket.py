@@ -283,7 +283,7 @@ def filesystem(scheme: str) -> Any:
             try:
                 made = _google() if scheme == "gs" else _amazon()
             except Exception as error:  # whatever the library's search for credentials comes to
-                raise UserError(f"{scheme}:// cannot be used: {_first_line(error)}") from error
+                raise UserError(f"{scheme}:// cannot be used: {_start_of(error)}") from error
             _filesystems[scheme, os.getpid()] = made
         return _filesystems[scheme, os.getpid()]
 
@@ -317,7 +317,7 @@ def _version(info: dict[str, Any]) -> str:
 
 def _trouble(error: BaseException) -> tuple[str, bool]:
     """What a failed call says, and whether it may pass."""
-    status, text = _status(error), _first_line(error)
+    status, text = _status(error), _start_of(error)
     chain = [e for e in (error, error.__cause__, error.__context__) if e is not None]
     if "region" in text.lower() or status == 301 or "AuthorizationHeaderMalformed" in str(chain):
         return f"{text}; is AWS_REGION the bucket's region?", False
@@ -344,6 +344,6 @@ def _status(error: BaseException) -> int | None:
     return None
 
 
-def _first_line(error: BaseException) -> str:
+def _start_of(error: BaseException) -> str:
     lines = [line for line in str(error).strip().splitlines() if line]
     return " ".join(lines[:2])[:300] if lines else type(error).__name__

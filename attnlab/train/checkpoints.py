@@ -11,7 +11,6 @@ import math
 import os
 import pathlib
 import re
-import shutil
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -19,8 +18,8 @@ from typing import Any, TypeVar
 import jax
 
 from attnlab import storage
-from attnlab.errors import Damaged, UserError
-from attnlab.train import digests, files, noise, workdir
+from attnlab.errors import Damaged, UserError, first_line
+from attnlab.train import digests, files, noise, orbax, workdir
 from attnlab.train.late import ocp
 from attnlab.train.processes import Processes
 from attnlab.train.state import TrainState
@@ -172,24 +171,11 @@ class Checkpoints:
             self.directory.mkdir(parents=True, exist_ok=True)
             stale = [p for p in self.directory.iterdir() if re.fullmatch(rf"\d+({_TEMPORARY}.*|\.removed)", p.name)]
             for path in stale:  # of a process that was killed
-                _delete(path)
+                files.delete(path)
         self._together()
-        apart = self._remote is not None and self._count > 1  # each process writes its part into a directory of its own
-        options = ocp.options.MultiprocessingOptions(primary_host=None if apart else 0)
-        state = ocp.StandardCheckpointHandler(multiprocessing_options=options, use_ocdbt=not apart)
-        host = ocp.JsonCheckpointHandler(multiprocessing_options=options)
-        return ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(
-                state=state, host=host, composite_options=ocp.CompositeOptions(multiprocessing_options=options)
-            ),
-            multiprocessing_options=options,
-            async_options=ocp.options.AsyncOptions(
-                timeout_secs=600 if self._remote is None else _UPLOAD_SECONDS,
-                # Made by another thread, a directory that cannot be made leaves others waiting for it for ever.
-                create_directories_asynchronously=False,
-                post_finalization_callback=self._write_digests,
-            ),
-        )
+        apart = self._remote is not None and self._count > 1
+        seconds = 600 if self._remote is None else _UPLOAD_SECONDS
+        return orbax.checkpointer(self._write_digests, apart=apart, seconds=seconds)
 
     def _write_digests(self) -> None:
         """Called by orbax's thread when all is written, before the directory gets its final name."""
@@ -214,7 +200,7 @@ class Checkpoints:
                 continue
             target = self.directory / f"{step}.removed"
             (self.directory / str(step)).rename(target)
-            removals.append(functools.partial(_delete, target))
+            removals.append(functools.partial(files.delete, target))
         if self._removing is not None:
             self._removing.join()
         self._removing = threading.Thread(target=lambda: [remove() for remove in removals], daemon=True)
@@ -256,7 +242,8 @@ class Checkpoints:
           UserError: all are, but the arrays are not those of `like`.
         """
         args = ocp.args.StandardRestore(_plain(like))
-        restored, host = self._restored(step, lambda path: _read(path, ocp.StandardCheckpointHandler(), args))
+        read = lambda path: orbax.read_state(path, ocp.StandardCheckpointHandler(), args)
+        restored, host = self._restored(step, read)
         return TrainState(**restored), host
 
     def restore_params(self, step: int, like: Any) -> tuple[Any, Host]:
@@ -273,7 +260,7 @@ class Checkpoints:
             differing = _names(handler.metadata(path / "state").tree["params"]) ^ _names(like)
             if differing:
                 raise ValueError(f"it or the model has no parameter {min(differing)}")
-            return _read(path, handler, args)
+            return orbax.read_state(path, handler, args)
 
         restored, host = self._restored(step, read)
         return restored["params"], host
@@ -455,19 +442,6 @@ def _raise_damage(reason: str) -> None:
         raise Damaged(reason)
 
 
-def _delete(path: pathlib.Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _read(path: pathlib.Path, handler: Any, args: Any) -> Any:
-    """What `args` ask of the item `state` of a checkpoint."""
-    reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(state=handler))
-    return reader.restore(path, args=ocp.args.Composite(state=args))["state"]
-
-
 def _names(tree: Any) -> set[str]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves}
@@ -475,9 +449,3 @@ def _names(tree: Any) -> set[str]:
 
 def _plain(state: TrainState) -> dict[str, Any]:
     return {name: getattr(state, name) for name in TrainState.__dataclass_fields__}
-
-
-def first_line(error: BaseException) -> str:
-    """The start of an exception's message, for a message of ours."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

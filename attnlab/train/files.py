@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import shutil
 import stat
 from typing import Any
 
@@ -64,3 +65,11 @@ def replace(path: pathlib.Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     new.replace(path)
+
+
+def delete(path: pathlib.Path) -> None:
+    """Removes a file or link, or a directory with all that can be removed of it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

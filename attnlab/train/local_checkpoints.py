@@ -21,9 +21,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from attnlab.errors import Damaged, UserError
+from attnlab.errors import Damaged, UserError, first_line
 from attnlab.train import digests, files, metadata, workdir
-from attnlab.train.checkpoints import Checkpoints, Host, first_line
+from attnlab.train.checkpoints import Checkpoints, Host
 from attnlab.train.pieces import Layout, Piece
 from attnlab.train.processes import Processes
 from attnlab.train.state import TrainState

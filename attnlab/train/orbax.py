@@ -1,0 +1,39 @@
+"""What reads and writes checkpoints' items, made of orbax's parts."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from attnlab.train.late import ocp
+
+
+def checkpointer(written: Callable[[], None], *, apart: bool, seconds: int) -> ocp.AsyncCheckpointer:
+    """Writes the items `state` and `host` of a checkpoint in the background.
+
+    Args:
+      written: called by its thread when all is written, before the directory gets its final name.
+      apart: whether each process writes its part into a directory of its own; else all into one.
+      seconds: for which processes wait for each other.
+    """
+    several = ocp.options.MultiprocessingOptions(primary_host=None if apart else 0)
+    state = ocp.StandardCheckpointHandler(multiprocessing_options=several, use_ocdbt=not apart)
+    host = ocp.JsonCheckpointHandler(multiprocessing_options=several)
+    of_both = ocp.CompositeOptions(multiprocessing_options=several)
+    return ocp.AsyncCheckpointer(
+        ocp.CompositeCheckpointHandler(state=state, host=host, composite_options=of_both),
+        multiprocessing_options=several,
+        async_options=ocp.options.AsyncOptions(
+            timeout_secs=seconds,
+            # Made by another thread, a directory that cannot be made leaves others waiting for it for ever.
+            create_directories_asynchronously=False,
+            post_finalization_callback=written,
+        ),
+    )
+
+
+def read_state(path: pathlib.Path, handler: Any, args: Any) -> Any:
+    """What `args` ask of the item `state` of a checkpoint."""
+    reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(state=handler))
+    return reader.restore(path, args=ocp.args.Composite(state=args))["state"]
