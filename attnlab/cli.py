@@ -66,9 +66,7 @@ def _main(argv: list[str]) -> int:
 
 
 def _start(args: argparse.Namespace, overrides: list[str]) -> None:
-    logging.basicConfig()  # to stderr: stdout is for results
-    for handler in logging.getLogger().handlers:
-        handler.setFormatter(verbs.Formatter("%(message)s"))
+    verbs.log_messages()
     logging.getLogger("attnlab").setLevel(logging.INFO)
     from attnlab.launch import runtime
 

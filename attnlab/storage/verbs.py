@@ -22,8 +22,13 @@ def staged(args: argparse.Namespace) -> Iterator[None]:
         yield
 
 
-class Formatter(logging.Formatter):
-    """Messages alone, with the URLs of staging directories in their place."""
+def log_messages() -> None:
+    """To stderr, as stdout is for results; messages alone, with URLs in place of their staging directories."""
+    logging.basicConfig()
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_Formatter("%(message)s"))
 
+
+class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return shown(super().format(record))

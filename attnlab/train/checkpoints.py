@@ -242,8 +242,7 @@ class Checkpoints:
           UserError: all are, but the arrays are not those of `like`.
         """
         args = ocp.args.StandardRestore(_plain(like))
-        read = lambda path: orbax.read_state(path, ocp.StandardCheckpointHandler(), args)
-        restored, host = self._restored(step, read)
+        restored, host = self._restored(step, lambda path: orbax.read_state(path, args))
         return TrainState(**restored), host
 
     def restore_params(self, step: int, like: Any) -> tuple[Any, Host]:
@@ -260,7 +259,7 @@ class Checkpoints:
             differing = _names(handler.metadata(path / "state").tree["params"]) ^ _names(like)
             if differing:
                 raise ValueError(f"it or the model has no parameter {min(differing)}")
-            return orbax.read_state(path, handler, args)
+            return orbax.read_state(path, args, handler)
 
         restored, host = self._restored(step, read)
         return restored["params"], host

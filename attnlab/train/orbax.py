@@ -33,7 +33,7 @@ def checkpointer(written: Callable[[], None], *, apart: bool, seconds: int) -> o
     )
 
 
-def read_state(path: pathlib.Path, handler: Any, args: Any) -> Any:
-    """What `args` ask of the item `state` of a checkpoint."""
-    reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(state=handler))
+def read_state(path: pathlib.Path, args: Any, handler: Any = None) -> Any:
+    """What `args` ask of the item `state` of a checkpoint; `handler`: orbax's standard one by default."""
+    reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(state=handler or ocp.StandardCheckpointHandler()))
     return reader.restore(path, args=ocp.args.Composite(state=args))["state"]
