@@ -47,16 +47,15 @@ class Forward(DeltaStep):
         q, k, v = (self.load(name, m, h) for name in ("q", "k", "v"))
         decayed = channels.forward if self.plan.channels else type(self).by_position
         overlap, p, seen, write, carry = yield from decayed(self, m, h, q, k, self.state[h])
-        # What waits for the inverse is narrow.
-        asked, written = (v - seen[:C]).astype(dtype), (k * write[:, :d]).astype(dtype)
         inverse = yield from unit_lower_inverse(overlap * self.r["beta"][0, h, m], dtype)
         inverse = inverse.astype(dtype)
         if "inverse_saved" in self.r:
             self.r["inverse_saved"][0, h, 0, :, m * C : (m + 1) * C] = inverse
-        error = product(inverse, asked, 1, 0)
+        error = product(inverse, (v - seen[:C]).astype(dtype), 1, 0)
         yield
         u = (error * self.beta(m, h)).astype(dtype)
-        near, new = product(p, u, 1, 0), product(written, u, 0, 0)
+        near = product(p, u, 1, 0)
+        new = product((k * write[:, :d]).astype(dtype), u, 0, 0)
         yield
         self.store("o", m, h, near + seen[C:])
         self.state[h] = self.state[h] * carry[:, :e] + new
