@@ -63,7 +63,7 @@ def most_keys(kind: str, rows: int, width: int, value_width: int, itemsize: int)
     lanes = lambda n: -(-n // 128) * 128
     windows = 2 * 2 * (lanes(width) + lanes(value_width)) * itemsize
     each = windows + width * itemsize + 4 * (width + value_width) + 2 * 4 * rows
-    return (tuning.vmem_limit(kind) - _REST) // each // 128 * 128
+    return (tuning.vmem_limit(kind) - _REST) // each // Blocks.keys * Blocks.keys
 
 
 def widths(iterations: int, width: int, value_width: int) -> dict[str, int]:
