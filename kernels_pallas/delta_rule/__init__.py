@@ -132,7 +132,7 @@ def kernel_flops(
     for name, of in widths.items():
         pairs, states = of(q.shape[:3] + (d, e), C, channels)
         each = C * pairs + (states + again[name]) * d * e
-        found[f"delta_rule_{'channels_' * channels}{name}"] = 2.0 * B * T * H * each
+        found[plan_lib.kernel_name(channels, name)] = 2.0 * B * T * H * each
     return found
 
 

@@ -27,8 +27,9 @@ class DeltaPlan(Plan):
     channels: bool = False
 
 
-def kernel_name(plan: DeltaPlan, direction: str) -> str:
-    return f"delta_rule_{'channels_' * plan.channels}{direction}"
+def kernel_name(channels: bool, direction: str) -> str:
+    """Of a kernel in a program."""
+    return f"delta_rule_{'channels_' * channels}{direction}"
 
 
 def sizes(

@@ -185,5 +185,5 @@ def run(plan: DeltaPlan, arrays: Mapping[str, Any], saved: Mapping[str, Any], co
         blocks.output("dstate_start", (B, H, d, e), jnp.float32, blocks.states(d, e))
     blocks.scratch("dstate", (heads, d, e), jnp.float32)
     kernel = functools.partial(_kernel, plan, heads, blocks.names())
-    out = blocks.run(kernel, kernel_name(plan, "backward"), backward_flops(plan))
+    out = blocks.run(kernel, kernel_name(plan.channels, "backward"), backward_flops(plan))
     return out | {name: from_rows(plan, out[name]) for name in by_rows}

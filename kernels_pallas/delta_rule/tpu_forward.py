@@ -92,4 +92,4 @@ def run(plan: DeltaPlan, arrays: Mapping[str, Any], *, save: bool) -> dict[str, 
         blocks.output("inverse_saved", blocks.inverse_shape(), arrays["q"].dtype, blocks.inverses())
     blocks.scratch("state", (heads, d, e), jnp.float32)
     kernel = functools.partial(_kernel, plan, heads, blocks.names())
-    return blocks.run(kernel, kernel_name(plan, "forward"), forward_flops(plan))
+    return blocks.run(kernel, kernel_name(plan.channels, "forward"), forward_flops(plan))
