@@ -61,6 +61,7 @@ def test_a_corpus_in_a_bucket(place, corpus, store, attnlab, tmp_path):
     assert code == 2 and f"{place}/{name} is damaged" in err
 
 
+@pytest.mark.slow
 def test_a_report_of_runs_in_a_bucket(place, attnlab, tmp_path):
     """Workdirs that are URLs, or a directory of them, are compared as others; the report goes where it is told to."""
     source = runs.corpus(tmp_path / "corpus")
