@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from attnlab.ops.cross_entropy import CrossEntropySpec
 
 _ROWS = 128  # of fewer most of a tile is padding
-# XLA holds all logits from forward to backward and computes them once, the kernels twice. By the compiler's schedule
-# (docs/kernels.md) the kernels are shorter for hidden states up to such widths.
-_WIDEST = {"v5e": 256, "v5p": 256, "v6e": 1024, "tpu7x": 512}
-# Bytes of logits in float32 from which holding them, and that they fit at all, matters more.
-_HELD = {"v5e": 4 * 2**30, "v5p": 16 * 2**30, "v6e": 8 * 2**30, "tpu7x": 16 * 2**30}
+# XLA holds all logits from forward to backward and computes them once, the kernels twice. Up to such widths the kernels'
+# schedule is shorter than the time that XLA's bytes take (docs/kernels.md); of other chips this is not known.
+_WIDEST = {"v6e": 512}
+# Bytes of logits in float32 that are a quarter of a device's memory: from there on it matters more not to hold them.
+_HELD = {"v5e": 4 * 2**30, "v5p": 24 * 2**30, "v6e": 8 * 2**30, "tpu7x": 24 * 2**30}
 
 
 def _kernels() -> Any:
@@ -41,9 +41,9 @@ def unsupported(spec: CrossEntropySpec) -> str | None:
 def worth(spec: CrossEntropySpec) -> bool:
     """Whether "auto" takes it: for narrow hidden states, and where logits are a large part of a device's memory."""
     kind = device_kind()
-    if spec.rows < _ROWS or kind not in _WIDEST:
+    if spec.rows < _ROWS or kind not in _HELD:
         return False
-    return spec.width <= _WIDEST[kind] or 4 * spec.rows * spec.columns >= _HELD[kind]
+    return spec.width <= _WIDEST.get(kind, 0) or 4 * spec.rows * spec.columns >= _HELD[kind]
 
 
 def kernel_flops(spec: CrossEntropySpec) -> dict[str, float]:

@@ -26,6 +26,8 @@ def spec(**changes):
     [
         ("TPU v6e", {}, "chunked"),
         ("TPU v6e", {"width": 512}, "pallas"),
+        ("TPU v6e", {"width": 1024}, "chunked"),
+        ("TPU v5e", {"width": 512}, "chunked"),
         ("TPU v6e", {"columns": 131072}, "pallas"),
         ("TPU v6e", {"width": 512, "rows": 64}, "chunked"),
         ("TPU v5e", {"columns": 65536}, "pallas"),
