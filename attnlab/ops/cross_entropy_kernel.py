@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from attnlab.ops.cross_entropy import CrossEntropySpec
 
 _ROWS = 128  # of fewer most of a tile is padding
-# XLA holds all logits from forward to backward and computes them once, the kernels twice. Up to such widths the kernels'
+# XLA holds all logits from forward to backward and computes them once, the kernels twice. Up to such widths their
 # schedule is shorter than the time that XLA's bytes take (docs/kernels.md); of other chips this is not known.
 _WIDEST = {"v6e": 512}
 # Bytes of logits in float32 that are a quarter of a device's memory: from there on it matters more not to hold them.
