@@ -21,12 +21,13 @@ from typing import Any
 
 MIXERS = ("softmax", "gated", "moh", "flow", "lightning", "titans")
 SEQUENCES = {"v5e:16x16": 2, "v5p:4x4x4": 4, "v6e:16x16": 4}  # of a device, by topology
-FEWER = {("7b", "titans", "v5e:16x16"): 1, ("7b", "titans", "v6e:16x16"): 2}  # where these do not fit
+FEWER = {("7b", "titans", "v5e:16x16"): 1}  # where these do not fit
 LENGTH = 4096
 GIB = 2.0**30
 LIMIT = 600  # seconds of CPU that a compile may take
 _LLAMA = {"model.mlp_width": 11008, "model.vocab": 32000}  # Llama-2-7B's shape
 _ROUTED = (("model.mixers.M.impl", "gather"), ("model.mixers.M.gather_impl", "routed"))
+_CHUNK = "model.mixers.M.chunk"
 _NAMED = tuple(f"model.mixers.M.{key}" for key in ("gather_impl", "core.impl", "impl"))
 _CORE = (("model.mixers.M.core.impl", "flash"),)
 _HOPPER = (  # our kernels, asked for
@@ -92,8 +93,10 @@ def rows() -> list[Row]:
     for topology, sequences in SEQUENCES.items():
         found.append(Row(f"1b-parallax-{topology}", "1b", "parallax", topology, sequences, "full"))
     topology = "v6e:16x16"
-    for mixer in ("gated_deltanet", "kda"):
+    for mixer in ("based", "agent", "local_linear", "gated_deltanet", "kda"):
         found.append(Row(f"1b-{mixer}-{topology}", "1b", mixer, topology, SEQUENCES[topology], "full"))
+    chunk = ((_CHUNK, 64),)
+    found.append(Row(f"1b-titans-chunk-64-{topology}", "1b", "titans", topology, SEQUENCES[topology], "full", chunk))
     found.append(Row(f"1b-moh-routed-{topology}", "1b", "moh", topology, SEQUENCES[topology], "full", _ROUTED))
     for size, topology in (("1b", "h100:8"), ("7b", "h100:8x8")):
         found.append(Row(f"hopper-{size}", size, "softmax", topology, 2, "full"))
@@ -130,6 +133,7 @@ def table(results: list[dict[str, Any]]) -> list[str]:
 def _cells(result: dict[str, Any]) -> list[str]:
     knobs = result.get("overrides", {})
     named = next((knobs[key] for key in _NAMED if key in knobs), None)
+    named = f"chunk {knobs[_CHUNK]}" if _CHUNK in knobs else named
     mixer = result["mixer"] + (f", {named}" if named else "")
     head = [result["size"], mixer, result["topology"], str(result["sequences"]), result["remat"]]
     report = result.get("report")
