@@ -19,7 +19,7 @@ KERNELS = {
     "flow 128/128 ps": ["flow_forward"],
 }
 
-SPILLS = {"flow 128/128 ps": 16}  # bytes: addresses, read again once a chunk
+SPILLS = {"flow 128/128 ps": 32}  # bytes: addresses, read again once a chunk
 
 
 @pytest.mark.skipif(absent() is not None, reason=str(absent()))
