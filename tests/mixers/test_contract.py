@@ -103,7 +103,9 @@ def test_kernels(name):
     segments = jnp.asarray([[1] * 100 + [2] * 150 + [0] * 6])
     seq = mixers.Sequence(jnp.broadcast_to(jnp.arange(T), (1, T)), segments)
     x = jnp.asarray(np.random.default_rng(4).standard_normal((1, T, cases.WIDTH)), jnp.float32)
-    expected, make = None, functools.partial(mixers.get(name).Config, heads=2, head_width=64)
+    # Until its systems are solved: those of rows with few more keys than channels take more than by default.
+    until = {"max_iterations": 500, "ridge_min": 0.1} if name == "local_linear" else {}
+    expected, make = None, functools.partial(mixers.get(name).Config, heads=2, head_width=64, **until)
     impls = "definition", *forced.kernels(mixers.get(name))
     try:
         list(map(lambda impl: make(impl=impl), impls))
@@ -116,8 +118,9 @@ def test_kernels(name):
             result = value_and_gradients(graphdef, params, x, seq)
         assert impl in {choice.implementation for choice in chosen.choices}
         expected = result if expected is None else expected
-        # In float32 titans' closed form of a chunk rounds its gates' gradients so, XLA's "chunked" too.
-        assert_close(result, expected, 1e-4 if name == "titans" else 2e-5)
+        # In float32 titans' closed form of a chunk rounds its gates' gradients so, XLA's "chunked" too; systems of
+        # local linear attention are solved to 1e-5 of their right sides, and again for gradients.
+        assert_close(result, expected, 1e-4 if name in ("titans", "local_linear") else 2e-5)
 
 
 @some_configs
