@@ -173,7 +173,10 @@ def test_the_life_of_a_slice(pod):
 
     assert pod("train", "--", *TRAIN)[0] == 0
     logs = [pod.worker(i) / "train.log" for i in range(2)]
-    assert all(log.read_text() == f"started with train {' '.join(TRAIN)}\n" for log in logs)
+    said, until = f"started with train {' '.join(TRAIN)}\n", time.monotonic() + 30
+    while any(log.read_text() != said for log in logs) and time.monotonic() < until:  # they start in the background
+        time.sleep(0.1)
+    assert [log.read_text() for log in logs] == [said] * 2
     for again in (("train", "--", *TRAIN), ("install",)):
         code, out = pod(*again)
         assert code == 0 and out.count("a run is on") >= 2
