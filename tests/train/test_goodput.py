@@ -15,6 +15,7 @@ import pytest
 from attnlab.errors import UserError
 from attnlab.train import goodput
 from attnlab.train.processes import Processes
+from tests.flags import environment
 from tests.train import runs
 
 
@@ -135,7 +136,8 @@ def test_a_killed_run(tmp_path, monkeypatch):
     config = runs.write_config(tmp_path / "c.py", source, train__steps=60, train__save_every=20, train__eval_every=20)
     command = ["train", "--config", config, "--workdir", str(tmp_path / "w")]
     log = tmp_path / "w" / "metrics.jsonl"
-    child = subprocess.Popen([sys.executable, "-m", "attnlab", *command], cwd=runs.ROOT, stdout=subprocess.DEVNULL)
+    settings = {"cwd": runs.ROOT, "env": environment(), "stdout": subprocess.DEVNULL}
+    child = subprocess.Popen([sys.executable, "-m", "attnlab", *command], **settings)
     until = time.monotonic() + 200
     while time.monotonic() < until and not (log.exists() and '"step": 2' in log.read_text()):
         time.sleep(0.05)
@@ -143,7 +145,7 @@ def test_a_killed_run(tmp_path, monkeypatch):
     child.wait()
     compiled = lambda: {path.name for path in (tmp_path / "w" / "compiled").rglob("*train_step*-cache")}
     before = compiled()
-    assert before and runs.attnlab(*command).returncode == 0 and compiled() == before
+    assert before and runs.attnlab(*command, env=environment()).returncode == 0 and compiled() == before
     said = runs.attnlab("goodput", "--workdir", str(tmp_path / "w"), "--json")
     found = json.loads(said.stdout)
     first, second = found["attempts"]
