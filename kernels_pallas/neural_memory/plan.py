@@ -1,7 +1,7 @@
 """Groups: the runs of positions that a kernel takes at once, so that chunks begin with their documents.
 
-A group is either up to `rows` positions of one document, from the beginning of one of its chunks, or several documents
-of at most a chunk each, whole, from the first one's beginning. So all positions of a group start from the same weights,
+A group is either up to `rows` positions of one document, from the beginning of one of its chunks, or several short
+documents (`shortest`), of at most a chunk each, whole, from the first one's beginning. So all positions of a group start from the same weights,
 and every slice of `chunk` positions takes its gradients at the weights before the slice, or, with several documents, at
 the initial ones. Where the row ends inside a chunk that chunk is a group of its own: the state then has its first
 weights.
@@ -15,9 +15,15 @@ import jax.numpy as jnp
 CONTINUES, BEGINS, SEVERAL = 0, 1, 2  # a document; one; several short ones
 
 
+def shortest(chunk: int, rows: int) -> int:
+    """How long documents are at most that share a group: two of them fit."""
+    return min(chunk, rows // 2)
+
+
 def bound(length: int, chunk: int, rows: int) -> int:
     """How many groups the documents of a row can need."""
-    return min(length, 2 * (length // chunk) + 4) if rows >= 2 * chunk else length
+    size = shortest(chunk, rows)
+    return min(length, 2 * (length // size) + 5)
 
 
 def groups(position_BT: jax.Array, first_B: jax.Array, chunk: int, rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -35,9 +41,10 @@ def groups(position_BT: jax.Array, first_B: jax.Array, chunk: int, rows: int) ->
     shifted = lambda x, fill: jnp.pad(x[:, :-1], ((0, 0), (1, 0)), constant_values=fill)
     following = jax.lax.cummin(jnp.where(new, t, T), axis=1, reverse=True)
     end = jnp.pad(following[:, 1:], ((0, 0), (0, 1)), constant_values=T)
-    short = (begin >= 0) & (end - begin <= chunk)
+    size = shortest(chunk, rows)
+    short = (begin >= 0) & (end - begin <= size)
     # Short documents that begin within so many positions end within `rows` of the first of them.
-    room = rows - chunk + 1
+    room = rows - size + 1
     run = jax.lax.cummax(jnp.where(new & short & ~shifted(short, False), t, 0), axis=1)
     cell = (begin - run) // room
     opens = new & short & ((run == t) | (cell != shifted(cell, -1)))
