@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas import hopper
-from kernels_pallas.neural_memory import gpu_forward, gpu_numbers
+from kernels_pallas.neural_memory import gpu_backward, gpu_backward_groups, gpu_forward, gpu_numbers
 from kernels_pallas.neural_memory.call import LOG2E, segment_of
 from kernels_pallas.neural_memory.gpu_group import Shape
 
@@ -74,6 +75,68 @@ def _run(call, q, k, v, gates, initial, carried, position_BT, first_B, *, save):
         call.shape(q), *map(filled, (q, k, v)), numbers, at.table, at.bounds, initial, carried, save=save
     )
     return (found["y"][:, :T], found["end"], found["before"]), found.get("saved")
+
+
+def _memory_forward(call: Call, q, k, v, gates, initial, carried, position_BT, first_B):
+    out, saved = _run(call, q, k, v, gates, initial, carried, position_BT, first_B, save=True)
+    return out, (q, k, v, gates, initial, carried is not None, position_BT, first_B, saved)
+
+
+def _memory_backward(call: Call, residuals, cotangents):
+    q, k, v, gates, initial, is_carried, position_BT, first_B, saved = residuals
+    dy, d_end, d_before = cotangents
+    T, shape, at = q.shape[1], call.shape(q), _layout(call, position_BT, first_B)
+    numbers, pull = jax.vjp(functools.partial(_numbers, call, at), gates)
+    q_, k_, v_, dy_ = map(filled, (q, k, v, dy))
+    places = numbers, at.table, at.bounds
+    found = gpu_forward.again(shape, k_, v_, *places, initial, saved)
+    found |= gpu_backward.backward(shape, q_, k_, dy_, *places, d_end, d_before)
+    dq, dk, of_groups = gpu_backward_groups.backward_groups(
+        shape, q_, k_, dy_, *places, found["errors"], found["states"], found["dsteps"], found["dstates"]
+    )
+    (d_gates,) = pull(_of_numbers(at, numbers, of_groups))
+    here = (at.group >= 0)[..., None, None]
+    rows = lambda x: jnp.where(here, x[:, :T], 0).astype(q.dtype)
+    dv = rows(-gates[2][..., None] * found["dsteps"][:, :T])
+    d_initial = found["dinitial"]
+    d_initial = d_initial.sum(0, keepdims=True) if initial.shape[0] == 1 else d_initial
+    d_carried = found["dcarried"] if is_carried else None
+    return rows(dq), rows(dk), dv, d_gates, d_initial, d_carried, None, None
+
+
+memory.defvjp(_memory_forward, _memory_backward)
+
+
+def _of_numbers(at: gpu_numbers.Layout, numbers: jax.Array, of_groups: jax.Array) -> jax.Array:
+    """Gradients of `numbers`, of what `gpu_backward_groups` found."""
+    names, log2 = gpu_backward_groups, math.log(2)
+    count = names.BETA
+    sums = of_groups[:, :, :, count:].sum(-1, keepdims=True)
+    found = jnp.concatenate(
+        [of_groups[:, :, :, :count], jnp.broadcast_to(sums, (*sums.shape[:-1], gpu_numbers.ROWS))], 3
+    )
+    found = gpu_numbers.of_positions(at, found)
+    of = lambda name: found[:, :, name]
+    T = found.shape[3]
+    last = (jnp.arange(T) + 1 == at.end)[:, None]
+    at_last = lambda name: jnp.where(last, of(name), 0)
+    own = lambda which: jnp.exp2(numbers[:, :, which, :T])
+    gradients = {
+        gpu_numbers.KEPT: log2 * (of(names.KEPT) + own(gpu_numbers.KEPT) * at_last(names.BETA)),
+        gpu_numbers.MOVED: log2
+        * (of(names.MOVED) + of(names.MOVED_AS_OLDER) + own(gpu_numbers.MOVED) * at_last(names.H)),
+        gpu_numbers.READ: log2 * of(names.READ),
+        gpu_numbers.EARLY: log2 * of(names.EARLY),
+        gpu_numbers.THETA: of(names.THETA),
+        gpu_numbers.RHO: at_last(names.RHO),
+        gpu_numbers.RHO_READ: of(names.RHO_READ),
+        gpu_numbers.RHO_EARLY: of(names.RHO_EARLY),
+        gpu_numbers.LAST_KAPPA: of(names.KAPPA),
+        gpu_numbers.LAST_MOVED: of(names.LEFT),
+    }
+    none = jnp.zeros_like(found[:, :, 0])
+    x = jnp.stack([gradients.get(which, none) for which in range(gpu_numbers.NUMBERS)], axis=2)
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, numbers.shape[3] - T)))
 
 
 def _layout(call: Call, position_BT: jax.Array, first_B: jax.Array) -> gpu_numbers.Layout:

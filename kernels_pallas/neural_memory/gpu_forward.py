@@ -22,10 +22,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas.hopper import LAYOUT, added, barriers
 from kernels_pallas.neural_memory import gpu_numbers
 from kernels_pallas.neural_memory.gpu_group import (
-    E,
-    Group,
     PAIRS,
     SLOTS,
+    E,
+    Group,
     Shape,
     columns,
     load,
@@ -142,7 +142,7 @@ class _Forward:
         @pl.when(where)
         def _() -> None:
             for i, x in enumerate(self.initial(t)):
-                t.state_s[i] = x.astype(self.shape.dtype)
+                t.state_s.at[i][...] = x.astype(self.shape.dtype)
             plgpu.commit_smem()
             states = t.out[1]
             plgpu.copy_smem_to_gmem(t.state_s, states.at[t.b, t.h, states.shape[2] - 3, :, :, t.columns])
@@ -174,9 +174,7 @@ class _Forward:
         plgpu.commit_smem()
         if self.again:
             pl.when(group.of(FRESH) == 0)(
-                lambda: plgpu.copy_smem_to_gmem(
-                    t.state_s, t.out[1].at[t.b, t.h, group.of(BEFORE), :, :, t.columns]
-                )
+                lambda: plgpu.copy_smem_to_gmem(t.state_s, t.out[1].at[t.b, t.h, group.of(BEFORE), :, :, t.columns])
             )
         memory, near = (t.second_s, t.first_s), None
         if not self.again:

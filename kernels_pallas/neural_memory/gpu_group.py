@@ -59,6 +59,11 @@ class Shape:
         """Of a whole group."""
         return ROWS // self.chunk
 
+    @property
+    def several(self) -> bool:
+        """Whether a group has more chunks than one."""
+        return self.chunks > 1
+
     def tile(self, *lead: int, width: int = E) -> Any:
         """Memory for operands of so many columns."""
         return hopper.tiles((*lead, ROWS, width), self.dtype)

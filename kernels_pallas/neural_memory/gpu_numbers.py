@@ -13,10 +13,10 @@ Shapes: B sequences, T positions, H heads, N groups; L is T or at least 64, fill
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from kernels_pallas.neural_memory import plan
 
@@ -113,6 +113,16 @@ def _joined(x: Elements, y: Elements, both: Elements) -> Elements:
     return x[0] | y[0], *(jnp.where(y[0], own, other) for own, other in zip(y[1:], both[1:]))
 
 
+def _scan(join: Callable[[Elements, Elements], Elements], x: Elements, by: int) -> Elements:
+    """Joined with all before it (`by` 1) or behind it (-1) at most 64 positions away, in as many steps as 64 has bits."""
+    T, step = x[0].shape[1], 1
+    while step < min(ROWS, T):
+        cut, fill = (slice(None, -step), (step, 0)) if by > 0 else (slice(step, None), (0, step))
+        x = join(tuple(jnp.pad(a[:, cut], ((0, 0), fill, (0, 0))) for a in x), x)
+        step *= 2
+    return x
+
+
 def numbers(rules: Rules, at: Layout, log_keep: jax.Array, log_eta: jax.Array, theta: jax.Array) -> jax.Array:
     """[B, H, NUMBERS, L], of gates [B, T, H], logarithms in units of log2."""
     T = theta.shape[1]
@@ -122,12 +132,12 @@ def numbers(rules: Rules, at: Layout, log_keep: jax.Array, log_eta: jax.Array, t
     forward = lambda x, y: _joined(x, y, _then(x, y))
     backward = lambda y, x: _joined(y, x, _then(x, y))
     element = wide(t == at.origin), eta, eta, keep, log_keep, log_eta
-    _, _, rho, _, kept, moved = lax.associative_scan(forward, element, axis=1)
+    _, _, rho, _, kept, moved = _scan(forward, element, 1)
     # From behind each position to the group's last, if that is of the same document.
     after = lambda x, fill: jnp.pad(x[:, 1:], ((0, 0), (0, 1), (0, 0)), constant_values=fill)
     ends = wide(t + 1 == at.end) | after(element[0], True)
     rest = ends, *(jnp.where(ends, fill, after(x, fill)) for x, fill in ((eta, 1.0), (eta, 0.0), (keep, 1.0)))
-    _, left, grown, remains = lax.associative_scan(backward, rest, axis=1, reverse=True)
+    _, left, grown, remains = _scan(backward, rest, -1)
     reaches = wide(at.origin == jnp.take_along_axis(at.origin, at.end - 1, axis=1))
     last_kappa, last_moved = jnp.where(reaches, grown + remains, 0.0), jnp.where(reaches, left, 0.0)
     read, rho_read = kept, rho
@@ -152,5 +162,3 @@ def of_positions(at: Layout, found: jax.Array) -> jax.Array:
     rows = jnp.arange(found.shape[0])[:, None]
     x = jnp.moveaxis(found, 1, -1)[rows, jnp.maximum(at.group, 0), :, at.row]  # [B, T, n, H]
     return jnp.moveaxis(jnp.where((at.group >= 0)[..., None, None], x, 0), (1, 3), (3, 1))
-
-

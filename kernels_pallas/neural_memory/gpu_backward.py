@@ -1,0 +1,186 @@
+"""The gradient of W and S on Hopper: a warpgroup takes it, for 64 of their columns, through the groups in reverse.
+
+It leaves, for `gpu_backward_groups`, the gradients of steps and those of the states after groups.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas.hopper import LAYOUT, added, barriers
+from kernels_pallas.neural_memory import gpu_numbers
+from kernels_pallas.neural_memory.gpu_group import (
+    PAIRS,
+    SLOTS,
+    E,
+    Group,
+    Shape,
+    columns,
+    load,
+    numbers_memory,
+    product,
+    put,
+)
+from kernels_pallas.neural_memory.gpu_numbers import (
+    AFTER,
+    EARLY,
+    FRESH,
+    KEPT,
+    LAST_KAPPA,
+    LAST_MOVED,
+    MOVED,
+    READ,
+    RHO,
+    RHO_EARLY,
+    RHO_READ,
+    ROWS,
+    THETA,
+)
+
+NAME = "neural_memory_backward"
+F32 = jnp.float32
+
+
+def backward(shape: Shape, q, k, dy, numbers, table, bounds, d_end, d_before) -> dict[str, jax.Array]:
+    """Gradients of steps [B, T, H, d], not yet times theta, and of the states after groups [B, H, slots, 2, d, d], in
+    the dtype of q; of the initial states of each row and of the state before the first position [B, H, 2, d, d].
+
+    Args: as of `gpu_forward.forward`; d_end [B, H, 2, d, d], d_before [B, H, d, d].
+    """
+    (B, T, H, d), of = q.shape, jax.ShapeDtypeStruct
+    state = of((B, H, 2, d, d), F32)
+    out = {"dsteps": of(q.shape, q.dtype), "dstates": of((B, H, gpu_numbers.slots(T), 2, d, d), q.dtype)}
+    out |= {"dinitial": state, "dcarried": state}
+    pair, ring = shape.tile(), shape.tile(SLOTS, width=d)
+    run = shape.device.kernel(
+        NAME,
+        _Backward(shape).body,
+        by_lanes=True,
+        out_type=list(out.values()),
+        scratch_types={
+            "q_s": ring, "k_s": ring, "dy_s": shape.tile(SLOTS), "numbers_s": numbers_memory(SLOTS),
+            "dstate_s": shape.states(), "moved_s": pair, "read_s": pair, "near_s": pair, "asked_s": pair,
+            "first_s": pair, "second_s": pair, "out_s": plgpu.SMEM((ROWS, E), shape.dtype),
+            "here": barriers(SLOTS, 4),
+        },
+        grid=(d // E, H, B),
+        grid_names=("j", "h", "b"),
+    )  # fmt: skip
+    return dict(zip(out, run(q, k, dy, numbers, table, bounds, d_end, d_before)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Backward:
+    """What a launch's code is made from."""
+
+    shape: Shape
+
+    def body(self, q, k, dy, numbers, table, bounds, d_end, d_before, dsteps, dstates, dinitial, dcarried, **scratch):
+        j, h, b = (lax.axis_index(name) for name in ("j", "h", "b"))
+        t = types.SimpleNamespace(
+            q=q, k=k, dy=dy, numbers=numbers, table=table, d_before=d_before, dsteps=dsteps, dstates=dstates,
+            dinitial=dinitial, columns=columns(j), h=h, b=b, count=bounds[b, bounds.shape[1] - 1], **scratch,
+        )  # fmt: skip
+        for i in range(SLOTS):
+            pl.when(i < t.count)(lambda i=i: self.fetch(t, jnp.int32(i)))
+        zero = self.shape.device.zeros(self.shape.d, E)
+        for i in range(2):
+            t.dstate_s.at[i][...] = zero.astype(self.shape.dtype)
+            dinitial.at[b, h, i, :, t.columns][...] = zero
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(t.dstate_s, dstates.at[b, h, dstates.shape[2] - 1, :, :, t.columns])
+        state = tuple(self.load(d_end.at[b, h, i, :, t.columns]) for i in range(2))
+        state = lax.fori_loop(0, t.count, lambda i, state: self.group(t, i, *state), state)
+        for i in range(2):
+            dcarried.at[b, h, i, :, t.columns][...] = state[i]
+        plgpu.wait_smem_to_gmem(0)
+
+    def load(self, memory: Any) -> jax.Array:
+        return self.shape.device.load(memory, LAYOUT, optimized=False)
+
+    def fetch(self, t: Any, i: jax.Array) -> None:
+        """The i-th group from the last."""
+        n, at = t.count - 1 - i, i & (SLOTS - 1)
+        rows = pl.ds(t.table[t.b, n, gpu_numbers.TILE], ROWS)
+        copy = lambda source, target: plgpu.copy_gmem_to_smem(source, target.at[at], t.here.at[at])
+        copy(t.k.at[t.b, rows, t.h], t.k_s)
+        copy(t.q.at[t.b, rows, t.h], t.q_s)
+        copy(t.numbers.at[t.b, t.h, :, rows], t.numbers_s)
+        copy(t.dy.at[t.b, rows, t.h, t.columns], t.dy_s)
+
+    def group(self, t: Any, i: jax.Array, dw: jax.Array, ds: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Gradients of W and S before a group, 0 where it starts from others."""
+        device, n, at, dtype = self.shape.device, t.count - 1 - i, i & (SLOTS - 1), self.shape.dtype
+        plgpu.barrier_wait(t.here.at[at])
+        group, q, k = Group(self.shape, t.table, t.b, n, t.numbers_s.at[at]), t.q_s.at[at], t.k_s.at[at]
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        for index, x in enumerate((dw, ds)):
+            t.dstate_s.at[index][...] = x.astype(dtype)
+        t.moved_s[...] = group.moved().astype(dtype)
+        t.asked_s[...] = group.masked(load(self.shape, t.dy_s.at[at])).astype(dtype)
+        plgpu.commit_smem()
+        keeps = (n + 1 == t.count) | (t.table[t.b, lax.min(n + 1, t.count - 1), FRESH] == 0)
+        pl.when(keeps)(
+            lambda: plgpu.copy_smem_to_gmem(t.dstate_s, t.dstates.at[t.b, t.h, group.of(AFTER), :, :, t.columns])
+        )
+        scored = product(device, q, k.T, PAIRS)
+        t.read_s[...] = (-group.kappa(t.moved_s, early=False) * scored).astype(dtype)
+        if self.shape.chunks > 1:
+            scored = product(device, k, k.T, PAIRS)
+            t.near_s[...] = (-group.kappa(t.moved_s, early=True) * scored).astype(dtype)
+        dstep = self.steps(t, group, k)
+        t.out_s[...] = dstep.astype(dtype)
+        plgpu.commit_smem()
+        group.store(t.out_s, t.dsteps.at[t.b, :, t.h, t.columns])
+        error, asked = group.masked(dstep * group.per_row(THETA)), load(self.shape, t.asked_s)
+        weighted = (
+            (t.first_s, error * jnp.exp2(group.per_row(EARLY))),
+            (t.second_s, asked * jnp.exp2(group.per_row(READ))),
+            (t.moved_s, error * group.per_row(RHO_EARLY)),
+            (t.read_s, asked * group.per_row(RHO_READ)),
+        )
+        for memory, x in weighted:
+            memory[...] = x.astype(dtype)
+        plgpu.commit_smem()
+
+        def before(refs: Any) -> None:
+            for ref, memory in zip(refs, ((t.first_s, t.second_s), (t.moved_s, t.read_s))):
+                device.wgmma(ref, k.T, memory[0])
+                device.wgmma(ref, q.T, memory[1])
+
+        kept, moved = jnp.exp2(group.of_last(KEPT)), jnp.exp2(group.of_last(MOVED))
+        starts = device.start(kept * dw), device.start(group.of_last(RHO) * dw + moved * ds)
+        dw, ds = device.state(before)(starts)
+        plgpu.commit_smem()  # orders what was read from the slot before the copies over it
+        pl.when(i + SLOTS < t.count)(lambda: self.fetch(t, i + SLOTS))
+        d_before = lambda: (dw + self.load(t.d_before.at[t.b, t.h, :, t.columns]), ds)
+        dw, ds = lax.cond(n + 1 == t.count, d_before, lambda: (dw, ds))
+        return lax.cond(group.of(FRESH) > 0, lambda: self.add_initial(t, dw, ds), lambda: (dw, ds))
+
+    def add_initial(self, t: Any, dw: jax.Array, ds: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Adds to what is asked of the row's initial state; nothing else is asked before a document."""
+        for index, x in enumerate((dw, ds)):
+            memory = t.dinitial.at[t.b, t.h, index, :, t.columns]
+            memory[...] = self.load(memory) + x
+        zero = self.shape.device.zeros(self.shape.d, E)
+        return zero, zero
+
+    def steps(self, t: Any, group: Group, k: Any) -> jax.Array:
+        """The gradients of what is learned, of each position: by what reads it, and by the state after the group."""
+        device, rate = self.shape.device, self.shape.rate
+        far = product(device, k, t.dstate_s.at[0], (ROWS, E)) * (-rate * group.per_row(LAST_KAPPA))
+        far += product(device, k, t.dstate_s.at[1], (ROWS, E)) * (-rate * group.per_row(LAST_MOVED))
+        start = added(device, far, (t.read_s.T, t.asked_s))
+        found, memory = start, (t.first_s, t.second_s)
+        for i in range(self.shape.chunks - 1):
+            put(memory[i % 2], group.masked(found * group.per_row(THETA)))
+            found = added(device, start, (t.near_s.T, memory[i % 2]))
+        return found
