@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas import hopper
 from kernels_pallas.hopper import LAYOUT, added, barriers
 from kernels_pallas.neural_memory import gpu_numbers
 from kernels_pallas.neural_memory.gpu_group import (
@@ -59,7 +60,7 @@ def backward(shape: Shape, q, k, dy, numbers, table, bounds, d_end, d_before) ->
     state = of((B, H, 2, d, d), F32)
     out = {"dsteps": of(q.shape, q.dtype), "dstates": of((B, H, gpu_numbers.slots(T), 2, d, d), q.dtype)}
     out |= {"dinitial": state, "dcarried": state}
-    pair, ring = shape.tile(), shape.tile(SLOTS, width=d)
+    ring = shape.tile(SLOTS, width=d)
     run = shape.device.kernel(
         NAME,
         _Backward(shape).body,
@@ -67,14 +68,13 @@ def backward(shape: Shape, q, k, dy, numbers, table, bounds, d_end, d_before) ->
         out_type=list(out.values()),
         scratch_types={
             "q_s": ring, "k_s": ring, "dy_s": shape.tile(SLOTS), "numbers_s": numbers_memory(SLOTS),
-            "dstate_s": shape.states(), "moved_s": pair, "read_s": pair, "near_s": pair, "asked_s": pair,
-            "first_s": pair, "second_s": pair, "out_s": plgpu.SMEM((ROWS, E), shape.dtype),
+            "dstate_s": shape.states(), "pairs_s": shape.tile(6), "out_s": plgpu.SMEM((1, ROWS, E), shape.dtype),
             "here": barriers(SLOTS, 4),
         },
         grid=(d // E, H, B),
         grid_names=("j", "h", "b"),
     )  # fmt: skip
-    return dict(zip(out, run(q, k, dy, numbers, table, bounds, d_end, d_before)))
+    return dict(zip(out, run(q, k, dy, numbers, table, bounds, d_end, d_before, hopper.hidden_zero())))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,18 +83,21 @@ class _Backward:
 
     shape: Shape
 
-    def body(self, q, k, dy, numbers, table, bounds, d_end, d_before, dsteps, dstates, dinitial, dcarried, **scratch):
+    def body(
+        self, q, k, dy, numbers, table, bounds, d_end, d_before, zero, dsteps, dstates, dinitial, dcarried, **scratch
+    ) -> None:
         j, h, b = (lax.axis_index(name) for name in ("j", "h", "b"))
         t = types.SimpleNamespace(
             q=q, k=k, dy=dy, numbers=numbers, table=table, d_before=d_before, dsteps=dsteps, dstates=dstates,
-            dinitial=dinitial, columns=columns(j), h=h, b=b, count=bounds[b, bounds.shape[1] - 1], **scratch,
+            dinitial=dinitial, columns=columns(j), h=h, b=b, count=bounds[b, bounds.shape[1] - 1],
+            zero=zero[0], **scratch,
         )  # fmt: skip
         for i in range(SLOTS):
             pl.when(i < t.count)(lambda i=i: self.fetch(t, jnp.int32(i)))
-        zero = self.shape.device.zeros(self.shape.d, E)
+        none = self.shape.device.zeros(self.shape.d, E)
         for i in range(2):
-            t.dstate_s.at[i][...] = zero.astype(self.shape.dtype)
-            dinitial.at[b, h, i, :, t.columns][...] = zero
+            t.dstate_s.at[i][...] = none.astype(self.shape.dtype)
+            dinitial.at[b, h, i, :, t.columns][...] = none
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(t.dstate_s, dstates.at[b, h, dstates.shape[2] - 1, :, :, t.columns])
         state = tuple(self.load(d_end.at[b, h, i, :, t.columns]) for i in range(2))
@@ -120,39 +123,39 @@ class _Backward:
         """Gradients of W and S before a group, 0 where it starts from others."""
         device, n, at, dtype = self.shape.device, t.count - 1 - i, i & (SLOTS - 1), self.shape.dtype
         plgpu.barrier_wait(t.here.at[at])
-        group, q, k = Group(self.shape, t.table, t.b, n, t.numbers_s.at[at]), t.q_s.at[at], t.k_s.at[at]
+        z = lax.min(i, t.zero)
+        group, q, k = Group(self.shape, t.table, t.b, n, t.numbers_s.at[at], z), t.q_s.at[at], t.k_s.at[at]
+        dstate, out = [t.dstate_s.at[z + index] for index in range(2)], t.out_s.at[z]
+        moved, read, near, asked, first, second = (t.pairs_s.at[z + index] for index in range(6))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        for index, x in enumerate((dw, ds)):
-            t.dstate_s.at[index][...] = x.astype(dtype)
-        t.moved_s[...] = group.moved().astype(dtype)
-        t.asked_s[...] = group.masked(load(self.shape, t.dy_s.at[at])).astype(dtype)
+        of_group = group.masked(load(self.shape, t.dy_s.at[at]))
+        for memory, x in ((dstate[0], dw), (dstate[1], ds), (moved, group.moved()), (asked, of_group)):
+            memory[...] = x.astype(dtype)
         plgpu.commit_smem()
         keeps = (n + 1 == t.count) | (t.table[t.b, lax.min(n + 1, t.count - 1), FRESH] == 0)
-        pl.when(keeps)(
-            lambda: plgpu.copy_smem_to_gmem(t.dstate_s, t.dstates.at[t.b, t.h, group.of(AFTER), :, :, t.columns])
-        )
-        scored = product(device, q, k.T, PAIRS)
-        t.read_s[...] = (-group.kappa(t.moved_s, early=False) * scored).astype(dtype)
-        if self.shape.chunks > 1:
-            scored = product(device, k, k.T, PAIRS)
-            t.near_s[...] = (-group.kappa(t.moved_s, early=True) * scored).astype(dtype)
-        dstep = self.steps(t, group, k)
-        t.out_s[...] = dstep.astype(dtype)
+        target = t.dstates.at[t.b, t.h, group.of(AFTER), :, :, t.columns]
+        pl.when(keeps)(lambda: plgpu.copy_smem_to_gmem(t.dstate_s, target))
+        read[...] = group.near(moved, product(device, q, k.T, PAIRS), early=False)
+        if self.shape.several:
+            near[...] = group.near(moved, product(device, k, k.T, PAIRS), early=True)
         plgpu.commit_smem()
-        group.store(t.out_s, t.dsteps.at[t.b, :, t.h, t.columns])
-        error, asked = group.masked(dstep * group.per_row(THETA)), load(self.shape, t.asked_s)
+        dstep = self.steps(group, k, dstate, (read.T, asked), near, (first, second))
+        out[...] = dstep.astype(dtype)
+        plgpu.commit_smem()
+        group.store(out, t.dsteps.at[t.b, :, t.h, t.columns])
+        error, asks = group.masked(dstep * group.per_row(THETA)), load(self.shape, asked)
         weighted = (
-            (t.first_s, error * jnp.exp2(group.per_row(EARLY))),
-            (t.second_s, asked * jnp.exp2(group.per_row(READ))),
-            (t.moved_s, error * group.per_row(RHO_EARLY)),
-            (t.read_s, asked * group.per_row(RHO_READ)),
+            (first, error * jnp.exp2(group.per_row(EARLY))),
+            (second, asks * jnp.exp2(group.per_row(READ))),
+            (moved, error * group.per_row(RHO_EARLY)),
+            (read, asks * group.per_row(RHO_READ)),
         )
         for memory, x in weighted:
             memory[...] = x.astype(dtype)
         plgpu.commit_smem()
 
         def before(refs: Any) -> None:
-            for ref, memory in zip(refs, ((t.first_s, t.second_s), (t.moved_s, t.read_s))):
+            for ref, memory in zip(refs, ((first, second), (moved, read))):
                 device.wgmma(ref, k.T, memory[0])
                 device.wgmma(ref, q.T, memory[1])
 
@@ -173,14 +176,16 @@ class _Backward:
         zero = self.shape.device.zeros(self.shape.d, E)
         return zero, zero
 
-    def steps(self, t: Any, group: Group, k: Any) -> jax.Array:
+    def steps(
+        self, group: Group, k: Any, dstate: list[Any], read: tuple[Any, Any], near: Any, memory: Any
+    ) -> jax.Array:
         """The gradients of what is learned, of each position: by what reads it, and by the state after the group."""
         device, rate = self.shape.device, self.shape.rate
-        far = product(device, k, t.dstate_s.at[0], (ROWS, E)) * (-rate * group.per_row(LAST_KAPPA))
-        far += product(device, k, t.dstate_s.at[1], (ROWS, E)) * (-rate * group.per_row(LAST_MOVED))
-        start = added(device, far, (t.read_s.T, t.asked_s))
-        found, memory = start, (t.first_s, t.second_s)
+        far = product(device, k, dstate[0], (ROWS, E)) * (-rate * group.per_row(LAST_KAPPA))
+        far += product(device, k, dstate[1], (ROWS, E)) * (-rate * group.per_row(LAST_MOVED))
+        start = added(device, far, read)
+        found = start
         for i in range(self.shape.chunks - 1):
             put(memory[i % 2], group.masked(found * group.per_row(THETA)))
-            found = added(device, start, (t.near_s.T, memory[i % 2]))
+            found = added(device, start, (near.T, memory[i % 2]))
         return found

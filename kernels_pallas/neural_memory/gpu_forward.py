@@ -19,6 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas import hopper
 from kernels_pallas.hopper import LAYOUT, added, barriers
 from kernels_pallas.neural_memory import gpu_numbers
 from kernels_pallas.neural_memory.gpu_group import (
@@ -67,7 +68,9 @@ def forward(shape: Shape, q, k, v, numbers, table, bounds, initial, carried, *, 
     if save:
         out["saved"] = of((B, H, bounds.shape[1] - 1, 2, d, d), F32)
     launch = _Forward(shape, again=False, saves=save)
-    found = launch.kernel(NAME, (d // E, H, B), out)(q, k, v, numbers, table, bounds, initial, carried)
+    found = launch.kernel(NAME, (d // E, H, B), out)(
+        q, k, v, numbers, table, bounds, initial, carried, hopper.hidden_zero()
+    )  # fmt: skip
     return dict(zip(out, found))
 
 
@@ -77,7 +80,8 @@ def again(shape: Shape, k, v, numbers, table, bounds, initial, saved) -> dict[st
     out = {"errors": of(k.shape, k.dtype), "states": of((B, H, gpu_numbers.slots(T), 2, d, d), k.dtype)}
     launch = _Forward(shape, again=True, saves=False)
     grid = (d // E * (bounds.shape[1] - 1), H, B)
-    return dict(zip(out, launch.kernel(AGAIN, grid, out)(None, k, v, numbers, table, bounds, initial, saved)))
+    arrays = None, k, v, numbers, table, bounds, initial, saved, hopper.hidden_zero()
+    return dict(zip(out, launch.kernel(AGAIN, grid, out)(*arrays)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +96,8 @@ class _Forward:
         shape, wide = self.shape, self.shape.d
         scratch = {
             "k_s": shape.tile(SLOTS, width=wide), "v_s": shape.tile(SLOTS), "numbers_s": numbers_memory(SLOTS),
-            "state_s": shape.states(), "first_s": shape.tile(), "second_s": shape.tile(),
-            "out_s": plgpu.SMEM((ROWS, E), shape.dtype), "here": barriers(SLOTS, 3 + (not self.again)),
+            "state_s": shape.states(), "pairs_s": shape.tile(4),
+            "out_s": plgpu.SMEM((1, ROWS, E), shape.dtype), "here": barriers(SLOTS, 3 + (not self.again)),
         }  # fmt: skip
         if not self.again:
             scratch["q_s"] = shape.tile(SLOTS, width=wide)
@@ -102,10 +106,10 @@ class _Forward:
             grid=grid, grid_names=("j", "h", "b"),
         )  # fmt: skip
 
-    def body(self, q, k, v, numbers, table, bounds, initial, start, *out: Any, **scratch: Any) -> None:
+    def body(self, q, k, v, numbers, table, bounds, initial, start, zero, *out: Any, **scratch: Any) -> None:
         j, h, b = (lax.axis_index(name) for name in ("j", "h", "b"))
         t = types.SimpleNamespace(
-            q=q, k=k, v=v, numbers=numbers, table=table, initial=initial, h=h, b=b, out=out, **scratch
+            q=q, k=k, v=v, numbers=numbers, table=table, initial=initial, h=h, b=b, out=out, zero=zero[0], **scratch
         )
         tiles = self.shape.d // E
         segment, j = lax.div(j, tiles), lax.rem(j, tiles)
@@ -160,38 +164,38 @@ class _Forward:
 
     def group(self, t: Any, n: jax.Array, high: jax.Array, w: jax.Array, s: jax.Array) -> tuple[jax.Array, jax.Array]:
         """W and S after a group."""
-        device, at, dtype = self.shape.device, n & (SLOTS - 1), self.shape.dtype
+        device, at, dtype, z = self.shape.device, n & (SLOTS - 1), self.shape.dtype, lax.min(n, t.zero)
         plgpu.barrier_wait(t.here.at[at])
-        group = Group(self.shape, t.table, t.b, n, t.numbers_s.at[at])
+        group = Group(self.shape, t.table, t.b, n, t.numbers_s.at[at], z)
         w, s = lax.cond(group.of(FRESH) > 0, lambda: self.initial(t), lambda: (w, s))
         if not self.again:
             self.keep_states(t, n, group, w, s)
-        k = t.k_s.at[at]
+        k, state, out = t.k_s.at[at], [t.state_s.at[z + i] for i in range(2)], t.out_s.at[z]
+        first, second, near, read = (t.pairs_s.at[z + i] for i in range(4))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        t.first_s[...] = group.moved().astype(dtype)
-        for i, x in enumerate((w, s)):
-            t.state_s.at[i][...] = x.astype(dtype)
+        for memory, x in ((first, group.moved()), (state[0], w), (state[1], s)):
+            memory[...] = x.astype(dtype)
         plgpu.commit_smem()
         if self.again:
-            pl.when(group.of(FRESH) == 0)(
-                lambda: plgpu.copy_smem_to_gmem(t.state_s, t.out[1].at[t.b, t.h, group.of(BEFORE), :, :, t.columns])
-            )
-        memory, near = (t.second_s, t.first_s), None
-        if not self.again:
+            target = t.out[1].at[t.b, t.h, group.of(BEFORE), :, :, t.columns]
+            pl.when(group.of(FRESH) == 0)(lambda: plgpu.copy_smem_to_gmem(t.state_s, target))
+        else:
             q = t.q_s.at[at]
-            near = -group.kappa(t.first_s, early=False) * product(device, q, k.T, PAIRS)
-            near = near.astype(dtype)
-        error = self.errors(t, group, k, t.v_s.at[at], memory)
+            read[...] = group.near(first, product(device, q, k.T, PAIRS), early=False)
+        if self.shape.several:
+            near[...] = group.near(first, product(device, k, k.T, PAIRS), early=True)
+        memory = second, first
+        error = self.errors(group, k, t.v_s.at[at], state, near, memory)
         step = group.masked(error * group.per_row(THETA))
-        memory = memory if self.shape.chunks % 2 else memory[::-1]
+        memory = memory[::-1] if self.shape.several else memory
         if self.again:
-            t.out_s[...] = error.astype(dtype)
+            out[...] = error.astype(dtype)
         else:
             put(memory[0], step)
-            t.out_s[...] = added(device, self.far(t, group, q), (near, memory[0])).astype(dtype)
+            out[...] = added(device, self.far(group, q, state), (read, memory[0])).astype(dtype)
         rate = self.shape.rate
         plgpu.commit_smem()
-        group.store(t.out_s, t.out[0].at[t.b, :, t.h, t.columns])
+        group.store(out, t.out[0].at[t.b, :, t.h, t.columns])
         memory[1][...] = (step * (-rate * group.per_row(LAST_KAPPA))).astype(dtype)
         put(memory[0], step * (-rate * group.per_row(LAST_MOVED)))
         beta, h = jnp.exp2(group.of_last(KEPT)), jnp.exp2(group.of_last(MOVED))
@@ -220,23 +224,20 @@ class _Forward:
                 for i, x in enumerate((w, s)):
                     t.out[3].at[t.b, t.h, group.of(SAVED), i, :, t.columns][...] = x
 
-    def errors(self, t: Any, group: Group, k: Any, v: Any, memory: tuple[Any, Any]) -> jax.Array:
-        """What the memory says of keys less the values. The second memory holds `moved`."""
-        device, dtype, several = self.shape.device, self.shape.dtype, self.shape.chunks > 1
-        if several:
-            near = -group.kappa(memory[1], early=True) * product(device, k, k.T, PAIRS)
-            near = near.astype(dtype)
-        z = product(device, k, t.state_s.at[0], (ROWS, E)) * jnp.exp2(group.per_row(EARLY))
-        if several:
-            z += product(device, k, t.state_s.at[1], (ROWS, E)) * group.per_row(RHO_EARLY)
+    def errors(self, group: Group, k: Any, v: Any, state: list[Any], near: Any, memory: tuple[Any, Any]) -> jax.Array:
+        """What the memory says of keys less the values."""
+        device = self.shape.device
+        z = product(device, k, state[0], (ROWS, E)) * jnp.exp2(group.per_row(EARLY))
+        if self.shape.several:
+            z += product(device, k, state[1], (ROWS, E)) * group.per_row(RHO_EARLY)
         z -= load(self.shape, v)
-        theta, error = group.per_row(THETA), z
+        error = z
         for i in range(self.shape.chunks - 1):
-            put(memory[i % 2], group.masked(error * theta))
+            put(memory[i % 2], group.masked(error * group.per_row(THETA)))
             error = added(device, z, (near, memory[i % 2]))
         return error
 
-    def far(self, t: Any, group: Group, q: Any) -> jax.Array:
+    def far(self, group: Group, q: Any, state: list[Any]) -> jax.Array:
         """What queries read of the state before the group."""
-        kept, moved = (product(self.shape.device, q, t.state_s.at[i], (ROWS, E)) for i in range(2))
+        kept, moved = (product(self.shape.device, q, x, (ROWS, E)) for x in state)
         return kept * jnp.exp2(group.per_row(READ)) + moved * group.per_row(RHO_READ)

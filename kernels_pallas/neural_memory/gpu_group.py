@@ -83,10 +83,13 @@ def numbers_memory(*lead: int) -> Any:
 
 
 class Group:
-    """A group: the row of its table, and its numbers in fast memory."""
+    """A group: the row of its table, and its numbers in fast memory.
 
-    def __init__(self, shape: Shape, table: Any, b: Any, n: Any, numbers: Any):
-        self.shape, self.device, self.numbers = shape, shape.device, numbers
+    zero: 0, but not for the compiler (`hopper.hidden_zero`): what follows from it is made again for each group.
+    """
+
+    def __init__(self, shape: Shape, table: Any, b: Any, n: Any, numbers: Any, zero: Any = 0):
+        self.shape, self.device, self.numbers, self.zero = shape, shape.device, numbers, zero
         self.of = lambda which: table[b, n, which]
         self.first, self.taken = self.of(FIRST), self.of(TAKEN)
         self.rows = pl.ds(self.of(TILE), ROWS)
@@ -106,9 +109,13 @@ class Group:
         """A number of the group's last position."""
         return self.numbers[which, self.last]
 
+    def index(self, axis: int, shape: tuple[int, int] = PAIRS) -> jax.Array:
+        """Rows of a tile, or columns."""
+        return self.device.iota(shape, axis) + self.zero
+
     def here(self, shape: tuple[int, int]) -> jax.Array:
         """Which rows are of the group."""
-        row = self.device.iota(shape, 0)
+        row = self.index(0, shape)
         return (row >= self.first) & (row <= self.last)
 
     def masked(self, x: jax.Array) -> jax.Array:
@@ -116,13 +123,13 @@ class Group:
 
     def moved(self) -> jax.Array:
         """What is left at a position (row) of the momentum of another (column)."""
-        row, col = self.device.iota(PAIRS, 0), self.device.iota(PAIRS, 1)
+        row, col = self.index(0), self.index(1)
         seen = self.here(PAIRS) & (col <= row) & (col >= self.per_row(ORIGIN).astype(jnp.int32))
         return jnp.where(seen, jnp.exp2(self.per_row(MOVED) - self.per_column(MOVED)), 0.0)
 
     def kept(self, *, early: bool) -> jax.Array:
         """What is left of the weights of a position (column) where another (row) reads, or takes its gradient."""
-        row, col = self.device.iota(PAIRS, 0), self.device.iota(PAIRS, 1)
+        row, col = self.index(0), self.index(1)
         seen = self.here(PAIRS) & (col >= self.per_row(ORIGIN).astype(jnp.int32))
         if early:
             seen &= col < self.per_row(CHUNK).astype(jnp.int32)
@@ -134,6 +141,10 @@ class Group:
         """kappa where a position reads, or takes its gradient, times the rate; `moved_s` holds `moved`."""
         kept = self.kept(early=early).astype(self.shape.dtype)
         return product(self.device, kept, moved_s, PAIRS) * self.shape.rate
+
+    def near(self, moved_s: Any, scored: jax.Array, *, early: bool) -> jax.Array:
+        """What steps of the group (columns) take off what a position (row) reads, in the dtype of products."""
+        return (-self.kappa(moved_s, early=early) * scored).astype(self.shape.dtype)
 
     def store(self, memory: Any, target: Any) -> None:
         """Copies the group's rows of plain memory [64, w] to rows of main memory [T, w]: no others."""
