@@ -13,7 +13,9 @@ from kernels_pallas.neural_memory import cost, gpu, tpu_backward, tpu_forward
 from kernels_pallas.neural_memory.call import Call, group_of, segment_of
 from kernels_pallas.neural_memory.gradient import memory
 
-__all__ = ["does_not_fit", "kernel_flops", "neural_memory", "steps"]
+__all__ = ["does_not_fit", "gpu_kernel_flops", "gpu_unsupported", "kernel_flops", "neural_memory", "steps"]
+
+gpu_unsupported = gpu.unsupported
 
 Layers = tuple[jax.Array, ...]
 
@@ -60,8 +62,8 @@ def neural_memory(
       carried: weights and momentum before each row [B, H, i, o], for rows that begin inside a document.
       first: int32 [B]: the kernel begins at this position, which is the beginning of a chunk; y before it may be
         anything. None: 0.
-      group: chunks that are taken at once, 2 or more; it changes rounding alone. None: as many as are fast. Hopper's are
-        of 64 positions.
+      group: chunks that are taken at once, 2 or more; it changes rounding alone. None: as many as are fast. Hopper's
+        groups are of 64 positions.
       platform: whose kernels, "tpu" or "cuda" (Hopper; bfloat16, one layer without a norm: `gpu.unsupported`).
       interpret: runs it as plain XLA operations on any platform, or as the interpreter's parameters say
         (`jax.experimental.pallas.tpu.InterpretParams`). Hopper's run on a CPU, by jax's interpreter of GPU kernels.
@@ -142,6 +144,11 @@ def kernel_flops(
     """FLOPs of one run of each kernel, by name."""
     flops = cost.forward_flops(_call(batch, length, heads, widths, dtype, chunk))
     return {tpu_forward.NAME: flops, tpu_backward.NAME: 4 * flops}
+
+
+def gpu_kernel_flops(count: int, width: int, chunk: int) -> dict[str, float]:
+    """As `kernel_flops`, of Hopper's, for so many positions of heads so wide."""
+    return {name: 2.0 * count * n for name, n in gpu.kernel_widths(width, chunk).items()}
 
 
 def steps(length: int, heads: int, widths: tuple[int, ...], dtype: str, chunk: int) -> dict[str, dict[str, int]]:

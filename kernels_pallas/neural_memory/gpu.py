@@ -1,7 +1,8 @@
 """The neural memory on NVIDIA's Hopper: what its kernels are given, and the gradient around them.
 
-The memory is a matrix. The forward (`gpu_forward`) saves W and S about every 512 positions; the backward makes the states before
-all groups again from these, segments side by side.
+The memory is a matrix. The forward (`gpu_forward`) saves W and S about every 512 positions. The backward makes the
+states before all groups again from these, segments side by side; takes the gradient of W and S through the groups in
+reverse (`gpu_backward`); and makes all other gradients of all groups at once (`gpu_backward_groups`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from kernels_pallas import hopper
 from kernels_pallas.neural_memory import gpu_backward, gpu_backward_groups, gpu_forward, gpu_numbers
 from kernels_pallas.neural_memory.call import LOG2E, segment_of
-from kernels_pallas.neural_memory.gpu_group import Shape
+from kernels_pallas.neural_memory.gpu_group import E, Shape
 
 WIDTHS = 64, 128  # of heads
 CHUNKS = 16, 32, 64
@@ -53,6 +54,21 @@ def unsupported(widths: tuple[int, ...], chunk: int, dtype: str, residual_norm: 
         (chunk not in CHUNKS, f"on GPUs chunk is {', '.join(map(str, CHUNKS))}, not {chunk}"),
     )
     return next((reason for fails, reason in reasons if fails), None)
+
+
+def kernel_widths(d: int, chunk: int) -> dict[str, int]:
+    """Multiplications of each kernel's products for a position of a head, by the kernel's name; tiles are whole."""
+    rows, tiles = gpu_numbers.ROWS, d // E
+    several = chunk < rows
+    pairs, again = (1 + several) * rows * (rows + d), several * rows * (rows + d)
+    near = (rows // chunk - 1) * rows * d
+    states = 4 * d * d
+    return {
+        gpu_forward.NAME: tiles * pairs + near + rows * d + states + (1 + several) * d * d,
+        gpu_forward.AGAIN: tiles * again + near + 2 * d * d + (1 + several) * d * d,
+        gpu_backward.NAME: tiles * pairs + near + rows * d + 2 * d * d + states,
+        gpu_backward_groups.NAME: (1 + several) * (3 * rows * rows + 4 * rows * d) + (10 + 2 * several) * d * d,
+    }
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -1,10 +1,10 @@
 """Groups: the runs of positions that a kernel takes at once, so that chunks begin with their documents.
 
 A group is either up to `rows` positions of one document, from the beginning of one of its chunks, or several short
-documents (`shortest`), of at most a chunk each, whole, from the first one's beginning. So all positions of a group start from the same weights,
-and every slice of `chunk` positions takes its gradients at the weights before the slice, or, with several documents, at
-the initial ones. Where the row ends inside a chunk that chunk is a group of its own: the state then has its first
-weights.
+documents (`shortest`), of at most a chunk each, whole, from the first one's beginning. So all positions of a group
+start from the same weights, and every slice of `chunk` positions takes its gradients at the weights before the slice,
+or, with several documents, at the initial ones. Where the row ends inside a chunk that chunk is a group of its own: the
+state then has its first weights.
 """
 
 from __future__ import annotations
