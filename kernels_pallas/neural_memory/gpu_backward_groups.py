@@ -1,7 +1,8 @@
 """Gradients of queries, keys and gates on Hopper, of all groups at once: a warpgroup makes a group's.
 
 `gpu_forward.again` left the state before the group and its errors, `gpu_backward` the gradients of the state after it
-and of the steps. Tiles of 64 of the memory's outputs are taken one after the other, first for the queries, then for the keys.
+and of the steps. Tiles of 64 of the memory's outputs are taken one after the other, first for the queries, then for the
+keys.
 """
 
 from __future__ import annotations

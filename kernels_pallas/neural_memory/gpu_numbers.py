@@ -114,7 +114,7 @@ def _joined(x: Elements, y: Elements, both: Elements) -> Elements:
 
 
 def _scan(join: Callable[[Elements, Elements], Elements], x: Elements, by: int) -> Elements:
-    """Joined with all before it (`by` 1) or behind it (-1) at most 64 positions away, in as many steps as 64 has bits."""
+    """Each joined with those before it (`by` 1), or behind it (-1), of which firsts are at most 63 positions away."""
     T, step = x[0].shape[1], 1
     while step < min(ROWS, T):
         cut, fill = (slice(None, -step), (step, 0)) if by > 0 else (slice(step, None), (0, step))

@@ -19,16 +19,15 @@ from tests.kernels_pallas.test_flash_gpu import needs_interpreter
 from tests.kernels_pallas.test_neural_memory import SEGMENTS, unit
 
 NAMES = "q", "k", "v", "log_keep", "log_eta", "theta", "weights", "momentum"
-RATE = 0.5
+RATE, SEEN = 0.5, 128
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Documents of `SEGMENTS` where `packed`; `carried`: a row that goes on from a state."""
+    """Rows of the documents of `SEGMENTS`; `carried`: the first goes on, from a state after `SEEN` positions."""
 
     length: int
     chunk: int
-    packed: bool = False
     carried: bool = False
     read_after_write: bool = True
     grad_at: str = "prev"
@@ -39,15 +38,15 @@ class Case:
         return MemorySpec(self.chunk, False, (RATE,), read_after_write=self.read_after_write, grad_at=self.grad_at)
 
     def documents(self):
-        if not self.packed:
-            return jnp.ones((1, self.length), jnp.int32)
-        index = document_index(jnp.asarray(SEGMENTS[:1, : self.length], jnp.int32))
-        return index - index[:, :1] if self.carried else index
+        return jnp.asarray(SEGMENTS[:1, : self.length] + (not self.carried), jnp.int32)
+
+    def positions(self):
+        return positions_in_documents(self.documents(), jnp.full(1, SEEN * self.carried, jnp.int32))
 
 
 CASES = [
-    Case(130, 16, packed=True),
-    Case(130, 64, packed=True, carried=True, read_after_write=False, grad_at="decayed"),
+    Case(130, 16),
+    Case(130, 64, carried=True, read_after_write=False, grad_at="decayed"),
 ]
 
 
@@ -88,15 +87,24 @@ def with_gradients(run, case, args, dtypes):
     return {name: np.asarray(x, np.float64) for name, x in found.items()}
 
 
+def carried_from(weights, momentum):
+    """W and S that a row goes on from; others than the initial ones."""
+    return (0.5 * weights,), (-momentum,)
+
+
 def defined(case, args):
-    """By the op's definition in float64; a carried state is the initial one."""
+    """By the op's definition in float64."""
 
     def run(q, k, v, keep, eta, theta, weights, momentum):
         start = dataclasses.replace(initial_state((weights[0],), 1, True), momentum=(momentum,))
-        state = start if case.carried else None
-        y, end = neural_memory(
-            q, k, v, keep, eta, theta, start, case.spec, documents_BT=case.documents(), state=state, impl="definition"
+        carried, position = carried_from(weights, momentum), jnp.full(1, SEEN, jnp.int32)
+        state = dataclasses.replace(
+            start, weights=carried[0], momentum=carried[1], start=carried[0], position_B=position
         )
+        y, end = neural_memory(
+            q, k, v, keep, eta, theta, start, case.spec, documents_BT=case.documents(),
+            state=state if case.carried else None, impl="definition",
+        )  # fmt: skip
         return y, end.weights[0], end.momentum[0]
 
     with jax.enable_x64(True):
@@ -104,14 +112,12 @@ def defined(case, args):
 
 
 def by_kernels(case, args, interpret):
-    positions = positions_in_documents(case.documents())
-
     def run(q, k, v, keep, eta, theta, weights, momentum):
-        carried = ((weights,), (momentum,)) if case.carried else None
+        carried = carried_from(weights, momentum) if case.carried else None
         y, w, s, _ = kernel(
             q, k, v, keep, eta, theta, weights=(weights,), momentum=(momentum,), chunk=case.chunk,
             residual_norm=False, rates=(RATE,), read_after_write=case.read_after_write,
-            decayed=case.grad_at == "decayed", positions=positions, carried=carried, platform="cuda",
+            decayed=case.grad_at == "decayed", positions=case.positions(), carried=carried, platform="cuda",
             interpret=interpret,
         )  # fmt: skip
         return y, w[0], s[0]
