@@ -49,9 +49,7 @@ class Recurrence:
         rule, of reading, writing and asking a state once a position, and twice as much backward."""
         if self.op == "delta_rule":
             return (18.0 if backward else 6.0) * self.B * self.T * self.H * self.d * self.e
-        if (
-            self.op == "neural_memory"
-        ):  # keys and queries are read by W, queries by S, both are written; thrice backward
+        if self.op == "neural_memory":  # W for keys and queries, S for queries, both written; thrice as many backward
             return (40.0 if backward else 10.0) * self.B * self.T * self.H * self.d * self.d
         pairs, states = 64 * (self.d + self.e), 2 * self.d * self.e
         if backward:
