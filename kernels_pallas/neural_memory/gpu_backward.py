@@ -159,22 +159,22 @@ class _Backward:
                 device.wgmma(ref, k.T, memory[0])
                 device.wgmma(ref, q.T, memory[1])
 
-        kept, moved = jnp.exp2(group.of_last(KEPT)), jnp.exp2(group.of_last(MOVED))
-        starts = device.start(kept * dw), device.start(group.of_last(RHO) * dw + moved * ds)
+        beta, h = jnp.exp2(group.of_last(KEPT)), jnp.exp2(group.of_last(MOVED))
+        starts = device.start(beta * dw), device.start(group.of_last(RHO) * dw + h * ds)
         dw, ds = device.state(before)(starts)
         plgpu.commit_smem()  # orders what was read from the slot before the copies over it
         pl.when(i + SLOTS < t.count)(lambda: self.fetch(t, i + SLOTS))
         d_before = lambda: (dw + self.load(t.d_before.at[t.b, t.h, :, t.columns]), ds)
         dw, ds = lax.cond(n + 1 == t.count, d_before, lambda: (dw, ds))
-        return lax.cond(group.of(FRESH) > 0, lambda: self.add_initial(t, dw, ds), lambda: (dw, ds))
+        fresh, none = group.of(FRESH) > 0, device.zeros(self.shape.d, E)
+        pl.when(fresh)(lambda: self.add_initial(t, dw, ds))
+        return lax.cond(fresh, lambda: (none, none), lambda: (dw, ds))
 
-    def add_initial(self, t: Any, dw: jax.Array, ds: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Adds to what is asked of the row's initial state; nothing else is asked before a document."""
+    def add_initial(self, t: Any, dw: jax.Array, ds: jax.Array) -> None:
+        """Adds to what is asked of the row's initial state."""
         for index, x in enumerate((dw, ds)):
             memory = t.dinitial.at[t.b, t.h, index, :, t.columns]
             memory[...] = self.load(memory) + x
-        zero = self.shape.device.zeros(self.shape.d, E)
-        return zero, zero
 
     def steps(
         self, group: Group, k: Any, dstate: list[Any], read: tuple[Any, Any], near: Any, memory: Any

@@ -42,6 +42,7 @@ def backward_groups(shape: Shape, q, k, dy, numbers, table, bounds, errors, stat
         NAME,
         _Groups(shape).body,
         by_lanes=True,
+        sums_bytes=4 * ROWS * 4,  # a column's sum of each warp
         out_type=[of(q.shape, q.dtype), of(q.shape, q.dtype), of((B, H, N, FOUND, ROWS), F32)],
         scratch_types={
             "q_s": wide, "k_s": wide, "numbers_s": numbers_memory(), "error_s": tile, "dstep_s": tile, "dy_s": tile,
