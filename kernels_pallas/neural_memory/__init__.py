@@ -79,12 +79,13 @@ def neural_memory(
     B, T, H, _ = q.shape
     _check(q, k, v, (log_keep, log_eta, theta), weights, momentum, chunk, rates)
     widths = tuple(w.shape[-2] for w in weights) + (q.shape[-1],)
+    packed = positions is not None or first is not None or carried is not None
     positions = jnp.broadcast_to(jnp.arange(T), (B, T)) if positions is None else positions
     positions = positions.astype(jnp.int32)
     first = jnp.zeros((B,), jnp.int32) if first is None else first
     gates = log_keep, log_eta, theta
     if platform_of("neural_memory", platform, interpret, ("tpu", "cuda")) == "cuda":
-        options = chunk, rates, read_after_write, decayed, residual_norm, group, interpret
+        options = chunk, rates, read_after_write, decayed, residual_norm, group, interpret, packed
         return _on_hopper(q, k, v, gates, weights, momentum, carried, positions, first, *options)
     if reason := does_not_fit(widths, chunk, str(q.dtype), T):
         raise ValueError(f"neural_memory: {reason}")
@@ -100,7 +101,7 @@ def neural_memory(
 
 def _on_hopper(
     q, k, v, gates, weights, momentum, carried, positions, first,
-    chunk, rates, read_after_write, decayed, residual_norm, group, interpret,
+    chunk, rates, read_after_write, decayed, residual_norm, group, interpret, packed,
 ) -> tuple[jax.Array, Layers, Layers, Layers]:  # fmt: skip
     widths = tuple(w.shape[-2] for w in weights) + (q.shape[-1],)
     if reason := gpu.unsupported(widths, chunk, str(q.dtype), residual_norm):
@@ -108,7 +109,7 @@ def _on_hopper(
     if group is not None:
         raise ValueError(f"neural_memory on cuda: group={group}; allowed: None")
     states = lambda weights, momentum: jnp.stack([weights[0], momentum[0]], axis=2)
-    call = gpu.Call(chunk, rates[0], read_after_write, decayed, interpret)
+    call = gpu.Call(chunk, rates[0], read_after_write, decayed, interpret, packed)
     carries = None if carried is None else states(*carried)
     y, end, before = gpu.memory(call, q, k, v, gates, states(weights, momentum), carries, positions, first)
     return y, (end[:, :, 0],), (end[:, :, 1],), (before,)

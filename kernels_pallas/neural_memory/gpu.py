@@ -26,13 +26,14 @@ CHUNKS = 16, 32, 64
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What is static; see `neural_memory`."""
+    """What is static; see `neural_memory`. packed: rows may be more than one document from its beginning."""
 
     chunk: int
     rate: float
     read_after_write: bool
     decayed: bool
     interpret: Any
+    packed: bool = True
 
     @property
     def rules(self) -> gpu_numbers.Rules:
@@ -156,7 +157,8 @@ def _of_numbers(at: gpu_numbers.Layout, numbers: jax.Array, of_groups: jax.Array
 
 
 def _layout(call: Call, position_BT: jax.Array, first_B: jax.Array) -> gpu_numbers.Layout:
-    return gpu_numbers.layout(position_BT, first_B, call.chunk, segment_of(position_BT.shape[1], gpu_numbers.ROWS))
+    segment = segment_of(position_BT.shape[1], gpu_numbers.ROWS)
+    return gpu_numbers.layout(position_BT, first_B, call.chunk, segment, packed=call.packed)
 
 
 def _numbers(call: Call, at: gpu_numbers.Layout, gates: tuple[jax.Array, ...]) -> jax.Array:

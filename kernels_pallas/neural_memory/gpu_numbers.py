@@ -59,10 +59,10 @@ def slots(length: int) -> int:
     return -(-length // ROWS) + 4
 
 
-def layout(position_BT: jax.Array, first_B: jax.Array, chunk: int, segment: int) -> Layout:
+def layout(position_BT: jax.Array, first_B: jax.Array, chunk: int, segment: int, *, packed: bool = True) -> Layout:
     """See `plan.groups`."""
     B, T = position_BT.shape
-    starts, kinds, begin = plan.groups(position_BT, first_B, chunk, ROWS)
+    starts, kinds, begin = plan.groups(position_BT, first_B, chunk, ROWS, packed=packed)
     bounds = plan.by_segment(starts, segment, -(-T // segment), of_ends=False)
     start, end = starts[:, :-1], starts[:, 1:]
     real, n = start < end, jnp.arange(start.shape[1])

@@ -26,13 +26,16 @@ def bound(length: int, chunk: int, rows: int) -> int:
     return min(length, 2 * (length // size) + 5)
 
 
-def groups(position_BT: jax.Array, first_B: jax.Array, chunk: int, rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def groups(
+    position_BT: jax.Array, first_B: jax.Array, chunk: int, rows: int, *, packed: bool = True
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """First positions [B, N + 1] (T behind the last), kinds [B, N], and the position at which each one's document
     began [B, T] (negative: before the row).
 
     Args:
       position_BT: int32, of each in its document; 0 begins one.
       first_B: where groups begin; if that is inside a document, at the beginning of one of its chunks.
+      packed: False: a row is one document from its beginning, so that it has fewer groups.
     """
     B, T = position_BT.shape
     t = jnp.arange(T, dtype=jnp.int32)[None]
@@ -52,7 +55,7 @@ def groups(position_BT: jax.Array, first_B: jax.Array, chunk: int, rows: int) ->
     rest = (position_BT[:, -1:] + 1) % chunk
     cut = (t == T - rest) & (rest > 0) & (begin == begin[:, -1:])
     start = jnp.where(short, opens, ((t - origin) % rows == 0) | cut) & (t >= first_B[:, None])
-    N = bound(T, chunk, rows)
+    N = bound(T, chunk, rows) if packed else min(T, T // rows + 2)
     starts = jnp.sort(jnp.where(start, t, T), axis=1)[:, :N]
     starts = jnp.pad(starts, ((0, 0), (0, N + 1 - starts.shape[1])), constant_values=T)
     kind = jnp.where(new, jnp.where(short, SEVERAL, BEGINS), CONTINUES)
