@@ -17,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas import hopper
 from kernels_pallas.hopper import added, barriers
 from kernels_pallas.neural_memory import gpu_numbers
 from kernels_pallas.neural_memory.gpu_group import PAIRS, E, Group, Shape, columns, load, numbers_memory, product, put
@@ -54,7 +55,7 @@ def backward_groups(shape: Shape, q, k, dy, numbers, table, bounds, errors, stat
         grid=(N, H, B),
         grid_names=("n", "h", "b"),
     )  # fmt: skip
-    return run(q, k, dy, numbers, table, bounds, errors, states, dsteps, dstates)
+    return run(q, k, dy, numbers, table, bounds, errors, states, dsteps, dstates, hopper.hidden_zero())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,14 +64,22 @@ class _Groups:
 
     shape: Shape
 
-    def body(self, q, k, dy, numbers, table, bounds, errors, states, dsteps, dstates, dq, dk, found, **scratch) -> None:
+    def body(
+        self, q, k, dy, numbers, table, bounds, errors, states, dsteps, dstates, zero, dq, dk, found, **scratch: Any
+    ) -> None:
         n, h, b = (lax.axis_index(name) for name in ("n", "h", "b"))
         t = types.SimpleNamespace(
             q=q, k=k, dy=dy, numbers=numbers, errors=errors, states=states, dsteps=dsteps, dstates=dstates,
-            dq=dq, dk=dk, found=found, n=n, h=h, b=b, **scratch,
+            table=table, dq=dq, dk=dk, found=found, n=n, h=h, b=b, zero=zero[0], phase=0, **scratch,
         )  # fmt: skip
         t.group = Group(self.shape, table, b, n, t.numbers_s)
         pl.when(n < bounds[b, bounds.shape[1] - 1])(lambda: self.run(t))
+
+    def group(self, t: Any) -> Group:
+        """The group for one step more: nothing that the compiler made of it before lives on in registers."""
+        t.phase += 1
+        zero = lax.min(t.n + t.phase, t.zero)
+        return Group(self.shape, t.table, t.b, t.n, t.numbers_s, zero, zero)
 
     def fetch(self, t: Any, j: int) -> None:
         """A tile of outputs."""
@@ -112,11 +121,12 @@ class _Groups:
             plgpu.commit_smem()  # orders what was read before the copies over it
             self.fetch(t, j)
         plgpu.barrier_wait(t.tile_here.at[0])
-        put(t.step_s, t.group.masked(load(self.shape, t.error_s) * t.group.per_row(gpu_numbers.THETA)))
+        group = self.group(t)
+        put(t.step_s, group.masked(load(self.shape, t.error_s) * group.per_row(gpu_numbers.THETA)))
 
     def queries(self, t: Any, dq: jax.Array, slopes: jax.Array, dread: jax.Array, drho: jax.Array) -> tuple:
         """Adds a tile of outputs: to dq by the state, to the gradient of near weights, and to those of far ones."""
-        device, group, narrow = self.shape.device, t.group, lambda x: x.astype(self.shape.dtype)
+        device, group, narrow = self.shape.device, self.group(t), lambda x: x.astype(self.shape.dtype)
         asked = group.masked(load(self.shape, t.dy_s))
         by_w, by_s = asked * jnp.exp2(group.per_row(gpu_numbers.READ)), asked * group.per_row(gpu_numbers.RHO_READ)
         dq = added(device, dq, (narrow(by_w), t.state_s.at[0].T), (narrow(by_s), t.state_s.at[1].T))
@@ -132,7 +142,7 @@ class _Groups:
         device, rate = self.shape.device, self.shape.rate
         scored = product(device, t.q_s, t.k_s.T, PAIRS)
         dkappa = -rate * slopes * scored
-        dscored = (-t.group.kappa(t.moved_s, early=False) * slopes).astype(self.shape.dtype)
+        dscored = self.group(t).near(t.moved_s, slopes, early=False)
         t.asked_s[...] = dscored
         t.dq_s[...] = added(device, dq, (dscored, t.k_s)).astype(self.shape.dtype)
         newer, older = self.of_kappa(t, 0, dkappa)
@@ -143,7 +153,7 @@ class _Groups:
     def of_kappa(self, t: Any, index: int, dkappa: jax.Array) -> tuple[jax.Array, jax.Array]:
         """What the gradient of a kappa is for logarithms of what is kept, of rows and of columns."""
         device, narrow = self.shape.device, dkappa.astype(self.shape.dtype)
-        kept = t.group.kept(early=index == 1)
+        kept = self.group(t).kept(early=index == 1)
         t.kept_s[index][...] = kept.astype(self.shape.dtype)
         put(t.dkappa_s[index], narrow)
         x = kept * product(device, narrow, t.moved_s.T, PAIRS)
@@ -151,7 +161,7 @@ class _Groups:
 
     def keys(self, t: Any, dk: jax.Array, slopes: jax.Array, sums: tuple[jax.Array, ...]) -> tuple:
         """Adds a tile of outputs: to dk by both states, to the gradient of near weights, and to sums of positions."""
-        device, group, narrow = self.shape.device, t.group, lambda x: x.astype(self.shape.dtype)
+        device, group, narrow = self.shape.device, self.group(t), lambda x: x.astype(self.shape.dtype)
         (w, s), (dw, ds) = ([x.at[i] for i in range(2)] for x in (t.state_s, t.dstate_s))
         theta, early, rho, kappa, left, *ends = sums
         learned = lambda state: product(device, t.k_s, state, PAIRS)
@@ -185,12 +195,12 @@ class _Groups:
             dkappa = -rate * slopes * product(device, t.k_s, t.k_s.T, PAIRS)
             newer, older_ = self.of_kappa(t, 1, dkappa)
             early, older = early + newer, older + older_
-            dscored = (-t.group.kappa(t.moved_s, early=True) * slopes).astype(dtype)
+            dscored = self.group(t).near(t.moved_s, slopes, early=True)
             put(t.dy_s, dscored)
             dk = added(device, dk, (dscored, t.k_s), (t.dy_s.T, t.k_s))
         t.dk_s[...] = dk.astype(dtype)
         pairs = [(kept.T, dkappa) for kept, dkappa in zip(t.kept_s, t.dkappa_s)]
-        x = t.group.moved() * added(device, device.zeros(*PAIRS), *pairs)
+        x = self.group(t).moved() * added(device, device.zeros(*PAIRS), *pairs)
         found = {MOVED: x.sum(axis=1), MOVED_AS_OLDER: -x.sum(axis=0), KEPT: -older, THETA: theta, EARLY: early}
         found |= dict(zip((RHO_EARLY, KAPPA, LEFT, BETA, RHO, H), rest))
         for row, numbers in found.items():

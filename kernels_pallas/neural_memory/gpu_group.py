@@ -86,10 +86,11 @@ class Group:
     """A group: the row of its table, and its numbers in fast memory.
 
     zero: 0, but not for the compiler (`hopper.hidden_zero`): what follows from it is made again for each group.
+    offset: 0, or as `zero`: numbers are read again, too.
     """
 
-    def __init__(self, shape: Shape, table: Any, b: Any, n: Any, numbers: Any, zero: Any = 0):
-        self.shape, self.device, self.numbers, self.zero = shape, shape.device, numbers, zero
+    def __init__(self, shape: Shape, table: Any, b: Any, n: Any, numbers: Any, zero: Any = 0, offset: Any = 0):
+        self.shape, self.device, self.numbers, self.zero, self.offset = shape, shape.device, numbers, zero, offset
         self.of = lambda which: table[b, n, which]
         self.first, self.taken = self.of(FIRST), self.of(TAKEN)
         self.rows = pl.ds(self.of(TILE), ROWS)
@@ -97,13 +98,13 @@ class Group:
 
     def row(self, which: int) -> jax.Array:
         """Numbers of positions, [64]."""
-        return self.device.load(self.numbers.at[which], hopper.ROWS)
+        return self.device.load(self.numbers.at[which + self.offset], hopper.ROWS)
 
     def per_row(self, which: int, width: int = E) -> jax.Array:
         return by_row(self.row(which), (ROWS, width))
 
     def per_column(self, which: int) -> jax.Array:
-        return by_column(self.device.load(self.numbers.at[which], COLUMNS), PAIRS)
+        return by_column(self.device.load(self.numbers.at[which + self.offset], COLUMNS), PAIRS)
 
     def of_last(self, which: int) -> jax.Array:
         """A number of the group's last position."""
