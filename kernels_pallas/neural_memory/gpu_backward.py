@@ -25,6 +25,7 @@ from kernels_pallas.neural_memory.gpu_group import (
     Group,
     Shape,
     columns,
+    each_state,
     load,
     numbers_memory,
     product,
@@ -99,7 +100,7 @@ class _Backward:
             t.dstate_s.at[i][...] = none.astype(self.shape.dtype)
             dinitial.at[b, h, i, :, t.columns][...] = none
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(t.dstate_s, dstates.at[b, h, dstates.shape[2] - 1, :, :, t.columns])
+        each_state(plgpu.copy_smem_to_gmem, t.dstate_s, dstates.at[b, h, dstates.shape[2] - 1, :, :, t.columns])
         state = tuple(self.load(d_end.at[b, h, i, :, t.columns]) for i in range(2))
         state = lax.fori_loop(0, t.count, lambda i, state: self.group(t, i, *state), state)
         for i in range(2):
@@ -134,7 +135,7 @@ class _Backward:
         plgpu.commit_smem()
         keeps = (n + 1 == t.count) | (t.table[t.b, lax.min(n + 1, t.count - 1), FRESH] == 0)
         target = t.dstates.at[t.b, t.h, group.of(AFTER), :, :, t.columns]
-        pl.when(keeps)(lambda: plgpu.copy_smem_to_gmem(t.dstate_s, target))
+        pl.when(keeps)(lambda: each_state(plgpu.copy_smem_to_gmem, t.dstate_s, target))
         read[...] = group.near(moved, product(device, q, k.T, PAIRS), early=False)
         if self.shape.several:
             near[...] = group.near(moved, product(device, k, k.T, PAIRS), early=True)

@@ -20,7 +20,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas import hopper
 from kernels_pallas.hopper import added, barriers
 from kernels_pallas.neural_memory import gpu_numbers
-from kernels_pallas.neural_memory.gpu_group import PAIRS, E, Group, Shape, columns, load, numbers_memory, product, put
+from kernels_pallas.neural_memory.gpu_group import (
+    PAIRS,
+    E,
+    Group,
+    Shape,
+    columns,
+    each_state,
+    load,
+    numbers_memory,
+    product,
+    put,
+)
 from kernels_pallas.neural_memory.gpu_numbers import AFTER, BEFORE, LAST_KAPPA, LAST_MOVED, ROWS
 
 NAME = "neural_memory_backward_groups"
@@ -50,7 +61,7 @@ def backward_groups(shape: Shape, q, k, dy, numbers, table, bounds, errors, stat
             "state_s": shape.states(), "dstate_s": shape.states(), "step_s": tile, "moved_s": pair, "asked_s": pair,
             "kept_s": [pair, pair][: shape.several + 1], "dkappa_s": [pair, pair][: shape.several + 1],
             "dq_s": out, "dk_s": out, "found_s": plgpu.SMEM((FOUND, ROWS), F32), "here": barriers(1, 3),
-            "tile_here": barriers(1, 5),
+            "tile_here": barriers(1, 7),
         },
         grid=(N, H, B),
         grid_names=("n", "h", "b"),
@@ -86,8 +97,8 @@ class _Groups:
         copy = lambda source, target: plgpu.copy_gmem_to_smem(source, target, t.tile_here.at[0])
         for source, target in ((t.errors, t.error_s), (t.dsteps, t.dstep_s), (t.dy, t.dy_s)):
             copy(source.at[t.b, t.group.rows, t.h, columns(j)], target)
-        copy(t.states.at[t.b, t.h, t.group.of(BEFORE), :, :, columns(j)], t.state_s)
-        copy(t.dstates.at[t.b, t.h, t.group.of(AFTER), :, :, columns(j)], t.dstate_s)
+        each_state(copy, t.states.at[t.b, t.h, t.group.of(BEFORE), :, :, columns(j)], t.state_s)
+        each_state(copy, t.dstates.at[t.b, t.h, t.group.of(AFTER), :, :, columns(j)], t.dstate_s)
 
     def run(self, t: Any) -> None:
         device, group, tiles, dtype = self.shape.device, t.group, self.shape.d // E, self.shape.dtype

@@ -29,6 +29,7 @@ from kernels_pallas.neural_memory.gpu_group import (
     Group,
     Shape,
     columns,
+    each_state,
     load,
     numbers_memory,
     product,
@@ -149,7 +150,8 @@ class _Forward:
                 t.state_s.at[i][...] = x.astype(self.shape.dtype)
             plgpu.commit_smem()
             states = t.out[1]
-            plgpu.copy_smem_to_gmem(t.state_s, states.at[t.b, t.h, states.shape[2] - 3, :, :, t.columns])
+            target = states.at[t.b, t.h, states.shape[2] - 3, :, :, t.columns]
+            each_state(plgpu.copy_smem_to_gmem, t.state_s, target)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def fetch(self, t: Any, n: jax.Array) -> None:
@@ -178,7 +180,7 @@ class _Forward:
         plgpu.commit_smem()
         if self.again:
             target = t.out[1].at[t.b, t.h, group.of(BEFORE), :, :, t.columns]
-            pl.when(group.of(FRESH) == 0)(lambda: plgpu.copy_smem_to_gmem(t.state_s, target))
+            pl.when(group.of(FRESH) == 0)(lambda: each_state(plgpu.copy_smem_to_gmem, t.state_s, target))
         else:
             q = t.q_s.at[at]
             read[...] = group.near(first, product(device, q, k.T, PAIRS), early=False)

@@ -7,6 +7,7 @@ are not of the group may hold anything finite.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -160,9 +161,15 @@ class Group:
                 plgpu.copy_smem_to_gmem(memory.at[at], target.at[pl.ds(self.of(TILE) + self.first + i, 1)])
 
 
+def each_state(copy: Callable[[Any, Any], None], source: Any, target: Any) -> None:
+    """Copies W and S [2, d, E]: both at once have more axes than a copy may."""
+    for i in range(2):
+        copy(source.at[i], target.at[i])
+
+
 def load(shape: Shape, memory: Any) -> jax.Array:
     """[64, w] from memory of operands, float32."""
     return shape.device.load(memory, LAYOUT).astype(jnp.float32)
 
 
-__all__ = ["E", "PAIRS", "SLOTS", "Group", "Shape", "columns", "load", "numbers_memory", "product", "put"]
+__all__ = ["E", "PAIRS", "SLOTS", "Group", "Shape", "columns", "each_state", "load", "numbers_memory", "product", "put"]
