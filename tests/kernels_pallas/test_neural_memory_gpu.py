@@ -46,7 +46,7 @@ class Case:
 
 CASES = [
     Case(130, 16),
-    Case(130, 64, carried=True, read_after_write=False, grad_at="decayed"),
+    Case(130, 64, carried=True, read_after_write=False, grad_at="decayed", width=128),
 ]
 
 
