@@ -15,6 +15,7 @@ from attnlab.ops.two_stage import LOG_FLOOR
 from attnlab.parallel import partition
 from kernels_pallas import tuning
 
+_WIDEST_ON_GPU = 64
 _CHUNKS = 16  # the kernels' chunks are whole tiles of so many rows
 
 
@@ -44,7 +45,10 @@ def unsupported(spec: NeuralMemorySpec) -> str | None:
 
 
 def worth(spec: NeuralMemorySpec) -> bool:
-    """Whether "auto" takes it: not for less than two chunks, which are taken at once."""
+    """Whether "auto" takes it: not for less than two chunks, which are taken at once, nor on GPUs for heads wider than
+    64, of whose backward the tensor cores are serialized."""
+    if partition.platform() == "gpu" and spec.widths[0] > _WIDEST_ON_GPU:
+        return False
     return spec.positions >= 2 * spec.memory.chunk
 
 

@@ -140,17 +140,18 @@ def test_equals_the_definition(case):
     assert not gpu_callbacks.get_races().races_found
 
 
-@pytest.mark.parametrize("read_after_write, decayed", [(True, False), (False, True)])
-@pytest.mark.parametrize("chunk", [16, 64])
+@pytest.mark.parametrize("chunk, read_after_write, decayed", [(16, True, False), (16, False, True)])
 def test_numbers_of_positions(chunk, read_after_write, decayed):
     """What is left of the group's weights, and of each other step, is what the recurrence leaves, position by position,
     for documents that begin anywhere."""
     rng, T = np.random.default_rng(0), SEGMENTS.shape[1]
     documents = document_index(jnp.asarray(SEGMENTS[:1], jnp.int32))
-    at = gpu_numbers.layout(positions_in_documents(documents), jnp.zeros(1, jnp.int32), chunk, 64)
+    positions, first = positions_in_documents(documents), jnp.zeros(1, jnp.int32)
+    at = jax.jit(lambda *x: gpu_numbers.layout(*x, chunk, 64))(positions, first)
     log_keep, log_eta, theta = (jnp.asarray(-rng.exponential(0.3, (1, T, 1)), jnp.float32) for _ in range(3))
     rules = gpu_numbers.Rules(chunk < 64, read_after_write, decayed)
-    x = np.asarray(gpu_numbers.numbers(rules, at, log_keep, log_eta, theta), np.float64)[0, 0]
+    x = jax.jit(lambda *x: gpu_numbers.numbers(rules, at, *x))(log_keep, log_eta, theta)
+    x = np.asarray(x, np.float64)[0, 0]
     origin, end = np.asarray(at.origin)[0], np.asarray(at.end)[0]
     first_of_chunk = np.asarray(at.chunk)[0]
     keep, eta = (np.exp2(np.asarray(g, np.float64)[0, :, 0]) for g in (log_keep, log_eta))

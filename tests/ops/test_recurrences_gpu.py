@@ -99,9 +99,11 @@ def test_the_memory_is_the_program():
     text, flops = program(run, x, x, x, gate, gate, gate, of(H, D, D, dtype=jnp.float32))
     names = {f"neural_memory_{name}" for name in ("forward", "again", "backward", "backward_groups")}
     assert set(re.findall(r"\bneural_memory_(?:forward|again|backward\w*)", text)) == names and "mosaic_gpu" in text
-    assert flops.keys() == names and flops["neural_memory_forward"] == 2 * B * T * H * (
-        64 * (4 * 64 + 4 * D) + 6 * D * D
-    )
+    assert flops.keys() == names
+    assert flops["neural_memory_forward"] == 2 * B * T * H * (64 * (4 * 64 + 4 * D) + 6 * D * D)
+    wide = dataclasses.replace(MEMORY, widths=(128, 128))
+    with on(KIND, "gpu"):
+        assert NEURAL_MEMORY.pick(wide) == "chunked" and NEURAL_MEMORY.pick(wide, "pallas") == "pallas"
 
 
 def test_features_are_made_before():
