@@ -16,9 +16,10 @@ class Recurrence:
     """One recurrence: shapes as in `kernels_pallas.linear_recurrence` or, without decay, `.flow_attention`.
 
     Attributes:
-      op: linear_recurrence, delta_rule (decay: data), or flow_attention.
+      op: linear_recurrence, delta_rule (decay: data), neural_memory (a matrix; decay: data), or flow_attention.
       decay: none, constant (a number per head), or data (one per position and head).
       packed: rows are documents T / 8 long.
+      chunk: of the neural memory.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Recurrence:
     e: int
     decay: str = "none"
     packed: bool = False
+    chunk: int = 64
 
     peers = PEERS
 
@@ -47,6 +49,8 @@ class Recurrence:
         rule, of reading, writing and asking a state once a position, and twice as much backward."""
         if self.op == "delta_rule":
             return (18.0 if backward else 6.0) * self.B * self.T * self.H * self.d * self.e
+        if self.op == "neural_memory":  # W for keys and queries, S for queries, both written; thrice as many backward
+            return (40.0 if backward else 10.0) * self.B * self.T * self.H * self.d * self.d
         pairs, states = 64 * (self.d + self.e), 2 * self.d * self.e
         if backward:
             pairs, states = pairs + 64 * (3 * self.d + 2 * self.e), states + 5 * self.d * self.e
@@ -57,8 +61,8 @@ class Recurrence:
         positions = self.B, self.T, self.H
         keys, values = (*positions, self.d), (*positions, self.e)
         decay = {"none": {}, "constant": {"log_decay": (self.H,)}, "data": {"log_decay": positions}}[self.decay]
-        beta = {"beta": positions} if self.op == "delta_rule" else {}
-        return {"q": keys, "k": keys, "u": values, "do": values} | decay | beta
+        more = {"delta_rule": {"beta": positions}, "neural_memory": {"log_eta": positions, "theta": positions}}
+        return {"q": keys, "k": keys, "u": values, "do": values} | decay | more.get(self.op, {})
 
     def documents(self) -> np.ndarray | None:
         """The number of each position's document, int32 [B, T]."""
@@ -71,8 +75,12 @@ class Recurrence:
         found = {name: rng.standard_normal(shape, np.float32) for name, shape in self.shapes().items()}
         if self.op == "flow_attention":
             found |= {name: 1 / (1 + np.exp(-found[name])) for name in "qk"}
-        if self.op == "delta_rule":
+        if self.op in ("delta_rule", "neural_memory"):
             found |= {name: found[name] / np.linalg.norm(found[name], axis=-1, keepdims=True) for name in "qk"}
+        if self.op == "neural_memory":  # steps of a chunk add up to 1 at most
+            found["theta"] = 1 / (1 + np.exp(-found["theta"])) / (2 * self.chunk)
+            found["log_eta"] = -np.abs(found["log_eta"]) - 0.5
+        if self.op == "delta_rule":
             found["beta"] = 1 / (1 + np.exp(-found["beta"]))
         if self.decay != "none":
             found["log_decay"] = -np.abs(found["log_decay"]) / 10
@@ -86,6 +94,8 @@ PARITY = [
     *(Recurrence(f"flow {d}/{d}", "flow_attention", 2, 1000, 4, d, d) for d in (64, 128)),
     *(Recurrence(f"delta rule {d}/{e} packed", "delta_rule", 2, 1000, 4, d, e, "data", True)
       for d, e in ((64, 64), (128, 128), (128, 256))),
+    *(Recurrence(f"memory {d} chunk {chunk} packed", "neural_memory", 2, 1000, 4, d, d, "data", True, chunk)
+      for d, chunk in ((64, 16), (64, 64), (128, 16), (128, 64))),
 ]  # fmt: skip
 TIMED = [
     Recurrence("linear 128 data", "linear_recurrence", 4, 8192, 16, 128, 128, "data"),
@@ -98,6 +108,10 @@ TIMED = [
     Recurrence("delta rule 128 packed", "delta_rule", 4, 8192, 16, 128, 128, "data", True),
     Recurrence("delta rule 64", "delta_rule", 4, 8192, 32, 64, 64, "data"),
     Recurrence("delta rule 128/256", "delta_rule", 4, 8192, 8, 128, 256, "data"),
+    Recurrence("memory 64 chunk 16", "neural_memory", 4, 8192, 32, 64, 64, "data", chunk=16),
+    Recurrence("memory 64 chunk 64", "neural_memory", 4, 8192, 32, 64, 64, "data"),
+    Recurrence("memory 128 chunk 16", "neural_memory", 4, 8192, 16, 128, 128, "data", chunk=16),
+    Recurrence("memory 128 chunk 64", "neural_memory", 4, 8192, 16, 128, 128, "data"),
 ]
 
 
@@ -115,11 +129,33 @@ def in_jax(case: Recurrence, impl: str) -> Callable[..., Any]:
         return lambda q, k, u, log_decay, beta: delta_rule(q, k, u, log_decay, beta, documents_BT=documents, impl=impl)[
             0
         ]
+    if case.op == "neural_memory":
+        return _memory_in_jax(case, impl)
     from attnlab.ops.linear_recurrence import linear_recurrence
 
     return lambda q, k, u, log_decay=None: linear_recurrence(
         q, k, u, log_decay=log_decay, documents_BT=documents, impl=impl
     )[0]
+
+
+def _memory_in_jax(case: Recurrence, impl: str) -> Callable[..., Any]:
+    """A memory that is a matrix and begins with nothing."""
+    import jax.numpy as jnp
+
+    from attnlab.ops.documents import document_index
+    from attnlab.ops.memory_frame import MemorySpec, initial_state
+    from attnlab.ops.neural_memory import neural_memory
+
+    documents = case.documents()
+    documents = None if documents is None else document_index(jnp.asarray(documents))
+    spec = MemorySpec(case.chunk, False, (1.0,))
+
+    def run(q, k, u, log_decay, log_eta, theta):
+        initial = initial_state((jnp.zeros((case.H, case.d, case.d)),), 1, True)
+        y, _ = neural_memory(q, k, u, log_decay, log_eta, theta, initial, spec, documents_BT=documents, impl=impl)
+        return y.astype(q.dtype)
+
+    return run
 
 
 def in_fla(case: Recurrence) -> Callable[..., Any] | str:

@@ -104,14 +104,15 @@ class Device:
         plgpu.copy_smem_to_gmem(source, target, reduction_op="add")
 
     def kernel(
-        self, name: str, body: Callable[..., None], *, by_lanes: bool = False, **options: Any
+        self, name: str, body: Callable[..., None], *, by_lanes: bool = False, sums_bytes: int = 512, **options: Any
     ) -> Callable[..., Any]:
         """A kernel that profiles, and what ptxas says, call by this name.
 
         by_lanes: whether Mosaic takes layouts from the code, which it does in any case before jax 0.11, and does not
         look for them: where sums over columns and transposed operands meet, its search does not end.
+        sums_bytes: of shared memory for sums over an accumulator's rows; those over its columns need none.
         """
-        params = _params(**({"lowering_semantics": plgpu.LoweringSemantics.Lane} if by_lanes else {}))
+        params = _params(sums_bytes, **({"lowering_semantics": plgpu.LoweringSemantics.Lane} if by_lanes else {}))
         named = _named(name, body)
         return plgpu.kernel(named, compiler_params=params, interpret=self.interpret, kernel_name=name, **options)
 
@@ -142,6 +143,32 @@ class Device:
 DEVICE = Device()
 
 
+def product(device: Device, a: Any, b: Any, shape: tuple[int, int]) -> jax.Array:
+    """a b, done."""
+
+    def run(accumulator: Any) -> jax.Array:
+        device.wgmma(accumulator, a, b)
+        return device.read(accumulator)
+
+    return device.scoped(run, shape)
+
+
+def added(device: Device, start: jax.Array, *factors: tuple[Any, Any]) -> jax.Array:
+    """`start` and products of two, added up, done."""
+
+    def run(accumulator: Any) -> None:
+        for a, b in factors:
+            device.wgmma(accumulator, a, b)
+
+    return device.state(run)(device.start(start))
+
+
+def put(memory: Any, x: jax.Array) -> None:
+    """Stores to shared memory, for tensor cores and copies to read."""
+    memory[...] = x.astype(memory.dtype)
+    plgpu.commit_smem()
+
+
 def _named(name: str, body: Callable[..., None]) -> Callable[..., None]:
     def run(*refs: Any, **scratch: Any) -> None:
         body(*refs, **scratch)
@@ -150,9 +177,10 @@ def _named(name: str, body: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _params(**more: Any) -> plgpu.CompilerParams:
+def _params(sums_bytes: int = 512, **more: Any) -> plgpu.CompilerParams:
     # Row reductions of accumulators need no scratch, and the default of 2048 bytes can be too much.
-    return plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=512, **more)
+    more |= {"reduction_scratch_bytes": sums_bytes}
+    return plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, **more)
 
 
 def missing_interpreter() -> str | None:

@@ -1,4 +1,4 @@
-"""Neural memory by our Pallas kernels (`kernels_pallas.neural_memory`): on TPU, W and S in fast memory along a row."""
+"""Neural memory by our Pallas kernels (`kernels_pallas.neural_memory`), for TPU and Hopper: W and S stay on chip."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from attnlab.ops import attention_flash
 from attnlab.ops.chunk_steps import ChunkStep
 from attnlab.ops.documents import positions_in_documents
 from attnlab.ops.memory_frame import MemorySpec, MemoryState, NeuralMemorySpec, chunk_step
@@ -14,6 +15,7 @@ from attnlab.ops.two_stage import LOG_FLOOR
 from attnlab.parallel import partition
 from kernels_pallas import tuning
 
+_WIDEST_ON_GPU = 64
 _CHUNKS = 16  # the kernels' chunks are whole tiles of so many rows
 
 
@@ -27,6 +29,9 @@ def _kernels() -> Any:
 def unsupported(spec: NeuralMemorySpec) -> str | None:
     """Why the kernels cannot serve, or None."""
     memory, deep = spec.memory, len(spec.widths) > 2
+    if partition.platform() == "gpu":
+        reason = _kernels().gpu_unsupported(spec.widths, memory.chunk, spec.dtype, memory.residual_norm)
+        return reason or attention_flash.unsupported_heads(spec.dtype, spec.widths[0])
     reasons = (
         (spec.dtype not in ("bfloat16", "float32"), f"it computes bfloat16 and float32, not {spec.dtype}"),
         (memory.chunk % _CHUNKS != 0, f"chunk={memory.chunk}; allowed: multiples of {_CHUNKS}"),
@@ -40,12 +45,18 @@ def unsupported(spec: NeuralMemorySpec) -> str | None:
 
 
 def worth(spec: NeuralMemorySpec) -> bool:
-    """Whether "auto" takes it: not for less than two chunks, which are taken at once."""
+    """Whether "auto" takes it: not for less than two chunks, which are taken at once, nor on GPUs for heads wider than
+    64, of whose backward the tensor cores are serialized."""
+    if partition.platform() == "gpu" and spec.widths[0] > _WIDEST_ON_GPU:
+        return False
     return spec.positions >= 2 * spec.memory.chunk
 
 
 def kernel_flops(spec: NeuralMemorySpec) -> dict[str, float]:
     """FLOPs of one run of each kernel, all pairs of a group of chunks counted."""
+    if partition.platform() == "gpu":
+        size = spec.batch * spec.positions * spec.heads
+        return _kernels().gpu_kernel_flops(size, spec.widths[0], spec.memory.chunk)
     with tuning.device_kind(partition.device_kind()):
         shape = spec.batch, spec.positions, spec.heads, spec.widths, spec.dtype
         return _kernels().kernel_flops(*shape, spec.memory.chunk)
@@ -84,7 +95,8 @@ def run(
         y, *layers = _kernels().neural_memory(
             q, k, v, *gates, weights=weights, momentum=steps, chunk=memory.chunk, residual_norm=memory.residual_norm,
             rates=memory.rates, epsilon=memory.epsilon, read_after_write=memory.read_after_write,
-            decayed=memory.grad_at == "decayed", positions=positions, carried=carried, first=first, interpret=interpret,
+            decayed=memory.grad_at == "decayed", positions=positions, carried=carried, first=first,
+            platform=attention_flash.kernel_platform(), interpret=interpret,
         )  # fmt: skip
     y = y.astype(jnp.float32)
     weights, steps, start = layers

@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import tuning
-from kernels_pallas.neural_memory import cost, tpu_backward, tpu_forward
+from kernels_pallas.flash_attention.call import platform_of
+from kernels_pallas.neural_memory import cost, gpu, tpu_backward, tpu_forward
 from kernels_pallas.neural_memory.call import Call, group_of, segment_of
 from kernels_pallas.neural_memory.gradient import memory
 
-__all__ = ["does_not_fit", "kernel_flops", "neural_memory", "steps"]
+__all__ = ["does_not_fit", "gpu_kernel_flops", "gpu_unsupported", "kernel_flops", "neural_memory", "steps"]
+
+gpu_unsupported = gpu.unsupported
 
 Layers = tuple[jax.Array, ...]
 
@@ -37,6 +40,7 @@ def neural_memory(
     carried: tuple[Layers, Layers] | None = None,
     first: jax.Array | None = None,
     group: int | None = None,
+    platform: str = "tpu",
     interpret: Any = False,
 ) -> tuple[jax.Array, Layers, Layers, Layers]:
     """`S_t = eta_t S_{t-1} - theta_t grad(W_{t'}; k_t, v_t)`, `W_t = keep_t W_{t-1} + S_t`, `y_t = M_{W_t}(q_t)`, with
@@ -58,9 +62,11 @@ def neural_memory(
       carried: weights and momentum before each row [B, H, i, o], for rows that begin inside a document.
       first: int32 [B]: the kernel begins at this position, which is the beginning of a chunk; y before it may be
         anything. None: 0.
-      group: chunks that are taken at once, 2 or more; it changes rounding alone. None: as many as are fast.
+      group: chunks that are taken at once, 2 or more; it changes rounding alone. None: as many as are fast. Hopper's
+        groups are of 64 positions.
+      platform: whose kernels, "tpu" or "cuda" (Hopper; bfloat16, one layer without a norm: `gpu.unsupported`).
       interpret: runs it as plain XLA operations on any platform, or as the interpreter's parameters say
-        (`jax.experimental.pallas.tpu.InterpretParams`).
+        (`jax.experimental.pallas.tpu.InterpretParams`). Hopper's run on a CPU, by jax's interpreter of GPU kernels.
 
     Returns:
       y [B, T, H, d] in the dtype of q; the weights and the momentum after the last position, and the weights at the
@@ -73,6 +79,14 @@ def neural_memory(
     B, T, H, _ = q.shape
     _check(q, k, v, (log_keep, log_eta, theta), weights, momentum, chunk, rates)
     widths = tuple(w.shape[-2] for w in weights) + (q.shape[-1],)
+    packed = positions is not None or first is not None or carried is not None
+    positions = jnp.broadcast_to(jnp.arange(T), (B, T)) if positions is None else positions
+    positions = positions.astype(jnp.int32)
+    first = jnp.zeros((B,), jnp.int32) if first is None else first
+    gates = log_keep, log_eta, theta
+    if platform_of("neural_memory", platform, interpret, ("tpu", "cuda")) == "cuda":
+        options = chunk, rates, read_after_write, decayed, residual_norm, group, interpret, packed
+        return _on_hopper(q, k, v, gates, weights, momentum, carried, positions, first, *options)
     if reason := does_not_fit(widths, chunk, str(q.dtype), T):
         raise ValueError(f"neural_memory: {reason}")
     group = 2 if interpret and not group else group  # fewer compile sooner
@@ -80,12 +94,25 @@ def neural_memory(
         B, T, H, widths, str(q.dtype), chunk, group, residual_norm=residual_norm, rates=tuple(rates), epsilon=epsilon,
         read_after_write=read_after_write, decayed=decayed, carried=carried is not None, interpret=interpret,
     )  # fmt: skip
-    positions = jnp.broadcast_to(jnp.arange(T), (B, T)) if positions is None else positions
-    first = jnp.zeros((B,), jnp.int32) if first is None else first
     starts, carries = _joined(weights, momentum), () if carried is None else _joined(*carried)
-    gates = log_keep, log_eta, theta
-    y, end, before = memory(call, q, k, v, gates, starts, carries, positions.astype(jnp.int32), first)
+    y, end, before = memory(call, q, k, v, gates, starts, carries, positions, first)
     return y, *_parted(end), _parted(before)[0]
+
+
+def _on_hopper(
+    q, k, v, gates, weights, momentum, carried, positions, first,
+    chunk, rates, read_after_write, decayed, residual_norm, group, interpret, packed,
+) -> tuple[jax.Array, Layers, Layers, Layers]:  # fmt: skip
+    widths = tuple(w.shape[-2] for w in weights) + (q.shape[-1],)
+    if reason := gpu.unsupported(widths, chunk, str(q.dtype), residual_norm):
+        raise ValueError(f"neural_memory on cuda: {reason}")
+    if group is not None:
+        raise ValueError(f"neural_memory on cuda: group={group}; allowed: None")
+    states = lambda weights, momentum: jnp.stack([weights[0], momentum[0]], axis=2)
+    call = gpu.Call(chunk, rates[0], read_after_write, decayed, interpret, packed)
+    carries = None if carried is None else states(*carried)
+    y, end, before = gpu.memory(call, q, k, v, gates, states(weights, momentum), carries, positions, first)
+    return y, (end[:, :, 0],), (end[:, :, 1],), (before,)
 
 
 def _joined(weights: Layers, momentum: Layers) -> Layers:
@@ -118,6 +145,11 @@ def kernel_flops(
     """FLOPs of one run of each kernel, by name."""
     flops = cost.forward_flops(_call(batch, length, heads, widths, dtype, chunk))
     return {tpu_forward.NAME: flops, tpu_backward.NAME: 4 * flops}
+
+
+def gpu_kernel_flops(count: int, width: int, chunk: int) -> dict[str, float]:
+    """As `kernel_flops`, of Hopper's, for so many positions of heads so wide."""
+    return {name: 2.0 * count * n for name, n in gpu.kernel_widths(width, chunk).items()}
 
 
 def steps(length: int, heads: int, widths: tuple[int, ...], dtype: str, chunk: int) -> dict[str, dict[str, int]]:

@@ -30,6 +30,7 @@ from kernels_pallas.delta_rule import delta_rule  # noqa: E402
 from kernels_pallas.flash_attention import flash_attention  # noqa: E402
 from kernels_pallas.flow_attention import Sums, flow_attention  # noqa: E402
 from kernels_pallas.linear_recurrence import linear_recurrence  # noqa: E402
+from kernels_pallas.neural_memory import neural_memory  # noqa: E402
 from kernels_pallas.routed_attention import routed_attention, row_tile  # noqa: E402
 
 H100 = AbstractMesh(
@@ -65,6 +66,9 @@ RECURRENCES = {
 }  # fmt: skip
 FLOWS = {f"flow {d}/{e} {features}": (d, e, features) for d, e, features in (
     (64, 64, "ps"), (64, 128, ""), (128, 64, "ps"), (128, 128, ""), (128, 128, "ps"))}  # fmt: skip
+
+# Of a memory that is a matrix: width and chunk.
+MEMORIES = {f"memory {d} chunk {chunk}": (d, chunk) for d in (64, 128) for chunk in (16, 64)}
 
 
 class _Limit(int):
@@ -174,10 +178,29 @@ def flow_program(d: int, e: int, features: str, placed: Any) -> tuple[Callable[.
     return run, [of(B, T, H, d), of(B, T, H, d), of(B, T, H, e), documents, state]
 
 
+def memory_program(d: int, chunk: int, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
+    """As `program`, of the neural memory, documents and a state."""
+    of = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+    rows, gate, states = of(B, T, H, d, dtype=jnp.bfloat16), of(B, T, H), (of(B, H, d, d),)
+
+    def run(arrays: Any, positions: Any, initial: Any, carried: Any, cotangents: Any) -> Any:
+        learn = lambda arrays, initial, carried: neural_memory(
+            *arrays, weights=initial, momentum=initial, chunk=chunk, residual_norm=False, rates=(1.0,),
+            positions=positions, carried=carried, platform="cuda",
+        )  # fmt: skip
+        out, vjp = jax.vjp(learn, arrays, initial, carried)
+        return out, vjp(cotangents)
+
+    cotangents = rows, states, states, states
+    return run, [(rows,) * 3 + (gate,) * 3, of(B, T, dtype=jnp.int32), (of(1, H, d, d),), (states, states), cotangents]
+
+
 def program_of(case: str, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
     """What a case compiles, and for what arrays."""
     if case in RECURRENCES:
         return recurrence_program(*RECURRENCES[case], placed)
+    if case in MEMORIES:
+        return memory_program(*MEMORIES[case], placed)
     if case in FLOWS:
         return flow_program(*FLOWS[case], placed)
     if case.startswith("delta"):
@@ -207,7 +230,7 @@ def kernels(case: str, placed: Any) -> Iterator[dict[str, Any]]:
 def main() -> None:
     mosaic._SMEM_SIZE_BOUND = _Limit(hopper.SMEM_BYTES)
     placed = SingleDeviceSharding(Target.of("h100:1").devices[0])
-    for case in sys.argv[1:] or CASES | RECURRENCES | FLOWS:
+    for case in sys.argv[1:] or CASES | RECURRENCES | FLOWS | MEMORIES:
         for found in kernels(case, placed):
             print(json.dumps(found), flush=True)
 

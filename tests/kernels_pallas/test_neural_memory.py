@@ -281,7 +281,7 @@ def test_what_is_not_served_is_said():
             jax.eval_shape(lambda: run("pallas", **options))
         jax.eval_shape(lambda: run("auto", **options))
     assert "needs" in kernels.does_not_fit((1024, 8192, 1024), 16, "float32", 4096)
-    assert NEURAL_MEMORY.table["pallas"].platforms == ("tpu",)
+    assert NEURAL_MEMORY.table["pallas"].platforms == ("tpu", "gpu")
     with pytest.raises(ValueError, match="chunk=8; allowed: multiples of 16"):
         q = jnp.zeros((1, 16, 1, d))
         gate, w = q[..., 0], (jnp.zeros((1, 1, d, d)),)

@@ -17,6 +17,8 @@ from attnlab.ops.feature_maps import Taylor
 from attnlab.ops.flow_attention import FLOW_ATTENTION, flow_attention
 from attnlab.ops.flow_definition import FlowRule, FlowState
 from attnlab.ops.linear_recurrence import LINEAR_RECURRENCE, RecurrenceSpec, linear_recurrence
+from attnlab.ops.memory_frame import MemorySpec, NeuralMemorySpec, initial_state
+from attnlab.ops.neural_memory import NEURAL_MEMORY, neural_memory
 from attnlab.parallel import partition
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
@@ -28,6 +30,8 @@ from tests.ops.test_recurrence_kernel import spec
 B, T, H, D = 2, 200, 2, 64
 DOCUMENTS = jnp.arange(T)[None].repeat(B, 0) // 90
 SWEEPS = {"forward", "backward_queries", "backward_keys", "backward_values"}
+LEARNS = MemorySpec(16, False, (1.0,))
+MEMORY = NeuralMemorySpec(2, 4096, 8, (D, D), "bfloat16", True, LEARNS)
 
 
 @pytest.mark.parametrize(
@@ -35,14 +39,16 @@ SWEEPS = {"forward", "backward_queries", "backward_keys", "backward_values"}
     [
         (LINEAR_RECURRENCE, spec(), {"head widths are at most 256": {"width": 264}}),
         (FLOW_ATTENTION, FLOW, {"at most 128, not 192": {"width": 192}, "causal=False is not": {"causal": False}}),
+        (NEURAL_MEMORY, MEMORY, {"depth 1, not layers 64x256x64": {"widths": (64, 256, 64)}}),
     ],
-    ids=["recurrence", "flow"],
+    ids=["recurrence", "flow", "memory"],
 )
 def test_auto(op, spec, refused):
     """On Hopper the kernel; XLA's form takes short rows, float32, what is too wide, other GPUs, each for a reason."""
     with on(KIND, "gpu"):
         assert op.pick(spec) == "pallas"
-        short = {"positions": 64} if isinstance(spec, RecurrenceSpec) else {"sinks": 64, "sources": 64}
+        short = {RecurrenceSpec: {"positions": 64}, NeuralMemorySpec: {"positions": 31}}
+        short = short.get(type(spec), {"sinks": 64, "sources": 64})
         assert op.pick(dataclasses.replace(spec, **short)) == "chunked"
         for reason, changes in (refused | {"bfloat16, not float32": {"dtype": "float32"}}).items():
             changed = dataclasses.replace(spec, **changes)
@@ -77,6 +83,27 @@ def test_the_recurrence_is_the_program():
     assert "mosaic_gpu" in text
     each = 2 * B * T * H * (64 * 2 * D + 2 * D * D)
     assert flops == {f"linear_recurrence_{name}": each for name in SWEEPS}
+
+
+def test_the_memory_is_the_program():
+    """Documents, a state in and out, at a length that fills no group: its kernels, and no other form."""
+    of = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
+    x, gate = of(B, T, H, D), of(B, T, H, dtype=jnp.float32)
+
+    def run(q, k, v, keep, eta, theta, weights):
+        start = initial_state((weights,), 1, True)
+        state = dataclasses.replace(initial_state((weights,), B, True), position_B=jnp.arange(B) + 7)
+        y, end = neural_memory(q, k, v, keep, eta, theta, start, LEARNS, documents_BT=DOCUMENTS, state=state)
+        return y, end.weights
+
+    text, flops = program(run, x, x, x, gate, gate, gate, of(H, D, D, dtype=jnp.float32))
+    names = {f"neural_memory_{name}" for name in ("forward", "again", "backward", "backward_groups")}
+    assert set(re.findall(r"\bneural_memory_(?:forward|again|backward\w*)", text)) == names and "mosaic_gpu" in text
+    assert flops.keys() == names
+    assert flops["neural_memory_forward"] == 2 * B * T * H * (64 * (4 * 64 + 4 * D) + 6 * D * D)
+    wide = dataclasses.replace(MEMORY, widths=(128, 128))
+    with on(KIND, "gpu"):
+        assert NEURAL_MEMORY.pick(wide) == "chunked" and NEURAL_MEMORY.pick(wide, "pallas") == "pallas"
 
 
 def test_features_are_made_before():

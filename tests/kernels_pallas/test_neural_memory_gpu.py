@@ -1,0 +1,203 @@
+"""The neural memory's Hopper kernels with no GPU: run by jax's GPU interpreter where there is one."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from attnlab.ops.documents import document_index, positions_in_documents
+from attnlab.ops.memory_frame import MemorySpec, initial_state
+from attnlab.ops.neural_memory import neural_memory
+from kernels_pallas.neural_memory import call, gpu, gpu_numbers
+from kernels_pallas.neural_memory import neural_memory as kernel
+from tests.kernels_pallas.test_flash_gpu import needs_interpreter
+from tests.kernels_pallas.test_neural_memory import SEGMENTS, unit
+
+NAMES = "q", "k", "v", "log_keep", "log_eta", "theta", "weights", "momentum"
+RATE, SEEN = 0.5, 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Rows of the documents of `SEGMENTS`; `carried`: the first goes on, from a state after `SEEN` positions."""
+
+    length: int
+    chunk: int
+    carried: bool = False
+    read_after_write: bool = True
+    grad_at: str = "prev"
+    width: int = 64
+
+    @property
+    def spec(self):
+        return MemorySpec(self.chunk, False, (RATE,), read_after_write=self.read_after_write, grad_at=self.grad_at)
+
+    def documents(self):
+        return jnp.asarray(SEGMENTS[:1, : self.length] + (not self.carried), jnp.int32)
+
+    def positions(self):
+        return positions_in_documents(self.documents(), jnp.full(1, SEEN * self.carried, jnp.int32))
+
+
+CASES = [
+    Case(130, 16),
+    Case(130, 64, carried=True, read_after_write=False, grad_at="decayed", width=128),
+]
+
+
+@pytest.fixture(autouse=True)
+def short_segments(monkeypatch):
+    """Rows of tests have several segments."""
+    monkeypatch.setattr(call, "_SEGMENT", 64)
+
+
+def inputs(case, seed=0):
+    """By `NAMES`, one row of one head, float64; q, k and v are bfloat16 numbers."""
+    rng, d = np.random.default_rng(seed), case.width
+    normal = lambda *shape: rng.standard_normal(shape)
+    rows = (1, case.length, 1)
+    narrow = lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
+    q, k, v = narrow(unit(normal(*rows, d))), narrow(unit(normal(*rows, d))), narrow(normal(*rows, d))
+    keep, eta = (-rng.exponential(scale, rows) for scale in (0.05, 0.5))
+    weights, momentum = (normal(1, 1, d, d) * d**-0.5 for _ in range(2))
+    return q, k, v, keep, eta, rng.uniform(0, 0.1, rows), weights, momentum
+
+
+def cotangents(case):
+    rng, d = np.random.default_rng(1), case.width
+    return [rng.standard_normal(shape) for shape in ((1, case.length, 1, d), (1, 1, d, d), (1, 1, d, d))]
+
+
+def with_gradients(run, case, args, dtypes):
+    """y, W and S after the last position, and gradients by name."""
+    weights = [jnp.asarray(x) for x in cotangents(case)]
+
+    def loss(*args):
+        out = run(*args)
+        return sum(jnp.sum(a * b.astype(a.dtype)) for a, b in zip(out, weights)), out
+
+    args = [jnp.asarray(x, dtype) for x, dtype in zip(args, dtypes)]
+    grads, out = jax.jit(jax.grad(loss, tuple(range(len(args))), has_aux=True))(*args)
+    found = dict(zip(("y", "W", "S"), out)) | dict(zip(NAMES, grads))
+    return {name: np.asarray(x, np.float64) for name, x in found.items()}
+
+
+def carried_from(weights, momentum):
+    """W and S that a row goes on from; others than the initial ones."""
+    return (0.5 * weights,), (-momentum,)
+
+
+def defined(case, args):
+    """By the op's definition in float64."""
+
+    def run(q, k, v, keep, eta, theta, weights, momentum):
+        start = dataclasses.replace(initial_state((weights[0],), 1, True), momentum=(momentum,))
+        carried, position = carried_from(weights, momentum), jnp.full(1, SEEN, jnp.int32)
+        state = dataclasses.replace(
+            start, weights=carried[0], momentum=carried[1], start=carried[0], position_B=position
+        )
+        y, end = neural_memory(
+            q, k, v, keep, eta, theta, start, case.spec, documents_BT=case.documents(),
+            state=state if case.carried else None, impl="definition",
+        )  # fmt: skip
+        return y, end.weights[0], end.momentum[0]
+
+    with jax.enable_x64(True):
+        return with_gradients(run, case, args, [jnp.float64] * 8)
+
+
+def by_kernels(case, args, interpret):
+    def run(q, k, v, keep, eta, theta, weights, momentum):
+        carried = carried_from(weights, momentum) if case.carried else None
+        y, w, s, _ = kernel(
+            q, k, v, keep, eta, theta, weights=(weights,), momentum=(momentum,), chunk=case.chunk,
+            residual_norm=False, rates=(RATE,), read_after_write=case.read_after_write,
+            decayed=case.grad_at == "decayed", positions=case.positions(), carried=carried, platform="cuda",
+            interpret=interpret,
+        )  # fmt: skip
+        return y, w[0], s[0]
+
+    return with_gradients(run, case, args, [jnp.bfloat16] * 3 + [jnp.float32] * 5)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"chunk{case.chunk}")
+def test_equals_the_definition(case):
+    """Values, states and every gradient of packed rows, whose documents begin inside chunks and at their edges; nothing
+    is read or written that barriers do not put in order."""
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    args = inputs(case)
+    found = by_kernels(case, args, plgpu.InterpretGPUParams(detect_races=True))
+    for name, expected in defined(case, args).items():
+        tolerance = 0.015 * np.abs(expected).max()
+        np.testing.assert_allclose(found[name], expected, rtol=0, atol=tolerance, err_msg=name)
+    assert not gpu_callbacks.get_races().races_found
+
+
+@pytest.mark.parametrize("chunk, read_after_write, decayed", [(16, True, False), (16, False, True)])
+def test_numbers_of_positions(chunk, read_after_write, decayed):
+    """What is left of the group's weights, and of each other step, is what the recurrence leaves, position by position,
+    for documents that begin anywhere."""
+    rng, T = np.random.default_rng(0), SEGMENTS.shape[1]
+    documents = document_index(jnp.asarray(SEGMENTS[:1], jnp.int32))
+    positions, first = positions_in_documents(documents), jnp.zeros(1, jnp.int32)
+    at = jax.jit(lambda *x: gpu_numbers.layout(*x, chunk, 64))(positions, first)
+    log_keep, log_eta, theta = (jnp.asarray(-rng.exponential(0.3, (1, T, 1)), jnp.float32) for _ in range(3))
+    rules = gpu_numbers.Rules(chunk < 64, read_after_write, decayed)
+    x = jax.jit(lambda *x: gpu_numbers.numbers(rules, at, *x))(log_keep, log_eta, theta)
+    x = np.asarray(x, np.float64)[0, 0]
+    origin, end = np.asarray(at.origin)[0], np.asarray(at.end)[0]
+    first_of_chunk = np.asarray(at.chunk)[0]
+    keep, eta = (np.exp2(np.asarray(g, np.float64)[0, :, 0]) for g in (log_keep, log_eta))
+
+    def after(s, t, beta, rho, h):
+        """Shares of W, and of a step or S in W and S, at t, of those before s."""
+        for i in range(s, t + 1):
+            h, beta = eta[i] * h, keep[i] * beta
+            rho = keep[i] * rho + h
+        return beta, rho, h
+
+    for t in range(T):
+        beta, rho, h = after(origin[t], t, 1.0, 0.0, 1.0)
+        found = np.exp2(x[gpu_numbers.KEPT, t]), x[gpu_numbers.RHO, t], np.exp2(x[gpu_numbers.MOVED, t])
+        np.testing.assert_allclose(found, (beta, rho, h), rtol=1e-4)
+        read = (beta, rho) if read_after_write else after(origin[t], t - 1, 1.0, 0.0, 1.0)[:2]
+        np.testing.assert_allclose((np.exp2(x[gpu_numbers.READ, t]), x[gpu_numbers.RHO_READ, t]), read, rtol=1e-4)
+        early = after(origin[t], first_of_chunk[t] - 1, 1.0, 0.0, 1.0)[:2]
+        forgotten = np.prod(keep[first_of_chunk[t] : t + 1]) if decayed else 1.0
+        found = np.exp2(x[gpu_numbers.EARLY, t]), x[gpu_numbers.RHO_EARLY, t]
+        np.testing.assert_allclose(found, np.multiply(early, forgotten), rtol=1e-4)
+        last = end[t] - 1
+        _, kappa, left = after(t + 1, last, 0.0, 1.0, 1.0) if origin[last] == origin[t] else (0, 0.0, 0.0)
+        found = x[gpu_numbers.LAST_KAPPA, t], x[gpu_numbers.LAST_MOVED, t]
+        np.testing.assert_allclose(found, (kappa, left), rtol=1e-4, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "widths, chunk, dtype, norm, says",
+    [
+        ((64, 256, 64), 16, "bfloat16", False, "a matrix, depth 1, not layers 64x256x64"),
+        ((64, 64), 16, "float32", False, "bfloat16, not float32"),
+        ((64, 64), 16, "bfloat16", True, "residual_norm=True; allowed: False"),
+        ((96, 96), 16, "bfloat16", False, "64 or 128 wide, not 96"),
+        ((64, 64), 48, "bfloat16", False, "chunk is 16, 32, 64, not 48"),
+    ],
+)
+def test_what_the_kernels_cannot_do(widths, chunk, dtype, norm, says):
+    """Said before anything is compiled, with what is allowed."""
+    assert says in gpu.unsupported(widths, chunk, dtype, norm)
+    q = jax.ShapeDtypeStruct((1, 64, 1, widths[0]), dtype)
+    gate = jax.ShapeDtypeStruct((1, 64, 1), jnp.float32)
+    layers = tuple(jax.ShapeDtypeStruct((1, 1, i, o), jnp.float32) for i, o in zip(widths, widths[1:]))
+    run = lambda q, gate, layers: kernel(
+        q, q, q, gate, gate, gate, weights=layers, momentum=layers, chunk=chunk, residual_norm=norm,
+        rates=(1.0,) * len(layers), platform="cuda",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=f"neural_memory on cuda: .*{says}"):
+        jax.eval_shape(run, q, gate, layers)
