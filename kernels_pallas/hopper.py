@@ -142,6 +142,32 @@ class Device:
 DEVICE = Device()
 
 
+def product(device: Device, a: Any, b: Any, shape: tuple[int, int]) -> jax.Array:
+    """a b, done."""
+
+    def run(accumulator: Any) -> jax.Array:
+        device.wgmma(accumulator, a, b)
+        return device.read(accumulator)
+
+    return device.scoped(run, shape)
+
+
+def added(device: Device, start: jax.Array, *factors: tuple[Any, Any]) -> jax.Array:
+    """`start` and products of two, added up, done."""
+
+    def run(accumulator: Any) -> None:
+        for a, b in factors:
+            device.wgmma(accumulator, a, b)
+
+    return device.state(run)(device.start(start))
+
+
+def put(memory: Any, x: jax.Array) -> None:
+    """Stores to shared memory, for tensor cores and copies to read."""
+    memory[...] = x.astype(memory.dtype)
+    plgpu.commit_smem()
+
+
 def _named(name: str, body: Callable[..., None]) -> Callable[..., None]:
     def run(*refs: Any, **scratch: Any) -> None:
         body(*refs, **scratch)

@@ -25,16 +25,14 @@ from kernels_pallas.delta_rule.gpu_chunk import (
     WRITE,
     C,
     E,
-    added,
     chunk,
     numbers_memory,
     pair_weights,
     per_column,
     per_row,
-    put,
     values,
 )
-from kernels_pallas.hopper import LAYOUT, ROWS
+from kernels_pallas.hopper import LAYOUT, ROWS, added, put
 
 NAME = "delta_rule_backward_chunks"
 # Rows of what is found per position: what its query asks for, what its key does less what is asked of what it writes,

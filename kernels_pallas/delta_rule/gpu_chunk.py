@@ -41,22 +41,7 @@ def numbers_memory(*lead: int) -> Any:
 
 def product(device: hopper.Device, a: Any, b: Any, shape: tuple[int, int] = (C, C)) -> jax.Array:
     """a b, done."""
-
-    def run(accumulator: Any) -> jax.Array:
-        device.wgmma(accumulator, a, b)
-        return device.read(accumulator)
-
-    return device.scoped(run, shape)
-
-
-def added(device: hopper.Device, start: jax.Array, *factors: tuple[Any, Any]) -> jax.Array:
-    """`start` and products of two, added up, done."""
-
-    def run(accumulator: Any) -> None:
-        for a, b in factors:
-            device.wgmma(accumulator, a, b)
-
-    return device.state(run)(device.start(start))
+    return hopper.product(device, a, b, shape)
 
 
 def per_row(device: hopper.Device, numbers: Any, which: int, width: int = E) -> jax.Array:
@@ -77,9 +62,3 @@ def pair_weights(device: hopper.Device, numbers: Any, documents: bool) -> jax.Ar
         seen &= col >= per_row(device, numbers, BEGIN, C).astype(jnp.int32)
     passed = per_row(device, numbers, TOTAL, C) - per_column(device, numbers, TOTAL)
     return jnp.where(seen, jnp.exp2(passed), 0.0)
-
-
-def put(memory: Any, x: jax.Array) -> None:
-    """Stores to shared memory, for tensor cores and copies to read."""
-    memory[...] = x.astype(memory.dtype)
-    plgpu.commit_smem()

@@ -27,10 +27,9 @@ from kernels_pallas.delta_rule.gpu_chunk import (
     chunk,
     numbers_memory,
     per_row,
-    put,
     values,
 )
-from kernels_pallas.hopper import LAYOUT
+from kernels_pallas.hopper import LAYOUT, put
 
 NAME = "delta_rule_forward"
 

@@ -18,14 +18,13 @@ from kernels_pallas import hopper
 from kernels_pallas.delta_rule.gpu_chunk import (
     BETA,
     C,
-    added,
     chunk,
     numbers_memory,
     pair_weights,
     per_column,
     product,
-    put,
 )
+from kernels_pallas.hopper import added, put
 
 NAME = "delta_rule_pairs"
 _BASE = 8  # blocks of so many rows by a power series: powers of larger ones are huge, and cancel
