@@ -25,7 +25,15 @@ from kernels_pallas.linear_recurrence.plan import (
     side_by_side,
 )
 
-__all__ = ["Sizes", "agent_attention", "default_sizes", "gpu_agent_attention", "gpu_kernel_flops", "gpu_unsupported", "kernel_flops"]
+__all__ = [
+    "Sizes",
+    "agent_attention",
+    "default_sizes",
+    "gpu_agent_attention",
+    "gpu_kernel_flops",
+    "gpu_unsupported",
+    "kernel_flops",
+]
 
 gpu_unsupported, gpu_kernel_flops = gpu.unsupported, gpu.flops
 

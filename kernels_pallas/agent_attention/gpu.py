@@ -36,7 +36,7 @@ def flops(batch: int, length: int, heads: int, d: int, e: int) -> dict[str, floa
 
 def forward(q, k, v, agents, starts, state, interpret: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array], jax.Array]:
     """As `gpu_agent_attention`."""
-    (B, T, H, width), value_width, m = q.shape, v.shape[3], agents.shape[-2]
+    (T, width), value_width, m = q.shape[1::2], v.shape[3], agents.shape[-2]
     races = bool(getattr(interpret, "detect_races", False))
     device = hopper.DEVICE if interpret is False else hopper.interpreted(races=races)
     facts = Facts(m, width**-0.5 * _LOG2E, T)
@@ -51,7 +51,8 @@ def forward(q, k, v, agents, starts, state, interpret: Any) -> tuple[jax.Array, 
         log = jnp.maximum(log * _LOG2E, LOWEST)
         log = jnp.pad(log, [(0, 0), (0, 0), (0, AGENTS - m)], constant_values=LOWEST)
         values = jnp.pad(values, [(0, 0), (0, 0), (0, AGENTS - m), (0, -value_width % _UNIT)])
-    o, log, values, least = gpu_forward.forward(device, facts, padded(q), padded(k), padded(v), own, limits, log, values)
+    arrays = padded(q), padded(k), padded(v), own, limits, log, values
+    o, log, values, least = gpu_forward.forward(device, facts, *arrays)
     log = log[:, :, :m]
     log = jnp.where(log > LOWEST / 2, log / _LOG2E, -jnp.inf)
     state = log, values[:, :, :m, :value_width]

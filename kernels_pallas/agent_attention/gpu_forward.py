@@ -1,4 +1,4 @@
-"""The forward for Hopper: one sweep over the positions, each computing warpgroup with some columns of a head's averages.
+"""The forward for Hopper: one sweep over the positions, each computing warpgroup with columns of a head's averages.
 
 Weights of keys lie by agents, those of queries by positions. An agent's average over the keys before the chunk stays in
 registers, with the logarithm of its sum of weights. Inside a chunk weights are 2^(logit - high), against an agent's
@@ -61,8 +61,8 @@ def forward(
     log: jax.Array | None,
     values: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """o [B, T, H, e], after the last position log [B, H, M] and values [B, H, M, e], and the smallest sums of weights of
-    positions [B, H, C], those three in float32.
+    """o [B, T, H, e], after the last position log [B, H, M] and values [B, H, M, e], and the smallest sums of weights
+    of positions [B, H, C], those three in float32.
 
     Args:
       agents: [B or 1, H, M, d].
@@ -128,8 +128,8 @@ class _Forward:
     ) -> None:  # fmt: skip
         e, h, b, wg = (lax.axis_index(name) for name in ("e", "h", "b", "wg"))
         t = types.SimpleNamespace(
-            q=q, k=k, v=v, agents=agents, places=places, limits=limits, log=log, values=values, zero=zero, o=o, log_end=log_end,
-            values_end=values_end, least=least, e=e, h=h, b=b, wg=wg, **scratch,
+            q=q, k=k, v=v, agents=agents, places=places, limits=limits, log=log, values=values, zero=zero, o=o,
+            log_end=log_end, values_end=values_end, least=least, e=e, h=h, b=b, wg=wg, **scratch,
         )  # fmt: skip
         t.part = e * self.warpgroups + wg
         t.columns = pl.ds(t.part * COLUMNS_EACH, COLUMNS_EACH)

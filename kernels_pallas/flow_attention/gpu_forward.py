@@ -140,10 +140,8 @@ class _Forward:
         """The third warpgroup: fills the ring of chunks."""
         self.device.set_registers(hopper.REGISTERS[1], action="decrease")
 
-        def chunk(i: jax.Array, reused: bool) -> None:
+        def chunk(i: jax.Array) -> None:
             at, rows = t.slot(i), pl.ds(i * CHUNK, CHUNK)
-            if reused:
-                plgpu.barrier_wait(t.free.at[at])
             fetch = lambda source, target: plgpu.copy_gmem_to_smem(source, target.at[at], t.here.at[at])
             for source, target in ((t.q, t.q_s), (t.k, t.k_s), (t.v, t.v_s)):
                 fetch(source.at[t.b, rows, t.h], target)
@@ -151,11 +149,7 @@ class _Forward:
             if t.limits is not None:
                 fetch(t.limits.at[t.b, rows], t.limits_s)
 
-        filled = min(_STAGES, self.chunks)
-        pl.loop(0, filled)(lambda i: chunk(i, False))
-        pl.loop(filled, self.chunks)(lambda i: chunk(i, True))
-        # Costs nothing; the interpreter wants every arrival seen.
-        pl.loop(max(0, self.chunks - _STAGES), self.chunks)(lambda i: plgpu.barrier_wait(t.free.at[t.slot(i)]))
+        hopper.fill_ring(_STAGES, self.chunks, t.free, chunk)
 
     def compute(self, t: Any, side: int) -> None:
         """A warpgroup: flows of queries (0) or of keys (1), and its columns of the output where there are so many."""
