@@ -20,7 +20,7 @@ _LOG2E = math.log2(math.e)
 def unsupported(dtype: Any, d: int, e: int, agents: int) -> str | None:
     """Why the kernel cannot serve heads of these widths with so many agents, or None."""
     reasons = (
-        (dtype != jnp.bfloat16, f"on GPUs it computes bfloat16, not {jnp.dtype(dtype)}"),
+        (jnp.dtype(dtype) != jnp.bfloat16, f"on GPUs it computes bfloat16, not {jnp.dtype(dtype)}"),
         (max(d, e) > WIDEST, f"on GPUs widths of keys and values are at most {WIDEST}, not {d} and {e}"),
         (agents > AGENTS, f"on GPUs a head has at most {AGENTS} agents, not {agents}"),
     )
