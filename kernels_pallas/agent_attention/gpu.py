@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from kernels_pallas import hopper
 from kernels_pallas.agent_attention import gpu_forward
-from kernels_pallas.agent_attention.gpu_forward import AGENTS, CHUNK, COLUMNS_EACH, LOWEST, TINY, Facts
+from kernels_pallas.agent_attention.chunk import LOWEST, TINY
+from kernels_pallas.agent_attention.gpu_forward import AGENTS, CHUNK, COLUMNS_EACH, Facts
 
 WIDEST = 128
 _UNIT = 64  # of widths

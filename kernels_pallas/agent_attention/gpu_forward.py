@@ -22,15 +22,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import hopper
+from kernels_pallas.agent_attention.chunk import LOWEST, NEVER, TINY
 from kernels_pallas.hopper import COLUMNS, LAYOUT, ROWS, added, by_column, by_row, product
 
 NAME = "agent_attention_forward"
 CHUNK = 64  # C: rows of the tensor cores' tile
 AGENTS = 64  # M: as well; fewer are filled up
 COLUMNS_EACH = 64  # E
-LOWEST = -1e30  # the logarithm of nothing
-NEVER = -3e38  # the logit of a key that is not there: far below `LOWEST`
-TINY = 2.0**-80  # sums below are not exact
 _STAGES = 2  # chunks in flight
 _PAIRS = (CHUNK, CHUNK)  # also agents and positions, either way round
 
