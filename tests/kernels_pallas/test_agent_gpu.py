@@ -61,7 +61,7 @@ def test_what_is_not_exact_is_known():
     """One sequence's logits are 2^100 apart inside of a chunk, and it says so; the other's output is exact, and so are
     both states."""
     arrays = given(inputs(70, 1, 3, 16, 16, False), "bfloat16")
-    far = jnp.where(jnp.arange(70) < 20, -1.0, 1.0)[:, None, None] * 8 * jnp.sign(arrays["agents"][0, 0])
+    far = jnp.where(jnp.arange(70) < 20, -1.0, 1.0)[:, None, None] * 16 * jnp.sign(arrays["agents"][0, 0])
     arrays["k"] = arrays["k"].at[0].set(far.astype("bfloat16"))
     found, exact = results(arrays, None)
     expected = defined(arrays, None)
