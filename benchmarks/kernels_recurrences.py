@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 PEERS = ("ours", "xla", "fla")
+AGENTS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +17,8 @@ class Recurrence:
     """One recurrence: shapes as in `kernels_pallas.linear_recurrence` or, without decay, `.flow_attention`.
 
     Attributes:
-      op: linear_recurrence, delta_rule (decay: data), neural_memory (a matrix; decay: data), or flow_attention.
+      op: linear_recurrence, delta_rule (decay: data), neural_memory (a matrix; decay: data), flow_attention, or
+        agent_attention by `AGENTS` agents.
       decay: none, constant (a number per head), or data (one per position and head).
       packed: rows are documents T / 8 long.
       chunk: of the neural memory.
@@ -46,22 +48,28 @@ class Recurrence:
 
     def flops(self, backward: bool) -> float:
         """Of the products of a chunk of 64, forward, or forward and backward by 3 d + 2 e and five states; of the delta
-        rule, of reading, writing and asking a state once a position, and twice as much backward."""
+        rule, of reading, writing and asking a state once a position, and twice as much backward; of agent attention, of
+        logits, sums, pairs and averages, and in the backward of their gradients."""
         if self.op == "delta_rule":
             return (18.0 if backward else 6.0) * self.B * self.T * self.H * self.d * self.e
         if self.op == "neural_memory":  # W for keys and queries, S for queries, both written; thrice as many backward
             return (40.0 if backward else 10.0) * self.B * self.T * self.H * self.d * self.d
+        if self.op == "agent_attention":
+            d, e, m = self.d, self.e, AGENTS * (1.0 + 2.5 * backward)
+            pairs = 2 * AGENTS * d + 64 * e + backward * (6 * AGENTS * d + 2 * 64 * e)
+            return 2.0 * self.B * self.T * self.H * (pairs + 2 * m * (64 + e))
         pairs, states = 64 * (self.d + self.e), 2 * self.d * self.e
         if backward:
             pairs, states = pairs + 64 * (3 * self.d + 2 * self.e), states + 5 * self.d * self.e
         return 2.0 * self.B * self.T * self.H * (pairs + states)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of q, k, u, do and what there is of log_decay and beta."""
+        """Of q, k, u, do and what there is of log_decay, beta and agents."""
         positions = self.B, self.T, self.H
         keys, values = (*positions, self.d), (*positions, self.e)
         decay = {"none": {}, "constant": {"log_decay": (self.H,)}, "data": {"log_decay": positions}}[self.decay]
         more = {"delta_rule": {"beta": positions}, "neural_memory": {"log_eta": positions, "theta": positions}}
+        more["agent_attention"] = {"agents": (self.H, AGENTS, self.d)}
         return {"q": keys, "k": keys, "u": values, "do": values} | decay | more.get(self.op, {})
 
     def documents(self) -> np.ndarray | None:
@@ -92,6 +100,7 @@ PARITY = [
     *(Recurrence(f"linear {d}/{e} {decay}", "linear_recurrence", 2, 1000, 4, d, e, decay)
       for d, e, decay in ((64, 64, "constant"), (128, 128, "data"), (128, 129, "none"), (256, 256, "data"))),
     *(Recurrence(f"flow {d}/{d}", "flow_attention", 2, 1000, 4, d, d) for d in (64, 128)),
+    *(Recurrence(f"agent {d}/{d} packed", "agent_attention", 2, 1000, 4, d, d, packed=True) for d in (64, 128)),
     *(Recurrence(f"delta rule {d}/{e} packed", "delta_rule", 2, 1000, 4, d, e, "data", True)
       for d, e in ((64, 64), (128, 128), (128, 256))),
     *(Recurrence(f"memory {d} chunk {chunk} packed", "neural_memory", 2, 1000, 4, d, d, "data", True, chunk)
@@ -104,6 +113,7 @@ TIMED = [
     Recurrence("linear 128/129", "linear_recurrence", 4, 8192, 16, 128, 129),
     Recurrence("linear 256 data", "linear_recurrence", 4, 8192, 8, 256, 256, "data"),
     Recurrence("flow 128", "flow_attention", 4, 8192, 16, 128, 128),
+    Recurrence("agent 128", "agent_attention", 4, 8192, 16, 128, 128),
     Recurrence("delta rule 128", "delta_rule", 4, 8192, 16, 128, 128, "data"),
     Recurrence("delta rule 128 packed", "delta_rule", 4, 8192, 16, 128, 128, "data", True),
     Recurrence("delta rule 64", "delta_rule", 4, 8192, 32, 64, 64, "data"),
@@ -123,6 +133,11 @@ def in_jax(case: Recurrence, impl: str) -> Callable[..., Any]:
         from attnlab.ops.flow_definition import FlowRule
 
         return lambda q, k, u: flow_attention(q, k, u, FlowRule(), causal=True, documents=documents, impl=impl).o
+    if case.op == "agent_attention":
+        from attnlab.ops.agent import causal_agent_attention
+
+        options = {"refreshed": False, "chunk": 64, "impl": impl}
+        return lambda q, k, u, agents: causal_agent_attention(q, k, u, agents, documents, **options)[0]
     if case.op == "delta_rule":
         from attnlab.ops.delta_rule import delta_rule
 

@@ -169,6 +169,21 @@ def put(memory: Any, x: jax.Array) -> None:
     plgpu.commit_smem()
 
 
+def fill_ring(stages: int, chunks: int, free: Any, fetch: Callable[[jax.Array], None]) -> None:
+    """What a warpgroup does that copies: `fetch` of chunk after chunk, into memory of as many as there are stages, once
+    those that read a place have arrived at its barrier in `free`."""
+
+    def again(i: jax.Array) -> None:
+        plgpu.barrier_wait(free.at[lax.rem(i, stages)])
+        fetch(i)
+
+    filled = min(stages, chunks)
+    pl.loop(0, filled)(fetch)
+    pl.loop(filled, chunks)(again)
+    # Costs nothing; the interpreter wants every arrival seen.
+    pl.loop(max(0, chunks - stages), chunks)(lambda i: plgpu.barrier_wait(free.at[lax.rem(i, stages)]))
+
+
 def _named(name: str, body: Callable[..., None]) -> Callable[..., None]:
     def run(*refs: Any, **scratch: Any) -> None:
         body(*refs, **scratch)

@@ -93,7 +93,7 @@ CAUSAL_AGENT_ATTENTION = Op(
             agent_kernel.run,
             agent_kernel.unsupported,
             agent_kernel.worth,
-            platforms=("tpu",),
+            platforms=("tpu", "gpu"),
             interpretable=True,
             split=agent_kernel.over_devices,
             kernel_flops=agent_kernel.kernel_flops,

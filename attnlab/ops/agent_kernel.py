@@ -1,4 +1,4 @@
-"""Causal agent attention by our TPU kernel (`kernels_pallas.agent_attention`): one pass, the averages on chip."""
+"""Causal agent attention by our kernels (`kernels_pallas.agent_attention`): one pass, the averages on chip."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from attnlab.ops import agent_causal, attention_flash
 from attnlab.ops.agent_causal import Averages
@@ -32,14 +33,22 @@ def _kernels() -> Any:
 
 def unsupported(spec: AgentSpec) -> str | None:
     """Why the kernel cannot serve, or None."""
+    on_gpu = attention_flash.kernel_platform() == "cuda"
+    if on_gpu and (reason := _unsupported_on_gpus(spec)):
+        return reason
     if spec.dtype not in ("bfloat16", "float32"):
         return f"it computes bfloat16 and float32, not {spec.dtype}"
     if _anew(spec) and (spec.packed or "stream" in spec.features):
         where = "packed documents" if spec.packed else "a stream"
         return f"its sweeps begin where agents are made anew, which in {where} may be anywhere; allowed: whole rows"
-    if _kernels().default_sizes(*_arrays(spec), spec.agents, device_kind()) is None:
+    if not on_gpu and _kernels().default_sizes(*_arrays(spec), spec.agents, device_kind()) is None:
         return f"averages of {spec.agents} agents of width {spec.width} do not fit into fast memory"
     return None
+
+
+def _unsupported_on_gpus(spec: AgentSpec) -> str | None:
+    reason = attention_flash.unsupported_heads(spec.dtype, max(spec.width, spec.value_width))
+    return reason or _kernels().gpu_unsupported(spec.dtype, spec.width, spec.value_width, spec.agents)
 
 
 def worth(spec: AgentSpec) -> bool:
@@ -51,7 +60,11 @@ def worth(spec: AgentSpec) -> bool:
 
 def kernel_flops(spec: AgentSpec) -> dict[str, float]:
     """FLOPs of one run of each kernel."""
-    flops = _kernels().kernel_flops(*_arrays(spec), spec.agents, device_kind())
+    q, v = _arrays(spec)
+    if attention_flash.kernel_platform() == "cuda":
+        flops = _kernels().gpu_kernel_flops(*q.shape, v.shape[3])
+    else:
+        flops = _kernels().kernel_flops(q, v, spec.agents, device_kind())
     if _anew(spec) and spec.positions > spec.chunk:
         flops |= attention_flash.kernel_flops(_refreshes(spec))
     return flops
@@ -102,25 +115,62 @@ def _refreshed(q, k, v, first_Hmd, chunk: int, interpret: bool) -> jax.Array:
         agents, log, values = after(agents, asked), after(log, lse), after(values, means)
     rows = lambda x: jnp.pad(x, ((0, 0), (0, (n + 1) * chunk - T), (0, 0), (0, 0))).reshape(B * (n + 1), chunk, H, -1)
     fold = lambda x: x.reshape(B * (n + 1), *x.shape[2:])
-    with tuning.device_kind(partition.device_kind()):
-        o, _ = _kernels().agent_attention(
-            rows(q), rows(k.astype(q.dtype)), rows(v.astype(q.dtype)), fold(agents),
-            state=(fold(log), fold(values)), interpret=interpret,
-        )  # fmt: skip
+    arrays = rows(q), rows(k.astype(q.dtype)), rows(v.astype(q.dtype)), fold(agents)
+    o, _ = _sweep(*arrays, None, _averages(fold(log), fold(values)), interpret=interpret)
     return o.reshape(B, (n + 1) * chunk, H, e)[:, :T]
 
 
 def _fixed(q, k, v, agents_BHmd, documents, valid, before: Averages | None, *, interpret: bool):
     """As `agent_causal.fixed_agent_attention` of keys that are all valid."""
     del valid
+    k, v, agents = (x.astype(q.dtype) for x in (k, v, agents_BHmd))
+    return _sweep(q, k, v, agents, documents, before, interpret=interpret)
+
+
+def _sweep(q, k, v, agents_BHmd, documents, before: Averages | None, *, interpret: bool) -> tuple[jax.Array, Averages]:
+    """By the kernels of this platform, in one dtype."""
+    if attention_flash.kernel_platform() == "cuda":
+        return _on_gpus(q, k, v, agents_BHmd, documents, before)
     with tuning.device_kind(partition.device_kind()):
         o, after = _kernels().agent_attention(
-            q, k.astype(q.dtype), v.astype(q.dtype),
-            (agents_BHmd[0] if agents_BHmd.shape[0] == 1 else agents_BHmd).astype(q.dtype),
-            starts=None if documents is None else first_positions(documents),
+            q, k, v, _shared(agents_BHmd), starts=None if documents is None else first_positions(documents),
             state=None if before is None else _logarithms(before), interpret=interpret,
         )  # fmt: skip
     return o, _averages(*after)
+
+
+@jax.custom_vjp
+def _on_gpus(q, k, v, agents_BHmd, documents, before: Averages | None) -> tuple[jax.Array, Averages]:
+    """By the kernel for GPUs, and by XLA's form where logits are so far apart that the kernel's output is not exact. It
+    has no gradient of its own: it is that of XLA's form."""
+    with tuning.device_kind(partition.device_kind()):
+        o, after, exact = _kernels().gpu_agent_attention(
+            q, k, v, _shared(agents_BHmd), starts=None if documents is None else first_positions(documents),
+            state=None if before is None else _logarithms(before),
+        )  # fmt: skip
+    by_xla = lambda: agent_causal.fixed_agent_attention(q, k, v, agents_BHmd, documents, before)[0]
+    return jax.lax.cond(jnp.all(exact), lambda: o, by_xla), _averages(*after)
+
+
+def _gradient_forward(*arrays: Any) -> tuple[tuple[jax.Array, Averages], Any]:
+    o, after = _on_gpus(*arrays)
+    return (checkpoint_name(o, "attention_o"), after), arrays
+
+
+def _gradient_backward(arrays: Any, cotangents: Any) -> Any:
+    def run(*arrays: Any) -> tuple[jax.Array, Averages]:
+        o, after = agent_causal.fixed_agent_attention(*arrays)
+        return o, _averages(*_logarithms(after))
+
+    return jax.vjp(run, *arrays)[1](cotangents)
+
+
+_on_gpus.defvjp(_gradient_forward, _gradient_backward)
+
+
+def _shared(agents_BHmd: jax.Array) -> jax.Array:
+    """Without the axis of sequences where they have the same."""
+    return agents_BHmd[0] if agents_BHmd.shape[0] == 1 else agents_BHmd
 
 
 def _logarithms(averages: Averages) -> tuple[jax.Array, jax.Array]:

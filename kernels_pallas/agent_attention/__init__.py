@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import tuning
+from kernels_pallas.agent_attention import gpu
 from kernels_pallas.agent_attention import plan as plan_lib
 from kernels_pallas.agent_attention.chunk import LOWEST
 from kernels_pallas.agent_attention.gradient import rule
@@ -24,7 +25,17 @@ from kernels_pallas.linear_recurrence.plan import (
     side_by_side,
 )
 
-__all__ = ["Sizes", "agent_attention", "default_sizes", "kernel_flops"]
+__all__ = [
+    "Sizes",
+    "agent_attention",
+    "default_sizes",
+    "gpu_agent_attention",
+    "gpu_kernel_flops",
+    "gpu_unsupported",
+    "kernel_flops",
+]
+
+gpu_unsupported, gpu_kernel_flops = gpu.unsupported, gpu.flops
 
 State = tuple[jax.Array, jax.Array]
 
@@ -91,6 +102,35 @@ def agent_attention(
     log, values = out["log_end"][:, :, 0, :m], out["values_end"][:, :, :m, :value_width]
     log = jnp.where(log > LOWEST / 2, log * scale, -jnp.inf)
     return out["o"].reshape(B, T, H, e)[..., :value_width], (log, values)
+
+
+def gpu_agent_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    agents: jax.Array,
+    *,
+    starts: jax.Array | None = None,
+    state: State | None = None,
+    interpret: Any = False,
+) -> tuple[jax.Array, State, jax.Array]:
+    """The values of `agent_attention` on NVIDIA's Hopper, without a gradient, in bfloat16.
+
+    Args: as of `agent_attention`, of widths up to 128 and up to 64 agents; `interpret`: by jax's interpreter of GPU
+      kernels, on a CPU.
+
+    Returns:
+      o, the state after the last position, and whether o is exact, [B, H]. Where it is not, in some chunk of 64
+      positions one sees of an agent no logit that comes near the largest up to the chunk's end: all weights that it has
+      are less than 2^-80 of that one's. The state is exact in any case.
+
+    Raises:
+      ValueError: shapes, dtypes or options that do not fit.
+    """
+    _check(q, k, v, agents, starts, state)
+    if reason := gpu.unsupported(q.dtype, q.shape[3], v.shape[3], agents.shape[-2]):
+        raise ValueError(f"agent_attention: {reason}")
+    return gpu.forward(q, k, v, agents, starts, state, interpret)
 
 
 def default_sizes(

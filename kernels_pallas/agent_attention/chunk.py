@@ -88,6 +88,7 @@ class Step(linear.Step):
     """A step of the grid: a block of positions of a group of heads."""
 
     plan: AgentPlan
+    state: list[State]
 
     def __init__(self, plan: AgentPlan, r: dict[str, Any], *, heads: int, backward: bool):
         super().__init__(plan, r, heads=heads, backward=backward)
@@ -155,6 +156,17 @@ class Step(linear.Step):
     def inverse(self, x: jax.Array) -> jax.Array:
         """1 / x, as exactly as products are."""
         return pl.reciprocal(x, approx=not self.exact)
+
+    def weigh(self, m: int, h: int, logits: jax.Array) -> tuple[Sight, State, jax.Array, jax.Array]:
+        """Of a chunk by its logits of keys: the sight, `state` of the head against the high up to the chunk's end, the
+        weights of its keys, whose rows are left for sums, and what the state before weighs."""
+        sight, (high0, total0, values0) = self.sight(m), self.state[h]
+        keys = self.seen(logits, m)
+        high = jnp.maximum(high0, over_lanes(keys))
+        weights = jnp.exp2((keys - across(high, keys.shape[1])) * self.rate).astype(self.r["q"].dtype)
+        keep = jnp.exp2((high0 - high) * self.rate)
+        self.leave_rows("sums", m, h, weights)
+        return sight, State(high, total0 * keep, values0 * across(keep, values0.shape[1])), weights, keep
 
     def of_all(self, name: str, m: int, h: int, by: Callable[[jax.Array], jax.Array]) -> jax.Array:
         """`by` of a head's rows, made for those of all heads at once: what is multiplied is loaded once. Before the

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from kernels_pallas.agent_attention.chunk import TINY, State, Step, across, over_lanes, sum_over_lanes, times
+from kernels_pallas.agent_attention.chunk import TINY, State, Step, across, sum_over_lanes, times
 from kernels_pallas.agent_attention.plan import LANES, AgentBlocks, AgentPlan, backward_flops
 from kernels_pallas.linear_recurrence.chunk import Unit, lockstep, over_sublanes
 from kernels_pallas.mosaic import product
@@ -90,17 +90,11 @@ class Backward(Step):
 
     def forward_unit(self, m: int, h: int) -> Unit:
         """A chunk's weights, and the state after it."""
-        e, C, dtype = self.plan.shape[4], self.plan.sizes.chunk, self.r["q"].dtype
+        C, dtype = self.plan.sizes.chunk, self.r["q"].dtype
         q, k, v = (self.load(name, m, h) for name in ("q", "k", "v"))
         logits = product(self.r["agents"][0, h], jnp.concatenate([k, q]), 1, 1)
         yield
-        sight, (high0, total0, values0) = self.sight(m), self.state[h]
-        keys = self.seen(logits[:, :C], m)
-        high = jnp.maximum(high0, over_lanes(keys))
-        weights = jnp.exp2((keys - across(high, C)) * self.rate).astype(dtype)
-        keep = jnp.exp2((high0 - high) * self.rate)
-        total0, values0 = total0 * keep, values0 * across(keep, e)
-        self.leave_rows("sums", m, h, weights)
+        sight, (high, total0, values0), weights, keep = self.weigh(m, h, logits[:, :C])
         staying = times(weights, sight.stays).astype(dtype)
         new, stay = product(staying, v, 1, 0), sum_over_lanes(staying)
         yield

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from kernels_pallas.agent_attention.chunk import LOWEST, TINY, State, Step, across, over_lanes, sum_over_lanes, times
+from kernels_pallas.agent_attention.chunk import LOWEST, TINY, State, Step, across, sum_over_lanes, times
 from kernels_pallas.agent_attention.plan import LANES, AgentBlocks, AgentPlan, forward_flops
 from kernels_pallas.linear_recurrence.chunk import Unit, lockstep
 from kernels_pallas.mosaic import product
@@ -61,17 +61,11 @@ class Forward(Step):
 
     def unit(self, m: int, h: int) -> Unit:
         """A chunk of a head, in phases."""
-        e, C, dtype = self.plan.shape[4], self.plan.sizes.chunk, self.r["q"].dtype
+        C, dtype = self.plan.sizes.chunk, self.r["q"].dtype
         q, k, v = (self.load(name, m, h) for name in ("q", "k", "v"))
         logits = product(self.r["agents"][0, h], jnp.concatenate([k, q]), 1, 1)
         yield
-        sight, (high0, total0, values0) = self.sight(m), self.state[h]
-        keys = self.seen(logits[:, :C], m)
-        high = jnp.maximum(high0, over_lanes(keys))
-        weights = jnp.exp2((keys - across(high, C)) * self.rate).astype(dtype)
-        keep = jnp.exp2((high0 - high) * self.rate)
-        total0, values0 = total0 * keep, values0 * across(keep, e)
-        self.leave_rows("sums", m, h, weights)
+        sight, (high, total0, values0), weights, _ = self.weigh(m, h, logits[:, :C])
         raw, sum_of_raw = self.raw_shares(logits[:, C:])
         yield
         up_to = self.of_all("sums", m, h, lambda x: self.sums(x, sight))

@@ -107,6 +107,7 @@ class _Forward:
             "vectors_s": plgpu.SMEM((len(VECTORS), self.d), jnp.float32),
             "weights_s": rows(2),  # of the second flows: N / I, N / O
             "numbers_s": rows(3),
+            "kept_s": rows(2),  # what a warpgroup needs later: in registers it would spill
             "own_s": rows(2),  # what a warpgroup turns from rows into columns
             "pairs_s": tiles((_STAGES, CHUNK, CHUNK), self.dtype),  # the other warpgroup may be at the chunk before
             "rows_s": tiles((2, CHUNK, CHUNK), self.dtype),
@@ -128,7 +129,7 @@ class _Forward:
         t = types.SimpleNamespace(
             q=q, k=k, v=v, counts=counts, limits=limits, vectors=vectors, rivals=rivals, pairs=pairs, o=o,
             numbers=numbers, vectors_end=vectors_end, rivals_end=rivals_end, pairs_end=pairs_end, h=h, b=b,
-            zero=zero[0], **scratch,
+            zero=zero, **scratch,
         )  # fmt: skip
         t.slot = lambda i: lax.rem(i, _STAGES)
         for side in (0, 1):
@@ -139,10 +140,8 @@ class _Forward:
         """The third warpgroup: fills the ring of chunks."""
         self.device.set_registers(hopper.REGISTERS[1], action="decrease")
 
-        def chunk(i: jax.Array, reused: bool) -> None:
+        def chunk(i: jax.Array) -> None:
             at, rows = t.slot(i), pl.ds(i * CHUNK, CHUNK)
-            if reused:
-                plgpu.barrier_wait(t.free.at[at])
             fetch = lambda source, target: plgpu.copy_gmem_to_smem(source, target.at[at], t.here.at[at])
             for source, target in ((t.q, t.q_s), (t.k, t.k_s), (t.v, t.v_s)):
                 fetch(source.at[t.b, rows, t.h], target)
@@ -150,11 +149,7 @@ class _Forward:
             if t.limits is not None:
                 fetch(t.limits.at[t.b, rows], t.limits_s)
 
-        filled = min(_STAGES, self.chunks)
-        pl.loop(0, filled)(lambda i: chunk(i, False))
-        pl.loop(filled, self.chunks)(lambda i: chunk(i, True))
-        # Costs nothing; the interpreter wants every arrival seen.
-        pl.loop(max(0, self.chunks - _STAGES), self.chunks)(lambda i: plgpu.barrier_wait(t.free.at[t.slot(i)]))
+        hopper.fill_ring(_STAGES, self.chunks, t.free, chunk)
 
     def compute(self, t: Any, side: int) -> None:
         """A warpgroup: flows of queries (0) or of keys (1), and its columns of the output where there are so many."""
@@ -176,7 +171,8 @@ class _Forward:
         if side == 1 and self.rule.competition:
             plgpu.copy_smem_to_gmem(t.own_s.at[side], t.rivals_end.at[t.b, t.h])
         if state is not None:
-            t.pairs_end.at[t.b, t.h, :, mine][...] = state
+            zero = t.zero[0]  # or the addresses of the state before are kept till here
+            t.pairs_end.at[t.b + zero, t.h + zero, :, mine][...] = state
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -186,7 +182,7 @@ class _Chunk:
     def __init__(self, launch: _Forward, t: Any, side: int, i: jax.Array, state: Any, rivals: Any, before: Any):
         self.launch, self.device, self.rule, self.t, self.side = launch, launch.device, launch.rule, t, side
         self.i, self.at, self.state, self.rivals, self.before = i, t.slot(i), state, rivals, before
-        self.zero = lax.min(i, t.zero)
+        self.zero = lax.min(i, t.zero[0])
         self.x_s, self.y_s = (t.q_s.at[self.at], t.k_s.at[self.at])[:: 1 - 2 * side]
         self.tiles = [pl.ds(n * TILE, TILE) for n in range(launch.d // TILE)]
         self.first = side == 0 or self.rule.allocation  # whether the first flow is asked for, and the second
@@ -279,9 +275,12 @@ class _Chunk:
         t, device, shape, epsilon = self.t, self.device, (CHUNK, CHUNK), self.rule.epsilon
         own = t.own_s.at[self.side + self.zero]
         own[...], _ = self.sums(self.y_s)
-        # Before the pairs, which would stay in registers beside it.
+        # Before the pairs, which would stay in registers beside it: what is stored cannot be put off.
         sums, far = self.sums(self.x_s, 2 * self.side if self.first else None)
-        self.more = epsilon * (sums + epsilon * self.launch.width)  # what epsilon beside the sums gives
+        kept = [x.at[self.side + self.zero] for x in (t.kept_s, t.weights_s)]
+        kept[0][...] = epsilon * (sums + epsilon * self.launch.width)  # what epsilon beside the sums gives
+        if far is not None:
+            kept[1][...] = far
         plgpu.commit_smem()
 
         def product(pairs: Any) -> jax.Array:
@@ -294,9 +293,10 @@ class _Chunk:
             t.pairs_s.at[self.at][...] = jnp.where(seen, pairs, 0.0).astype(self.launch.dtype)
         others = by_column(device.load(own, COLUMNS), shape)
         self.pairs = jnp.where(seen, pairs + epsilon * others, 0.0)
+        self.more = device.load(kept[0], ROWS)
         if far is None:
             return
-        self.flow = self.pairs.sum(axis=1) + far + self.more
+        self.flow = self.pairs.sum(axis=1) + device.load(kept[1], ROWS) + self.more
         t.weights_s.at[self.side + self.zero][...] = jnp.where(self.counts > 0, self.counts / self.flow, 0.0)
 
     def second_flow(self) -> None:
@@ -305,9 +305,11 @@ class _Chunk:
         flow = weights = None
         if self.second:
             weights = t.weights_s.at[1 - self.side + self.zero]
-            near = (self.pairs * by_column(device.load(weights, COLUMNS), self.pairs.shape)).sum(axis=1)
+            others = by_column(device.load(weights, COLUMNS), self.pairs.shape)
+            kept = t.kept_s.at[self.side + self.zero]
+            kept[...] = (self.pairs * others).sum(axis=1) + self.more
             _, far = self.sums(self.x_s, n)
-            flow = (near + far + self.more) / jnp.maximum(self.counts, 1.0)
+            flow = (device.load(kept, ROWS) + far) / jnp.maximum(self.counts, 1.0)
         if self.first or self.second:
             self.add(weights)
         if self.side == 0:

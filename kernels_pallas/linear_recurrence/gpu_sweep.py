@@ -160,15 +160,12 @@ class _Sweep:
     def copy(self, t: Any) -> None:
         """The last warpgroup: fills the ring of chunks."""
         self.set_registers(1, "decrease")
-        stages = self.blocks.stages
         all_columns = self.blocks.warpgroups * self.blocks.columns
         columns = pl.ds(t.e * all_columns, all_columns)
 
-        def chunk(i: jax.Array, reused: bool) -> None:
+        def chunk(i: jax.Array) -> None:
             at, n = t.slot(i), t.chunk(i)
             rows = pl.ds(n * CHUNK, CHUNK)
-            if reused:
-                plgpu.barrier_wait(t.free.at[at])
             fetch = lambda source, target: plgpu.copy_gmem_to_smem(source, target.at[at], t.here.at[at])
             fetch(t.q.at[t.b, rows, t.h], t.q_s)
             fetch(t.k.at[t.b, rows, t.h], t.k_s)
@@ -180,11 +177,7 @@ class _Sweep:
             if t.limits is not None:
                 fetch(t.limits.at[t.b, rows], t.limits_s)
 
-        filled = min(stages, self.chunks)
-        pl.loop(0, filled)(lambda i: chunk(i, False))
-        pl.loop(filled, self.chunks)(lambda i: chunk(i, True))
-        # Costs nothing; the interpreter wants every arrival seen.
-        pl.loop(max(0, self.chunks - stages), self.chunks)(lambda i: plgpu.barrier_wait(t.free.at[t.slot(i)]))
+        hopper.fill_ring(self.blocks.stages, self.chunks, t.free, chunk)
 
     def compute(self, t: Any) -> None:
         """A computing warpgroup: its columns, chunk by chunk."""

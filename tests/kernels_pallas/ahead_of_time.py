@@ -26,6 +26,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use
 
 from attnlab.launch.targets import Target  # noqa: E402
 from kernels_pallas import hopper  # noqa: E402
+from kernels_pallas.agent_attention import gpu_agent_attention  # noqa: E402
 from kernels_pallas.delta_rule import delta_rule  # noqa: E402
 from kernels_pallas.flash_attention import flash_attention  # noqa: E402
 from kernels_pallas.flow_attention import Sums, flow_attention  # noqa: E402
@@ -66,6 +67,9 @@ RECURRENCES = {
 }  # fmt: skip
 FLOWS = {f"flow {d}/{e} {features}": (d, e, features) for d, e, features in (
     (64, 64, "ps"), (64, 128, ""), (128, 64, "ps"), (128, 128, ""), (128, 128, "ps"))}  # fmt: skip
+# Of agent attention: 64 agents, or 16, packed documents, a state in.
+AGENTS = {f"agent {d}/{e} {features}": (d, e, features) for d, e, features in (
+    (64, 64, "ps"), (128, 64, "k"), (64, 128, "k"), (128, 128, ""), (128, 128, "kps"))}  # fmt: skip
 
 # Of a memory that is a matrix: width and chunk.
 MEMORIES = {f"memory {d} chunk {chunk}": (d, chunk) for d in (64, 128) for chunk in (16, 64)}
@@ -195,6 +199,16 @@ def memory_program(d: int, chunk: int, placed: Any) -> tuple[Callable[..., Any],
     return run, [(rows,) * 3 + (gate,) * 3, of(B, T, dtype=jnp.int32), (of(1, H, d, d),), (states, states), cotangents]
 
 
+def agent_program(d: int, e: int, features: str, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
+    """As `program`, for the values of agent attention."""
+    of = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+    wide, m = lambda *shape: of(*shape, dtype=jnp.float32), 16 if "k" in features else 64
+    arrays = {"q": of(B, T, H, d), "k": of(B, T, H, d), "v": of(B, T, H, e), "agents": of(H, m, d)}
+    arrays |= {"state": (wide(B, H, m), wide(B, H, m, e))} if "s" in features else {}
+    arrays |= {"starts": of(B, T, dtype=jnp.int32)} if "p" in features else {}
+    return lambda arrays: gpu_agent_attention(**arrays), [arrays]
+
+
 def program_of(case: str, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
     """What a case compiles, and for what arrays."""
     if case in RECURRENCES:
@@ -203,6 +217,8 @@ def program_of(case: str, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
         return memory_program(*MEMORIES[case], placed)
     if case in FLOWS:
         return flow_program(*FLOWS[case], placed)
+    if case in AGENTS:
+        return agent_program(*AGENTS[case], placed)
     if case.startswith("delta"):
         return delta_program(*CASES[case], placed)
     return (packed_program if "r" in case else program)(*CASES[case], placed)
@@ -230,7 +246,7 @@ def kernels(case: str, placed: Any) -> Iterator[dict[str, Any]]:
 def main() -> None:
     mosaic._SMEM_SIZE_BOUND = _Limit(hopper.SMEM_BYTES)
     placed = SingleDeviceSharding(Target.of("h100:1").devices[0])
-    for case in sys.argv[1:] or CASES | RECURRENCES | FLOWS | MEMORIES:
+    for case in sys.argv[1:] or CASES | RECURRENCES | FLOWS | AGENTS | MEMORIES:
         for found in kernels(case, placed):
             print(json.dumps(found), flush=True)
 

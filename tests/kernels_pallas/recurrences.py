@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tests.mixers import precision
 
@@ -52,6 +54,13 @@ def assert_close(found, expected, tolerance):
         assert found[name].shape == value.shape
         scale = max(np.abs(value).max(), 1e-3)
         np.testing.assert_allclose(found[name], value, atol=tolerance * scale, rtol=0, err_msg=name)
+
+
+def assert_refused(fn, says, *, dtype="bfloat16", width=8, **options):
+    """Before anything is compiled, for queries and keys of a width and values of 8."""
+    of = lambda w: jax.ShapeDtypeStruct((1, 9, 2, w), dtype)
+    with pytest.raises(ValueError, match=says):
+        jax.eval_shape(functools.partial(fn, **options), of(width), of(width), of(8))
 
 
 def calls(fn, *args):

@@ -12,6 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from attnlab.ops.flow_definition import FlowRule
 from kernels_pallas.flow_attention import Rule, Sums, flow_attention
+from tests.kernels_pallas.recurrences import assert_refused
 from tests.kernels_pallas.test_flash_gpu import needs_interpreter
 from tests.kernels_pallas.test_flow_attention import COUNT, PLAIN, STARTS, defined, inputs, typed, uses
 
@@ -72,8 +73,4 @@ def test_equals_the_definition(name):
 ])  # fmt: skip
 def test_refusals(change, says):
     """Said before anything is compiled, with what is allowed."""
-    change = {"dtype": "bfloat16", "width": 8, "platform": "cuda"} | change
-    dtype, width = change.pop("dtype"), change.pop("width")
-    of = lambda w: jax.ShapeDtypeStruct((1, 9, 2, w), dtype)
-    with pytest.raises(ValueError, match=f"flow_attention.*{says}"):
-        jax.eval_shape(functools.partial(flow_attention, **change), of(width), of(width), of(8))
+    assert_refused(flow_attention, f"flow_attention.*{says}", **{"platform": "cuda"} | change)

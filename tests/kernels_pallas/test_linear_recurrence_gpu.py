@@ -15,7 +15,7 @@ from jax.sharding import use_abstract_mesh
 from kernels_pallas import hopper
 from kernels_pallas.linear_recurrence import linear_recurrence
 from kernels_pallas.linear_recurrence.gpu import Blocks
-from tests.kernels_pallas.recurrences import assert_close, documents_of, results, rounded, starts_of
+from tests.kernels_pallas.recurrences import assert_close, assert_refused, documents_of, results, rounded, starts_of
 from tests.kernels_pallas.test_flash_gpu import H100, needs_interpreter
 from tests.kernels_pallas.test_linear_recurrence import exact, inputs
 
@@ -116,8 +116,4 @@ def test_lowers_for_a_gpu():
 ])  # fmt: skip
 def test_refusals(change, says):
     """Said before anything is compiled, with what is allowed."""
-    change = {"dtype": "bfloat16", "width": 8, "platform": "cuda"} | change
-    dtype, width = change.pop("dtype"), change.pop("width")
-    of = lambda w: jax.ShapeDtypeStruct((1, 9, 2, w), dtype)
-    with pytest.raises(ValueError, match=f"linear_recurrence.*{says}"):
-        jax.eval_shape(functools.partial(linear_recurrence, **change), of(width), of(width), of(8))
+    assert_refused(linear_recurrence, f"linear_recurrence.*{says}", **{"platform": "cuda"} | change)

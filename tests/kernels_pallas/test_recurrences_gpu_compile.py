@@ -17,14 +17,13 @@ KERNELS = {
     "recurrence 128/128 aps": SWEEPS,
     "recurrence 256/256 aps": SWEEPS,
     "flow 128/128 ps": ["flow_forward"],
+    "agent 128/128 kps": ["agent_attention_forward"],
 }
-
-SPILLS = {"flow 128/128 ps": 32}  # bytes: addresses, read again once a chunk
 
 
 @pytest.mark.skipif(absent() is not None, reason=str(absent()))
 def test_compiles_without_spills():
-    """The widest heads, with everything: forward and backward; memory that two of flow's blocks need not share."""
+    """The widest heads, with everything: forward and backward; memory that two of a kernel's blocks need not share."""
     command = [sys.executable, "-m", "tests.kernels_pallas.ahead_of_time", *KERNELS]
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=env)
@@ -32,5 +31,5 @@ def test_compiles_without_spills():
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert {case: sorted(x["kernel"] for x in found if x["case"] == case) for case in KERNELS} == KERNELS
     for kernel in found:
-        assert not kernel["serialized"] and kernel["spills"] <= SPILLS.get(kernel["case"], 0), kernel
+        assert not kernel["serialized"] and not kernel["spills"], kernel
         assert kernel["shared_memory"] <= hopper.SMEM_BYTES, kernel

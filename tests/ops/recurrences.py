@@ -6,10 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from attnlab.errors import UserError
 from tests.ops.devices import on
 
+H100 = AbstractMesh(
+    (), (), abstract_device=AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=132)
+)
 DOCUMENTS = jnp.asarray([[0] * 30 + [1] * 18 + [2] * 40 + [3] * 8])
 
 

@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import use_abstract_mesh
 
 from attnlab import ops
 from attnlab.errors import UserError
+from attnlab.ops import agent_kernel
 from attnlab.ops.agent import CAUSAL_AGENT_ATTENTION, AgentSpec, causal_agent_attention
 from attnlab.ops.agent_causal import LOWEST, Averages, fixed_agent_attention
 from attnlab.ops.dispatch import interpreted
@@ -16,7 +18,7 @@ from attnlab.parallel import partition
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
 from tests.ops.devices import on
-from tests.ops.recurrences import DOCUMENTS, assert_same
+from tests.ops.recurrences import DOCUMENTS, H100, assert_same
 
 
 def spec(**changes):
@@ -62,6 +64,81 @@ def test_auto():
                 with pytest.raises(UserError, match=says):
                     op.pick(spec(**changes), "pallas")
     assert op.pick(spec()) == "chunked"
+
+
+def test_auto_on_gpus():
+    """On Hopper the kernel, with its FLOPs; XLA's form takes other GPUs, other types, wider heads, more agents, and
+    what is shorter, each but the last with its reason."""
+    op = CAUSAL_AGENT_ATTENTION
+    with on("NVIDIA H100 80GB HBM3", "gpu"), ops.recording() as chosen:
+        assert op.choose(spec()) and chosen.choices[0].implementation == "pallas"
+        refused = (
+            ({"dtype": "float32"}, "not float32"),
+            ({"width": 136}, "at most 128, not 136 and 128"),
+            ({"agents": 65}, "at most 64 agents, not 65"),
+            ({"features": ("causal", "refreshed"), "chunk": 64}, "in packed documents may"),
+        )
+        for change, says in refused:
+            assert op.pick(spec(**change)) == "chunked"
+            with pytest.raises(UserError, match=says):
+                op.pick(spec(**change), "pallas")
+        assert op.pick(spec(positions=63)) == "chunked" and op.pick(spec(positions=64)) == "pallas"
+    with on("NVIDIA A100-SXM4-80GB", "gpu"):
+        assert op.pick(spec()) == "chunked"
+        with pytest.raises(UserError, match="for Hopper, not NVIDIA A100"):
+            op.pick(spec(), "pallas")
+    # Two warpgroups make all weights: of keys, of queries, their sums and their pairs.
+    each, d, m, C = 2.0 * 2 * 4096 * 16, 128, 64, 64
+    found = chosen.kernel_flops({"agent_attention_forward": 1})
+    assert found == each * (2 * m * (2 * d + 2 * C) + d * (2 * m + C))
+
+
+def test_on_hopper_it_is_the_program():
+    """In this jax, under a scan and rematerialisation, documents, agents that are learned."""
+    of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+    def loss(q, k, v, agents):
+        @jax.checkpoint
+        def layer(q, _):
+            return q + causal_agent_attention(q, k, v, agents, DOCUMENTS, refreshed=False, chunk=16)[0], None
+
+        return jax.lax.scan(layer, q, None, length=2)[0].astype(jnp.float32).sum()
+
+    rows = of(1, 96, 2, 24)
+    with on("NVIDIA H100 80GB HBM3", "gpu"), use_abstract_mesh(H100):
+        traced = jax.jit(jax.grad(loss, range(4))).trace(rows, rows, rows, of(2, 3, 24))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text(debug_info=True)
+    assert "agent_attention_forward" in text and "mosaic_gpu" in text
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_around_the_kernel_for_gpus(monkeypatch, exact):
+    """What it finds is the result where it is exact, else XLA's form; the gradient, through the state before and after,
+    too, is the same as of any other implementation."""
+    q, k, v, agents = arrays()
+    _, before = fixed_agent_attention(k, q, v, agents[None])
+
+    class Fake:
+        @staticmethod
+        def gpu_agent_attention(q, k, v, agents, **options):
+            o, after = kernels.agent_attention(q, k, v, agents, interpret=True, **options)
+            return (o if exact else o + 1), after, jnp.full(o.shape[:1], exact)
+
+    kernels = agent_kernel._kernels()
+    monkeypatch.setattr(agent_kernel, "_kernels", lambda: Fake)
+
+    def loss(inputs, run):
+        o, after = run(*inputs[:3], inputs[3][None], DOCUMENTS * 0, inputs[4])
+        averages = after.values_BHme / after.total_BHm[..., None]
+        log = after.highest_BHm + jnp.log(after.total_BHm)
+        return sum(jnp.sum(jnp.sin(x)) for x in (o, averages, log)), (o, averages, log)
+
+    run = lambda fn: jax.jit(jax.value_and_grad(lambda x: loss(x, fn), has_aux=True))((q, k, v, agents, before))
+    (total, values), grads = run(agent_kernel._on_gpus)
+    (expected, expected_values), expected_grads = run(fixed_agent_attention)
+    assert_same((total, values, grads[:4]), (expected, expected_values, expected_grads[:4]), 2e-5)
+    assert_same(grads[4].values_BHme, expected_grads[4].values_BHme, 2e-5)
+    assert_same(grads[4].total_BHm, expected_grads[4].total_BHm, 2e-5)
 
 
 def test_kernel_flops():

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from jax.sharding import use_abstract_mesh
 
 from attnlab import ops
 from attnlab.errors import UserError
@@ -18,11 +18,7 @@ from attnlab.parallel import partition
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
 from tests.ops.devices import on
-from tests.ops.recurrences import DOCUMENTS, assert_picked, assert_same
-
-H100 = AbstractMesh(
-    (), (), abstract_device=AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=132)
-)
+from tests.ops.recurrences import DOCUMENTS, H100, assert_picked, assert_same
 
 
 def spec(**changes):
