@@ -26,6 +26,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use
 
 from attnlab.launch.targets import Target  # noqa: E402
 from kernels_pallas import hopper  # noqa: E402
+from kernels_pallas.cross_entropy import cross_entropy  # noqa: E402
 from kernels_pallas.delta_rule import delta_rule  # noqa: E402
 from kernels_pallas.flash_attention import flash_attention  # noqa: E402
 from kernels_pallas.flow_attention import Sums, flow_attention  # noqa: E402
@@ -65,6 +66,8 @@ RECURRENCES = {
 }  # fmt: skip
 FLOWS = {f"flow {d}/{e} {features}": (d, e, features) for d, e, features in (
     (64, 64, "ps"), (64, 128, ""), (128, 64, "ps"), (128, 128, ""), (128, 128, "ps"))}  # fmt: skip
+
+LOSSES = {"loss 1000/20000": (1000, 20000)}  # widths of hidden states, and columns, neither of whole tiles
 
 
 class _Limit(int):
@@ -174,10 +177,23 @@ def flow_program(d: int, e: int, features: str, placed: Any) -> tuple[Callable[.
     return run, [of(B, T, H, d), of(B, T, H, d), of(B, T, H, e), documents, state]
 
 
+def loss_program(width: int, columns: int, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
+    """As `program`, of cross-entropy."""
+    of = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+
+    def run(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, cotangents: Any) -> Any:
+        out, vjp = jax.vjp(lambda *a: cross_entropy(*a, targets, platform="cuda"), hidden, kernel)
+        return out, vjp(cotangents)
+
+    return run, [of(T, width, dtype=jnp.bfloat16), of(width, columns), of(T, dtype=jnp.int32), (of(T), of(T))]
+
+
 def program_of(case: str, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
     """What a case compiles, and for what arrays."""
     if case in RECURRENCES:
         return recurrence_program(*RECURRENCES[case], placed)
+    if case in LOSSES:
+        return loss_program(*LOSSES[case], placed)
     if case in FLOWS:
         return flow_program(*FLOWS[case], placed)
     if case.startswith("delta"):
@@ -207,7 +223,7 @@ def kernels(case: str, placed: Any) -> Iterator[dict[str, Any]]:
 def main() -> None:
     mosaic._SMEM_SIZE_BOUND = _Limit(hopper.SMEM_BYTES)
     placed = SingleDeviceSharding(Target.of("h100:1").devices[0])
-    for case in sys.argv[1:] or CASES | RECURRENCES | FLOWS:
+    for case in sys.argv[1:] or CASES | RECURRENCES | FLOWS | LOSSES:
         for found in kernels(case, placed):
             print(json.dumps(found), flush=True)
 

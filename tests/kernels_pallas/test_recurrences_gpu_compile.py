@@ -1,4 +1,4 @@
-"""The Hopper kernels of recurrences by the real ptxas, with no GPU: no spills, no serialized tensor cores."""
+"""The Hopper kernels of recurrences and cross-entropy by the real ptxas: no spills, no serialized tensor cores."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ KERNELS = {
     "recurrence 128/128 aps": SWEEPS,
     "recurrence 256/256 aps": SWEEPS,
     "flow 128/128 ps": ["flow_forward"],
+    "loss 1000/20000": ["cross_entropy_slopes", "cross_entropy_value"],
 }
 
 SPILLS = {"flow 128/128 ps": 32}  # bytes: addresses, read again once a chunk
