@@ -31,6 +31,7 @@ from kernels_pallas.delta_rule import delta_rule  # noqa: E402
 from kernels_pallas.flash_attention import flash_attention  # noqa: E402
 from kernels_pallas.flow_attention import Sums, flow_attention  # noqa: E402
 from kernels_pallas.linear_recurrence import linear_recurrence  # noqa: E402
+from kernels_pallas.local_linear_attention import local_linear_attention  # noqa: E402
 from kernels_pallas.routed_attention import routed_attention, row_tile  # noqa: E402
 
 H100 = AbstractMesh(
@@ -67,6 +68,7 @@ RECURRENCES = {
 FLOWS = {f"flow {d}/{e} {features}": (d, e, features) for d, e, features in (
     (64, 64, "ps"), (64, 128, ""), (128, 64, "ps"), (128, 128, ""), (128, 128, "ps"))}  # fmt: skip
 
+LOCAL = {f"local {d} {features}".strip(): (d, features) for d in (64, 128) for features in ("", "i")}
 LOSSES = {"loss 1000/20000": (1000, 20000)}  # widths of hidden states, and columns, neither of whole tiles
 
 
@@ -188,12 +190,27 @@ def loss_program(width: int, columns: int, placed: Any) -> tuple[Callable[..., A
     return run, [of(T, width, dtype=jnp.bfloat16), of(width, columns), of(T, dtype=jnp.int32), (of(T), of(T))]
 
 
+def local_program(d: int, features: str, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
+    """As `program`, of local linear attention."""
+    of = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+    bounds = {name: of(1, T, dtype=jnp.int32) for name in ("starts", "ends") if "i" in features}
+
+    def run(arrays: Any, bounds: Any, do: Any) -> Any:
+        out, vjp = jax.vjp(lambda *a: local_linear_attention(*a, **bounds, platform="cuda").o, *arrays)
+        return out, vjp(do)
+
+    arrays = of(B, T, H, d), of(B, T, H, dtype=jnp.float32), of(B, T, K, d), of(B, T, K, d)
+    return run, [arrays, bounds, of(B, T, H, d)]
+
+
 def program_of(case: str, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
     """What a case compiles, and for what arrays."""
     if case in RECURRENCES:
         return recurrence_program(*RECURRENCES[case], placed)
     if case in LOSSES:
         return loss_program(*LOSSES[case], placed)
+    if case in LOCAL:
+        return local_program(*LOCAL[case], placed)
     if case in FLOWS:
         return flow_program(*FLOWS[case], placed)
     if case.startswith("delta"):
@@ -223,7 +240,7 @@ def kernels(case: str, placed: Any) -> Iterator[dict[str, Any]]:
 def main() -> None:
     mosaic._SMEM_SIZE_BOUND = _Limit(hopper.SMEM_BYTES)
     placed = SingleDeviceSharding(Target.of("h100:1").devices[0])
-    for case in sys.argv[1:] or CASES | RECURRENCES | FLOWS | LOSSES:
+    for case in sys.argv[1:] or CASES | RECURRENCES | FLOWS | LOSSES | LOCAL:
         for found in kernels(case, placed):
             print(json.dumps(found), flush=True)
 

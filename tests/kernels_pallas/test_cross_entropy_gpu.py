@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.cross_entropy import Sizes, cross_entropy
+from kernels_pallas.cross_entropy import Sizes, cross_entropy, gpu_tiles
 from tests.kernels_pallas.test_cross_entropy import defined, inputs, results, worst
 from tests.kernels_pallas.test_flash_gpu import needs_interpreter
 
@@ -18,10 +18,11 @@ from tests.kernels_pallas.test_flash_gpu import needs_interpreter
 # N, D, V, chunk: rows, width and columns that no tile divides; several chunks, and a ring that goes round.
 @needs_interpreter
 @pytest.mark.parametrize("case", [(140, 200, 1100, 512), (128, 64, 256, 8192)], ids=lambda c: "-".join(map(str, c)))
-def test_is_log_softmax(case):
+def test_is_log_softmax(case, monkeypatch):
     """Values and both gradients, and nothing is read or written that barriers do not put in order."""
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
+    monkeypatch.setattr(gpu_tiles, "_BLOCKS", 2)  # so that a block goes through several tiles, as of many rows
     N, D, V, chunk = case
     hidden, kernel, targets = inputs(N, D, V)
     targets[4] = V - 1
