@@ -1,4 +1,5 @@
-"""Recurrences in `benchmarks.kernels`: cases, and who computes them: our kernels, XLA, and fla's Triton kernels."""
+"""Recurrences in `benchmarks.kernels`, local linear attention and cross-entropy: cases, and who computes them: our
+kernels, XLA, and fla's Triton kernels."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ class Recurrence:
     """One recurrence: shapes as in `kernels_pallas.linear_recurrence` or, without decay, `.flow_attention`.
 
     Attributes:
-      op: linear_recurrence, delta_rule (decay: data), or flow_attention.
+      op: linear_recurrence, delta_rule (decay: data), flow_attention, local_linear (causal), or cross_entropy (of T
+        rows of width d over e columns).
       decay: none, constant (a number per head), or data (one per position and head).
       packed: rows are documents T / 8 long.
     """
@@ -40,11 +42,19 @@ class Recurrence:
 
     def tiny(self) -> Recurrence:
         """The same in small, to try a program where it would take too long."""
+        if self.op == "cross_entropy":
+            return dataclasses.replace(self, T=72, d=64, e=300)
         return dataclasses.replace(self, B=1, T=72, H=1)
 
     def flops(self, backward: bool) -> float:
         """Of the products of a chunk of 64, forward, or forward and backward by 3 d + 2 e and five states; of the delta
-        rule, of reading, writing and asking a state once a position, and twice as much backward."""
+        rule, of reading, writing and asking a state once a position, and twice as much backward; of local linear
+        attention, of 16 iterations in each solve; of cross-entropy, of each logit once."""
+        if self.op == "cross_entropy":
+            return (6.0 if backward else 2.0) * self.T * self.d * self.e
+        if self.op == "local_linear":
+            widths = 35 * self.d + self.e + (41 * self.d + 2 * self.e if backward else 0)
+            return self.B * self.H * self.T * (self.T + 1.0) * widths
         if self.op == "delta_rule":
             return (18.0 if backward else 6.0) * self.B * self.T * self.H * self.d * self.e
         pairs, states = 64 * (self.d + self.e), 2 * self.d * self.e
@@ -54,6 +64,8 @@ class Recurrence:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of q, k, u, do and what there is of log_decay and beta."""
+        if self.op == "cross_entropy":
+            return {"q": (self.T, self.d), "k": (self.d, self.e), "do": (self.T,)}
         positions = self.B, self.T, self.H
         keys, values = (*positions, self.d), (*positions, self.e)
         decay = {"none": {}, "constant": {"log_decay": (self.H,)}, "data": {"log_decay": positions}}[self.decay]
@@ -86,6 +98,8 @@ PARITY = [
     *(Recurrence(f"flow {d}/{d}", "flow_attention", 2, 1000, 4, d, d) for d in (64, 128)),
     *(Recurrence(f"delta rule {d}/{e} packed", "delta_rule", 2, 1000, 4, d, e, "data", True)
       for d, e in ((64, 64), (128, 128), (128, 256))),
+    *(Recurrence(f"local linear {d}/{d}", "local_linear", 2, 1000, 4, d, d) for d in (64, 128)),
+    Recurrence("cross-entropy 1000/20000", "cross_entropy", 1, 1000, 1, 1000, 20000),
 ]  # fmt: skip
 TIMED = [
     Recurrence("linear 128 data", "linear_recurrence", 4, 8192, 16, 128, 128, "data"),
@@ -98,6 +112,10 @@ TIMED = [
     Recurrence("delta rule 128 packed", "delta_rule", 4, 8192, 16, 128, 128, "data", True),
     Recurrence("delta rule 64", "delta_rule", 4, 8192, 32, 64, 64, "data"),
     Recurrence("delta rule 128/256", "delta_rule", 4, 8192, 8, 128, 256, "data"),
+    Recurrence("local linear 128", "local_linear", 4, 4096, 16, 128, 128),
+    Recurrence("local linear 64", "local_linear", 4, 4096, 16, 64, 64),
+    Recurrence("cross-entropy 2048/32768", "cross_entropy", 1, 16384, 1, 2048, 32768),
+    Recurrence("cross-entropy 512/32768", "cross_entropy", 1, 16384, 1, 512, 32768),
 ]
 
 
@@ -115,6 +133,17 @@ def in_jax(case: Recurrence, impl: str) -> Callable[..., Any]:
         return lambda q, k, u, log_decay, beta: delta_rule(q, k, u, log_decay, beta, documents_BT=documents, impl=impl)[
             0
         ]
+    if case.op == "local_linear":
+        from attnlab.ops import Mask
+        from attnlab.ops.local_linear import local_linear
+
+        own = {"chunked": "cg"}.get(impl, impl)
+        return lambda q, k, u: local_linear(q, k, u, Mask(causal=True), 1.0, impl=own)[0]
+    if case.op == "cross_entropy":
+        from attnlab.ops.cross_entropy import cross_entropy
+
+        targets, ones = np.arange(case.T, dtype=np.int32) * 7919 % case.e, np.ones(case.T, np.float32)
+        return lambda q, k: cross_entropy(q, k, targets, ones, impl=impl)[0].astype(q.dtype)
     from attnlab.ops.linear_recurrence import linear_recurrence
 
     return lambda q, k, u, log_decay=None: linear_recurrence(

@@ -44,7 +44,7 @@ class _Adjoint(SolvingRows):
 
         def means(j: jax.Array, slots: list[Any], carry: Any) -> Any:
             (keys, values), (mean, mean_slope) = slots, carry
-            p, slopes = self.weights(t, j, keys, start, (none, [(t.others, values)]))
+            p, slopes = self.weights(t, j, keys, start, (none, [(t.other_s, values)]))
             return self.add_of_keys(mean, p, keys), mean_slope + over_columns(p * slopes)
 
         n, (mean, mean_slope) = self.sweep(t, jnp.int32(0), 2, means, (zeros, none))
@@ -52,7 +52,7 @@ class _Adjoint(SolvingRows):
 
         def right_side(j: jax.Array, slots: list[Any], acc: jax.Array) -> jax.Array:
             keys, values = slots
-            p, slopes = self.weights(t, j, keys, start, (-mean_slope, [(t.others, values)]))
+            p, slopes = self.weights(t, j, keys, start, (-mean_slope, [(t.other_s, values)]))
             return self.add_of_keys(acc, p * slopes, keys)
 
         n, b = self.sweep(t, n, 2, right_side, zeros)

@@ -30,22 +30,21 @@ class _BackwardRows(Rows):
         self.start(q=q, k=k, v=v, wide_u=wide_u, stats=stats, dq=dq, **rows, **bounds, **scratch)
 
     def fetched(self, t: Any) -> list[tuple[Any, Any]]:
-        t.rows = {name: getattr(t, f"{name}_s").at[t.wg] for name in FACTORS}
-        return [(t.q, t.qs), *((getattr(t, name), t.rows[name]) for name in FACTORS)]
+        return [(t.q, t.qs), *((getattr(t, name), getattr(t, f"{name}_s").at[t.wg]) for name in FACTORS)]
 
     def passes(self, t: Any, n: jax.Array) -> jax.Array:
         return self.fill(t, n, (t.k, t.v))
 
     def work(self, t: Any) -> None:
-        device, rows = self.device, t.rows
+        device = self.device
         start, slope, tilt, centre = (
             device.load(t.stats.at[t.b, t.h, n, t.mine], hopper.ROWS, optimized=False) for n in range(4)
         )
 
         def step(j: jax.Array, slots: list[Any], acc: jax.Array) -> jax.Array:
             keys, values = slots
-            of_slope = [(rows["do"], values), (rows["u"], keys), (rows["u_rest"], keys)]
-            of_tilt = [(rows["x"], keys), (rows["x_rest"], keys)]
+            of_slope = [(t.do_s, values), (t.u_s, keys), (t.u_rest_s, keys)]
+            of_tilt = [(t.x_s, keys), (t.x_rest_s, keys)]
             p, slopes, tilts = self.weights(t, j, keys, start, (slope, of_slope), (tilt, of_tilt))
             dlogits = lax.optimization_barrier((p * (slopes * tilts - by_row(centre, p.shape))).astype(self.dtype))
             return device.state(lambda acc: device.wgmma(acc, dlogits, keys))(device.start(acc))

@@ -58,7 +58,7 @@ class _Forward(SolvingRows):
         (keys,), (acc, highest, total) = slots, carry
 
         def product(s: Any) -> jax.Array:
-            self.device.wgmma(s, t.qs, keys.T)
+            self.device.wgmma(s, self.own(t, t.q_s, j), keys.T)
             return self.device.read(s)
 
         s = self.hide(t, j, self.device.scoped(product, self.shape), _HIDDEN)
@@ -78,7 +78,7 @@ class _Forward(SolvingRows):
 
         def step(j: jax.Array, slots: list[Any], acc: jax.Array) -> jax.Array:
             keys, values = slots
-            p, tilts = self.weights(t, j, keys, start, (tilt, [(t.ys, keys), (t.others, keys)]))
+            p, tilts = self.weights(t, j, keys, start, (tilt, [(t.y_s, keys), (t.other_s, keys)]))
             weights = lax.optimization_barrier((p * tilts).astype(self.dtype))
             return device.state(lambda acc: device.wgmma(acc, weights, values))(device.start(acc))
 

@@ -163,19 +163,25 @@ class Rows:
 
         return n + t.count * each, lax.fori_loop(t.first, t.end, turn, carry)
 
+    def own(self, t: Any, memory: Any, j: jax.Array) -> Any:
+        """The warpgroup's rows, for products of a loop's step j."""
+        # The minimum is 0, which no compiler knows: it would keep every operand's address in registers otherwise.
+        return memory.at[t.wg + lax.min(j, 0)]
+
     def weights(self, t: Any, j: jax.Array, keys: Any, start: jax.Array, *others: tuple[jax.Array, list[Any]]) -> Any:
         """Softmax weights of a tile, and other products with it.
 
-        start: what their exponents start at, per row. others: for each what it starts at, per row, and its factors.
+        start: what their exponents start at, per row. others: for each what it starts at, per row, and its factors,
+        memory of rows and a tile of keys or values.
         """
         device, c = self.device, self.scale * LOG2E
 
         def run(refs: Any) -> None:
             s, p, *accumulators = refs
-            device.wgmma(s, t.qs, keys.T)
+            device.wgmma(s, self.own(t, t.q_s, j), keys.T)
             for accumulator, (_, factors) in zip(accumulators, others, strict=True):
                 for a, b in factors:
-                    device.wgmma(accumulator, a, b.T)
+                    device.wgmma(accumulator, self.own(t, a, j), b.T)
             count = sum(len(factors) for _, factors in others)
             p[...] = lax.optimization_barrier(jnp.exp2(device.read(s, count) * c))
 

@@ -102,7 +102,7 @@ class SolvingRows(Rows):
 
         def step(j: jax.Array, slots: list[Any], acc: jax.Array) -> jax.Array:
             (keys,) = slots
-            p, around = self.weights(t, j, keys, start, (-centre, [(t.ys, keys)]))
+            p, around = self.weights(t, j, keys, start, (-centre, [(t.y_s, keys)]))
             return self.add_of_keys(acc, p * around, keys)
 
         return self.sweep(t, n, 1, step, self.device.zeros(R, self.d))
