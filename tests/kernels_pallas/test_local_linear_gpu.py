@@ -16,8 +16,8 @@ from kernels_pallas.local_linear_attention import Blocks, local_linear_attention
 from tests.kernels_pallas.test_flash_gpu import needs_interpreter
 from tests.kernels_pallas.test_local_linear import NAMES, exact, inputs, op, results
 
-# Length, masks of the sequences, H K, d e, dtype. Rows and keys of several tiles, some of them full; documents that begin
-# inside tiles; two query heads of a key head; both widths of the kernels.
+# Length, masks of the sequences, H K, d e, dtype. Rows and keys of several tiles, some of them full; documents that
+# begin inside tiles; two query heads of a key head; both widths of the kernels.
 CASES = {
     "documents": (140, ("packed",), (2, 1), (32, 16), "bfloat16"),
     "wide": (72, ("causal",), (1, 1), (96, 128), "bfloat16"),
@@ -60,12 +60,12 @@ def test_a_block_ends_with_its_last_row():
     ridge[:, 128:] *= 100
     arrays = [jnp.asarray(x, "float32" if n == "ridge" else "bfloat16") for n, x in zip(NAMES, (q, ridge, k, v))]
     run = functools.partial(local_linear_attention, platform="cuda", interpret=True, **bounds)
-    found = jax.jit(lambda *a: (run(*a, iterations=12, tolerance=1e-2), run(*a, iterations=2)))(*arrays)
+    found = jax.jit(lambda *a: (run(*a, iterations=20, tolerance=1e-2), run(*a, iterations=2)))(*arrays)
     done, cut = (jax.tree.map(lambda x: np.asarray(x[0, :, 0], np.float32), f) for f in found)
     for block in (slice(0, 128), slice(128, 200)):
         assert np.all(done.turns[block] == done.iterations[block].max())
     assert done.turns[0] > done.turns[199] > 0 and len(np.unique(done.iterations[:128])) > 2
-    assert done.residual.max() < 1e-2 and done.iterations[0] == 0
+    assert done.residual.max() < 1e-2 and done.iterations[0] == 1  # of a row that sees one key
     assert np.all(cut.turns == 2) and 1e-2 < cut.residual[127] < 1
     wide = [x.astype(jnp.float32) for x in arrays]
     _, facts = local_linear(wide[0], wide[2], wide[3], Mask(k_end=jnp.asarray(bounds["ends"])), wide[1], **CUT)
