@@ -1,4 +1,5 @@
-"""Recurrences in `benchmarks.kernels`: cases, and who computes them: our kernels, XLA, and fla's Triton kernels."""
+"""Recurrences in `benchmarks.kernels`, local linear attention and cross-entropy: cases, and who computes them: our
+kernels, XLA, and fla's Triton kernels."""
 
 from __future__ import annotations
 
@@ -17,8 +18,9 @@ class Recurrence:
     """One recurrence: shapes as in `kernels_pallas.linear_recurrence` or, without decay, `.flow_attention`.
 
     Attributes:
-      op: linear_recurrence, delta_rule (decay: data), neural_memory (a matrix; decay: data), flow_attention, or
-        agent_attention by `AGENTS` agents.
+      op: linear_recurrence, delta_rule (decay: data), neural_memory (a matrix; decay: data), flow_attention,
+        agent_attention by `AGENTS` agents, local_linear (causal), or cross_entropy (of T rows of width d over e
+        columns).
       decay: none, constant (a number per head), or data (one per position and head).
       packed: rows are documents T / 8 long.
       chunk: of the neural memory.
@@ -44,12 +46,20 @@ class Recurrence:
 
     def tiny(self) -> Recurrence:
         """The same in small, to try a program where it would take too long."""
+        if self.op == "cross_entropy":
+            return dataclasses.replace(self, T=72, d=64, e=300)
         return dataclasses.replace(self, B=1, T=72, H=1)
 
     def flops(self, backward: bool) -> float:
         """Of the products of a chunk of 64, forward, or forward and backward by 3 d + 2 e and five states; of the delta
         rule, of reading, writing and asking a state once a position, and twice as much backward; of agent attention, of
-        logits, sums, pairs and averages, and in the backward of their gradients."""
+        logits, sums, pairs and averages, and in the backward of their gradients; of local linear attention, of 16
+        iterations in each solve; of cross-entropy, of each logit once."""
+        if self.op == "cross_entropy":
+            return (6.0 if backward else 2.0) * self.T * self.d * self.e
+        if self.op == "local_linear":
+            widths = 35 * self.d + self.e + (41 * self.d + 2 * self.e if backward else 0)
+            return self.B * self.H * self.T * (self.T + 1.0) * widths
         if self.op == "delta_rule":
             return (18.0 if backward else 6.0) * self.B * self.T * self.H * self.d * self.e
         if self.op == "neural_memory":  # W for keys and queries, S for queries, both written; thrice as many backward
@@ -65,6 +75,8 @@ class Recurrence:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of q, k, u, do and what there is of log_decay, beta and agents."""
+        if self.op == "cross_entropy":
+            return {"q": (self.T, self.d), "k": (self.d, self.e), "do": (self.T,)}
         positions = self.B, self.T, self.H
         keys, values = (*positions, self.d), (*positions, self.e)
         decay = {"none": {}, "constant": {"log_decay": (self.H,)}, "data": {"log_decay": positions}}[self.decay]
@@ -105,6 +117,8 @@ PARITY = [
       for d, e in ((64, 64), (128, 128), (128, 256))),
     *(Recurrence(f"memory {d} chunk {chunk} packed", "neural_memory", 2, 1000, 4, d, d, "data", True, chunk)
       for d, chunk in ((64, 16), (64, 64), (128, 16), (128, 64))),
+    *(Recurrence(f"local linear {d}/{d}", "local_linear", 2, 1000, 4, d, d) for d in (64, 128)),
+    Recurrence("cross-entropy 1000/20000", "cross_entropy", 1, 1000, 1, 1000, 20000),
 ]  # fmt: skip
 TIMED = [
     Recurrence("linear 128 data", "linear_recurrence", 4, 8192, 16, 128, 128, "data"),
@@ -122,6 +136,10 @@ TIMED = [
     Recurrence("memory 64 chunk 64", "neural_memory", 4, 8192, 32, 64, 64, "data"),
     Recurrence("memory 128 chunk 16", "neural_memory", 4, 8192, 16, 128, 128, "data", chunk=16),
     Recurrence("memory 128 chunk 64", "neural_memory", 4, 8192, 16, 128, 128, "data"),
+    Recurrence("local linear 128", "local_linear", 4, 4096, 16, 128, 128),
+    Recurrence("local linear 64", "local_linear", 4, 4096, 16, 64, 64),
+    Recurrence("cross-entropy 2048/32768", "cross_entropy", 1, 16384, 1, 2048, 32768),
+    Recurrence("cross-entropy 512/32768", "cross_entropy", 1, 16384, 1, 512, 32768),
 ]
 
 
@@ -146,6 +164,17 @@ def in_jax(case: Recurrence, impl: str) -> Callable[..., Any]:
         ]
     if case.op == "neural_memory":
         return _memory_in_jax(case, impl)
+    if case.op == "local_linear":
+        from attnlab.ops import Mask
+        from attnlab.ops.local_linear import local_linear
+
+        own = {"chunked": "cg"}.get(impl, impl)
+        return lambda q, k, u: local_linear(q, k, u, Mask(causal=True), 1.0, impl=own)[0]
+    if case.op == "cross_entropy":
+        from attnlab.ops.cross_entropy import cross_entropy
+
+        targets, ones = np.arange(case.T, dtype=np.int32) * 7919 % case.e, np.ones(case.T, np.float32)
+        return lambda q, k: cross_entropy(q, k, targets, ones, impl=impl)[0].astype(q.dtype)
     from attnlab.ops.linear_recurrence import linear_recurrence
 
     return lambda q, k, u, log_decay=None: linear_recurrence(

@@ -99,6 +99,15 @@ class Device:
             return plgpu.load(ref, layout=layout, optimized=optimized)
         return plgpu.load(ref, (), layout=layout, optimized=optimized)
 
+    def total(self, refs: list[Any], length: int, together: int = 8) -> jax.Array:
+        """Of so many numbers in shared memory each, a multiple of `together`, which are read at once: the same for all
+        threads, where sums over an accumulator's rows are not."""
+
+        def more(n: jax.Array, sum_: jax.Array) -> jax.Array:
+            return sum((ref[n * together + m] for m in range(together) for ref in refs), sum_)
+
+        return lax.fori_loop(0, length // together, more, jnp.float32(0.0))
+
     def add(self, source: Any, target: Any) -> None:
         """Adds shared memory to global memory, float32, as one of many blocks that do."""
         plgpu.copy_smem_to_gmem(source, target, reduction_op="add")
@@ -281,6 +290,9 @@ class Interpreted(Device):
 
     def load(self, ref: Any, layout: Any, *, optimized: bool = True) -> jax.Array:
         return ref[...]
+
+    def total(self, refs: list[Any], length: int, together: int = 8) -> jax.Array:
+        return sum(ref[...].sum() for ref in refs)
 
     def add(self, source: Any, target: Any) -> None:
         added = target[...] + source[...]

@@ -71,7 +71,8 @@ class LocalLinearConfig(AttentionConfig):
         least=1,
     )
     impl: str = impl_knob(
-        LOCAL_LINEAR, doc="cg and pallas (TPU) stop when a block of rows is done, cg_fixed after `iterations`; one of"
+        LOCAL_LINEAR,
+        doc="cg and pallas (TPU, Hopper) stop when a block of rows is done, cg_fixed after `iterations`; one of",
     )
 
     def __post_init__(self) -> None:

@@ -38,10 +38,15 @@ def unsupported_heads(dtype: str, width: int) -> str | None:
         reasons = (
             (dtype != "bfloat16", f"on GPUs it computes bfloat16, not {dtype}"),
             (width > widest, f"on GPUs head widths are at most {widest}"),
-            (not _HOPPER.search(partition.device_kind()), f"its kernels are for Hopper, not {partition.device_kind()}"),
         )
-        return next((reason for fails, reason in reasons if fails), None)
+        return next((reason for fails, reason in reasons if fails), None) or not_hopper()
     return None if dtype in ("bfloat16", "float32") else f"it computes bfloat16 and float32, not {dtype}"
+
+
+def not_hopper() -> str | None:
+    """Why no kernel of ours runs on the GPUs, or None."""
+    kind = partition.device_kind()
+    return None if _HOPPER.search(kind) else f"its kernels are for Hopper, not {kind}"
 
 
 def kernel_platform() -> str:

@@ -9,6 +9,23 @@ import jax.numpy as jnp
 from attnlab.ops.blockwise import varying
 
 
+@dataclasses.dataclass(frozen=True)
+class Solver:
+    """What is solved, and until when.
+
+    Attributes:
+      iterations: those that are counted, and run where there is no early exit.
+      max_iterations: at most, where there is.
+      tolerance: relative residual at which a system is done; None: `default_tolerance`.
+      blocks: of channels, within which matrices have what they have.
+    """
+
+    iterations: int = 16
+    max_iterations: int = 16
+    tolerance: float | None = None
+    blocks: int = 1
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Solution:

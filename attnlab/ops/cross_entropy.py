@@ -41,7 +41,7 @@ def cross_entropy(
       kernel_DV: output projection.
       targets_N: int32, the right token; any value where the weight is 0.
       weights_N: weight of each position; positions of weight 0 give 0 and pass no gradient.
-      chunk: columns of the vocabulary that a product makes; the kernels' tiles are their own.
+      chunk: columns of the vocabulary that a product makes, of our kernels the backward's on GPUs alone.
       impl: "auto" or a name in `CROSS_ENTROPY.table`.
 
     Returns:
@@ -177,7 +177,7 @@ CROSS_ENTROPY = Op(
             _of_all_columns(cross_entropy_kernel.run),
             cross_entropy_kernel.unsupported,
             cross_entropy_kernel.worth,
-            platforms=("tpu",),
+            platforms=("tpu", "gpu"),
             interpretable=True,
             kernel_flops=cross_entropy_kernel.kernel_flops,
         ),

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from attnlab.errors import UserError
 from attnlab.ops import local_linear_kernel, local_linear_xla
 from attnlab.ops.attention_frame import attend, check_shapes, over_devices
+from attnlab.ops.conjugate_gradient import Solver
 from attnlab.ops.dispatch import Implementation, Op
 from attnlab.ops.local_linear_kernel import LocalLinearSpec
 from attnlab.ops.masks import Mask
@@ -36,10 +37,7 @@ def definition(
     mask: Mask,
     *,
     scale: float,
-    iterations: int,
-    max_iterations: int,
-    tolerance: float | None,
-    blocks: int,
+    solver: Solver,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The formula, with every d x d matrix formed and factored. In float32, or float64 for float64 inputs."""
     dtype = jnp.promote_types(q_BTHd.dtype, jnp.float32)
@@ -59,8 +57,8 @@ def definition(
     offset = jnp.where(total[:, :, 0, :, None] > 0, q - mean, 0)
     around = k[:, None] - mean[:, :, None]  # [B, T, S, H, d]
     moments = einsum("btsh,btshd,btshf->bthdf", p, around, around)
-    if blocks > 1:
-        block = jnp.arange(d) // (d // blocks)
+    if solver.blocks > 1:
+        block = jnp.arange(d) // (d // solver.blocks)
         moments = jnp.where(block[:, None] == block, moments, 0)
     A = moments + ridge[..., None, None] * jnp.eye(d, dtype=dtype)
     x = jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(A), offset[..., None])[..., 0]
@@ -82,7 +80,7 @@ LOCAL_LINEAR = Op(
             local_linear_kernel.local_linear,
             local_linear_kernel.unsupported,
             worth=local_linear_kernel.worth,
-            platforms=("tpu",),
+            platforms=("tpu", "gpu"),
             interpretable=True,
             kernel_flops=local_linear_kernel.kernel_flops,
         ),
@@ -126,9 +124,9 @@ def local_linear(
     iterations, max_iterations, tolerance: of conjugate gradients (`attnlab.ops.conjugate_gradient`); gradients are
         those of the exact solution, wrong by about the residual. `definition` reads none of them.
     blocks: A keeps second moments of channels in one block alone: of so many equal blocks of neighbouring channels.
-    impl: "auto" (pallas on TPU, else cg); "definition"; "cg": rows of a tile go on until all of them have a residual
-        of `tolerance`, for at most `max_iterations` (None: `iterations`); "cg_fixed": always `iterations`; "pallas": as
-        cg, by our TPU kernels.
+    impl: "auto" (pallas on TPU and Hopper, else cg); "definition"; "cg": rows of a tile go on until all of them have a
+        residual of `tolerance`, for at most `max_iterations` (None: `iterations`); "cg_fixed": always `iterations`;
+        "pallas": as cg, by our kernels.
 
     Returns o_BTHe in the dtype of q, and how the systems were solved. Weights and the solver are float32 (float64 for
     float64 inputs). Differentiable (reverse mode) in q, k, v and ridge. Raises UserError for what does not fit.
@@ -150,6 +148,6 @@ def local_linear(
         raise UserError(f"local_linear: blocks={blocks} is not allowed; allowed: divisors of the width {d}")
     scale = d**-0.5 if scale is None else float(scale)
     queries = (q_BTHd, jnp.broadcast_to(ridge, (B, T, H)))
-    solver = {"iterations": iterations, "max_iterations": max_iterations, "tolerance": tolerance, "blocks": blocks}
-    o, *facts = attend(LOCAL_LINEAR, queries, (k_BSKd, v_BSKe), mask, ranks=(4, 3, 3), scale=scale, impl=impl, **solver)
+    options = {"scale": scale, "solver": Solver(iterations, max_iterations, tolerance, blocks)}
+    o, *facts = attend(LOCAL_LINEAR, queries, (k_BSKd, v_BSKe), mask, ranks=(4, 3, 3), impl=impl, **options)
     return o, Solves(*jax.lax.stop_gradient(facts))

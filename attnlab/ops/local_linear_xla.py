@@ -35,7 +35,7 @@ from attnlab.ops.blockwise import (
     tile_scores,
     varying,
 )
-from attnlab.ops.conjugate_gradient import Solution, conjugate_gradient
+from attnlab.ops.conjugate_gradient import Solution, Solver, conjugate_gradient
 from attnlab.ops.masks import Mask
 
 _NO_SCALE = 1e-30  # in place of 0, by which scores would be divided: exp of any score is then 1
@@ -59,10 +59,7 @@ def local_linear(
     mask: Mask,
     *,
     scale: float,
-    iterations: int,
-    max_iterations: int,
-    tolerance: float | None,
-    blocks: int,
+    solver: Solver,
     early_exit: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `attnlab.ops.local_linear.local_linear`: the output, residuals and iterations.
@@ -73,10 +70,9 @@ def local_linear(
     B, T, H, _ = q_BTHd.shape
     static = Mask(causal=mask.causal, window=mask.window)
     scale = scale or _NO_SCALE
-    most = max_iterations if early_exit else iterations
-    config = SolverConfig(
-        static, scale, None, iterations=most, tolerance=tolerance, early_exit=early_exit, channel_blocks=blocks
-    )
+    most = solver.max_iterations if early_exit else solver.iterations
+    options = {"tolerance": solver.tolerance, "early_exit": early_exit, "channel_blocks": solver.blocks}
+    config = SolverConfig(static, scale, None, iterations=most, **options)
     stat = jnp.promote_types(q_BTHd.dtype, jnp.float32)
     ridge_BKGT = ridge_BTH.astype(stat).swapaxes(1, 2).reshape(B, k_BSKd.shape[2], -1, T)
     arrays = varying((q_BTHd, k_BSKd, v_BSKe, ridge_BKGT), (q_BTHd, k_BSKd, v_BSKe, ridge_BKGT, mask))

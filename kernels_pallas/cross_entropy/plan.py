@@ -52,6 +52,7 @@ class Plan:
     sizes: Sizes
     kind: str
     interpret: Any
+    platform = "tpu"
 
     @property
     def forward_tiles(self) -> tuple[int, int]:

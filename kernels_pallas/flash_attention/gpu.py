@@ -56,9 +56,9 @@ def forward(call: Call, q, k, v, bounds, sinks, gate, key_bias, heads_BN=None):
     device, blocks = _prepared(call, q, v, heads_BN)
     (T, S), e = (q.shape[1], k.shape[1]), v.shape[3]
     rows, keys = gpu_forward.WARPGROUPS * blocks.forward.rows, blocks.forward.keys
-    bounds = _padded_bounds(bounds, T, S, rows, keys)
-    q, k, v = _padded(q, rows, 64), _padded(k, keys, 64), _padded(v, keys, 64)
-    gate = None if gate is None else _padded(gate.astype(q.dtype), rows, 64)
+    bounds = padded_bounds(bounds, T, S, rows, keys)
+    q, k, v = padded(q, rows, 64), padded(k, keys, 64), padded(v, keys, 64)
+    gate = None if gate is None else padded(gate.astype(q.dtype), rows, 64)
     sinks = None if sinks is None else sinks.astype(jnp.float32) * LOG2E
     o, lse2 = gpu_forward.forward(
         device, q, k, v, bounds, sinks, gate, _bias(key_bias, keys), heads_BN,
@@ -75,10 +75,10 @@ def backward(call: Call, q, k, v, bounds, key_bias, do, lse2, delta, heads_BN=No
     split = wide or call.deterministic
     rows = gpu_backward_rows.block_rows(wide) if split else blocks.backward.rows
     keys = max(blocks.backward.keys, blocks.rows.keys if split else 0)
-    bounds = _padded_bounds(bounds, T, S, rows, keys)
+    bounds = padded_bounds(bounds, T, S, rows, keys)
     # Both halves of a wide head, and both of a narrow one, are as wide as a tile is.
     width = 128 if wide or max(d, e) > 64 else 64
-    q, k, v, do = (_padded(x, n, width) for x, n in ((q, rows), (k, keys), (v, keys), (do, rows)))
+    q, k, v, do = (padded(x, n, width) for x, n in ((q, rows), (k, keys), (v, keys), (do, rows)))
     more = (0, 0), (0, 0), (0, q.shape[1] - T)
     lse2, delta = jnp.pad(lse2, more, constant_values=NOTHING), jnp.pad(delta, more)
     stats = gpu_backward.statistics(lse2, delta, call.scale, call.soft_cap)
@@ -121,7 +121,7 @@ def _up(n: int, to: int) -> int:
     return -(-n // to) * to
 
 
-def _padded(x: jax.Array, length: int, width: int) -> jax.Array:
+def padded(x: jax.Array, length: int, width: int) -> jax.Array:
     """[B, T, H, d] with zeros up to multiples of a length and a width."""
     return jnp.pad(x, [(0, 0), (0, -x.shape[1] % length), (0, 0), (0, -x.shape[3] % width)])
 
@@ -134,7 +134,7 @@ def _bias(key_bias: jax.Array | None, keys: int) -> jax.Array | None:
     return jnp.pad(bias, [(0, 0), (0, 0), (0, -bias.shape[2] % keys)])
 
 
-def _padded_bounds(bounds: Any, T: int, S: int, rows: int, keys: int) -> tuple[jax.Array, jax.Array] | None:
+def padded_bounds(bounds: Any, T: int, S: int, rows: int, keys: int) -> tuple[jax.Array, jax.Array] | None:
     """Intervals for padded rows, which see nothing, and keys, which nobody sees; None where there is none of either."""
     if bounds is None:
         if T % rows == 0 and S % keys == 0:

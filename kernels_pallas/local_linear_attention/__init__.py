@@ -11,12 +11,23 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import tuning
-from kernels_pallas.flash_attention.call import Call, check_arrays
-from kernels_pallas.local_linear_attention import plan
+from kernels_pallas.flash_attention.call import Call, check_arrays, platform_of
+from kernels_pallas.local_linear_attention import gpu, plan
 from kernels_pallas.local_linear_attention.gradient import attention
 from kernels_pallas.local_linear_attention.plan import Blocks, Solver
 
-__all__ = ["Blocks", "Solved", "default_blocks", "kernel_widths", "local_linear_attention", "most_keys"]
+__all__ = [
+    "Blocks",
+    "Solved",
+    "default_blocks",
+    "gpu_kernel_widths",
+    "gpu_unsupported",
+    "kernel_widths",
+    "local_linear_attention",
+    "most_keys",
+]
+
+gpu_kernel_widths, gpu_unsupported = gpu.kernel_widths, gpu.unsupported
 
 
 class Solved(NamedTuple):
@@ -46,6 +57,7 @@ def local_linear_attention(
     scale: float | None = None,
     iterations: int = 16,
     tolerance: float = 1e-5,
+    platform: str = "tpu",
     interpret: Any = False,
     blocks: Blocks | None = None,
     keys_seen: bool = False,
@@ -65,22 +77,25 @@ def local_linear_attention(
       iterations: of the solver at most; those of a tile of rows end when all of them have a residual of `tolerance`
         times their right side. A row keeps its solution from then on.
       tolerance: above 0.
-      interpret: as in `flash_attention`; not interpreted, the kernels are for TPU.
-      blocks: tile sizes; by default by what fast memory holds.
+      platform: whose kernels run, "tpu" or "cuda". Hopper's take bfloat16 and heads up to 128 wide.
+      interpret: as in `flash_attention`.
+      blocks: tile sizes on TPU; by default by what fast memory holds.
       keys_seen: as in `flash_attention`.
 
     Returns:
       See `Solved`. o is differentiable (reverse mode) in q, ridge, k and v: the gradient of the exact solution, by a
-      second solve of the same system. Kept for the backward are x, float32 [B, H, d, T], and a number a row and head. A
-      row that sees nothing has o = 0 and gradients 0. What no row sees, NaN included, changes nothing.
+      second solve of the same system. Kept for the backward are x, float32 of the size of q, and a number a row and
+      head. A row that sees nothing has o = 0 and gradients 0. What no row sees, NaN included, changes nothing.
 
     Raises:
-      ValueError: shapes, dtypes or numbers that do not fit, or more keys than fast memory has room for (`most_keys`).
+      ValueError: shapes, dtypes or numbers that do not fit, or, on TPU, more keys than fast memory has room for
+        (`most_keys`).
     """
     _check(q, ridge, k, v, starts, ends, iterations, tolerance)
+    platform = platform_of("local_linear_attention", platform, interpret, ("tpu", "cuda"))
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     given = starts is not None, ends is not None
-    call = Call("tpu", tuning.kind(), scale, None, interpret, blocks, True, *given, keys_seen)
+    call = Call(platform, tuning.kind(), scale, None, interpret, blocks, True, *given, keys_seen)
     return Solved(*attention(call, Solver(iterations, float(tolerance)), q, ridge, k, v, starts, ends))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import pallas as pl
@@ -38,6 +38,28 @@ class Solver:
 
     iterations: int
     tolerance: float
+
+
+class Output(NamedTuple):
+    """o [B, H, T, e]; x [B, H, d, T], the solutions, float32; of each row [B, H, T], float32, the log-sum-exp in log2
+    units, the residual, the iterations that changed its solution, and those that its tile ran."""
+
+    o: jax.Array
+    x: jax.Array
+    lse2: jax.Array
+    residual: jax.Array
+    iterations: jax.Array
+    turns: jax.Array
+
+
+class Gradients(NamedTuple):
+    """Of q [B, H, T, d], of keys [B, K, S, d] and values [B, K, S, e], in their dtypes; of the ridge [B, H, T],
+    float32."""
+
+    dq: jax.Array
+    dk: jax.Array
+    dv: jax.Array
+    dridge: jax.Array
 
 
 def blocks(kind: str, queries: int, keys: int, width: int, value_width: int, itemsize: int) -> Blocks | None:

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 
 from kernels_pallas.flash_attention.tpu_plan import HIDDEN, Plan, in_bounds
 from kernels_pallas.local_linear_attention.plan import Solver
-from kernels_pallas.mosaic import Slots, product
+from kernels_pallas.mosaic import product
 
 ALL = slice(None)
 TOP, TOTAL, SQUARE, ENOUGH, COUNT, CENTRE, SECOND_CENTRE, MEAN = range(8)  # rows of "numbers"
@@ -220,16 +220,3 @@ def turn_keys(refs: dict[str, Any], names: dict[str, str]) -> None:
 
     first = next(iter(names.values()))
     lax.fori_loop(0, refs[first].shape[0], turn, 0)
-
-
-def scratch(slots: Slots, plan: Plan, key_tiles: int, width: int, dtype: Any) -> None:
-    """What both directions keep of a tile of rows: weights, fits of two key tiles, vectors, and numbers of rows."""
-    blocks = plan.blocks
-    slots.scratch("weights", (key_tiles, blocks.keys, blocks.rows), jnp.float32)
-    slots.scratch("fits", (2, blocks.keys, blocks.rows), jnp.float32)
-    slots.scratch("k_t", (key_tiles, width, blocks.keys), dtype)
-    slots.scratch("qs", (blocks.rows, width), dtype)
-    slots.scratch("direction", (width, blocks.rows), dtype)
-    for name in ("mean", "residual", "solution", "image"):
-        slots.scratch(name, (width, blocks.rows), jnp.float32)
-    slots.scratch("numbers", (8, blocks.rows), jnp.float32)

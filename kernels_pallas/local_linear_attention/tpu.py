@@ -12,9 +12,7 @@ from kernels_pallas.flash_attention.call import NOTHING, Call
 from kernels_pallas.flash_attention.tpu_plan import Plan
 from kernels_pallas.local_linear_attention import plan as plan_lib
 from kernels_pallas.local_linear_attention import tpu_backward, tpu_forward
-from kernels_pallas.local_linear_attention.plan import Blocks, Solver
-from kernels_pallas.local_linear_attention.tpu_backward import Gradients
-from kernels_pallas.local_linear_attention.tpu_forward import Output
+from kernels_pallas.local_linear_attention.plan import Blocks, Gradients, Output, Solver
 
 
 def forward(call: Call, solver: Solver, q, ridge_BHT, k, v, bounds) -> Output:

@@ -12,17 +12,16 @@ The mean is `ridge u . x + x . r`, r what is left of the adjoint system.
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from kernels_pallas.flash_attention.tpu_plan import Plan, Tiles, tile_table
+from kernels_pallas.flash_attention.tpu_plan import Plan, Tiles
 from kernels_pallas.local_linear_attention import plan as plan_lib
-from kernels_pallas.local_linear_attention.plan import Solver
+from kernels_pallas.local_linear_attention.plan import Gradients, Solver
 from kernels_pallas.local_linear_attention.solver import (
     CENTRE,
     MEAN,
@@ -30,11 +29,10 @@ from kernels_pallas.local_linear_attention.solver import (
     RowTile,
     over_rows,
     pieces,
-    scratch,
     turn_keys,
 )
-from kernels_pallas.local_linear_attention.tpu_forward import row_specs, stacked
-from kernels_pallas.mosaic import Slots, product
+from kernels_pallas.local_linear_attention.tpu_launch import Launch
+from kernels_pallas.mosaic import product
 
 SUMS = "dk_sum", "dv_sum"
 
@@ -138,16 +136,6 @@ def _kernel(plan: Plan, solver: Solver, names: tuple[str, ...], tiles: Tiles, ta
     pl.when((g == tiles.group - 1) & (i == tiles.count - 1))(lambda: _turned(plan, refs))
 
 
-class Gradients(NamedTuple):
-    """Of q [B, H, T, d], of keys [B, K, S, d] and values [B, K, S, e], in their dtypes; of the ridge [B, H, T],
-    float32."""
-
-    dq: jax.Array
-    dk: jax.Array
-    dv: jax.Array
-    dridge: jax.Array
-
-
 def run(
     plan: Plan,
     solver: Solver,
@@ -164,40 +152,21 @@ def run(
     interpret: Any,
 ) -> Gradients:
     """Of whole tiles; x and lse2 as the forward gives them. Rows that see nothing have q = do = x = 0."""
-    blocks, (B, H, T, d), (K, S, e) = plan.blocks, q_BHTd.shape, v_BKSe.shape[1:]
-    group, key_tiles, dtype = H // K, S // blocks.keys, q_BHTd.dtype
-    tiles, table = tile_table(plan, bounds, T, S, group, None)
-    row, column, keys, intervals = row_specs(blocks, group, bounds is None or bounds[0].shape[0] == 1)
-    slots = Slots()
-    slots.input("q", q_BHTd, row(d))
-    slots.input("k", k_BKSd, keys(S, d))
-    slots.input("v", v_BKSe, keys(S, e))
-    slots.input("do", do_BHTe, row(e))
-    slots.input("x", x_BHdT, column(d))
-    slots.input("ridge", ridge_BHT[:, :, None], column(1))
-    slots.input("lse", lse2_BHT[:, :, None], column(1))
-    if bounds is not None:
-        slots.input("bounds", stacked(bounds), intervals)
-    slots.output("dq", (B, H, T, d), dtype, row(d))
-    slots.output("dridge", (B, H, 1, T), jnp.float32, column(1))
+    launch = Launch(plan, solver, q_BHTd, k_BKSd, v_BKSe, ridge_BHT, bounds)
+    slots, blocks, (B, H, T, d), (K, S, e) = launch.slots, plan.blocks, q_BHTd.shape, v_BKSe.shape[1:]
+    dtype = q_BHTd.dtype
+    slots.input("do", do_BHTe, launch.row(e))
+    slots.input("x", x_BHdT, launch.column(d))
+    slots.input("lse", lse2_BHT[:, :, None], launch.column(1))
+    slots.output("dq", (B, H, T, d), dtype, launch.row(d))
+    slots.output("dridge", (B, H, 1, T), jnp.float32, launch.column(1))
     for name, width in (("dk", d), ("dv", e)):
-        slots.output(name, (B, K, S, width), dtype, keys(S, width))
-        slots.scratch(f"{name}_sum", (key_tiles, width, blocks.keys), jnp.float32)
-    scratch(slots, plan, key_tiles, d, dtype)
-    slots.scratch("slopes", (key_tiles, blocks.keys, blocks.rows), jnp.float32)
+        slots.output(name, (B, K, S, width), dtype, launch.keys(S, width))
+        slots.scratch(f"{name}_sum", (launch.key_tiles, width, blocks.keys), jnp.float32)
+    slots.scratch("slopes", (launch.key_tiles, blocks.keys, blocks.rows), jnp.float32)
     slots.scratch("second_fits", (2, blocks.keys, blocks.rows), jnp.float32)
     slots.scratch("q_t", (d, blocks.rows), dtype)
     slots.scratch("do_t", (e, blocks.rows), dtype)
     wide = (2 * d + e) * dtype.itemsize + 4 * d
-    found = slots.call(
-        functools.partial(_kernel, plan, solver, slots.names(), tiles),
-        table.reshape(-1),
-        grid=(B, K, group, T // blocks.rows),
-        semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-        name=plan_lib.BACKWARD,
-        scope="local_linear_attention",
-        vmem=vmem,
-        interpret=interpret,
-        cost=plan_lib.cost(plan_lib.BACKWARD, plan, solver, q_BHTd, k_BKSd, v_BKSe, bounds, 3, wide),
-    )
+    found = launch.call(_kernel, plan_lib.BACKWARD, 3, wide, vmem=vmem, interpret=interpret)
     return Gradients(found["dq"], found["dk"], found["dv"], found["dridge"][:, :, 0])

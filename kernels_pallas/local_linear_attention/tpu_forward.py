@@ -7,15 +7,15 @@ an iteration of conjugate gradients one, the output one.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels_pallas.flash_attention.tpu_plan import LOWEST, Plan, Tiles, tile_table
+from kernels_pallas.flash_attention.tpu_plan import LOWEST, Plan, Tiles
 from kernels_pallas.local_linear_attention import plan as plan_lib
-from kernels_pallas.local_linear_attention.plan import Solver
+from kernels_pallas.local_linear_attention.plan import Output, Solver
 from kernels_pallas.local_linear_attention.solver import (
     CENTRE,
     COUNT,
@@ -24,10 +24,10 @@ from kernels_pallas.local_linear_attention.solver import (
     RowTile,
     over_rows,
     pieces,
-    scratch,
     turn_keys,
 )
-from kernels_pallas.mosaic import Slots, product
+from kernels_pallas.local_linear_attention.tpu_launch import Launch
+from kernels_pallas.mosaic import product
 
 
 class Forward(RowTile):
@@ -101,33 +101,6 @@ def _kernel(plan: Plan, solver: Solver, names: tuple[str, ...], tiles: Tiles, ta
     Forward(plan, solver, refs, tuple(table[at + n] for n in range(tiles.numbers))).run()
 
 
-class Output(NamedTuple):
-    """o [B, H, T, e]; x [B, H, d, T], the solutions, float32; of each row [B, H, T], float32, the log-sum-exp in log2
-    units, the residual, the iterations that changed its solution, and those that its tile ran."""
-
-    o: jax.Array
-    x: jax.Array
-    lse2: jax.Array
-    residual: jax.Array
-    iterations: jax.Array
-    turns: jax.Array
-
-
-def row_specs(blocks: plan_lib.Blocks, group: int, shared: bool):
-    """Block specs on the grid (sequences, key heads, query heads of each, tiles of rows): of [B, H, T, width], of
-    [B, H, height, T], of a key head's [B, K, ...], and of the intervals."""
-    row = lambda width: pl.BlockSpec((None, None, blocks.rows, width), lambda b, h, g, i, *_: (b, h * group + g, i, 0))
-    column = lambda n: pl.BlockSpec((None, None, n, blocks.rows), lambda b, h, g, i, *_: (b, h * group + g, 0, i))
-    keys = lambda *shape: pl.BlockSpec((None, None, *shape), lambda b, h, g, i, *_: (b, h, *(0 for _ in shape)))
-    intervals = pl.BlockSpec((None, 8, blocks.rows), lambda b, h, g, i, *_: (0 if shared else b, 0, i))
-    return row, column, keys, intervals
-
-
-def stacked(bounds: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Intervals as [B, 8, T]."""
-    return jnp.pad(jnp.stack(bounds, 1), ((0, 0), (0, 6), (0, 0)))
-
-
 def run(
     plan: Plan,
     solver: Solver,
@@ -141,34 +114,14 @@ def run(
     interpret: Any,
 ) -> Output:
     """Of whole tiles; `bounds` is None where every row sees all keys. Rows that see nothing have q = 0."""
-    blocks, (B, H, T, d), (K, S, e) = plan.blocks, q_BHTd.shape, v_BKSe.shape[1:]
-    group, key_tiles, dtype = H // K, S // blocks.keys, q_BHTd.dtype
-    tiles, table = tile_table(plan, bounds, T, S, group, None)
-    row, column, keys, intervals = row_specs(blocks, group, bounds is None or bounds[0].shape[0] == 1)
-    slots = Slots()
-    slots.input("q", q_BHTd, row(d))
-    slots.input("k", k_BKSd, keys(S, d))
-    slots.input("v", v_BKSe, keys(S, e))
-    slots.input("ridge", ridge_BHT[:, :, None], column(1))
-    if bounds is not None:
-        slots.input("bounds", stacked(bounds), intervals)
-    slots.output("o", (B, H, T, e), dtype, row(e))
-    slots.output("x", (B, H, d, T), jnp.float32, column(d))
-    slots.output("numbers_out", (B, H, 4, T), jnp.float32, column(4))
-    scratch(slots, plan, key_tiles, d, dtype)
-    slots.scratch("v_t", (key_tiles, e, blocks.keys), dtype)
-    slots.scratch("out", (e, blocks.rows), jnp.float32)
+    launch = Launch(plan, solver, q_BHTd, k_BKSd, v_BKSe, ridge_BHT, bounds)
+    slots, (B, H, T, d), e, dtype = launch.slots, q_BHTd.shape, v_BKSe.shape[3], q_BHTd.dtype
+    slots.output("o", (B, H, T, e), dtype, launch.row(e))
+    slots.output("x", (B, H, d, T), jnp.float32, launch.column(d))
+    slots.output("numbers_out", (B, H, 4, T), jnp.float32, launch.column(4))
+    slots.scratch("v_t", (launch.key_tiles, e, plan.blocks.keys), dtype)
+    slots.scratch("out", (e, plan.blocks.rows), jnp.float32)
     wide = (d + e) * dtype.itemsize + 4 * d
-    found = slots.call(
-        functools.partial(_kernel, plan, solver, slots.names(), tiles),
-        table.reshape(-1),
-        grid=(B, K, group, T // blocks.rows),
-        semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-        name=plan_lib.FORWARD,
-        scope="local_linear_attention",
-        vmem=vmem,
-        interpret=interpret,
-        cost=plan_lib.cost(plan_lib.FORWARD, plan, solver, q_BHTd, k_BKSd, v_BKSe, bounds, 5, wide),
-    )
+    found = launch.call(_kernel, plan_lib.FORWARD, 5, wide, vmem=vmem, interpret=interpret)
     numbers = found["numbers_out"]
     return Output(found["o"], found["x"], *(numbers[:, :, n] for n in range(4)))

@@ -27,11 +27,13 @@ from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use
 from attnlab.launch.targets import Target  # noqa: E402
 from kernels_pallas import hopper  # noqa: E402
 from kernels_pallas.agent_attention import gpu_agent_attention  # noqa: E402
+from kernels_pallas.cross_entropy import cross_entropy  # noqa: E402
 from kernels_pallas.delta_rule import delta_rule  # noqa: E402
 from kernels_pallas.flash_attention import flash_attention  # noqa: E402
 from kernels_pallas.flow_attention import Sums, flow_attention  # noqa: E402
 from kernels_pallas.linear_recurrence import linear_recurrence  # noqa: E402
 from kernels_pallas.neural_memory import neural_memory  # noqa: E402
+from kernels_pallas.local_linear_attention import local_linear_attention  # noqa: E402
 from kernels_pallas.routed_attention import routed_attention, row_tile  # noqa: E402
 
 H100 = AbstractMesh(
@@ -73,6 +75,9 @@ AGENTS = {f"agent {d}/{e} {features}": (d, e, features) for d, e, features in (
 
 # Of a memory that is a matrix: width and chunk.
 MEMORIES = {f"memory {d} chunk {chunk}": (d, chunk) for d in (64, 128) for chunk in (16, 64)}
+
+LOCAL = {f"local {d} {features}".strip(): (d, features) for d in (64, 128) for features in ("", "i")}
+LOSSES = {"loss 1000/20000": (1000, 20000)}  # widths of hidden states, and columns, neither of whole tiles
 
 
 class _Limit(int):
@@ -207,6 +212,28 @@ def agent_program(d: int, e: int, features: str, placed: Any) -> tuple[Callable[
     arrays |= {"state": (wide(B, H, m), wide(B, H, m, e))} if "s" in features else {}
     arrays |= {"starts": of(B, T, dtype=jnp.int32)} if "p" in features else {}
     return lambda arrays: gpu_agent_attention(**arrays), [arrays]
+def loss_program(width: int, columns: int, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
+    """As `program`, of cross-entropy."""
+    of = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+
+    def run(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, cotangents: Any) -> Any:
+        out, vjp = jax.vjp(lambda *a: cross_entropy(*a, targets, platform="cuda"), hidden, kernel)
+        return out, vjp(cotangents)
+
+    return run, [of(T, width, dtype=jnp.bfloat16), of(width, columns), of(T, dtype=jnp.int32), (of(T), of(T))]
+
+
+def local_program(d: int, features: str, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
+    """As `program`, of local linear attention."""
+    of = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+    bounds = {name: of(1, T, dtype=jnp.int32) for name in ("starts", "ends") if "i" in features}
+
+    def run(arrays: Any, bounds: Any, do: Any) -> Any:
+        out, vjp = jax.vjp(lambda *a: local_linear_attention(*a, **bounds, platform="cuda").o, *arrays)
+        return out, vjp(do)
+
+    arrays = of(B, T, H, d), of(B, T, H, dtype=jnp.float32), of(B, T, K, d), of(B, T, K, d)
+    return run, [arrays, bounds, of(B, T, H, d)]
 
 
 def program_of(case: str, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
@@ -215,6 +242,10 @@ def program_of(case: str, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
         return recurrence_program(*RECURRENCES[case], placed)
     if case in MEMORIES:
         return memory_program(*MEMORIES[case], placed)
+    if case in LOSSES:
+        return loss_program(*LOSSES[case], placed)
+    if case in LOCAL:
+        return local_program(*LOCAL[case], placed)
     if case in FLOWS:
         return flow_program(*FLOWS[case], placed)
     if case in AGENTS:
@@ -247,6 +278,7 @@ def main() -> None:
     mosaic._SMEM_SIZE_BOUND = _Limit(hopper.SMEM_BYTES)
     placed = SingleDeviceSharding(Target.of("h100:1").devices[0])
     for case in sys.argv[1:] or CASES | RECURRENCES | FLOWS | AGENTS | MEMORIES:
+    for case in sys.argv[1:] or CASES | RECURRENCES | FLOWS | LOSSES | LOCAL:
         for found in kernels(case, placed):
             print(json.dumps(found), flush=True)
 

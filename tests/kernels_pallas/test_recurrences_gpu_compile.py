@@ -1,4 +1,5 @@
-"""The Hopper kernels of recurrences by the real ptxas, with no GPU: no spills, no serialized tensor cores."""
+"""The Hopper kernels of recurrences, local linear attention and cross-entropy by the real ptxas: no spills, no
+serialized tensor cores."""
 
 from __future__ import annotations
 
@@ -19,6 +20,13 @@ KERNELS = {
     "flow 128/128 ps": ["flow_forward"],
     "agent 128/128 kps": ["agent_attention_forward"],
 }
+
+    "loss 1000/20000": ["cross_entropy_slopes", "cross_entropy_value"],
+    "local 128 i": [f"local_linear_{name}" for name in ("adjoint", "backward", "backward_rows", "forward")],
+}
+
+# Bytes: of flow addresses, read again once a chunk.
+SPILLS = {"flow 128/128 ps": 32, "local 128 i": 80}
 
 
 @pytest.mark.skipif(absent() is not None, reason=str(absent()))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ from attnlab.parallel import partition
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
 from tests.ops.devices import on
+from tests.ops.test_attention_flash_gpu import KIND
 
 
 def spec(**changes):
@@ -46,6 +49,26 @@ def test_what_it_cannot_do_it_says():
         for changes, said in (({"dtype": "float64"}, "not float64"), ({"width": 2**18}, "width 262144 does not fit")):
             with pytest.raises(UserError, match=said):
                 CROSS_ENTROPY.pick(spec(**changes), "pallas")
+
+
+def test_auto_on_gpus():
+    """Kernels where logits are a quarter of a Hopper's memory; what they cannot do is said. Of the backward's a chunk's
+    logits count."""
+    large = spec(rows=65536, columns=131072)
+    for kind, changes, impl in (
+        (KIND, {}, "pallas"), ("NVIDIA H200", {"columns": 65536}, "chunked"), (KIND, {"rows": 16384}, "chunked"),
+        (KIND, {"dtype": "float32"}, "chunked"), ("NVIDIA A100-SXM4-80GB", {}, "chunked"),
+    ):  # fmt: skip
+        with on(kind, "gpu"):
+            assert CROSS_ENTROPY.pick(dataclasses.replace(large, **changes)) == impl
+    with on(KIND, "gpu"), pytest.raises(UserError, match="bfloat16, not float32"):
+        CROSS_ENTROPY.pick(spec(dtype="float32"), "pallas")
+    with on("NVIDIA A100-SXM4-80GB", "gpu"), pytest.raises(UserError, match="for Hopper, not NVIDIA A100"):
+        CROSS_ENTROPY.pick(spec(), "pallas")
+    with on(KIND, "gpu"), ops.recording() as chosen:
+        CROSS_ENTROPY.choose(spec(), "pallas")
+    each = 2.0 * 16384 * 2048 * 32768
+    assert chosen.kernel_flops({"cross_entropy_value": 1, "cross_entropy_slopes.3": 4}) == 2 * each
 
 
 def test_kernel_flops():

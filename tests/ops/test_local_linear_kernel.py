@@ -16,6 +16,7 @@ from attnlab.parallel import partition
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
 from tests.ops.devices import on
+from tests.ops.test_attention_flash_gpu import KIND
 
 
 def spec(**changes):
@@ -34,6 +35,26 @@ def test_auto():
         assert "blocks=2" in local_linear_kernel.unsupported(spec(blocks=2))
         assert "room for" in local_linear_kernel.unsupported(spec(keys=10**6))
     assert LOCAL_LINEAR.pick(spec()) == "cg"
+
+
+def test_auto_on_gpus():
+    """On Hopper, any number of keys, but for what its kernels cannot do, each for a reason. An iteration is three
+    products of the visible pairs."""
+    with on(KIND, "gpu"):
+        for changes in ({}, {"keys": 10**6}, {"causal": False}):
+            assert LOCAL_LINEAR.pick(spec(**changes)) == "pallas", changes
+        assert LOCAL_LINEAR.pick(spec(queries=64, keys=64)) == "cg"
+        refused = {"not float32": {"dtype": "float32"}, "not 192": {"width": 192}, "not 136": {"value_width": 136}}
+        for said, changes in (refused | {"blocks=2": {"blocks": 2}}).items():
+            assert LOCAL_LINEAR.pick(spec(**changes)) == "cg"
+            assert said in local_linear_kernel.unsupported(spec(**changes))
+        pairs = 2.0 * 2 * 8 * 4096 * 4097 / 2
+        flops = local_linear_kernel.kernel_flops(spec(iterations=6))
+        assert flops["local_linear_forward"] == pytest.approx(pairs * ((4 + 3 * 6) * 128 + 64))
+        names = {"adjoint", "backward", "backward_rows", "forward"}
+        assert flops.keys() == {f"local_linear_{name}" for name in names}
+    with on("NVIDIA A100-SXM4-80GB", "gpu"):
+        assert "for Hopper, not NVIDIA A100" in local_linear_kernel.unsupported(spec())
 
 
 def test_kernel_flops():
