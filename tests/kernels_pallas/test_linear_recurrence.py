@@ -35,6 +35,9 @@ def inputs(length, heads, d, e, decay, state, seed=0):
         arrays["log_decay"] = np.float32(-np.geomspace(0.01, 1.5, heads))
     if decay == "data":
         arrays["log_decay"] = np.float32(-rng.exponential(0.2, (B, length, heads)))
+    if decay == "channels":  # some keep nothing
+        arrays["log_decay"] = np.float32(-rng.exponential(0.2, (B, length, heads, d)))
+        arrays["log_decay"][rng.random((B, length, heads, d)) < 0.02] = -np.inf
     if state:
         arrays["state"] = normal(B, heads, d, e)
     return arrays
@@ -65,6 +68,10 @@ CASES = [
     (130, 1, 130, 33, "data", True, True, "bfloat16", Sizes(64, 2, 1, 1)),
     (256, 1, 64, 64, "constant", False, True, "float32", Sizes(128, 1, 1, 1)),
     (256, 2, 64, 64, "none", True, False, "bfloat16", None),
+    (7, 2, 5, 17, "channels", True, True, "float32", None),
+    (130, 3, 64, 64, "channels", True, True, "float32", Sizes(32, 2, 2, 3)),
+    (130, 2, 24, 65, "channels", False, True, "float32", Sizes(128, 1, 2, 2)),
+    (256, 1, 64, 64, "channels", True, False, "bfloat16", None),
 ]
 
 
