@@ -139,7 +139,11 @@ def default_sizes(
 
 
 def kernel_flops(
-    q: jax.ShapeDtypeStruct, u: jax.ShapeDtypeStruct, kind: str, features: Features | None = None, channels: bool = False
+    q: jax.ShapeDtypeStruct,
+    u: jax.ShapeDtypeStruct,
+    kind: str,
+    features: Features | None = None,
+    channels: bool = False,
 ) -> dict[str, float]:
     """FLOPs of the products of one run of each kernel, by name, without padding; all pairs of a chunk are counted.
 

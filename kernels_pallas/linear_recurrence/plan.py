@@ -212,9 +212,7 @@ def check_arrays(
     return B, T, H
 
 
-def check_sizes(
-    kernel: str, sizes: Sizes, heads: int, width: int, value_width: int, *, joined: bool = False
-) -> None:
+def check_sizes(kernel: str, sizes: Sizes, heads: int, width: int, value_width: int, *, joined: bool = False) -> None:
     """Raises ValueError for blocks that a call with so many heads of padded widths cannot take; `joined`: that joins
     blocks of a chunk two by two."""
 
