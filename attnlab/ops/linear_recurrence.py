@@ -240,6 +240,7 @@ def linear_recurrence(
     documents_BT: jax.Array | None = None,
     state_BHde: jax.Array | None = None,
     features: Taylor | None = None,
+    bonus_Hd: jax.Array | None = None,
     chunk: int = 64,
     impl: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
@@ -254,6 +255,8 @@ def linear_recurrence(
       documents_BT: of `attnlab.ops.documents.document_index`; None: all positions continue one document.
       state_BHde: the state before the first position, read by document 0 only; None: nothing.
       features: of queries and keys, which then stand for them, on chip in the kernel; d of the state is their count.
+      bonus_Hd: what a query's own position weighs, channel by channel, as in RWKV-6 (Peng et al. 2024,
+        arXiv:2404.05892, eq. 16): `o_t = q_t (S_{t-1} + diag(bonus) k_t u_t^T)`. Not with features.
       chunk: positions in a chunk of `chunked`, changes only time and memory; the kernel has its own.
       impl: "auto", or a name in `LINEAR_RECURRENCE.table`.
 
@@ -264,7 +267,10 @@ def linear_recurrence(
     Raises:
       UserError: shapes that do not fit, or an unknown `impl`.
     """
-    _check_shapes(q_BTHd, k_BTHd, u_BTHe, log_decay, documents_BT, state_BHde, features, chunk)
+    _check_shapes(q_BTHd, k_BTHd, u_BTHe, log_decay, documents_BT, state_BHde, features, bonus_Hd, chunk)
+    if bonus_Hd is not None:
+        run = functools.partial(linear_recurrence, state_BHde=state_BHde, chunk=chunk, impl=impl)
+        return _read_before_written(run, q_BTHd, k_BTHd, u_BTHe, log_decay, documents_BT, bonus_Hd)
     rows, states = ("batch", "seq", "heads", None), ("batch", "heads", None, None)
     decays = rows[:3] if log_decay is None else ("heads",) if log_decay.ndim == 1 else rows[: log_decay.ndim]
     return LINEAR_RECURRENCE(
@@ -272,6 +278,27 @@ def linear_recurrence(
         axes=(rows, rows, rows, decays, rows[:2], states), out_axes=[rows, states], impl=impl, chunk=chunk,
         features=features,
     )  # fmt: skip
+
+
+def _read_before_written(run: Callable[..., Any], q, k, u, log_decay, documents, bonus) -> tuple[jax.Array, jax.Array]:
+    """The state before a position is the one behind it where keys, values and decays stand one position later."""
+    B, T, H, _ = q.shape
+    same = jnp.broadcast_to(jnp.arange(T) > 0, (B, T))
+    if documents is not None:
+        same &= documents == jnp.pad(documents, ((0, 0), (1, 0)))[:, :-1]
+    if log_decay is not None and log_decay.ndim == 1:
+        log_decay = jnp.broadcast_to(log_decay, (B, T, H))
+    of_row = lambda x, n: x.reshape(x.shape + (1,) * (n - x.ndim))
+    later = lambda x: jnp.where(of_row(same, x.ndim), jnp.pad(x, [(0, 0), (1, 0)] + [(0, 0)] * (x.ndim - 2))[:, :-1], 0)
+    o, before = run(
+        q, later(k), later(u), log_decay=None if log_decay is None else later(log_decay), documents_BT=documents
+    )
+    wide = before.dtype
+    own = jnp.sum(q.astype(wide) * k.astype(wide) * bonus.astype(wide), axis=-1, keepdims=True)
+    o = (o.astype(wide) + own * u.astype(wide)).astype(o.dtype)
+    if log_decay is not None:
+        before = of_row(jnp.exp(log_decay[:, -1].astype(wide)), 4) * before
+    return o, before + k[:, -1, :, :, None].astype(wide) * u[:, -1, :, None].astype(wide)
 
 
 def flops_per_token(length: int, chunk: int, width: int, value_width: int, channels: bool = False) -> float:
@@ -356,7 +383,7 @@ def _states(
     return jnp.moveaxis(jnp.concatenate([start[None], between]), 0, 2), last
 
 
-def _check_shapes(q, k, u, log_decay, documents, state, features: Taylor | None, chunk: int) -> None:
+def _check_shapes(q, k, u, log_decay, documents, state, features: Taylor | None, bonus, chunk: int) -> None:
     if q.ndim != 4 or q.shape != k.shape or u.ndim != 4 or u.shape[:3] != q.shape[:3]:
         raise UserError(
             f"linear_recurrence: q {q.shape}, k {k.shape}, u {u.shape} do not fit; "
@@ -365,6 +392,8 @@ def _check_shapes(q, k, u, log_decay, documents, state, features: Taylor | None,
     B, T, H, d = q.shape
     decays = [(H,), (B, T, H)] + ([(B, T, H, d)] if features is None else [])
     if features is not None:
+        if bonus is not None:
+            raise UserError(f"linear_recurrence: bonus_Hd {bonus.shape}; allowed with features: None")
         if features.width != d:
             raise UserError(f"linear_recurrence: q {q.shape}; expected width {features.width}, that of {features}")
         d = features.count
@@ -372,6 +401,7 @@ def _check_shapes(q, k, u, log_decay, documents, state, features: Taylor | None,
         ("log_decay", log_decay, decays),
         ("documents_BT", documents, [(B, T)]),
         ("state_BHde", state, [(B, H, d, u.shape[3])]),
+        ("bonus_Hd", bonus, [(H, d)]),
     ):
         if x is not None and x.shape not in allowed:
             raise UserError(f"linear_recurrence: {name} {x.shape}; expected {' or '.join(map(str, allowed))}")
