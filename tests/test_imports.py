@@ -35,7 +35,6 @@ TUNING = tuple(
         "schedules_linear_recurrence",
         "schedules_local_linear",
         "schedules_neural_memory",
-        "schedules_rotary",
         "tune",
     )
 )

@@ -120,12 +120,12 @@ class Attention(HeadMixer):
 
     def placed(self, y: jax.Array, positions: jax.Array | None, name: str) -> jax.Array:
         """Queries (`name` q) or keys (k) after QK-norm, and RoPE where positions are given."""
-        c, norm = self.config, None
+        c = self.config
         if c.qk_norm == "cosine":
             y = unit(y).astype(y.dtype)
         elif c.qk_norm:
-            norm = self.q_norm if name == "q" else self.k_norm
-        return c.rotated(y, positions, norm)
+            y = (self.q_norm if name == "q" else self.k_norm)(y)
+        return y if positions is None else c.rotated(y, positions)
 
     @abc.abstractmethod
     def attend(self, q: jax.Array, kv: KeysValues, mask: Mask, x: jax.Array) -> MixerOutput:

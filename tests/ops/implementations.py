@@ -27,7 +27,6 @@ from attnlab.ops.local_linear import LOCAL_LINEAR, local_linear
 from attnlab.ops.memory_frame import MemorySpec, initial_state
 from attnlab.ops.neural_memory import NEURAL_MEMORY, neural_memory
 from attnlab.ops.parallax import PARALLAX, parallax
-from attnlab.ops.rope import ROPE, rope
 from attnlab.ops.segmented_ema import SEGMENTED_EMA, segmented_ema
 from attnlab.ops.tensor_attention import TENSOR_ATTENTION, tensor_attention
 
@@ -113,13 +112,6 @@ def _agents(refreshed: bool, impl: str) -> tuple[Callable, list[jax.Array]]:
     return run, inputs
 
 
-def _rope(impl: str) -> tuple[Callable, list[jax.Array]]:
-    """A part of the channels turned, behind the norm."""
-    positions = jnp.asarray([[3, 4, 5, 0, 1, 2, 3, 4, 0], list(range(9))])
-    run = lambda x, scale: rope(x, positions, 50.0, 64, scale_d=scale, impl=impl)
-    return run, [*arrays(1, (2, 9, 2, 128)), *arrays(1, (128,), seed=1)]
-
-
 def _tensor(impl: str) -> tuple[Callable, list[jax.Array]]:
     """Documents in a window, in several tiles of rows."""
     mask = mask_from_segments(segments(SHORT), SHORT[1], causal=True, window=4)
@@ -153,7 +145,6 @@ CASES: dict[str, tuple[Op, dict[str, Callable[[str], tuple[Callable, list[jax.Ar
             ),
         },
     ),
-    "rope": (ROPE, {"norm": _rope}),
     "cross_entropy": (CROSS_ENTROPY, {"short": _cross_entropy}),
     "delta_rule": (DELTA_RULE, {"short": _delta}),
     "flow_attention": (FLOW_ATTENTION, {f"causal={c}": functools.partial(_flow, c) for c in (True, False)}),
