@@ -20,16 +20,18 @@ def checkpointer(written: Callable[[], None], *, apart: bool, seconds: int) -> o
     several = ocp.options.MultiprocessingOptions(primary_host=None if apart else 0)
     state = ocp.StandardCheckpointHandler(multiprocessing_options=several, use_ocdbt=not apart)
     host = ocp.JsonCheckpointHandler(multiprocessing_options=several)
-    of_both = ocp.CompositeOptions(multiprocessing_options=several)
+    background = ocp.options.AsyncOptions(
+        timeout_secs=seconds,
+        # Made by another thread, a directory that cannot be made leaves others waiting for it for ever.
+        create_directories_asynchronously=False,
+        post_finalization_callback=written,
+    )
+    # Both need the options: were only one told, items would be written into directories that may not be there yet.
+    of_both = ocp.CompositeOptions(multiprocessing_options=several, async_options=background)
     return ocp.AsyncCheckpointer(
         ocp.CompositeCheckpointHandler(state=state, host=host, composite_options=of_both),
         multiprocessing_options=several,
-        async_options=ocp.options.AsyncOptions(
-            timeout_secs=seconds,
-            # Made by another thread, a directory that cannot be made leaves others waiting for it for ever.
-            create_directories_asynchronously=False,
-            post_finalization_callback=written,
-        ),
+        async_options=background,
     )
 
 

@@ -1,10 +1,13 @@
 """Two processes of one run, whose workdir is in a bucket: they share no directory."""
 
+import collections
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
+import urllib.parse
 
 import pytest
 
@@ -20,6 +23,18 @@ SMALL = {
     "optimizer__schedule": "constant", "mesh__data": 1, "mesh__fsdp": 2, "train__on_config_change": "continue",
 }  # fmt: skip
 
+# The command line; on the second host directories take long to make.
+CODE = """
+import os, sys, time
+def slow(path, *args, mkdir=os.mkdir, **kwargs):
+    time.sleep(0.3 * ("host." in os.path.basename(path)))
+    mkdir(path, *args, **kwargs)
+if "--config.cluster.index=1" in sys.argv:
+    os.mkdir = slow
+from attnlab.cli import main
+sys.exit(main())
+"""
+
 
 def pair(directory, source, workdir, **more):
     """Both processes of a run, to its end; each has a staging directory of its own."""
@@ -30,9 +45,10 @@ def pair(directory, source, workdir, **more):
     cluster = [f"--config.cluster.coordinator=127.0.0.1:{port}", "--config.cluster.processes=2"]
     processes = []
     for index in range(2):
-        command = [sys.executable, "-m", "attnlab", "train", "--config", config, "--workdir", str(workdir)]
+        command = [sys.executable, "-c", CODE, "train", "--config", config, "--workdir", str(workdir)]
         env = {**os.environ, "ATTNLAB_STAGING": str(directory / f"host{index}"), "JAX_PLATFORMS": "cpu"}
         env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1" + flags.UNOPTIMISED
+        env["PYTHONPATH"] = str(runs.ROOT)
         processes.append(
             subprocess.Popen(
                 [*command, *cluster, f"--config.cluster.index={index}"],
@@ -44,21 +60,40 @@ def pair(directory, source, workdir, **more):
     return said
 
 
-def test_two_hosts(place, store, tmp_path, attnlab):
-    """Each writes its part of a checkpoint; broken off and gone on with, losses are those of a run on a disk."""
-    source = runs.corpus(tmp_path / "corpus")
-    pair(tmp_path, source, tmp_path / "disk")
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """The corpus, and the metrics of a run on a disk."""
+    home = tmp_path_factory.mktemp("unbroken")
+    source = runs.corpus(home / "corpus")
+    pair(home, source, home / "disk")
+    return source, runs.lines(home / "disk")
+
+
+def fetched(store, below):
+    """How often objects below a name were read; gcsfs asks for what is known of them by another path."""
+    paths = [path for method, path in store.proxy.requests if method == "GET" and not path.startswith("/storage/")]
+    names = (urllib.parse.unquote(path).partition("?")[0] for path in paths)
+    return collections.Counter(name.partition(below)[2] for name in names if below in name)
+
+
+def test_two_hosts(place, store, tmp_path, unbroken, attnlab):
+    """Each writes its part of a checkpoint; broken off and gone on with, losses are those of a run on a disk, and
+    each reads its own part. One host alone evaluates what both wrote, and leaves the optimizer's arrays there."""
+    source, lines = unbroken
     pair(tmp_path, source, place, train__steps=8)
     listed = json.loads(Bucket(Url(place)).get("checkpoints/8/digests.json"))["files"]
     assert {n for n in listed if "array_metadatas" in n} == {f"state/array_metadatas/process_{i}" for i in range(2)}
     assert not Bucket(Url(place)).listing("uploads")
+    store.proxy.requests.clear()
     said = pair(tmp_path, source, place)
     assert f"resuming {place} at step 8" in said[0]
+    split = {n: count for n, count in fetched(store, "checkpoints/8/state/").items() if re.search(r"kernel/\d", n)}
+    assert split and set(split.values()) == {1}  # of what is split each host reads its own
     with storage.opened(Url(place)) as path:
-        assert runs.lines(path) == runs.lines(tmp_path / "disk")
-    losses = []
-    for where in (place, tmp_path / "disk"):
-        code, out, err = attnlab("eval", "--workdir", where, "--config.mesh.fsdp=1", "--json")
-        assert code == 0, err
-        losses.append(json.loads(out)["loss"] if "loss" in json.loads(out) else json.loads(out))
-    assert losses[0] == losses[1]
+        assert runs.lines(path) == lines
+    store.proxy.requests.clear()
+    code, out, err = attnlab("eval", "--workdir", place, "--config.mesh.fsdp=1", "--batches=2", "--json")
+    assert code == 0, err
+    read = fetched(store, "checkpoints/12/state/")
+    assert any(n.startswith("params.") for n in read) and not [n for n in read if re.match(r"opt_state.*/\d", n)]
+    assert json.loads(out)["loss"] == pytest.approx(lines[-1]["heldout_loss"], rel=1e-6)

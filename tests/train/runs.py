@@ -59,7 +59,8 @@ def run(config: RunConfig, workdir: pathlib.Path) -> str:
 
 def lines(workdir: pathlib.Path) -> list[dict[str, Any]]:
     """metrics.jsonl, without what depends on the clock."""
-    timed = ("tokens_per_second", "step_seconds", "mfu", "goodput")
+    timed = ("tokens_per_second", "step_seconds", "mfu", "goodput", "host_seconds_min", "host_seconds_max")
+    timed += ("slowest_process",)
     read = [json.loads(text) for text in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in timed} for line in read]
 
