@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from attnlab.launch import llo
-from attnlab.launch.schedules_linear_recurrence import BATCH, HEADS, LENGTH, PARTS, WIDTH
+from attnlab.launch.schedules_linear_recurrence import BATCH, HEADS, LENGTH, WIDTH, both
 from kernels_pallas import tuning
 from kernels_pallas.agent_attention import Sizes, agent_attention, default_sizes
 
@@ -49,39 +47,8 @@ def compile_case(case: Case, target: Any, chip: str, sizes: Sizes) -> None:
     jax.jit(jax.grad(loss)).lower(arrays, starts).compile()
 
 
-def facts(root: llo.Region, chip: str, work: int) -> dict[str, Any]:
-    """Of a kernel whose step is `work` positions times heads; "again": bundles of a block that is done again."""
-    grid = max((r for r in root.inside if r.kind == "loop"), key=lambda r: r.total()["bundles"])
-    within = lambda r, others: any(o is not r and o.start <= r.start and r.end <= o.end for o in others)
-    loops = [r for r in grid.walk() if r.kind == "loop" and r is not grid]
-    again = [r for r in loops if not within(r, loops)]
-    once = [r for r in grid.walk() if r.kind == "when" and not r.inside and r.own["VST"] > 16 and not within(r, again)]
-    count = lambda name, regions: sum(r.total()[name] for r in regions)
-    left = lambda name: grid.total()[name] - count(name, again) - count(name, once)
-    return {
-        "bundles": round(left("bundles") / work, 3),
-        "matrix": round(left("products") * llo.CYCLES[chip] / llo.UNITS[chip] / work, 3),
-        "once": count("bundles", once),
-        "again": count("bundles", again),
-        "spills": left("SPILL"),
-        "kernel_bundles": root.total()["bundles"],
-    }
-
-
 def measure(name: str, chip: str, folder: pathlib.Path, target: Any, sizes: Sizes | None = None):
-    """Facts of a case's two directions, by direction. The dump goes to `folder` (`llo.arguments`)."""
+    """See `both`, of a case."""
     case, of = CASES[name], jax.ShapeDtypeStruct((BATCH, LENGTH, HEADS, WIDTH), "bfloat16")
     sizes = sizes or default_sizes(of, of, case.agents, chip)
-    llo.clear(folder)
-    started = time.process_time()
-    compile_case(case, target, chip, sizes)
-    seconds = round(time.process_time() - started, 1)
-    found = {}
-    for part, heads in zip(PARTS, (sizes.forward_heads, sizes.backward_heads)):
-        (root,) = llo.kernels(folder, f"{NAME}_{part}", chip)
-        found[part] = facts(root, chip, sizes.chunk * sizes.chunks * heads) | {
-            "vmem": llo.vmem(folder, f"{NAME}_{part}"),
-            "sizes": dataclasses.asdict(sizes),
-            "compile_cpu_seconds": seconds,
-        }
-    return found
+    return both(NAME, sizes, chip, folder, lambda: compile_case(case, target, chip, sizes))

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from attnlab.launch import llo
+from attnlab.launch.schedules import grid
 from attnlab.ops.feature_maps import Taylor
 from attnlab.ops.recurrence_kernel import kernel_features
 from kernels_pallas import tuning
@@ -26,7 +27,7 @@ from kernels_pallas.linear_recurrence import Sizes, default_sizes, linear_recurr
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Of a call; `decay`: constant, or data: a number per position, whose gradient is wanted."""
+    """Of a call; `decay`: constant, or, with its gradient, data: a number per position, or channels: one for each."""
 
     decay: str = "constant"
     packed: bool = False
@@ -46,6 +47,8 @@ CASES = {
     "data, documents": Case("data", True),
     "constant, a column of ones": Case(value_width=129),
     "Taylor features, a column of ones": Case(value_width=129, features=Taylor(16)),
+    "channels": Case("channels"),
+    "channels, documents": Case("channels", True),
 }
 PARTS = ("forward", "backward")
 
@@ -57,10 +60,8 @@ def compile_case(case: Case, target: Any, chip: str, sizes: Sizes) -> None:
     rows = BATCH, LENGTH, HEADS
     arrays = {"q": of(*rows, case.key_width), "k": of(*rows, case.key_width), "u": of(*rows, case.value_width)}
     fixed = {"starts": of(*rows[:2], dtype=jnp.int32)} if case.packed else {}
-    if case.decay == "data":
-        arrays["log_decay"] = of(*rows, dtype=jnp.float32)
-    else:
-        fixed["log_decay"] = of(HEADS, dtype=jnp.float32)
+    decays = {"constant": (HEADS,), "data": rows, "channels": (*rows, WIDTH)}[case.decay]
+    (fixed if case.decay == "constant" else arrays)["log_decay"] = of(*decays, dtype=jnp.float32)
 
     def loss(arrays, fixed):
         with tuning.device_kind(chip):
@@ -71,16 +72,22 @@ def compile_case(case: Case, target: Any, chip: str, sizes: Sizes) -> None:
 
 
 def facts(root: llo.Region, chip: str, work: int) -> dict[str, Any]:
-    """Of a kernel whose step is `work` positions times heads."""
-    loop = max((r for r in root.inside if r.kind == "loop"), key=lambda r: r.total()["bundles"])
-    total = loop.total()
-    first_or_last = lambda r: not r.inside and not r.own["products"] and r.own["VST"] > 16
-    once = sum(r.own["bundles"] for r in loop.walk() if first_or_last(r))
+    """Of a kernel whose step is `work` positions times heads; "again": of what is a loop in it, if there is one, which
+    runs now and then."""
+    step = grid(root)
+    within = lambda r, others: any(o is not r and o.start <= r.start and r.end <= o.end for o in others)
+    loops = [r for r in step.walk() if r.kind == "loop" and r is not step]
+    again = [r for r in loops if not within(r, loops)]
+    first_or_last = lambda r: not r.inside and not r.own["products"] and r.own["VST"] > 16 and not within(r, again)
+    once = [r for r in step.walk() if first_or_last(r)]
+    count = lambda name, regions: sum(r.total()[name] for r in regions)
+    left = lambda name: step.total()[name] - count(name, again) - count(name, once)
     return {
-        "bundles": round((total["bundles"] - once) / work, 3),
-        "matrix": round(total["products"] * llo.CYCLES[chip] / llo.UNITS[chip] / work, 3),
-        "once": once,
-        "spills": total["SPILL"],
+        "bundles": round(left("bundles") / work, 3),
+        "matrix": round(left("products") * llo.CYCLES[chip] / llo.UNITS[chip] / work, 3),
+        "once": count("bundles", once),
+        **({"again": count("bundles", again)} if again else {}),
+        "spills": left("SPILL"),
         "kernel_bundles": root.total()["bundles"],
     }
 
@@ -108,6 +115,7 @@ def measure(name: str, chip: str, folder: pathlib.Path, target: Any, sizes: Size
     """See `both`, of a case."""
     case = CASES[name]
     of = lambda width: jax.ShapeDtypeStruct((BATCH, LENGTH, HEADS, width), "bfloat16")
-    features = kernel_features(case.features)
-    sizes = sizes or default_sizes(of(case.key_width), of(case.value_width), chip, features)
-    return both(NAME, sizes, chip, folder, lambda: compile_case(case, target, chip, sizes))
+    features, channels = kernel_features(case.features), case.decay == "channels"
+    sizes = sizes or default_sizes(of(case.key_width), of(case.value_width), chip, features, channels)
+    kernel = NAME + "_channels" * channels
+    return both(kernel, sizes, chip, folder, lambda: compile_case(case, target, chip, sizes))

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from attnlab.errors import UserError
 from attnlab.ops import recurrence_kernel
+from attnlab.ops.channel_decay import decayed_products, products_flops
 from attnlab.ops.dispatch import Implementation, Op
 from attnlab.ops.feature_maps import Taylor
 from attnlab.parallel.sequence_parallel import SequenceParallel
@@ -34,7 +35,7 @@ class RecurrenceSpec:
     value_width: int
     dtype: str
     chunk: int
-    decay: str  # none, constant, data
+    decay: str  # none, constant, data, channels
     packed: bool
     features: Taylor | None = None  # of keys whose width is then its own
 
@@ -50,7 +51,7 @@ class RecurrenceSpec:
     ) -> RecurrenceSpec:  # fmt: skip
         """Of the arrays of a device; where positions are split over several, what each finds is added in wide sums."""
         dtype = q.dtype if exchange is None else jnp.promote_types(q.dtype, jnp.float32)
-        decay = "none" if log_decay is None else "constant" if log_decay.ndim == 1 else "data"
+        decay = "none" if log_decay is None else {1: "constant", 3: "data", 4: "channels"}[log_decay.ndim]
         return cls(*q.shape, u.shape[3], str(dtype), chunk, decay, documents is not None, features)
 
 
@@ -61,9 +62,9 @@ class Weights(NamedTuple):
 
     Attributes:
       pairs: [B, H, N, C, C], of the key in the last axis for the query in the one before; 0 for later keys.
-      read: [B, H, N, C], of the state before the chunk for a query.
-      write: [B, H, N, C], of a key in the state after the chunk.
-      carry: [B, H, N], of the state before in the state after the chunk.
+      read: [B, H, N, C], of the state before the chunk for a query; or of its channels, [B, H, N, C, d].
+      write: as `read`, of a key in the state after the chunk.
+      carry: [B, H, N] or [B, H, N, d], of the state before in the state after the chunk.
     """
 
     pairs: jax.Array
@@ -105,9 +106,12 @@ def definition(
     *,
     chunk: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """`o_t = sum_{s <= t} exp(sum of log_decay over s + 1 .. t) (q_t . k_s) u_s`, with all T x T pairs."""
+    """`o_t = sum_{s <= t} exp(sum of log_decay over s + 1 .. t) (q_t . k_s) u_s`, with all T x T pairs; the recurrence
+    itself where channels have their own decays."""
     del chunk
     B, T, H, _ = q.shape
+    if log_decay is not None and log_decay.ndim == 4:
+        return _stepwise(q, k, u, log_decay, documents, state)
     logs = jnp.zeros((H,), q.dtype) if log_decay is None else log_decay
     total = jnp.moveaxis(jnp.cumsum(jnp.broadcast_to(logs, (B, T, H)), axis=1), 2, 1)
     documents = jnp.zeros((1, T), jnp.int32) if documents is None else documents
@@ -123,6 +127,24 @@ def definition(
     return o, after
 
 
+def _stepwise(q, k, u, log_decay, documents, state) -> tuple[jax.Array, jax.Array]:
+    """The recurrence, position by position, with a decay for each channel."""
+    same = jnp.ones(q.shape[:2], bool)
+    if documents is not None:
+        same = documents == jnp.pad(documents, ((0, 0), (1, 0)))[:, :-1]
+
+    def step(state, inputs):
+        q, k, u, log_decay, same = inputs
+        kept = jnp.where(same[:, None, None], jnp.exp(log_decay), 0)
+        state = kept[..., None] * state + k[..., None] * u[..., None, :]
+        return state, jnp.einsum("bhd,bhde->bhe", q, state, precision="highest")
+
+    B, _, H, d = q.shape
+    start = jnp.zeros((B, H, d, u.shape[3]), q.dtype) if state is None else state
+    state, o = jax.lax.scan(step, start, tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, u, log_decay, same)))
+    return jnp.moveaxis(o, 0, 1), state
+
+
 @_in_wide_sums
 def chunked(
     q: jax.Array,
@@ -135,22 +157,37 @@ def chunked(
     chunk: int,
 ) -> tuple[jax.Array, jax.Array]:
     """The same in memory and time linear in T. Products are batched over chunks, as only the states need a loop."""
-    T = q.shape[1]
+    T, channels = q.shape[1], log_decay is not None and log_decay.ndim == 4
+    if channels and T == 1:
+        return _stepwise(q, k, u, log_decay, documents, state)
     C = min(chunk, T)
     q, k, u = (_in_chunks(x, C) for x in (q, k, u))
-    if log_decay is not None and log_decay.ndim == 3:
+    if log_decay is not None and log_decay.ndim > 1:
         log_decay = _in_chunks(log_decay, C)
     if documents is not None:
         documents = _in_chunks(documents[..., None], C, mode="edge")
-    weights = chunk_weights(log_decay, documents, T, C, q.dtype)
+    if channels:
+        scores, weights = _by_channel(q, k, log_decay, chunk_weights(None, documents, T, C, q.dtype))
+    else:
+        weights = chunk_weights(log_decay, documents, T, C, q.dtype)
+        scores = jnp.einsum("bhncd,bhnsd->bhncs", q, k) * weights.pairs
     written = jnp.einsum("bhnsd,bhnse->bhnde", _scaled(k, weights.write), u)
     before, state = _states(written, weights.carry, state)
-    scores = jnp.einsum("bhncd,bhnsd->bhncs", q, k) * weights.pairs
     o = jnp.einsum("bhncs,bhnse->bhnce", scores, u)
     if before is not None:
         o += jnp.einsum("bhncd,bhnde->bhnce", _scaled(q, weights.read), before)
     B, H, N, _, e = o.shape
     return jnp.moveaxis(o, 1, 3).reshape(B, N * C, H, e)[:, :T], state
+
+
+def _by_channel(q, k, log_decay, seen: Weights) -> tuple[jax.Array, Weights]:
+    """Weighted scores, and the other weights, of decays [B, H, N, C, d]; `seen`: what is let through without them."""
+    products, upto, behind = decayed_products(q[..., None, :, :], k, log_decay)
+    logs = upto, behind, upto[..., -1, :]
+    read, write, carry = (
+        jnp.exp(x) if passes is None else jnp.exp(x) * passes[..., None] for x, passes in zip(logs, seen[1:])
+    )
+    return products[..., 0, :, :] * seen.pairs, Weights(seen.pairs, read, write, carry)
 
 
 def _over_devices(
@@ -162,14 +199,15 @@ def _over_devices(
     o, written = chosen.run(q, k, u, log_decay, documents, None, chunk=chunk, features=features)
     q = q if features is None else features(q)
     B, T, H, d = q.shape
-    logs = jnp.zeros((B, T, H), q.dtype) if log_decay is None else jnp.broadcast_to(log_decay, (B, T, H))
+    logs = jnp.zeros((), q.dtype) if log_decay is None else log_decay
+    logs = logs if logs.ndim == 4 else jnp.broadcast_to(logs, (B, T, H))[..., None]  # the last axis: d, or 1
     kept = jnp.exp(jnp.cumsum(logs, axis=1))
     if documents is not None:
-        kept = jnp.where((documents == 0)[..., None], kept, 0)
+        kept = jnp.where((documents == 0)[..., None, None], kept, 0)
     start = jnp.zeros((B, H, d, u.shape[3]), q.dtype) if state is None else state
-    join = lambda before, own: own[0][..., None, None] * before + own[1]
+    join = lambda before, own: own[0][..., None] * before + own[1]
     before, after = exchange.exclusive_scan(join, (kept[:, -1], written), start)
-    o += jnp.einsum("bth,bthd,bhde->bthe", kept, q, before)
+    o += jnp.einsum("bthd,bhde->bthe", kept * q, before)
     return o.astype(arrays[0].dtype), after
 
 
@@ -202,6 +240,7 @@ def linear_recurrence(
     documents_BT: jax.Array | None = None,
     state_BHde: jax.Array | None = None,
     features: Taylor | None = None,
+    bonus_Hd: jax.Array | None = None,
     chunk: int = 64,
     impl: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
@@ -210,11 +249,14 @@ def linear_recurrence(
     Args:
       q_BTHd, k_BTHd, u_BTHe: queries, keys and what is written. There is no scale and no denominator: for a sum of
         weights append a column of ones to u.
-      log_decay: at most 0; None: nothing decays; [H]: the same at all positions; [B, T, H]. A decay below the
-        smallest normal number of its dtype counts as that number.
+      log_decay: at most 0; None: nothing decays; [H]: the same at all positions; [B, T, H]; [B, T, H, d]: of each
+        channel of queries and keys, not of features. A decay below the smallest normal number of its dtype counts as
+        that number.
       documents_BT: of `attnlab.ops.documents.document_index`; None: all positions continue one document.
       state_BHde: the state before the first position, read by document 0 only; None: nothing.
       features: of queries and keys, which then stand for them, on chip in the kernel; d of the state is their count.
+      bonus_Hd: what a query's own position weighs, channel by channel, as in RWKV-6 (Peng et al. 2024,
+        arXiv:2404.05892, eq. 16): `o_t = q_t (S_{t-1} + diag(bonus) k_t u_t^T)`. Not with features.
       chunk: positions in a chunk of `chunked`, changes only time and memory; the kernel has its own.
       impl: "auto", or a name in `LINEAR_RECURRENCE.table`.
 
@@ -225,9 +267,12 @@ def linear_recurrence(
     Raises:
       UserError: shapes that do not fit, or an unknown `impl`.
     """
-    _check_shapes(q_BTHd, k_BTHd, u_BTHe, log_decay, documents_BT, state_BHde, features, chunk)
+    _check_shapes(q_BTHd, k_BTHd, u_BTHe, log_decay, documents_BT, state_BHde, features, bonus_Hd, chunk)
+    if bonus_Hd is not None:
+        run = functools.partial(linear_recurrence, state_BHde=state_BHde, chunk=chunk, impl=impl)
+        return _read_before_written(run, q_BTHd, k_BTHd, u_BTHe, log_decay, documents_BT, bonus_Hd)
     rows, states = ("batch", "seq", "heads", None), ("batch", "heads", None, None)
-    decays = ("heads",) if log_decay is not None and log_decay.ndim == 1 else rows[:3]
+    decays = rows[:3] if log_decay is None else ("heads",) if log_decay.ndim == 1 else rows[: log_decay.ndim]
     return LINEAR_RECURRENCE(
         q_BTHd, k_BTHd, u_BTHe, log_decay, documents_BT, state_BHde,
         axes=(rows, rows, rows, decays, rows[:2], states), out_axes=[rows, states], impl=impl, chunk=chunk,
@@ -235,11 +280,37 @@ def linear_recurrence(
     )  # fmt: skip
 
 
-def flops_per_token(length: int, chunk: int, width: int, value_width: int) -> float:
-    """FLOPs of the matrix products of `chunked` per position and head, all pairs of a chunk counted."""
+def _read_before_written(run: Callable[..., Any], q, k, u, log_decay, documents, bonus) -> tuple[jax.Array, jax.Array]:
+    """The state before a position is the one behind it where keys, values and decays stand one position later."""
+    B, T, H, _ = q.shape
+    same = jnp.broadcast_to(jnp.arange(T) > 0, (B, T))
+    if documents is not None:
+        same &= documents == jnp.pad(documents, ((0, 0), (1, 0)))[:, :-1]
+    if log_decay is not None and log_decay.ndim == 1:
+        log_decay = jnp.broadcast_to(log_decay, (B, T, H))
+    of_row = lambda x, n: x.reshape(x.shape + (1,) * (n - x.ndim))
+    later = lambda x: jnp.where(of_row(same, x.ndim), jnp.pad(x, [(0, 0), (1, 0)] + [(0, 0)] * (x.ndim - 2))[:, :-1], 0)
+    o, before = run(
+        q, later(k), later(u), log_decay=None if log_decay is None else later(log_decay), documents_BT=documents
+    )
+    wide = before.dtype
+    own = jnp.sum(q.astype(wide) * k.astype(wide) * bonus.astype(wide), axis=-1, keepdims=True)
+    o = (o.astype(wide) + own * u.astype(wide)).astype(o.dtype)
+    if log_decay is not None:
+        before = of_row(jnp.exp(log_decay[:, -1].astype(wide)), 4) * before
+    return o, before + k[:, -1, :, :, None].astype(wide) * u[:, -1, :, None].astype(wide)
+
+
+def flops_per_token(length: int, chunk: int, width: int, value_width: int, channels: bool = False) -> float:
+    """FLOPs of the matrix products of `chunked` per position and head, all pairs of a chunk counted; `channels`: of
+    decays of each channel."""
     C = min(chunk, length)
     chunks = -(-length // C)
-    pairs, states = 2.0 * C * (width + value_width), 2.0 * width * value_width
+    states = 2.0 * width * value_width
+    if channels and length == 1:
+        return states
+    scores = products_flops(1, C, width) / C if channels else 2.0 * C * width
+    pairs = scores + 2.0 * C * value_width
     return (pairs + states * (2 if chunks > 1 else 1)) * chunks * C / length
 
 
@@ -285,7 +356,9 @@ def _in_chunks(x_BTHw: jax.Array, chunk: int, mode: str = "constant") -> jax.Arr
 
 
 def _scaled(x: jax.Array, weight: jax.Array | None) -> jax.Array:
-    return x if weight is None else x * weight[..., None]
+    if weight is None:
+        return x
+    return x * (weight if weight.ndim == x.ndim else weight[..., None])
 
 
 def _states(
@@ -293,8 +366,9 @@ def _states(
 ) -> tuple[jax.Array | None, jax.Array]:
     """The states before each chunk [B, H, N, d, e], None where all are zero, and the one after the last."""
     B, H, N, d, e = written_BHNde.shape
-    carry = jnp.ones((), written_BHNde.dtype) if carry_BHN is None else carry_BHN
-    carry = jnp.moveaxis(jnp.broadcast_to(carry, (B, H, N)), 2, 0)[..., None, None]
+    carry = jnp.ones((1, 1, 1), written_BHNde.dtype) if carry_BHN is None else carry_BHN
+    carry = carry[..., None, None] if carry.ndim == 3 else carry[..., None]
+    carry = jnp.moveaxis(jnp.broadcast_to(carry, (B, H, N, *carry.shape[3:])), 2, 0)
     written = jnp.moveaxis(written_BHNde, 2, 0)
     first = written[0] if state_BHde is None else carry[0] * state_BHde + written[0]
     if N == 1:
@@ -309,21 +383,25 @@ def _states(
     return jnp.moveaxis(jnp.concatenate([start[None], between]), 0, 2), last
 
 
-def _check_shapes(q, k, u, log_decay, documents, state, features: Taylor | None, chunk: int) -> None:
+def _check_shapes(q, k, u, log_decay, documents, state, features: Taylor | None, bonus, chunk: int) -> None:
     if q.ndim != 4 or q.shape != k.shape or u.ndim != 4 or u.shape[:3] != q.shape[:3]:
         raise UserError(
             f"linear_recurrence: q {q.shape}, k {k.shape}, u {u.shape} do not fit; "
             "expected q, k [B, T, H, d], u [B, T, H, e]"
         )
     B, T, H, d = q.shape
+    decays = [(H,), (B, T, H)] + ([(B, T, H, d)] if features is None else [])
     if features is not None:
+        if bonus is not None:
+            raise UserError(f"linear_recurrence: bonus_Hd {bonus.shape}; allowed with features: None")
         if features.width != d:
             raise UserError(f"linear_recurrence: q {q.shape}; expected width {features.width}, that of {features}")
         d = features.count
     for name, x, allowed in (
-        ("log_decay", log_decay, [(H,), (B, T, H)]),
+        ("log_decay", log_decay, decays),
         ("documents_BT", documents, [(B, T)]),
         ("state_BHde", state, [(B, H, d, u.shape[3])]),
+        ("bonus_Hd", bonus, [(H, d)]),
     ):
         if x is not None and x.shape not in allowed:
             raise UserError(f"linear_recurrence: {name} {x.shape}; expected {' or '.join(map(str, allowed))}")

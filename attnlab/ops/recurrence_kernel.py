@@ -28,10 +28,12 @@ def _kernels() -> Any:
 def unsupported(spec: RecurrenceSpec) -> str | None:
     """Why the kernel cannot serve, or None."""
     if attention_flash.kernel_platform() == "cuda":
+        if spec.decay == "channels":
+            return "on GPUs a position has one decay, not one for each channel"
         return attention_flash.unsupported_heads(spec.dtype, max(_state_width(spec), spec.value_width))
     if spec.dtype not in ("bfloat16", "float32"):
         return f"it computes bfloat16 and float32, not {spec.dtype}"
-    if _kernels().default_sizes(*_arrays(spec), device_kind(), kernel_features(spec.features)) is None:
+    if _kernels().default_sizes(*_facts(spec)) is None:
         return f"a head's state of {_state_width(spec)} x {spec.value_width} does not fit into fast memory"
     return None
 
@@ -45,7 +47,7 @@ def kernel_flops(spec: RecurrenceSpec) -> dict[str, float]:
     """FLOPs of one run of each kernel."""
     if attention_flash.kernel_platform() == "cuda":
         return gpu_kernel_flops(spec.batch, spec.positions, spec.heads, _state_width(spec), spec.value_width)
-    return _kernels().kernel_flops(*_arrays(spec), device_kind(), kernel_features(spec.features))
+    return _kernels().kernel_flops(*_facts(spec))
 
 
 def gpu_kernel_flops(batch: int, positions: int, heads: int, width: int, value_width: int) -> dict[str, float]:
@@ -117,7 +119,8 @@ def _state_width(spec: RecurrenceSpec) -> int:
     return spec.width if spec.features is None else spec.features.count
 
 
-def _arrays(spec: RecurrenceSpec) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    """Queries and values."""
+def _facts(spec: RecurrenceSpec) -> tuple[Any, ...]:
+    """What the kernels' sizes and FLOPs depend on: queries and values, the device, features, whose the decays are."""
     of = lambda width: jax.ShapeDtypeStruct((spec.batch, spec.positions, spec.heads, width), spec.dtype)
-    return of(spec.width), of(spec.value_width)
+    features = kernel_features(spec.features)
+    return of(spec.width), of(spec.value_width), device_kind(), features, spec.decay == "channels"

@@ -16,6 +16,7 @@ from kernels_pallas.delta_rule import plan as plan_lib
 from kernels_pallas.delta_rule.gradient import rule
 from kernels_pallas.flash_attention.call import platform_of
 from kernels_pallas.linear_recurrence.plan import (
+    Plan,
     Sizes,
     check_arrays,
     check_shape,
@@ -28,7 +29,6 @@ __all__ = ["GPU_WIDEST", "Sizes", "default_sizes", "delta_rule", "gpu_kernel_flo
 
 GPU_WIDEST, gpu_unsupported = gpu.WIDEST, gpu.unsupported
 _LOG2E = math.log2(math.e)
-_CHUNKS = (16, 32, 64, 128)
 
 
 def delta_rule(
@@ -78,10 +78,8 @@ def delta_rule(
     sizes = default_sizes(q, v, kind, channels) if sizes is None else sizes
     if sizes is None:
         raise ValueError(f"delta_rule: widths {width}/{value_width}: a state of so many does not fit on chip")
-    check_sizes("delta_rule", sizes, H, d, e)
-    if sizes.chunk not in _CHUNKS:
-        raise ValueError(f"delta_rule: {sizes} is not allowed; allowed: chunk {', '.join(map(str, _CHUNKS))}")
-    plan = plan_lib.DeltaPlan(
+    check_sizes("delta_rule", sizes, H, d, e, joined=True)
+    plan = Plan(
         (B, T, H, d, e), str(q.dtype), False, starts is not None, False, state is not None, sizes, kind, interpret,
         channels=channels,
     )  # fmt: skip

@@ -6,25 +6,16 @@ from typing import Any
 
 import jax
 
-from kernels_pallas.delta_rule import channels
-from kernels_pallas.delta_rule.plan import DeltaPlan
 from kernels_pallas.linear_recurrence.chunk import Step
+from kernels_pallas.linear_recurrence.plan import Plan
 
 
 class DeltaStep(Step):
-    """A step of the grid.
+    """A step of the grid."""
 
-    Attributes:
-      meets: where channels have their own decays, `channels.meets`.
-    """
-
-    plan: DeltaPlan
-
-    def __init__(self, plan: DeltaPlan, r: dict[str, Any], *, heads: int, backward: bool):
+    def __init__(self, plan: Plan, r: dict[str, Any], *, heads: int, backward: bool):
         super().__init__(plan, r, heads=heads, backward=backward)
         self._columns: dict[tuple[int, int], list[jax.Array]] = {}
-        if plan.channels:
-            self.meets = channels.meets(self.row, self.col, backward)
 
     def columns(self, m: int, h: int, width: int) -> jax.Array:
         return self._spread(m, h)[0][:, :width]

@@ -24,9 +24,9 @@ from kernels_pallas.delta_rule.gpu_chunk import (
     C,
     E,
     chunk,
-    numbers_memory,
     per_row,
     product,
+    sweep_memory,
     values,
 )
 from kernels_pallas.hopper import LAYOUT, put
@@ -71,13 +71,7 @@ class _States:
     dtype: Any
 
     def scratch(self) -> dict[str, Any]:
-        ring = lambda width: hopper.tiles((SLOTS, C, width), self.dtype)
-        tile = hopper.tiles((C, E), self.dtype)
-        return {
-            "q_s": ring(self.d), "k_s": ring(self.d), "do_s": ring(E), "inverse_s": ring(C), "p_s": ring(C),
-            "numbers_s": numbers_memory(SLOTS), "dstate_s": hopper.tiles((self.d, E), self.dtype),
-            "read_do_s": tile, "du_s": tile, "dv_s": tile, "read_dv_s": tile, "here": hopper.barriers(SLOTS, 6),
-        }  # fmt: skip
+        return sweep_memory(self.d, self.dtype, "do_s", "dstate_s", ("read_do_s", "du_s", "dv_s", "read_dv_s"))
 
     def body(self, q, k, inverses, scores, numbers, do, dstate_end, dv, dstates, dstate_start, **scratch: Any) -> None:
         j, h, b = (lax.axis_index(name) for name in ("j", "h", "b"))

@@ -39,6 +39,17 @@ def numbers_memory(*lead: int) -> Any:
     return plgpu.SMEM((*lead, NUMBERS, C), jnp.float32)
 
 
+def sweep_memory(d: int, dtype: Any, rows: str, state: str, tiles: tuple[str, ...]) -> dict[str, Any]:
+    """Of a kernel that goes from chunk to chunk: slots for what it fetches, `rows` of values' width among them, the
+    state as an operand, and `tiles` of its own."""
+    ring = lambda width: hopper.tiles((SLOTS, C, width), dtype)
+    return {
+        "q_s": ring(d), "k_s": ring(d), rows: ring(E), "inverse_s": ring(C), "p_s": ring(C),
+        "numbers_s": numbers_memory(SLOTS), state: hopper.tiles((d, E), dtype),
+        **{name: hopper.tiles((C, E), dtype) for name in tiles}, "here": hopper.barriers(SLOTS, 6),
+    }  # fmt: skip
+
+
 def product(device: hopper.Device, a: Any, b: Any, shape: tuple[int, int] = (C, C)) -> jax.Array:
     """a b, done."""
     return hopper.product(device, a, b, shape)

@@ -25,8 +25,8 @@ from kernels_pallas.delta_rule.gpu_chunk import (
     C,
     E,
     chunk,
-    numbers_memory,
     per_row,
+    sweep_memory,
     values,
 )
 from kernels_pallas.hopper import LAYOUT, put
@@ -77,14 +77,8 @@ class _Forward:
     save: bool
 
     def scratch(self) -> dict[str, Any]:
-        ring = lambda width: hopper.tiles((SLOTS, C, width), self.dtype)
-        tile = hopper.tiles((C, E), self.dtype)
-        return {
-            "q_s": ring(self.d), "k_s": ring(self.d), "v_s": ring(E), "inverse_s": ring(C), "p_s": ring(C),
-            "numbers_s": numbers_memory(SLOTS), "state_s": hopper.tiles((self.d, E), self.dtype),
-            "asked_s": tile, "error_s": tile if self.save else None, "u_s": tile, "written_s": tile, "o_s": tile,
-            "here": hopper.barriers(SLOTS, 6),
-        }  # fmt: skip
+        tiles = ("asked_s", *(["error_s"] if self.save else []), "u_s", "written_s", "o_s")
+        return sweep_memory(self.d, self.dtype, "v_s", "state_s", tiles)
 
     def body(self, q, k, v, inverses, scores, numbers, state, o, state_end, *rest: Any, **scratch: Any) -> None:
         states, errors = rest if self.save else (None, None)

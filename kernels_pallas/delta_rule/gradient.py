@@ -22,22 +22,22 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from kernels_pallas.delta_rule import gpu, tpu_backward, tpu_forward
-from kernels_pallas.delta_rule.plan import DeltaPlan
+from kernels_pallas.linear_recurrence.plan import Plan
 
 Arrays = dict[str, jax.Array]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def rule(plan: DeltaPlan | gpu.Plan, arrays: Arrays) -> Arrays:
+def rule(plan: Plan | gpu.Plan, arrays: Arrays) -> Arrays:
     """See the module."""
     return _run(plan)(plan, arrays, save=False)
 
 
-def _run(plan: DeltaPlan | gpu.Plan):
+def _run(plan: Plan | gpu.Plan):
     return gpu.forward if isinstance(plan, gpu.Plan) else tpu_forward.run
 
 
-def _forward(plan: DeltaPlan | gpu.Plan, primals):
+def _forward(plan: Plan | gpu.Plan, primals):
     arrays = {name: x.value for name, x in primals.items()}
     out = _run(plan)(plan, arrays, save=True)
     end = out.pop("state_end")
@@ -48,7 +48,7 @@ def _forward(plan: DeltaPlan | gpu.Plan, primals):
     return {"o": o, "state_end": end}, (plan, arrays, saved)
 
 
-def _backward(plan: DeltaPlan | gpu.Plan, residuals, cotangents):
+def _backward(plan: Plan | gpu.Plan, residuals, cotangents):
     plan, arrays, saved = residuals
     known = lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x
     run = gpu.backward if isinstance(plan, gpu.Plan) else tpu_backward.run

@@ -33,7 +33,7 @@ def unit_lower_inverse(lower: jax.Array, dtype: jnp.dtype) -> Generator[None, No
     both = product(jnp.concatenate([power, inverse.astype(dtype)]), power, 1, 0)
     inverse += both[C:]
     yield
-    inverse += product(inverse.astype(dtype), both[:C].astype(dtype), 1, 0)
+    inverse = (inverse + product(inverse.astype(dtype), both[:C].astype(dtype), 1, 0)).astype(dtype)
     yield
     size = _BASE
     while size < C:
@@ -41,10 +41,11 @@ def unit_lower_inverse(lower: jax.Array, dtype: jnp.dtype) -> Generator[None, No
         row, col = iota((C // 2, C), 0), iota((C // 2, C), 1)
         shift = size.bit_length() - 1
         below = lax.shift_right_logical(col, shift) == 2 * lax.shift_right_logical(row, shift)
-        passed = product(jnp.where(below, second(lower), 0).astype(dtype), inverse.astype(dtype), 1, 0)
+        passed = product(jnp.where(below, second(lower), 0).astype(dtype), inverse, 1, 0)
         yield
         own = second(inverse)
-        joined = own - product(own.astype(dtype), _spread(passed, size).astype(dtype), 1, 0)
+        narrow = passed.astype(dtype) if size > _BASE else passed
+        joined = own - product(own, _spread(narrow, size).astype(dtype), 1, 0).astype(dtype)
         inverse = _interleaved(inverse, joined, size)
         yield
         size *= 2

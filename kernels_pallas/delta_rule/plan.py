@@ -1,30 +1,19 @@
 """Block sizes of the delta rule on TPU, and its kernels' arrays in blocks. `kernels_pallas.linear_recurrence.plan` has
-the rest: its `Plan` is this one's, with decays per position and without a column, but for decays of channels."""
+the rest: its `Plan` is this one's, with decays per position or channel and without a column."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from jax.experimental import pallas as pl
 
 from kernels_pallas.linear_recurrence import plan as linear
 from kernels_pallas.linear_recurrence.plan import Blocks, Plan, Sizes
 
-CHUNK = 128  # at most
 _CHUNKS = 2  # of a block at most
 _SLACK = 4 * 2**20  # bytes of fast memory for the compiler's own
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class DeltaPlan(Plan):
-    """`channels`: whether each channel has a decay of its own."""
-
-    channels: bool = False
 
 
 def kernel_name(channels: bool, direction: str) -> str:
@@ -36,7 +25,7 @@ def sizes(
     length: int, heads: int, width: int, value_width: int, itemsize: int, kind: str, channels: bool
 ) -> Sizes | None:
     """Blocks for these lengths and padded widths; None where no state of a head fits into fast memory."""
-    chunk = min(CHUNK, max(16, 1 << (length - 1).bit_length()))
+    chunk = linear.joined_chunk(length)
     of = lambda count: functools.partial(count, channels=channels)
     needed = (16, of(forward_bytes)), (8, of(backward_bytes))
     return linear.fitting(chunk, _CHUNKS, needed, length, heads, width, value_width, itemsize, kind)
@@ -45,7 +34,7 @@ def sizes(
 def forward_bytes(heads: int, chunk: int, chunks: int, d: int, e: int, itemsize: int, *, channels: bool) -> int:
     """Of fast memory in the forward: windows in two buffers, the state, and values of all heads at a time."""
     windows = 2 * (chunk * chunks * (2 * d + 2 * e + max(linear.LANES, chunk)) * itemsize + 3 * d * e * 4)
-    decays = chunk * d * 4 * (2 * chunks + joints(chunk) + 2) if channels else 0
+    decays = linear.forward_channels(chunk, chunks, d) if channels else 0
     return heads * (windows + decays + 8 * d * e + 4 * chunk * (chunks * 4 * linear.LANES + d + 4 * e)) + _SLACK
 
 
@@ -53,21 +42,16 @@ def backward_bytes(heads: int, chunk: int, chunks: int, d: int, e: int, itemsize
     """As `forward_bytes`; the states before each chunk and errors are made again."""
     windows = 2 * (chunk * chunks * (4 * d + 3 * e + max(linear.LANES, chunk)) * itemsize + 3 * d * e * 4)
     made = 4 * (chunks + 2) * d * e + 4 * chunk * chunks * e
-    decays = chunk * d * (4 * (4 + joints(chunk) + 2) * chunks + 3 * itemsize * joints(chunk)) if channels else 0
+    decays = linear.backward_channels(chunk, chunks, d, 3 * itemsize) if channels else 0
     return heads * (windows + made + decays + 4 * chunk * (4 * linear.LANES + 6 * d + 4 * e)) + _SLACK
 
 
-def joints(chunk: int) -> int:
-    """Sizes of blocks that are joined two by two to a chunk, where channels have their own decays."""
-    return chunk.bit_length() - 1
-
-
-def forward_flops(plan: DeltaPlan) -> int:
+def forward_flops(plan: Plan) -> int:
     """Of the kernel's products, without those that only spread or add numbers."""
     return plan.flops(*forward_widths(plan.shape, plan.sizes.chunk, plan.channels))
 
 
-def backward_flops(plan: DeltaPlan) -> int:
+def backward_flops(plan: Plan) -> int:
     chunks = plan.sizes.chunks
     pairs, states = backward_widths(plan.shape, plan.sizes.chunk, plan.channels)
     return plan.flops(pairs, states) + plan.flops(0, 1) * (chunks - 1) // chunks
@@ -76,13 +60,13 @@ def backward_flops(plan: DeltaPlan) -> int:
 def forward_widths(shape: tuple[int, ...], chunk: int, channels: bool) -> tuple[int, int]:
     """Width of products over pairs of a chunk, and of states as multiples of d e."""
     *_, d, e = shape
-    met = joints(chunk) if channels else 1
+    met = linear.joints(chunk) if channels else 1
     return 2 * d * met + 2 * e + inverse_width(chunk), 3
 
 
 def backward_widths(shape: tuple[int, ...], chunk: int, channels: bool) -> tuple[int, int]:
     *_, d, e = shape
-    met = joints(chunk) if channels else 1
+    met = linear.joints(chunk) if channels else 1
     return 6 * d * met + 6 * e, 7
 
 
@@ -98,11 +82,7 @@ class DeltaBlocks(Blocks):
     def given(self, arrays: Mapping[str, Any]) -> None:
         """The inputs that both directions begin with."""
         *_, d, e = self.plan.shape
-        if self.plan.channels:
-            self.input("logs", arrays["logs"], self.positions(d))
-            self.documents(arrays)
-        else:
-            self.gates(arrays)
+        self.gates(arrays)
         self.input("beta", linear.as_rows(self.plan, arrays["beta"]), self.rows())
         for name, width in (("q", d), ("k", d), ("v", e)):
             self.input(name, arrays[name], self.positions(width))

@@ -16,9 +16,9 @@ from jax.experimental import pallas as pl
 
 from kernels_pallas.delta_rule import channels
 from kernels_pallas.delta_rule.chunk import DeltaStep
-from kernels_pallas.delta_rule.plan import DeltaBlocks, DeltaPlan, backward_flops, kernel_name
+from kernels_pallas.delta_rule.plan import DeltaBlocks, backward_flops, kernel_name
 from kernels_pallas.linear_recurrence.chunk import Unit, lockstep, over_lanes, total
-from kernels_pallas.linear_recurrence.plan import from_rows
+from kernels_pallas.linear_recurrence.plan import Plan, from_rows
 from kernels_pallas.mosaic import product
 
 _wide = lambda x: x.astype(jnp.float32)
@@ -160,11 +160,11 @@ class ByPosition:
         self.step.store_decay(self.m, self.h, passed, behind)
 
 
-def _kernel(plan: DeltaPlan, heads: int, names: tuple[str, ...], *refs) -> None:
+def _kernel(plan: Plan, heads: int, names: tuple[str, ...], *refs) -> None:
     Backward(plan, dict(zip(names, refs, strict=True)), heads=heads, backward=True).run()
 
 
-def run(plan: DeltaPlan, arrays: Mapping[str, Any], saved: Mapping[str, Any], cotangents: Mapping[str, Any]):
+def run(plan: Plan, arrays: Mapping[str, Any], saved: Mapping[str, Any], cotangents: Mapping[str, Any]):
     """See `kernels_pallas.delta_rule.gradient`; gradients by the names of the arrays that they are of."""
     (B, T, H, d, e), heads = plan.shape, plan.sizes.backward_heads
     blocks = DeltaBlocks(plan, heads, reverse=True)

@@ -13,8 +13,9 @@ from jax.experimental import pallas as pl
 from kernels_pallas.delta_rule import channels
 from kernels_pallas.delta_rule.chunk import DeltaStep
 from kernels_pallas.delta_rule.inverse import unit_lower_inverse
-from kernels_pallas.delta_rule.plan import DeltaBlocks, DeltaPlan, forward_flops, kernel_name
+from kernels_pallas.delta_rule.plan import DeltaBlocks, forward_flops, kernel_name
 from kernels_pallas.linear_recurrence.chunk import Unit, lockstep
+from kernels_pallas.linear_recurrence.plan import Plan
 from kernels_pallas.mosaic import product
 
 
@@ -74,11 +75,11 @@ class Forward(DeltaStep):
         return both[:C] * pairs, (both[C:] * pairs).astype(k.dtype), seen, write, carry
 
 
-def _kernel(plan: DeltaPlan, heads: int, names: tuple[str, ...], *refs) -> None:
+def _kernel(plan: Plan, heads: int, names: tuple[str, ...], *refs) -> None:
     Forward(plan, dict(zip(names, refs, strict=True)), heads=heads, backward=False).run()
 
 
-def run(plan: DeltaPlan, arrays: Mapping[str, Any], *, save: bool) -> dict[str, jax.Array]:
+def run(plan: Plan, arrays: Mapping[str, Any], *, save: bool) -> dict[str, jax.Array]:
     """See `kernels_pallas.delta_rule.gradient`; with `save` also what the backward reads."""
     (B, T, H, d, e), heads = plan.shape, plan.sizes.forward_heads
     blocks = DeltaBlocks(plan, heads, reverse=False)

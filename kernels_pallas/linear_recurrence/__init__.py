@@ -38,7 +38,8 @@ def linear_recurrence(
       q, k: queries and keys [B, T, H, d]; u: values [B, T, H, e]; all bfloat16, or all float32. Any T, H, d and e. A
         column of ones behind values costs little where the others are a power of two from 16 or a multiple of 128.
       log_decay: finite; None: nothing decays; [H]: the same at all positions; [B, T, H]. A weight within 128 positions
-        is the exponential of a difference of float32 sums over them: where these are large, it is less exact.
+        is the exponential of a difference of float32 sums over them: where these are large, it is less exact. Or
+        [B, T, H, d], 0 or less: of channels of the keys, not of features; weights are exact at any decay, -inf too.
       starts: int [B, T], the first position of each position's document; -1: that of the document that `state` is of.
         They ascend, and begin with -1 or 0. None: all are of that document.
       state: [B, H, d, e] float32, before the first position; None: nothing.
@@ -63,6 +64,8 @@ def linear_recurrence(
     if platform == "cuda":
         if features is not None:
             raise ValueError("linear_recurrence: on GPUs features are made before; allowed: features=None")
+        if log_decay is not None and log_decay.ndim == 4:
+            raise ValueError(f"linear_recurrence: log_decay {log_decay.shape}; on GPUs expected [H] or [B, T, H]")
         return _on_hopper(q, k, u, log_decay, starts, state, interpret, sizes)
     return _on_tpu(q, k, u, log_decay, starts, state, features, interpret, sizes)
 
@@ -70,21 +73,23 @@ def linear_recurrence(
 def _on_tpu(q, k, u, log_decay, starts, state, features, interpret, sizes) -> tuple[jax.Array, jax.Array]:
     (B, T, H, key_width), value_width, kind = q.shape, u.shape[3], tuning.kind()
     width = key_width if features is None else len(features.scale)
-    column = plan_lib.has_column(value_width)
+    channels = log_decay is not None and log_decay.ndim == 4
+    column = not channels and plan_lib.has_column(value_width)
     d, e = plan_lib.padded_width(width), plan_lib.padded_width(value_width - column)
-    sizes = default_sizes(q, u, kind, features) if sizes is None else sizes
+    sizes = default_sizes(q, u, kind, features, channels) if sizes is None else sizes
     if sizes is None:
         raise ValueError(f"linear_recurrence: widths {width}/{value_width}: a state of so many does not fit on chip")
     constant = log_decay is None or log_decay.ndim == 1
     plan = plan_lib.Plan(
         (B, T, H, d, e), str(q.dtype), constant, starts is not None, column, state is not None, sizes, kind, interpret,
-        features=features,
+        features=features, channels=channels,
     )  # fmt: skip
-    plan_lib.check_sizes("linear_recurrence", sizes, H, plan.key_width, e)
+    plan_lib.check_sizes("linear_recurrence", sizes, H, plan.key_width, e, joined=channels)
     arrays = {name: plan_lib.side_by_side(x, plan.key_width) for name, x in (("q", q), ("k", k))}
     arrays["u"] = plan_lib.side_by_side(u[..., : value_width - column], e)
     logs = jnp.zeros((H,)) if log_decay is None else log_decay
-    arrays["logs"] = _heads_first(logs.astype(jnp.float32) * _LOG2E)
+    logs = logs.astype(jnp.float32) * _LOG2E
+    arrays["logs"] = plan_lib.side_by_side(logs, d) if channels else _heads_first(logs)
     if starts is not None:
         arrays["starts"] = starts.astype(jnp.int32)
     if column:
@@ -123,28 +128,35 @@ def default_sizes(
     u: jax.Array | jax.ShapeDtypeStruct,
     kind: str,
     features: Features | None = None,
+    channels: bool = False,
 ) -> Sizes | None:
-    """Blocks for queries and values of these shapes on devices of a kind; None: states are too large for the chip."""
+    """Blocks for queries and values of these shapes on devices of a kind, `channels` with decays of their own; None:
+    states are too large for the chip."""
     lies = plan_lib.padded_width(q.shape[3])
     width = lies if features is None else plan_lib.padded_width(len(features.scale))
-    values = plan_lib.padded_width(u.shape[3] - plan_lib.has_column(u.shape[3]))
-    return plan_lib.sizes(q.shape[1], q.shape[2], width, values, q.dtype.itemsize, kind, lies)
+    values = plan_lib.padded_width(u.shape[3] - (not channels and plan_lib.has_column(u.shape[3])))
+    return plan_lib.sizes(q.shape[1], q.shape[2], width, values, q.dtype.itemsize, kind, lies, channels)
 
 
 def kernel_flops(
-    q: jax.ShapeDtypeStruct, u: jax.ShapeDtypeStruct, kind: str, features: Features | None = None
+    q: jax.ShapeDtypeStruct,
+    u: jax.ShapeDtypeStruct,
+    kind: str,
+    features: Features | None = None,
+    channels: bool = False,
 ) -> dict[str, float]:
     """FLOPs of the products of one run of each kernel, by name, without padding; all pairs of a chunk are counted.
 
     Features are no products: what is only picked out is not counted.
     """
-    (B, T, H, d), e, sizes = q.shape, u.shape[3], default_sizes(q, u, kind, features)
+    (B, T, H, d), e, sizes = q.shape, u.shape[3], default_sizes(q, u, kind, features, channels)
     if sizes is None:
         return {}
     d = d if features is None else len(features.scale)
     C, again = sizes.chunk, 1 - 1 / sizes.chunks
-    each = {"forward": C * (d + e) + 2 * d * e, "backward": C * (3 * d + 2 * e) + (4 + again) * d * e}
-    return {f"linear_recurrence_{name}": 2.0 * B * T * H * n for name, n in each.items()}
+    met = plan_lib.pair_products(C, channels) * d
+    each = {"forward": C * (met + e) + 2 * d * e, "backward": C * (3 * met + 2 * e) + (4 + again) * d * e}
+    return {plan_lib.kernel_name(channels, name): 2.0 * B * T * H * n for name, n in each.items()}
 
 
 def gpu_kernel_flops(batch: int, length: int, heads: int, width: int, value_width: int) -> dict[str, float]:
@@ -162,4 +174,5 @@ def _check(q, k, u, log_decay, starts, state, features) -> None:
     B, T, H = plan_lib.check_arrays("linear_recurrence", q, k, u, "u", starts, state, width)
     if features is not None and features.width != q.shape[3]:
         raise ValueError(f"linear_recurrence: q {q.shape}; expected width {features.width}, that of features")
-    plan_lib.check_shape("linear_recurrence", "log_decay", log_decay, (H,), (B, T, H))
+    of_channels = [(B, T, H, q.shape[3])] if features is None else []
+    plan_lib.check_shape("linear_recurrence", "log_decay", log_decay, (H,), (B, T, H), *of_channels)

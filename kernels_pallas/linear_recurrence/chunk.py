@@ -80,6 +80,15 @@ def over_sublanes(x: jax.Array) -> jax.Array:
     return jnp.sum(x, axis=0, keepdims=True)
 
 
+def meets(row: jax.Array, col: jax.Array, backward: bool) -> jax.Array:
+    """For pairs [C, C] of two positions the size of the blocks at whose joint they meet; 0 where none is passed on."""
+    later, earlier = (col, row) if backward else (row, col)
+    apart = row ^ col
+    for shift in (1, 2, 4):
+        apart |= lax.shift_right_logical(apart, shift)
+    return jnp.where(later > earlier, apart ^ lax.shift_right_logical(apart, 1), 0)
+
+
 class Step:
     """A step of the grid: a block of positions of a group of heads.
 
@@ -87,6 +96,7 @@ class Step:
       r: the kernel's arrays by name.
       block: number of the block of positions.
       backward: whether pairs are transposed.
+      meets: where channels have their own decays, `meets` of pairs.
     """
 
     def __init__(self, plan: Plan, r: dict[str, Any], *, heads: int, backward: bool):
@@ -98,6 +108,8 @@ class Step:
         C = plan.sizes.chunk
         row, col = iota((C, C), 0), iota((C, C), 1)
         self.row, self.col, self.lower = row, col, row >= col
+        if plan.channels:
+            self.meets = meets(row, col, backward)
         self._masks: dict[int, Masks] = {}
         self._weights: dict[tuple[int, int], Weights] = {}
 

@@ -3,7 +3,7 @@
 Arrays by name; B sequences, T positions, H heads, d and e padded widths of keys and values:
     q, k [B, T, H d], u [B, T, H e].
     z [B, H, T] float32: a last column of the values, if there is one.
-    logs [H], or [B, H, T]: decays in log2 units, float32.
+    logs [H], or [B, H, T], or of channels [B, T, H d]: decays in log2 units, float32.
     starts [B, T] int32, of documents; missing: all positions continue what came before.
     state [B, H, d, e], and of the last column sums [B, H, 1, d], float32: before the first position; missing: nothing.
 

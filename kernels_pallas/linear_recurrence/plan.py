@@ -24,7 +24,8 @@ from kernels_pallas.mosaic import Slots
 
 LANES = 128
 _NARROWEST = 16  # width
-_CHUNKS, _FEATURE_CHUNKS = 8, 2  # of a block at most; with features more are slower, and take minutes to compile
+_CHUNKS, _FEW_CHUNKS = 8, 2  # of a block at most; with features or decays of channels: more take minutes to compile
+_JOINED = (16, 32, 64, 128)  # positions of a chunk where channels have their own decays
 _STEP, _ALONE = 0.15, 2.8  # what a step costs beside its chunks, in chunks; what it costs beside its heads, in heads
 _SLACK = 4 * 2**20  # bytes of fast memory for the compiler's own
 
@@ -85,6 +86,7 @@ class Plan:
       kind: of the devices (`kernels_pallas.tuning.kind`).
       wants_decay: whether the backward gives the gradient of the decay.
       features: of queries and keys; None: themselves.
+      channels: whether each channel of the keys has a decay of its own.
     """
 
     shape: tuple[int, int, int, int, int]
@@ -98,6 +100,7 @@ class Plan:
     interpret: Any
     wants_decay: bool = False
     features: Features | None = None
+    channels: bool = False
 
     @property
     def key_width(self) -> int:
@@ -126,6 +129,29 @@ class Plan:
         if self.features is not None:
             each += d * self.key_width * of_features
         return 2 * B * H * self.blocks * self.positions * each
+
+
+def kernel_name(channels: bool, direction: str) -> str:
+    """Of a kernel in a program."""
+    return f"linear_recurrence_{'channels_' * channels}{direction}"
+
+
+def pair_products(chunk: int, channels: bool) -> int:
+    """Products of a chunk's queries and keys that stand for one."""
+    return joints(chunk) if channels else 1
+
+
+def forward_flops(plan: Plan) -> int:
+    """Of the kernel's products, without those that only spread or add numbers."""
+    *_, d, e = plan.shape
+    return plan.flops(pair_products(plan.sizes.chunk, plan.channels) * d + e, 2, 4)
+
+
+def backward_flops(plan: Plan) -> int:
+    """As `forward_flops`."""
+    (*_, d, e), chunks = plan.shape, plan.sizes.chunks
+    again = plan.flops(0, 1, 2) * (chunks - 1) // chunks
+    return plan.flops(pair_products(plan.sizes.chunk, plan.channels) * 3 * d + 2 * e, 4, 12) + again
 
 
 def padded_width(width: int) -> int:
@@ -186,14 +212,16 @@ def check_arrays(
     return B, T, H
 
 
-def check_sizes(kernel: str, sizes: Sizes, heads: int, width: int, value_width: int) -> None:
-    """Raises ValueError for blocks that a call with so many heads of padded widths cannot take."""
+def check_sizes(kernel: str, sizes: Sizes, heads: int, width: int, value_width: int, *, joined: bool = False) -> None:
+    """Raises ValueError for blocks that a call with so many heads of padded widths cannot take; `joined`: that joins
+    blocks of a chunk two by two."""
 
     def need(ok: bool, allowed: str) -> None:
         if not ok:
             raise ValueError(f"{kernel}: {sizes} is not allowed; allowed: {allowed}")
 
     need(sizes.chunk >= 16 and sizes.chunk % 16 == 0, "chunk a multiple of 16")
+    need(not joined or sizes.chunk in _JOINED, f"chunk {', '.join(map(str, _JOINED))}")
     need(sizes.chunks >= 1, "chunks 1 or more")
     for n in (sizes.forward_heads, sizes.backward_heads):
         whole = n * width % LANES == 0 == n * value_width % LANES
@@ -201,16 +229,30 @@ def check_sizes(kernel: str, sizes: Sizes, heads: int, width: int, value_width: 
 
 
 def sizes(
-    length: int, heads: int, width: int, value_width: int, itemsize: int, kind: str, key_width: int | None = None
+    length: int,
+    heads: int,
+    width: int,
+    value_width: int,
+    itemsize: int,
+    kind: str,
+    key_width: int | None = None,
+    channels: bool = False,
 ) -> Sizes | None:
     """Blocks for these lengths and padded widths; None where no state of a head fits into fast memory.
 
-    `key_width`: of queries and keys as they lie, where the products read others.
+    `key_width`: of queries and keys as they lie, where the products read others; `channels`: with their own decays.
     """
-    chunk, lies = min(LANES, -(-length // 16) * 16), width if key_width is None else key_width
-    needed = (8, functools.partial(forward_bytes, lies)), (4, functools.partial(backward_bytes, lies))
-    most = _CHUNKS if lies == width else _FEATURE_CHUNKS
+    lies = width if key_width is None else key_width
+    chunk = joined_chunk(length) if channels else min(LANES, -(-length // 16) * 16)
+    of = lambda count: functools.partial(count, lies, channels=channels)
+    most = _CHUNKS if lies == width and not channels else _FEW_CHUNKS
+    needed = (8, of(forward_bytes)), (4, of(backward_bytes))
     return fitting(chunk, most, needed, length, heads, width, value_width, itemsize, kind, lies)
+
+
+def joined_chunk(length: int) -> int:
+    """Positions of a chunk whose blocks are joined two by two."""
+    return min(_JOINED[-1], max(_JOINED[0], 1 << (length - 1).bit_length()))
 
 
 def fitting(
@@ -247,18 +289,38 @@ def _group(heads: int, width: int, value_width: int, most: int, fits: Callable[[
     return min(within, key=lambda n: (-(-heads // n) * (n + _ALONE), -n), default=None)
 
 
-def forward_bytes(key_width: int, heads: int, chunk: int, chunks: int, d: int, e: int, itemsize: int) -> int:
+def forward_bytes(
+    key_width: int, heads: int, chunk: int, chunks: int, d: int, e: int, itemsize: int, *, channels: bool = False
+) -> int:
     """Of fast memory in the forward: windows in two buffers, the state, tables, and values of all heads at a time."""
     windows = 2 * (2 * chunk * chunks * (key_width + e) * itemsize + 3 * d * e * 4)
-    tables = 4 * chunk * (chunk + 2 * max(d, e))
-    return heads * (windows + tables + 8 * d * e + 4 * chunk * (chunk + d + 2 * e)) + _SLACK
+    decays = forward_channels(chunk, chunks, d) if channels else 4 * chunk * (chunk + 2 * max(d, e))
+    return heads * (windows + decays + 8 * d * e + 4 * chunk * (chunk + d + 2 * e)) + _SLACK
 
 
-def backward_bytes(key_width: int, heads: int, chunk: int, chunks: int, d: int, e: int, itemsize: int) -> int:
+def backward_bytes(
+    key_width: int, heads: int, chunk: int, chunks: int, d: int, e: int, itemsize: int, *, channels: bool = False
+) -> int:
     """As `forward_bytes`; the states before each chunk are made again."""
     windows = 2 * (chunk * chunks * (4 * key_width + 3 * e) * itemsize + 3 * d * e * 4)
-    tables = 4 * chunk * (chunk + 2 * max(d, e))
-    return heads * (windows + tables + 4 * (chunks + 2) * d * e + 4 * chunk * (2 * chunk + 4 * d + 2 * e)) + _SLACK
+    decays = backward_channels(chunk, chunks, d, 2 * itemsize) if channels else 4 * chunk * (chunk + 2 * max(d, e))
+    return heads * (windows + decays + 4 * (chunks + 2) * d * e + 4 * chunk * (2 * chunk + 4 * d + 2 * e)) + _SLACK
+
+
+def joints(chunk: int) -> int:
+    """Sizes of blocks that are joined two by two to a chunk, where channels have their own decays."""
+    return chunk.bit_length() - 1
+
+
+def forward_channels(chunk: int, chunks: int, d: int) -> int:
+    """Bytes of a head's decays of channels in the forward: windows, and weights of a chunk at all joints."""
+    return chunk * d * 4 * (2 * chunks + joints(chunk) + 2)
+
+
+def backward_channels(chunk: int, chunks: int, d: int, met: int) -> int:
+    """As `forward_channels`, of all chunks, with their gradient's windows; `met`: bytes of what meets at a joint, for
+    each channel of a position."""
+    return chunk * d * (4 * (4 + joints(chunk) + 2) * chunks + met * joints(chunk))
 
 
 class Blocks(Slots):
@@ -301,6 +363,8 @@ class Blocks(Slots):
         if plan.constant:
             whole = jnp.pad(arrays["logs"], (0, self.grid[1] * self.heads - H))
             self.input("logs", whole, pl.BlockSpec(memory_space=pltpu.SMEM))
+        elif plan.channels:
+            self.input("logs", arrays["logs"], self.positions(plan.shape[3]))
         else:
             self.input("logs", jnp.cumsum(as_rows(plan, arrays["logs"]), -1), self.rows())
         self.documents(arrays)

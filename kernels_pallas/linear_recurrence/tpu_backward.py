@@ -13,11 +13,11 @@ from typing import Any
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from kernels_pallas.linear_recurrence import channels
 from kernels_pallas.linear_recurrence.chunk import Step, Unit, lockstep, over_lanes, total
-from kernels_pallas.linear_recurrence.plan import Blocks, Plan, as_rows, from_rows
+from kernels_pallas.linear_recurrence.plan import Blocks, Plan, as_rows, backward_flops, from_rows, kernel_name
 from kernels_pallas.mosaic import product
 
-NAME = "linear_recurrence_backward"
 _wide = lambda x: x.astype(jnp.float32)
 
 
@@ -37,12 +37,15 @@ class Backward(Step):
 
         self.states = {(0, h): r["state_saved"][0, 0, h] for h in heads}
         self.sums = {(0, h): r["sums_saved"][0, 0, h] for h in heads} if plan.column else {}
+        self.joined: dict[tuple[int, int], channels.Pairs] = {}
+        again = self.forward_unit_by_channel if plan.channels else self.forward_unit
+        unit = self.unit_by_channel if plan.channels else self.unit
         for m in chunks[:-1]:
-            lockstep(self.forward_unit(m, h) for h in heads)
+            lockstep(again(m, h) for h in heads)
         self.dstate = [r["dstate"][h] for h in heads]
         self.dsums = [r["dsums"][h] for h in heads] if plan.column else []
         for m in reversed(chunks):
-            lockstep(self.unit(m, h) for h in heads)
+            lockstep(unit(m, h) for h in heads)
         for h in heads:
             r["dstate"][h] = self.dstate[h]
             if plan.column:
@@ -63,6 +66,43 @@ class Backward(Step):
         self.states[m + 1, h] = self.states[m, h] * carry[:, :e] + new
         if self.plan.column:
             self.sums[m + 1, h] = carry[:, :1] * self.sums[m, h] + self.times_rows(self.r["z"][0, h, m], written, 0)
+
+    def pairs_of(self, m: int, h: int) -> channels.Pairs:
+        """A chunk whose channels have their own decays."""
+        if (m, h) not in self.joined:
+            decays = channels.Decays(self.load("logs", m, h), self.masks(m))
+            self.joined[m, h] = channels.Pairs(self, decays, self.load("k", m, h))
+        return self.joined[m, h]
+
+    def forward_unit_by_channel(self, m: int, h: int) -> Unit:
+        """`forward_unit` where channels have their own decays."""
+        pairs, u = self.pairs_of(m, h), self.load("u", m, h)
+        new = product((pairs.k * pairs.decays.write).astype(u.dtype), u, 0, 0)
+        yield
+        self.states[m + 1, h] = self.states[m, h] * self.spread(pairs.decays.kept, u.shape[1]) + new
+
+    def unit_by_channel(self, m: int, h: int) -> Unit:
+        """`unit` where channels have their own decays."""
+        (*_, e), dtype, pairs = self.plan.shape, self.r["q"].dtype, self.pairs_of(m, h)
+        q, u, do = (self.load(name, m, h) for name in ("q", "u", "do"))
+        k, read, write = pairs.k, pairs.decays.read, pairs.decays.write
+        slopes = product(u, do, 1, 1)
+        (p,) = yield from pairs.scores(q, overlaps=False)
+        before, after = self.states[m, h].astype(dtype), self.dstate[h].astype(dtype)
+        far_q, far_k = product(do, before, 1, 1) * read, product(u, after, 1, 1) * write
+        du = product(p, do, 1, 0) + product((k * write).astype(dtype), after, 1, 0)
+        new = product((q * read).astype(dtype), do, 0, 0)
+        yield
+        self.store("du", m, h, du)
+        (dq,), dk = yield from pairs.gradients(q, over_lanes(_wide(u) * _wide(do)), slopes)
+        dq, dk = dq + far_q, dk + far_k
+        self.store("dq", m, h, dq)
+        self.store("dk", m, h, dk)
+        if self.plan.wants_decay:
+            passed = _wide(q) * dq - _wide(k) * dk
+            pairs.store_decay(m, h, passed, _wide(k) * far_k, self.states[m, h] * self.dstate[h])
+        self.dstate[h] = self.dstate[h] * self.spread(pairs.decays.kept, e) + new
+        del self.joined[m, h]
 
     def unit(self, m: int, h: int) -> Unit:
         """A chunk of a head, in phases."""
@@ -152,9 +192,11 @@ def run(plan: Plan, arrays: Mapping[str, Any], saved: Mapping[str, Any], cotange
         blocks.input("doz", as_rows(plan, cotangents["oz"]), blocks.rows())
     for name, width in (("q", keys), ("k", keys), ("u", e)):
         blocks.output(f"d{name}", (B, T, H * width), arrays[name].dtype, blocks.positions(width))
-    for name, wanted in (("dz", plan.column), ("dlogs", plan.wants_decay)):
-        if wanted:
-            blocks.output(name, rows, jnp.float32, blocks.rows())
+    by_rows = [n for n, wanted in (("dz", plan.column), ("dlogs", plan.wants_decay and not plan.channels)) if wanted]
+    for name in by_rows:
+        blocks.output(name, rows, jnp.float32, blocks.rows())
+    if plan.wants_decay and plan.channels:
+        blocks.output("dlogs", (B, T, H * d), jnp.float32, blocks.positions(d))
     for name, shape in states.items():
         blocks.input(f"{name}_saved", saved[f"{name}_saved"], blocks.saved_states(*shape))
         blocks.input(f"d{name}_end", cotangents[f"{name}_end"], blocks.states(*shape))
@@ -163,10 +205,5 @@ def run(plan: Plan, arrays: Mapping[str, Any], saved: Mapping[str, Any], cotange
         blocks.scratch(f"d{name}", (heads, *shape), jnp.float32)
     blocks.tables()
     kernel = functools.partial(_kernel, plan, heads, blocks.names())
-    chunks = plan.sizes.chunks
-    again = plan.flops(0, 1, 2) * (chunks - 1) // chunks
-    out = blocks.run(kernel, NAME, plan.flops(3 * d + 2 * e, 4, 12) + again)
-    for name in ("dz", "dlogs"):
-        if name in out:
-            out[name] = from_rows(plan, out[name])
-    return out
+    out = blocks.run(kernel, kernel_name(plan.channels, "backward"), backward_flops(plan))
+    return out | {name: from_rows(plan, out[name]) for name in by_rows}

@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from kernels_pallas.linear_recurrence import channels
 from kernels_pallas.linear_recurrence.chunk import Step, Unit, lockstep
-from kernels_pallas.linear_recurrence.plan import Blocks, Plan, as_rows, from_rows
+from kernels_pallas.linear_recurrence.plan import Blocks, Plan, as_rows, forward_flops, from_rows, kernel_name
 from kernels_pallas.mosaic import product
-
-NAME = "linear_recurrence_forward"
 
 
 class Forward(Step):
@@ -50,22 +49,37 @@ class Forward(Step):
 
     def unit(self, m: int, h: int) -> Unit:
         """A chunk of a head, in phases."""
-        (_, _, _, d, e), dtype = self.plan.shape, self.r["q"].dtype
+        (*_, e), dtype = self.plan.shape, self.r["q"].dtype
         q = self.keys("q", m, h, masked=False)  # rows behind the end are nobody's
         k, u = self.keys("k", m, h), self.load("u", m, h)
-        scores = product(q, k, 1, 1)
-        yield
-        pairs, read, write, carry = self.weights(m, h)
-        p, written = (scores * pairs).astype(dtype), (k * write[:, :d]).astype(dtype)
-        yield
-        far = product(q, self.state[h].astype(dtype), 1, 0)
+        decayed = type(self).by_channel if self.plan.channels else type(self).by_position
+        p, asked, read, written, carry = yield from decayed(self, m, h, q, k)
+        far = product(asked, self.state[h].astype(dtype), 1, 0)
         near = product(p, u, 1, 0)
         new = product(written, u, 0, 0)
         yield
-        self.store("o", m, h, near + far * read[:, :e])
+        self.store("o", m, h, near + (far if read is None else far * read[:, :e]))
         self.state[h] = new + self.state[h] * carry[:, :e]
         if self.plan.column:
             self._column(m, h, q, p, written, carry)
+
+    def by_position(self, m: int, h: int, q: jax.Array, k: jax.Array):
+        """Of a chunk, in phases: weighted scores [C, C], what reads the state before and what that is weighted with,
+        what is written, [C, d] each, and what passes of the state before."""
+        scores = product(q, k, 1, 1)
+        yield
+        pairs, read, write, carry = self.weights(m, h)
+        p, written = (scores * pairs).astype(q.dtype), (k * write[:, : k.shape[1]]).astype(q.dtype)
+        yield
+        return p, q, read, written, carry
+
+    def by_channel(self, m: int, h: int, q: jax.Array, k: jax.Array):
+        """`by_position` where channels have their own decays, which are in what reads."""
+        decays = channels.Decays(self.load("logs", m, h), self.masks(m))
+        (p,) = yield from channels.scores(self, decays, q, k, overlaps=False)
+        asked, written = ((x * weight).astype(q.dtype) for x, weight in ((q, decays.read), (k, decays.write)))
+        carry = self.spread(decays.kept, self.plan.shape[4])
+        return p.astype(q.dtype), asked, None, written, carry
 
     def _column(self, m: int, h: int, q, p, written, carry) -> None:
         """The values' last column, of which a chunk is a row, and the state a row over keys."""
@@ -104,7 +118,7 @@ def run(plan: Plan, arrays: Mapping[str, Any], *, save: bool) -> dict[str, jax.A
         blocks.scratch(name, (heads, *shape), jnp.float32)
     blocks.tables()
     kernel = functools.partial(_kernel, plan, heads, blocks.names())
-    out = blocks.run(kernel, NAME, plan.flops(d + e, 2, 4))
+    out = blocks.run(kernel, kernel_name(plan.channels, "forward"), forward_flops(plan))
     if plan.column:
         out["oz"] = from_rows(plan, out["oz"])
     return out

@@ -10,7 +10,7 @@ from collections import Counter
 import jax.numpy as jnp
 import pytest
 
-from attnlab.launch import llo, schedules, schedules_agent, schedules_local_linear, schedules_neural_memory
+from attnlab.launch import llo, schedules, schedules_linear_recurrence, schedules_local_linear, schedules_neural_memory
 from benchmarks import tpu_schedule
 from kernels_pallas import masks, tuning
 from kernels_pallas.local_linear_attention import Blocks
@@ -139,7 +139,7 @@ def test_what_is_done_again_is_beside_the_step():
     once = region("when", 10, 20, 48, stores=99)
     body = region("when", 5, 90, 1000, 32, 99, [once, again, region("when", 70, 75, 24)])
     kernel = region("kernel", 0, 99, 7, inside=[region("loop", 1, 95, 76, inside=[body])])
-    facts = schedules_agent.facts(kernel, "v6e", 100)
+    facts = schedules_linear_recurrence.facts(kernel, "v6e", 100)
     assert facts["bundles"] == (1000 + 24 + 76 + 9) / 100
     assert facts["matrix"] == 32 * llo.CYCLES["v6e"] / llo.UNITS["v6e"] / 100
     assert (facts["again"], facts["once"]) == (507, 48)

@@ -32,8 +32,8 @@ from kernels_pallas.delta_rule import delta_rule  # noqa: E402
 from kernels_pallas.flash_attention import flash_attention  # noqa: E402
 from kernels_pallas.flow_attention import Sums, flow_attention  # noqa: E402
 from kernels_pallas.linear_recurrence import linear_recurrence  # noqa: E402
-from kernels_pallas.neural_memory import neural_memory  # noqa: E402
 from kernels_pallas.local_linear_attention import local_linear_attention  # noqa: E402
+from kernels_pallas.neural_memory import neural_memory  # noqa: E402
 from kernels_pallas.routed_attention import routed_attention, row_tile  # noqa: E402
 
 H100 = AbstractMesh(
@@ -212,6 +212,8 @@ def agent_program(d: int, e: int, features: str, placed: Any) -> tuple[Callable[
     arrays |= {"state": (wide(B, H, m), wide(B, H, m, e))} if "s" in features else {}
     arrays |= {"starts": of(B, T, dtype=jnp.int32)} if "p" in features else {}
     return lambda arrays: gpu_agent_attention(**arrays), [arrays]
+
+
 def loss_program(width: int, columns: int, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
     """As `program`, of cross-entropy."""
     of = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
@@ -277,8 +279,7 @@ def kernels(case: str, placed: Any) -> Iterator[dict[str, Any]]:
 def main() -> None:
     mosaic._SMEM_SIZE_BOUND = _Limit(hopper.SMEM_BYTES)
     placed = SingleDeviceSharding(Target.of("h100:1").devices[0])
-    for case in sys.argv[1:] or CASES | RECURRENCES | FLOWS | AGENTS | MEMORIES:
-    for case in sys.argv[1:] or CASES | RECURRENCES | FLOWS | LOSSES | LOCAL:
+    for case in sys.argv[1:] or CASES | RECURRENCES | FLOWS | AGENTS | MEMORIES | LOSSES | LOCAL:
         for found in kernels(case, placed):
             print(json.dumps(found), flush=True)
 

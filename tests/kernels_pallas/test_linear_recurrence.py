@@ -35,6 +35,9 @@ def inputs(length, heads, d, e, decay, state, seed=0):
         arrays["log_decay"] = np.float32(-np.geomspace(0.01, 1.5, heads))
     if decay == "data":
         arrays["log_decay"] = np.float32(-rng.exponential(0.2, (B, length, heads)))
+    if decay == "channels":  # some keep nothing
+        arrays["log_decay"] = np.float32(-rng.exponential(0.2, (B, length, heads, d)))
+        arrays["log_decay"][rng.random((B, length, heads, d)) < 0.02] = -np.inf
     if state:
         arrays["state"] = normal(B, heads, d, e)
     return arrays
@@ -65,6 +68,9 @@ CASES = [
     (130, 1, 130, 33, "data", True, True, "bfloat16", Sizes(64, 2, 1, 1)),
     (256, 1, 64, 64, "constant", False, True, "float32", Sizes(128, 1, 1, 1)),
     (256, 2, 64, 64, "none", True, False, "bfloat16", None),
+    (7, 2, 5, 17, "channels", True, True, "float32", None),
+    (70, 3, 64, 64, "channels", True, True, "float32", Sizes(32, 2, 2, 3)),
+    (256, 1, 16, 16, "channels", False, False, "bfloat16", None),
 ]
 
 
@@ -148,6 +154,7 @@ RACES = [
     ("constant", False, 2, 16, 16, None),
     ("data", True, 2, 16, 33, Sizes(16, 2, 2, 2)),
     ("constant", True, 3, 64, 64, Sizes(16, 2, 2, 2)),  # the last group of heads is not whole
+    ("channels", True, 3, 64, 64, Sizes(16, 2, 2, 2)),
 ]
 
 
@@ -164,7 +171,7 @@ def test_no_races(decay, packed, heads, d, e, sizes, capfd):
     assert "RACE DETECTED" not in "".join(capfd.readouterr())
 
 
-@pytest.mark.parametrize("decay, packed, e", [("constant", False, 128), ("data", True, 129)])
+@pytest.mark.parametrize("decay, packed, e", [("constant", False, 128), ("data", True, 129), ("channels", False, 128)])
 def test_declared_bytes_are_those_of_the_blocks(decay, packed, e):
     """Within 5 %."""
     arrays = rounded(inputs(1024, 16, 128, e, decay, False), "bfloat16")
@@ -193,15 +200,21 @@ def test_sizes():
     assert default_sizes(of(7, 8, 128), of(7, 8, 128), "v6e") == Sizes(16, 1, 8, 4)
     assert default_sizes(of(4096, 1, 8192), of(4096, 1, 8192), "v6e") is None
     for kind in tuning.KINDS.values():
-        for d, e, H in ((256, 128, 16), (512, 512, 8), (1024, 1024, 4)):
-            s = default_sizes(of(4096, H, d), of(4096, H, e), kind)
+        for d, e, H, channels in (
+            (256, 128, 16, False),
+            (512, 512, 8, False),
+            (1024, 1024, 4, False),
+            (128, 128, 16, True),
+        ):
+            s = default_sizes(of(4096, H, d), of(4096, H, e), kind, channels=channels)
             for n, needed in ((s.forward_heads, plan_lib.forward_bytes), (s.backward_heads, plan_lib.backward_bytes)):
-                assert needed(d, n, s.chunk, s.chunks, d, e, 2) <= tuning.vmem_limit(kind)
+                assert needed(d, n, s.chunk, s.chunks, d, e, 2, channels=channels) <= tuning.vmem_limit(kind)
 
 
 @pytest.mark.parametrize("change, says", [
     ({"k": (1, 9, 2, 7)}, "do not fit"), ({"u": (1, 9, 3, 8)}, "do not fit"), ({"u": (1, 9, 2, 0)}, "no size may be 0"),
-    ({"log_decay": (3,)}, r"log_decay \(3,\); expected \[2\] or \[1, 9, 2\]"), ({"starts": (1, 8)}, "starts"),
+    ({"log_decay": (3,)}, r"log_decay \(3,\); expected \[2\] or \[1, 9, 2\] or \[1, 9, 2, 8\]"),
+    ({"starts": (1, 8)}, "starts"), ({"log_decay": (1, 9, 2, 8), "sizes": Sizes(48, 1, 2, 2)}, "chunk 16, 32, 64, 128"),
     ({"state": (1, 2, 8, 9)}, "state"), ({"dtype": "float16"}, "bfloat16, or all float32"),
     ({"starts": (1, 9), "starts_dtype": "float32"}, "signed integers"),
     ({"sizes": Sizes(8)}, "chunk a multiple of 16"), ({"sizes": Sizes(16, 0)}, "chunks 1 or more"),

@@ -23,7 +23,8 @@ pytestmark = [
 CASES = {
     "v5e": [(1, 300, 2, 128, 128, "constant", {"packed": True, "wanted": True}, Sizes(128, 2, 2, 1)),
             (2, 7, 3, 20, 17, "data", {"state": True, "dtype": "float32"}, None)],
-    "v5p": [(1, 256, 3, 64, 129, "data", {"packed": True, "state": True}, Sizes(128, 1, 2, 3))],
+    "v5p": [(1, 256, 3, 64, 129, "data", {"packed": True, "state": True}, Sizes(128, 1, 2, 3)),
+            (1, 70, 1, 128, 128, "channels", {"packed": True, "state": True}, Sizes(32, 2, 1, 1))],
     "v6e": [(1, 300, 2, 128, 129, "data", {"packed": True, "state": True}, Sizes(128, 1, 1, 2)),
             (1, 256, 2, 153, 128, "none", {}, Sizes(128, 2, 1, 1))],
     "tpu7x": [(1, 256, 2, 128, 65, "constant", {"packed": True, "state": True, "wanted": True}, Sizes(128, 1, 2, 2)),
@@ -44,8 +45,9 @@ def test_compiles(chip, case):
     if features.get("state"):
         arrays["state"] = of(B, H, d, e)
     if decay != "none":
-        wanted = decay == "data" or features.get("wanted")
-        (arrays if wanted else fixed)["log_decay"] = of(B, T, H) if decay == "data" else of(H)
+        wanted = decay != "constant" or features.get("wanted")
+        shape = {"constant": (H,), "data": (B, T, H), "channels": (B, T, H, d)}[decay]
+        (arrays if wanted else fixed)["log_decay"] = of(*shape)
 
     def loss(arrays, fixed):
         with tuning.device_kind(chip):
@@ -53,4 +55,5 @@ def test_compiles(chip, case):
         return jnp.sum(o.astype(jnp.float32)) + jnp.sum(end)
 
     text = jax.jit(jax.value_and_grad(loss)).lower(arrays, fixed).compile().as_text()
-    assert hlo.analyse(text).kernels == {"linear_recurrence_forward": 1, "linear_recurrence_backward": 1}
+    name = "linear_recurrence" + "_channels" * (decay == "channels")
+    assert hlo.analyse(text).kernels == {f"{name}_forward": 1, f"{name}_backward": 1}

@@ -19,14 +19,11 @@ KERNELS = {
     "recurrence 256/256 aps": SWEEPS,
     "flow 128/128 ps": ["flow_forward"],
     "agent 128/128 kps": ["agent_attention_forward"],
-}
-
     "loss 1000/20000": ["cross_entropy_slopes", "cross_entropy_value"],
     "local 128 i": [f"local_linear_{name}" for name in ("adjoint", "backward", "backward_rows", "forward")],
 }
 
-# Bytes: of flow addresses, read again once a chunk.
-SPILLS = {"flow 128/128 ps": 32, "local 128 i": 80}
+SPILLS = {"local 128 i": 80}  # bytes
 
 
 @pytest.mark.skipif(absent() is not None, reason=str(absent()))
@@ -39,5 +36,5 @@ def test_compiles_without_spills():
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert {case: sorted(x["kernel"] for x in found if x["case"] == case) for case in KERNELS} == KERNELS
     for kernel in found:
-        assert not kernel["serialized"] and not kernel["spills"], kernel
+        assert not kernel["serialized"] and kernel["spills"] <= SPILLS.get(kernel["case"], 0), kernel
         assert kernel["shared_memory"] <= hopper.SMEM_BYTES, kernel

@@ -137,7 +137,13 @@ CASES: dict[str, tuple[Op, dict[str, Callable[[str], tuple[Callable, list[jax.Ar
     ),
     "linear_recurrence": (
         LINEAR_RECURRENCE,
-        {"short": lambda impl: (lambda *a: linear_recurrence(*a, chunk=4, impl=impl), arrays(3, SHORT))},
+        {
+            "short": lambda impl: (lambda *a: linear_recurrence(*a, chunk=4, impl=impl), arrays(3, SHORT)),
+            "channels": lambda impl: (
+                lambda q, k, u, g: linear_recurrence(q, k, u, log_decay=-jnp.abs(g), chunk=4, impl=impl),
+                arrays(4, SHORT),
+            ),
+        },
     ),
     "cross_entropy": (CROSS_ENTROPY, {"short": _cross_entropy}),
     "delta_rule": (DELTA_RULE, {"short": _delta}),

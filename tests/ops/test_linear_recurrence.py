@@ -17,7 +17,7 @@ from tests.mixers import flops
 B, T, H, D, E = 2, 11, 3, 4, 5
 # The first row goes on with a document that began before, the second ends on its first position of one.
 DOCUMENTS = np.array([[0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2], [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2]], np.int32)
-DECAYS = ["none", "constant", "data"]
+DECAYS = ["none", "constant", "data", "channels"]
 
 
 @pytest.fixture(autouse=True)
@@ -30,23 +30,27 @@ def inputs(decay, length=T, seed=0):
     """q, k, u, log_decay and state."""
     rng = np.random.default_rng(seed)
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape))
-    log_decay = {"none": None, "constant": -jnp.abs(normal(H)), "data": -jnp.abs(normal(B, length, H))}[decay]
+    shape = {"constant": (H,), "data": (B, length, H), "channels": (B, length, H, D)}.get(decay)
+    log_decay = None if shape is None else -jnp.abs(normal(*shape))
     return normal(B, length, H, D), normal(B, length, H, D), normal(B, length, H, E), log_decay, normal(B, H, D, E)
 
 
-def stepwise(q, k, u, log_decay, state, documents):
-    """The recurrence itself, in NumPy."""
+def stepwise(q, k, u, log_decay, state, documents, bonus=None):
+    """The recurrence itself, in NumPy; with a bonus a position reads before it writes, and its own so weighted."""
     q, k, u, state = (np.asarray(x) for x in (q, k, u, state))
     length = q.shape[1]
-    log_decay = np.broadcast_to(0.0 if log_decay is None else np.asarray(log_decay), (B, length, H))
+    log_decay = np.asarray(0.0 if log_decay is None else log_decay)
+    log_decay = np.broadcast_to(log_decay if log_decay.ndim == 4 else log_decay[..., None], (B, length, H, D))
     o, after = np.zeros(u.shape), np.zeros(state.shape)
     for b in range(B):
-        S, before = state[b], 0
+        S, document = state[b], 0
         for t in range(length):
-            if documents is not None and documents[b, t] != before:
-                S, before = np.zeros_like(S), documents[b, t]
-            S = np.exp(log_decay[b, t])[:, None, None] * S + k[b, t][:, :, None] * u[b, t][:, None, :]
-            o[b, t] = np.einsum("hd,hde->he", q[b, t], S)
+            if documents is not None and documents[b, t] != document:
+                S, document = np.zeros_like(S), documents[b, t]
+            written = k[b, t][:, :, None] * u[b, t][:, None, :]
+            before, S = S, np.exp(log_decay[b, t])[:, :, None] * S + written
+            read = S if bonus is None else before + np.asarray(bonus)[:, :, None] * written
+            o[b, t] = np.einsum("hd,hde->he", q[b, t], read)
         after[b] = S
     return o, after
 
@@ -116,7 +120,7 @@ def test_cut_anywhere(decay):
         state, before, first, parts = jnp.zeros((B, H, D, E)), jnp.full((B,), -1), 0, []
         for n in cut:
             piece = slice(first, first + n)
-            logs = log_decay[:, piece] if decay == "data" else log_decay
+            logs = log_decay[:, piece] if decay in ("data", "channels") else log_decay
             index = document_index(segments[:, piece], before)
             o, state = run(q[:, piece], k[:, piece], u[:, piece], logs, index, state)
             parts.append(o)
@@ -129,7 +133,8 @@ def test_extreme_decays(value):
     """No decay, a large one and complete forgetting, at all positions or some, are exact and finite in float32 too."""
     q, k, u, log_decay, state = inputs("data")
     some = jnp.where(jnp.arange(T)[:, None] % 3 == 1, value, log_decay)
-    for logs in (jnp.full((H,), value), jnp.full((B, T, H), value), some):
+    channels = jnp.where(jnp.arange(T * D).reshape(T, 1, D) % 3 == 1, value, log_decay[..., None])
+    for logs in (jnp.full((H,), value), jnp.full((B, T, H), value), some, channels):
         expected = stepwise(q, k, u, logs, state, None)
         values, gradients = value_and_gradients("chunked", 4, None, q, k, u, logs, state)
         assert_close(values, expected)
@@ -171,12 +176,34 @@ def test_bfloat16_sums_are_float32():
     np.testing.assert_allclose(o.astype(jnp.float64), exact, rtol=2**-8)
 
 
+@pytest.mark.parametrize("decay", ["constant", "channels"])
+def test_bonus(decay):
+    """A position that reads before it writes, its own product weighted: values, the state, and through all of it."""
+    *arrays, state = inputs(decay)
+    bonus = jnp.asarray(np.random.default_rng(2).standard_normal((H, D)))
+    run = lambda impl, documents: linear_recurrence(
+        *arrays[:3], log_decay=arrays[3], documents_BT=documents, state_BHde=state, bonus_Hd=bonus, chunk=4, impl=impl
+    )
+    for documents in (None, DOCUMENTS):
+        assert_close(run("chunked", documents), stepwise(*arrays, state, documents, bonus))
+
+
+@pytest.mark.parametrize("decay", ["data", "channels"])
+def test_one_position_is_a_step(decay):
+    *arrays, state = inputs(decay, length=1)
+    one = lambda impl: value_and_gradients(impl, 4, DOCUMENTS[:, :1], *arrays, state)
+    assert_close(one("chunked")[0], stepwise(*arrays, state, DOCUMENTS))
+    assert_close(one("chunked"), one("definition"))
+
+
 @pytest.mark.parametrize("chunk", [4, 11, 64])
 def test_flops(chunk):
     """The declared products are those of the program."""
     q, k, u, _, _ = inputs("none")
-    counted = flops.count(lambda *a: linear_recurrence(*a, chunk=chunk)[0], q, k, u) / (B * T * H)
-    assert counted == pytest.approx(flops_per_token(T, chunk, D, E))
+    for decay in ("none", "channels"):
+        run = lambda *a: linear_recurrence(*a, log_decay=inputs(decay)[3], chunk=chunk)[0]
+        counted = flops.count(run, q, k, u) / (B * T * H)
+        assert counted == pytest.approx(flops_per_token(T, chunk, D, E, decay == "channels"))
 
 
 def test_refused():
@@ -184,6 +211,8 @@ def test_refused():
     q, k, u, log_decay, state = inputs("data")
     for arguments, message in (
         ({"log_decay": log_decay[:, :3]}, "log_decay"),
+        ({"log_decay": jnp.zeros((B, T, H, D + 1))}, "log_decay"),
+        ({"bonus_Hd": jnp.zeros((H,))}, "bonus_Hd"),
         ({"documents_BT": DOCUMENTS[:, :3]}, "documents_BT"),
         ({"state_BHde": state.swapaxes(2, 3)}, "state_BHde"),
         ({"chunk": 0}, "chunk=0"),
