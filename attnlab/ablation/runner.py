@@ -115,6 +115,8 @@ def finish(plan: Announced, workdir: pathlib.Path, console: rich.console.Console
         )
         return 0
     _, page = report.write(workdir, results)
+    if (remote := storage.mirrored(workdir)) is not None:
+        remote.push()
     failed = [run for run in results.runs if run.status == "failed"]
     for run in failed:
         console.print(f"failed: {run.arm}/seed{run.seed}: {run.reason}", soft_wrap=True, markup=False)

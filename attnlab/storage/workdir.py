@@ -25,6 +25,7 @@ EVERY = 10.0  # seconds between looks at what is new
 LOGS = ("metrics.jsonl", "goodput.jsonl", "log.txt", "state.jsonl")
 _PARTS = ".parts"
 _MOST_PARTS = 100
+_OVERLAP = 2**16  # bytes; more than a line
 # Written less often, as they are written whole each time.
 _SLOW = ("tensorboard/", "profile/", "compiled/", "wandb/", "mlruns/", "mlflow.db", "logs/")
 _SLOW_EVERY = 60.0
@@ -108,6 +109,18 @@ class RemoteWorkdir:
                         new[name] = (path, stamp)
             self._bucket.upload({name: path for name, (path, _) in new.items()})
             self._pushed |= {name: stamp for name, (_, stamp) in new.items()}
+
+    def recent(self, log_name: str) -> bytes:
+        """The last lines of a log, among them all that may not be in the bucket yet; asks nobody."""
+        pushed = self._pushed.get(log_name, (0, 0, 0))
+        try:
+            with (self.path / log_name).open("rb") as file:
+                begin = pushed[1] - _OVERLAP if pushed[0] == os.fstat(file.fileno()).st_ino else 0
+                file.seek(max(begin, 0))
+                content = file.read()
+        except FileNotFoundError:
+            return b""
+        return content.partition(b"\n")[2] if begin > 0 else content
 
     def start(self) -> None:
         """Pushes from now on, in the background."""

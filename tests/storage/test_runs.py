@@ -11,7 +11,9 @@ import pytest
 
 from attnlab import storage
 from attnlab.errors import TrainingFailed, UserError
+from attnlab.storage import workdir as workdir_lib
 from attnlab.storage.bucket import Bucket, Url
+from attnlab.storage.workdir import merged
 from tests import flags
 from tests.storage.servers import Answer
 from tests.train import runs
@@ -131,6 +133,22 @@ def test_faults(place, store, source, alone):
     assert len(writes) > 3 and kept <= set(bucket.listing("checkpoints")) and saved(bucket) == [8]
     runs.run(config, url)
     assert lines(place) == runs.lines(alone)
+
+
+@pytest.mark.parametrize("store", ["s3"], indirect=True)
+def test_local_checkpoints(place, source, alone, patch, tmp_path):
+    """What a kill takes of the staging directory is in the copy on the host's own disk: no step is done again, none is
+    missing; the bucket's checkpoint is gone on from where it is newer."""
+    patch.setattr(workdir_lib, "EVERY", 1000.0)  # nothing comes to the bucket between saves
+    local = {"train__local_checkpoint_every": 3, "train__local_checkpoint_dir": str(tmp_path / "disk")}
+    config, url = runs.config(source, **SMALL, **{**local, "train__save_every": 100}), Url(place)
+    broken_off(config, url, 7)
+    assert not saved(Bucket(url)) and len(list((tmp_path / "disk").glob("*/process0/6"))) == 1
+    broken_off(runs.config(source, **SMALL, **local), url, 9)
+    assert saved(Bucket(url)) == [8] and f"resuming {place} at step 6".encode() in merged(Bucket(url), "log.txt")
+    said = runs.run(config, url)
+    assert f"resuming {place} at step 8" in said and lines(place) == runs.lines(alone)
+    assert not list((tmp_path / "disk").iterdir())
 
 
 def start(source, place, directory, **overrides):

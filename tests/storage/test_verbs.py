@@ -84,7 +84,6 @@ def test_a_report_of_runs_in_a_bucket(place, attnlab, tmp_path):
 @pytest.mark.parametrize(
     "args, names",
     [
-        (("ablate", "--config", "configs/ablations/quick.py", "--workdir", "URL"), "--workdir"),
         (("tune", "--out", "URL", "--target", "v6e"), "--out"),
         (("generate", "--workdir", "runs/none", "--prompt-file", "URL"), "--prompt-file"),
         (("train", "--config", "configs/lm.py", "--workdir", "http://a/b"), "--workdir"),
