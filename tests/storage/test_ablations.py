@@ -19,7 +19,7 @@ from attnlab.errors import TrainingFailed
 from attnlab.storage.bucket import Bucket, Url
 from tests import flags
 from tests.ablation import plans
-from tests.storage.servers import Answer
+from tests.storage.servers import Answer, only
 from tests.train import runs
 
 RUNS = [f"arms/{arm}/seed{seed}" for seed in (0, 1) for arm in ("plain", "gate")]
@@ -65,7 +65,7 @@ def started(plan, place, directory):
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("store", ["s3"], indirect=True)
+@only("s3")
 def test_killed(place, store, plan, attnlab, tmp_path):
     """SIGKILL to all its processes; another is refused while it lives; then all is as if it had never been."""
     bucket = Bucket(Url(place))
@@ -109,7 +109,7 @@ def test_killed(place, store, plan, attnlab, tmp_path):
     assert attnlab("cost", "--config", f"{place}/{RUNS[0]}/config.json")[0] == 0
 
 
-@pytest.mark.parametrize("store", ["s3"], indirect=True)
+@only("s3")
 def test_a_plan_that_another_took_over(place, store, plan, attnlab, tmp_path):
     """None of its runs has failed, and nobody's process writes to it any more; slices of it are refused."""
     code, _, err = attnlab(*ablate(plan, place, 1), "--slice", "0/2")

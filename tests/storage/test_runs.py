@@ -15,7 +15,7 @@ from attnlab.storage import workdir as workdir_lib
 from attnlab.storage.bucket import Bucket, Url
 from attnlab.storage.workdir import merged
 from tests import flags
-from tests.storage.servers import Answer
+from tests.storage.servers import Answer, only
 from tests.train import runs
 
 # One program for all of them: what a step does depends neither on their number nor on where it is saved.
@@ -90,6 +90,7 @@ def test_a_run(place, source, alone, attnlab, tmp_path):
     assert not list((tmp_path / "staging" / f"attnlab-{os.getuid()}").iterdir())
 
 
+@only("gs")
 def test_damage(place, source, alone):
     """A checkpoint that is not what was written is set aside in the bucket, and the run is as it would have been."""
     config, url = runs.config(source, **SMALL), Url(place)
@@ -105,6 +106,7 @@ def test_damage(place, source, alone):
     assert bucket.get(f"damaged_checkpoints/8/{name.split('/', 2)[2]}") == content
 
 
+@only("s3")
 def test_faults(place, store, source, alone):
     """A bucket that refuses for a while costs nothing; one that is read-only ends the run, and nothing is lost."""
     config, url, first = runs.config(source, **SMALL), Url(place), []
@@ -135,7 +137,7 @@ def test_faults(place, store, source, alone):
     assert lines(place) == runs.lines(alone)
 
 
-@pytest.mark.parametrize("store", ["s3"], indirect=True)
+@only("s3")
 def test_local_checkpoints(place, source, alone, patch, tmp_path):
     """What a kill takes of the staging directory is in the copy on the host's own disk: no step is done again, none is
     missing; the bucket's checkpoint is gone on from where it is newer."""
@@ -171,6 +173,7 @@ def wait_until(process, condition, seconds=120):
         time.sleep(0.1)
 
 
+@only("gs")
 def test_killed(place, source, tmp_path):
     """SIGKILL at a random time; another run is refused while it lives; then the losses are as if it never had been."""
     process, url = start(source, place, tmp_path, **LONG), Url(place)
@@ -189,6 +192,7 @@ def test_killed(place, source, tmp_path):
     assert lines(place) == runs.lines(tmp_path / "alone")
 
 
+@only("s3")
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_killed_five_times(place, source, tmp_path):
