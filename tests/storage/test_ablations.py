@@ -66,8 +66,10 @@ def started(plan, place, directory):
 
 @pytest.mark.timeout(600)
 @only("s3")
-def test_killed(place, store, plan, attnlab, tmp_path):
+def test_killed(place, store, plan, attnlab, patch, tmp_path):
     """SIGKILL to all its processes; another is refused while it lives; then all is as if it had never been."""
+    patch.setenv("ATTNLAB_STORAGE_PATIENCE", "500")
+    patch.setenv("ATTNLAB_LEASE_SECONDS", "20")
     bucket = Bucket(Url(place))
     with store.failing(stuck), started(plan, place, tmp_path) as process:
         until = time.monotonic() + 500
