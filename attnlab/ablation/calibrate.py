@@ -48,7 +48,7 @@ class _Timed:
         except UserError as error:
             raise UserError(f"arm {cell.name!r} cannot be timed here: {error}") from None
         self._loader = data.training(seed=config.seed, rows=self._program.rows(config.data.batch))
-        self._state = self._program.init(config.seed)
+        self._state = self._program.first_state(config.seed)
         try:
             self.step()
         except BaseException:

@@ -9,7 +9,7 @@ import pathlib
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from attnlab.errors import Damaged, UserError
@@ -49,7 +49,7 @@ class RemoteCheckpoints:
         below = f"{BELOW}/{step}/"
         return {name.removeprefix(below): o.size for name, o in self._bucket.listing(below.rstrip("/")).items()}
 
-    def fetch(self, step: int, only: tuple[str, ...] = ()) -> None:
+    def fetch(self, step: int, only: Collection[str] = ()) -> None:
         """Brings a checkpoint's files here, or some; those that are here are not brought again.
 
         Raises:

@@ -110,11 +110,11 @@ class RemoteWorkdir:
             self._bucket.upload({name: path for name, (path, _) in new.items()})
             self._pushed |= {name: stamp for name, (_, stamp) in new.items()}
 
-    def recent(self, log_name: str) -> bytes:
+    def recent(self, name: str) -> bytes:
         """The last lines of a log, among them all that may not be in the bucket yet; asks nobody."""
-        pushed = self._pushed.get(log_name, (0, 0, 0))
+        pushed = self._pushed.get(name, (0, 0, 0))
         try:
-            with (self.path / log_name).open("rb") as file:
+            with (self.path / name).open("rb") as file:
                 begin = pushed[1] - _OVERLAP if pushed[0] == os.fstat(file.fileno()).st_ino else 0
                 file.seek(max(begin, 0))
                 content = file.read()
@@ -180,11 +180,11 @@ class RemoteWorkdir:
 def _files(path: pathlib.Path) -> dict[str, pathlib.Path]:
     """What of a staging directory goes to the bucket as it is, by name; others may write in it meanwhile."""
     found = {}
-    for directory, below, names_ in os.walk(path):
+    for directory, below, files in os.walk(path):
         if directory == os.fspath(path):
             below[:] = [name for name in below if name not in _NOT_FILES]
-            names_ = [name for name in names_ if name not in _NOT_FILES]
-        here = {name: pathlib.Path(directory, name) for name in names_}
+            files = [name for name in files if name not in _NOT_FILES]
+        here = {name: pathlib.Path(directory, name) for name in files}
         found |= {str(p.relative_to(path)): p for p in here.values() if p.is_file()}
     return {name: p for name, p in found.items() if not _TRANSIENT.search(name)}
 

@@ -19,7 +19,7 @@ import jax
 
 from attnlab import storage
 from attnlab.errors import Damaged, UserError, first_line
-from attnlab.train import digests, files, noise, orbax, workdir
+from attnlab.train import chunks, digests, files, noise, orbax, workdir
 from attnlab.train.late import ocp
 from attnlab.train.processes import Processes
 from attnlab.train.state import TrainState
@@ -242,7 +242,7 @@ class Checkpoints:
           UserError: all are, but the arrays are not those of `like`.
         """
         args = ocp.args.StandardRestore(_plain(like))
-        restored, host = self._restored(step, lambda path: orbax.read_state(path, args))
+        restored, host = self._restored(step, _plain(like), lambda path: orbax.read_state(path, args))
         return TrainState(**restored), host
 
     def restore_params(self, step: int, like: Any) -> tuple[Any, Host]:
@@ -261,14 +261,17 @@ class Checkpoints:
                 raise ValueError(f"it or the model has no parameter {min(differing)}")
             return orbax.read_state(path, args, handler)
 
-        restored, host = self._restored(step, read)
+        restored, host = self._restored(step, wanted, read)
         return restored["params"], host
 
-    def _restored(self, step: int, read: Callable[[pathlib.Path], T]) -> tuple[T, Host]:
-        """What `read` makes of a checkpoint's directory, while its files are checked."""
+    def _restored(self, step: int, like: Any, read: Callable[[pathlib.Path], T]) -> tuple[T, Host]:
+        """What `read` makes of a checkpoint's directory with the files for `like`, while these are checked."""
         host = self._agreed(lambda: self.host(step))
-        directory = self._agreed(lambda: self._here(step))
-        outcome = digests.verifying(directory, self._share)
+        directory = self.directory / str(step)
+        if self._remote is None:
+            outcome = digests.verifying(directory, self._share)
+        else:
+            outcome = digests.verifying(directory, names=self._agreed(lambda: self._fetched(step, like)))
         if self._count > 1:  # none may wait inside orbax for one that found damage
             self._agreed(lambda: _raise_damage(outcome()))
         try:
@@ -284,6 +287,16 @@ class Checkpoints:
         if self._remote is not None:
             self._remote.drop(step)
         return restored, host
+
+    def _fetched(self, step: int, like: Any) -> set[str]:
+        """Brings what this process reads for `like` of a checkpoint in a bucket; the names of the files."""
+        directory = self.directory / str(step)
+        listed = digests.read(directory).keys()
+        names = chunks.others(listed)
+        self._remote.fetch(step, only={*names, digests.NAME, _METADATA})
+        names |= chunks.needed(directory, listed, like)
+        self._remote.fetch(step, only=names)
+        return names
 
     def _here(self, step: int) -> pathlib.Path:
         """The directory with all files of a checkpoint."""

@@ -6,7 +6,7 @@ import concurrent.futures
 import os
 import pathlib
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from attnlab.data.digests import sha256_of, sha256_of_each, without_checksum, write_json
 from attnlab.errors import Damaged
@@ -81,12 +81,15 @@ def check_file(directory: pathlib.Path, name: str) -> None:
         raise Damaged(reason)
 
 
-def verifying(directory: pathlib.Path, share: slice = slice(None)) -> Callable[[], str]:
+def verifying(
+    directory: pathlib.Path, share: slice = slice(None), *, names: Collection[str] | None = None
+) -> Callable[[], str]:
     """Starts to compare the content of files with their digests, in threads.
 
     Args:
       directory: of `write`.
       share: of the files, largest first; several processes take one each.
+      names: of the files that are here; None: all.
 
     Returns:
       A function that waits for the outcome: which file differs and how; empty if none does.
@@ -94,8 +97,12 @@ def verifying(directory: pathlib.Path, share: slice = slice(None)) -> Callable[[
     Raises:
       Damaged: as `check_sizes`, at once.
     """
-    check_sizes(directory)
-    largest = sorted(read(directory).items(), key=lambda item: (-item[1][0], item[0]))[share]
+    listed = read(directory)
+    if names is None:
+        check_sizes(directory)
+    else:
+        listed = {name: listed[name] for name in names}
+    largest = sorted(listed.items(), key=lambda item: (-item[1][0], item[0]))[share]
     pool = concurrent.futures.ThreadPoolExecutor(_THREADS)
     outcomes = [pool.submit(_difference, directory, name, *written) for name, written in largest]
     pool.shutdown(wait=False)

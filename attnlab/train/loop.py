@@ -183,8 +183,6 @@ class _Run:
         if c.train.local_checkpoint_every:
             place = pathlib.Path(paths.expand(c.train.local_checkpoint_dir))
             self.local = LocalCheckpoints(place, path, Layout(self.mesh, self.program.state), processes)
-        self.step, self.tokens, self.state = self._start()
-
         self._tracing = False
         self._record: dict[str, Any] = {}
         self._evaluation: models.Figures | None = None
@@ -194,19 +192,20 @@ class _Run:
         cost = self.program.traced(model_cost)(c.model, c.data.length)
         self._flops_per_token = 3 * cost.total_flops
         self._peak = peak_flops(self.mesh.size)
-        self._describe()
         self._say(
             f"{cost.parameters:,} parameters, {self._flops_per_token / 1e6:,.1f} MFLOPs per token, "
             f"{self.mesh.size} of {jax.device_count()} x {jax.devices()[0].device_kind}, "
             f"{c.data.batch} x {c.data.length} tokens a step; everything goes to {path}"
         )
+        self.step, self.tokens, self.state = self._start()
+        self._describe()
 
     def _start(self) -> tuple[int, int, TrainState]:
         """Step, tokens and state of the newest checkpoint, to whose place in the data the loader goes; or new ones."""
         with self._spent.during("restore"):
             restored = newest_of_both(self.checkpoints, self.local, self.program.state, self._say)
         if restored is None:
-            return 0, 0, self.program.init(self.config.seed)
+            return 0, 0, self.program.first_state(self.config.seed)
         step, state, host = restored
         self.loader.set_state(host.data)
         self._say(f"resuming {self.path} at step {step}")

@@ -7,6 +7,7 @@ differ in their seed alone share a program and what was compiled for it.
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ import optax
 from jax.sharding import Mesh
 
 from attnlab import data as data_lib
-from attnlab import models
+from attnlab import models, ops
 from attnlab.batch import Spec, require_match
 from attnlab.parallel import partition
 from attnlab.train import optimizers, sharding
@@ -43,6 +44,7 @@ class Program:
     def __init__(self, config: RunConfig, devices: Sequence[Any] | None = None, *, batches: bool = True):
         self.config, self._devices, self._batches = config, devices, batches
         self.chosen: dict[str, Any] = {}
+        self._compiled_init: Any = None
 
     @classmethod
     def of(cls, config: RunConfig, devices: Sequence[Any] | None = None, *, batches: bool = True) -> Program:
@@ -100,14 +102,14 @@ class Program:
         return state_shardings(self.mesh, self.model, self.tx)
 
     @functools.cached_property
-    def _first_state(self) -> Callable[[int], TrainState]:
+    def _traced_init(self) -> Callable[[int], TrainState]:
         """What `shapes` and `init` trace, once for both."""
         return jax.jit(lambda seed: init_state(self.model, self.tx, seed), inline=True)
 
     @functools.cached_property
     def shapes(self) -> TrainState:
         """ShapeDtypeStructs of the whole state, wherever it lies."""
-        return jax.eval_shape(self._first_state, 0)
+        return jax.eval_shape(self._traced_init, 0)
 
     @functools.cached_property
     def state(self) -> TrainState:
@@ -131,7 +133,19 @@ class Program:
     @functools.cached_property
     def init(self) -> Callable[[int], TrainState]:
         """`init(seed)`: the state before the first step, jitted."""
-        return jax.jit(lambda seed: self._first_state(seed), out_shardings=self.shardings)
+        return jax.jit(lambda seed: self._traced_init(seed), out_shardings=self.shardings)
+
+    def first_state(self, seed: int) -> TrainState:
+        """`init(seed)`, compiled beside the train step that comes next: either keeps a core busy."""
+        if self._compiled_init is None:
+            lowered = self.init.lower(seed)
+            options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None  # it runs once
+            with concurrent.futures.ThreadPoolExecutor(1) as pool, ops.recording() as chosen:
+                init = pool.submit(lowered.compile, options)
+                self.train_step.lower(self.state, self.batch).compile()
+                self._compiled_init = init.result()
+            self.chosen = chosen.table()
+        return self._compiled_init(seed)
 
     @functools.cached_property
     def train_step(self) -> Any:

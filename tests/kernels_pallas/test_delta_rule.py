@@ -69,7 +69,7 @@ CASES = [
     (7, 2, 5, 17, True, True, "float32", None, True),
     (130, 2, 24, 65, True, True, "float32", Sizes(64, 1, 2, 2), True),
     (70, 2, 64, 64, False, True, "float32", Sizes(16, 2, 2, 2), True),
-    (256, 1, 64, 64, True, False, "bfloat16", Sizes(128, 2, 1, 1), True),
+    (130, 1, 64, 64, True, False, "bfloat16", Sizes(128, 2, 1, 1), True),
 ]
 
 
@@ -120,27 +120,32 @@ def test_causality_is_bitwise():
     np.testing.assert_array_equal(run(later)[:, :37], run(arrays)[:, :37])
 
 
-RACES = [(False, 2, 16, None, False), (True, 3, 64, Sizes(16, 2, 2, 2), False), (True, 3, 64, Sizes(32, 2, 2, 2), True)]
+# documents, H, d, e, sizes, whether channels have their own decays
+RACES = [
+    (False, 2, 16, 16, None, False),
+    (True, 3, 64, 64, Sizes(16, 2, 2, 2), False),  # the last group of heads is not whole
+    (True, 2, 16, 33, Sizes(16, 2, 2, 2), True),
+]
 
 
-@pytest.mark.parametrize("packed, heads, e, sizes, channels", RACES)
-def test_no_races(packed, heads, e, sizes, channels, capfd):
+@pytest.mark.parametrize("packed, heads, d, e, sizes, channels", RACES)
+def test_no_races(packed, heads, d, e, sizes, channels, capfd):
     """Forward and backward on a simulated TPU whose two cores share heads, with NaN in what was never written and
-    behind the ends of arrays, of positions and of heads: the same as interpreted as XLA operations."""
-    arrays = rounded(inputs(70, heads, 64, e, True, channels=channels), "float32")
-    starts = jnp.asarray(starts_of(documents_of(70))) if packed else None
-    kernel = functools.partial(delta_rule, starts=starts, sizes=sizes)
+    behind the ends of arrays, of positions and of heads: what the definition gives."""
+    arrays = rounded(inputs(40, heads, d, e, True, channels=channels), "float32")
+    documents = documents_of(40) if packed else None
+    starts = jnp.asarray(starts_of(documents)) if packed else None
     simulate = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
-    simulated, plain = (results(functools.partial(kernel, interpret=x), arrays) for x in (simulate, True))
-    assert_close(simulated, plain, 2e-6)
+    simulated = results(functools.partial(delta_rule, starts=starts, sizes=sizes, interpret=simulate), arrays)
+    assert_close(simulated, exact(arrays, documents), 2e-5)
     assert "RACE DETECTED" not in "".join(capfd.readouterr())
 
 
 @pytest.mark.parametrize("channels", [False, True])
 def test_declared_bytes_are_those_of_the_blocks(channels):
     """Within 5 %."""
-    arrays = rounded(inputs(1024, 16, 128, 128, False, channels=channels), "bfloat16")
-    starts = jnp.asarray(starts_of(documents_of(1024)))
+    arrays = rounded(inputs(512, 4, 128, 128, False, channels=channels), "bfloat16")
+    starts = jnp.asarray(starts_of(documents_of(512)))
     loss = lambda arrays: jnp.sum(delta_rule(**arrays, starts=starts)[0].astype(jnp.float32))
     found = calls(jax.grad(loss), arrays)
     assert set(found) == {f"delta_rule_{'channels_' * channels}{direction}" for direction in ("forward", "backward")}

@@ -1,10 +1,13 @@
 """Two processes of one run, whose workdir is in a bucket: they share no directory."""
 
+import collections
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
+import urllib.parse
 
 import pytest
 
@@ -66,18 +69,31 @@ def unbroken(tmp_path_factory):
     return source, runs.lines(home / "disk")
 
 
+def fetched(store, below):
+    """How often objects below a name were read; gcsfs asks for what is known of them by another path."""
+    paths = [path for method, path in store.proxy.requests if method == "GET" and not path.startswith("/storage/")]
+    names = (urllib.parse.unquote(path).partition("?")[0] for path in paths)
+    return collections.Counter(name.partition(below)[2] for name in names if below in name)
+
+
 def test_two_hosts(place, store, tmp_path, unbroken, attnlab):
-    """Each writes its part of a checkpoint; broken off and gone on with, losses are those of a run on a disk. One host
-    alone reads what both wrote."""
+    """Each writes its part of a checkpoint; broken off and gone on with, losses are those of a run on a disk, and
+    each reads its own part. One host alone evaluates what both wrote, and leaves the optimizer's arrays there."""
     source, lines = unbroken
     pair(tmp_path, source, place, train__steps=8)
     listed = json.loads(Bucket(Url(place)).get("checkpoints/8/digests.json"))["files"]
     assert {n for n in listed if "array_metadatas" in n} == {f"state/array_metadatas/process_{i}" for i in range(2)}
     assert not Bucket(Url(place)).listing("uploads")
+    store.proxy.requests.clear()
     said = pair(tmp_path, source, place)
     assert f"resuming {place} at step 8" in said[0]
+    split = {n: count for n, count in fetched(store, "checkpoints/8/state/").items() if re.search(r"kernel/\d", n)}
+    assert split and set(split.values()) == {1}  # of what is split each host reads its own
     with storage.opened(Url(place)) as path:
         assert runs.lines(path) == lines
+    store.proxy.requests.clear()
     code, out, err = attnlab("eval", "--workdir", place, "--config.mesh.fsdp=1", "--batches=2", "--json")
     assert code == 0, err
+    read = fetched(store, "checkpoints/12/state/")
+    assert any(n.startswith("params.") for n in read) and not [n for n in read if re.match(r"opt_state.*/\d", n)]
     assert json.loads(out)["loss"] == pytest.approx(lines[-1]["heldout_loss"], rel=1e-6)
