@@ -64,15 +64,15 @@ def started(plan, place, directory):
         process.wait()
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @only("s3")
 def test_killed(place, store, plan, attnlab, patch, tmp_path):
     """SIGKILL to all its processes; another is refused while it lives; then all is as if it had never been."""
-    patch.setenv("ATTNLAB_STORAGE_PATIENCE", "500")
+    patch.setenv("ATTNLAB_STORAGE_PATIENCE", "900")
     patch.setenv("ATTNLAB_LEASE_SECONDS", "20")
     bucket = Bucket(Url(place))
     with store.failing(stuck), started(plan, place, tmp_path) as process:
-        until = time.monotonic() + 500
+        until = time.monotonic() + 900
         while not all(bucket.size(f"{run}/checkpoints/4/digests.json") for run in RUNS[:2]):
             assert process.poll() is None and time.monotonic() < until, (tmp_path / "said").read_text()
             time.sleep(0.2)
