@@ -178,7 +178,7 @@ def build() -> argparse.ArgumentParser:
 
 def _verb(
     verbs: Any, name: str, text: str, *,
-    config: bool | None = False, workdir: bool = False, machine: bool = False, more: str = "", place: Any = _place,
+    config: bool | None = False, workdir: bool = False, machine: bool = False, more: str = "",
 ) -> argparse.ArgumentParser:  # fmt: skip
     reads = config is not False or workdir
     notes = (_CONFIG if config else "") + (_OVERRIDES if reads else "")
@@ -188,7 +188,7 @@ def _verb(
         sub.add_argument("--config", required=True, metavar="PATH[:arg=value,...]",
                          help="a config file, e.g. configs/lm.py:mixer=gated,size=nano")  # fmt: skip
     if workdir:
-        sub.add_argument("--workdir", required=True, type=place, metavar="DIR",
+        sub.add_argument("--workdir", required=True, type=_place, metavar="DIR",
                          help="of the run" if config is False else "where the run is, or will be")  # fmt: skip
     if machine:
         sub.add_argument("--json", action="store_true", help="print one JSON object")
@@ -222,7 +222,7 @@ def _add_ablate(verbs: Any) -> None:
         "report come at the end. The same command goes on where it stopped, and repeats none. Exit code 3: one failed."
     )
     sub = _verb(verbs, "ablate", "compare arms by a plan: runs, statistics, report",
-                config=None, workdir=True, machine=True, more=more, place=_path)  # fmt: skip
+                config=None, workdir=True, machine=True, more=more)  # fmt: skip
     sub.add_argument("--config", metavar="PATH[:arg=value,...]", help="a plan, e.g. configs/ablations/quick.py")
     sub.add_argument("--dry-run", action="store_true", help="tell what it would cost, and run nothing")
     sub.add_argument("--self-test", action="store_true",

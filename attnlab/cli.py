@@ -319,13 +319,14 @@ def _ablate(args: argparse.Namespace, overrides: list[str]) -> int:
         return 0 if found["holds"] else 1
     config, cells = announce.load(args.config, overrides)
     if not args.dry_run:
-        with runtime.ending_in_order():
-            code = runner.run_plan(config, cells, args.workdir, options, console)
-        if args.json and (results := args.workdir / "results.json").is_file():
-            output.write_json(json.loads(results.read_text(encoding="utf-8")))
+        with runtime.ending_in_order(), runner.opened(args.workdir, options) as workdir:
+            code = runner.run_plan(config, cells, workdir, options, console)
+            if args.json and (results := workdir / "results.json").is_file():
+                output.write_json(json.loads(results.read_text(encoding="utf-8")))
         return code
     processes = runner.processes(options, len(cells) * len(config.seeds))
-    priced = price.price(config, cells, args.workdir, processes, output.note)
+    with storage.opened(args.workdir) as workdir:
+        priced = price.price(config, cells, workdir, processes, output.note)
     if args.json:
         output.write_json(priced)
         return 0

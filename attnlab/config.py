@@ -22,7 +22,7 @@ import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
-from attnlab import paths
+from attnlab import paths, storage
 from attnlab.errors import ConfigError
 
 T = TypeVar("T")
@@ -334,12 +334,16 @@ def parse_arg(arg: str | None, **defaults: Any) -> types.SimpleNamespace:
 
 
 def read_file(spec: str) -> dict[str, Any]:
-    """The tree that `get_config` of `PATH[:arg=value,...]` returns, as plain dicts; PATH may be a run's config.json.
+    """The tree that `get_config` of `PATH[:arg=value,...]` returns, as plain dicts.
+
+    PATH may be a run's config.json, in a bucket, too.
 
     Raises:
       ConfigError: no such file, an exception in it, or something else than a tree comes out.
     """
     path_text, _, arg = spec.partition(":")
+    if storage.is_url(spec) and spec.endswith(".json"):
+        path_text, arg = storage.local_copy(spec), ""
     path_text = paths.expand(path_text)
     if not os.path.isfile(path_text):
         what = "is a directory, not a file" if os.path.isdir(path_text) else "is not there"

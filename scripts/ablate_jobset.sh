@@ -55,7 +55,7 @@ done
 case " ${ablate_args[*]} " in
     *" --slice "* | *" --slice="*) fail "--slice is the pods' to say (--slices $slices)" ;;
     *" --workdir gs://"* | *" --workdir=gs://"* | *" --workdir s3://"* | *" --workdir=s3://"*)
-        fail "a plan's workdir is in no bucket yet; allowed: a directory below /runs" ;;
+        fail "slices of a plan share files, in no bucket; allowed: a directory below /runs" ;;
     *" --workdir "* | *" --workdir="*) ;;
     *) fail "--workdir is missing after --; it goes below /runs" ;;
 esac

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from attnlab import config as config_lib
+from attnlab import storage
 from attnlab.ablation import collect as collect_lib
 from attnlab.ablation import results as results_lib
 from attnlab.ablation.announce import Announced
@@ -126,8 +127,8 @@ def _arm(plan: Announced, arm: str, now: Schedule, workdir: pathlib.Path) -> res
             notes.append(f"edge: the best learning rate{where} is at an end of the rates that were tried")
         if i == 0 and found.complete:
             chosen, curve = found.chosen[arm], found.curves[arm]
-    path = shlex.quote(str(workdir / "arms" / next(iter(cells.values())).name / f"seed{plan.config.seeds[0]}"))
-    command = f"attnlab train --config {path}/config.json --workdir runs/again"
+    path = workdir / "arms" / next(iter(cells.values())).name / f"seed{plan.config.seeds[0]}"
+    command = f"attnlab train --config {shlex.quote(storage.shown(str(path)))}/config.json --workdir runs/again"
     overrides = plan.config.arms[arm]
     return results_lib.Arm(dict(overrides), differing, chosen, curve, command, notes)
 
@@ -145,7 +146,7 @@ def _run(plan: Announced, arm: str, seed: int, view: View, workdir: pathlib.Path
     return dataclasses.replace(
         first,
         seed=seed,
-        workdir=first.workdir if len(parts) == 1 else str(workdir / "arms" / arm),
+        workdir=first.workdir if len(parts) == 1 else storage.shown(str(workdir / "arms" / arm)),
         status=next((s for s in ("failed", "missing") if s in statuses), "done"),
         reason="; ".join(_said(cell.task, part.reason) for cell, part in zip(cells, parts) if part.reason) or None,
         seconds=sum(known(part.seconds for part in parts)) or None,
@@ -165,7 +166,7 @@ def _part(plan: PlanConfig, cell: Cell, name: str, view: View, workdir: pathlib.
     try:
         run = collect_lib.run(cell.arm, collect_lib.read(path), cost_of(cell))
     except UserError:  # it has not begun, or failed before it had
-        run = results_lib.Run(cell.arm, 0, str(path), "missing")
+        run = results_lib.Run(cell.arm, 0, storage.shown(str(path)), "missing")
     if status != "done":
         event = view.last(name, "failed") if status == "failed" else None
         reason = event["reason"] if event is not None else run.reason

@@ -11,11 +11,13 @@ import socket
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import rich.console
 
+from attnlab import storage
 from attnlab.ablation import announce, gather, report, worker
 from attnlab.ablation.announce import Announced
 from attnlab.ablation.plan import Cell, PlanConfig
@@ -28,6 +30,7 @@ FAILED = 3  # exit code where an arm failed
 _MOST = 8  # processes, unless more are asked for
 _RESTARTS = 10  # of processes that end by a signal, in all
 _POLL = 0.5
+_DEPTH = 5  # of tuning/ARM/TASK/lrX/seedK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,26 +49,52 @@ class Options:
     retry_failed: bool = False
 
 
+@contextlib.contextmanager
+def opened(place: pathlib.Path | storage.Url, options: Options) -> Iterator[pathlib.Path]:
+    """Gives the directory in which to run a plan: the path itself, or the staging directory of one in a bucket.
+
+    What is in the bucket of the plan's runs is here, but for checkpoints; this process holds the lease of it all.
+
+    Raises:
+      UserError: another ablation holds it, the bucket cannot be used, or slices are asked for, which share files.
+    """
+    if isinstance(place, storage.Url) and options.slices > 1:
+        raise UserError(
+            f"--slice {options.slice_index}/{options.slices}: slices share files, and {place} is of one machine at a "
+            "time; allowed: 0/1, or a directory that all machines see"
+        )
+    with storage.opened(place, writes=True, depth=_DEPTH) as workdir:
+        yield workdir
+
+
 def run_plan(
     config: PlanConfig, cells: list[Cell], workdir: pathlib.Path, options: Options, console: rich.console.Console
 ) -> int:
     """Runs a plan, or goes on with it, and writes results.json, results.csv and the report.
+
+    Args:
+      workdir: as `opened` gives it.
 
     Returns:
       0; `FAILED` if a run failed; 128 and the number of the signal that stopped it.
 
     Raises:
       UserError: the plan cannot be, or the workdir holds another one.
-      TrainingFailed: the processes kept dying.
+      TrainingFailed: the processes kept dying, or another ablation has taken over the workdir.
     """
     count = processes(options, len(cells) * len(config.seeds))
     console.print(f"checking the plan: {config.question}", soft_wrap=True, markup=False)
     plan = announce.announce(config, cells, workdir, lambda text: console.print(text, soft_wrap=True, markup=False))
     if options.retry_failed:
         _retry(Log(workdir))
-    console.print(f"plan {plan.hash[:12]} is in {workdir / announce.NAME}", soft_wrap=True, markup=False)
+    part, remote = Part(str(workdir), options.slice_index, options.slices), storage.mirrored(workdir)
+    if remote is not None:
+        remote.push()
+        part = dataclasses.replace(part, place=str(remote.url), term=remote.term)
+    there = storage.shown(str(workdir / announce.NAME))
+    console.print(f"plan {plan.hash[:12]} is in {there}", soft_wrap=True, markup=False)
     with Live(plan, workdir, console):
-        stopped = _run(Part(str(workdir), options.slice_index, options.slices), count)
+        stopped = _run(part, count)
     if stopped is not None:
         console.print(f"{stopped}: what was running is saved; the same command goes on", markup=False)
         return 128 + signal.Signals[stopped]
@@ -86,9 +115,12 @@ def finish(plan: Announced, workdir: pathlib.Path, console: rich.console.Console
         )
         return 0
     _, page = report.write(workdir, results)
+    if (remote := storage.mirrored(workdir)) is not None:
+        remote.push()
     failed = [run for run in results.runs if run.status == "failed"]
     for run in failed:
         console.print(f"failed: {run.arm}/seed{run.seed}: {run.reason}", soft_wrap=True, markup=False)
+    page = storage.shown(str(page))
     console.print(f"the report is {page}; results.json and results.csv are beside it", soft_wrap=True, markup=False)
     return FAILED if failed else 0
 
@@ -136,6 +168,7 @@ class _Team:
         self._running: dict[int, subprocess.Popen] = {}
         self._left, self._told = _RESTARTS, False
         self._logs = pathlib.Path(part.workdir) / "logs"
+        self._remote = storage.mirrored(pathlib.Path(part.workdir))
         self._signal: str | None = None
 
     def __enter__(self) -> _Team:
@@ -166,6 +199,8 @@ class _Team:
             if self._signal is not None:
                 self._stop()
                 return self._signal
+            if self._remote is not None:
+                self._remote.require()
             for i, process in list(self._running.items()):
                 if (code := process.poll()) is not None:
                     del self._running[i]

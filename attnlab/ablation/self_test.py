@@ -14,6 +14,7 @@ from typing import Any
 import rich.console
 
 from attnlab import config as config_lib
+from attnlab import storage
 from attnlab.ablation import plan, results_file, runner, synthetic
 from attnlab.ablation.plan import PlanConfig
 from attnlab.errors import TrainingFailed
@@ -41,7 +42,7 @@ def plan_config(number: int, seeds: int = 3) -> PlanConfig:
     })  # fmt: skip
 
 
-def run(workdir: pathlib.Path, options: runner.Options, console: rich.console.Console) -> dict[str, Any]:
+def run(workdir: pathlib.Path | storage.Url, options: runner.Options, console: rich.console.Console) -> dict[str, Any]:
     """Runs the plans below a directory, and the statistics on made-up numbers; the same call goes on.
 
     Returns:
@@ -51,10 +52,13 @@ def run(workdir: pathlib.Path, options: runner.Options, console: rich.console.Co
     found = []
     alone = dataclasses.replace(options, processes=options.processes or 1)  # all runs share one program
     for number in range(PLANS):
-        where, config = workdir / f"plan{number}", plan_config(number)
-        if (code := runner.run_plan(config, plan.cells(config), where, alone, console)) not in (0, runner.FAILED):
-            raise TrainingFailed(f"plan {number} of {PLANS} was stopped; the same command goes on (exit code {code})")
-        found += [c.p for c in results_file.read(where / "results.json").comparisons]
+        config = plan_config(number)
+        with runner.opened(workdir / f"plan{number}", alone) as where:
+            code = runner.run_plan(config, plan.cells(config), where, alone, console)
+            if code not in (0, runner.FAILED):
+                stopped = f"plan {number} of {PLANS} was stopped"
+                raise TrainingFailed(f"{stopped}; the same command goes on (exit code {code})")
+            found += [c.p for c in results_file.read(where / "results.json").comparisons]
     rate = synthetic.null_rate().rejections
     differences = sum(p is not None and p < 0.05 for p in found)
     holds = differences <= MOST and _RANGE[0] <= rate <= _RANGE[1]

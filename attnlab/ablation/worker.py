@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import json
@@ -20,11 +21,12 @@ from typing import Any
 
 import jax
 
+from attnlab import storage
 from attnlab.ablation import announce, gather
 from attnlab.ablation.announce import Announced
 from attnlab.ablation.schedule import Run, Schedule, schedule
 from attnlab.ablation.state import Log
-from attnlab.errors import UserError
+from attnlab.errors import TrainingFailed, UserError
 from attnlab.launch import runtime
 from attnlab.train.checkpoints import Checkpoints
 from attnlab.train.loop import train
@@ -40,10 +42,12 @@ class Part:
     """Whose runs a process takes.
 
     Attributes:
-      workdir: of the plan.
+      workdir: of the plan; of one in a bucket, its staging directory.
       index, count: it takes runs whose name's CRC-32 is `index` modulo `count`.
       cores: that the process stays on; None: all.
       patience: seconds to wait for what nobody works on.
+      place, term: the URL of the plan's workdir and the number of the lease under which it is written; '': it is in no
+        bucket.
     """
 
     workdir: str
@@ -51,6 +55,8 @@ class Part:
     count: int = 1
     cores: list[int] | None = None
     patience: float = _PATIENCE
+    place: str = ""
+    term: int = 0
 
     def has(self, run: Run) -> bool:
         """Whether the run is one of this part's."""
@@ -62,12 +68,14 @@ def work(part: Part) -> str | None:
 
     Raises:
       UserError: the plan cannot be read or its directory not written.
+      TrainingFailed: another ablation has taken over the directory, which is in a bucket.
     """
     workdir = pathlib.Path(part.workdir)
     plan = announce.read(workdir)
     if plan is None:
         raise UserError(f"workdir {workdir} holds no plan")
-    runtime.keep_compiled(workdir)
+    remote = storage.mirrored(workdir)
+    runtime.keep_compiled(workdir if remote is None else pathlib.Path(storage.cache_directory()))
     Program.share(len(plan.cells))
     log, idle = Log(workdir), time.monotonic()
     while True:
@@ -105,25 +113,27 @@ def _next(runs: list[Run], plan: Announced, workdir: pathlib.Path, log: Log) -> 
 
 
 def _execute(run: Run, plan: Announced, workdir: pathlib.Path, log: Log) -> str | None:
-    path = run.path(workdir)
     if run.reason is not None:
         log.write("failed", run.name, reason=run.reason, tail=[])
         return None
     try:
-        step = max(Checkpoints(path).steps(), default=0)
-        require_progress(run, step, log)
-        log.write("started", run.name, step=step, cores=cores())
-        began = time.perf_counter()
-        result = train(run.config(), path)
-        seconds = time.perf_counter() - began
+        with storage.below(workdir, run.name) as path:
+            step = max(Checkpoints(path).steps(), default=0)
+            require_progress(run, step, log)
+            log.write("started", run.name, step=step, cores=cores())
+            began = time.perf_counter()
+            result = train(run.config(), path)
+            seconds = time.perf_counter() - began
+            metrics = gather.final(path, run, plan.config) if result.stopped is None else {}
         if result.stopped is not None:
             log.write("stopped", run.name, step=result.step, signal=result.stopped, seconds=seconds)
             return result.stopped
-        metrics = gather.final(path, run, plan.config)
         log.write("done", run.name, step=result.step, tokens=result.tokens, seconds=seconds, metrics=metrics,
                   device=jax.devices()[0].device_kind)  # fmt: skip
     except Exception as error:  # of one run: the plan goes on
-        log.write("failed", run.name, reason=_reason(error), tail=_tail(path))
+        if (remote := storage.mirrored(workdir)) is not None:
+            remote.lease.require()  # unless nobody of this plan may write any more
+        log.write("failed", run.name, reason=_reason(error), tail=_tail(run.path(workdir)))
     return None
 
 
@@ -163,7 +173,7 @@ def cores() -> int:
 
 
 def main(argument: str) -> int:
-    """A process of its own for a part: 0 when nothing is left for it, 2 what `UserError` says, 128 + N at signal N."""
+    """A process of its own for a part: 0 when nothing is left for it, 2 if it cannot go on, 128 + N at signal N."""
     part = Part(**json.loads(argument))
     logging.basicConfig(format="%(message)s")
     runtime.quiet()
@@ -173,9 +183,11 @@ def main(argument: str) -> int:
         os.sched_setaffinity(0, part.cores)  # before XLA makes as many threads
     signal.signal(signal.SIGTERM, _end)
     runtime.configure()
+    remote = storage.joined(pathlib.Path(part.workdir), part.place, part.term) if part.place else None
     try:
-        stopped = work(part)
-    except UserError as error:
+        with remote or contextlib.nullcontext():
+            stopped = work(part)
+    except (UserError, TrainingFailed) as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:

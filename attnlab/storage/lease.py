@@ -93,15 +93,41 @@ class Lease:
                 return
             asked = time.monotonic()
             now = _newest(bucket)
-            if now is None:
-                self._lost = f"workdir {bucket.url} was removed while the run wrote to it"
-            elif now[1].get("token") != self._content["token"]:
-                taken = f"workdir {bucket.url} was taken over by {_holder(now[1])}"
-                self._lost = f"{taken}: this run had not renewed its lease"
+            if now is None or now[1].get("token") != self._content["token"]:
+                self._lost = _how_lost(bucket, now)
             else:
                 self._content["until"] = time.time() + self._content["seconds"]
                 bucket.put(_name(self.term), _encoded(self._content))
                 self._valid_until = asked + self._content["seconds"]
+
+
+class Borrowed:
+    """The lease of another process of this machine, under which this one writes, too.
+
+    Attributes:
+      term: the lease's number, which no other lease of the workdir ever has.
+    """
+
+    def __init__(self, bucket: Bucket, term: int):
+        self.term, self._bucket, self._lost = term, bucket, ""
+
+    def check(self) -> None:
+        """Raises TrainingFailed if the lease is known to be another's by now; asks nobody."""
+        if self._lost:
+            raise TrainingFailed(self._lost)
+
+    def require(self) -> None:
+        """Raises TrainingFailed unless the lease is there and its holder's; asks the bucket."""
+        self.check()
+        try:
+            now = _newest(self._bucket)
+        except UserError as error:
+            raise TrainingFailed(f"whose the lease of {self._bucket.url} is cannot be read: {error}") from error
+        if now is None or now[0] != self.term:
+            self._lost = _how_lost(self._bucket, now)
+        elif now[1].get("released"):
+            self._lost = f"{_holder(now[1])} has let go of the workdir {self._bucket.url}"
+        self.check()
 
 
 def claim(bucket: Bucket, say: Callable[[str], None]) -> Lease:
@@ -192,6 +218,12 @@ def _ended(lease: dict[str, Any]) -> bool:
 
 def _holder(lease: dict[str, Any]) -> str:
     return f"process {lease.get('process', 'unknown')} on {lease.get('host', 'an unknown host')}"
+
+
+def _how_lost(bucket: Bucket, now: tuple[int, dict[str, Any]] | None) -> str:
+    if now is None:
+        return f"workdir {bucket.url} was removed while the run wrote to it"
+    return f"workdir {bucket.url} was taken over by {_holder(now[1])}: this run had not renewed its lease"
 
 
 def _refusal(bucket: Bucket, lease: dict[str, Any]) -> str:

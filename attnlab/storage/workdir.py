@@ -22,15 +22,16 @@ from attnlab.storage.bucket import Bucket, Url, log
 from attnlab.storage.checkpoints import BELOW, RemoteCheckpoints
 
 EVERY = 10.0  # seconds between looks at what is new
-LOGS = ("metrics.jsonl", "goodput.jsonl", "log.txt")
+LOGS = ("metrics.jsonl", "goodput.jsonl", "log.txt", "state.jsonl")
 _PARTS = ".parts"
 _MOST_PARTS = 100
+_OVERLAP = 2**16  # bytes; more than a line
 # Written less often, as they are written whole each time.
-_SLOW = ("tensorboard/", "profile/", "compiled/", "wandb/", "mlruns/", "mlflow.db")
+_SLOW = ("tensorboard/", "profile/", "compiled/", "wandb/", "mlruns/", "mlflow.db", "logs/")
 _SLOW_EVERY = 60.0
-_NOT_FILES = (f"{BELOW}/", "damaged_checkpoints/", "lock", f"{lease_lib.BELOW}/")
-_ELSEWHERE = {BELOW, "damaged_checkpoints", lease_lib.BELOW, "lock", "tensorboard", "profile", "compiled", "uploads"}
-_TRANSIENT = re.compile(r"(^|/)(probe-[^/]*|[^/]*\.new|[^/]*\.partial-[^/]*)$")
+# Of this machine alone, or brought by others: checkpoints, and a plan's runs.
+_NOT_FILES = {BELOW, "damaged_checkpoints", lease_lib.BELOW, "lock", "claims", "arms", "tuning"}
+_TRANSIENT = re.compile(r"(^|/)(probe-[^/]*|\.plan\.json-[^/]*|[^/]*\.new|[^/]*\.partial-[^/]*)$")
 
 _mirrored: dict[str, RemoteWorkdir] = {}
 
@@ -46,11 +47,14 @@ class RemoteWorkdir:
     Attributes:
       path: its staging directory.
       checkpoints: those in the bucket.
-      lease: None where this process only reads, or another process of the run holds it.
+      lease: under which it is written; None where this process only reads, or another process of the run writes.
+      url, term: where it is, and the number of the lease; 0: this process only reads.
     """
 
-    def __init__(self, bucket: Bucket, path: pathlib.Path, lease: lease_lib.Lease | None, term: int):
-        self.path, self.lease, self._bucket = path, lease, bucket
+    def __init__(
+        self, bucket: Bucket, path: pathlib.Path, lease: lease_lib.Lease | lease_lib.Borrowed | None, term: int
+    ):
+        self.path, self.lease, self.url, self.term, self._bucket = path, lease, bucket.url, term, bucket
         self.checkpoints = RemoteCheckpoints(bucket, path, term, before_commit=self._before_commit)
         self._pushed: dict[str, tuple[int, int, int]] = {}  # inode, size, mtime of what is in the bucket
         self._parts: dict[str, int] = {}
@@ -67,12 +71,13 @@ class RemoteWorkdir:
         """Brings the workdir's own files here, logs with their parts; not checkpoints, nor what only people look at.
 
         Args:
-          depth: of the directories whose files are wanted, too.
+          depth: of the workdirs below it whose files are wanted, too.
         """
-        objects = {n: o for n, o in self._bucket.listing().items() if not _ELSEWHERE.intersection(n.split("/"))}
-        wanted = {n: self.path / n for n in objects if n.count("/") <= depth and not _parted(n)}
+        objects = self._bucket.listing()
+        workdirs = {d for n in objects if (d := n.removesuffix("/config.json")) != n and d.count("/") < depth} | {""}
+        wanted = {n: self.path / n for n in objects if n.startswith("logs/") or n.rpartition("/")[0] in workdirs}
         self._bucket.download(wanted, objects)
-        parted = {_parted(name) for name in objects} - {""}
+        parted = {name for name in map(_parted, objects) if name and name.rpartition("/")[0] in workdirs}
         for name in parted:
             (self.path / name).parent.mkdir(parents=True, exist_ok=True)
             (self.path / name).write_bytes(merged(self._bucket, name))
@@ -90,8 +95,7 @@ class RemoteWorkdir:
         with self._pushing:
             if self.lease is not None:
                 self.lease.require()
-            found = {str(p.relative_to(self.path)): p for p in self.path.rglob("*") if p.is_file()}
-            found = {n: p for n, p in found.items() if not n.startswith(_NOT_FILES) and not _TRANSIENT.search(n)}
+            found = _files(self.path)
             for name in LOGS:
                 if name in found:
                     self._push_log(name, found.pop(name))
@@ -105,6 +109,18 @@ class RemoteWorkdir:
                         new[name] = (path, stamp)
             self._bucket.upload({name: path for name, (path, _) in new.items()})
             self._pushed |= {name: stamp for name, (_, stamp) in new.items()}
+
+    def recent(self, name: str) -> bytes:
+        """The last lines of a log, among them all that may not be in the bucket yet; asks nobody."""
+        pushed = self._pushed.get(name, (0, 0, 0))
+        try:
+            with (self.path / name).open("rb") as file:
+                begin = pushed[1] - _OVERLAP if pushed[0] == os.fstat(file.fileno()).st_ino else 0
+                file.seek(max(begin, 0))
+                content = file.read()
+        except FileNotFoundError:
+            return b""
+        return content.partition(b"\n")[2] if begin > 0 else content
 
     def start(self) -> None:
         """Pushes from now on, in the background."""
@@ -161,6 +177,18 @@ class RemoteWorkdir:
         self._parts[name] = 0
 
 
+def _files(path: pathlib.Path) -> dict[str, pathlib.Path]:
+    """What of a staging directory goes to the bucket as it is, by name; others may write in it meanwhile."""
+    found = {}
+    for directory, below, files in os.walk(path):
+        if directory == os.fspath(path):
+            below[:] = [name for name in below if name not in _NOT_FILES]
+            files = [name for name in files if name not in _NOT_FILES]
+        here = {name: pathlib.Path(directory, name) for name in files}
+        found |= {str(p.relative_to(path)): p for p in here.values() if p.is_file()}
+    return {name: p for name, p in found.items() if not _TRANSIENT.search(name)}
+
+
 def _parted(name: str) -> str:
     """The log whose part this is; empty: it is none."""
     head, _, offset = name.rpartition("/")
@@ -204,7 +232,7 @@ def opened(
       place: of the workdir.
       writes: whether it is written, which takes its lease; other runs are kept out.
       first: whether this is the process of the run that holds the lease and writes files.
-      depth: of the directories below it that are read, too.
+      depth: of the workdirs below it that are read, too.
       tell: gives what each process of the run gave, the first one's first; all come here.
 
     Raises:
@@ -222,21 +250,66 @@ def opened(
             stack.callback(lease.release)
         term = int(tell(str(lease.term if lease else 0))[0])
         path = stack.enter_context(names.staging(place.name))
-        names.register(path, place)
-        stack.callback(names.forget, path)
-        stack.enter_context(names.by_urls())
-        here = RemoteWorkdir(bucket, path, lease, term)
+        here = stack.enter_context(_attached(RemoteWorkdir(bucket, path, lease, term)))
         here.pull(depth)
-        _mirrored[os.fspath(path)] = here
-        stack.callback(_mirrored.pop, os.fspath(path))
-        if lease is None:
+        with _written(here) if lease is not None else contextlib.nullcontext():
             yield path
-            return
-        here.start()
-        try:
+
+
+@contextlib.contextmanager
+def joined(path: pathlib.Path, place: str, term: int) -> Iterator[None]:
+    """In another process of the machine: `path` is the staging directory of what is at the URL `place`.
+
+    That process holds the lease with the number `term`, and brings what is in the directory; this one what it writes
+    `below` it.
+    """
+    bucket = Bucket(Url(place))
+    with _attached(RemoteWorkdir(bucket, path, lease_lib.Borrowed(bucket, term), term)):
+        yield
+
+
+@contextlib.contextmanager
+def below(workdir: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
+    """Gives the workdir `name` below another. Where that is in a bucket, this one is, too, and written under its lease.
+
+    Raises:
+      UserError: the bucket cannot be used.
+      TrainingFailed: another has taken over the lease meanwhile.
+    """
+    path, above = workdir / name, mirrored(workdir)
+    if above is None:
+        yield path
+        return
+    above.lease.require()
+    path.mkdir(parents=True, exist_ok=True)
+    with _attached(RemoteWorkdir(Bucket(Url(f"{above.url}/{name}")), path, above.lease, above.term)) as here:
+        here.pull()
+        with _written(here):
             yield path
-        except BaseException:
-            with contextlib.suppress(Exception):  # what went wrong before is what to say
-                here.stop()
-            raise
-        here.stop()
+
+
+@contextlib.contextmanager
+def _attached(here: RemoteWorkdir) -> Iterator[RemoteWorkdir]:
+    """It is found by its staging directory, which messages call by its URL."""
+    path = os.fspath(here.path)
+    names.register(path, here.url)
+    _mirrored[path] = here
+    try:
+        with names.by_urls():
+            yield here
+    finally:
+        del _mirrored[path]
+        names.forget(path)
+
+
+@contextlib.contextmanager
+def _written(here: RemoteWorkdir) -> Iterator[None]:
+    """What is new comes to the bucket, now and then and at the end."""
+    here.start()
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(Exception):  # what went wrong before is what to say
+            here.stop()
+        raise
+    here.stop()

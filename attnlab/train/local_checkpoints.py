@@ -21,15 +21,16 @@ from typing import Any
 import jax
 import numpy as np
 
+from attnlab import storage
 from attnlab.errors import Damaged, UserError, first_line
-from attnlab.train import digests, files, metadata, workdir
+from attnlab.train import digests, files, metadata, metrics, workdir
 from attnlab.train.checkpoints import Checkpoints, Host
 from attnlab.train.pieces import Layout, Piece
 from attnlab.train.processes import Processes
 from attnlab.train.state import TrainState
 
 _KEPT = 2  # while one is written the one before is what every process has
-_OWN, _PASSED, _ABOUT = "own", "passed", "about.json"
+_OWN, _PASSED, _ABOUT, _LINES = "own", "passed", "about.json", "metrics.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,7 @@ class LocalCheckpoints:
 
     def __init__(self, place: pathlib.Path, path: pathlib.Path, layout: Layout, processes: Processes):
         self._layout, self._processes, self._index = layout, processes, processes.index
+        self._metrics, self._remote = path / _LINES, storage.mirrored(path)
         self._attempt, run = processes.gather(secrets.token_hex(8))[0], processes.gather(_run_id(path, processes))[0]
         self._place = place.absolute() / run
         self._own = self._place / f"process{self._index}"
@@ -94,6 +96,8 @@ class LocalCheckpoints:
         content = {_OWN: self._layout.pull(state, own, self._index)}
         if passed:
             content[_PASSED] = self._layout.pull_passed(state, self._index)
+        if self._remote is not None and self._processes.first:  # a kill takes those that are not in the bucket yet
+            content[_LINES] = [np.frombuffer(self._remote.recent(_LINES), np.uint8)]
         about = {"step": step, "attempt": self._attempt, "writer": self._index, "layout": self._layout.digest}
         about["host"] = dataclasses.asdict(host)
         self._step = step
@@ -176,6 +180,8 @@ class LocalCheckpoints:
                 tell(reason)
             if not damaged:
                 break
+        if self._processes.first and self._index in here and (lines := here[self._index].path / _LINES).exists():
+            metrics.complete(self._metrics, lines.read_bytes())
         content, host = self._collect(here, plan)
         step, lent = int(name.split("/")[0]), sorted((r, s) for s, r in plan if s != r)
         tell(
@@ -343,6 +349,8 @@ def _run_id(path: pathlib.Path, processes: Processes) -> str:
         return str(files.read_json(place)["id"])
     made = secrets.token_hex(8)
     metadata.write_json(place, {"id": made})
+    if (remote := storage.mirrored(path)) is not None:  # before anything is saved under it
+        remote.push()
     return made
 
 

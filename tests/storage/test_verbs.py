@@ -6,6 +6,7 @@ import pytest
 
 from attnlab import storage
 from attnlab.storage.bucket import Bucket, Url
+from tests.storage.servers import only
 from tests.train import runs
 
 
@@ -17,6 +18,7 @@ def corpus(place, tmp_path):
     return f"text:{place}/corpus/*.py", local
 
 
+@only("gs")
 def test_a_corpus_in_a_bucket(place, corpus, store, attnlab, tmp_path):
     """Globs, tokenizer and tokens at URLs give what they give on a disk; copies are read again where they changed."""
     remote, local = corpus
@@ -61,6 +63,7 @@ def test_a_corpus_in_a_bucket(place, corpus, store, attnlab, tmp_path):
     assert code == 2 and f"{place}/{name} is damaged" in err
 
 
+@only("s3")
 @pytest.mark.slow
 def test_a_report_of_runs_in_a_bucket(place, attnlab, tmp_path):
     """Workdirs that are URLs, or a directory of them, are compared as others; the report goes where it is told to."""
@@ -84,7 +87,6 @@ def test_a_report_of_runs_in_a_bucket(place, attnlab, tmp_path):
 @pytest.mark.parametrize(
     "args, names",
     [
-        (("ablate", "--config", "configs/ablations/quick.py", "--workdir", "URL"), "--workdir"),
         (("tune", "--out", "URL", "--target", "v6e"), "--out"),
         (("generate", "--workdir", "runs/none", "--prompt-file", "URL"), "--prompt-file"),
         (("train", "--config", "configs/lm.py", "--workdir", "http://a/b"), "--workdir"),
