@@ -77,12 +77,11 @@ def neural_memory(
       ValueError: shapes, dtypes or options that do not fit, or a memory that does not fit on the chip.
     """
     B, T = q.shape[:2]
-    _check(q, k, v, (log_keep, log_eta, theta), weights, momentum, chunk, rates)
-    packed = positions is not None or first is not None or carried is not None
-    positions = jnp.broadcast_to(jnp.arange(T), (B, T)) if positions is None else positions
-    positions = positions.astype(jnp.int32)
-    first = jnp.zeros((B,), jnp.int32) if first is None else first
     gates = log_keep, log_eta, theta
+    _check(q, k, v, gates, weights, momentum, chunk, rates)
+    packed = positions is not None or first is not None or carried is not None
+    positions = jnp.broadcast_to(jnp.arange(T), (B, T)) if positions is None else positions.astype(jnp.int32)
+    first = jnp.zeros((B,), jnp.int32) if first is None else first
     if platform_of("neural_memory", platform, interpret, ("tpu", "cuda")) == "cuda":
         options = chunk, rates, read_after_write, decayed, residual_norm, group, interpret, packed
         return _on_hopper(q, k, v, gates, weights, momentum, carried, positions, first, *options)
