@@ -76,24 +76,33 @@ def neural_memory(
     Raises:
       ValueError: shapes, dtypes or options that do not fit, or a memory that does not fit on the chip.
     """
-    B, T, H, _ = q.shape
-    _check(q, k, v, (log_keep, log_eta, theta), weights, momentum, chunk, rates)
-    widths = tuple(w.shape[-2] for w in weights) + (q.shape[-1],)
-    packed = positions is not None or first is not None or carried is not None
-    positions = jnp.broadcast_to(jnp.arange(T), (B, T)) if positions is None else positions
-    positions = positions.astype(jnp.int32)
-    first = jnp.zeros((B,), jnp.int32) if first is None else first
+    B, T = q.shape[:2]
     gates = log_keep, log_eta, theta
+    _check(q, k, v, gates, weights, momentum, chunk, rates)
+    packed = positions is not None or first is not None or carried is not None
+    positions = jnp.broadcast_to(jnp.arange(T), (B, T)) if positions is None else positions.astype(jnp.int32)
+    first = jnp.zeros((B,), jnp.int32) if first is None else first
     if platform_of("neural_memory", platform, interpret, ("tpu", "cuda")) == "cuda":
         options = chunk, rates, read_after_write, decayed, residual_norm, group, interpret, packed
         return _on_hopper(q, k, v, gates, weights, momentum, carried, positions, first, *options)
+    options = dict(
+        chunk=chunk, residual_norm=residual_norm, rates=tuple(rates), epsilon=epsilon,
+        read_after_write=read_after_write, decayed=decayed, group=group, interpret=interpret,
+    )  # fmt: skip
+    return _on_tpu(q, k, v, gates, weights, momentum, carried, positions, first, **options)
+
+
+def _on_tpu(
+    q, k, v, gates, weights, momentum, carried, positions, first, *, chunk, group, interpret, **options
+) -> tuple[jax.Array, Layers, Layers, Layers]:
+    B, T, H, _ = q.shape
+    widths = tuple(w.shape[-2] for w in weights) + (q.shape[-1],)
     if reason := does_not_fit(widths, chunk, str(q.dtype), T):
         raise ValueError(f"neural_memory: {reason}")
     group = 2 if interpret and not group else group  # fewer compile sooner
     call = _call(
-        B, T, H, widths, str(q.dtype), chunk, group, residual_norm=residual_norm, rates=tuple(rates), epsilon=epsilon,
-        read_after_write=read_after_write, decayed=decayed, carried=carried is not None, interpret=interpret,
-    )  # fmt: skip
+        B, T, H, widths, str(q.dtype), chunk, group, carried=carried is not None, interpret=interpret, **options
+    )
     starts, carries = _joined(weights, momentum), () if carried is None else _joined(*carried)
     y, end, before = memory(call, q, k, v, gates, starts, carries, positions, first)
     return y, *_parted(end), _parted(before)[0]

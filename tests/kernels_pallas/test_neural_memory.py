@@ -220,7 +220,7 @@ def test_groups_of_random_packings(rows):
             real = [(s, e, kind) for s, e, kind in zip(starts, starts[1:], found[1][b]) if s < e]
             assert ends[b].tolist() == [sum(e - 1 < edge for _, e, _ in real) for edge in (0, 64, 128, 192)]
             for s, e, kind in real:
-                short = np.sum(document == document[s]) <= C
+                short = np.sum(document == document[s]) <= plan.shortest(C, rows)
                 assert position_T[s] % C == 0
                 assert kind == (plan.CONTINUES if position_T[s] else plan.SEVERAL if short else plan.BEGINS)
                 complete = e == T or document[e] != document[e - 1]
