@@ -271,7 +271,8 @@ class Checkpoints:
         if self._remote is None:
             outcome = digests.verifying(directory, self._share)
         else:
-            outcome = digests.verifying(directory, names=self._agreed(lambda: self._fetched(step, like)))
+            bring = lambda only: self._remote.fetch(step, only=only)
+            outcome = digests.verifying(directory, names=self._agreed(lambda: chunks.fetched(directory, like, bring)))
         if self._count > 1:  # none may wait inside orbax for one that found damage
             self._agreed(lambda: _raise_damage(outcome()))
         try:
@@ -287,16 +288,6 @@ class Checkpoints:
         if self._remote is not None:
             self._remote.drop(step)
         return restored, host
-
-    def _fetched(self, step: int, like: Any) -> set[str]:
-        """Brings what this process reads for `like` of a checkpoint in a bucket; the names of the files."""
-        directory = self.directory / str(step)
-        listed = digests.read(directory).keys()
-        names = chunks.others(listed)
-        self._remote.fetch(step, only={*names, digests.NAME, _METADATA})
-        names |= chunks.needed(directory, listed, like)
-        self._remote.fetch(step, only=names)
-        return names
 
     def _here(self, step: int) -> pathlib.Path:
         """The directory with all files of a checkpoint."""

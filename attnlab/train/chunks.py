@@ -8,12 +8,30 @@ from __future__ import annotations
 import json
 import pathlib
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 
+from attnlab.train import digests
+
 _CHUNK = re.compile(r"state/(?P<array>[^/]+)/(?P<index>\d+(\.\d+)*)")
+
+
+def fetched(directory: pathlib.Path, like: dict[str, Any], bring: Callable[[set[str]], None]) -> set[str]:
+    """Has brought what this process reads of a checkpoint that is elsewhere; the names of the files.
+
+    Args:
+      directory: where files come to, with its `digests.json`.
+      like: of `needed`.
+      bring: brings files by their names.
+    """
+    listed = digests.read(directory).keys()
+    names = others(listed)
+    bring(names)
+    names |= needed(directory, listed, like)
+    bring(names)
+    return names
 
 
 def others(names: Collection[str]) -> set[str]:
