@@ -289,12 +289,6 @@ class Checkpoints:
             self._remote.drop(step)
         return restored, host
 
-    def _here(self, step: int) -> pathlib.Path:
-        """The directory with all files of a checkpoint."""
-        if self._remote is not None:
-            self._remote.fetch(step)
-        return self.directory / str(step)
-
     def first_whole(
         self,
         steps: list[int],
@@ -343,7 +337,9 @@ class Checkpoints:
         def load(step: int) -> Host:
             host = self._agreed(lambda: self.host(step))
             if step >= last:
-                self._agreed(lambda: _raise_damage(digests.verifying(self._here(step), self._share)()))
+                if self._remote is not None:
+                    self._agreed(lambda: self._remote.fetch(step))
+                self._agreed(lambda: _raise_damage(digests.verifying(self.directory / str(step), self._share)()))
             return host
 
         return self.newest(report, load)
