@@ -69,7 +69,7 @@ def test_a_block_ends_with_its_last_row():
     assert np.all(cut.turns == 2) and 1e-2 < cut.residual[127] < 1
     wide = [x.astype(jnp.float32) for x in arrays]
     _, facts = local_linear(wide[0], wide[2], wide[3], Mask(k_end=jnp.asarray(bounds["ends"])), wide[1], **CUT)
-    np.testing.assert_allclose(cut.residual, facts.residual_BTH[0, :, 0], rtol=0.05, atol=1e-4)
+    np.testing.assert_allclose(cut.residual, facts.residual_BTH[0, :, 0], rtol=0.05, atol=2e-3)  # bfloat16
 
 
 @pytest.mark.parametrize(
