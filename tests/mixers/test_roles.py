@@ -12,7 +12,7 @@ from attnlab import mixers
 from attnlab.mixers import describe
 from attnlab.mixers.base import Mixer, MixerConfig
 from attnlab.mixers.parts import Linear
-from attnlab.mixers.roles import Fused, Role, param, usages
+from attnlab.mixers.roles import Fused, Role, drawn, normal, param, usages
 from attnlab.mixers.titans import TitansConfig
 from attnlab.mixers.titans_memory import Memory, unit
 from attnlab.models.lm import LanguageModelConfig
@@ -196,3 +196,12 @@ def test_listing_of_parameters():
     shown = {line[0]: dict(zip(columns, line)) for line in cells}
     assert shown["memory.qkv.kernel"]["parts"] == "4 times q 8, k 8, v 8"
     assert shown["memory.qkv.kernel"]["shape"] == "32 x 96" and shown["memory.kernel"]["decayed"] == "no"
+
+
+def test_parameters_draw_by_the_streams_keys():
+    """One after the other, as flax would give them; the stream goes on behind them."""
+    ours, flax = nnx.Rngs(params=3), nnx.Rngs(params=3)
+    draw = lambda: drawn(ours, normal, (4,), "float32", 1.0, axes=("width",), role=Role.BIAS)
+    for _ in range(3):
+        np.testing.assert_array_equal(draw()[...], normal(flax.params(), (4,), "float32", 1.0))
+    assert ours.params.count[...] == flax.params.count[...] == 3
