@@ -13,6 +13,7 @@ from attnlab.ops import Mask, attention
 from attnlab.ops.documents import document_index
 from attnlab.ops.flow_attention import flow_attention
 from attnlab.ops.flow_definition import FlowRule
+from attnlab.ops.linear_recurrence import linear_recurrence
 from attnlab.parallel import partition, sequence_parallel
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
@@ -133,6 +134,30 @@ def test_bidirectional_flow_adds_up_what_devices_hold(packed):
     found = jax.jit(partition.traced(both, mesh(context=4, data=2), sharding.ACTIVATION_RULES))(q, k, v)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(jax.jit(both)(q, k, v)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_recurrence_with_decays_of_channels():
+    """Values, the state after and gradients are those of one device, with documents, a state, channels that keep
+    nothing, and the bonus."""
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    B, T, H, d, e = 2, 16, 2, 4, 3
+    arrays = normal(B, T, H, d), normal(B, T, H, d), normal(B, T, H, e), normal(B, H, d, e), normal(H, d)
+    logs = np.where(rng.random((B, T, H, d)) < 0.05, -np.inf, -rng.exponential(0.3, (B, T, H, d)))
+    documents = document_index(jnp.asarray([[1] * 5 + [2] * 11, [1] * 8 + [2] + [3] * 7]))
+
+    def both(logs, q, k, u, state, bonus):
+        def scalar(logs, q, k, u, state, bonus):
+            more = {"documents_BT": documents, "state_BHde": state, "bonus_Hd": bonus, "chunk": 4}
+            o, end = linear_recurrence(q, k, u, log_decay=logs, **more)
+            return jnp.sum(jnp.sin(o)) + jnp.sum(jnp.cos(end)), (o, end)
+
+        return jax.value_and_grad(scalar, tuple(range(6)), has_aux=True)(logs, q, k, u, state, bonus)
+
+    given = jnp.asarray(logs, jnp.float32), *arrays
+    found = jax.jit(partition.traced(both, mesh(context=4, data=2), sharding.ACTIVATION_RULES))(*given)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(jax.jit(both)(*given)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
 
 
 VARIANTS = (
