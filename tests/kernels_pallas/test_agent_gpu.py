@@ -53,7 +53,7 @@ def test_equals_the_definition(case):
     documents = documents_of(T) if packed else None
     found, exact = results(arrays, documents, races=True)
     assert exact.all() and not gpu_callbacks.get_races().races_found
-    assert_close(found, defined(arrays, documents), 0.006)
+    assert_close(found, defined(arrays, documents), 0.008)  # a last place of bfloat16
 
 
 @needs_interpreter
@@ -67,7 +67,7 @@ def test_what_is_not_exact_is_known():
     expected = defined(arrays, None)
     assert exact[:, 0].tolist() == [False, True]
     expected["o"], found["o"] = expected["o"][1:], found["o"][1:]
-    assert_close(found, expected, 0.006)
+    assert_close(found, expected, 0.008)
 
 
 @pytest.mark.parametrize("change, says", [
