@@ -11,15 +11,17 @@ import pathlib
 import shutil
 import time
 from collections.abc import Callable
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import rich.console
 import rich.progress
 import rich.text
-from tensorboardX import SummaryWriter
 
 from attnlab import storage
 from attnlab.train import files
+
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
 
 
 class MetricLog:
@@ -37,7 +39,9 @@ class MetricLog:
         if self.path.exists():
             self._drop_after(step, say)
         self._say, self._file = say, self.path.open("a", buffering=1)
-        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1, flush_secs=10)
+        self._tensorboard_place, self._began_at = str(workdir / "tensorboard"), step
+        os.makedirs(self._tensorboard_place, exist_ok=True)
+        self._tensorboard: SummaryWriter | None = None
 
     def write(self, record: dict[str, Any]) -> None:
         """Writes one object; `step` is among its keys. A value that is not finite is written as null."""
@@ -46,6 +50,10 @@ class MetricLog:
             self._say(f"{self.path} was removed; a new one begins at step {record['step']}")
             self._file = self.path.open("a", buffering=1)
         self._file.write(json.dumps(clean) + "\n")
+        if self._tensorboard is None:
+            from tensorboardX import SummaryWriter  # half a second, which the first step does not wait for
+
+            self._tensorboard = SummaryWriter(self._tensorboard_place, purge_step=self._began_at + 1, flush_secs=10)
         for key, value in clean.items():
             if key != "step" and isinstance(value, (int, float)):
                 self._tensorboard.add_scalar(key, value, record["step"])
@@ -59,7 +67,8 @@ class MetricLog:
             with contextlib.suppress(OSError):
                 self._file.close()
             with contextlib.suppress(Exception):  # its thread has told of a full disk; nothing of ours is lost
-                self._tensorboard.close()
+                if self._tensorboard is not None:
+                    self._tensorboard.close()
 
     def _drop_after(self, step: int, say: Callable[[str], None]) -> None:
         records, foreign = read_lines(self.path)
