@@ -128,7 +128,7 @@ def _write_once(workdir: pathlib.Path, tree: dict[str, Any]) -> None:
     """Writes plan.json whole, unless another process was first."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{NAME}-", dir=workdir)
+        handle, name = tempfile.mkstemp(prefix=f".{NAME}-", suffix=".new", dir=workdir)
         try:
             with os.fdopen(handle, "w") as file:
                 json.dump(tree, file, indent=2)

@@ -31,6 +31,7 @@ _MOST = 8  # processes, unless more are asked for
 _RESTARTS = 10  # of processes that end by a signal, in all
 _POLL = 0.5
 _DEPTH = 5  # of tuning/ARM/TASK/lrX/seedK
+_CONTENTS = storage.Contents(logs=("state.jsonl",), directories=("logs",), apart=("claims", "arms", "tuning"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,7 @@ def opened(place: pathlib.Path | storage.Url, options: Options) -> Iterator[path
             f"--slice {options.slice_index}/{options.slices}: slices share files, and {place} is of one machine at a "
             "time; allowed: 0/1, or a directory that all machines see"
         )
-    with storage.opened(place, writes=True, depth=_DEPTH) as workdir:
+    with storage.opened(place, writes=True, depth=_DEPTH, contents=_CONTENTS) as workdir:
         yield workdir
 
 

@@ -33,7 +33,7 @@ def _kernels() -> Any:
 
 def unsupported(spec: AgentSpec) -> str | None:
     """Why the kernel cannot serve, or None."""
-    on_gpu = attention_flash.kernel_platform() == "cuda"
+    on_gpu = partition.platform() == "gpu"
     if on_gpu and (reason := _unsupported_on_gpus(spec)):
         return reason
     if spec.dtype not in ("bfloat16", "float32"):
@@ -61,7 +61,7 @@ def worth(spec: AgentSpec) -> bool:
 def kernel_flops(spec: AgentSpec) -> dict[str, float]:
     """FLOPs of one run of each kernel."""
     q, v = _arrays(spec)
-    if attention_flash.kernel_platform() == "cuda":
+    if partition.platform() == "gpu":
         flops = _kernels().gpu_kernel_flops(*q.shape, v.shape[3])
     else:
         flops = _kernels().kernel_flops(q, v, spec.agents, device_kind())
@@ -129,7 +129,7 @@ def _fixed(q, k, v, agents_BHmd, documents, valid, before: Averages | None, *, i
 
 def _sweep(q, k, v, agents_BHmd, documents, before: Averages | None, *, interpret: bool) -> tuple[jax.Array, Averages]:
     """By the kernels of this platform, in one dtype."""
-    if attention_flash.kernel_platform() == "cuda":
+    if partition.platform() == "gpu":
         return _on_gpus(q, k, v, agents_BHmd, documents, before)
     with tuning.device_kind(partition.device_kind()):
         o, after = _kernels().agent_attention(

@@ -26,7 +26,7 @@ def _kernels() -> Any:
 
 def unsupported(spec: Any) -> str | None:
     """Why the kernels cannot serve a `FlowSpec`, or None."""
-    clip, on_gpu = spec.rule.clip, attention_flash.kernel_platform() == "cuda"
+    clip, on_gpu = spec.rule.clip, partition.platform() == "gpu"
     widest = max(spec.width, spec.value_width)
     reasons = (
         (not spec.causal, "it is causal; causal=False is not"),
@@ -47,7 +47,7 @@ def worth(spec: Any) -> bool:
 
 def kernel_flops(spec: Any) -> dict[str, float]:
     """FLOPs of one run of each kernel."""
-    if attention_flash.kernel_platform() == "cuda":
+    if partition.platform() == "gpu":
         own = _kernels().gpu_kernel_flops(spec.batch, spec.sinks, spec.heads, spec.width, spec.value_width)
         return own | recurrence_kernel.gpu_kernel_flops(  # in the gradient
             spec.batch, spec.sinks, spec.heads, spec.width, spec.value_width
@@ -70,7 +70,7 @@ def attention(
     """See `attnlab.ops.flow_attention.flow_attention`. Features are rounded to the dtype of values, as products are."""
     del causal
     q, k = q.astype(v.dtype), k.astype(v.dtype)
-    if attention_flash.kernel_platform() == "cuda":
+    if partition.platform() == "gpu":
         return _with_gradient(rule, chunk, q, k, v, documents, state)
     return _by_kernels(rule, interpret, q, k, v, documents, state)
 

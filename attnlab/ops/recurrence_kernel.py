@@ -27,7 +27,7 @@ def _kernels() -> Any:
 
 def unsupported(spec: RecurrenceSpec) -> str | None:
     """Why the kernel cannot serve, or None."""
-    if attention_flash.kernel_platform() == "cuda":
+    if partition.platform() == "gpu":
         if spec.decay == "channels":
             return "on GPUs a position has one decay, not one for each channel"
         return attention_flash.unsupported_heads(spec.dtype, max(_state_width(spec), spec.value_width))
@@ -45,7 +45,7 @@ def worth(spec: RecurrenceSpec) -> bool:
 
 def kernel_flops(spec: RecurrenceSpec) -> dict[str, float]:
     """FLOPs of one run of each kernel."""
-    if attention_flash.kernel_platform() == "cuda":
+    if partition.platform() == "gpu":
         return gpu_kernel_flops(spec.batch, spec.positions, spec.heads, _state_width(spec), spec.value_width)
     return _kernels().kernel_flops(*_facts(spec))
 

@@ -10,9 +10,10 @@ from attnlab.storage.bucket import Url, is_url
 from attnlab.storage.copies import local_copies, local_copy
 from attnlab.storage.names import cache_directory, shown
 from attnlab.storage.outputs import writing
-from attnlab.storage.workdir import RemoteWorkdir, below, joined, mirrored, opened
+from attnlab.storage.workdir import Contents, RemoteWorkdir, below, joined, mirrored, opened
 
 __all__ = [
+    "Contents",
     "RemoteWorkdir",
     "Url",
     "below",

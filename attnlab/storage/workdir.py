@@ -8,6 +8,7 @@ written last.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 import re
@@ -22,16 +23,15 @@ from attnlab.storage.bucket import Bucket, Url, log
 from attnlab.storage.checkpoints import BELOW, RemoteCheckpoints
 
 EVERY = 10.0  # seconds between looks at what is new
-LOGS = ("metrics.jsonl", "goodput.jsonl", "log.txt", "state.jsonl")
+LOGS = ("metrics.jsonl", "goodput.jsonl", "log.txt")
 _PARTS = ".parts"
 _MOST_PARTS = 100
 _OVERLAP = 2**16  # bytes; more than a line
 # Written less often, as they are written whole each time.
-_SLOW = ("tensorboard/", "profile/", "compiled/", "wandb/", "mlruns/", "mlflow.db", "logs/")
+_SLOW = ("tensorboard/", "profile/", "compiled/", "wandb/", "mlruns/", "mlflow.db")
 _SLOW_EVERY = 60.0
-# Of this machine alone, or brought by others: checkpoints, and a plan's runs.
-_NOT_FILES = {BELOW, "damaged_checkpoints", lease_lib.BELOW, "lock", "claims", "arms", "tuning"}
-_TRANSIENT = re.compile(r"(^|/)(probe-[^/]*|\.plan\.json-[^/]*|[^/]*\.new|[^/]*\.partial-[^/]*)$")
+_NOT_FILES = {BELOW, "damaged_checkpoints", lease_lib.BELOW, "lock"}
+_TRANSIENT = re.compile(r"(^|/)(probe-[^/]*|[^/]*\.new|[^/]*\.partial-[^/]*)$")
 
 _mirrored: dict[str, RemoteWorkdir] = {}
 
@@ -39,6 +39,24 @@ _mirrored: dict[str, RemoteWorkdir] = {}
 def mirrored(path: pathlib.Path) -> RemoteWorkdir | None:
     """The workdir in a bucket whose staging directory this is; None: it is a directory as others."""
     return _mirrored.get(os.fspath(path))
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a workdir has besides what a run's has, by names in it.
+
+    Attributes:
+      logs: files that grow.
+      directories: whose files are brought here, too, and written less often.
+      apart: of this machine alone, or brought by others.
+    """
+
+    logs: tuple[str, ...] = ()
+    directories: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
+
+
+_OF_A_RUN = Contents()
 
 
 class RemoteWorkdir:
@@ -52,8 +70,15 @@ class RemoteWorkdir:
     """
 
     def __init__(
-        self, bucket: Bucket, path: pathlib.Path, lease: lease_lib.Lease | lease_lib.Borrowed | None, term: int
+        self,
+        bucket: Bucket,
+        path: pathlib.Path,
+        lease: lease_lib.Lease | lease_lib.Borrowed | None,
+        term: int,
+        contents: Contents = _OF_A_RUN,
     ):
+        self._logs, self._apart = (*LOGS, *contents.logs), _NOT_FILES.union(contents.apart)
+        self._directories = tuple(f"{name}/" for name in contents.directories)
         self.path, self.lease, self.url, self.term, self._bucket = path, lease, bucket.url, term, bucket
         self.checkpoints = RemoteCheckpoints(bucket, path, term, before_commit=self._before_commit)
         self._pushed: dict[str, tuple[int, int, int]] = {}  # inode, size, mtime of what is in the bucket
@@ -75,7 +100,9 @@ class RemoteWorkdir:
         """
         objects = self._bucket.listing()
         workdirs = {d for n in objects if (d := n.removesuffix("/config.json")) != n and d.count("/") < depth} | {""}
-        wanted = {n: self.path / n for n in objects if n.startswith("logs/") or n.rpartition("/")[0] in workdirs}
+        wanted = {
+            n: self.path / n for n in objects if n.startswith(self._directories) or n.rpartition("/")[0] in workdirs
+        }
         self._bucket.download(wanted, objects)
         parted = {name for name in map(_parted, objects) if name and name.rpartition("/")[0] in workdirs}
         for name in parted:
@@ -95,8 +122,8 @@ class RemoteWorkdir:
         with self._pushing:
             if self.lease is not None:
                 self.lease.require()
-            found = _files(self.path)
-            for name in LOGS:
+            found = _files(self.path, self._apart)
+            for name in self._logs:
                 if name in found:
                     self._push_log(name, found.pop(name))
             now = time.monotonic()
@@ -105,7 +132,8 @@ class RemoteWorkdir:
             new = {}
             for name, path in found.items():
                 with contextlib.suppress(FileNotFoundError):
-                    if (slow or not name.startswith(_SLOW)) and self._pushed.get(name) != (stamp := _stamp(path)):
+                    often = not name.startswith(_SLOW + self._directories)
+                    if (slow or often) and self._pushed.get(name) != (stamp := _stamp(path)):
                         new[name] = (path, stamp)
             self._bucket.upload({name: path for name, (path, _) in new.items()})
             self._pushed |= {name: stamp for name, (_, stamp) in new.items()}
@@ -177,13 +205,13 @@ class RemoteWorkdir:
         self._parts[name] = 0
 
 
-def _files(path: pathlib.Path) -> dict[str, pathlib.Path]:
+def _files(path: pathlib.Path, apart: set[str]) -> dict[str, pathlib.Path]:
     """What of a staging directory goes to the bucket as it is, by name; others may write in it meanwhile."""
     found = {}
     for directory, below, files in os.walk(path):
         if directory == os.fspath(path):
-            below[:] = [name for name in below if name not in _NOT_FILES]
-            files = [name for name in files if name not in _NOT_FILES]
+            below[:] = [name for name in below if name not in apart]
+            files = [name for name in files if name not in apart]
         here = {name: pathlib.Path(directory, name) for name in files}
         found |= {str(p.relative_to(path)): p for p in here.values() if p.is_file()}
     return {name: p for name, p in found.items() if not _TRANSIENT.search(name)}
@@ -224,6 +252,7 @@ def opened(
     writes: bool = False,
     first: bool = True,
     depth: int = 0,
+    contents: Contents = _OF_A_RUN,
     tell: Callable[[str], list[str]] = lambda value: [value],
 ) -> Iterator[pathlib.Path]:
     """Gives the directory in which to work: the path itself, or the staging directory of a workdir in a bucket.
@@ -233,6 +262,7 @@ def opened(
       writes: whether it is written, which takes its lease; other runs are kept out.
       first: whether this is the process of the run that holds the lease and writes files.
       depth: of the workdirs below it that are read, too.
+      contents: what it has besides what a run's has.
       tell: gives what each process of the run gave, the first one's first; all come here.
 
     Raises:
@@ -250,7 +280,7 @@ def opened(
             stack.callback(lease.release)
         term = int(tell(str(lease.term if lease else 0))[0])
         path = stack.enter_context(names.staging(place.name))
-        here = stack.enter_context(_attached(RemoteWorkdir(bucket, path, lease, term)))
+        here = stack.enter_context(_attached(RemoteWorkdir(bucket, path, lease, term, contents)))
         here.pull(depth)
         with _written(here) if lease is not None else contextlib.nullcontext():
             yield path

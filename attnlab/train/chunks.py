@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from attnlab.errors import Damaged
 from attnlab.train import digests
 
 _CHUNK = re.compile(r"state/(?P<array>[^/]+)/(?P<index>\d+(\.\d+)*)")
@@ -25,13 +26,18 @@ def fetched(directory: pathlib.Path, like: dict[str, Any], bring: Callable[[set[
       directory: where files come to, with its `digests.json`.
       like: of `needed`.
       bring: brings files by their names.
+
+    Raises:
+      Damaged: a file that says how arrays lie is not what was written.
     """
     listed = digests.read(directory).keys()
     names = others(listed)
     bring(names)
-    names |= needed(directory, listed, like)
-    bring(names)
-    return names
+    if reason := digests.verifying(directory, names=names)():  # before any of them says how arrays lie
+        raise Damaged(reason)
+    wanted = names | needed(directory, listed, like)
+    bring(wanted)
+    return wanted
 
 
 def others(names: Collection[str]) -> set[str]:

@@ -7,7 +7,8 @@ import types
 import numpy as np
 import pytest
 
-from attnlab.train import chunks
+from attnlab.errors import Damaged
+from attnlab.train import chunks, digests
 
 
 def saved(directory, array, shape, chunk):
@@ -48,3 +49,18 @@ def test_others(tmp_path):
     names = saved(tmp_path, "params.w", (4,), (2,))
     rest = ["host/metadata", "state/_METADATA", "state/d/123", "state/array_metadatas/process_0", names[-1]]
     assert chunks.others([*names, *rest]) == set(rest)
+
+
+def test_damage_is_found_before_layouts_are_read(tmp_path):
+    """All is brought, and what says how arrays lie is what was written, or it is damaged and nothing is read by it."""
+    names = saved(tmp_path, "params.w", (4,), (2,))
+    for name in names[:-1]:
+        (tmp_path / name).write_bytes(b"1234")
+    digests.write(tmp_path)
+    like, brought = {"params": {"w": leaf((4,), np.s_[0:2,])}}, []
+    assert chunks.fetched(tmp_path, like, brought.append) == {"state/params.w/.zarray", "state/params.w/0"}
+    assert brought == [{"state/params.w/.zarray"}, {"state/params.w/.zarray", "state/params.w/0"}]
+    layout = tmp_path / "state/params.w/.zarray"
+    layout.write_bytes(b"?" + layout.read_bytes()[1:])
+    with pytest.raises(Damaged, match="zarray is not what was written"):
+        chunks.fetched(tmp_path, like, brought.append)

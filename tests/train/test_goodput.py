@@ -121,8 +121,10 @@ def test_three_restarts(tmp_path, monkeypatch):
     wall = time.time() - began
     found = goodput.account(tmp_path / "w")
     assert abs(sum(found["seconds"].values()) - wall) < 0.01 * wall
-    # What a step did that failed has no line: of a busy machine it is more.
-    assert -0.01 < found["seconds"]["idle"] - sum(down) < 0.1 * wall and min(found["seconds"].values()) >= 0
+    # A step that fails has no line, nor has the one whose metrics it was to fetch: on a busy machine that is more.
+    without_lines = 6 * (found["seconds"]["step"] + found["seconds"]["lost_steps"]) / 16
+    assert -0.01 < found["seconds"]["idle"] - sum(down) < 0.02 * wall + without_lines
+    assert min(found["seconds"].values()) >= 0
     assert [a["first_step"] for a in found["attempts"]] == [0, 3, 6, 12] and found["seconds"]["lost_steps"] > 0
     for attempt in found["attempts"]:
         assert attempt["seconds"]["start_up"] < attempt["to_first_step"] < sum(attempt["seconds"].values())
