@@ -73,7 +73,7 @@ def _softmax(logits: jax.Array, visible: jax.Array) -> jax.Array:
 def definition_pooled_agents(q_BTHd: jax.Array, segments_BT: jax.Array, agents: int) -> tuple[jax.Array, ...]:
     """What `definition` takes for agents pooled from each document: agents_BTHmd, visible_BTT, used_BTm."""
     mask = mask_from_segments(segments_BT, q_BTHd.shape[1], causal=False)
-    visible = mask.visible(q_BTHd.shape[1], q_BTHd.shape[1])
+    visible = mask.visible(q_BTHd.shape[1], q_BTHd.shape[1])[:, 0]
     start, end = mask.k_start[..., None], mask.k_end[..., None]
     length, key = end - start, jnp.arange(q_BTHd.shape[1])
     count, bin_m = jnp.minimum(agents, length), jnp.arange(agents)

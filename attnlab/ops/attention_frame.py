@@ -7,13 +7,15 @@ else it has: `attend` enters it.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from attnlab.errors import UserError
 from attnlab.ops.dispatch import Implementation, Op
-from attnlab.ops.masks import Mask
+from attnlab.ops.masks import Mask, by_head
 from attnlab.parallel import partition, sequence_parallel
 from attnlab.parallel.sequence_parallel import SequenceParallel
 
@@ -44,10 +46,13 @@ class AttentionSpec:
     sinks: bool
     documents: bool = False
     devices: int = 1  # over which the queries are split
+    pattern: bool = False  # the mask is more than an interval of keys
+    biases: bool = False  # of keys or queries
 
     def __str__(self) -> str:
         width = str(self.width) if self.width == self.value_width else f"{self.width}/{self.value_width}"
-        features = [name for name in ("causal", "intervals", "documents", "soft_cap", "sinks") if getattr(self, name)]
+        names = ("causal", "intervals", "documents", "pattern", "soft_cap", "sinks", "biases")
+        features = [name for name in names if getattr(self, name)]
         if self.window is not None:
             features.append(f"window={self.window}")
         if self.devices > 1:
@@ -61,11 +66,24 @@ class AttentionSpec:
     ) -> AttentionSpec:
         """Of the arrays of `attend`."""
         (B, T, H, d), k, v, mask = arrays[0].shape, arrays[queries], arrays[queries + 1], arrays[queries + 2]
+        rest = arrays[queries + 3 :]
         return cls(
             B, T, keys, H, k.shape[3 - key_axis], d, v.shape[3], str(arrays[0].dtype), mask.causal, mask.window,
-            mask.dynamic(), options.get("soft_cap") is not None, any(x is not None for x in arrays[queries + 3 :]),
-            mask.documents, 1 if exchange is None else exchange.count,
+            mask.dynamic(), options.get("soft_cap") is not None, any(x is not None for x in rest[:1]),
+            mask.documents, 1 if exchange is None else exchange.count, not mask.plain(),
+            any(x is not None for x in rest[1:]),
         )  # fmt: skip
+
+
+def plain_masks(supports: Callable[[Any], str | None] = lambda spec: None) -> Callable[[Any], str | None]:
+    """`supports` of an implementation that knows masks of intervals only, and no biases, from its other reasons."""
+
+    def reason(spec: Any) -> str | None:
+        if spec.pattern:
+            return "it serves masks that are an interval of keys, not axes, groups or a union"
+        return "it has no biases" if spec.biases else supports(spec)
+
+    return reason
 
 
 def attend(
@@ -74,6 +92,7 @@ def attend(
     keys: tuple[jax.Array, jax.Array],
     mask: Mask,
     per_head: tuple[jax.Array | None, ...] = (),
+    biases: tuple[jax.Array | None, jax.Array | None] = (None, None),
     *,
     impl: str,
     ranks: tuple[int, ...] = (4,),
@@ -88,6 +107,7 @@ def attend(
       keys: keys and values, [B, S, K, d] and [B, S, K, e], or [B, K, S, ...] where `key_axis` is 2.
       mask: of the whole sequence.
       per_head: arrays [H], or None.
+      biases: of keys [B, S, h] and of queries [B, T, h], for ops that take them after one array per head; or None.
       impl: of the op.
       ranks: numbers of axes of the results, which are like the queries.
       key_axis: of the positions.
@@ -102,8 +122,13 @@ def attend(
     k_seq = seq if S % partition.ways("seq") == 0 else None
     of_queries = ("batch", seq, q_heads, None)
     of_keys = ("batch", k_seq, kv_heads, None) if key_axis == 1 else ("batch", kv_heads, k_seq, None)
-    of_mask = dataclasses.replace(mask, k_start=("batch", seq), k_end=("batch", seq))
-    axes = (*(of_queries[: x.ndim] for x in queries), of_keys, of_keys, of_mask, *((q_heads,) for _ in per_head))
+    of_h = lambda h: None if h == 1 else q_heads if h == H else kv_heads
+    of_rest = tuple((q_heads,) for _ in per_head)
+    if any(x is not None for x in biases):
+        of_rest += tuple(("batch", s, None if x is None else of_h(x.shape[2])) for s, x in zip((None, seq), biases))
+        per_head += biases
+    mask = mask if seq is None else _rows_apart(mask)
+    axes = (*(of_queries[: x.ndim] for x in queries), of_keys, of_keys, axes_of(mask, seq, of_h), *of_rest)
     return op(
         *queries,
         *keys,
@@ -135,13 +160,17 @@ def over_devices(
     T = of_queries[0].shape[1]
     if of_keys[0].shape[key_axis] != keys:
         of_keys = [exchange.all_gather(x, key_axis) for x in of_keys]
-    order = exchange.zigzag if zigzags(mask, T) else lambda x, undo=False: x
+    fair = zigzags(mask, T) and len(per_head) < 2  # biases are not dealt out
+    order = exchange.zigzag if fair else lambda x, undo=False: x
     ordered = lambda x: None if x is None else order(x)
     if chosen.split is not None:
         own = dataclasses.replace(mask, k_start=ordered(mask.k_start), k_end=ordered(mask.k_end))
         key_start = None if mask.k_start is None else exchange.all_gather(mask.k_start)
         arrays = (*map(order, of_queries), *of_keys, own, *per_head)
         out = chosen.split(exchange, *arrays, key_start=key_start, **options)
+    elif not mask.plain():
+        own = mask.unfolded(T, keys, first=exchange.index() * T)
+        out = chosen.run(*of_queries, *of_keys, own, *per_head, **options)
     else:
         own = Mask(*map(ordered, mask.bounds(T, keys, first=exchange.index() * T)))
         out = chosen.run(*map(order, of_queries), *of_keys, own, *per_head, **options)
@@ -150,10 +179,44 @@ def over_devices(
 
 def zigzags(mask: Mask, length: int) -> bool:
     """Whether a device's `length` queries are in zig-zag order: those that stand later see more keys."""
-    return mask.causal and mask.window is None and length % 2 == 0
+    return mask.plain() and mask.causal and mask.window is None and length % 2 == 0
 
 
-def check_shapes(q, k, v, mask: Mask, soft_cap, sinks) -> None:
+def axes_of(mask: Mask, seq: str | None, of_h: Callable[[int], str | None]) -> Mask:
+    """Logical axes of a mask's arrays: rows are split as queries are, keys are whole everywhere."""
+
+    def named(x: Any, of_n: str | None) -> tuple[str | None, ...]:
+        return ("batch", of_n) if x is None or x.ndim == 2 else ("batch", of_h(x.shape[1]), of_n)
+
+    def of_term(term: Mask) -> Mask:
+        axes = tuple(
+            dataclasses.replace(a, key=named(a.key, None), lo=named(a.lo, seq), hi=named(a.hi, seq)) for a in term.axes
+        )
+        groups = term.groups
+        if groups is not None:
+            bits = (*named(groups.bits[..., 0], seq), None)
+            groups = dataclasses.replace(groups, group=named(groups.group, None), bits=bits)
+        rows = ("batch", seq)
+        return dataclasses.replace(term, k_start=rows, k_end=rows, axes=axes, groups=groups)
+
+    own = of_term(mask)
+    return own if mask.either is None else dataclasses.replace(own, either=of_term(mask.either))
+
+
+def _rows_apart(mask: Mask) -> Mask:
+    """The same with bits of every row, which may then be cut anywhere."""
+
+    def of_term(term: Mask) -> Mask:
+        if term.groups is None or term.groups.rows == 1:
+            return term
+        bits = jnp.repeat(term.groups.bits, term.groups.rows, axis=2)
+        return dataclasses.replace(term, groups=dataclasses.replace(term.groups, bits=bits, rows=1))
+
+    own = of_term(mask)
+    return own if mask.either is None else dataclasses.replace(own, either=of_term(mask.either))
+
+
+def check_shapes(q, k, v, mask: Mask, soft_cap, sinks, key_bias=None, query_bias=None) -> None:
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         raise UserError(f"attention: q {q.shape}, k {k.shape}, v {v.shape}; each must be [batch, length, heads, width]")
     if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
@@ -165,10 +228,38 @@ def check_shapes(q, k, v, mask: Mask, soft_cap, sinks) -> None:
         raise UserError(f"attention: {q.shape[2]} query heads over {k.shape[2]} kv heads; H must be a multiple of K")
     if not (q.dtype == k.dtype == v.dtype):
         raise UserError(f"attention: q {q.dtype}, k {k.dtype}, v {v.dtype}; all three must have one dtype")
-    for name, bound in (("k_start", mask.k_start), ("k_end", mask.k_end)):
-        if bound is not None and bound.shape not in ((1, q.shape[1]), q.shape[:2]):
-            raise UserError(f"attention: mask {name} {bound.shape}, expected {q.shape[:2]} or 1 row")
+    _check_mask(mask, q.shape, k.shape)
+    for name, bias, n in (("key_bias", key_bias, k.shape[1]), ("query_bias", query_bias, q.shape[1])):
+        heads = {1, q.shape[2], k.shape[2]}
+        if bias is not None and (bias.shape[:-1] not in ((1, n), (q.shape[0], n)) or bias.shape[-1] not in heads):
+            allowed = f"[{q.shape[0]} or 1, {n}, h], h one of {sorted(heads)}"
+            raise UserError(f"attention: {name} {bias.shape}, expected {allowed}")
     if sinks is not None and sinks.shape != (q.shape[2],):
         raise UserError(f"attention: sinks {sinks.shape}, expected [{q.shape[2]}], one per query head")
     if soft_cap is not None and not soft_cap > 0:
         raise UserError(f"attention: soft_cap={soft_cap} is not allowed; allowed: None or a number > 0")
+
+
+def _check_mask(mask: Mask, q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> None:
+    """Raises UserError where arrays of the mask are not those of so many rows, keys and heads."""
+    (B, T, H), (S, K) = q_shape[:3], k_shape[1:3]
+    mask.heads()
+
+    def check(name: str, x: Any, n: int) -> None:
+        if x is None:
+            return
+        heads = {1, K, H} if x.ndim == 3 else {1}
+        if x.ndim not in (2, 3) or x.shape[0] not in (1, B) or x.shape[-1] != n or by_head(x).shape[1] not in heads:
+            kind = f"[{B} or 1, {n}], or with heads (1, {K} or {H}) between"
+            raise UserError(f"attention: mask {name} {x.shape}, expected {kind}")
+
+    for term in mask.terms():
+        for name, bound in (("k_start", term.k_start), ("k_end", term.k_end)):
+            if bound is not None and bound.shape not in ((1, T), (B, T)):
+                raise UserError(f"attention: mask {name} {bound.shape}, expected {(B, T)} or 1 row")
+        for axis in term.axes:
+            for name, x, n in (("key", axis.key, S), ("lo", axis.lo, T), ("hi", axis.hi, T)):
+                check(f"axis {axis.name!r} {name}", x, n)
+        if term.groups is not None:
+            check("group", term.groups.group, S)
+            check("bits", term.groups.bits[..., 0], -(-T // term.groups.rows))

@@ -5,9 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from attnlab.ops import attention_xla, cached_flash
+from attnlab.ops import attention_tiles, attention_xla, cached_flash
 from attnlab.ops.attention import definition
-from attnlab.ops.attention_frame import AttentionSpec, attend, check_shapes, over_devices
+from attnlab.ops.attention_frame import AttentionSpec, attend, check_shapes, over_devices, plain_masks
 from attnlab.ops.dispatch import Implementation, Op
 from attnlab.ops.masks import Mask
 
@@ -25,7 +25,9 @@ def one_query(q_B1Hd, k_BKSd, v_BKSe, mask: Mask, sinks_H=None, *, scale: float,
     scores = scores.reshape(B, H, S)
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
-    visible = mask.visible(1, S)
+    visible = mask.visible(1, S)[:, :, 0]
+    if visible.shape[1] not in (1, H):
+        visible = jnp.repeat(visible, H // visible.shape[1], axis=1)
     highest = jnp.where(visible, scores, jnp.finfo(dtype).min).max(-1, keepdims=True)
     if sinks_H is not None:
         sinks_H1 = sinks_H.astype(dtype)[:, None]
@@ -54,13 +56,16 @@ CACHED_ATTENTION = Op(
     AttentionSpec.of,
     {
         "definition": Implementation(functools.partial(_by_position, definition)),
-        "xla": Implementation(functools.partial(_by_position, attention_xla.attention)),
+        "xla": Implementation(functools.partial(_by_position, attention_xla.attention), plain_masks()),
+        "tiles": Implementation(
+            functools.partial(_by_position, attention_tiles.attention), worth=attention_tiles.worth
+        ),
         "one_query": Implementation(one_query, _several),
         "decode": Implementation(
-            cached_flash.attention, cached_flash.unsupported, platforms=("tpu",), interpretable=True
+            cached_flash.attention, plain_masks(cached_flash.unsupported), platforms=("tpu",), interpretable=True
         ),
     },
-    preference=("one_query", "xla"),
+    preference=("one_query", "xla", "tiles"),
     split=over_devices,
 )
 

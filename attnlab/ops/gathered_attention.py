@@ -9,17 +9,17 @@ Shapes: as in `attnlab.ops.attention`; E heads to choose from, M key heads among
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnlab.errors import UserError
 from attnlab.ops import gathered_kernel, gathered_xla
 from attnlab.ops.attention import attention
 from attnlab.ops.attention import definition as attention_definition
-from attnlab.ops.attention_frame import zigzags
+from attnlab.ops.attention_frame import axes_of, plain_masks, zigzags
 from attnlab.ops.cached_attention import cached_attention
 from attnlab.ops.dispatch import Implementation, Op
 from attnlab.ops.gathered_rows import GatheredSpec
@@ -55,11 +55,11 @@ GATHERED_ATTENTION = Op(
     "gathered_attention",
     GatheredSpec.of,
     {
-        "definition": Implementation(definition),
-        "xla": Implementation(gathered_xla.attention),
+        "definition": Implementation(definition, plain_masks()),
+        "xla": Implementation(gathered_xla.attention, plain_masks()),
         "routed": Implementation(
             gathered_kernel.attention,
-            gathered_kernel.unsupported_rows,
+            plain_masks(gathered_kernel.unsupported_rows),
             worth=gathered_kernel.worth,
             platforms=("tpu",),
             interpretable=True,
@@ -67,7 +67,7 @@ GATHERED_ATTENTION = Op(
         ),
         "routed_xla": Implementation(
             gathered_kernel.attention_by_xla,
-            gathered_kernel.unsupported,
+            plain_masks(gathered_kernel.unsupported),
             worth=gathered_kernel.worth,
             platforms=("tpu", "gpu"),
             interpretable=True,
@@ -100,7 +100,7 @@ def chosen_attention(
     seq = "seq" if sequence_parallel.splits(q_BTHd.shape[1]) else None
     k_seq = "seq" if sequence_parallel.splits(k_BSKd.shape[1]) else None
     rows, keys = ("batch", seq, None, None), ("batch", k_seq, None, None)
-    of_mask = dataclasses.replace(mask, k_start=("batch", seq), k_end=("batch", seq))
+    of_mask = axes_of(mask, seq, lambda h: None)
     return GATHERED_ATTENTION(
         q_BTHd, k_BSKd, v_BSKe, mask, wanted_BTE, sinks_H,
         axes=(rows, keys, keys, of_mask, rows[:3], (None,)), out_axes=[rows], impl=impl,
@@ -184,6 +184,8 @@ def selected_cached_attention(
       k_NSd, v_NSe, mask, soft_cap, impl: as in `cached_attention`.
       wanted_BK: bool, the key heads to read, at most `reads`.
     """
+    if mask.heads() > 1:
+        raise UserError("selected attention: a mask of each head is not allowed; allowed: one for all heads")
     B, _, H, d = q_BTHd.shape
     K, e = wanted_BK.shape[1], v_NSe.shape[2]
     _, read_Br = jax.lax.top_k(wanted_BK.astype(jnp.int32), reads)

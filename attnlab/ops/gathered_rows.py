@@ -66,11 +66,13 @@ class GatheredSpec:
     soft_cap: bool
     sinks: bool
     devices: int = 1
+    pattern: bool = False  # the mask is more than an interval of keys
+    biases: bool = False  # there are none
 
     def __str__(self) -> str:
         E, M = len(self.heads.chosen), len(self.heads.key_heads)
         width = str(self.width) if self.width == self.value_width else f"{self.width}/{self.value_width}"
-        features = [name for name in ("causal", "soft_cap", "sinks") if getattr(self, name)]
+        features = [name for name in ("causal", "pattern", "soft_cap", "sinks") if getattr(self, name)]
         features += [f"window={self.window}"] * (self.window is not None)
         features += [f"devices={self.devices}"] * (self.devices > 1)
         shape = f"B{self.batch} T{self.queries} S{self.keys} {self.active} of H{E} K{M} d{width}"
@@ -82,7 +84,7 @@ class GatheredSpec:
         heads, devices = Heads.of(chosen, q.shape[2], k.shape[2]), 1 if exchange is None else exchange.count
         return cls(
             *q.shape[:2], keys, heads, active, q.shape[3], v.shape[3], str(q.dtype),
-            mask.causal, mask.window, soft_cap is not None, sinks is not None, devices,
+            mask.causal, mask.window, soft_cap is not None, sinks is not None, devices, not mask.plain(),
         )  # fmt: skip
 
 

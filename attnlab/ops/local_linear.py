@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from attnlab.errors import UserError
 from attnlab.ops import local_linear_kernel, local_linear_xla
-from attnlab.ops.attention_frame import attend, check_shapes, over_devices
+from attnlab.ops.attention_frame import attend, check_shapes, over_devices, plain_masks
 from attnlab.ops.conjugate_gradient import Solver
 from attnlab.ops.dispatch import Implementation, Op
 from attnlab.ops.local_linear_kernel import LocalLinearSpec
@@ -46,7 +46,7 @@ def definition(
     einsum = partial(jnp.einsum, precision="highest")
     q, k, v, ridge = (x.astype(dtype) for x in (q_BTHd, k_BSKd, v_BSKe, ridge_BTH))
     k, v = (jnp.repeat(x, H // K, axis=2) for x in (k, v))
-    visible = mask.visible(T, S)[..., None]
+    visible = mask.visible(T, S)[:, 0, ..., None]
     logits = einsum("bthd,bshd->btsh", q, k) * scale
     highest = jax.lax.stop_gradient(jnp.where(visible, logits, jnp.finfo(dtype).min).max(2, keepdims=True))
     p = jnp.where(visible, jnp.exp(jnp.where(visible, logits - highest, 0)), 0)
@@ -73,12 +73,12 @@ LOCAL_LINEAR = Op(
     "local_linear",
     LocalLinearSpec.of,
     {
-        "definition": Implementation(definition),
-        "cg": Implementation(partial(local_linear_xla.local_linear, early_exit=True)),
-        "cg_fixed": Implementation(partial(local_linear_xla.local_linear, early_exit=False)),
+        "definition": Implementation(definition, plain_masks()),
+        "cg": Implementation(partial(local_linear_xla.local_linear, early_exit=True), plain_masks()),
+        "cg_fixed": Implementation(partial(local_linear_xla.local_linear, early_exit=False), plain_masks()),
         "pallas": Implementation(
             local_linear_kernel.local_linear,
-            local_linear_kernel.unsupported,
+            plain_masks(local_linear_kernel.unsupported),
             worth=local_linear_kernel.worth,
             platforms=("tpu", "gpu"),
             interpretable=True,

@@ -1,19 +1,66 @@
-"""The one form of mask: every query row sees an interval of keys, `[k_start, k_end)`.
+"""The one form of mask: which keys each query row sees, said without a pair being written down.
 
-Causal attention, sliding windows, packed documents, bidirectional documents and queries appended to a cache
-are all intervals. What is known before tracing (`causal`, `window`) is kept static beside them, so that
-tiles that no row can see are never emitted.
+A mask is a term, or a union of two (`either`). A term is an interval of keys, `[k_start, k_end)`, and narrows it by
+intervals of integer coordinates of the keys (`Axis`) and by a set of groups of keys (`Groups`).
 
-Shapes: `B` batch, `T` query positions, `S` key positions.
+Causal attention, sliding windows, packed documents, bidirectional documents and queries appended to a cache are all
+intervals and nothing else (`Mask.plain`). What is known before tracing (`causal`, `window`) is kept static beside them,
+so that tiles that no row can see are never emitted. Arrays of a mask may be NumPy's: what is made of them alone is then
+known while tracing.
+
+Shapes: `B` batch, `T` query positions, `S` key positions, `h` heads: 1, key heads or query heads; `W` words of 32 bits.
 """
 
+from __future__ import annotations
+
 import dataclasses
+from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attnlab.errors import UserError
 from attnlab.ops.documents import document_index, positions_in_documents
+
+NEVER = 2**31 - 1  # no coordinate; every interval without an upper end ends here
+
+Array = Any  # jax.Array, or np.ndarray where it is known while tracing
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """A row sees only keys whose coordinate lies in its interval, `lo <= key < hi`.
+
+    key: int32 `[B, S]` or `[B, h, S]`, below 2^31 - 1. lo, hi: int32 `[B, T]` or `[B, h, T]`, or None: no bound.
+        B may be 1 in each: the same for every batch element.
+    name: of the coordinate, for messages.
+    """
+
+    key: Array
+    lo: Array | None = None
+    hi: Array | None = None
+    name: str = dataclasses.field(default="", metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """A row sees only keys whose group's bit is set.
+
+    group: int32 `[B, S]` or `[B, h, S]`; -1: a key that nobody sees in this term.
+    bits: uint32 `[B, h, ceil(T / rows), W]`, bit `g % 32` of word `g // 32` for group g. B may be 1.
+    rows: consecutive rows that share their bits. Static.
+    size: groups are runs of consecutive keys, each of at most `size`, numbered upwards without gaps, keys of group -1
+        between them aside; None: in any order. Static.
+    """
+
+    group: Array
+    bits: Array
+    rows: int = dataclasses.field(default=1, metadata={"static": True})
+    size: int | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -28,6 +75,8 @@ class Mask:
         itself included, when causal; `2 * window - 1` (symmetric) when not. Static; narrows every interval.
     documents: the intervals are those of packed documents (`mask_from_segments`): rows that see something and share
         `k_start` are one document, rows with `k_start > t` see nothing. Static; narrows nothing.
+    axes, groups: narrow the interval further.
+    either: a second term: what it shows is seen too. Its own `either` is None.
 
     Queries that are not keys of the same index (appended to a cache) must leave both static parts unset: see
     `mask_for_extension`.
@@ -38,18 +87,54 @@ class Mask:
     causal: bool = dataclasses.field(default=False, metadata={"static": True})
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
     documents: bool = dataclasses.field(default=False, metadata={"static": True})
+    axes: tuple[Axis, ...] = ()
+    groups: Groups | None = None
+    either: Mask | None = None
 
     def __post_init__(self):
         _check_window(self.window)
+        if isinstance(self.either, Mask) and self.either.either is not None:
+            raise UserError("mask: a union of three terms is not allowed; allowed: two")
 
     def dynamic(self) -> bool:
-        """Whether any part of the mask is an array, known only at run time."""
-        return self.k_start is not None or self.k_end is not None
+        """Whether the interval has arrays; those of a second term count."""
+        ours = self.k_start is not None or self.k_end is not None
+        return ours or (self.either is not None and self.either.dynamic())
+
+    def plain(self) -> bool:
+        """Whether it is one interval of keys a row, and nothing else."""
+        return not self.axes and self.groups is None and self.either is None
+
+    def terms(self) -> tuple[Mask, ...]:
+        """The masks of which this one is the union, each without `either`."""
+        if self.either is None:
+            return (self,)
+        return dataclasses.replace(self, either=None), self.either
+
+    def heads(self) -> int:
+        """How many heads' masks it holds: 1 (all heads see alike), the key heads or the query heads.
+
+        Raises UserError where its arrays disagree.
+        """
+        found = {1}
+        for term in self.terms():
+            found |= {x.shape[1] for axis in term.axes for x in (axis.key, axis.lo, axis.hi) if np.ndim(x) == 3}
+            if term.groups is not None:
+                found |= {x.shape[1] for x in (term.groups.group, term.groups.bits) if np.ndim(x) > 2}
+        if len(found) > 2:
+            raise UserError(f"mask: arrays of {sorted(found)} heads; allowed: 1 and one other number")
+        return max(found)
+
+    def known(self) -> bool:
+        """Whether all of it is known while tracing."""
+        return all(isinstance(x, np.ndarray) for x in jax.tree.leaves(self))
 
     def bounds(self, length: int, keys: int, first: jax.Array | int = 0) -> tuple[jax.Array | None, jax.Array | None]:
         """`k_start`, `k_end` (`[B, T]` or `[1, T]`, int32) of `length` queries over `keys` keys, the static
         part folded in, in which the first query is key `first`. None where it bounds nothing: a start of 0, or an
-        end of `keys`."""
+        end of `keys`. Of a plain mask: others are not said by it."""
+        if not self.plain():
+            raise ValueError("bounds: the mask is more than an interval; it has no bounds")
         t = jnp.arange(length, dtype=jnp.int32)[None]
         t = t if isinstance(first, int) and first == 0 else first + t
         starts = [] if self.k_start is None else [self.k_start.astype(jnp.int32)]
@@ -74,15 +159,72 @@ class Mask:
         start = jnp.zeros((1, length), jnp.int32) if start is None else jnp.maximum(start, 0)
         return jnp.maximum((keys if end is None else jnp.minimum(end, keys)) - start, 0)
 
-    def visible(self, length: int, keys: int) -> jax.Array:
-        """The mask written out for definitions, bool `[B, T, S]` (`[1, T, S]` when all rows agree)."""
-        start, end = self.bounds(length, keys)
-        s = jnp.arange(keys, dtype=jnp.int32)
-        out = jnp.ones((1, length, keys), bool)
-        if start is not None:
-            out &= s >= start[..., None]
-        if end is not None:
-            out &= s < end[..., None]
+    def visible(self, length: int, keys: int, rows: slice | None = None, columns: slice | None = None) -> Array:
+        """The mask written out, bool `[B, h, T, S]`, B and h 1 where all agree: for definitions, and single rows.
+
+        rows, columns: those of the `length` queries and `keys` keys that are wanted; None: all. NumPy's where the mask
+            is known while tracing.
+        """
+        rows, columns = rows or slice(0, length), columns or slice(0, keys)
+        out = None
+        for term in self.terms():
+            seen = term._seen(length, keys, rows, columns)
+            out = seen if out is None else out | seen
+        return out
+
+    def _seen(self, length: int, keys: int, rows: slice, columns: slice) -> Array:
+        xp = numpy_if(self.known())
+        start, end = (x[:, None, rows, None] for x in self.interval(length, keys))
+        s = xp.arange(keys, dtype=xp.int32)[columns]
+        out = (s >= start) & (s < end)
+        for axis in self.axes:
+            key = by_head(axis.key)[..., None, columns]
+            if axis.lo is not None:
+                out = out & (key >= by_head(axis.lo)[..., rows, None])
+            if axis.hi is not None:
+                out = out & (key < by_head(axis.hi)[..., rows, None])
+        if self.groups is not None:
+            group = by_head(self.groups.group)[..., None, columns]
+            bits = xp.repeat(self.groups.bits, self.groups.rows, axis=2)[:, :, rows]
+            batch, heads = (max(group.shape[i], bits.shape[i]) for i in (0, 1))
+            bits = xp.broadcast_to(bits, (batch, heads, *bits.shape[2:]))
+            at = xp.broadcast_to(xp.maximum(group, 0) >> 5, (batch, heads, bits.shape[2], group.shape[3]))
+            word = xp.take_along_axis(bits, at, axis=3)
+            out = out & (group >= 0) & (((word >> (group & 31).astype(xp.uint32)) & 1) == 1)
+        return out
+
+    def interval(self, length: int, keys: int, first: Array | int = 0) -> tuple[Array, Array]:
+        """`bounds` of a term as arrays `[B, T]`, within 0 and `keys`; NumPy's where the mask is known."""
+        xp = numpy_if(self.known() and isinstance(first, int))
+        t = first + xp.arange(length, dtype=xp.int32)[None]
+        start, end = xp.zeros((1, length), xp.int32), xp.full((1, length), keys, xp.int32)
+        if self.k_start is not None:
+            start = xp.maximum(start, xp.asarray(self.k_start, xp.int32))
+        if self.k_end is not None:
+            end = xp.minimum(end, xp.asarray(self.k_end, xp.int32))
+        if self.window is not None:
+            start = xp.maximum(start, t - (self.window - 1))
+            end = xp.minimum(end, t + self.window)
+        if self.causal:
+            end = xp.minimum(end, t + 1)
+        return start.astype(xp.int32), end.astype(xp.int32)
+
+    def unfolded(self, length: int, keys: int, first: Array | int = 0) -> Mask:
+        """The same with nothing static: intervals of queries of which the first is key `first`."""
+        terms = []
+        for term in self.terms():
+            start, end = term.interval(length, keys, first)
+            terms.append(
+                dataclasses.replace(term, k_start=start, k_end=end, causal=False, window=None, documents=False)
+            )
+        return terms[0] if len(terms) == 1 else dataclasses.replace(terms[0], either=terms[1])
+
+    def reach(self, length: int, keys: int) -> Array:
+        """One past the last key that each row may see, int32 `[B, T]`: by its intervals of keys alone; 0: none."""
+        xp, out = numpy_if(self.known()), 0
+        for term in self.terms():
+            start, end = term.interval(length, keys)
+            out = xp.maximum(out, xp.where(start < end, end, 0))
         return out
 
     def static_range(self, first: int, last: int, keys: int) -> tuple[int, int]:
@@ -137,6 +279,9 @@ def mask_for_extension(
     document_start_BT: jax.Array | None = None,
     *,
     window: int | None = None,
+    axes: tuple[Axis, ...] = (),
+    groups: Groups | None = None,
+    either: Mask | None = None,
 ) -> Mask:
     """Causal mask for queries appended after a cache: query `t` is key `first + t` of the cache.
 
@@ -145,6 +290,7 @@ def mask_for_extension(
     document_start_BT: int `[B, T]`, the cache index at which each query's document begins (None: 0). A start
         beyond the query itself marks a padding row, which sees nothing.
     window: exactly `window` keys, the query's own included.
+    axes, groups, either: as in `Mask`: bounds and bits of the appended queries, keys of the whole cache.
 
     All of it is dynamic (`causal` and `window` of the result are unset, because query `t` is not key `t`).
     Raises UserError for a window below 1 or a document start of another shape.
@@ -158,7 +304,7 @@ def mask_for_extension(
         start = jnp.maximum(start, document_start_BT.astype(jnp.int32))
     if window is not None:
         start = jnp.maximum(start, position - (window - 1))
-    return Mask(start, jnp.broadcast_to(position + 1, start.shape))
+    return Mask(start, jnp.broadcast_to(position + 1, start.shape), axes=axes, groups=groups, either=either)
 
 
 def mean_visible_keys(length: int, causal: bool, window: int | None) -> float:
@@ -175,6 +321,16 @@ def mean_visible_pairs(length: int, causal: bool, window: int | None) -> float:
         return float(length) ** 2
     w = min(window or length, length)
     return (w * (w + 1) * (2 * w + 1) / 6 + (length - w) * w**2) / length
+
+
+def by_head(x: Array) -> Array:
+    """`[B, n]` as `[B, 1, n]`; `[B, h, n]` as it is."""
+    return x[:, None] if x.ndim == 2 else x
+
+
+def numpy_if(known: bool) -> ModuleType:
+    """NumPy, or jax's where something is traced."""
+    return np if known else jnp
 
 
 def _check_window(window: int | None) -> None:

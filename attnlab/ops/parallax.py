@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from attnlab.errors import UserError
 from attnlab.ops import parallax_flash
-from attnlab.ops.attention_frame import AttentionSpec, attend, check_shapes, over_devices
+from attnlab.ops.attention_frame import AttentionSpec, attend, check_shapes, over_devices, plain_masks
 from attnlab.ops.blockwise import (
     LOWEST,
     Config,
@@ -36,7 +36,7 @@ def definition(
     q, r, k, v = (x.astype(dtype) for x in (q_BTHd, r_BTHd, k_BSKd, v_BSKe))
     k, v = (jnp.repeat(x, H // K, axis=2) for x in (k, v))
     logits = einsum("bthd,bshd->bhts", q, k) * scale
-    visible = mask.visible(T, S)[:, None]
+    visible = mask.visible(T, S)
     highest = jax.lax.stop_gradient(jnp.where(visible, logits, jnp.finfo(dtype).min).max(-1, keepdims=True))
     # Hidden logits are replaced before exp too: exp of a hidden large one would be inf, and its gradient NaN.
     p = jnp.where(visible, jnp.exp(jnp.where(visible, logits - highest, 0)), 0)
@@ -154,11 +154,11 @@ PARALLAX = Op(
     "parallax",
     AttentionSpec.of,
     {
-        "definition": Implementation(definition),
-        "xla": Implementation(blockwise),
+        "definition": Implementation(definition, plain_masks()),
+        "xla": Implementation(blockwise, plain_masks()),
         "flash": Implementation(
             parallax_flash.attention,
-            parallax_flash.unsupported,
+            plain_masks(parallax_flash.unsupported),
             worth=parallax_flash.worth,
             platforms=("tpu",),
             interpretable=True,

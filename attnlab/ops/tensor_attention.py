@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from attnlab.errors import UserError
 from attnlab.ops import tensor_attention_xla
-from attnlab.ops.attention_frame import AttentionSpec, attend, check_shapes, over_devices
+from attnlab.ops.attention_frame import AttentionSpec, attend, check_shapes, over_devices, plain_masks
 from attnlab.ops.dispatch import Implementation, Op
 from attnlab.ops.masks import Mask
 
@@ -25,7 +25,7 @@ def definition(
     q, k, v = (x.astype(dtype) for x in (q_BTHd, k_BSHc, v_BSHc))
     (k1, k2), (v1, v2) = (jnp.split(x, 2, axis=-1) for x in (k, v))
     logits = einsum("btjhd,blhd->bthjl", q[:, :, None] * k1[:, None], k2) * scale
-    sees = mask.visible(T, S)[:, :, None]
+    sees = mask.visible(T, S)[:, 0, :, None]
     visible = sees[..., :, None] & sees[..., None, :]  # a pair, where both of it are
     highest = jnp.where(visible, logits, jnp.finfo(dtype).min).max((-2, -1), keepdims=True)
     p = jnp.where(visible, jnp.exp(jnp.where(visible, logits - jax.lax.stop_gradient(highest), 0)), 0)
@@ -38,8 +38,8 @@ TENSOR_ATTENTION = Op(
     "tensor_attention",
     AttentionSpec.of,
     {
-        "definition": Implementation(definition),
-        "chunked": Implementation(tensor_attention_xla.tensor_attention),
+        "definition": Implementation(definition, plain_masks()),
+        "chunked": Implementation(tensor_attention_xla.tensor_attention, plain_masks()),
     },
     preference=("chunked",),
     split=over_devices,

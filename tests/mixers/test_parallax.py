@@ -99,7 +99,7 @@ def test_solved_probe_is_local_linear_attention():
     """r = -A^-1 (q - mean key) gives local linear attention, which solves for what Parallax projects."""
     q, _, k, v = arrays(K=4)
     mask, ridge = Mask(causal=True), 0.5
-    logits = jnp.where(mask.visible(T, T)[:, None], jnp.einsum("bthd,bshd->bhts", q, k) * 5**-0.5, -jnp.inf)
+    logits = jnp.where(mask.visible(T, T), jnp.einsum("bthd,bshd->bhts", q, k) * 5**-0.5, -jnp.inf)
     p = jax.nn.softmax(logits)
     mean = jnp.einsum("bhts,bshd->bthd", p, k)
     A = jnp.einsum("bhts,bshd,bshf->bthdf", p, k, k) - mean[..., None] * mean[..., None, :] + ridge * jnp.eye(5)

@@ -39,7 +39,7 @@ def test_value_and_gradients(impl, soft_cap, sinks):
     def formula(q, k, v, sink):
         logits = jnp.einsum("bthd,bshd->bths", q, jnp.repeat(k, H // K, 2)) * D**-0.5
         logits = logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
-        weights = jnp.where(mask.visible(T, S)[:, :, None], jnp.exp(logits), 0)
+        weights = jnp.where(mask.visible(T, S)[:, 0, :, None], jnp.exp(logits), 0)
         total = weights.sum(-1) + (jnp.exp(sink) if sinks else 0)
         some = total > 0
         o = jnp.einsum("bths,bshe->bthe", weights, jnp.repeat(v, H // K, 2)) / jnp.where(some, total, 1)[..., None]
