@@ -202,6 +202,7 @@ class RoutingSpec:
       router: knob of the same name.
       routed: whether there is anything to choose.
       split: whether heads or positions are split over devices.
+      masked: whether the core narrows what a query sees by a mask of its own.
       saves: whether moving rows about costs less than the attention that is left out; on CPU it always does.
     """
 
@@ -213,6 +214,7 @@ class RoutingSpec:
     routed: bool
     split: bool
     saves: bool
+    masked: bool = False
 
     def __str__(self) -> str:
         return f"H{self.heads} shared {self.always} active {self.taken} core {self.core}"
@@ -222,12 +224,13 @@ class RoutingSpec:
         """Of a layer, where it is traced, over so many positions by heads so wide."""
         c, split = config, partition.ways("seq") > 1 or partition.ways("heads") > 1
         saves = partition.platform() == "cpu"
+        masked = getattr(c.core, "mask", None) is not None
         if partition.platform() == "tpu" and c.core.node_name in _SOFTMAX_CORES:
             sharing = c.heads // (getattr(c.core, "kv_heads", None) or c.heads)
             saves = gathered_kernel.pays(
                 c.routed, c.taken, length, causal=c.causal, window=c.core.window, width=width, sharing=sharing
             )
-        return cls(c.heads, c.always, c.taken, c.core.node_name, c.router, c.routed > 0, split, saves)
+        return cls(c.heads, c.always, c.taken, c.core.node_name, c.router, c.routed > 0, split, saves, masked)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,6 +291,8 @@ def _of_softmax_core(layer: MoH, x, seq, state, routing: Routing | None, select)
 def _no_gather(spec: RoutingSpec) -> str | None:
     if spec.core not in _SOFTMAX_CORES:
         return f"gather needs a core of {', '.join(_SOFTMAX_CORES)}"
+    if spec.masked:
+        return "gather needs a core whose mask is none: it routes over intervals of keys"
     if spec.router == "norm_dense":
         return "router norm_dense needs the outputs of heads that are off"
     return None

@@ -9,13 +9,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from attnlab import config as config_lib
+from attnlab import masks
+from attnlab.errors import UnsupportedPattern
+from attnlab.mixers.attention import Reads
 from attnlab.mixers.base import MixerOutput, impl_knob, knob, register
 from attnlab.mixers.cross import CrossAttention, CrossConfig
 from attnlab.mixers.parts import param_dtype
 from attnlab.mixers.roles import Role, param
+from attnlab.mixers.sequence import Sequence
 from attnlab.ops.attention import ATTENTION
 from attnlab.ops.cached_attention import CACHED_ATTENTION
-from attnlab.ops.keys_values import KeysValues
+from attnlab.ops.keys_values import KeysValues, KVCache, Whole
 from attnlab.ops.masks import Mask
 
 
@@ -27,6 +32,51 @@ class SoftmaxConfig(CrossConfig):
     soft_cap: float | None = knob(None, "c in c * tanh(logits / c); none: no cap", other=(2.0,), above=0)
     impl: str = impl_knob(ATTENTION)
     decode_impl: str = impl_knob(CACHED_ATTENTION, doc="implementation of the op over a cache")
+    mask: Any = knob(
+        None,
+        "node of a mask that narrows what a query sees (docs/masks.md); none: all that causality and documents allow",
+        other=({"name": "power_blocks", "block": 2, "sinks": 0},),
+        build=lambda tree, path: _mask_config(tree, path),
+    )
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mask", _mask_config(self.mask, "mask"))
+        super().__post_init__()
+        if self.mask is None:
+            return
+        need, name, where = config_lib.require, self.mask.node_name, "where mask is set"
+        for field, allowed in (("window", None), ("source", None)):
+            value = getattr(self, field)
+            need(value is allowed, field, value, f"none {where}")
+        need(
+            self.qk_norm != "cosine", "qk_norm", self.qk_norm, f"another {where}: cosine counts the keys of an interval"
+        )
+        direction = "causal" if self.causal else "bidirectional"
+        allowed = f"{not self.causal}: mask {name} does not go with {direction} mixing".lower()
+        need(getattr(masks.get(name), direction), "causal", self.causal, allowed)
+        for field, impls in (("impl", ("auto", "tiles", "definition")), ("decode_impl", _DECODE_IMPLS)):
+            value = getattr(self, field)
+            need(value in impls, field, value, f"{', '.join(impls)} {where}")
+
+
+_DECODE_IMPLS = "auto", "one_query", "tiles", "definition"
+
+
+def _mask_config(tree: Any, path: str) -> masks.MaskConfig | None:
+    """The typed Config of a node; None where it is none."""
+    text = getattr(tree, "text", tree)
+    if text is None or (isinstance(text, str) and text.lower() in ("none", "null")):
+        return None
+    return masks.config_from_node(tree, path)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MaskedCache:
+    """All keys and values so far, and what the mask says of each: int32 [B, S] arrays."""
+
+    kv: KVCache
+    coordinates: tuple[jax.Array, ...]
 
 
 @register("softmax")
@@ -46,6 +96,41 @@ class Softmax(CrossAttention):
         super().__init__(config, width=width, rngs=rngs, dtype=dtype)
         if config.sinks:
             self.sinks = param(jnp.zeros((config.heads,), param_dtype(dtype)), axes=("heads",), role=Role.BIAS)
+        self.mask = None if config.mask is None else masks.build(config.mask)
+
+    def require(self, seq: Sequence, *, causal: bool) -> None:
+        super().require(seq, causal=causal)
+        if self.mask is not None:
+            self.mask.require(seq, causal=causal)
+
+    def reads(self, x: jax.Array, seq: Sequence, cache: Any = None) -> Reads:
+        if self.mask is None:
+            return super().reads(x, seq, cache)
+        q, k, v = self.positioned(x, dataclasses.replace(seq, positions=self.mask.positions(seq)))
+        if cache is None:
+            return Reads(q, Whole(k, v), self.mask.mask(seq, causal=self.config.causal))
+        first = cache.kv.length
+        kv, view, interval = cache.kv.append(k, v, seq.offsets, seq.padding)
+        put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, first, axis=1)
+        stored = tuple(map(put, cache.coordinates, self.mask.coordinates(seq)))
+        return Reads(q, view, self.mask.rows(seq, stored, interval), MaskedCache(kv, stored))
+
+    def init_carried(self, batch: int, max_length: int, dtype: Any) -> Any:
+        cache = super().init_carried(batch, max_length, dtype)
+        if self.mask is None:
+            return cache
+        if self.mask.streaming == "no":
+            raise UnsupportedPattern(f"mask {self.mask.name!r} does not stream")
+        blank = jnp.zeros((batch, max_length), jnp.int32)
+        return MaskedCache(cache, (blank,) * self.mask.stored)
+
+    @classmethod
+    def flops(cls, config: SoftmaxConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:
+        flops, span = super().flops(config, width, length)
+        if config.mask is not None:
+            span = masks.build(config.mask).span(length, causal=config.causal)
+            flops["attention"] = 4.0 * config.heads * config.head_dim(width) * span
+        return flops, span
 
     def output_gate(self, x: jax.Array) -> jax.Array | None:
         """Logits [B, T, H, d] of a gate that attention multiplies its output by, made of x [B, T, D]; None: no gate."""

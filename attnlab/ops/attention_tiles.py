@@ -87,27 +87,31 @@ def attention_with_lse(
     """See `attnlab.ops.attention.attention_with_lse`."""
     (T, H), (S, K) = q_BTHd.shape[1:3], k_BSKd.shape[1:3]
     rows, keys, tiles = ON_CPU if partition.platform() == "cpu" else ELSEWHERE
+    table = _table(mask, T, S, H, K, rows, keys)
+    places = table.index.shape[-1]
+    tiles = -(-places // -(-places // tiles))  # so that the last step of a row that takes all is as full as the others
     config = Config(scale, soft_cap, rows, keys, tiles, T, S)
-    plan = _plan(config, mask, H, K)
+    table = _whole_steps(table, tiles)
+    plan = Plan(table.index, table.kind == PARTIAL, table.count, sides_of(mask, T, S, H, K, rows, keys))
     arrays = varying((q_BTHd, k_BSKd, v_BSKe, sinks_H, key_bias_BSh, query_bias_BTh), (q_BTHd, k_BSKd, v_BSKe, mask))
     o, lse_BTH = _attention(config, *arrays, plan)
     return o, lse_BTH / LOG2E
 
 
-def _plan(config: Config, mask: Mask, H: int, K: int) -> Plan:
-    kinds = tile_kinds(mask, config.length, config.count, config.rows, config.keys)
+def _table(mask: Mask, T: int, S: int, H: int, K: int, rows: int, keys: int) -> TileTable:
+    """The tiles that a key head computes: those that one of its query heads sees."""
+    kinds = tile_kinds(mask, T, S, rows, keys)
     xp = numpy_if(isinstance(kinds, np.ndarray))
-    if kinds.shape[1] == H > K:  # of the heads of a key head
+    if kinds.shape[1] == H > K:
         kinds = kinds.reshape(kinds.shape[0], K, H // K, *kinds.shape[2:])
         least, most = kinds.min(2), kinds.max(2)
         kinds = xp.where(most == EMPTY, EMPTY, xp.where(least == FULL, FULL, PARTIAL)).astype(xp.int8)
-    table = _whole_steps(table_of(kinds), config.tiles, xp)
-    sides = sides_of(mask, config.length, config.count, H, K, config.rows, config.keys)
-    return Plan(table.index, table.kind == PARTIAL, table.count, sides)
+    return table_of(kinds)
 
 
-def _whole_steps(table: TileTable, tiles: int, xp) -> TileTable:
+def _whole_steps(table: TileTable, tiles: int) -> TileTable:
     """As many places in a row as whole steps take."""
+    xp = numpy_if(isinstance(table.index, np.ndarray))
     more = [(0, 0)] * 3 + [(0, -table.index.shape[-1] % tiles)]
     return dataclasses.replace(
         table, index=xp.pad(table.index, more, mode="edge"), kind=xp.pad(table.kind, more, constant_values=0)

@@ -1,0 +1,174 @@
+"""What a mask that configs choose by name must say: whole rows, the next rows of a stream, and what it costs.
+
+Adding one is one file in this package: a `Config` of knobs and a `MaskBuilder` under `@register(name)`;
+`tests/masks/test_battery.py` then holds it to the laws, by a definition that its test adds.
+
+Shapes: as in `attnlab.ops.masks`. What follows from lengths alone is NumPy's, and so known while tracing.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+
+from attnlab import config as config_lib
+from attnlab.errors import UnsupportedPattern
+from attnlab.ops.mask_algebra import packed_bits
+from attnlab.ops.masks import Array, Groups, Mask, numpy_if
+from attnlab.registry import Registry
+
+if TYPE_CHECKING:
+    from attnlab.mixers.sequence import Sequence
+
+
+class MaskConfig:
+    """Base class of the frozen dataclasses of knobs; what a knob by itself may be is checked here."""
+
+    node_name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        config_lib.require_knobs(self)
+
+
+class MaskBuilder(abc.ABC):
+    """Which positions of a sequence see which, beside what causality and documents say.
+
+    Attributes:
+      Config: frozen dataclass of `knob` fields.
+      name: the registered name.
+      paper: title, authors' year and identifier of the source; extension: what here is ours, or empty.
+      needs: fields of `Sequence` that it reads; one that is None is refused.
+      causal, bidirectional: the directions of a mixer that it goes with.
+      packed: whether rows may hold several documents or padding.
+      streaming: "any": a stream may be cut anywhere; "closed": only where no position before the cut sees one after it
+        (`attnlab.ops.mask_algebra.closed_cuts`); "no".
+      stored: how many `coordinates` a stream keeps of each position.
+    """
+
+    Config: ClassVar[type[MaskConfig]]
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    extension: ClassVar[str] = ""
+    needs: ClassVar[tuple[str, ...]] = ()
+    causal: ClassVar[bool] = True
+    bidirectional: ClassVar[bool] = False
+    packed: ClassVar[bool] = True
+    streaming: ClassVar[str] = "any"
+    stored: ClassVar[int] = 1
+
+    def __init__(self, config: Any):
+        self.config = config
+
+    def require(self, seq: Sequence, *, causal: bool) -> None:
+        """Raises UnsupportedPattern for a direction, packing or missing field that the mask cannot serve."""
+        direction = "causal" if causal else "bidirectional"
+        if not getattr(self, direction):
+            raise UnsupportedPattern(f"mask {self.name!r} does not go with {direction} mixing (causal={causal})")
+        if seq.segments is not None and not self.packed:
+            raise UnsupportedPattern(f"mask {self.name!r} does not support packed documents or padding")
+        for field in self.needs:
+            if getattr(seq, field) is None:
+                raise UnsupportedPattern(f"mask {self.name!r} reads Sequence.{field}, which is not given")
+
+    @abc.abstractmethod
+    def mask(self, seq: Sequence, *, causal: bool) -> Mask:
+        """Of whole rows, `derived`."""
+
+    def coordinates(self, seq: Sequence) -> tuple[Array, ...]:
+        """What a stream keeps of each position beside its key and value: int32 [B, T] each."""
+        raise UnsupportedPattern(f"mask {self.name!r} does not stream")
+
+    def rows(self, seq: Sequence, stored: tuple[Array, ...], interval: Mask) -> Mask:
+        """Of the next positions over a cache.
+
+        Args:
+          seq: those positions.
+          stored: `coordinates` of all keys of the cache, [B, S] each; anything where no key lies yet.
+          interval: the causal mask of these positions over the cache.
+        """
+        raise UnsupportedPattern(f"mask {self.name!r} does not stream")
+
+    def positions(self, seq: Sequence) -> Array:
+        """What position encodings turn by, [B, T]."""
+        return seq.positions
+
+    @abc.abstractmethod
+    def span(self, length: int, *, causal: bool) -> float:
+        """Mean number of keys that a position of one document of `length` positions sees."""
+
+
+def offsets(seq: Sequence) -> Array:
+    """Positions of its document before each position, [B, T]; [1, T] of NumPy where rows are one document."""
+    if seq.offsets is not None:
+        return seq.offsets
+    return np.arange(seq.positions.shape[1], dtype=np.int32)[None]
+
+
+def per_block(x: Array, at: Array) -> Array:
+    """Rows of a table of NumPy at indices, NumPy's where these are known."""
+    return numpy_if(isinstance(at, np.ndarray)).asarray(x)[at]
+
+
+class BlockMask(MaskBuilder):
+    """Masks of whole blocks: documents are cut into blocks of consecutive positions, and a table says which sees which.
+
+    A position sees itself and what came before, where mixing is causal, within the blocks that its block sees.
+    """
+
+    @abc.abstractmethod
+    def block(self) -> int:
+        """Positions of a block."""
+
+    @abc.abstractmethod
+    def table(self, blocks: int) -> np.ndarray:
+        """Which of the first `blocks` blocks of a document (rows) sees which, bool [blocks, blocks]."""
+
+    def mask(self, seq: Sequence, *, causal: bool) -> Mask:
+        length, size, offset = seq.positions.shape[1], self.block(), offsets(seq)
+        bits = self._bits(length)
+        interval, own = seq.mask(causal=causal), (offset // size).astype(np.int32)
+        if isinstance(offset, np.ndarray):
+            groups = Groups(own, bits[None, None], rows=size, size=size)
+        else:
+            groups = Groups(own, jnp.asarray(bits)[own][:, None])
+        return dataclasses.replace(interval, groups=groups, documents=False)
+
+    def coordinates(self, seq: Sequence) -> tuple[Array, ...]:
+        return ((offsets(seq) // self.block()).astype(np.int32),)
+
+    def rows(self, seq: Sequence, stored: tuple[Array, ...], interval: Mask) -> Mask:
+        own = self.coordinates(seq)[0]
+        bits = jnp.asarray(self._bits(stored[0].shape[1]))
+        return dataclasses.replace(interval, groups=Groups(stored[0], bits[own][:, None]))
+
+    def span(self, length: int, *, causal: bool) -> float:
+        size = self.block()
+        sees = self.table(-(-length // size)).astype(np.int64)
+        rows = np.minimum(size, length - size * np.arange(len(sees)))
+        if not causal:
+            return float(rows @ sees @ rows) / length
+        before = float(rows @ np.tril(sees, -1) @ rows)
+        return (before + float(np.diagonal(sees) @ (rows * (rows + 1) // 2))) / length
+
+    def _bits(self, length: int) -> np.ndarray:
+        """Of every block of a document no longer than that, [blocks, W]."""
+        return packed_bits(self.table(-(-length // self.block())))
+
+
+MASKS: Registry[MaskBuilder] = Registry("mask")
+names, get, register = MASKS.names, MASKS.get, MASKS.register
+
+
+def config_from_node(node: Any, path: str = "mask") -> Any:
+    """The typed Config of a node, `{"name": ..., **knobs}` or a name; a Config passes through."""
+    return MASKS.config_from_node(node, path)
+
+
+def build(node: Any) -> MaskBuilder:
+    """The builder of a config node or a Config; ConfigError where it is impossible."""
+    config = config_from_node(node)
+    return get(config.node_name)(config)
