@@ -29,7 +29,7 @@ def both(a: Mask, b: Mask) -> Mask:
         return either(both(first, b), both(second, b))
     if a.groups is not None and b.groups is not None:
         raise UserError("mask: both masks have groups; allowed: one of them")
-    one = next((m for m, other in ((a, b), (b, a)) if other == Mask() or _static_only(other)), None)
+    one = next((m for m, other in ((a, b), (b, a)) if _static_only(other)), None)
     return Mask(
         _join(jnp.maximum, np.maximum, a.k_start, b.k_start),
         _join(jnp.minimum, np.minimum, a.k_end, b.k_end),

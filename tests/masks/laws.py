@@ -1,0 +1,124 @@
+"""The laws of a mask that configs choose by name; each mask's own test file calls `held_to_the_laws`.
+
+A mask's test gives its definition, `sees(config, n)`: bool [n, n], which positions of one document of n positions see
+which, causality apart. What packing, padding, directions, streams and tiles make of it is checked here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab import masks
+from attnlab.errors import UnsupportedPattern
+from attnlab.mixers.sequence import Sequence, Stream
+from attnlab.ops import mask_tiles
+from attnlab.ops.mask_algebra import closed_cuts
+from attnlab.ops.masks import Mask
+
+# Row 0: two documents and padding behind. Row 1: padding in front, and two documents.
+SEGMENTS = np.array([[1] * 20 + [2] * 3 + [0] * 7, [0] * 2 + [4] * 9 + [5] * 19], np.int32)
+PIECE = 5  # positions of a piece of a stream
+TILINGS = (4, 4), (8, 16), (7, 5)
+
+Definition = Callable[[Any, int], np.ndarray]
+
+
+def held_to_the_laws(name: str, sees: Definition, *knobs: dict[str, Any]) -> None:
+    """Every law, for every set of knobs, in every direction that the mask declares."""
+    for fields in knobs:
+        builder = masks.build({"name": name, **fields})
+        for causal in (True, False):
+            if not getattr(builder, "causal" if causal else "bidirectional"):
+                with pytest.raises(UnsupportedPattern, match=name):
+                    builder.require(Sequence.whole(1, 4), causal=causal)
+                continue
+            whole_rows(builder, sees, causal)
+            if builder.packed:
+                packed_rows(builder, sees, causal)
+
+
+def whole_rows(builder: masks.MaskBuilder, sees: Definition, causal: bool, lengths: tuple[int, ...] = (23, 30)) -> None:
+    """One document a row: the mask is known while tracing, is the definition, and has the span that is declared."""
+    for n in lengths:
+        mask = builder.mask(Sequence.whole(1, n), causal=causal)
+        expected = directed(sees(builder.config, n), causal)
+        assert mask.known()
+        np.testing.assert_array_equal(mask.visible(n, n)[0, 0], expected)
+        np.testing.assert_allclose(builder.span(n, causal=causal), expected.sum(-1).mean(), rtol=1e-12)
+        np.testing.assert_allclose(mask_tiles.mean_span(mask, n, n), expected.sum(-1).mean(), rtol=1e-12)
+        for bq, bk in TILINGS:
+            sound(mask_tiles.tile_kinds(mask, n, n, bq, bk), expected[None, None], bq, bk)
+
+
+def packed_rows(builder: masks.MaskBuilder, sees: Definition, causal: bool) -> None:
+    """Documents see what each sees alone, padding nothing; tiles are sound; streams have the same rows."""
+    B, T = SEGMENTS.shape
+    expected = np.zeros((B, T, T), bool)
+    for row, segments in enumerate(SEGMENTS):
+        for segment in set(segments) - {0}:
+            at = np.flatnonzero(segments == segment)
+            expected[row, at[0] : at[-1] + 1, at[0] : at[-1] + 1] = directed(sees(builder.config, len(at)), causal)
+
+    @jax.jit
+    def found(segments):
+        seq = Sequence(jnp.zeros_like(segments), segments).derived()
+        mask = builder.mask(seq, causal=causal)
+        kinds = [mask_tiles.tile_kinds(mask, T, T, *tiling) for tiling in TILINGS]
+        return mask.visible(T, T)[:, 0], mask.visible(T, T, slice(9, 11))[:, 0], kinds, closed_cuts(mask, T)
+
+    seen, two_rows, kinds, closed = found(jnp.asarray(SEGMENTS))
+    np.testing.assert_array_equal(seen, expected)
+    np.testing.assert_array_equal(two_rows, expected[:, 9:11])
+    for kind, (bq, bk) in zip(kinds, TILINGS):
+        sound(kind, expected[:, None], bq, bk)
+    really_closed = np.stack([[not expected[b, :p, p:].any() for p in range(T + 1)] for b in range(B)])
+    assert not np.any(closed & ~really_closed)
+    if causal and builder.streaming != "no":
+        np.testing.assert_array_equal(streamed(builder), expected)
+
+
+def streamed(builder: masks.MaskBuilder) -> np.ndarray:
+    """The rows that a stream sees, cut into equal pieces, over a cache that is longer than it."""
+    B, T = SEGMENTS.shape
+    slots = T + 3
+
+    @jax.jit
+    def piece(stream, segments, stored, first):
+        seq, stream = stream.extend(Sequence(jnp.zeros_like(segments), segments))
+        index = first + jnp.arange(PIECE, dtype=jnp.int32)
+        start = jnp.where(segments == 0, index + 1, index - seq.offsets)
+        interval = Mask(start, jnp.broadcast_to(index + 1, start.shape))
+        put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, first, axis=1)
+        stored = tuple(map(put, stored, builder.coordinates(seq)))
+        return stream, stored, builder.rows(seq, stored, interval).visible(PIECE, slots)[:, 0]
+
+    state, parts = (Stream.start(B), (jnp.full((B, slots), 1, jnp.int32),) * builder.stored), []
+    for first in range(0, T, PIECE):
+        *state, rows = piece(state[0], jnp.asarray(SEGMENTS[:, first : first + PIECE]), state[1], first)
+        parts.append(np.broadcast_to(rows, (B, PIECE, slots)))
+    rows = np.concatenate(parts, axis=1)
+    assert not rows[..., T:].any()
+    return rows[..., :T]
+
+
+def directed(sees: np.ndarray, causal: bool) -> np.ndarray:
+    """What is left of a definition where mixing is causal."""
+    return np.tril(sees) if causal else sees
+
+
+def sound(kinds: np.ndarray, visible: np.ndarray, bq: int, bk: int) -> None:
+    """No visible pair stands in an empty tile, no hidden one in a full tile."""
+    kinds = np.asarray(kinds)
+    T, S = visible.shape[-2:]
+    shape = np.broadcast_shapes(kinds.shape[:2], visible.shape[:2])
+    each = np.repeat(np.repeat(kinds, bq, axis=2), bk, axis=3)[:, :, :T, :S]
+    each, visible = np.broadcast_to(each, (*shape, T, S)), np.broadcast_to(visible, (*shape, T, S))
+    assert not np.any(visible & (each == mask_tiles.EMPTY))
+    assert not np.any(~visible & (each == mask_tiles.FULL))
+    assert kinds.shape[2:] == (-(-T // bq), -(-S // bk))
