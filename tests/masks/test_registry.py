@@ -12,7 +12,7 @@ from attnlab.errors import ConfigError, UserError
 @pytest.mark.parametrize("name", masks.names())
 def test_every_mask_is_held_to_the_laws(name):
     text = (pathlib.Path(__file__).parent / f"test_{name}.py").read_text()
-    assert f'held_to_the_laws("{name}"' in text
+    assert "held_to_the_laws(" in text and f'"{name}"' in text
     for field in dataclasses.fields(masks.get(name).Config):
         assert field.metadata["doc"] and field.metadata["other"], field.name
     docs = (pathlib.Path(__file__).parents[2] / "docs" / "masks.md").read_text()

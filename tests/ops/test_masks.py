@@ -1,0 +1,320 @@
+"""Masks beyond intervals: their algebra, their tiles, and attention under them against the definition in float64."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab.errors import UserError
+from attnlab.ops import Mask, attention_tiles, mask_for_extension, recording
+from attnlab.ops.attention import ATTENTION, attention, attention_with_lse
+from attnlab.ops.attention_gated import gated_attention
+from attnlab.ops.cached_attention import cached_attention
+from attnlab.ops.gathered_attention import chosen_attention
+from attnlab.ops.local_linear import local_linear
+from attnlab.ops.mask_algebra import both, closed_cuts, either, packed_bits, permuted
+from attnlab.ops.mask_tiles import EMPTY, FULL, PARTIAL, mean_span, tile_kinds, tile_table, tile_words
+from attnlab.ops.masks import Axis, Groups
+from attnlab.ops.parallax import parallax
+from attnlab.parallel import partition
+from attnlab.train import sharding
+from attnlab.train.config import MeshConfig
+from tests.masks.laws import sound
+
+B, T, S, H, K = 2, 37, 45, 4, 2
+TILINGS = (8, 8), (16, 4), (7, 10)
+
+
+def integers(rng, low, high, *shape):
+    return rng.integers(low, high, shape).astype(np.int32)
+
+
+def random_term(rng, heads=1, groups=70, size=None, rows=1, length=T, keys=S):
+    """An interval, an axis and groups, of so many heads; rows that see nothing, keys of no group, unbounded sides."""
+    start = integers(rng, 0, 20, B, length)
+    axis = Axis(
+        integers(rng, 0, 6, B, heads, keys), integers(rng, -1, 3, 1, length), integers(rng, 3, 7, B, heads, length)
+    )
+    if size is None:
+        group = integers(rng, -1, groups, 1, keys)
+    else:  # runs of consecutive keys with gaps between them, and a number of each run
+        run = np.cumsum(rng.random(keys) < 1 / size).astype(np.int32)
+        group, groups = np.where(rng.random(keys) < 0.1, -1, run)[None].astype(np.int32), int(run[-1]) + 1
+    bits = packed_bits(rng.random((B, heads, -(-length // rows), groups)) < 0.6)
+    return Mask(start, start + integers(rng, -2, 40, B, length), axes=(axis,), groups=Groups(group, bits, rows, size))
+
+
+def dense(mask, length=T, keys=S):
+    """A loop over pairs: [B, h, T, S]."""
+    h = mask.heads()
+    out = np.zeros((B, h, length, keys), bool)
+    pick = lambda x, b, i: x[b % x.shape[0]] if x.ndim == 2 else x[b % x.shape[0], i % x.shape[1]]
+    for term in mask.terms():
+        for b, i, t, s in np.ndindex(out.shape):
+            ok = term.k_start is None or pick(term.k_start, b, i)[t] <= s
+            ok = ok and (term.k_end is None or s < pick(term.k_end, b, i)[t])
+            ok = ok and (not term.causal or s <= t) and (term.window is None or abs(t - s) < term.window)
+            for axis in term.axes:
+                key = pick(axis.key, b, i)[s]
+                ok = ok and (axis.lo is None or pick(axis.lo, b, i)[t] <= key)
+                ok = ok and (axis.hi is None or key < pick(axis.hi, b, i)[t])
+            if term.groups is not None:
+                g = pick(term.groups.group, b, i)[s]
+                word = pick(term.groups.bits[..., max(g, 0) // 32], b, i)[t // term.groups.rows]
+                ok = ok and g >= 0 and bool(int(word) >> int(max(g, 0) % 32) & 1)
+            out[b, i, t, s] |= bool(ok)
+    return out
+
+
+def masks():
+    rng = np.random.default_rng(0)
+    ordered = random_term(rng, size=3, rows=5)
+    return {
+        "one head": random_term(rng),
+        "key heads, ordered": either(random_term(rng, K, size=2, rows=16), Mask(causal=True, window=3)),
+        "query heads, many groups": either(random_term(rng, H, 600), dataclasses.replace(ordered, axes=())),
+    }
+
+
+# The algebra, all of it of NumPy.
+
+
+@pytest.mark.parametrize("name", masks())
+def test_visible_and_tiles(name):
+    mask = masks()[name]
+    expected = dense(mask)
+    assert mask.known() and 0.02 < expected.mean() < 0.7
+    np.testing.assert_array_equal(np.broadcast_to(mask.visible(T, S), expected.shape), expected)
+    np.testing.assert_array_equal(mask.visible(T, S, slice(5, 6), slice(2, 9)), expected[:, :, 5:6, 2:9])
+    for bq, bk in TILINGS:
+        kinds = tile_kinds(mask, T, S, bq, bk)
+        sound(kinds, expected, bq, bk)
+        table = tile_table(mask, T, S, bq, bk)
+        for at in np.ndindex(kinds.shape[:3]):
+            wanted = np.flatnonzero(kinds[at])
+            n = len(wanted)
+            np.testing.assert_array_equal(table.index[at][:n], wanted)
+            np.testing.assert_array_equal(table.kind[at], [*kinds[at][wanted], *[0] * (table.kind.shape[-1] - n)])
+            assert table.count[at] == n and np.all(table.index[at][n:] == (wanted[-1] if n else 0))
+        of_keys = tile_table(mask, T, S, bq, bk, of_keys=True)
+        np.testing.assert_array_equal(of_keys.count, (kinds > EMPTY).sum(-2))
+    np.testing.assert_allclose(mean_span(mask, T, S), expected.sum(-1).mean())
+    traced = jax.jit(lambda mask: tile_kinds(mask, T, S, 8, 8))(mask)
+    np.testing.assert_array_equal(traced, tile_kinds(mask, T, S, 8, 8))
+
+
+def test_tiles_are_full_and_empty_where_they_can_be():
+    """Of blocks as large as tiles every tile is one or the other, and of a causal mask only the diagonal is partial."""
+    sees = np.random.default_rng(0).random((6, 6)) < 0.5
+    mask = Mask(groups=Groups(np.arange(48, dtype=np.int32)[None] // 8, packed_bits(sees)[None, None], 8, 8))
+    np.testing.assert_array_equal(tile_kinds(mask, 48, 48, 8, 8)[0, 0], np.where(sees, FULL, EMPTY))
+    causal = tile_kinds(Mask(causal=True), 48, 48, 8, 8)[0, 0]
+    np.testing.assert_array_equal(causal, np.tri(6, k=-1) * FULL + np.eye(6) * PARTIAL)
+    # A padding row, which sees nothing, leaves the others' tiles as they are but for fullness.
+    axis = Axis(np.arange(48, dtype=np.int32)[None], np.full((1, 48), 16, np.int32), np.full((1, 48), 32, np.int32))
+    axis.lo[0, 3] = 40
+    np.testing.assert_array_equal(
+        tile_kinds(Mask(axes=(axis,)), 48, 48, 8, 8)[0, 0, :2], [[0, 0, 1, 1, 0, 0], [0, 0, 2, 2, 0, 0]]
+    )
+
+
+def test_words_of_tiles():
+    mask = random_term(np.random.default_rng(3), size=2)
+    words, group = tile_words(mask, T, S, 8), mask.groups.group
+    seen = dataclasses.replace(mask, k_start=None, k_end=None, axes=()).visible(T, S)
+    for s in np.flatnonzero(group[0] >= 0):
+        tile = group[0, s // 8 * 8 : s // 8 * 8 + 8]
+        local = group[0, s] - tile[tile >= 0].min()
+        np.testing.assert_array_equal((words[..., s // 8] >> local) & 1, seen[..., s])
+    with pytest.raises(UserError, match="at most 32"):
+        tile_words(random_term(np.random.default_rng(0)), T, S, 8)
+
+
+def test_algebra():
+    rng = np.random.default_rng(1)
+    a, b, c = random_term(rng), random_term(rng), dataclasses.replace(random_term(rng), groups=None)
+    seen = lambda m: np.broadcast_to(m.visible(T, S), (B, 1, T, S))
+    np.testing.assert_array_equal(seen(either(a, b)), seen(a) | seen(b))
+    np.testing.assert_array_equal(seen(both(a, c)), seen(a) & seen(c))
+    np.testing.assert_array_equal(seen(both(c, either(a, b))), seen(c) & (seen(a) | seen(b)))
+    windows = both(Mask(causal=True, window=9), Mask(window=4))
+    assert (windows.causal, windows.window) == (True, 4)
+    documents = Mask(np.zeros((1, T), np.int32), causal=True, documents=True)
+    assert both(documents, Mask(window=3)).documents and not both(documents, c).documents
+    order = np.stack([rng.permutation(S) for _ in range(B)])
+    free = either(*(dataclasses.replace(m, k_start=None, k_end=None) for m in (a, b)))
+    moved = np.take_along_axis(seen(free), order[:, None, None], axis=3)
+    np.testing.assert_array_equal(seen(permuted(free, order)), moved)
+    for wrong in (lambda: both(a, b), lambda: either(either(a, b), c), lambda: permuted(a, order)):
+        with pytest.raises(UserError, match="mask"):
+            wrong()
+    with pytest.raises(UserError, match="two"):
+        both(either(a, c), either(b, c))
+
+
+def test_closed_cuts():
+    """Rows 3 to 11 see to 18, where the question ends: text may be cut, the question with its image may not."""
+    t = np.arange(24, dtype=np.int32)
+    image = np.where((3 <= t) & (t < 12), 18, 0).astype(np.int32)
+    mask = either(Mask(causal=True), Mask(np.full((1, 24), 12, np.int32), image[None]))
+    seen = mask.visible(24, 24)[0, 0]
+    expected = [not seen[:p, p:].any() for p in range(25)]
+    np.testing.assert_array_equal(closed_cuts(mask, 24)[0], expected)
+    assert np.flatnonzero(expected).tolist() == [0, 1, 2, 3, *range(18, 25)]
+    assert mask.reach(24, 24)[0, 5] == 18 and mask.reach(24, 24)[0, 1] == 2
+
+
+# Attention.
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(attention_tiles, "ON_CPU", (8, 8, 3))
+    with jax.enable_x64(True):
+        yield
+
+
+def inputs(heads=1, dtype=np.float64, length=T, keys=S):
+    rng = np.random.default_rng(5)
+    shapes = (B, length, H, 5), (B, keys, K, 5), (B, keys, K, 6), (H,), (1, keys, heads), (B, length, heads)
+    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
+
+
+def value_and_gradients(mask, impl, soft_cap=None, lse=True):
+    """o and the log-sum-exp, and gradients of q, k, v, sinks and both biases."""
+
+    def run(q, k, v, sinks, key_bias, query_bias):
+        options = {"sinks_H": sinks, "key_bias_BSh": key_bias, "query_bias_BTh": query_bias, "soft_cap": soft_cap}
+        if not lse:
+            return attention(q, k, v, mask, impl=impl, **options)
+        return attention_with_lse(q, k, v, mask, impl=impl, **options)
+
+    def all_of_it(*arrays):
+        out, vjp = jax.vjp(run, *arrays)
+        return out, vjp(jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), out))
+
+    return jax.jit(all_of_it)(*inputs(mask.heads()))
+
+
+def assert_close(found, expected):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name, form", [(n, "cpu") for n in masks()] + [("query heads, many groups", "accelerator")])
+def test_tiles_equal_the_definition(name, form, small, monkeypatch):
+    if form == "accelerator":
+        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+    mask, cap = masks()[name], None if name == "one head" else 3.0
+    expected = value_and_gradients(mask, "definition", cap, lse=form == "cpu")
+    assert_close(value_and_gradients(mask, "tiles", cap, lse=form == "cpu"), expected)
+
+
+def test_a_mask_that_is_traced_and_rows_that_see_nothing(small):
+    """What is known only at run time is served, too; rows and keys that nobody meets have zeros."""
+    mask = jax.tree.map(np.copy, masks()["one head"])
+    mask.k_end[:, ::3] = 0
+    q, k, v, *_ = inputs()
+
+    @jax.jit
+    def run(q, k, v, mask, g):
+        o, vjp = jax.vjp(lambda *a: gated_attention(*a[:3], mask, a[3]), q, k, v, g)
+        return o, attention(q, k, v, mask, impl="definition") * jax.nn.sigmoid(1.0), *vjp(jnp.ones_like(o))
+
+    o, expected, dq, dk, dv, _ = run(q, k, v, mask, jnp.ones((B, T, H, 6)))
+    assert_close([o], [expected])
+    assert not np.any(o[:, ::3]) and not np.any(dq[:, ::3]) and np.any(o[:, 1::3])
+    unseen = ~dense(mask).any((1, 2))
+    assert unseen.any() and not np.any(dk[unseen]) and not np.any(dv[unseen])
+
+
+def test_no_array_of_queries_by_keys():
+    """Peak arrays grow with the length, not its square, forward and backward."""
+    from tests.ops.test_attention import sizes
+
+    def largest(n):
+        blocks = n // 64
+        near = np.abs(np.subtract.outer(np.arange(blocks), np.arange(blocks))) < 3
+        group = np.arange(n, dtype=np.int32)[None] // 64
+        mask = Mask(causal=True, groups=Groups(group, packed_bits(near)[None, None], 64, 64))
+        x = jax.ShapeDtypeStruct((1, n, 1, 8), jnp.float32)
+        f = lambda q, k, v: jax.vjp(lambda *a: attention(*a, mask), q, k, v)[1](q)
+        return max(sizes(jax.make_jaxpr(f)(x, x, x).jaxpr))
+
+    assert largest(8192) <= 2.1 * largest(4096)
+
+
+def test_queries_over_a_cache_see_what_the_whole_row_sees(small):
+    """One query, and several, with the keys' coordinates of the whole cache."""
+    rng = np.random.default_rng(7)
+    key, lo = integers(rng, 0, 4, B, S), integers(rng, 0, 3, B, S)
+    group, bits = integers(rng, 0, 40, B, S), packed_bits(rng.random((B, 1, S, 40)) < 0.7)
+    whole = Mask(causal=True, axes=(Axis(key, lo),), groups=Groups(group, bits))
+    q, k, v, *_ = inputs(length=S)
+
+    @jax.jit
+    def run(q, k, v):
+        cache = [x.swapaxes(1, 2).reshape(B * K, S, -1) for x in (k, v)]
+        parts = []
+        for first, n in ((20, 1), (30, 6)):
+            at = slice(first, first + n)
+            mask = mask_for_extension(first, n, axes=(Axis(key, lo[:, at]),), groups=Groups(group, bits[:, :, at]))
+            parts.append(cached_attention(q[:, at], *cache, mask))
+        return attention(q, k, v, whole, impl="definition"), *parts
+
+    with recording() as chosen:
+        expected, one, six = run(q, k, v)
+    assert [choice.implementation for choice in chosen.choices] == ["one_query", "tiles", "definition"]
+    assert_close([one, six], [expected[:, 20:21], expected[:, 30:36]])
+
+
+def test_whoever_serves_intervals_only_refuses_the_rest():
+    mask = Mask(axes=(Axis(np.zeros((1, 8), np.int32), np.zeros((1, 8), np.int32)),))
+    q = jnp.zeros((1, 8, 2, 4))
+    for impl in set(ATTENTION.table) - {"definition", "tiles"}:
+        with pytest.raises(UserError, match="interval of keys|it runs on"):
+            attention(q, q, q, mask, impl=impl)
+    with pytest.raises(UserError, match="no biases"):
+        attention(q, q, q, Mask(), key_bias_BSh=jnp.zeros((1, 8, 1)), impl="xla")
+    wanted = jnp.ones((1, 8, 1), bool)
+    for refuses in (
+        lambda: parallax(q, q, q, q, mask),
+        lambda: local_linear(q, q, q, mask, 0.1),
+        lambda: chosen_attention(q, q, q, mask, wanted, chosen=(0,), active=1),
+    ):
+        with pytest.raises(UserError, match="no implementation supports .* pattern"):
+            refuses()
+    with pytest.raises(ValueError, match="bounds"):
+        mask.bounds(8, 8)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"axes": (Axis(np.zeros((1, 9), np.int32), None, None, "ring"),)}, r"axis 'ring' key \(1, 9\)"),
+        ({"groups": Groups(np.zeros((1, 8), np.int32), np.zeros((1, 1, 3, 1), np.uint32), 4)}, r"bits \(1, 1, 3\)"),
+        ({"axes": (Axis(np.zeros((1, 3, 8), np.int32)),)}, "axis '' key"),
+        ({"k_end": np.zeros((1, 9), np.int32)}, "k_end"),
+    ],
+)
+def test_wrong_shapes_are_refused(change, message):
+    q = jnp.zeros((1, 8, 2, 4))
+    with pytest.raises(UserError, match=message):
+        attention(q, q, q, Mask(**change))
+
+
+def test_eight_devices(small):
+    """Rows, positions and heads split: the same numbers as on one device."""
+    n, rng = 32, np.random.default_rng(2)
+    mask = dataclasses.replace(
+        random_term(rng, K, size=3, rows=4, length=n, keys=n), k_start=None, k_end=None, causal=True
+    )
+    q, k, v, _, key_bias, query_bias = inputs(K, length=n, keys=n)
+    run = lambda q, k, v, kb, qb: attention(q, k, v, mask, key_bias_BSh=kb, query_bias_BTh=qb)
+    both_ways = lambda *a: (lambda o, vjp: (o, vjp(jnp.cos(o))))(*jax.vjp(run, *a))
+    arrays = q, k, v, key_bias, query_bias
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=1, tensor=2, context=2), 8, length=n)
+    split = jax.jit(partition.traced(both_ways, mesh, sharding.ACTIVATION_RULES))(*arrays)
+    assert_close(split, jax.jit(both_ways)(*arrays))
