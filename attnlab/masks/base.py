@@ -92,8 +92,15 @@ class MaskBuilder(abc.ABC):
         """
         raise UnsupportedPattern(f"mask {self.name!r} does not stream")
 
-    def positions(self, seq: Sequence) -> Array:
-        """What position encodings turn by, [B, T]."""
+    def positions(self, seq: Sequence, keys: tuple[Array, ...] | None = None, index: Array | None = None) -> Array:
+        """What position encodings turn by, [B, T].
+
+        Args:
+          seq: whole rows, or the next positions of a stream.
+          keys: in a stream, `coordinates` of all keys, those of these positions among them.
+          index: in a stream, [B, T], how many positions are before each.
+        """
+        del keys, index
         return seq.positions
 
     @abc.abstractmethod

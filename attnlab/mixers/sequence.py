@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.ops.documents import document_index, positions_in_documents
+from attnlab.ops.layout import Layout
 from attnlab.ops.masks import Mask, mask_of_documents
 
 
@@ -73,6 +74,8 @@ class Sequence:
       contexts: by name, what cross-attention reads; None: nothing.
       grid: rows and columns of an image whose pixels or patches, row by row, are the last positions of every row of the
         batch; those before them (a class token) are not of the image. None where there is no image.
+      layout: where images and questions lie in rows of text, for masks that read it; None: not said.
+      node: [B, T] int32, a number of what a position belongs to (a subject), for masks that read it; None: not said.
     """
 
     positions: jax.Array
@@ -81,6 +84,8 @@ class Sequence:
     offsets: jax.Array | None = None
     contexts: Mapping[str, Context] | None = None
     grid: tuple[int, int] | None = dataclasses.field(default=None, metadata={"static": True})
+    layout: Layout | None = None
+    node: jax.Array | None = None
 
     @classmethod
     def whole(cls, batch: int, length: int) -> Sequence:

@@ -106,13 +106,16 @@ class Softmax(CrossAttention):
     def reads(self, x: jax.Array, seq: Sequence, cache: Any = None) -> Reads:
         if self.mask is None:
             return super().reads(x, seq, cache)
-        q, k, v = self.positioned(x, dataclasses.replace(seq, positions=self.mask.positions(seq)))
+        placed = lambda *stream: dataclasses.replace(seq, positions=self.mask.positions(seq, *stream))
         if cache is None:
+            q, k, v = self.positioned(x, placed())
             return Reads(q, Whole(k, v), self.mask.mask(seq, causal=self.config.causal))
         first = cache.kv.length
-        kv, view, interval = cache.kv.append(k, v, seq.offsets, seq.padding)
         put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, first, axis=1)
         stored = tuple(map(put, cache.coordinates, self.mask.coordinates(seq)))
+        index = first + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+        q, k, v = self.positioned(x, placed(stored, index))
+        kv, view, interval = cache.kv.append(k, v, seq.offsets, seq.padding)
         return Reads(q, view, self.mask.rows(seq, stored, interval), MaskedCache(kv, stored))
 
     def init_carried(self, batch: int, max_length: int, dtype: Any) -> Any:

@@ -1,0 +1,36 @@
+"""Concentric causal attention."""
+
+from tests.masks.rows import by_hand, held_to_the_laws
+
+
+def ring(place):
+    (y, x), (rows, columns) = place.cell, place.size
+    return min(y, rows - 1 - y, x, columns - 1 - x)
+
+
+def sees(config, q, k, row):
+    if q.kind == "image" and k.span == q.span:
+        return ring(k) <= ring(q)
+    return k.index <= q.index
+
+
+def test_laws():
+    held_to_the_laws("concentric", sees, {})
+
+
+def test_small_matrix_and_positions_by_hand():
+    border, centre = "xxxxx.xxxx.", "xxxxxxxxxx."
+    lines, positions = by_hand("concentric", [("text", 1), ("image", (3, 3)), ("text", 1)])
+    assert lines == ["x" + "." * 10, *[border] * 4, centre, *[border] * 4, "x" * 11]
+    assert positions == [0, 1, 1, 1, 1, 2, 1, 1, 1, 1, 3]
+    as_they_are = by_hand("concentric", [("text", 1), ("image", (3, 3)), ("text", 1)], ring_positions=False)[1]
+    assert as_they_are == list(range(11))
+
+
+def test_rings_are_as_many_as_the_paper_says():
+    """24 x 24 patches: 12 rings, and the text behind stands 12 after where the image begins, where it stood 576."""
+    lines, positions = by_hand("concentric", [("text", 2), ("image", (24, 24)), ("text", 1)])
+    assert positions[-1] == 2 + 12 and max(positions[2:-1]) == 2 + 11
+    sizes = [92 - 8 * r for r in range(12)]
+    inside = sum(size * sum(sizes[: r + 1]) for r, size in enumerate(sizes))
+    assert sum(line[2:578].count("x") for line in lines[2:578]) == inside
