@@ -64,8 +64,8 @@ _DECODE_IMPLS = "auto", "one_query", "tiles", "definition"
 
 def _mask_config(tree: Any, path: str) -> masks.MaskConfig | None:
     """The typed Config of a node; None where it is none."""
-    text = getattr(tree, "text", tree)
-    if text is None or (isinstance(text, str) and text.lower() in ("none", "null")):
+    tree = tree.text if isinstance(tree, config_lib.Override) else tree
+    if tree is None or (isinstance(tree, str) and tree.lower() in ("none", "null")):
         return None
     return masks.config_from_node(tree, path)
 

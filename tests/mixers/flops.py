@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from attnlab import masks, mixers
 from tests.mixers import cases
 
 
@@ -44,6 +45,11 @@ def keys_seen(config, t):
         return (cases.LENGTH if not config.causal else min(t + 1, config.window or cases.LENGTH)) ** 2
     if config.node_name == "rat":  # the complete chunks before, and its own
         return t // config.chunk + 1
+    if getattr(config, "mask", None) is not None:
+        seq = mixers.Sequence.whole(1, cases.LENGTH)
+        return int(
+            masks.build(config.mask).mask(seq, causal=config.causal).visible(cases.LENGTH, cases.LENGTH)[0, 0, t].sum()
+        )
     if not config.causal:
         return cases.LENGTH
     return min(t + 1, getattr(config, "window", None) or cases.LENGTH)

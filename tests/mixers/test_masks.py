@@ -1,0 +1,120 @@
+"""Mixers whose mask narrows what a query sees: streams, packing, MoH, and what does not go together."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from attnlab import config as config_lib
+from attnlab import mixers
+from attnlab.errors import ConfigError, UnsupportedPattern
+from attnlab.ops import attention_tiles
+from attnlab.ops.dispatch import recording
+from tests.masks.rows import ROWS, layout_of, places
+from tests.mixers import cases
+
+POWER = {"name": "power_blocks", "block": 2, "sinks": 0}
+GRID = {"name": "grid_pattern", "stride": 3, "local": 2}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(attention_tiles, "ON_CPU", (4, 4, 2))
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.mark.parametrize(
+    "node, implementations",
+    [
+        ({"name": "softmax", "kv_heads": 2, "sinks": True, "mask": POWER}, ["tiles"]),
+        ({"name": "moh", "core": {"name": "gated", "mask": GRID}}, ["dense", "tiles"]),
+    ],
+    ids=["softmax", "moh"],
+)
+def test_streams_and_documents(node, implementations):
+    """`extend` in pieces equals the whole of packed, padded rows, in which each document gives what it gives alone."""
+    config = mixers.config_from_node(node)
+    module = cases.module(config, jnp.float64)
+    graphdef, params = cases.split(module)
+    x, seq = cases.inputs(jnp.float64)
+    run = jax.jit(lambda params, x, seq: nnx.merge(graphdef, params)(x, seq).y)
+    with recording() as chosen:
+        whole = run(params, x, seq)
+    assert [choice.implementation for choice in chosen.choices] == implementations
+    step = jax.jit(lambda x, seq, state: nnx.merge(graphdef, params).extend(x, seq, state))
+    state = module.init_state(2, cases.LENGTH, jnp.float64)
+    pieces, _ = cases.streamed(step, state, x, seq, [3, 3, 1, 3, 1])
+    np.testing.assert_allclose(np.where((seq.segments > 0)[..., None], pieces - whole, 0), 0, atol=1e-12)
+    for documents in cases.ALONE:
+        alone = run(params, *cases.alone(x, seq, documents))
+        for i, (row, first, end) in enumerate(documents):
+            np.testing.assert_allclose(alone[i, : end - first], whole[row, first:end], atol=1e-12)
+
+
+def test_positions_by_rings_in_a_stream():
+    """Concentric attention turns keys by rings: a stream cut at closed cuts equals the whole."""
+    layout, segments = layout_of([places(row) for row in ROWS])
+    layout, segments = jax.tree.map(lambda x: jnp.asarray(x[:1]), layout), jnp.asarray(segments[:1])
+    module = cases.module(mixers.config_from_node({"name": "softmax", "mask": "concentric"}), jnp.float64)
+    graphdef, params = cases.split(module)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, segments.shape[1], cases.WIDTH)))
+    seq = mixers.Sequence(jnp.zeros_like(segments), segments, layout=layout)
+    whole = jax.jit(lambda x, seq: nnx.merge(graphdef, params)(x, seq).y)(x, seq)
+    step = jax.jit(lambda x, seq, state: nnx.merge(graphdef, params).extend(x, seq, state))
+    stream, state, parts, first = mixers.Stream.start(1), module.init_state(1, 40, jnp.float64), [], 0
+    for n in (8, 8, segments.shape[1] - 16):
+        piece, stream = stream.extend(jax.tree.map(lambda a, at=slice(first, first + n): a[:, at], seq))
+        out = step(x[:, first : first + n], piece, state)
+        state, first = out.state, first + n
+        parts.append(out.y)
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=1e-12)
+    plain = cases.module(mixers.config_from_node("softmax"), jnp.float64)(x, seq).y
+    assert np.abs(whole - plain).max() > 1e-3
+
+
+def test_a_mask_is_named_on_the_command_line():
+    tree = {"name": "softmax"}
+    config_lib.apply_overrides(tree, ["mask=power_blocks"])
+    assert mixers.config_from_node(tree).mask.block == 64
+    tree = config_lib.apply_overrides({"name": "gated"}, ["mask.name=a_shape", "mask.window=9"])
+    config = mixers.config_from_node(tree)
+    assert (config.mask.window, config_lib.to_dict(config)["mask"]["name"]) == (9, "a_shape")
+    assert mixers.config_from_node({"name": "softmax", "mask": "none"}).mask is None
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"mask": "power"}, "power_blocks"),
+        ({"mask": {**POWER, "blocks": 3}}, "mask.blocks"),
+        ({"mask": POWER, "window": 3}, "window = 3.*none where mask is set"),
+        ({"mask": POWER, "source": "image"}, "source"),
+        ({"mask": POWER, "qk_norm": "cosine"}, "qk_norm"),
+        ({"mask": POWER, "causal": False}, "causal = False.*true: mask power_blocks"),
+        ({"mask": "neighborhood"}, "causal = True.*false: mask neighborhood"),
+        ({"mask": POWER, "impl": "xla"}, "impl = 'xla'.*tiles"),
+        ({"mask": POWER, "decode_impl": "decode"}, "decode_impl"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        mixers.config_from_node({"name": "softmax", **fields})
+
+
+def test_what_a_mask_needs_is_said():
+    module = cases.module(mixers.config_from_node({"name": "softmax", "mask": "concentric"}), jnp.float64)
+    x, seq = cases.inputs(jnp.float64)
+    with pytest.raises(UnsupportedPattern, match="Sequence.layout"):
+        module(x, seq)
+    config = mixers.config_from_node({"name": "moh", "core": {"name": "softmax", "mask": POWER}})
+    with pytest.raises(ConfigError, match="gather needs a core whose mask is none"):
+        dataclasses.replace(config, impl="gather")
+    line = {"name": "softmax", "causal": False, "mask": {"name": "neighborhood", "window": [3]}}
+    module = cases.module(mixers.config_from_node(line), jnp.float64)
+    assert module(x, mixers.Sequence.whole(2, cases.LENGTH)).y.shape == x.shape
+    with pytest.raises(UnsupportedPattern, match="packed"):
+        module(x, seq)
