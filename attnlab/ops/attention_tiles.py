@@ -1,8 +1,8 @@
 """Softmax attention under any mask in plain XLA: each tile of query rows against a table of the tiles it may see.
 
-The table (`attnlab.ops.mask_tiles`) leaves out tiles that are empty; a few of a row's tiles at a time are gathered, and
-the mask is evaluated where one of them is not full. So time goes with the tiles that hold a visible pair, and no array
-of queries by keys is made. Forward and backward follow FlashAttention (Dao 2023, arXiv:2307.08691).
+The table (`attnlab.ops.mask_tiles`) leaves out tiles that are empty. A few of a row's tiles at a time are gathered,
+full ones first: the mask is evaluated in what is left. So time goes with the tiles that hold a visible pair, and no
+array of queries by keys is made. Forward and backward follow FlashAttention (Dao 2023, arXiv:2307.08691).
 
 Shapes: `G` query heads of a key head, `g` is 1 or G, `r` rows of a tile, `L` keys of the tiles computed at a time; `b`
 and `m` are 1, or batch and key heads.
@@ -23,27 +23,28 @@ from jax.ad_checkpoint import checkpoint_name
 from attnlab.ops.attention_frame import AttentionSpec
 from attnlab.ops.blockwise import HIDDEN, LOG2E, LOWEST, matmul, varying
 from attnlab.ops.mask_evaluation import Side, by_key_head, gathered, sides_of
-from attnlab.ops.mask_tiles import EMPTY, FULL, PARTIAL, TileTable, table_of, tile_kinds
+from attnlab.ops.mask_tiles import EMPTY, FULL, PARTIAL, table_of, tile_kinds
 from attnlab.ops.masks import Array, Mask, numpy_if
 from attnlab.parallel import partition
 
-# Rows and keys of a tile, and tiles of keys computed at a time.
-ON_CPU = 64, 64, 4
-ELSEWHERE = 128, 128, 4
+# Rows and keys of a tile, and tiles of keys computed at a time: full ones (about as many), and others.
+ON_CPU = 64, 64, 4, 2
+ELSEWHERE = 128, 128, 4, 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Everything static that the two passes need (hashable: a nondifferentiable argument).
 
-    scale, soft_cap: of the op. rows, keys, tiles: rows and keys of a tile, tiles at a time. length, count: T and S.
+    scale, soft_cap: of the op. rows, keys: of a tile. full, masked: tiles at a time. length, count: T and S.
     """
 
     scale: float
     soft_cap: float | None
     rows: int
     keys: int
-    tiles: int
+    full: int
+    masked: int
     length: int
     count: int
 
@@ -53,11 +54,11 @@ class Config:
 class Plan:
     """Which tiles are computed, and what says the mask in them; leading axes [b, m], which a head's own is without.
 
-    index, partial: `[..., nq, n L]`, tiles of keys and whether the mask is to be evaluated. count: `[..., nq]`.
+    index: `[..., nq, L]`, tiles of keys, full ones first. full, count: `[..., nq]`, how many are full, and how many.
     """
 
     index: Array
-    partial: Array
+    full: Array
     count: Array
     sides: tuple[Side, ...]
 
@@ -86,36 +87,36 @@ def attention_with_lse(
 ) -> tuple[jax.Array, jax.Array]:
     """See `attnlab.ops.attention.attention_with_lse`."""
     (T, H), (S, K) = q_BTHd.shape[1:3], k_BSKd.shape[1:3]
-    rows, keys, tiles = ON_CPU if partition.platform() == "cpu" else ELSEWHERE
-    table = _table(mask, T, S, H, K, rows, keys)
-    places = table.index.shape[-1]
-    tiles = -(-places // -(-places // tiles))  # so that the last step of a row that takes all is as full as the others
-    config = Config(scale, soft_cap, rows, keys, tiles, T, S)
-    table = _whole_steps(table, tiles)
-    plan = Plan(table.index, table.kind == PARTIAL, table.count, sides_of(mask, T, S, H, K, rows, keys))
+    sizes = ON_CPU if partition.platform() == "cpu" else ELSEWHERE
+    config = Config(scale, soft_cap, *sizes, T, S)
+    plan = _plan(config, mask, H, K)
+    config = dataclasses.replace(config, full=_full_at_a_time(plan.full, config.full))
     arrays = varying((q_BTHd, k_BSKd, v_BSKe, sinks_H, key_bias_BSh, query_bias_BTh), (q_BTHd, k_BSKd, v_BSKe, mask))
     o, lse_BTH = _attention(config, *arrays, plan)
     return o, lse_BTH / LOG2E
 
 
-def _table(mask: Mask, T: int, S: int, H: int, K: int, rows: int, keys: int) -> TileTable:
+def _plan(config: Config, mask: Mask, H: int, K: int) -> Plan:
     """The tiles that a key head computes: those that one of its query heads sees."""
-    kinds = tile_kinds(mask, T, S, rows, keys)
+    sizes = config.length, config.count, config.rows, config.keys
+    kinds = tile_kinds(mask, *sizes)
     xp = numpy_if(isinstance(kinds, np.ndarray))
     if kinds.shape[1] == H > K:
         kinds = kinds.reshape(kinds.shape[0], K, H // K, *kinds.shape[2:])
         least, most = kinds.min(2), kinds.max(2)
         kinds = xp.where(most == EMPTY, EMPTY, xp.where(least == FULL, FULL, PARTIAL)).astype(xp.int8)
-    return table_of(kinds)
+    table = table_of(kinds, full_first=True)
+    # A step reads all of its places, also where the last one's reach over the end.
+    index = xp.pad(table.index, [(0, 0)] * 3 + [(0, config.full + 2 + config.masked)], mode="edge")
+    full = (table.kind == FULL).sum(-1, dtype=xp.int32)
+    return Plan(index, full, table.count, sides_of(mask, config.length, config.count, H, K, config.rows, config.keys))
 
 
-def _whole_steps(table: TileTable, tiles: int) -> TileTable:
-    """As many places in a row as whole steps take."""
-    xp = numpy_if(isinstance(table.index, np.ndarray))
-    more = [(0, 0)] * 3 + [(0, -table.index.shape[-1] % tiles)]
-    return dataclasses.replace(
-        table, index=xp.pad(table.index, more, mode="edge"), kind=xp.pad(table.kind, more, constant_values=0)
-    )
+def _full_at_a_time(full: Array, usual: int) -> int:
+    """About `usual`, so that few full tiles are left for the last steps, where their numbers are known."""
+    if not isinstance(full, np.ndarray):
+        return usual
+    return min(range(max(1, usual - 1), usual + 3), key=lambda n: ((full % n).sum(), abs(n - usual)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -144,18 +145,18 @@ def _backward(config: Config, residuals, cotangents):
     heads = _of_heads(config, q, k, v, sinks, key_bias, query_bias) | {"plan": plan}
     of_rows = lambda x: _rows_of_heads(config, x, K)
     heads |= {"do": of_rows(do), "lse": of_rows(lse[..., None])[..., 0], "delta": of_rows(delta[..., None])[..., 0]}
-    rows, keys = heads["q"].shape[3], heads["k"].shape[2] * config.keys
-    g = [None if x is None else G if x.shape[2] == H > K else 1 for x in (key_bias, query_bias)]
-    out = [((G, rows, d), stat), ((d, keys), stat), ((e, keys), stat)]
-    out += [((g[0] or 0, keys), stat), ((g[1] or 0, rows), stat), ((G,), stat)]
+    rows, nk, bk = heads["q"].shape[3], *heads["k"].shape[2:4]
+    g = [0 if x is None else G if x.shape[2] == H > K else 1 for x in (key_bias, query_bias)]
+    out = [((G, rows, d), stat), *(((nk, n, bk), stat) for n in (d, e, g[0])), ((g[1], rows), stat), ((G,), stat)]
     dq, dk, dv, dkey_bias, dquery_bias, dsinks = _over_heads(partial(_backward_head, config), heads, B, K, out)
-    of_keys = lambda x, like: x[..., : config.count].transpose(0, 3, 1, 2).astype(like.dtype)
+    by_key = lambda x: jnp.moveaxis(x, 2, 3).reshape(B, K, x.shape[3], -1)[..., : config.count]  # [B, K, d, S]
+    of_keys = lambda x, like: by_key(x).transpose(0, 3, 1, 2).astype(like.dtype)
     return (
         _by_position(dq * config.scale, T).astype(q.dtype),
         of_keys(dk * config.scale, k),
         of_keys(dv, v),
         None if sinks is None else dsinks.sum(0).reshape(H).astype(sinks.dtype),
-        None if key_bias is None else _of_bias(dkey_bias[..., : config.count], key_bias),
+        None if key_bias is None else _of_bias(by_key(dkey_bias), key_bias),
         None if query_bias is None else _of_bias(dquery_bias[..., :T], query_bias),
         None,
     )
@@ -214,10 +215,10 @@ def _by_position(x: jax.Array, T: int) -> jax.Array:
 
 
 def _over_heads(head: Callable, arrays: dict[str, Any], B: int, K: int, out: list[tuple[tuple[int, ...], Any]]):
-    """Run `head(arrays, steps)`, written for one key head, over batch and key heads: [B, K, ...] of each of `out`.
+    """Run `head(arrays, counts)`, written for one key head, over batch and key heads: [B, K, ...] of each of `out`.
 
-    One after the other on CPU, each with as many steps of a tile of rows as it needs, and all together elsewhere, with
-    the most that any needs.
+    `counts`, of each tile of rows: how many tiles of keys, the first ones, are taken for full, and how many there are.
+    One head after the other on CPU, each with its own counts, and all together elsewhere.
     """
 
     def one_by_one(arrays):
@@ -228,7 +229,7 @@ def _over_heads(head: Callable, arrays: dict[str, Any], B: int, K: int, out: lis
         def body(i, results):
             own = lambda x: x[i // K if x.shape[0] > 1 else 0, i % K if x.shape[1] > 1 else 0]
             of_head = jax.tree.map(lambda x: wide(own(jnp.asarray(x))), arrays)
-            parts = head(of_head, of_head["plan"].count)
+            parts = head(of_head, (of_head["plan"].full, of_head["plan"].count))
             put = lambda whole, part: whole.at[i // K, i % K].set(part.astype(whole.dtype))
             return tuple(map(put, results, parts))
 
@@ -236,7 +237,8 @@ def _over_heads(head: Callable, arrays: dict[str, Any], B: int, K: int, out: lis
         return _loop(B * K, body, carry)
 
     def together(arrays):
-        most = jnp.asarray(arrays["plan"].count).max((0, 1))
+        full, count = (jnp.asarray(x) for x in (arrays["plan"].full, arrays["plan"].count))
+        most = full.min((0, 1)), count.max((0, 1))
 
         def over(axis, run):  # vmap over the first axis where it is not 1
             def mapped(arrays):
@@ -259,14 +261,21 @@ def _over_heads(head: Callable, arrays: dict[str, Any], B: int, K: int, out: lis
 # One key head.
 
 
-def _step(config: Config, of_head: dict[str, Any], tile, c, q_Grd, factor: float):
+def _sweep(config: Config, counts, tile, step: Callable, carry):
+    """Fold `carry = step(first, n, masked, carry)` over the tiles of keys of a tile of rows, n from `first` on."""
+    full, count = counts[0][tile], counts[1][tile]
+    n, whole = config.full, full // config.full
+    carry = _loop(whole, lambda c, carry: step(c * n, n, False, carry), carry)
+    rest = -(-(count - whole * n) // config.masked)
+    return _loop(rest, lambda c, carry: step(whole * n + c * config.masked, config.masked, True, carry), carry)
+
+
+def _step(config: Config, of_head: dict[str, Any], tile, at: tuple[Any, int, bool], q_Grd, factor: float):
     """Of one step of a tile of rows: the tiles of keys, k_Ld, v_Le, scores [G, r, L] in log2 units, hidden ones
     `HIDDEN`, and the soft-cap's slope."""
-    plan, n = of_head["plan"], config.tiles
-    places = c * n + jnp.arange(n, dtype=jnp.int32)
-    at = jax.lax.dynamic_slice(plan.index, (tile, c * n), (1, n))[0]
-    evaluate = jax.lax.dynamic_slice(plan.partial, (tile, c * n), (1, n)).any()
-    tiles = [at[j] for j in range(n)]
+    plan, (first, n, masked) = of_head["plan"], at
+    index = jax.lax.dynamic_slice(plan.index, (tile, first), (1, n))[0]
+    tiles = [index[j] for j in range(n)]
     k, v = (_keys(of_head[name], tiles) for name in ("k", "v"))
     (G, r, d), slope = q_Grd.shape, None
     scores = matmul(q_Grd.reshape(G * r, d), k.T).reshape(G, r, -1)
@@ -279,17 +288,12 @@ def _step(config: Config, of_head: dict[str, Any], tile, c, q_Grd, factor: float
         scores = scores + gathered(of_head["key_bias"], tiles)[:, None]
     if "query_bias" in of_head:
         scores = scores + _rows(of_head["query_bias"], tile, r)[..., None]
-    used = jnp.repeat(places < plan.count[tile], config.keys)
-
-    def seen():
+    if masked:
         found = [side.visible(tile, tiles, r) for side in plan.sides]
-        shape = np.broadcast_shapes(*(x.shape for x in found))
-        found = found[0] if len(found) == 1 else found[0] | found[1]
-        return jnp.broadcast_to(found, shape) & used
-
-    shape = jax.eval_shape(seen).shape
-    visible = jax.lax.cond(evaluate, seen, lambda: jnp.broadcast_to(used, shape))
-    return tiles, k, v, jnp.where(visible, scores, HIDDEN), slope
+        used = first + jnp.arange(n, dtype=jnp.int32) < plan.count[tile]
+        seen = jnp.repeat(used, config.keys) & (found[0] if len(found) == 1 else found[0] | found[1])
+        scores = jnp.where(seen, scores, HIDDEN)
+    return tiles, k, v, scores, slope
 
 
 def _keys(x: jax.Array, tiles: list[jax.Array]) -> jax.Array:
@@ -316,8 +320,8 @@ def _factor(config: Config, dtype: Any) -> float:
     return config.scale * (LOG2E if config.soft_cap is None else 1 / config.soft_cap) if dtype.itemsize >= 4 else 1.0
 
 
-def _forward_head(config: Config, of_head: dict[str, Any], count) -> tuple[jax.Array, jax.Array]:
-    """o [G, T, e] and the log2-sum-exp2 of the scores [G, T], sinks included; `count` tiles of each tile of rows."""
+def _forward_head(config: Config, of_head: dict[str, Any], counts) -> tuple[jax.Array, jax.Array]:
+    """o [G, T, e] and the log2-sum-exp2 of the scores [G, T], sinks included."""
     q, r = of_head["q"], config.rows
     (G, T, _), e = q.shape, of_head["v"].shape[-1]
     stat = jnp.promote_types(q.dtype, jnp.float32)
@@ -330,16 +334,16 @@ def _forward_head(config: Config, of_head: dict[str, Any], count) -> tuple[jax.A
     def rows_of_tile(tile, carry):
         q_tile = _rows(q, tile, r) * factor
 
-        def step(c, so_far):
+        def step(first, n, masked, so_far):
             highest, total, o = so_far
-            _, _, v, scores, _ = _step(config, of_head, tile, c, q_tile, factor)
+            _, _, v, scores, _ = _step(config, of_head, tile, (first, n, masked), q_tile, factor)
             new = jnp.maximum(highest, scores.max(-1))
             weights, shrink = jnp.exp2(scores - new[..., None]), jnp.exp2(highest - new)
             more = matmul(weights.astype(v.dtype).reshape(G * r, -1), v).reshape(G, r, e)
             return new, total * shrink + weights.sum(-1), o * shrink[..., None] + more
 
         begin = varying((*first, jnp.zeros((G, r, e), stat)), of_head)
-        highest, total, o = _loop(-(-count[tile] // config.tiles), step, begin)
+        highest, total, o = _sweep(config, counts, tile, step, begin)
         total = jnp.maximum(total, jnp.finfo(stat).tiny)
         o_GTe, lse_GT = carry
         return _put(o_GTe, o / total[..., None], tile * r), _put(lse_GT, highest + jnp.log2(total), tile * r)
@@ -348,11 +352,11 @@ def _forward_head(config: Config, of_head: dict[str, Any], count) -> tuple[jax.A
     return _loop(T // r, rows_of_tile, carry)
 
 
-def _backward_head(config: Config, of_head: dict[str, Any], count) -> tuple[jax.Array, ...]:
-    """dq [G, T, d], dk [d, S], dv [e, S], of the key bias [g, S] and the query bias [g, T], and of the sinks [G]."""
-    q, r, bk = of_head["q"], config.rows, config.keys
+def _backward_head(config: Config, of_head: dict[str, Any], counts) -> tuple[jax.Array, ...]:
+    """dq [G, T, d], dk and dv [nk, d, bk], of the key bias [nk, g, bk], of the query bias [g, T], of the sinks [G]."""
+    q, r = of_head["q"], config.rows
     (G, T, d), e = q.shape, of_head["v"].shape[-1]
-    S, stat = of_head["k"].shape[0] * bk, of_head["lse"].dtype
+    (nk, bk, _), stat = of_head["k"].shape, of_head["lse"].dtype
     factor = _factor(config, q.dtype)
     heads = [of_head[name].shape[0] if name in of_head else 0 for name in ("key_bias", "query_bias")]
 
@@ -361,27 +365,26 @@ def _backward_head(config: Config, of_head: dict[str, Any], count) -> tuple[jax.
         q_, do, lse, delta = (_rows(x, tile, r) for x in (q, of_head["do"], of_head["lse"], of_head["delta"]))
         scaled, q_, do = q_ * factor, q_.reshape(G * r, d), do.reshape(G * r, e)
 
-        def step(c, so_far):
+        def step(first, n, masked, so_far):
             dq, dquery, dk, dv, dkey = so_far
-            tiles, k, v, scores, slope = _step(config, of_head, tile, c, scaled, factor)
+            tiles, k, v, scores, slope = _step(config, of_head, tile, (first, n, masked), scaled, factor)
             weights = jnp.exp2(scores - lse[..., None])
             dscores = weights * (matmul(do, v.T).reshape(weights.shape) - delta[..., None])
             if heads[0]:
-                dkey = _add(dkey, dscores.sum(1).reshape(heads[0], -1, dscores.shape[2]).sum(1), tiles, bk)
+                dkey = _add(dkey, dscores.sum(1).reshape(heads[0], -1, dscores.shape[2]).sum(1), tiles)
             if heads[1]:
                 dquery = dquery + dscores.sum(2).reshape(heads[1], -1, r).sum(1)
             dscores = dscores if slope is None else dscores * slope
             dscores = dscores.astype(k.dtype).reshape(G * r, -1)
-            dk = _add(dk, matmul(q_.T, dscores), tiles, bk)
-            dv = _add(dv, matmul(do.T, weights.astype(v.dtype).reshape(G * r, -1)), tiles, bk)
+            dk = _add(dk, matmul(q_.T, dscores), tiles)
+            dv = _add(dv, matmul(do.T, weights.astype(v.dtype).reshape(G * r, -1)), tiles)
             return dq + matmul(dscores, k).reshape(G, r, d), dquery, dk, dv, dkey
 
         begin = varying((jnp.zeros((G, r, d), stat), jnp.zeros((heads[1], r), stat)), of_head)
-        steps = -(-count[tile] // config.tiles)
-        dq_tile, dquery, *rest = _loop(steps, step, (*begin, *rest))
+        dq_tile, dquery, *rest = _sweep(config, counts, tile, step, (*begin, *rest))
         return _put(dq, dq_tile, tile * r), *rest, _put(dquery_bias, dquery, tile * r)
 
-    shapes = (G, T, d), (d, S), (e, S), (heads[0], S), (heads[1], T)
+    shapes = (G, T, d), (nk, d, bk), (nk, e, bk), (nk, heads[0], bk), (heads[1], T)
     carry = varying(tuple(jnp.zeros(shape, stat) for shape in shapes), of_head)
     dq, dk, dv, dkey_bias, dquery_bias = _loop(T // r, rows_of_tile, carry)
     dsinks = jnp.zeros((G,), stat)
@@ -390,9 +393,13 @@ def _backward_head(config: Config, of_head: dict[str, Any], count) -> tuple[jax.
     return dq, dk, dv, dkey_bias, dquery_bias, dsinks
 
 
-def _add(x: jax.Array, parts: jax.Array, tiles: list[jax.Array], bk: int) -> jax.Array:
-    """x [d, S] plus [d, L], the columns of some tiles; a tile that is repeated behind the last has zeros."""
+def _add(x: jax.Array, parts: jax.Array, tiles: list[jax.Array]) -> jax.Array:
+    """x [nk, d, bk] plus [d, L], the columns of some tiles; a tile that is repeated behind the last has zeros.
+
+    Tiles are contiguous: columns of one matrix as wide as S, a power of two, would meet in few sets of a cache.
+    """
+    bk = x.shape[2]
     for i, j in enumerate(tiles):
-        own = jax.lax.dynamic_slice_in_dim(x, j * bk, bk, 1)
-        x = jax.lax.dynamic_update_slice_in_dim(x, own + parts[:, i * bk : (i + 1) * bk], j * bk, 1)
+        own = jax.lax.dynamic_index_in_dim(x, j, 0)
+        x = jax.lax.dynamic_update_slice_in_dim(x, own + parts[None, :, i * bk : (i + 1) * bk], j, 0)
     return x

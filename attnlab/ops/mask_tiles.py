@@ -46,13 +46,15 @@ def tile_kinds(mask: Mask, length: int, keys: int, bq: int, bk: int) -> Array:
     return kinds
 
 
-def table_of(kinds: Array, most: int | None = None) -> TileTable:
-    """The table of kinds `[B, h, nq, nk]`; `most`: see `tile_table`."""
+def table_of(kinds: Array, most: int | None = None, *, full_first: bool = False) -> TileTable:
+    """The table of kinds `[B, h, nq, nk]`; `most`: see `tile_table`. `full_first`: ascending within each kind."""
     xp = numpy_if(isinstance(kinds, np.ndarray))
     count = (kinds > EMPTY).sum(-1, dtype=xp.int32)
     if most is None:
         most = max(1, int(count.max(initial=0))) if xp is np else kinds.shape[-1]
-    order = xp.argsort(kinds == EMPTY, axis=-1, stable=True)[..., :most].astype(xp.int32)
+    order = xp.argsort(FULL - kinds if full_first else kinds == EMPTY, axis=-1, stable=True)[..., :most].astype(
+        xp.int32
+    )
     count = xp.minimum(count, most)
     wanted = xp.arange(most, dtype=xp.int32) < count[..., None]
     last = xp.take_along_axis(order, xp.maximum(count - 1, 0)[..., None], axis=-1)

@@ -22,7 +22,7 @@ GRID = {"name": "grid_pattern", "stride": 3, "local": 2}
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(attention_tiles, "ON_CPU", (4, 4, 2))
+    monkeypatch.setattr(attention_tiles, "ON_CPU", (4, 4, 2, 1))
     with jax.enable_x64(True):
         yield
 

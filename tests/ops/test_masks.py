@@ -171,7 +171,7 @@ def test_closed_cuts():
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(attention_tiles, "ON_CPU", (8, 8, 3))
+    monkeypatch.setattr(attention_tiles, "ON_CPU", (8, 8, 2, 3))
     with jax.enable_x64(True):
         yield
 
