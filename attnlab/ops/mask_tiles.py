@@ -130,13 +130,14 @@ def _term_kinds(term: Mask, length: int, keys: int, bq: int, bk: int) -> Array:
         lo, hi = xp.broadcast_arrays(lo, hi)
         key = _tiled(key, bk, NEVER, xp)
         least, most = key.min(-1)[:, :, None], key.max(-1)[:, :, None]
-        # Rows past the end have an empty interval, which takes part in no extreme and forbids a full tile.
+        # Rows past the end have an empty interval, which takes part in no extreme of what may be seen; no tile with one
+        # is full, as no key lies in it.
         lo, hi = _tiled(lo, bq, 0, xp), _tiled(hi, bq, 0, xp)
         some = lo < hi
         of_rows = lambda x: x[..., None]
         empty = empty | (most < of_rows(xp.where(some, lo, NEVER).min(-1)))
         empty = empty | (least >= of_rows(xp.where(some, hi, -NEVER).max(-1)))
-        full = full & (least >= of_rows(lo.max(-1))) & (most < of_rows(hi.min(-1))) & of_rows(some.all(-1))
+        full = full & (least >= of_rows(lo.max(-1))) & (most < of_rows(hi.min(-1)))
     if term.groups is not None:
         some, every = _groups_of_tiles(term.groups, length, bq, bk, xp)
         empty, full = empty | ~some, full & every

@@ -83,8 +83,13 @@ def defined(rows: list[list[Place]], sees: Callable[[Place, Place, list[Place]],
     return out
 
 
-def held_to_the_laws(name: str, sees: Callable[..., bool], knobs: dict[str, Any]) -> masks.MaskBuilder:
-    """Packed rows are the definition, tiles are sound, cuts are closed, a stream has the same rows and positions."""
+def held_to_the_laws(
+    name: str, sees: Callable[..., bool], knobs: dict[str, Any], turned: Callable[..., int] | None = None
+) -> masks.MaskBuilder:
+    """Packed rows are the definition, tiles are sound, cuts are closed, a stream has the same rows and positions.
+
+    `turned(place, row)` is what position encodings turn by; None: positions in the document.
+    """
     builder, rows = masks.build({"name": name, **knobs}), [places(row) for row in ROWS]
     layout, segments = layout_of(rows)
     expected, T = defined(rows, lambda *pair: sees(builder.config, *pair)), segments.shape[1]
@@ -103,9 +108,14 @@ def held_to_the_laws(name: str, sees: Callable[..., bool], knobs: dict[str, Any]
     really = np.array([[not seen[:p, p:].any() for p in range(T + 1)] for seen in expected])
     np.testing.assert_array_equal(np.broadcast_to(closed, really.shape), really)
     cuts = [0, *range(1, T, 4), T] if builder.streaming == "any" else np.flatnonzero(really.all(0)).tolist()
-    streamed, turned = _streamed(builder, layout, segments, cuts)
+    streamed, stream_positions = _streamed(builder, layout, segments, cuts)
     np.testing.assert_array_equal(streamed, expected)
-    np.testing.assert_array_equal(turned[segments > 0], positions[segments > 0])
+    turned = turned or (lambda p, row: p.index - next(x.index for x in row if x.document == p.document))
+    for found in (positions, stream_positions):
+        for row, of_row in zip(rows, found):
+            assert [n for p, n in zip(row, of_row.tolist()) if p.kind != "padding"] == [
+                turned(p, row) for p in row if p.kind != "padding"
+            ]
     return builder
 
 

@@ -14,8 +14,16 @@ def sees(config, q, k, row):
     return k.index <= q.index
 
 
+def turned(p, row):
+    own = [x for x in row if x.document == p.document]
+    before = {(x.span, x.size) for x in own if x.kind == "image" and x.span[1] <= p.index}
+    less = sum(rows * columns - -(-min(rows, columns) // 2) for _, (rows, columns) in before)
+    begin = p.span[0] if p.kind == "image" else p.index
+    return begin - own[0].index - less + (ring(p) if p.kind == "image" else 0)
+
+
 def test_laws():
-    held_to_the_laws("concentric", sees, {})
+    held_to_the_laws("concentric", sees, {}, turned)
 
 
 def test_small_matrix_and_positions_by_hand():

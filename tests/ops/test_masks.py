@@ -39,8 +39,8 @@ def random_term(rng, heads=1, groups=70, size=None, rows=1, length=T, keys=S):
     )
     if size is None:
         group = integers(rng, -1, groups, 1, keys)
-    else:  # runs of consecutive keys with gaps between them, and a number of each run
-        run = np.cumsum(rng.random(keys) < 1 / size).astype(np.int32)
+    else:  # runs of consecutive keys with gaps between them; their numbers go over the end of a word of bits
+        run = 25 + np.cumsum(rng.random(keys) < 1 / size).astype(np.int32)
         group, groups = np.where(rng.random(keys) < 0.1, -1, run)[None].astype(np.int32), int(run[-1]) + 1
     bits = packed_bits(rng.random((B, heads, -(-length // rows), groups)) < 0.6)
     return Mask(start, start + integers(rng, -2, 40, B, length), axes=(axis,), groups=Groups(group, bits, rows, size))
@@ -112,6 +112,8 @@ def test_tiles_are_full_and_empty_where_they_can_be():
     np.testing.assert_array_equal(tile_kinds(mask, 48, 48, 8, 8)[0, 0], np.where(sees, FULL, EMPTY))
     causal = tile_kinds(Mask(causal=True), 48, 48, 8, 8)[0, 0]
     np.testing.assert_array_equal(causal, np.tri(6, k=-1) * FULL + np.eye(6) * PARTIAL)
+    edges = Mask(np.full((1, 48), 1, np.int32), np.full((1, 48), 47, np.int32))
+    np.testing.assert_array_equal(tile_kinds(edges, 48, 48, 8, 8)[0, 0], [[PARTIAL, *[FULL] * 4, PARTIAL]] * 6)
     # A padding row, which sees nothing, leaves the others' tiles as they are but for fullness.
     axis = Axis(np.arange(48, dtype=np.int32)[None], np.full((1, 48), 16, np.int32), np.full((1, 48), 32, np.int32))
     axis.lo[0, 3] = 40
