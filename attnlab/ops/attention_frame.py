@@ -127,7 +127,7 @@ def attend(
     if any(x is not None for x in biases):
         of_rest += tuple(("batch", s, None if x is None else of_h(x.shape[2])) for s, x in zip((None, seq), biases))
         per_head += biases
-    mask = mask if seq is None else _rows_apart(mask)
+    mask = mask if seq is None else _rows_apart(mask, T)
     axes = (*(of_queries[: x.ndim] for x in queries), of_keys, of_keys, axes_of(mask, seq, of_h), *of_rest)
     return op(
         *queries,
@@ -203,13 +203,13 @@ def axes_of(mask: Mask, seq: str | None, of_h: Callable[[int], str | None]) -> M
     return own if mask.either is None else dataclasses.replace(own, either=of_term(mask.either))
 
 
-def _rows_apart(mask: Mask) -> Mask:
+def _rows_apart(mask: Mask, length: int) -> Mask:
     """The same with bits of every row, which may then be cut anywhere."""
 
     def of_term(term: Mask) -> Mask:
         if term.groups is None or term.groups.rows == 1:
             return term
-        bits = jnp.repeat(term.groups.bits, term.groups.rows, axis=2)
+        bits = jnp.repeat(term.groups.bits, term.groups.rows, axis=2)[:, :, :length]
         return dataclasses.replace(term, groups=dataclasses.replace(term.groups, bits=bits, rows=1))
 
     own = of_term(mask)

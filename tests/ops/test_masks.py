@@ -311,7 +311,7 @@ def test_eight_devices(small):
     """Rows, positions and heads split: the same numbers as on one device."""
     n, rng = 32, np.random.default_rng(2)
     mask = dataclasses.replace(
-        random_term(rng, K, size=3, rows=4, length=n, keys=n), k_start=None, k_end=None, causal=True
+        random_term(rng, K, size=3, rows=5, length=n, keys=n), k_start=None, k_end=None, causal=True
     )
     q, k, v, _, key_bias, query_bias = inputs(K, length=n, keys=n)
     run = lambda q, k, v, kb, qb: attention(q, k, v, mask, key_bias_BSh=kb, query_bias_BTh=qb)
