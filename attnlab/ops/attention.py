@@ -81,7 +81,6 @@ ATTENTION = Op(
     {
         "definition": Implementation(definition),
         "xla": Implementation(attention_xla.attention, plain_masks()),
-        "tiles": Implementation(attention_tiles.attention, worth=attention_tiles.worth),
         "flash": Implementation(
             attention_flash.attention,
             plain_masks(attention_flash.unsupported),
@@ -104,6 +103,7 @@ ATTENTION = Op(
             platforms=("gpu",),
             kernel_flops=attention_cudnn.kernel_flops,
         ),
+        "tiles": Implementation(attention_tiles.attention, worth=attention_tiles.worth),
     },
     preference=("flash", "splash", "cudnn", "xla", "tiles"),
     split=over_devices,
@@ -114,7 +114,6 @@ ATTENTION_WITH_LSE = Op(
     {
         "definition": Implementation(definition_with_lse),
         "xla": Implementation(attention_xla.attention_with_lse, plain_masks()),
-        "tiles": Implementation(attention_tiles.attention_with_lse, worth=attention_tiles.worth),
         "flash": Implementation(
             attention_flash.attention_with_lse,
             plain_masks(attention_flash.unsupported),
@@ -123,6 +122,7 @@ ATTENTION_WITH_LSE = Op(
             interpretable=True,
             kernel_flops=attention_flash.kernel_flops,
         ),
+        "tiles": Implementation(attention_tiles.attention_with_lse, worth=attention_tiles.worth),
     },
     preference=("flash", "xla", "tiles"),
     split=over_devices,

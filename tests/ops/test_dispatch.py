@@ -85,7 +85,7 @@ def test_a_toy_implementation_is_one_function_and_one_line(monkeypatch):
     implementations.held_to_the_definition("attention", "toy")
     config = mixers.config_from_node({"name": "softmax", "impl": "toy", "kv_heads": 2})
     assert "toy" in forced.implementations(config)
-    with pytest.raises(ConfigError, match="allowed: auto, definition, xla, tiles, flash, splash, cudnn, toy"):
+    with pytest.raises(ConfigError, match="allowed: auto, definition, xla, flash, splash, cudnn, tiles, toy"):
         mixers.config_from_node({"name": "softmax", "impl": "toys"})
 
     graphdef, params = cases.split(cases.module(config, jnp.float32))
