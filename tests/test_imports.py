@@ -18,7 +18,7 @@ ROOMS = (
     ("evaluate",),
     ("models", "tasks"),
     ("mixers",),
-    ("policies",),
+    ("masks", "policies"),
     ("ops",),
     ("parallel",),
 )

@@ -10,19 +10,33 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import jax.numpy as jnp
 import numpy as np
 
 from attnlab import config as config_lib
 from attnlab.errors import UnsupportedPattern
+from attnlab.ops.layout import Layout
 from attnlab.ops.mask_algebra import packed_bits
 from attnlab.ops.masks import Array, Groups, Mask, numpy_if
 from attnlab.registry import Registry
 
-if TYPE_CHECKING:
-    from attnlab.mixers.sequence import Sequence
+
+class Sequence(Protocol):
+    """What masks read of where positions stand: the part of `attnlab.mixers.Sequence` that they know."""
+
+    positions: Array
+    segments: Array | None
+    offsets: Array | None
+    padding: Array | None
+    grid: tuple[int, int] | None
+    layout: Layout | None
+    node: Array | None
+
+    def mask(self, *, causal: bool, window: int | None = None) -> Mask:
+        """Of whole rows: what causality, a window and documents allow."""
+        ...
 
 
 class MaskConfig:

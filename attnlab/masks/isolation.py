@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 import numpy as np
 
 from attnlab.config import knob
-from attnlab.masks.base import MaskBuilder, MaskConfig, register
+from attnlab.masks.base import MaskBuilder, MaskConfig, Sequence, register
 from attnlab.ops.mask_algebra import packed_bits
 from attnlab.ops.masks import Array, Groups, Mask, numpy_if
-
-if TYPE_CHECKING:
-    from attnlab.mixers.sequence import Sequence
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import abc
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from attnlab.masks.base import MaskBuilder, offsets
+from attnlab.masks.base import MaskBuilder, Sequence, offsets
 from attnlab.ops.layout import VISUAL
 from attnlab.ops.masks import Array, Mask, numpy_if
-
-if TYPE_CHECKING:
-    from attnlab.mixers.sequence import Sequence
 
 
 class LayoutMask(MaskBuilder):

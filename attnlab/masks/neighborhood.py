@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from attnlab import config as config_lib
 from attnlab.config import knob
 from attnlab.errors import UserError
-from attnlab.masks.base import MaskBuilder, MaskConfig, register
+from attnlab.masks.base import MaskBuilder, MaskConfig, Sequence, register
 from attnlab.ops.mask_algebra import either
 from attnlab.ops.masks import NEVER, Axis, Mask
-
-if TYPE_CHECKING:
-    from attnlab.mixers.sequence import Sequence
 
 
 @dataclasses.dataclass(frozen=True)

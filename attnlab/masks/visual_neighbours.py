@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from attnlab.config import knob
-from attnlab.masks.base import MaskConfig, register
+from attnlab.masks.base import MaskConfig, Sequence, register
 from attnlab.masks.layouts import LayoutMask, visual
 from attnlab.ops.mask_algebra import either
 from attnlab.ops.masks import NEVER, Array, Axis, Mask, numpy_if
-
-if TYPE_CHECKING:
-    from attnlab.mixers.sequence import Sequence
 
 
 @dataclasses.dataclass(frozen=True)
