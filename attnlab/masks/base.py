@@ -19,7 +19,7 @@ from attnlab import config as config_lib
 from attnlab.errors import UnsupportedPattern
 from attnlab.ops.layout import Layout
 from attnlab.ops.mask_algebra import packed_bits
-from attnlab.ops.masks import Array, Groups, Mask, numpy_if
+from attnlab.ops.masks import Array, Groups, Mask
 from attnlab.registry import Registry
 
 
@@ -127,11 +127,6 @@ def offsets(seq: Sequence) -> Array:
     if seq.offsets is not None:
         return seq.offsets
     return np.arange(seq.positions.shape[1], dtype=np.int32)[None]
-
-
-def per_block(x: Array, at: Array) -> Array:
-    """Rows of a table of NumPy at indices, NumPy's where these are known."""
-    return numpy_if(isinstance(at, np.ndarray)).asarray(x)[at]
 
 
 class BlockMask(MaskBuilder):

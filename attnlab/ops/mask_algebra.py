@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlab.errors import UserError
-from attnlab.ops.masks import Array, Axis, Groups, Mask, by_head, numpy_if
+from attnlab.ops.masks import Array, Mask, by_head, numpy_if
 
 
 def both(a: Mask, b: Mask) -> Mask:
@@ -105,6 +105,3 @@ def _join(traced, known, a: Array | None, b: Array | None) -> Array | None:
     if a is None or b is None:
         return b if a is None else a
     return (known if isinstance(a, np.ndarray) and isinstance(b, np.ndarray) else traced)(a, b)
-
-
-__all__ = ["Axis", "Groups", "both", "closed_cuts", "either", "packed_bits", "permuted"]
