@@ -16,6 +16,7 @@ from kernels_pallas import masks, tuning
 from kernels_pallas.flash_attention.call import Call
 from kernels_pallas.local_linear_attention import Blocks, local_linear_attention, most_keys, tpu
 from kernels_pallas.local_linear_attention import plan as plan_lib
+from tests import tiers
 from tests.kernels_pallas.recurrences import bytes_of_blocks, calls
 from tests.kernels_pallas.test_flash_attention import KEYS, intervals
 
@@ -30,7 +31,6 @@ CASES = {
     "both directions": (7, (), (2, 1), (16, 24), "float32", None),
     "one position": (1, ("causal",), (1, 1), (16, 32), "float32", None),
 }
-FAST = "documents", "bfloat16", "both directions"
 
 
 def inputs(length, of_rows, heads, widths, dtype) -> tuple[list[np.ndarray], dict]:
@@ -88,7 +88,7 @@ def assert_close(found, expected, tolerance):
         assert off <= tolerance, f"{name}: {off}"
 
 
-@pytest.mark.parametrize("case", [c if c in FAST else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
+@tiers.parametrize("case", CASES, often=["documents", "bfloat16"])
 def test_equals_the_definition(case):
     """Values and gradients of q, ridge, k and v, in float64: in float32 by rounding and by the tolerance, in bfloat16
     on average at most twice as far as `cg`, which multiplies in float32."""
