@@ -159,7 +159,7 @@ RACES = {
 }
 
 
-@pytest.mark.parametrize("case", RACES.values(), ids=RACES)
+@tiers.parametrize("case", RACES.values(), often=[RACES["documents, state"]], ids=RACES)
 def test_no_races(case, capfd):
     """Under the simulation of a TPU, with memory that is NaN until written, cores that share the grid and blocks that
     reach over the arrays' ends, results are those of the kernels interpreted as XLA operations."""

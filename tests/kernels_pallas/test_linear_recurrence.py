@@ -160,7 +160,7 @@ RACES = [
 ]
 
 
-@tiers.parametrize("decay, packed, heads, d, e, sizes", RACES, often=RACES[2:])
+@tiers.parametrize("decay, packed, heads, d, e, sizes", RACES, often=RACES[3:])
 def test_no_races(decay, packed, heads, d, e, sizes, capfd):
     """Forward and backward on a simulated TPU whose two cores share heads, with NaN in what was never written and
     behind the ends of arrays, of positions and of heads: what the definition gives."""

@@ -360,7 +360,7 @@ def test_float64_throughout(config, x64):
     assert precision.narrow_in(gradients.jaxpr.jaxpr, jnp.float64) == []
 
 
-@every_config
+@pytest.mark.parametrize("config", cases.parameters(often=True))
 def test_cost(config):
     """Law 9: declared FLOPs are those of the program traced, parameters and state bytes those of the arrays."""
     cls = mixers.get(config.node_name)
