@@ -17,6 +17,7 @@ from attnlab.ops.dispatch import interpreted
 from attnlab.parallel import partition
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
+from tests import tiers
 from tests.ops.devices import on
 from tests.ops.recurrences import DOCUMENTS, H100, assert_same
 
@@ -111,7 +112,7 @@ def test_on_hopper_it_is_the_program():
     assert "agent_attention_forward" in text and "mosaic_gpu" in text
 
 
-@pytest.mark.parametrize("exact", [True, False])
+@tiers.parametrize("exact", [True, False], often=[False])
 def test_around_the_kernel_for_gpus(monkeypatch, exact):
     """What it finds is the result where it is exact, else XLA's form; the gradient, through the state before and after,
     too, is the same as of any other implementation."""
