@@ -215,6 +215,7 @@ def test_split_over_devices_and_remat():
         assert_same(found, expected, 1e-5)
 
 
+@tiers.exhaustive
 def test_agents_made_anew():
     """Every chunk a sweep, from what its agents find in the keys before; a length that is no multiple of chunks, and
     values of one that is less than a chunk."""

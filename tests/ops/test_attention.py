@@ -146,6 +146,7 @@ def test_lengths_of_queries_and_keys_may_differ(small_tiles, form):
     assert_close(value_and_grads("xla", q, k, v, Mask()), value_and_grads("definition", q, k, v, Mask()))
 
 
+@tiers.exhaustive
 def test_default_tiles_equal_definition():
     q, k, v = arrays(B=1, T=700, H=2, K=1)
     packed = mask_from_segments(jnp.asarray([[1] * 300 + [2] * 400]), 700, causal=True)
@@ -175,7 +176,7 @@ def test_plan_covers_every_row_once_and_every_visible_key():
 # Identities.
 
 
-@pytest.mark.parametrize("impl", EVERYWHERE)
+@tiers.parametrize("impl", EVERYWHERE, often=["xla"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_window_is_exact(impl, causal, small_tiles):
     # With equal logits and one-hot values the output row is the row of weights.
@@ -215,7 +216,7 @@ def test_same_id_twice_is_two_documents():
     np.testing.assert_array_equal(end, [[2, 2, 3, 4, 5, 6]])
 
 
-@pytest.mark.parametrize("impl", EVERYWHERE)
+@tiers.parametrize("impl", EVERYWHERE, often=["xla"])
 @pytest.mark.parametrize("with_sinks", [True, False])
 def test_rows_that_see_nothing_are_zero_with_zero_gradients(impl, with_sinks, small_tiles):
     q, k, v = arrays(T=37, S=37, dtype=jnp.float32)

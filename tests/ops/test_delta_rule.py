@@ -159,7 +159,7 @@ def test_what_does_not_fit_is_refused():
         delta_rule(q, k, v, log_decay, beta, impl="fast")
 
 
-@pytest.mark.parametrize("heads", [4, 1])
+@tiers.parametrize("heads", [4, 1], often=[1])
 def test_it_runs_on_each_devices_part(heads):
     """Over a mesh: values and gradients of one device; heads that the mesh does not divide stay together."""
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), 8)

@@ -233,6 +233,7 @@ def test_on_hopper_the_kernel_is_the_program():
         assert GATHERED_ATTENTION.pick(spec) == "xla"
 
 
+@tiers.exhaustive
 def test_what_nobody_wants_is_not_felt_by_the_kernel():
     """NaN in queries of padding, and in its keys and values: outputs and gradients keep their bits."""
     q, k, v, do = arrays(2, 2, jnp.float32, d=16)

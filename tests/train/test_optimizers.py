@@ -168,7 +168,7 @@ MODELS = {  # between them, every role and every layout of a fused kernel
 
 
 @pytest.mark.parametrize("mixers", MODELS)
-@tiers.parametrize("name", optimizers.CONFIGS, often=["adamw", "muon"])
+@tiers.parametrize("name", optimizers.CONFIGS, often=["muon"])
 def test_whole_models(name, mixers):
     """Without gradients exactly matrices move; with them Muon's updates of matrices are orthogonal, part by part."""
     table = MODELS[mixers]
