@@ -14,7 +14,7 @@ import pytest
 exhaustive = pytest.mark.exhaustive
 
 
-def parametrize(names: str, cases: Iterable[Any], often: Iterable[Any], ids: Any = None) -> Any:
+def parametrize(names: str, cases: Iterable[Any], often: Iterable[Any], ids: Any = None, indirect: bool = False) -> Any:
     """`pytest.mark.parametrize` of all cases; those not in `often` are exhaustive.
 
     Raises:
@@ -24,4 +24,4 @@ def parametrize(names: str, cases: Iterable[Any], often: Iterable[Any], ids: Any
     if unknown := [c for c in often if c not in cases]:
         raise ValueError(f"{unknown} are none of the cases {cases}")
     rest = lambda case: pytest.param(*(case if several else (case,)), marks=exhaustive)
-    return pytest.mark.parametrize(names, [c if c in often else rest(c) for c in cases], ids=ids)
+    return pytest.mark.parametrize(names, [c if c in often else rest(c) for c in cases], ids=ids, indirect=indirect)
