@@ -129,7 +129,8 @@ def test_chunks_blocks_and_pieces_change_nothing():
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-@tiers.parametrize("packed, heads, width, T", [(False, 1, 16, 40), (True, 3, 128, 24)], often=[(True, 3, 128, 24)])
+@tiers.exhaustive
+@pytest.mark.parametrize("packed, heads, width, T", [(False, 1, 16, 40), (True, 3, 128, 24)])
 def test_no_races(packed, heads, width, T, capfd):
     """Forward and backward on a simulated TPU whose two cores share heads, with NaN in what was never written and
     behind the ends of arrays, of positions and of heads: the same as interpreted as XLA operations."""

@@ -159,7 +159,8 @@ RACES = {
 }
 
 
-@tiers.parametrize("case", RACES.values(), often=[RACES["documents, state"]], ids=RACES)
+@tiers.exhaustive
+@pytest.mark.parametrize("case", RACES.values(), ids=RACES)
 def test_no_races(case, capfd):
     """Under the simulation of a TPU, with memory that is NaN until written, cores that share the grid and blocks that
     reach over the arrays' ends, results are those of the kernels interpreted as XLA operations."""

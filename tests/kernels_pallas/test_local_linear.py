@@ -173,6 +173,7 @@ def test_what_nothing_sees_changes_nothing():
         assert not np.any(plain[name][:, where]) and np.any(plain[name][:, ~where])
 
 
+@tiers.exhaustive
 def test_no_races(capfd):
     """Simulated on two cores, which share the parallel axes: nothing is raced for, and the definition is met."""
     (q, ridge, k, v), bounds = inputs(256, ("causal",), (2, 2), (16, 16), "float32")

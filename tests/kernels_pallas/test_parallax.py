@@ -152,7 +152,8 @@ def test_causality():
     assert np.any(a[:, 65:] != b[:, 65:])
 
 
-@tiers.parametrize("mask", ["causal", "window"], often=["window"])
+@tiers.exhaustive
+@pytest.mark.parametrize("mask", ["causal", "window"])
 def test_no_races(mask, capfd):
     """Simulated on two cores, which share the parallel axes: nothing is raced for, and results are the same."""
     arrays, bounds = inputs(mask, 256, (1, 2, 1), (64, 64), "float32")

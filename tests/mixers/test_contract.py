@@ -20,6 +20,7 @@ from attnlab.ops import dispatch
 from attnlab.parallel import partition
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
+from tests import tiers
 from tests.mixers import cases, flops, forced, precision, uses
 
 # Knobs are held to the definition, on packed documents; most else is tried in the default, the combinations and
@@ -193,7 +194,7 @@ def test_overflow(config):
     held_to_overflow(config)
 
 
-@pytest.mark.slow
+@tiers.exhaustive
 @few_configs
 def test_overflow_in_every_implementation(config):
     """Law 10, each implementation by its name."""
