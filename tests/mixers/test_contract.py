@@ -95,7 +95,10 @@ def test_definition(config, x64):
         assert_close(result, expected, 1e-10)
 
 
-@pytest.mark.parametrize("name", [n for n in mixers.names() if forced.kernels(mixers.get(n))])
+INTERPRETED = [name for name in mixers.names() if forced.kernels(mixers.get(name))]
+
+
+@tiers.parametrize("name", INTERPRETED, often=set(INTERPRETED) - {"kda", "local_linear", "titans"})  # minutes
 def test_kernels(name):
     """Law 7: kernels, interpreted, equal the definition at a size that they serve: value and gradients, packed rows."""
     if not forced.kernels(mixers.get(name)):
