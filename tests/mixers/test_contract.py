@@ -98,7 +98,7 @@ def test_definition(config, x64):
 INTERPRETED = [name for name in mixers.names() if forced.kernels(mixers.get(name))]
 
 
-@tiers.parametrize("name", INTERPRETED, often=set(INTERPRETED) - {"kda", "local_linear", "titans"})  # minutes
+@tiers.parametrize("name", INTERPRETED, often=["gated_deltanet", "lightning", "softmax"])
 def test_kernels(name):
     """Law 7: kernels, interpreted, equal the definition at a size that they serve: value and gradients, packed rows."""
     if not forced.kernels(mixers.get(name)):
@@ -245,7 +245,7 @@ def held_to_overflow(config):
         assert not np.any(np.isfinite(y_bad[0, 4:8]).all(-1))
 
 
-@pytest.mark.slow
+@tiers.exhaustive
 @pytest.mark.parametrize("name", mixers.names())
 def test_every_knob_turns(name):
     """Law 5: another value of any field changes the parameters, the program or the output, or is refused."""

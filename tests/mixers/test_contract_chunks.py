@@ -29,7 +29,9 @@ def apart(*names):
 
 
 own_chunks = apart("gated", "parallax")  # whose blocks and caches are softmax attention's
-ordered = apart("gated", "parallax", "moh", "agent", "kda", "lightning", "rat")  # whose ops are others', too
+ordered = apart(
+    "gated", "parallax", "moh", "agent", "kda", "lightning", "rat", "flow", "local_linear"
+)  # whose ops are others', too
 
 # The suite compiles without optimisations (tests/conftest.py): what users run fuses more, and sums in other orders.
 OPTIMISED = {"xla_backend_optimization_level": 3}
