@@ -205,13 +205,24 @@ def memory_program(d: int, chunk: int, placed: Any) -> tuple[Callable[..., Any],
 
 
 def agent_program(d: int, e: int, features: str, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
-    """As `program`, for the values of agent attention."""
+    """As `program`, of agent attention."""
     of = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
     wide, m = lambda *shape: of(*shape, dtype=jnp.float32), 16 if "k" in features else 64
     arrays = {"q": of(B, T, H, d), "k": of(B, T, H, d), "v": of(B, T, H, e), "agents": of(H, m, d)}
     arrays |= {"state": (wide(B, H, m), wide(B, H, m, e))} if "s" in features else {}
-    arrays |= {"starts": of(B, T, dtype=jnp.int32)} if "p" in features else {}
-    return lambda arrays: gpu_agent_attention(**arrays), [arrays]
+    starts = of(B, T, dtype=jnp.int32) if "p" in features else None
+
+    def run(arrays: Any, starts: Any, cotangents: Any) -> Any:
+        out, vjp, exact = jax.vjp(lambda a: _split(gpu_agent_attention(**a, starts=starts)), arrays, has_aux=True)
+        return out, exact, vjp(cotangents)
+
+    return run, [arrays, starts, (of(B, T, H, e), (wide(B, H, m), wide(B, H, m, e)))]
+
+
+def _split(found: tuple[Any, Any, Any]) -> tuple[tuple[Any, Any], Any]:
+    """o and the state, and whether o is exact."""
+    o, state, exact = found
+    return (o, state), exact
 
 
 def loss_program(width: int, columns: int, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
