@@ -148,7 +148,9 @@ def _on_gpus(q, k, v, agents_BHmd, documents, before: Averages | None) -> tuple[
     return jax.lax.cond(jnp.all(exact), lambda: o, by_xla), after
 
 
-def _by_kernel(documents, q, k, v, agents_BHmd, before: Averages | None) -> tuple[tuple[jax.Array, Averages], jax.Array]:
+def _by_kernel(
+    documents, q, k, v, agents_BHmd, before: Averages | None
+) -> tuple[tuple[jax.Array, Averages], jax.Array]:
     """As `_on_gpus`, and which heads are exact."""
     with tuning.device_kind(partition.device_kind()):
         o, after, exact = _kernels().gpu_agent_attention(

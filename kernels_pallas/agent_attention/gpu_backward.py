@@ -58,8 +58,8 @@ def backward(
     Args:
       agents, limits: as of `gpu_forward.forward`, which gives states and numbers.
       do: [B, T, H, e].
-      dtotal, dvalues: gradients of an agent's sum of weights [B, H, M] and of its weighted values [B, H, M, e] after the
-        last position, where the sum is 1.
+      dtotal, dvalues: gradients of an agent's sum of weights [B, H, M] and of its weighted values [B, H, M, e] after
+        the last position, where the sum is 1.
     """
     (B, T, H, d), e = q.shape, v.shape[3]
     launch = _Backward(device, facts, d, e, T // CHUNK, q.dtype)
@@ -337,7 +337,9 @@ class _Keys(_Chunk):
     def behind(self) -> jax.Array:
         """What keys' weights are multiplied with in the sums behind the chunk."""
         behind = by_column(self.number(BEHIND, COLUMNS), _PAIRS)
-        return behind if self.t.limits is None else jnp.where(by_row(self.place(ROWS), _PAIRS) >= self.last(), behind, 0.0)
+        return (
+            behind if self.t.limits is None else jnp.where(by_row(self.place(ROWS), _PAIRS) >= self.last(), behind, 0.0)
+        )
 
     def pairs(self, x: Any) -> jax.Array:
         """0 where queries (columns) do not see keys."""

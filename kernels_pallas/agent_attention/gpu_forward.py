@@ -5,7 +5,7 @@ registers, with the logarithm of its sum of weights. Inside a chunk weights are 
 largest logit up to the chunk's end. Where a position sees only much smaller ones, so that its sum leaves float32's
 comfort, its output is not exact: the smallest sum is an output of its own.
 
-For the backward it keeps what was before each chunk: averages as products have them, and what agents' weights are against.
+For the backward it keeps what was before each chunk: averages as products have them, and what weights are against.
 
 Shapes: B batch, T positions, H heads, d and e widths, M agents, C positions of a chunk, N chunks, W computing
 warpgroups of E columns. T is a multiple of C, d of 64 and e of W E.
