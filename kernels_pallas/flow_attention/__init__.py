@@ -61,7 +61,7 @@ def flow_attention(
     if platform == "cuda":
         if reason := gpu.unsupported(q.dtype, q.shape[3], v.shape[3]):
             raise ValueError(f"flow_attention: {reason}")
-        return gpu.forward(interpret, rule, q, k, v, documents, count, sums)
+        return gpu.flow(interpret, rule, q, k, v, documents, count, sums)
     return flow(Call(rule, tuning.kind(), interpret, blocks), q, k, v, documents, count, sums)
 
 
