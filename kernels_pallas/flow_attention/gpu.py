@@ -69,7 +69,7 @@ def _forward(call: _Call, q, k, v, counts, limits, before: Sums | None, *, save:
     found = {name: vectors[:, :, n, :d] for n, name in enumerate(VECTORS)}
     rivals = rivals if rule.competition else jnp.zeros((B, H))
     o = o[:, :T, :, :e]
-    return (o, outgoing, Sums(**found, rivals=rivals, pairs=pairs[:, :, :d, :e])), (o, numbers, *kept)
+    return (o, outgoing, Sums(**found, rivals=rivals, pairs=pairs[:, :, :d, :e])), (numbers, *kept)
 
 
 def _rule_forward(call: _Call, *arrays: Any) -> tuple[Any, Any]:
@@ -79,7 +79,7 @@ def _rule_forward(call: _Call, *arrays: Any) -> tuple[Any, Any]:
 
 def _rule_backward(call: _Call, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
     """Three sweeps of the linear recurrence whose values are weighted, then what flows add to two of them."""
-    (q, k, v, counts, limits, before), (o, numbers, weights, vectors) = residuals
+    (q, k, v, counts, limits, before), (numbers, weights, vectors) = residuals
     (do, d_outgoing, d_after), (T, d), rule = cotangents, q.shape[1::2], call.rule
     scale, share, outgoing = (numbers[:, :, n, :T] for n in range(len(NUMBERS)))
     share = share if rule.competition else jnp.ones_like(share)
@@ -94,8 +94,10 @@ def _rule_backward(call: _Call, residuals: Any, cotangents: Any) -> tuple[Any, .
     recurrence = linear_recurrence.gradients(
         linear_recurrence.Call(call.interpret), arrays, weighted(do, scale), d_after.pairs
     )
-    rows = _numbers(rule, counts, (scale, share, outgoing, take, emit), dots(do, o), share * dots(recurrence["u"], v),
-                    0.0 if d_outgoing is None else jnp.moveaxis(d_outgoing, 2, 1))  # fmt: skip
+    saved = scale, share, outgoing, take, emit
+    delta, spent = dots(recurrence["q"], q), share * dots(recurrence["u"], v)
+    d_outgoing = 0.0 if d_outgoing is None else jnp.moveaxis(d_outgoing, 2, 1)
+    rows = _numbers(rule, counts, saved, delta, spent, d_outgoing)
     dq, dk, dvectors, drivals = gpu_backward.backward(
         call.device, rule, _padded(q), _padded(k), _padded(recurrence["q"]), _padded(recurrence["k"]),
         _padded_row(rows), _padded_limits(limits), vectors, _padded_vectors(_stacked(d_after)),
@@ -112,7 +114,8 @@ _rule.defvjp(_rule_forward, _rule_backward)
 
 
 def _numbers(rule: Rule, counts, saved, delta, spent, d_outgoing) -> jax.Array:
-    """Those of `gpu_backward`, [B, H, 8, T]. delta: do . o; spent: of shares their gradient, times them."""
+    """Those of `gpu_backward`, [B, H, 8, T]. delta: q . dq of the recurrence, as rounded, which is do . o; spent: of
+    shares their gradient, times them."""
     scale, share, outgoing, take, emit = saved
     N = jnp.broadcast_to(counts.astype(jnp.float32)[:, None], delta.shape)
     zero = jnp.zeros_like(delta)

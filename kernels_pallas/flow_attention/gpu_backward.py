@@ -1,7 +1,7 @@
 """What flows add to the gradients of queries and keys on Hopper: one sweep against the positions.
 
-Queries and keys are the same here with the two exchanged. With P the pairs x . y of the one that a warpgroup has and the
-other, rho what its positions weigh in the other's second flow, alpha the gradient of its own second flow, times its
+Queries and keys are the same here with the two exchanged. With P the pairs x . y of the one that a warpgroup has and
+the other, rho what its positions weigh in the other's second flow, alpha the gradient of its own second flow over its
 count, and f that of its first:
 
     drho_x = sum_y alpha_y (P + epsilon sum x),   f_x = -(delta_x + rho_x drho_x) rho_x / count_x
@@ -34,8 +34,8 @@ NAME = "flow_backward"
 _STAGES = 2  # chunks in flight
 _PARTS = 16  # columns of the product that makes sums of features: of 8 or more, four are used
 _PAIRS = (CHUNK, CHUNK)
-# Numbers of positions: of queries alpha and delta, rho of either, and of keys what alpha is made from, besides what is
-# spent by later positions for their shares.
+# Numbers of positions: of queries alpha, and delta, the gradient of their outputs' scale times it; rho of either; what
+# alpha of keys is made from, with what later positions spent for their shares; counts.
 ROWS_OF = ALPHA, DELTA, TAKE, EMIT, BASE, RIVAL, SPENT, COUNT = range(8)
 
 

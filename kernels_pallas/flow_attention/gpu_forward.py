@@ -199,8 +199,8 @@ class _Chunk:
         plgpu.barrier_wait(t.here.at[self.at])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the chunk before: its memory is written again
         if t.chunk_vectors is not None:
-            for n in (2 * self.side, 2 * self.side + 1):
-                plgpu.copy_smem_to_gmem(t.vectors_s.at[n], t.chunk_vectors.at[t.b, t.h, self.i, n])
+            own = pl.ds(2 * self.side, 2)
+            plgpu.copy_smem_to_gmem(t.vectors_s.at[own], t.chunk_vectors.at[t.b, t.h, self.i, own])
         self.counts = device.load(t.counts_s.at[self.at], ROWS)
         self.follows = self.written = self.carry = None
         self.last = self.before
@@ -319,7 +319,8 @@ class _Chunk:
             _, far = self.sums(self.x_s, n)
             flow = (device.load(kept, ROWS) + far) / jnp.maximum(self.counts, 1.0)
         if self.first or self.second:
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the vectors
+            if t.chunk_vectors is not None:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             self.add(weights)
         if self.side == 0:
             scale = 1.0 / self.flow
@@ -356,7 +357,7 @@ class _Chunk:
         for n in (0,) if side == 0 else (1, 2) if self.second else ():
             plgpu.copy_smem_to_gmem(t.numbers_s.at[n], t.numbers.at[t.b, t.h, n, rows])
         if t.weights is not None and self.first:
-            plgpu.copy_smem_to_gmem(t.weights_s.at[side], t.weights.at[t.b, t.h, side, rows])
+            plgpu.copy_smem_to_gmem(t.weights_s.at[side + self.zero], t.weights.at[t.b, t.h, side, rows])
 
     def columns(self, mine: Any) -> jax.Array:
         t, device, side, shape, dtype = self.t, self.device, self.side, (CHUNK, TILE), self.launch.dtype
