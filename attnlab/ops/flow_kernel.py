@@ -47,10 +47,10 @@ def worth(spec: Any) -> bool:
 def kernel_flops(spec: Any) -> dict[str, float]:
     """FLOPs of one run of each kernel."""
     if partition.platform() == "gpu":
-        own = _kernels().gpu_kernel_flops(spec.batch, spec.sinks, spec.heads, spec.width, spec.value_width)
-        return own | recurrence_kernel.gpu_kernel_flops(  # which the gradient's sweeps are of
-            spec.batch, spec.sinks, spec.heads, spec.width, spec.value_width
-        )
+        shape = spec.batch, spec.sinks, spec.heads, spec.width, spec.value_width
+        sweeps = recurrence_kernel.gpu_kernel_flops(*shape)  # the gradient has its backward
+        sweeps = {name: flops for name, flops in sweeps.items() if "backward" in name}
+        return _kernels().gpu_kernel_flops(*shape) | sweeps
     return _kernels().kernel_flops(spec.batch, spec.sinks, spec.heads, spec.width, spec.value_width)
 
 
