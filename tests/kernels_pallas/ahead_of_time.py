@@ -30,7 +30,9 @@ from kernels_pallas.agent_attention import gpu_agent_attention  # noqa: E402
 from kernels_pallas.cross_entropy import cross_entropy  # noqa: E402
 from kernels_pallas.delta_rule import delta_rule  # noqa: E402
 from kernels_pallas.flash_attention import flash_attention  # noqa: E402
-from kernels_pallas.flow_attention import Sums, flow_attention  # noqa: E402
+from kernels_pallas.flow_attention import Rule  # noqa: E402
+from kernels_pallas.flow_attention import gpu_backward as flow_backward  # noqa: E402
+from kernels_pallas.flow_attention import gpu_forward as flow_forward  # noqa: E402
 from kernels_pallas.linear_recurrence import linear_recurrence  # noqa: E402
 from kernels_pallas.local_linear_attention import local_linear_attention  # noqa: E402
 from kernels_pallas.neural_memory import neural_memory  # noqa: E402
@@ -177,14 +179,20 @@ def recurrence_program(d: int, e: int, features: str, placed: Any) -> tuple[Call
 
 
 def flow_program(d: int, e: int, features: str, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
-    """As `program`, for the values of flow attention."""
-    of = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
-    wide = lambda *shape: of(*shape, dtype=jnp.float32)
-    documents = of(B, T, dtype=jnp.int32) if "p" in features else None
-    sums = Sums(*[wide(B, H, d)] * 4, wide(B, H), wide(B, H, d, e))
-    state = (of(B, dtype=jnp.int32), sums) if "s" in features else None
-    run = lambda q, k, v, *rest: flow_attention(q, k, v, documents=rest[0], state=rest[1], platform="cuda")
-    return run, [of(B, T, H, d), of(B, T, H, d), of(B, T, H, e), documents, state]
+    """As `program`, of flow attention's own kernels: its gradient's sweeps are the recurrence's."""
+    of = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+    N, keys = T // flow_forward.CHUNK, of(B, T, H, d, dtype=jnp.bfloat16)
+    limits = of(B, T, dtype=jnp.int32) if "p" in features else None
+    vectors, pairs = of(B, H, 4, d), of(B, H, d, e) if "s" in features else None
+    own = hopper.DEVICE, Rule()
+
+    def run(arrays: Any, limits: Any, sums: Any, saved: Any) -> Any:
+        found = flow_forward.forward(*own, *arrays[:4], limits, *sums, width=d, save=True)
+        q, k, *_, numbers, dq, dk = arrays
+        return found, flow_backward.backward(*own, q, k, dq, dk, numbers, limits, saved, *sums[:2])
+
+    arrays = keys, keys, of(B, T, H, e, dtype=jnp.bfloat16), of(B, T), of(B, H, 8, T), keys, keys
+    return run, [arrays, limits, (vectors, of(B, H), pairs), of(B, H, N, 4, d)]
 
 
 def memory_program(d: int, chunk: int, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
@@ -205,13 +213,24 @@ def memory_program(d: int, chunk: int, placed: Any) -> tuple[Callable[..., Any],
 
 
 def agent_program(d: int, e: int, features: str, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
-    """As `program`, for the values of agent attention."""
+    """As `program`, of agent attention."""
     of = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
     wide, m = lambda *shape: of(*shape, dtype=jnp.float32), 16 if "k" in features else 64
     arrays = {"q": of(B, T, H, d), "k": of(B, T, H, d), "v": of(B, T, H, e), "agents": of(H, m, d)}
     arrays |= {"state": (wide(B, H, m), wide(B, H, m, e))} if "s" in features else {}
-    arrays |= {"starts": of(B, T, dtype=jnp.int32)} if "p" in features else {}
-    return lambda arrays: gpu_agent_attention(**arrays), [arrays]
+    starts = of(B, T, dtype=jnp.int32) if "p" in features else None
+
+    def run(arrays: Any, starts: Any, cotangents: Any) -> Any:
+        out, vjp, exact = jax.vjp(lambda a: _split(gpu_agent_attention(**a, starts=starts)), arrays, has_aux=True)
+        return out, exact, vjp(cotangents)
+
+    return run, [arrays, starts, (of(B, T, H, e), (wide(B, H, m), wide(B, H, m, e)))]
+
+
+def _split(found: tuple[Any, Any, Any]) -> tuple[tuple[Any, Any], Any]:
+    """o and the state, and whether o is exact."""
+    o, state, exact = found
+    return (o, state), exact
 
 
 def loss_program(width: int, columns: int, placed: Any) -> tuple[Callable[..., Any], list[Any]]:

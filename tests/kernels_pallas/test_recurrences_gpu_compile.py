@@ -17,13 +17,13 @@ SWEEPS = [f"linear_recurrence_{name}" for name in ("backward_keys", "backward_qu
 KERNELS = {
     "recurrence 128/128 aps": SWEEPS,
     "recurrence 256/256 aps": SWEEPS,
-    "flow 128/128 ps": ["flow_forward"],
-    "agent 128/128 kps": ["agent_attention_forward"],
+    "flow 128/128 ps": ["flow_backward", "flow_forward"],
+    "agent 128/128 kps": ["agent_attention_backward", "agent_attention_forward"],
     "loss 1000/20000": ["cross_entropy_slopes", "cross_entropy_value"],
     "local 128 i": [f"local_linear_{name}" for name in ("adjoint", "backward", "backward_rows", "forward")],
 }
 
-SPILLS = {"local 128 i": 80}  # bytes
+SPILLS = {"local 128 i": 80, "agent 128/128 kps": 12, "flow 128/128 ps": 16}  # bytes
 
 
 @pytest.mark.skipif(absent() is not None, reason=str(absent()))
