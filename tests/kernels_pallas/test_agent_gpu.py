@@ -9,6 +9,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.agent_attention import gpu_agent_attention
+from tests import tiers
 from tests.kernels_pallas.recurrences import assert_close, assert_refused, documents_of, starts_of
 from tests.kernels_pallas.test_agent_attention import definition, exact, given, inputs, results
 from tests.kernels_pallas.test_flash_gpu import needs_interpreter
@@ -17,8 +18,8 @@ from tests.kernels_pallas.test_flash_gpu import needs_interpreter
 # rings go round, nothing fills its tile.
 CASES = [
     (210, 1, 5, 24, 65, True, True, True),
-    pytest.param((192, 2, 64, 128, 128, False, False, False), marks=pytest.mark.slow),
-    pytest.param((7, 2, 1, 70, 16, True, False, False), marks=pytest.mark.slow),
+    pytest.param((192, 2, 64, 128, 128, False, False, False), marks=tiers.exhaustive),
+    pytest.param((7, 2, 1, 70, 16, True, False, False), marks=tiers.exhaustive),
 ]
 
 

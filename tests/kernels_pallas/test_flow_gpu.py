@@ -10,6 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from attnlab.ops.flow_definition import FlowRule
 from kernels_pallas.flow_attention import Rule, flow_attention
+from tests import tiers
 from tests.kernels_pallas.recurrences import assert_refused
 from tests.kernels_pallas.test_flash_gpu import needs_interpreter
 from tests.kernels_pallas.test_flow_attention import COUNT, PLAIN, STARTS, exact, inputs, results, typed, uses
@@ -33,7 +34,7 @@ def close(found, expected, tolerance, name):
 
 
 @needs_interpreter
-@pytest.mark.parametrize("name", [next(iter(CASES)), *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)])
+@pytest.mark.parametrize("name", [next(iter(CASES)), *(pytest.param(n, marks=tiers.exhaustive) for n in SLOW)])
 def test_equals_the_definition(name):
     """Outputs, flows, all sums and every gradient; flows and sums of features as exact as float32, and nothing that is
     read or written is in no order."""
