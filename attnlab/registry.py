@@ -1,7 +1,7 @@
 """Kinds of things that configs choose by name: mixers, models, data.
 
-A kind's files are imported when they are asked for: a run takes the one that its config names, which spares it a hundred
-others; whoever asks for all names takes them all.
+A kind's files are imported when they are asked for: a run takes the one that its config names, which spares it a
+hundred others; whoever asks for all names takes them all.
 """
 
 from __future__ import annotations
