@@ -50,7 +50,7 @@ class _BackwardRows(Rows):
             return device.state(lambda acc: device.wgmma(acc, dlogits, keys))(device.start(acc))
 
         _, acc = self.sweep(t, jnp.int32(0), 2, step, device.zeros(R, self.d))
-        self.put_rows(t, acc * self.scale + self.wide(t, t.wide_u), t.dq)
+        self.put_rows(t, acc * self.scale + self.wide(t, t.wide_u), t.qs, t.dq)
 
 
 def backward_rows(

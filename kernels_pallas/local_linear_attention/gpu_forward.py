@@ -83,7 +83,7 @@ class _Forward(SolvingRows):
             return device.state(lambda acc: device.wgmma(acc, weights, values))(device.start(acc))
 
         _, acc = self.sweep(t, n, 2, step, device.zeros(R, self.d))
-        self.put_rows(t, acc, t.o)
+        self.put_rows(t, acc, t.qs, t.o)
 
 
 def forward(

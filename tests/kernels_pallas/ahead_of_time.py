@@ -34,6 +34,7 @@ from kernels_pallas.flow_attention import Sums, flow_attention  # noqa: E402
 from kernels_pallas.linear_recurrence import linear_recurrence  # noqa: E402
 from kernels_pallas.local_linear_attention import local_linear_attention  # noqa: E402
 from kernels_pallas.neural_memory import neural_memory  # noqa: E402
+from kernels_pallas.parallax_attention import parallax_attention  # noqa: E402
 from kernels_pallas.routed_attention import routed_attention, row_tile  # noqa: E402
 
 H100 = AbstractMesh(
@@ -77,6 +78,7 @@ AGENTS = {f"agent {d}/{e} {features}": (d, e, features) for d, e, features in (
 MEMORIES = {f"memory {d} chunk {chunk}": (d, chunk) for d in (64, 128) for chunk in (16, 64)}
 
 LOCAL = {f"local {d} {features}".strip(): (d, features) for d in (64, 128) for features in ("", "i")}
+PARALLAX = {f"parallax {d} {features}".strip(): (d, features) for d in (64, 128) for features in ("", "i")}
 LOSSES = {"loss 1000/20000": (1000, 20000)}  # widths of hidden states, and columns, neither of whole tiles
 
 
@@ -238,6 +240,19 @@ def local_program(d: int, features: str, placed: Any) -> tuple[Callable[..., Any
     return run, [arrays, bounds, of(B, T, H, d)]
 
 
+def parallax_program(d: int, features: str, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
+    """As `program`, of Parallax."""
+    of = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+    bounds = {name: of(1, T, dtype=jnp.int32) for name in ("starts", "ends") if "i" in features}
+
+    def run(arrays: Any, bounds: Any, do: Any) -> Any:
+        out, vjp = jax.vjp(lambda *a: parallax_attention(*a, **bounds, platform="cuda"), *arrays)
+        return out, vjp(do)
+
+    rows, keys = of(B, T, H, d), of(B, T, K, d)
+    return run, [(rows, rows, keys, keys), bounds, rows]
+
+
 def program_of(case: str, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
     """What a case compiles, and for what arrays."""
     if case in RECURRENCES:
@@ -248,6 +263,8 @@ def program_of(case: str, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
         return loss_program(*LOSSES[case], placed)
     if case in LOCAL:
         return local_program(*LOCAL[case], placed)
+    if case in PARALLAX:
+        return parallax_program(*PARALLAX[case], placed)
     if case in FLOWS:
         return flow_program(*FLOWS[case], placed)
     if case in AGENTS:
@@ -279,7 +296,7 @@ def kernels(case: str, placed: Any) -> Iterator[dict[str, Any]]:
 def main() -> None:
     mosaic._SMEM_SIZE_BOUND = _Limit(hopper.SMEM_BYTES)
     placed = SingleDeviceSharding(Target.of("h100:1").devices[0])
-    for case in sys.argv[1:] or CASES | RECURRENCES | FLOWS | AGENTS | MEMORIES | LOSSES | LOCAL:
+    for case in sys.argv[1:] or CASES | RECURRENCES | FLOWS | AGENTS | MEMORIES | LOSSES | LOCAL | PARALLAX:
         for found in kernels(case, placed):
             print(json.dumps(found), flush=True)
 
