@@ -1,5 +1,5 @@
-"""Recurrences in `benchmarks.kernels`, local linear attention and cross-entropy: cases, and who computes them: our
-kernels, XLA, and fla's Triton kernels."""
+"""Recurrences in `benchmarks.kernels`, local linear attention, Parallax and cross-entropy: cases, and who computes
+them: our kernels, XLA, and fla's Triton kernels."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Recurrence:
 
     Attributes:
       op: linear_recurrence, delta_rule (decay: data), neural_memory (a matrix; decay: data), flow_attention,
-        agent_attention by `AGENTS` agents, local_linear (causal), or cross_entropy (of T rows of width d over e
-        columns).
+        agent_attention by `AGENTS` agents, local_linear and parallax (causal), or cross_entropy (of T rows of width d
+        over e columns).
       decay: none, constant (a number per head), or data (one per position and head).
       packed: rows are documents T / 8 long.
       chunk: of the neural memory.
@@ -54,11 +54,15 @@ class Recurrence:
         """Of the products of a chunk of 64, forward, or forward and backward by 3 d + 2 e and five states; of the delta
         rule, of reading, writing and asking a state once a position, and twice as much backward; of agent attention, of
         logits, sums, pairs and averages, and in the backward of their gradients; of local linear attention, of 16
-        iterations in each solve; of cross-entropy, of each logit once."""
+        iterations in each solve; of Parallax, of four products forward and eight backward; of cross-entropy, of each
+        logit once."""
         if self.op == "cross_entropy":
             return (6.0 if backward else 2.0) * self.T * self.d * self.e
         if self.op == "local_linear":
             widths = 35 * self.d + self.e + (41 * self.d + 2 * self.e if backward else 0)
+            return self.B * self.H * self.T * (self.T + 1.0) * widths
+        if self.op == "parallax":
+            widths = 2 * self.d + 2 * self.e + backward * (6 * self.d + 2 * self.e)
             return self.B * self.H * self.T * (self.T + 1.0) * widths
         if self.op == "delta_rule":
             return (18.0 if backward else 6.0) * self.B * self.T * self.H * self.d * self.e
@@ -74,14 +78,14 @@ class Recurrence:
         return 2.0 * self.B * self.T * self.H * (pairs + states)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of q, k, u, do and what there is of log_decay, beta and agents."""
+        """Of q, k, u, do and what there is of log_decay, beta, agents and probe."""
         if self.op == "cross_entropy":
             return {"q": (self.T, self.d), "k": (self.d, self.e), "do": (self.T,)}
         positions = self.B, self.T, self.H
         keys, values = (*positions, self.d), (*positions, self.e)
         decay = {"none": {}, "constant": {"log_decay": (self.H,)}, "data": {"log_decay": positions}}[self.decay]
         more = {"delta_rule": {"beta": positions}, "neural_memory": {"log_eta": positions, "theta": positions}}
-        more["agent_attention"] = {"agents": (self.H, AGENTS, self.d)}
+        more |= {"agent_attention": {"agents": (self.H, AGENTS, self.d)}, "parallax": {"probe": keys}}
         return {"q": keys, "k": keys, "u": values, "do": values} | decay | more.get(self.op, {})
 
     def documents(self) -> np.ndarray | None:
@@ -118,6 +122,7 @@ PARITY = [
     *(Recurrence(f"memory {d} chunk {chunk} packed", "neural_memory", 2, 1000, 4, d, d, "data", True, chunk)
       for d, chunk in ((64, 16), (64, 64), (128, 16), (128, 64))),
     *(Recurrence(f"local linear {d}/{d}", "local_linear", 2, 1000, 4, d, d) for d in (64, 128)),
+    *(Recurrence(f"parallax {d}/{d}", "parallax", 2, 1000, 4, d, d) for d in (64, 128)),
     Recurrence("cross-entropy 1000/20000", "cross_entropy", 1, 1000, 1, 1000, 20000),
 ]  # fmt: skip
 TIMED = [
@@ -138,6 +143,8 @@ TIMED = [
     Recurrence("memory 128 chunk 64", "neural_memory", 4, 8192, 16, 128, 128, "data"),
     Recurrence("local linear 128", "local_linear", 4, 4096, 16, 128, 128),
     Recurrence("local linear 64", "local_linear", 4, 4096, 16, 64, 64),
+    Recurrence("parallax 128", "parallax", 4, 4096, 16, 128, 128),
+    Recurrence("parallax 64", "parallax", 4, 4096, 16, 64, 64),
     Recurrence("cross-entropy 2048/32768", "cross_entropy", 1, 16384, 1, 2048, 32768),
     Recurrence("cross-entropy 512/32768", "cross_entropy", 1, 16384, 1, 512, 32768),
 ]
@@ -170,6 +177,12 @@ def in_jax(case: Recurrence, impl: str) -> Callable[..., Any]:
 
         own = {"chunked": "cg"}.get(impl, impl)
         return lambda q, k, u: local_linear(q, k, u, Mask(causal=True), 1.0, impl=own)[0]
+    if case.op == "parallax":
+        from attnlab.ops import Mask
+        from attnlab.ops.parallax import parallax
+
+        own = {"chunked": "xla", "pallas": "flash"}.get(impl, impl)
+        return lambda q, k, u, probe: parallax(q, probe, k, u, Mask(causal=True), impl=own)
     if case.op == "cross_entropy":
         from attnlab.ops.cross_entropy import cross_entropy
 

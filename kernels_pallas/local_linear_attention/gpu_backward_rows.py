@@ -11,7 +11,7 @@ from jax import lax
 from kernels_pallas import hopper
 from kernels_pallas.flash_attention import gpu_forward
 from kernels_pallas.hopper import by_row
-from kernels_pallas.local_linear_attention.gpu_rows import ROWS, R, Rows, W, keys_of_tile
+from kernels_pallas.local_linear_attention.gpu_rows import ROWS, N, R, Rows, W
 
 NAME = "local_linear_backward_rows"
 FACTORS = "do", "x", "x_rest", "u", "u_rest"  # of products with keys and values, beside q
@@ -78,5 +78,5 @@ def backward_rows(
         num_threads=W + 1,
         thread_name="wg",
     )
-    tiles = None if bounds is None else gpu_forward.ranges(bounds, R, keys_of_tile(D))
+    tiles = None if bounds is None else gpu_forward.ranges(bounds, R, N)
     return run(q, k, v, *factors, u, stats, *(bounds or (None, None)), tiles)

@@ -1,4 +1,4 @@
-"""What Hopper's kernels of local linear attention and Parallax that own rows share: a ring of keys and values, and weights.
+"""What Hopper's kernels of local linear attention and Parallax that own rows share: a ring of keys and values, weights.
 
 Two warpgroups have 64 rows each, a third copies keys to them, again for every pass: weights of a tile against all keys
 do not fit on chip, so that each pass makes them again, `exp2(q . k - lse)`.
@@ -27,12 +27,8 @@ from kernels_pallas.hopper import LAYOUT, by_row
 
 W, R = gpu_forward.WARPGROUPS, 64
 ROWS = W * R  # of a block of threads
+N = 64  # keys of a tile: with twice as many, products of heads of 64 are serialized
 HIDDEN = -1e30  # what the accumulator of a hidden score starts at: exp2 of it is 0, whatever the product adds
-
-
-def keys_of_tile(width: int) -> int:
-    """N, for heads padded to a width."""
-    return 64 if width > 64 else 128
 
 
 def over_columns(x: jax.Array) -> jax.Array:
@@ -59,7 +55,7 @@ class Rows:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return R, keys_of_tile(self.d)
+        return R, N
 
     def memory(self, stages: int, copied: int, given: int = 0) -> dict[str, Any]:
         """Of the ring, where `copied` arrays of rows, `fetched`, have come, and for as many numbers a row to `give`."""

@@ -47,7 +47,7 @@ def parallax_attention(
       scale: of the logits; `d ** -0.5` by default.
       platform: whose kernels run, "tpu" or "cuda". Hopper's take bfloat16 and heads up to 128 wide.
       interpret: as in `flash_attention`.
-      blocks: tile sizes on TPU; by default those of `tuning`. `ones` counts for nothing: the matrix unit adds up weights.
+      blocks: tile sizes on TPU; by default those of `tuning`. `ones` counts for nothing: the matrix unit sums weights.
       keys_seen: as in `flash_attention`.
 
     Returns:

@@ -16,7 +16,7 @@ from jax import lax
 from kernels_pallas import hopper
 from kernels_pallas.flash_attention import gpu_forward
 from kernels_pallas.hopper import by_row
-from kernels_pallas.local_linear_attention.gpu_rows import ROWS, R, Rows, W, keys_of_tile, over_columns
+from kernels_pallas.local_linear_attention.gpu_rows import ROWS, N, R, Rows, W, over_columns
 
 NAME = "parallax_forward"
 _STAGES = 6  # tiles of keys and of values in flight
@@ -108,5 +108,5 @@ def forward(
         num_threads=W + 1,
         thread_name="wg",
     )
-    tiles = None if bounds is None else gpu_forward.ranges(bounds, R, keys_of_tile(D))
+    tiles = None if bounds is None else gpu_forward.ranges(bounds, R, N)
     return tuple(run(q, probe, k, v, *(bounds or (None, None)), tiles))
