@@ -64,7 +64,8 @@ def neural_memory(
         anything. None: 0.
       group: chunks that are taken at once, 2 or more; it changes rounding alone. None: as many as are fast. Hopper's
         groups are of 64 positions.
-      platform: whose kernels, "tpu" or "cuda" (Hopper; bfloat16, one layer, with a norm heads of 64: `gpu.unsupported`).
+      platform: whose kernels, "tpu" or "cuda" (Hopper; bfloat16, one layer, heads of 64 with a norm:
+        `gpu.unsupported`).
       interpret: runs it as plain XLA operations on any platform, or as the interpreter's parameters say
         (`jax.experimental.pallas.tpu.InterpretParams`). Hopper's run on a CPU, by jax's interpreter of GPU kernels.
 

@@ -32,10 +32,11 @@ class Case:
     read_after_write: bool = True
     grad_at: str = "prev"
     width: int = 64
+    norm: bool = False
 
     @property
     def spec(self):
-        return MemorySpec(self.chunk, False, (RATE,), read_after_write=self.read_after_write, grad_at=self.grad_at)
+        return MemorySpec(self.chunk, self.norm, (RATE,), read_after_write=self.read_after_write, grad_at=self.grad_at)
 
     def documents(self):
         return jnp.asarray(SEGMENTS[:1, : self.length] + (not self.carried), jnp.int32)
@@ -45,7 +46,7 @@ class Case:
 
 
 CASES = [
-    Case(130, 16),
+    Case(100, 16, norm=True),
     Case(130, 64, carried=True, read_after_write=False, grad_at="decayed", width=128),
 ]
 
@@ -116,7 +117,7 @@ def by_kernels(case, args, interpret):
         carried = carried_from(weights, momentum) if case.carried else None
         y, w, s, _ = kernel(
             q, k, v, keep, eta, theta, weights=(weights,), momentum=(momentum,), chunk=case.chunk,
-            residual_norm=False, rates=(RATE,), read_after_write=case.read_after_write,
+            residual_norm=case.norm, rates=(RATE,), read_after_write=case.read_after_write,
             decayed=case.grad_at == "decayed", positions=case.positions(), carried=carried, platform="cuda",
             interpret=interpret,
         )  # fmt: skip
@@ -126,7 +127,7 @@ def by_kernels(case, args, interpret):
 
 
 @needs_interpreter
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"chunk{case.chunk}")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"chunk{case.chunk}{' norm' * case.norm}")
 def test_equals_the_definition(case):
     """Values, states and every gradient of packed rows, whose documents begin inside chunks and at their edges; nothing
     is read or written that barriers do not put in order."""
@@ -184,7 +185,7 @@ def test_numbers_of_positions(chunk, read_after_write, decayed):
     [
         ((64, 256, 64), 16, "bfloat16", False, "a matrix, depth 1, not layers 64x256x64"),
         ((64, 64), 16, "float32", False, "bfloat16, not float32"),
-        ((64, 64), 16, "bfloat16", True, "residual_norm=True; allowed: False"),
+        ((128, 128), 16, "bfloat16", True, "heads with a norm are 64 wide, not 128"),
         ((96, 96), 16, "bfloat16", False, "64 or 128 wide, not 96"),
         ((64, 64), 48, "bfloat16", False, "chunk is 16, 32, 64, not 48"),
     ],
