@@ -23,7 +23,7 @@ class Recurrence:
         over e columns).
       decay: none, constant (a number per head), or data (one per position and head).
       packed: rows are documents T / 8 long.
-      chunk: of the neural memory.
+      chunk, norm: of the neural memory.
     """
 
     name: str
@@ -36,13 +36,14 @@ class Recurrence:
     decay: str = "none"
     packed: bool = False
     chunk: int = 64
+    norm: bool = False
 
     peers = PEERS
 
     @property
     def family(self) -> tuple[Any, ...]:
         """What a case that is wrong says of others."""
-        return self.op, self.d, self.e
+        return self.op, self.d, self.e, self.norm
 
     def tiny(self) -> Recurrence:
         """The same in small, to try a program where it would take too long."""
@@ -121,6 +122,7 @@ PARITY = [
       for d, e in ((64, 64), (128, 128), (128, 256))),
     *(Recurrence(f"memory {d} chunk {chunk} packed", "neural_memory", 2, 1000, 4, d, d, "data", True, chunk)
       for d, chunk in ((64, 16), (64, 64), (128, 16), (128, 64))),
+    Recurrence("memory 64 chunk 16 norm packed", "neural_memory", 2, 1000, 4, 64, 64, "data", True, 16, True),
     *(Recurrence(f"local linear {d}/{d}", "local_linear", 2, 1000, 4, d, d) for d in (64, 128)),
     *(Recurrence(f"parallax {d}/{d}", "parallax", 2, 1000, 4, d, d) for d in (64, 128)),
     Recurrence("cross-entropy 1000/20000", "cross_entropy", 1, 1000, 1, 1000, 20000),
@@ -139,6 +141,7 @@ TIMED = [
     Recurrence("delta rule 128/256", "delta_rule", 4, 8192, 8, 128, 256, "data"),
     Recurrence("memory 64 chunk 16", "neural_memory", 4, 8192, 32, 64, 64, "data", chunk=16),
     Recurrence("memory 64 chunk 64", "neural_memory", 4, 8192, 32, 64, 64, "data"),
+    Recurrence("memory 64 chunk 16 norm", "neural_memory", 4, 8192, 32, 64, 64, "data", chunk=16, norm=True),
     Recurrence("memory 128 chunk 16", "neural_memory", 4, 8192, 16, 128, 128, "data", chunk=16),
     Recurrence("memory 128 chunk 64", "neural_memory", 4, 8192, 16, 128, 128, "data"),
     Recurrence("local linear 128", "local_linear", 4, 4096, 16, 128, 128),
@@ -196,7 +199,7 @@ def in_jax(case: Recurrence, impl: str) -> Callable[..., Any]:
 
 
 def _memory_in_jax(case: Recurrence, impl: str) -> Callable[..., Any]:
-    """A memory that is a matrix and begins with nothing."""
+    """A memory that is a matrix and begins with nothing; with the norm, with outputs of deviation 1 for unit keys."""
     import jax.numpy as jnp
 
     from attnlab.ops.documents import document_index
@@ -205,10 +208,11 @@ def _memory_in_jax(case: Recurrence, impl: str) -> Callable[..., Any]:
 
     documents = case.documents()
     documents = None if documents is None else document_index(jnp.asarray(documents))
-    spec = MemorySpec(case.chunk, False, (1.0,))
+    spec = MemorySpec(case.chunk, case.norm, (1.0,))
+    matrix = case.norm * case.d**0.5 * jnp.eye(case.d)
 
     def run(q, k, u, log_decay, log_eta, theta):
-        initial = initial_state((jnp.zeros((case.H, case.d, case.d)),), 1, True)
+        initial = initial_state((jnp.broadcast_to(matrix, (case.H, case.d, case.d)),), 1, True)
         y, _ = neural_memory(q, k, u, log_decay, log_eta, theta, initial, spec, documents_BT=documents, impl=impl)
         return y.astype(q.dtype)
 

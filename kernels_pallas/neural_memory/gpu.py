@@ -26,8 +26,8 @@ CHUNKS = 16, 32, 64
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What is static; see `neural_memory`. epsilon: None without a norm. packed: rows may be more than one document from
-    its beginning."""
+    """What is static; see `neural_memory`. epsilon: None without a norm. packed: rows may be more than one document
+    from their beginning."""
 
     chunk: int
     rate: float
