@@ -11,9 +11,9 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from attnlab.ops.documents import document_index, positions_in_documents
-from attnlab.ops.memory_frame import MemorySpec, initial_state
+from attnlab.ops.memory_frame import MemorySpec, forward, initial_state
 from attnlab.ops.neural_memory import neural_memory
-from kernels_pallas.neural_memory import call, gpu, gpu_numbers
+from kernels_pallas.neural_memory import call, gpu, gpu_norm, gpu_numbers
 from kernels_pallas.neural_memory import neural_memory as kernel
 from tests.kernels_pallas.test_flash_gpu import needs_interpreter
 from tests.kernels_pallas.test_neural_memory import SEGMENTS, unit
@@ -202,3 +202,23 @@ def test_what_the_kernels_cannot_do(widths, chunk, dtype, norm, says):
     )  # fmt: skip
     with pytest.raises(ValueError, match=f"neural_memory on cuda: .*{says}"):
         jax.eval_shape(run, q, gate, layers)
+
+
+def test_gradients_of_the_norm():
+    """What the matrix says of keys gets what differentiating the loss gives, once and twice; as it says of queries."""
+    epsilon = 1e-2
+    spec = MemorySpec(16, True, (RATE,), epsilon=epsilon)
+
+    @jax.jit
+    def both(z, k, v, u):
+        says = lambda z: forward(spec, (jnp.eye(8),), z) - z  # the norm alone
+        error = jax.grad(lambda z: 0.5 * jnp.sum((k + says(z) - v) ** 2))
+        x, inverse = gpu_norm.normalized(z, epsilon)
+        w, slope = gpu_norm.slopes(x, inverse, k + x - v, u)
+        found = x, gpu_norm.pulled(x, inverse, k + x - v), gpu_norm.pulled(x, inverse, u), w, slope
+        _, along = jax.jvp(says, (z,), (u,))
+        return found, (says(z), error(z), along, along, jax.jvp(error, (z,), (u,))[1])
+
+    with jax.enable_x64(True):
+        for a, b in zip(*both(*np.random.default_rng(0).standard_normal((4, 3, 8))), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
