@@ -36,6 +36,7 @@ from kernels_pallas.flow_attention import gpu_forward as flow_forward  # noqa: E
 from kernels_pallas.linear_recurrence import linear_recurrence  # noqa: E402
 from kernels_pallas.local_linear_attention import local_linear_attention  # noqa: E402
 from kernels_pallas.neural_memory import neural_memory  # noqa: E402
+from kernels_pallas.parallax_attention import parallax_attention  # noqa: E402
 from kernels_pallas.routed_attention import routed_attention, row_tile  # noqa: E402
 
 H100 = AbstractMesh(
@@ -75,10 +76,12 @@ FLOWS = {f"flow {d}/{e} {features}": (d, e, features) for d, e, features in (
 AGENTS = {f"agent {d}/{e} {features}": (d, e, features) for d, e, features in (
     (64, 64, "ps"), (128, 64, "k"), (64, 128, "k"), (128, 128, ""), (128, 128, "kps"))}  # fmt: skip
 
-# Of a memory that is a matrix: width and chunk.
-MEMORIES = {f"memory {d} chunk {chunk}": (d, chunk) for d in (64, 128) for chunk in (16, 64)}
+# Of a memory that is a matrix: width, chunk, and whether it has the norm.
+MEMORIES = {f"memory {d} chunk {chunk}": (d, chunk, False) for d in (64, 128) for chunk in (16, 64)}
+MEMORIES |= {f"memory 64 chunk {chunk} norm": (64, chunk, True) for chunk in (16, 64)}
 
 LOCAL = {f"local {d} {features}".strip(): (d, features) for d in (64, 128) for features in ("", "i")}
+PARALLAX = {f"parallax {d} {features}".strip(): (d, features) for d in (64, 128) for features in ("", "i")}
 LOSSES = {"loss 1000/20000": (1000, 20000)}  # widths of hidden states, and columns, neither of whole tiles
 
 
@@ -195,14 +198,14 @@ def flow_program(d: int, e: int, features: str, placed: Any) -> tuple[Callable[.
     return run, [arrays, limits, (vectors, of(B, H), pairs), of(B, H, N, 4, d)]
 
 
-def memory_program(d: int, chunk: int, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
+def memory_program(d: int, chunk: int, normed: bool, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
     """As `program`, of the neural memory, documents and a state."""
     of = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
     rows, gate, states = of(B, T, H, d, dtype=jnp.bfloat16), of(B, T, H), (of(B, H, d, d),)
 
     def run(arrays: Any, positions: Any, initial: Any, carried: Any, cotangents: Any) -> Any:
         learn = lambda arrays, initial, carried: neural_memory(
-            *arrays, weights=initial, momentum=initial, chunk=chunk, residual_norm=False, rates=(1.0,),
+            *arrays, weights=initial, momentum=initial, chunk=chunk, residual_norm=normed, rates=(1.0,),
             positions=positions, carried=carried, platform="cuda",
         )  # fmt: skip
         out, vjp = jax.vjp(learn, arrays, initial, carried)
@@ -257,6 +260,19 @@ def local_program(d: int, features: str, placed: Any) -> tuple[Callable[..., Any
     return run, [arrays, bounds, of(B, T, H, d)]
 
 
+def parallax_program(d: int, features: str, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
+    """As `program`, of Parallax."""
+    of = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+    bounds = {name: of(1, T, dtype=jnp.int32) for name in ("starts", "ends") if "i" in features}
+
+    def run(arrays: Any, bounds: Any, do: Any) -> Any:
+        out, vjp = jax.vjp(lambda *a: parallax_attention(*a, **bounds, platform="cuda"), *arrays)
+        return out, vjp(do)
+
+    rows, keys = of(B, T, H, d), of(B, T, K, d)
+    return run, [(rows, rows, keys, keys), bounds, rows]
+
+
 def program_of(case: str, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
     """What a case compiles, and for what arrays."""
     if case in RECURRENCES:
@@ -267,6 +283,8 @@ def program_of(case: str, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
         return loss_program(*LOSSES[case], placed)
     if case in LOCAL:
         return local_program(*LOCAL[case], placed)
+    if case in PARALLAX:
+        return parallax_program(*PARALLAX[case], placed)
     if case in FLOWS:
         return flow_program(*FLOWS[case], placed)
     if case in AGENTS:
@@ -298,7 +316,7 @@ def kernels(case: str, placed: Any) -> Iterator[dict[str, Any]]:
 def main() -> None:
     mosaic._SMEM_SIZE_BOUND = _Limit(hopper.SMEM_BYTES)
     placed = SingleDeviceSharding(Target.of("h100:1").devices[0])
-    for case in sys.argv[1:] or CASES | RECURRENCES | FLOWS | AGENTS | MEMORIES | LOSSES | LOCAL:
+    for case in sys.argv[1:] or CASES | RECURRENCES | FLOWS | AGENTS | MEMORIES | LOSSES | LOCAL | PARALLAX:
         for found in kernels(case, placed):
             print(json.dumps(found), flush=True)
 

@@ -1,5 +1,5 @@
-"""The Hopper kernels of recurrences, local linear attention and cross-entropy by the real ptxas: no spills, no
-serialized tensor cores."""
+"""The Hopper kernels of recurrences, local linear attention, Parallax and cross-entropy by the real ptxas: no spills,
+no serialized tensor cores."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ KERNELS = {
     "agent 128/128 kps": ["agent_attention_backward", "agent_attention_forward"],
     "loss 1000/20000": ["cross_entropy_slopes", "cross_entropy_value"],
     "local 128 i": [f"local_linear_{name}" for name in ("adjoint", "backward", "backward_rows", "forward")],
+    "parallax 128 i": [f"parallax_{name}" for name in ("backward", "backward_rows", "forward")],
 }
 
 SPILLS = {"local 128 i": 80, "agent 128/128 kps": 12, "flow 128/128 ps": 16}  # bytes

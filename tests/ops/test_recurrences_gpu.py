@@ -28,6 +28,12 @@ DOCUMENTS = jnp.arange(T)[None].repeat(B, 0) // 90
 SWEEPS = {"forward", "backward_queries", "backward_keys", "backward_values"}
 LEARNS = MemorySpec(16, False, (1.0,))
 MEMORY = NeuralMemorySpec(2, 4096, 8, (D, D), "bfloat16", True, LEARNS)
+NORM = dataclasses.replace(LEARNS, residual_norm=True)
+NO_MEMORY = {
+    "depth 1, not layers 64x256x64": {"widths": (64, 256, 64)},
+    "a norm are 64 wide, not 128": {"widths": (128, 128), "memory": NORM},
+    "norm_scale=True; allowed: False": {"memory": dataclasses.replace(NORM, norm_scale=True)},
+}
 
 
 @pytest.mark.parametrize(
@@ -35,9 +41,10 @@ MEMORY = NeuralMemorySpec(2, 4096, 8, (D, D), "bfloat16", True, LEARNS)
     [
         (LINEAR_RECURRENCE, spec(), {"head widths are at most 256": {"width": 264}}),
         (FLOW_ATTENTION, FLOW, {"at most 128, not 192": {"width": 192}, "causal=False is not": {"causal": False}}),
-        (NEURAL_MEMORY, MEMORY, {"depth 1, not layers 64x256x64": {"widths": (64, 256, 64)}}),
+        (NEURAL_MEMORY, MEMORY, NO_MEMORY),
+        (NEURAL_MEMORY, dataclasses.replace(MEMORY, memory=NORM), {}),
     ],
-    ids=["recurrence", "flow", "memory"],
+    ids=["recurrence", "flow", "memory", "memory with a norm"],
 )
 def test_auto(op, spec, refused):
     """On Hopper the kernel; XLA's form takes short rows, float32, what is too wide, other GPUs, each for a reason."""
