@@ -15,6 +15,7 @@ from attnlab.ops.memory_frame import MemorySpec, forward, initial_state
 from attnlab.ops.neural_memory import neural_memory
 from kernels_pallas.neural_memory import call, gpu, gpu_norm, gpu_numbers
 from kernels_pallas.neural_memory import neural_memory as kernel
+from tests import tiers
 from tests.kernels_pallas.test_flash_gpu import needs_interpreter
 from tests.kernels_pallas.test_neural_memory import SEGMENTS, unit
 
@@ -48,6 +49,8 @@ class Case:
 CASES = [
     Case(100, 16, norm=True),
     Case(130, 64, carried=True, read_after_write=False, grad_at="decayed", width=128),
+    Case(100, 16),
+    Case(130, 64, carried=True, norm=True),
 ]
 
 
@@ -127,7 +130,7 @@ def by_kernels(case, args, interpret):
 
 
 @needs_interpreter
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"chunk{case.chunk}{' norm' * case.norm}")
+@tiers.parametrize("case", CASES, often=CASES[:2], ids=lambda case: f"chunk{case.chunk}{' norm' * case.norm}")
 def test_equals_the_definition(case):
     """Values, states and every gradient of packed rows, whose documents begin inside chunks and at their edges; nothing
     is read or written that barriers do not put in order."""

@@ -22,6 +22,7 @@ KERNELS = {
     "agent 128/128 kps": ["agent_attention_backward", "agent_attention_forward"],
     "loss 1000/20000": ["cross_entropy_slopes", "cross_entropy_value"],
     "local 128 i": [f"local_linear_{name}" for name in ("adjoint", "backward", "backward_rows", "forward")],
+    "local 64 i": [f"local_linear_{name}" for name in ("adjoint", "backward", "backward_rows", "forward")],
     "parallax 128 i": [f"parallax_{name}" for name in ("backward", "backward_rows", "forward")],
 }
 
