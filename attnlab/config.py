@@ -43,7 +43,7 @@ def node(build: Callable[[Any, str], Any], **kwargs: Any) -> Any:
     return dataclasses.field(metadata={"build": build}, **kwargs)
 
 
-def suggest(key: str, allowed: Sequence[str]) -> str:
+def suggest(key: str, allowed: Collection[str]) -> str:
     """` (did you mean 'x'?)` for the nearest allowed key, or nothing."""
     close = difflib.get_close_matches(key, list(allowed), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
@@ -64,7 +64,7 @@ def require(condition: bool, key: str, value: Any, allowed: str) -> None:
         raise ConfigError(f"{key} = {show(value)} is not possible; allowed: {allowed}")
 
 
-def require_choice(key: str, value: Any, choices: Sequence[str]) -> None:
+def require_choice(key: str, value: Any, choices: Collection[str]) -> None:
     """Raises a ConfigError unless `value` is one of `choices`."""
     if value not in choices:
         hint = suggest(str(value), choices)
@@ -167,7 +167,7 @@ def _located(message: str, path: str, fields: Sequence[str]) -> str:
     return message if located else f"in {path}: {message}"
 
 
-def split_name(tree: Any, path: str, choices: Sequence[str]) -> tuple[str, dict[str, Any]]:
+def split_name(tree: Any, path: str, choices: Collection[str]) -> tuple[str, dict[str, Any]]:
     """The name of a config node and its other keys; the name must be one of `choices`."""
     if isinstance(tree, (str, Override)):
         tree = {"name": tree}

@@ -177,7 +177,7 @@ def _as_if_on_h100() -> Any:
 
 
 def _specs(case: Case | Recurrence) -> dict[str, jax.ShapeDtypeStruct]:
-    bf16 = ("q", "k", "u", "v", "gate", "do")
+    bf16 = ("q", "k", "u", "v", "probe", "gate", "do")
     return {n: jax.ShapeDtypeStruct(x, "bfloat16" if n in bf16 else "float32") for n, x in case.shapes().items()}
 
 

@@ -1,5 +1,5 @@
-"""Recurrences in `benchmarks.kernels`, local linear attention and cross-entropy: cases, and who computes them: our
-kernels, XLA, and fla's Triton kernels."""
+"""Recurrences in `benchmarks.kernels`, local linear attention, Parallax and cross-entropy: cases, and who computes
+them: our kernels, XLA, and fla's Triton kernels."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Recurrence:
 
     Attributes:
       op: linear_recurrence, delta_rule (decay: data), neural_memory (a matrix; decay: data), flow_attention,
-        agent_attention by `AGENTS` agents, local_linear (causal), or cross_entropy (of T rows of width d over e
-        columns).
+        agent_attention by `AGENTS` agents, local_linear and parallax (causal), or cross_entropy (of T rows of width d
+        over e columns).
       decay: none, constant (a number per head), or data (one per position and head).
       packed: rows are documents T / 8 long.
-      chunk: of the neural memory.
+      chunk, norm: of the neural memory.
     """
 
     name: str
@@ -36,13 +36,14 @@ class Recurrence:
     decay: str = "none"
     packed: bool = False
     chunk: int = 64
+    norm: bool = False
 
     peers = PEERS
 
     @property
     def family(self) -> tuple[Any, ...]:
         """What a case that is wrong says of others."""
-        return self.op, self.d, self.e
+        return self.op, self.d, self.e, self.norm
 
     def tiny(self) -> Recurrence:
         """The same in small, to try a program where it would take too long."""
@@ -54,11 +55,15 @@ class Recurrence:
         """Of the products of a chunk of 64, forward, or forward and backward by 3 d + 2 e and five states; of the delta
         rule, of reading, writing and asking a state once a position, and twice as much backward; of agent attention, of
         logits, sums, pairs and averages, and in the backward of their gradients; of local linear attention, of 16
-        iterations in each solve; of cross-entropy, of each logit once."""
+        iterations in each solve; of Parallax, of four products forward and eight backward; of cross-entropy, of each
+        logit once."""
         if self.op == "cross_entropy":
             return (6.0 if backward else 2.0) * self.T * self.d * self.e
         if self.op == "local_linear":
             widths = 35 * self.d + self.e + (41 * self.d + 2 * self.e if backward else 0)
+            return self.B * self.H * self.T * (self.T + 1.0) * widths
+        if self.op == "parallax":
+            widths = 2 * self.d + 2 * self.e + backward * (6 * self.d + 2 * self.e)
             return self.B * self.H * self.T * (self.T + 1.0) * widths
         if self.op == "delta_rule":
             return (18.0 if backward else 6.0) * self.B * self.T * self.H * self.d * self.e
@@ -74,14 +79,14 @@ class Recurrence:
         return 2.0 * self.B * self.T * self.H * (pairs + states)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of q, k, u, do and what there is of log_decay, beta and agents."""
+        """Of q, k, u, do and what there is of log_decay, beta, agents and probe."""
         if self.op == "cross_entropy":
             return {"q": (self.T, self.d), "k": (self.d, self.e), "do": (self.T,)}
         positions = self.B, self.T, self.H
         keys, values = (*positions, self.d), (*positions, self.e)
         decay = {"none": {}, "constant": {"log_decay": (self.H,)}, "data": {"log_decay": positions}}[self.decay]
         more = {"delta_rule": {"beta": positions}, "neural_memory": {"log_eta": positions, "theta": positions}}
-        more["agent_attention"] = {"agents": (self.H, AGENTS, self.d)}
+        more |= {"agent_attention": {"agents": (self.H, AGENTS, self.d)}, "parallax": {"probe": keys}}
         return {"q": keys, "k": keys, "u": values, "do": values} | decay | more.get(self.op, {})
 
     def documents(self) -> np.ndarray | None:
@@ -117,7 +122,9 @@ PARITY = [
       for d, e in ((64, 64), (128, 128), (128, 256))),
     *(Recurrence(f"memory {d} chunk {chunk} packed", "neural_memory", 2, 1000, 4, d, d, "data", True, chunk)
       for d, chunk in ((64, 16), (64, 64), (128, 16), (128, 64))),
+    Recurrence("memory 64 chunk 16 norm packed", "neural_memory", 2, 1000, 4, 64, 64, "data", True, 16, True),
     *(Recurrence(f"local linear {d}/{d}", "local_linear", 2, 1000, 4, d, d) for d in (64, 128)),
+    *(Recurrence(f"parallax {d}/{d}", "parallax", 2, 1000, 4, d, d) for d in (64, 128)),
     Recurrence("cross-entropy 1000/20000", "cross_entropy", 1, 1000, 1, 1000, 20000),
 ]  # fmt: skip
 TIMED = [
@@ -134,10 +141,13 @@ TIMED = [
     Recurrence("delta rule 128/256", "delta_rule", 4, 8192, 8, 128, 256, "data"),
     Recurrence("memory 64 chunk 16", "neural_memory", 4, 8192, 32, 64, 64, "data", chunk=16),
     Recurrence("memory 64 chunk 64", "neural_memory", 4, 8192, 32, 64, 64, "data"),
+    Recurrence("memory 64 chunk 16 norm", "neural_memory", 4, 8192, 32, 64, 64, "data", chunk=16, norm=True),
     Recurrence("memory 128 chunk 16", "neural_memory", 4, 8192, 16, 128, 128, "data", chunk=16),
     Recurrence("memory 128 chunk 64", "neural_memory", 4, 8192, 16, 128, 128, "data"),
     Recurrence("local linear 128", "local_linear", 4, 4096, 16, 128, 128),
     Recurrence("local linear 64", "local_linear", 4, 4096, 16, 64, 64),
+    Recurrence("parallax 128", "parallax", 4, 4096, 16, 128, 128),
+    Recurrence("parallax 64", "parallax", 4, 4096, 16, 64, 64),
     Recurrence("cross-entropy 2048/32768", "cross_entropy", 1, 16384, 1, 2048, 32768),
     Recurrence("cross-entropy 512/32768", "cross_entropy", 1, 16384, 1, 512, 32768),
 ]
@@ -170,6 +180,12 @@ def in_jax(case: Recurrence, impl: str) -> Callable[..., Any]:
 
         own = {"chunked": "cg"}.get(impl, impl)
         return lambda q, k, u: local_linear(q, k, u, Mask(causal=True), 1.0, impl=own)[0]
+    if case.op == "parallax":
+        from attnlab.ops import Mask
+        from attnlab.ops.parallax import parallax
+
+        own = {"chunked": "xla", "pallas": "flash"}.get(impl, impl)
+        return lambda q, k, u, probe: parallax(q, probe, k, u, Mask(causal=True), impl=own)
     if case.op == "cross_entropy":
         from attnlab.ops.cross_entropy import cross_entropy
 
@@ -183,7 +199,7 @@ def in_jax(case: Recurrence, impl: str) -> Callable[..., Any]:
 
 
 def _memory_in_jax(case: Recurrence, impl: str) -> Callable[..., Any]:
-    """A memory that is a matrix and begins with nothing."""
+    """A memory that is a matrix and begins with nothing; with the norm, with outputs of deviation 1 for unit keys."""
     import jax.numpy as jnp
 
     from attnlab.ops.documents import document_index
@@ -192,10 +208,11 @@ def _memory_in_jax(case: Recurrence, impl: str) -> Callable[..., Any]:
 
     documents = case.documents()
     documents = None if documents is None else document_index(jnp.asarray(documents))
-    spec = MemorySpec(case.chunk, False, (1.0,))
+    spec = MemorySpec(case.chunk, case.norm, (1.0,))
+    matrix = case.norm * case.d**0.5 * jnp.eye(case.d)
 
     def run(q, k, u, log_decay, log_eta, theta):
-        initial = initial_state((jnp.zeros((case.H, case.d, case.d)),), 1, True)
+        initial = initial_state((jnp.broadcast_to(matrix, (case.H, case.d, case.d)),), 1, True)
         y, _ = neural_memory(q, k, u, log_decay, log_eta, theta, initial, spec, documents_BT=documents, impl=impl)
         return y.astype(q.dtype)
 

@@ -39,6 +39,23 @@ jax.config.update("jax_traceback_in_locations_limit", 0)  # a tenth of lowering 
 gc.set_threshold(200_000, 50, 50)  # a tenth of all goes into jaxprs that are in use
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--exhaustive", action="store_true", help="run what is marked `exhaustive`, too: see tests/tiers.py"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves the exhaustive part out; not of what is named to the letter of its case."""
+    if config.getoption("--exhaustive"):
+        return
+    named = {argument.replace(os.sep, "/") for argument in config.args if "[" in argument}
+    left_out = [i for i in items if i.get_closest_marker("exhaustive") and i.nodeid not in named]
+    config.hook.pytest_deselected(items=left_out)
+    gone = set(map(id, left_out))
+    items[:] = [item for item in items if id(item) not in gone]
+
+
 @pytest.fixture
 def attnlab(capsys):
     """Runs a command in this process: exit code, stdout, stderr."""

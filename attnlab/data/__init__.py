@@ -1,10 +1,7 @@
 """Data: text and generated tasks, as batches that are addressed by seed and step.
 
-Every module of this package is imported, so that adding a file registers the data that it defines.
+Adding a file registers the data that it defines (attnlab/registry.py).
 """
-
-import importlib
-import pkgutil
 
 from attnlab.data.base import Data, config_from_node, names, names_other, open_data, register
 from attnlab.data.bpe import train_tokenizer
@@ -31,6 +28,3 @@ __all__ = [
     "train_loader",
     "train_tokenizer",
 ]
-
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")

@@ -121,7 +121,7 @@ class Data:
         return []
 
 
-KINDS: Registry[Data] = Registry("data", DEFAULT)
+KINDS: Registry[Data] = Registry("data", ["attnlab.data", "attnlab.tasks"], DEFAULT)
 register, names, config_from_node = KINDS.register, KINDS.names, KINDS.config_from_node
 
 

@@ -1,7 +1,4 @@
-"""Mixers: one file per mechanism. Every module of this package is imported, so that adding a file registers it."""
-
-import importlib
-import pkgutil
+"""Mixers: one file per mechanism; adding it registers it (attnlab/registry.py)."""
 
 from attnlab.mixers.base import (
     Capabilities,
@@ -36,6 +33,3 @@ __all__ = [
     "names",
     "register",
 ]
-
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")

@@ -199,7 +199,7 @@ class Mixer(nnx.Module):
                 raise UnsupportedPattern(f"mixer {self.name!r} does not support {what}")
 
 
-MIXERS: Registry[Mixer] = Registry("mixer")
+MIXERS: Registry[Mixer] = Registry("mixer", ["attnlab.mixers"])
 names, get = MIXERS.names, MIXERS.get
 
 

@@ -139,7 +139,7 @@ class Objective(nnx.Module):
         """`attnlab.models.cost.ModelCost` of sequences of `length` positions."""
 
 
-MODELS: Registry[Objective] = Registry("model", DEFAULT)
+MODELS: Registry[Objective] = Registry("model", ["attnlab.models"], DEFAULT)
 register, names, config_from_node = MODELS.register, MODELS.names, MODELS.config_from_node
 
 

@@ -141,28 +141,43 @@ def _sweep(q, k, v, agents_BHmd, documents, before: Averages | None, *, interpre
 
 @jax.custom_vjp
 def _on_gpus(q, k, v, agents_BHmd, documents, before: Averages | None) -> tuple[jax.Array, Averages]:
-    """By the kernel for GPUs, and by XLA's form where logits are so far apart that the kernel's output is not exact. It
-    has no gradient of its own: it is that of XLA's form."""
+    """By the kernels for GPUs, and by XLA's form, gradient and all, where logits are so far apart that the kernels'
+    output is not exact."""
+    (o, after), exact = _by_kernel(documents, q, k, v, agents_BHmd, before)
+    by_xla = lambda: _by_xla(documents, q, k, v, agents_BHmd, before)[0]
+    return jax.lax.cond(jnp.all(exact), lambda: o, by_xla), after
+
+
+def _by_kernel(
+    documents, q, k, v, agents_BHmd, before: Averages | None
+) -> tuple[tuple[jax.Array, Averages], jax.Array]:
+    """As `_on_gpus`, and which heads are exact."""
     with tuning.device_kind(partition.device_kind()):
         o, after, exact = _kernels().gpu_agent_attention(
             q, k, v, _shared(agents_BHmd), starts=None if documents is None else first_positions(documents),
             state=None if before is None else _logarithms(before),
         )  # fmt: skip
-    by_xla = lambda: agent_causal.fixed_agent_attention(q, k, v, agents_BHmd, documents, before)[0]
-    return jax.lax.cond(jnp.all(exact), lambda: o, by_xla), _averages(*after)
+    return (o, _averages(*after)), exact
 
 
-def _gradient_forward(*arrays: Any) -> tuple[tuple[jax.Array, Averages], Any]:
-    o, after = _on_gpus(*arrays)
-    return (checkpoint_name(o, "attention_o"), after), arrays
+def _by_xla(documents, q, k, v, agents_BHmd, before: Averages | None) -> tuple[jax.Array, Averages]:
+    o, after = agent_causal.fixed_agent_attention(q, k, v, agents_BHmd, documents, before)
+    return o, _averages(*_logarithms(after))
 
 
-def _gradient_backward(arrays: Any, cotangents: Any) -> Any:
-    def run(*arrays: Any) -> tuple[jax.Array, Averages]:
-        o, after = agent_causal.fixed_agent_attention(*arrays)
-        return o, _averages(*_logarithms(after))
+def _gradient_forward(q, k, v, agents_BHmd, documents, before) -> tuple[tuple[jax.Array, Averages], Any]:
+    arrays = q, k, v, agents_BHmd, before
+    (o, after), pull, exact = jax.vjp(functools.partial(_by_kernel, documents), *arrays, has_aux=True)
+    exact = jnp.all(exact)
+    o = jax.lax.cond(exact, lambda: o, lambda: _by_xla(documents, *arrays)[0])
+    return (checkpoint_name(o, "attention_o"), after), (documents, arrays, pull, exact)
 
-    return jax.vjp(run, *arrays)[1](cotangents)
+
+def _gradient_backward(residuals: Any, cotangents: Any) -> Any:
+    documents, arrays, pull, exact = residuals
+    by_xla = lambda: jax.vjp(functools.partial(_by_xla, documents), *arrays)[1](cotangents)
+    *found, before = jax.lax.cond(exact, lambda: pull(cotangents), by_xla)
+    return *found, None, before
 
 
 _on_gpus.defvjp(_gradient_forward, _gradient_backward)

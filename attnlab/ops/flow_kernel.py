@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from attnlab.ops import attention_flash, recurrence_kernel
-from attnlab.ops.flow_causal import causal_chunked, places_in_documents
+from attnlab.ops.flow_causal import places_in_documents
 from attnlab.ops.flow_definition import FlowOutput, FlowRule, FlowState, empty_state
 from attnlab.parallel import partition
 from kernels_pallas import tuning
@@ -48,10 +47,10 @@ def worth(spec: Any) -> bool:
 def kernel_flops(spec: Any) -> dict[str, float]:
     """FLOPs of one run of each kernel."""
     if partition.platform() == "gpu":
-        own = _kernels().gpu_kernel_flops(spec.batch, spec.sinks, spec.heads, spec.width, spec.value_width)
-        return own | recurrence_kernel.gpu_kernel_flops(  # in the gradient
-            spec.batch, spec.sinks, spec.heads, spec.width, spec.value_width
-        )
+        shape = spec.batch, spec.sinks, spec.heads, spec.width, spec.value_width
+        sweeps = recurrence_kernel.gpu_kernel_flops(*shape)  # the gradient has its backward
+        sweeps = {name: flops for name, flops in sweeps.items() if "backward" in name}
+        return _kernels().gpu_kernel_flops(*shape) | sweeps
     return _kernels().kernel_flops(spec.batch, spec.sinks, spec.heads, spec.width, spec.value_width)
 
 
@@ -68,14 +67,8 @@ def attention(
     interpret: bool = False,
 ) -> FlowOutput:
     """See `attnlab.ops.flow_attention.flow_attention`. Features are rounded to the dtype of values, as products are."""
-    del causal
+    del causal, chunk
     q, k = q.astype(v.dtype), k.astype(v.dtype)
-    if partition.platform() == "gpu":
-        return _with_gradient(rule, chunk, q, k, v, documents, state)
-    return _by_kernels(rule, interpret, q, k, v, documents, state)
-
-
-def _by_kernels(rule: FlowRule, interpret: Any, q, k, v, documents, state: FlowState | None) -> FlowOutput:
     kernels, B = _kernels(), q.shape[0]
     clip = 0.0 if rule.clip is None else rule.clip  # not used without competition
     of_kernels = kernels.Rule(rule.competition, rule.allocation, clip, rule.epsilon)
@@ -91,34 +84,6 @@ def _by_kernels(rule: FlowRule, interpret: Any, q, k, v, documents, state: FlowS
     like = jax.eval_shape(lambda: empty_state(rule, B, *q.shape[2:], v.shape[3], jnp.float32))
     after = {name: x if getattr(like, name) is not None else None for name, x in sums._asdict().items()}
     return FlowOutput(o, FlowState(count=count, peak=None, **after), outgoing)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _with_gradient(rule: FlowRule, chunk: int, *arrays: Any) -> FlowOutput:
-    """By the kernel for GPUs, which has no gradient of its own: it is that of XLA's form, whose output is the linear
-    recurrence's kernel's, forward and backward."""
-    return _by_kernels(rule, False, *arrays)
-
-
-def _gradient_forward(rule: FlowRule, chunk: int, *arrays: Any) -> tuple[FlowOutput, Any]:
-    return _with_gradient(rule, chunk, *arrays), arrays
-
-
-def _gradient_backward(rule: FlowRule, chunk: int, arrays: Any, cotangents: Any) -> Any:
-    def recurrence(q, k, u, documents):
-        narrow = (x.astype(arrays[2].dtype) for x in (q, k, u))
-        o, own = recurrence_kernel.run(*narrow, None, documents, None, chunk=chunk)
-        return o.astype(u.dtype), own
-
-    def run(q, k, v, documents, state) -> FlowOutput:
-        wide = (x.astype(jnp.float32) for x in (q, k, v))
-        out = causal_chunked(*wide, documents, state, rule, chunk, recurrence=recurrence)
-        return out._replace(o=out.o.astype(v.dtype))
-
-    return jax.vjp(run, *arrays)[1](cotangents)
-
-
-_with_gradient.defvjp(_gradient_forward, _gradient_backward)
 
 
 def _given(state: FlowState, sums_of: Any) -> tuple[jax.Array, Any]:

@@ -31,6 +31,7 @@ def unsupported(spec: NeuralMemorySpec) -> str | None:
     memory, deep = spec.memory, len(spec.widths) > 2
     if partition.platform() == "gpu":
         reason = _kernels().gpu_unsupported(spec.widths, memory.chunk, spec.dtype, memory.residual_norm)
+        reason = reason or ("norm_scale=True; allowed: False" if memory.norm_scale else None)
         return reason or attention_flash.unsupported_heads(spec.dtype, spec.widths[0])
     reasons = (
         (spec.dtype not in ("bfloat16", "float32"), f"it computes bfloat16 and float32, not {spec.dtype}"),
@@ -56,7 +57,7 @@ def kernel_flops(spec: NeuralMemorySpec) -> dict[str, float]:
     """FLOPs of one run of each kernel, all pairs of a group of chunks counted."""
     if partition.platform() == "gpu":
         size = spec.batch * spec.positions * spec.heads
-        return _kernels().gpu_kernel_flops(size, spec.widths[0], spec.memory.chunk)
+        return _kernels().gpu_kernel_flops(size, spec.widths[0], spec.memory.chunk, spec.memory.residual_norm)
     with tuning.device_kind(partition.device_kind()):
         shape = spec.batch, spec.positions, spec.heads, spec.widths, spec.dtype
         return _kernels().kernel_flops(*shape, spec.memory.chunk)

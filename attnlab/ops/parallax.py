@@ -160,7 +160,7 @@ PARALLAX = Op(
             parallax_flash.attention,
             plain_masks(parallax_flash.unsupported),
             worth=parallax_flash.worth,
-            platforms=("tpu",),
+            platforms=("tpu", "gpu"),
             interpretable=True,
             kernel_flops=parallax_flash.kernel_flops,
         ),

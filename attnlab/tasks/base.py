@@ -173,7 +173,7 @@ def split_of(row: Arrays) -> str:
     return {0: "valid", 1: "test"}.get(int(stream_key(inputs)[0] % np.uint64(4)), "train")
 
 
-TASKS: Registry[Task] = Registry("task")
+TASKS: Registry[Task] = Registry("task", ["attnlab.tasks"])
 names, get = TASKS.names, TASKS.get
 
 

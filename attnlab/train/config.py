@@ -10,7 +10,6 @@ from attnlab import batch as batch_lib
 from attnlab import config as config_lib
 from attnlab import data as data_lib
 from attnlab import models
-from attnlab import tasks as tasks  # registers generated data
 from attnlab.ops.cross_entropy import CROSS_ENTROPY
 from attnlab.train import optimizers, trackers
 

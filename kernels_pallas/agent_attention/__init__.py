@@ -114,15 +114,15 @@ def gpu_agent_attention(
     state: State | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, State, jax.Array]:
-    """The values of `agent_attention` on NVIDIA's Hopper, without a gradient, in bfloat16.
+    """`agent_attention` on NVIDIA's Hopper, in bfloat16.
 
     Args: as of `agent_attention`, of widths up to 128 and up to 64 agents; `interpret`: by jax's interpreter of GPU
       kernels, on a CPU.
 
     Returns:
-      o, the state after the last position, and whether o is exact, [B, H]. Where it is not, in some chunk of 64
-      positions one sees of an agent no logit that comes near the largest up to the chunk's end: all weights that it has
-      are less than 2^-80 of that one's. The state is exact in any case.
+      o, the state after the last position, and whether o and all gradients are exact, [B, H]. Where they are not, in
+      some chunk of 64 positions one sees of an agent no logit that comes near the largest up to the chunk's end: all
+      weights that it has are less than 2^-80 of that one's. The state is exact in any case.
 
     Raises:
       ValueError: shapes, dtypes or options that do not fit.

@@ -5,6 +5,8 @@ registers, with the logarithm of its sum of weights. Inside a chunk weights are 
 largest logit up to the chunk's end. Where a position sees only much smaller ones, so that its sum leaves float32's
 comfort, its output is not exact: the smallest sum is an output of its own.
 
+For the backward it keeps what was before each chunk: averages as products have them, and what weights are against.
+
 Shapes: B batch, T positions, H heads, d and e widths, M agents, C positions of a chunk, N chunks, W computing
 warpgroups of E columns. T is a multiple of C, d of 64 and e of W E.
 """
@@ -31,6 +33,8 @@ AGENTS = 64  # M: as well; fewer are filled up
 COLUMNS_EACH = 64  # E
 _STAGES = 2  # chunks in flight
 _PAIRS = (CHUNK, CHUNK)  # also agents and positions, either way round
+KEPT = KEEP, CARRY, HIGH, BEHIND = range(4)  # of a chunk's agents: what is before weighs so much inside and behind it,
+# the largest logit, and what weights in it are multiplied with behind it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +51,11 @@ class Facts:
     rate: float
     length: int
 
+    @property
+    def rows(self) -> int:
+        """Of agents in what is kept: whole tiles."""
+        return -(-self.agents // 8) * 8
+
 
 def forward(
     device: hopper.Device,
@@ -58,9 +67,12 @@ def forward(
     limits: jax.Array | None,
     log: jax.Array | None,
     values: jax.Array | None,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    *,
+    save: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
     """o [B, T, H, e], after the last position log [B, H, M] and values [B, H, M, e], and the smallest sums of weights
-    of positions [B, H, C], those three in float32.
+    of positions [B, H, C], those three in float32. With `save` also the averages before each chunk [B, H, N, rows, e]
+    in the dtype of v, and the numbers that `KEPT` names, [B, H, N, 4, M] float32.
 
     Args:
       agents: [B or 1, H, M, d].
@@ -79,8 +91,10 @@ def forward(
             of(B, H, AGENTS),
             of(B, H, AGENTS, e),
             of(B, H, CHUNK),
+            jax.ShapeDtypeStruct((B, H, T // CHUNK, facts.rows, e), v.dtype) if save else None,
+            of(B, H, T // CHUNK, len(KEPT), AGENTS) if save else None,
         ],
-        scratch_types=launch.scratch(limits is not None),
+        scratch_types=launch.scratch(limits is not None, save),
         grid=(e // (launch.warpgroups * COLUMNS_EACH), H, B),
         grid_names=("e", "h", "b"),
         num_threads=launch.warpgroups + 1,
@@ -101,7 +115,7 @@ class _Forward:
     chunks: int
     dtype: Any
 
-    def scratch(self, packed: bool) -> dict[str, Any]:
+    def scratch(self, packed: bool, save: bool) -> dict[str, Any]:
         W, tiles = self.warpgroups, lambda *shape: hopper.tiles(shape, self.dtype)
         rows = plgpu.SMEM((W, AGENTS), jnp.float32)
         return {
@@ -114,6 +128,7 @@ class _Forward:
             "state_s": tiles(W, AGENTS, COLUMNS_EACH),
             "o_s": tiles(W, CHUNK, COLUMNS_EACH),
             "keep_s": rows,  # what averages before the chunk weigh
+            "numbers_s": plgpu.SMEM((len(KEPT), AGENTS), jnp.float32) if save else None,
             "places_s": plgpu.SMEM((CHUNK,), jnp.int32),
             "end_s": plgpu.SMEM((2, AGENTS), jnp.float32),
             "here": hopper.barriers(_STAGES, 3 + packed),
@@ -122,12 +137,14 @@ class _Forward:
         }
 
     def body(
-        self, q, k, v, agents, places, limits, log, values, zero, o, log_end, values_end, least, **scratch: Any
+        self, q, k, v, agents, places, limits, log, values, zero, o, log_end, values_end, least, states, numbers,
+        **scratch: Any,
     ) -> None:  # fmt: skip
         e, h, b, wg = (lax.axis_index(name) for name in ("e", "h", "b", "wg"))
         t = types.SimpleNamespace(
             q=q, k=k, v=v, agents=agents, places=places, limits=limits, log=log, values=values, zero=zero, o=o,
-            log_end=log_end, values_end=values_end, least=least, e=e, h=h, b=b, wg=wg, **scratch,
+            log_end=log_end, values_end=values_end, least=least, states=states, numbers=numbers, e=e, h=h, b=b, wg=wg,
+            **scratch,
         )  # fmt: skip
         t.part = e * self.warpgroups + wg
         t.columns = pl.ds(t.part * COLUMNS_EACH, COLUMNS_EACH)
@@ -214,14 +231,32 @@ class _Chunk:
         keep = jnp.exp2(self.log - high)
         self.weights_s[...], self.keep_s[...], self.state_s[...] = weights, keep, self.state.astype(launch.dtype)
         plgpu.commit_smem()
+        if t.states is not None:
+            rows = pl.ds(0, self.facts.rows)
+            plgpu.copy_smem_to_gmem(self.state_s.at[rows], t.states.at[t.b, t.h, self.i, :, t.columns])
         state, log = self.behind(logits, last, high, weights, keep)
         o = self.output()
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         self.o_s[...] = o.astype(launch.dtype)
+        if t.numbers is not None:
+            self.keep_numbers(keep, high, log, last)
         plgpu.commit_smem()  # also puts plain reads of the ring before the copies that overwrite it
         plgpu.barrier_arrive(t.free.at[self.at])
         plgpu.copy_smem_to_gmem(self.o_s, t.o.at[t.b, pl.ds(self.i * CHUNK, CHUNK), t.h, t.columns])
         return state, log, self.least, last
+
+    def keep_numbers(self, keep: Any, high: Any, log: Any, last: Any) -> None:
+        """Those that `KEPT` names, by the first warpgroup."""
+        t = self.t
+
+        @pl.when(t.part == 0)
+        def _() -> None:
+            carry = jnp.exp2(self.log - log)
+            carry = carry if self.limits is None else jnp.where(last == self.before, carry, 0.0)
+            for n, x in enumerate((keep, carry, high, jnp.exp2(high - log))):
+                t.numbers_s.at[n][...] = x
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(t.numbers_s, t.numbers.at[t.b, t.h, self.i])
 
     def column(self) -> jax.Array:
         """Of the chunk; from memory, as the numbers of all columns would stay in registers."""

@@ -40,14 +40,14 @@ def flow_attention(
         to [-clip, clip].
       documents: int [B, T], ascending: positions see each other where it is equal. None: all are of document 0.
       state: positions before the first, int [B], and their sums: of document 0. None: none.
-      platform: whose kernels: "tpu", or "cuda": NVIDIA's Hopper, bfloat16 and widths up to 128, values alone.
+      platform: whose kernels: "tpu", or "cuda": NVIDIA's Hopper, bfloat16 and widths up to 128.
       interpret: runs the kernels as plain XLA operations on any platform, or, on a CPU, as its interpreter's parameters
         say (`jax.experimental.pallas.tpu.InterpretParams`). On cuda: by jax's interpreter of GPU kernels, on a CPU.
       blocks: what a grid step computes; `Blocks()` by default. On cuda there is no choice.
 
     Returns:
       o [B, T, H, e] in the dtype of v; O^ [B, T, H] in float32 (None without competition); the sums of the last
-      position's document. Differentiable (reverse mode) in q, k, v and the state's sums, but on cuda. Sums are float32;
+      position's document. Differentiable (reverse mode) in q, k, v and the state's sums. Sums are float32;
       products of bfloat16 inputs round pairs and weighted values to bfloat16.
 
     Raises:
@@ -61,7 +61,7 @@ def flow_attention(
     if platform == "cuda":
         if reason := gpu.unsupported(q.dtype, q.shape[3], v.shape[3]):
             raise ValueError(f"flow_attention: {reason}")
-        return gpu.forward(interpret, rule, q, k, v, documents, count, sums)
+        return gpu.flow(interpret, rule, q, k, v, documents, count, sums)
     return flow(Call(rule, tuning.kind(), interpret, blocks), q, k, v, documents, count, sums)
 
 
@@ -73,9 +73,11 @@ def kernel_flops(batch: int, length: int, heads: int, width: int, value_width: i
 
 
 def gpu_kernel_flops(batch: int, length: int, heads: int, width: int, value_width: int) -> dict[str, float]:
-    """As `kernel_flops`, of the kernel for Hopper: pairs are products by queries and by keys."""
+    """As `kernel_flops`, of the kernels for Hopper: pairs are products by queries and by keys. Sweeps of
+    `linear_recurrence` in the gradient are not in it."""
     pairs, states = gpu_forward.CHUNK * (2 * width + value_width), 2 * width * value_width
-    return {"flow_forward": 2.0 * batch * length * heads * (pairs + states)}
+    products = {"flow_forward": pairs + states, "flow_backward": 4 * gpu_forward.CHUNK * width}
+    return {name: 2.0 * batch * length * heads * n for name, n in products.items()}
 
 
 def _check(q, k, v, rule, documents, state, blocks) -> None:

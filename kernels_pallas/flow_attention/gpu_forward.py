@@ -50,8 +50,10 @@ def forward(
     pairs: jax.Array | None,
     *,
     width: int,
-) -> tuple[jax.Array, ...]:
-    """o [B, T, H, e], the numbers [B, H, 3, T], and after the last position vectors, rivals and pairs.
+    save: bool,
+) -> tuple[jax.Array | None, ...]:
+    """o [B, T, H, e], the numbers [B, H, 3, T], after the last position vectors, rivals and pairs, and with `save` what
+    positions weigh in the second flows [B, H, 2, T] and the vectors before each chunk [B, H, N, 4, d], in float32.
 
     Args:
       counts: [B or 1, T] float32, each position's number in its document; 0 of what positions were filled up by.
@@ -72,6 +74,8 @@ def forward(
             of(B, H, len(VECTORS), d),
             of(B, H, CHUNK),
             of(B, H, d, e),
+            of(B, H, 2, T) if save else None,
+            of(B, H, T // CHUNK, len(VECTORS), d) if save else None,
         ],
         scratch_types=launch.scratch(limits is not None),
         grid=(H, B),
@@ -79,8 +83,9 @@ def forward(
         num_threads=3,
         thread_name="wg",
     )
-    o, numbers, vectors, rivals, pairs = run(q, k, v, counts, limits, vectors, rivals, pairs, hopper.hidden_zero())
-    return o, numbers, vectors, rivals[..., -1], pairs
+    found = run(q, k, v, counts, limits, vectors, rivals, pairs, hopper.hidden_zero())
+    o, numbers, vectors, rivals, pairs, *kept = found
+    return o, numbers, vectors, rivals[..., -1], pairs, *kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,13 +128,13 @@ class _Forward:
 
     def body(
         self, q, k, v, counts, limits, vectors, rivals, pairs, zero, o, numbers, vectors_end, rivals_end, pairs_end,
-        **scratch: Any,
+        weights, chunk_vectors, **scratch: Any,
     ) -> None:  # fmt: skip
         h, b, wg = (lax.axis_index(name) for name in ("h", "b", "wg"))
         t = types.SimpleNamespace(
             q=q, k=k, v=v, counts=counts, limits=limits, vectors=vectors, rivals=rivals, pairs=pairs, o=o,
-            numbers=numbers, vectors_end=vectors_end, rivals_end=rivals_end, pairs_end=pairs_end, h=h, b=b,
-            zero=zero, **scratch,
+            numbers=numbers, vectors_end=vectors_end, rivals_end=rivals_end, pairs_end=pairs_end, weights=weights,
+            chunk_vectors=chunk_vectors, h=h, b=b, zero=zero, **scratch,
         )  # fmt: skip
         t.slot = lambda i: lax.rem(i, _STAGES)
         for side in (0, 1):
@@ -193,6 +198,9 @@ class _Chunk:
         t, device, met = self.t, self.device, self.t.met.at[0]
         plgpu.barrier_wait(t.here.at[self.at])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the chunk before: its memory is written again
+        if t.chunk_vectors is not None:
+            own = pl.ds(2 * self.side, 2)
+            plgpu.copy_smem_to_gmem(t.vectors_s.at[own], t.chunk_vectors.at[t.b, t.h, self.i, own])
         self.counts = device.load(t.counts_s.at[self.at], ROWS)
         self.follows = self.written = self.carry = None
         self.last = self.before
@@ -311,6 +319,8 @@ class _Chunk:
             _, far = self.sums(self.x_s, n)
             flow = (device.load(kept, ROWS) + far) / jnp.maximum(self.counts, 1.0)
         if self.first or self.second:
+            if t.chunk_vectors is not None:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             self.add(weights)
         if self.side == 0:
             scale = 1.0 / self.flow
@@ -346,6 +356,8 @@ class _Chunk:
             plgpu.copy_smem_to_gmem(t.o_s.at[side], t.o.at[t.b, rows, t.h, pl.ds(side * TILE, TILE)])
         for n in (0,) if side == 0 else (1, 2) if self.second else ():
             plgpu.copy_smem_to_gmem(t.numbers_s.at[n], t.numbers.at[t.b, t.h, n, rows])
+        if t.weights is not None and self.first:
+            plgpu.copy_smem_to_gmem(t.weights_s.at[side + self.zero], t.weights.at[t.b, t.h, side, rows])
 
     def columns(self, mine: Any) -> jax.Array:
         t, device, side, shape, dtype = self.t, self.device, self.side, (CHUNK, TILE), self.launch.dtype

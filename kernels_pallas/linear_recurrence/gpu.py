@@ -20,7 +20,7 @@ from kernels_pallas import hopper
 from kernels_pallas.linear_recurrence import gpu_sweep
 from kernels_pallas.linear_recurrence.gpu_sweep import CHUNK, UNIT, Blocks, Numbers
 
-__all__ = ["WIDEST", "Blocks", "kernel_widths", "recurrence", "unsupported"]
+__all__ = ["WIDEST", "Blocks", "Call", "gradients", "kernel_widths", "recurrence", "unsupported"]
 
 WIDEST = 256
 _LOG2E = math.log2(math.e)
@@ -64,6 +64,11 @@ def recurrence(call: Call, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
     sweeps = _Sweeps(call, arrays)
     o, end, _ = sweeps.run("forward", "q", "k", "u", arrays.get("state"))
     return o, end
+
+
+def gradients(call: Call, arrays: Arrays, do: jax.Array, dend: jax.Array) -> Arrays:
+    """Those of `recurrence` without decays, by the names of the arrays, for gradients of o and of the state after."""
+    return _backward(call, (False, arrays, None), (do, dend))[0]
 
 
 def _forward(call: Call, primals: Any):

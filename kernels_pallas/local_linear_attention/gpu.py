@@ -41,8 +41,8 @@ def kernel_widths(iterations: int, width: int, value_width: int) -> dict[str, in
 def forward(call: Call, solver: Solver, q, ridge_BHT, k, v, bounds) -> Output:
     """See `gradient`; x is [B, H, T, width of the kernels]."""
     T, e = q.shape[1], v.shape[3]
-    device, width, bounds = _prepared(call, q, k, v, bounds)
-    q, k, v, ridge = padded(q, ROWS, width), padded(k, _KEYS, width), padded(v, _KEYS, width), _behind(ridge_BHT, 1)
+    device, width, bounds = prepared("local_linear_attention", call, q, k, v, bounds)
+    q, k, v, ridge = padded(q, ROWS, width), padded(k, _KEYS, width), padded(v, _KEYS, width), behind(ridge_BHT, 1)
     found = gpu_forward.forward(device, solver, q, k, v, ridge, bounds, scale=call.scale)
     numbers = (found[name][..., :T] for name in ("lse2", "residual", "iterations", "turns"))
     return Output(found["o"][:, :T, :, :e], found["x"][:, :, :T], *numbers)
@@ -51,9 +51,9 @@ def forward(call: Call, solver: Solver, q, ridge_BHT, k, v, bounds) -> Output:
 def backward(call: Call, solver: Solver, q, ridge_BHT, k, v, bounds, do, x, lse2_BHT) -> Gradients:
     """See `gradient`."""
     (T, d), (S, e) = q.shape[1::2], v.shape[1::2]
-    device, width, bounds = _prepared(call, q, k, v, bounds)
+    device, width, bounds = prepared("local_linear_attention", call, q, k, v, bounds)
     q, do, k, v = (padded(y, n, width) for y, n in ((q, ROWS), (do, ROWS), (k, _KEYS), (v, _KEYS)))
-    ridge, lse2 = _behind(ridge_BHT, 1), _behind(lse2_BHT, NOTHING)
+    ridge, lse2 = behind(ridge_BHT, 1), behind(lse2_BHT, NOTHING)
     x = jnp.pad(x, [(0, 0), (0, 0), (0, -T % ROWS), (0, 0)])
     options = {"scale": call.scale}
     found = gpu_adjoint.adjoint(device, solver, q, k, v, ridge, do, x, lse2, bounds, **options)
@@ -61,19 +61,20 @@ def backward(call: Call, solver: Solver, q, ridge_BHT, k, v, bounds, do, x, lse2
     start = lse2 * (-1 / (call.scale * LOG2E))
     stats = jnp.stack([start, found["slope"], found["tilt"], found["centre"]], 2)
     dq = gpu_backward_rows.backward_rows(device, q, k, v, factors, found["u"], stats, bounds, **options)
-    dk, dv = gpu_backward.backward(device, q, k, v, factors, stats, bounds, **options)
+    x, u = factors[1:3], factors[3:]
+    dk, dv = gpu_backward.backward(device, gpu_backward.NAME, q, k, v, do, x, u, stats, bounds, **options)
     return Gradients(dq[:, :T, :, :d], dk[:, :S, :, :d], dv[:, :S, :, :e], -found["along"][..., :T])
 
 
-def _prepared(call: Call, q, k, v, bounds) -> tuple[hopper.Device, int, Any]:
+def prepared(op: str, call: Call, q, k, v, bounds) -> tuple[hopper.Device, int, Any]:
     """The primitives, the width of the kernels, and intervals of whole tiles; ValueError for what they cannot do."""
     widest = max(q.shape[3], v.shape[3])
     if reason := unsupported(str(q.dtype), widest):
-        raise ValueError(f"local_linear_attention on cuda: {reason}")
+        raise ValueError(f"{op} on cuda: {reason}")
     if not call.scale > 0:
-        raise ValueError(f"local_linear_attention on cuda: scale={call.scale}; allowed: a number > 0")
+        raise ValueError(f"{op} on cuda: scale={call.scale}; allowed: a number > 0")
     if call.blocks is not None:
-        raise ValueError(f"local_linear_attention on cuda: blocks={call.blocks}; allowed: None")
+        raise ValueError(f"{op} on cuda: blocks={call.blocks}; allowed: None")
     device = hopper.DEVICE
     if call.interpret is not False:
         device = hopper.interpreted(races=bool(getattr(call.interpret, "detect_races", False)))
@@ -81,7 +82,7 @@ def _prepared(call: Call, q, k, v, bounds) -> tuple[hopper.Device, int, Any]:
     return device, 64 if widest <= 64 else 128, bounds
 
 
-def _behind(x_BHT: jax.Array, value: float) -> jax.Array:
+def behind(x_BHT: jax.Array, value: float) -> jax.Array:
     """Up to whole tiles of rows."""
     return jnp.pad(x_BHT, [(0, 0), (0, 0), (0, -x_BHT.shape[2] % ROWS)], constant_values=value)
 

@@ -12,7 +12,7 @@ from kernels_pallas import hopper
 from kernels_pallas.flash_attention import gpu_forward
 from kernels_pallas.flash_attention.call import LOG2E
 from kernels_pallas.hopper import LAYOUT
-from kernels_pallas.local_linear_attention.gpu_rows import ROWS, R, W, keys_of_tile, over_columns
+from kernels_pallas.local_linear_attention.gpu_rows import ROWS, N, R, W, over_columns
 from kernels_pallas.local_linear_attention.gpu_solver import SolvingRows
 from kernels_pallas.local_linear_attention.plan import Solver
 
@@ -96,6 +96,6 @@ def adjoint(
         num_threads=W + 1,
         thread_name="wg",
     )
-    tiles = None if bounds is None else gpu_forward.ranges(bounds, R, keys_of_tile(D))
+    tiles = None if bounds is None else gpu_forward.ranges(bounds, R, N)
     u, _, *numbers = run(q, k, v, ridge, do, x, lse2, *(bounds or (None, None)), tiles)
     return {"u": u} | dict(zip(("tilt", "slope", "centre", "along"), numbers, strict=True))

@@ -1,8 +1,9 @@
 """Gradients of keys and values on Hopper: a block owns keys and goes through the rows that see them.
 
 Scores are transposed, [keys, rows], so that weights are operands in registers. Of what `tpu_backward` says, x and u are
-what `gpu_adjoint` found, and a row has as numbers what the accumulators of its scores, slopes and tilts start at. The
-minus of u stands for u in all arrays of factors.
+what `gpu_adjoint` found, in pieces that add up to them, and a row has as numbers what the accumulators of its scores,
+slopes and tilts start at. The minus of u stands for u in all arrays of factors. Of Parallax x is minus the probe, and u
+is 0, of no pieces.
 
 Shapes: as in `gpu_rows`; M rows of a tile, 64 keys of a warpgroup, G = H / K.
 """
@@ -23,7 +24,6 @@ from kernels_pallas import hopper
 from kernels_pallas.flash_attention import gpu_backward
 from kernels_pallas.flash_attention.call import LOG2E
 from kernels_pallas.hopper import COLUMNS, by_column
-from kernels_pallas.local_linear_attention.gpu_backward_rows import FACTORS
 from kernels_pallas.local_linear_attention.gpu_rows import HIDDEN
 
 NAME = "local_linear_backward"
@@ -39,20 +39,23 @@ def rows_of_tile(width: int) -> int:
 
 def backward(
     device: hopper.Device,
+    name: str,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    factors: list[jax.Array],
+    do: jax.Array,
+    x: list[jax.Array],
+    u: list[jax.Array],
     stats: jax.Array,
     bounds: tuple[jax.Array, jax.Array] | None,
     *,
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """dk and dv. factors: those that `FACTORS` names, as q. stats: [B, H, 4, T] float32."""
+    """dk and dv, by a kernel of this name. do, and pieces of x and u: as q. stats: [B, H, 4, T] float32."""
     (B, T, H, D), (S, K) = q.shape, k.shape[1:3]
-    launch = _Backward(device, H // K, T, scale, D, q.dtype)
+    launch = _Backward(device, H // K, T, scale, D, q.dtype, len(x), len(u))
     run = device.kernel(
-        NAME,
+        name,
         launch.body,
         out_type=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)],
         scratch_types=launch.scratch(bounds is not None),
@@ -65,7 +68,7 @@ def backward(
     if bounds is not None:
         tiles = gpu_backward.row_ranges(bounds, gpu_backward.Blocks(rows_of_tile(D), KEYS), S)
         intervals = jnp.stack(bounds, 1)
-    return run(q, k, v, *factors, stats, intervals, tiles)
+    return run(k, v, stats, intervals, tiles, q, do, *x, *u)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +81,13 @@ class _Backward:
     scale: float
     d: int
     dtype: Any
+    x_pieces: int
+    u_pieces: int
+
+    @property
+    def factors(self) -> int:
+        """Arrays of rows."""
+        return 2 + self.x_pieces + self.u_pieces
 
     @property
     def rows(self) -> int:
@@ -89,19 +99,20 @@ class _Backward:
         return {
             "k_s": tiles(KEYS, self.d),
             "v_s": tiles(KEYS, self.d),
-            "rows_s": tiles(2, 1 + len(FACTORS), M, self.d),
+            "rows_s": tiles(2, self.factors, M, self.d),
             "stats_s": plgpu.SMEM((2, 4, M), jnp.float32),
             "intervals_s": plgpu.SMEM((2, 2, M), jnp.int32) if masked else None,
             "keys_here": hopper.barriers(W, 2),
-            "rows_here": hopper.barriers(2, 2 + len(FACTORS) + masked),
+            "rows_here": hopper.barriers(2, self.factors + 1 + masked),
             "meeting": hopper.barriers(1, W),
         }
 
-    def body(self, q, k, v, do, x, x_rest, u, u_rest, stats, intervals, tiles, dk, dv, **scratch: Any) -> None:
+    def body(self, k, v, stats, intervals, tiles, *rest: Any, **scratch: Any) -> None:
+        *of_rows, dk, dv = rest
         j, h, b, wg = (lax.axis_index(name) for name in ("j", "h", "b", "wg"))
         shared = lambda x: b if x is None or x.shape[0] > 1 else b & 0
         t = types.SimpleNamespace(
-            k=k, v=v, of_rows=(q, do, x, x_rest, u, u_rest), stats=stats, intervals=intervals, tiles=tiles, dk=dk,
+            k=k, v=v, of_rows=of_rows, stats=stats, intervals=intervals, tiles=tiles, dk=dk,
             dv=dv, h=h, b=b, wg=wg, row=shared(intervals), first=0, end=self.length // self.rows,
             mine=pl.ds(j * KEYS + wg * N, N), first_key=j * KEYS + wg * N, **scratch,
         )  # fmt: skip
@@ -149,21 +160,23 @@ class _Backward:
         following = lambda: self.fetch(t, g + last, i + 1 - last * (t.end - t.first))
         pl.when((t.wg == 0) & (g + last < self.group))(following)
         plgpu.barrier_wait(t.rows_here.at[at])
-        q, do, x, x_rest, u, u_rest = (t.rows_s.at[at, n] for n in range(1 + len(FACTORS)))
-        of_logits, of_slopes, of_tilts = self.weights(t, i, at, q, do, (x, x_rest), (u, u_rest))
+        q, do, *rest = (t.rows_s.at[at, n] for n in range(self.factors))
+        x, u = rest[: self.x_pieces], rest[self.x_pieces :]
+        of_logits, of_slopes, of_tilts = self.weights(t, i, at, q, do, x, u)
 
         def sums(refs: Any) -> None:
             dk, dv = refs
             device.wgmma(dv, of_tilts, do)
             device.wgmma(dk, of_logits, q)
-            device.wgmma(dk, of_slopes, x)
-            device.wgmma(dk, of_tilts, u)
+            device.wgmma(dk, of_slopes, x[0])
+            if u:
+                device.wgmma(dk, of_tilts, u[0])
 
         found = device.state(sums)((device.start(dk), device.start(dv)))
         plgpu.commit_smem()  # orders the plain reads of numbers and intervals before the next copy over them
         return found
 
-    def weights(self, t: Any, i: Any, at: Any, q: Any, do: Any, x: tuple[Any, Any], u: tuple[Any, Any]) -> Any:
+    def weights(self, t: Any, i: Any, at: Any, q: Any, do: Any, x: list[Any], u: list[Any]) -> Any:
         """What the rows' queries, x and -u, and gradients are multiplied with: [keys, rows], rounded."""
         device, shape = self.device, (N, self.rows)
         number = lambda n: by_column(device.load(t.stats_s.at[at, n], COLUMNS), shape)
@@ -186,7 +199,7 @@ class _Backward:
                 device.wgmma(slope, t.ks, y.T)
             for y in x:
                 device.wgmma(tilt, t.ks, y.T)
-            p[...] = lax.optimization_barrier(jnp.exp2(device.read(s, 5) * (self.scale * LOG2E)))
+            p[...] = lax.optimization_barrier(jnp.exp2(device.read(s, self.factors - 1) * (self.scale * LOG2E)))
 
         states = [device.start(y) for y in (start, number(SLOPE), number(TILT))]
         _, slope, tilt, p = device.state(products)([*states, device.zeros(*shape)])

@@ -11,7 +11,7 @@ from jax import lax
 from kernels_pallas import hopper
 from kernels_pallas.flash_attention import gpu_forward
 from kernels_pallas.hopper import by_row
-from kernels_pallas.local_linear_attention.gpu_rows import ROWS, R, Rows, W, keys_of_tile
+from kernels_pallas.local_linear_attention.gpu_rows import ROWS, N, R, Rows, W
 
 NAME = "local_linear_backward_rows"
 FACTORS = "do", "x", "x_rest", "u", "u_rest"  # of products with keys and values, beside q
@@ -50,7 +50,7 @@ class _BackwardRows(Rows):
             return device.state(lambda acc: device.wgmma(acc, dlogits, keys))(device.start(acc))
 
         _, acc = self.sweep(t, jnp.int32(0), 2, step, device.zeros(R, self.d))
-        self.put_rows(t, acc * self.scale + self.wide(t, t.wide_u), t.dq)
+        self.put_rows(t, acc * self.scale + self.wide(t, t.wide_u), t.qs, t.dq)
 
 
 def backward_rows(
@@ -78,5 +78,5 @@ def backward_rows(
         num_threads=W + 1,
         thread_name="wg",
     )
-    tiles = None if bounds is None else gpu_forward.ranges(bounds, R, keys_of_tile(D))
+    tiles = None if bounds is None else gpu_forward.ranges(bounds, R, N)
     return run(q, k, v, *factors, u, stats, *(bounds or (None, None)), tiles)

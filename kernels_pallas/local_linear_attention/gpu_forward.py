@@ -15,7 +15,7 @@ from kernels_pallas.flash_attention import gpu_forward
 from kernels_pallas.flash_attention.call import LOG2E, NOTHING
 from kernels_pallas.hopper import LAYOUT, by_row
 from kernels_pallas.local_linear_attention import plan as plan_lib
-from kernels_pallas.local_linear_attention.gpu_rows import ROWS, R, W, keys_of_tile, over_columns, pieces
+from kernels_pallas.local_linear_attention.gpu_rows import ROWS, N, R, W, over_columns, pieces
 from kernels_pallas.local_linear_attention.gpu_solver import SolvingRows
 from kernels_pallas.local_linear_attention.plan import Solver
 
@@ -83,7 +83,7 @@ class _Forward(SolvingRows):
             return device.state(lambda acc: device.wgmma(acc, weights, values))(device.start(acc))
 
         _, acc = self.sweep(t, n, 2, step, device.zeros(R, self.d))
-        self.put_rows(t, acc, t.o)
+        self.put_rows(t, acc, t.qs, t.o)
 
 
 def forward(
@@ -116,7 +116,7 @@ def forward(
         num_threads=W + 1,
         thread_name="wg",
     )
-    tiles = None if bounds is None else gpu_forward.ranges(bounds, R, keys_of_tile(D))
+    tiles = None if bounds is None else gpu_forward.ranges(bounds, R, N)
     o, x, _, *numbers = run(q, k, v, ridge, *(bounds or (None, None)), tiles)
     found = {"o": o, "x": x} | dict(zip(FACTS, numbers, strict=True))
     return found | {"residual": jnp.sqrt(found["residual"])}  # a square: the kernels have no root

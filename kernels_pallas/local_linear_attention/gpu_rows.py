@@ -1,4 +1,4 @@
-"""What Hopper's kernels of local linear attention that own rows share: a ring of keys and values, and weights.
+"""What Hopper's kernels of local linear attention and Parallax that own rows share: a ring of keys and values, weights.
 
 Two warpgroups have 64 rows each, a third copies keys to them, again for every pass: weights of a tile against all keys
 do not fit on chip, so that each pass makes them again, `exp2(q . k - lse)`.
@@ -27,12 +27,8 @@ from kernels_pallas.hopper import LAYOUT, by_row
 
 W, R = gpu_forward.WARPGROUPS, 64
 ROWS = W * R  # of a block of threads
+N = 64  # keys of a tile: with twice as many, products of heads of 64 are serialized
 HIDDEN = -1e30  # what the accumulator of a hidden score starts at: exp2 of it is 0, whatever the product adds
-
-
-def keys_of_tile(width: int) -> int:
-    """N, for heads padded to a width."""
-    return 64 if width > 64 else 128
 
 
 def over_columns(x: jax.Array) -> jax.Array:
@@ -59,21 +55,25 @@ class Rows:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return R, keys_of_tile(self.d)
+        return R, N
 
-    def memory(self, stages: int, copied: int) -> dict[str, Any]:
-        """Of the ring, and where `copied` arrays of rows, `fetched`, have come."""
+    def memory(self, stages: int, copied: int, given: int = 0) -> dict[str, Any]:
+        """Of the ring, where `copied` arrays of rows, `fetched`, have come, and for as many numbers a row to `give`."""
         return {
             "q_s": self.of_rows(self.dtype),
-            "ring_s": hopper.tiles((stages, self.shape[1], self.d), self.dtype),
+            "ring_s": self.tiles((stages, self.shape[1], self.d), self.dtype),
             "here": hopper.barriers(stages),
             "free": hopper.barriers(stages, W),
             "rows_here": hopper.barriers(W, copied),
-        }
+        } | ({"numbers_s": plgpu.SMEM((W, given, R), jnp.float32)} if given else {})
 
     def of_rows(self, dtype: Any) -> Any:
         """Memory for vectors of a block's rows."""
-        return hopper.tiles((W, R, self.d), dtype)
+        return self.tiles((W, R, self.d), dtype)
+
+    def tiles(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """Memory for operands of products, whose units are not wider than a tile has keys."""
+        return hopper.tiles(shape, dtype, unit=2 * min(64, self.shape[1]))
 
     def start(self, **refs: Any) -> None:
         """Everything: `refs` are a kernel's operands and its shared memory."""
@@ -200,10 +200,19 @@ class Rows:
 
         return self.device.state(run)(self.device.start(acc))
 
-    def put_rows(self, t: Any, x: jax.Array, array: Any) -> None:
-        """Vectors of the rows to an array, by way of the memory of queries, which no product reads any more."""
+    def put_rows(self, t: Any, x: jax.Array, memory: Any, array: Any) -> None:
+        """Vectors of the rows to an array, by way of a warpgroup's memory of some, which no product reads any more."""
         plgpu.commit_smem()  # those of all warps are done
-        t.qs[...] = x.astype(self.dtype)
+        memory[...] = x.astype(self.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(t.qs, array.at[t.b, t.mine, t.h])
+        plgpu.copy_smem_to_gmem(memory, array.at[t.b, t.mine, t.h])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    def give(self, t: Any, found: list[tuple[jax.Array, Any]]) -> None:
+        """Numbers of rows to arrays [B, H, T]."""
+        for n, (x, _) in enumerate(found):
+            t.numbers_s.at[t.wg, n][...] = x
+        plgpu.commit_smem()
+        for n, (_, array) in enumerate(found):
+            plgpu.copy_smem_to_gmem(t.numbers_s.at[t.wg, n], array.at[t.b, t.h, t.mine])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)

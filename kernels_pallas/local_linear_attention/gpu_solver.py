@@ -33,11 +33,10 @@ class SolvingRows(Rows):
     solver: Solver
 
     def scratch(self) -> dict[str, Any]:
-        return self.memory(_STAGES, self.copied) | {
+        return self.memory(_STAGES, self.copied, 4) | {
             "y_s": self.of_rows(self.dtype),
             "other_s": self.of_rows(self.dtype),
             "r_s": self.of_rows(jnp.float32),
-            "numbers_s": plgpu.SMEM((W, 4, R), jnp.float32),
             "live_s": plgpu.SMEM((2, W, R), jnp.float32),
             "decided": hopper.barriers(1, W),
         }
@@ -139,12 +138,3 @@ class SolvingRows(Rows):
         """What all have said. There are two places, as a warpgroup may still read what was said before."""
         plgpu.barrier_wait(t.decided)
         return self.device.total([t.live_s.at[i & 1, w] for w in range(W)], R)
-
-    def give(self, t: Any, found: list[tuple[jax.Array, Any]]) -> None:
-        """Numbers of rows to arrays [B, H, T]."""
-        for n, (x, _) in enumerate(found):
-            t.numbers_s.at[t.wg, n][...] = x
-        plgpu.commit_smem()
-        for n, (_, array) in enumerate(found):
-            plgpu.copy_smem_to_gmem(t.numbers_s.at[t.wg, n], array.at[t.b, t.h, t.mine])
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)

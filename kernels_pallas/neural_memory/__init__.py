@@ -64,7 +64,8 @@ def neural_memory(
         anything. None: 0.
       group: chunks that are taken at once, 2 or more; it changes rounding alone. None: as many as are fast. Hopper's
         groups are of 64 positions.
-      platform: whose kernels, "tpu" or "cuda" (Hopper; bfloat16, one layer without a norm: `gpu.unsupported`).
+      platform: whose kernels, "tpu" or "cuda" (Hopper; bfloat16, one layer, heads of 64 with a norm:
+        `gpu.unsupported`).
       interpret: runs it as plain XLA operations on any platform, or as the interpreter's parameters say
         (`jax.experimental.pallas.tpu.InterpretParams`). Hopper's run on a CPU, by jax's interpreter of GPU kernels.
 
@@ -83,7 +84,7 @@ def neural_memory(
     positions = jnp.broadcast_to(jnp.arange(T), (B, T)) if positions is None else positions.astype(jnp.int32)
     first = jnp.zeros((B,), jnp.int32) if first is None else first
     if platform_of("neural_memory", platform, interpret, ("tpu", "cuda")) == "cuda":
-        options = chunk, rates, read_after_write, decayed, residual_norm, group, interpret, packed
+        options = chunk, rates, epsilon, read_after_write, decayed, residual_norm, group, interpret, packed
         return _on_hopper(q, k, v, gates, weights, momentum, carried, positions, first, *options)
     options = dict(
         chunk=chunk, residual_norm=residual_norm, rates=tuple(rates), epsilon=epsilon,
@@ -110,7 +111,7 @@ def _on_tpu(
 
 def _on_hopper(
     q, k, v, gates, weights, momentum, carried, positions, first,
-    chunk, rates, read_after_write, decayed, residual_norm, group, interpret, packed,
+    chunk, rates, epsilon, read_after_write, decayed, residual_norm, group, interpret, packed,
 ) -> tuple[jax.Array, Layers, Layers, Layers]:  # fmt: skip
     widths = tuple(w.shape[-2] for w in weights) + (q.shape[-1],)
     if reason := gpu.unsupported(widths, chunk, str(q.dtype), residual_norm):
@@ -118,7 +119,7 @@ def _on_hopper(
     if group is not None:
         raise ValueError(f"neural_memory on cuda: group={group}; allowed: None")
     states = lambda weights, momentum: jnp.stack([weights[0], momentum[0]], axis=2)
-    call = gpu.Call(chunk, rates[0], read_after_write, decayed, interpret, packed)
+    call = gpu.Call(chunk, rates[0], epsilon if residual_norm else None, read_after_write, decayed, interpret, packed)
     carries = None if carried is None else states(*carried)
     y, end, before = gpu.memory(call, q, k, v, gates, states(weights, momentum), carries, positions, first)
     return y, (end[:, :, 0],), (end[:, :, 1],), (before,)
@@ -156,9 +157,9 @@ def kernel_flops(
     return {tpu_forward.NAME: flops, tpu_backward.NAME: 4 * flops}
 
 
-def gpu_kernel_flops(count: int, width: int, chunk: int) -> dict[str, float]:
+def gpu_kernel_flops(count: int, width: int, chunk: int, normed: bool) -> dict[str, float]:
     """As `kernel_flops`, of Hopper's, for so many positions of heads so wide."""
-    return {name: 2.0 * count * n for name, n in gpu.kernel_widths(width, chunk).items()}
+    return {name: 2.0 * count * n for name, n in gpu.kernel_widths(width, chunk, normed).items()}
 
 
 def steps(length: int, heads: int, widths: tuple[int, ...], dtype: str, chunk: int) -> dict[str, dict[str, int]]:

@@ -26,10 +26,12 @@ CHUNKS = 16, 32, 64
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What is static; see `neural_memory`. packed: rows may be more than one document from its beginning."""
+    """What is static; see `neural_memory`. epsilon: None without a norm. packed: rows may be more than one document
+    from their beginning."""
 
     chunk: int
     rate: float
+    epsilon: float | None
     read_after_write: bool
     decayed: bool
     interpret: Any
@@ -42,7 +44,7 @@ class Call:
     def shape(self, q: jax.Array) -> Shape:
         races = bool(getattr(self.interpret, "detect_races", False))
         device = hopper.DEVICE if self.interpret is False else hopper.interpreted(races=races)
-        return Shape(device, q.shape[3], self.chunk, self.rate, self.read_after_write, q.dtype)
+        return Shape(device, q.shape[3], self.chunk, self.rate, self.read_after_write, self.epsilon, q.dtype)
 
 
 def unsupported(widths: tuple[int, ...], chunk: int, dtype: str, residual_norm: bool) -> str | None:
@@ -50,23 +52,24 @@ def unsupported(widths: tuple[int, ...], chunk: int, dtype: str, residual_norm: 
     reasons = (
         (dtype != "bfloat16", f"on GPUs it computes bfloat16, not {dtype}"),
         (len(widths) > 2, f"on GPUs the memory is a matrix, depth 1, not layers {'x'.join(map(str, widths))}"),
-        (residual_norm, "on GPUs the memory has no norm: residual_norm=True; allowed: False"),
+        (residual_norm and widths[0] != E, f"on GPUs heads with a norm are {E} wide, not {widths[0]}"),
         (widths[0] not in WIDTHS, f"on GPUs heads are {' or '.join(map(str, WIDTHS))} wide, not {widths[0]}"),
         (chunk not in CHUNKS, f"on GPUs chunk is {', '.join(map(str, CHUNKS))}, not {chunk}"),
     )
     return next((reason for fails, reason in reasons if fails), None)
 
 
-def kernel_widths(d: int, chunk: int) -> dict[str, int]:
+def kernel_widths(d: int, chunk: int, normed: bool) -> dict[str, int]:
     """Multiplications of each kernel's products for a position of a head, by the kernel's name; tiles are whole."""
     rows, tiles = gpu_numbers.ROWS, d // E
     several = chunk < rows
     pairs, again = (1 + several) * rows * (rows + d), several * rows * (rows + d)
     near = (rows // chunk - 1) * rows * d
     states = 4 * d * d
+    forward = tiles * pairs + near + rows * d + states + (1 + several) * d * d
     return {
-        gpu_forward.NAME: tiles * pairs + near + rows * d + states + (1 + several) * d * d,
-        gpu_forward.AGAIN: tiles * again + near + 2 * d * d + (1 + several) * d * d,
+        gpu_forward.NAME: forward,
+        gpu_forward.AGAIN: forward if normed else tiles * again + near + 2 * d * d + (1 + several) * d * d,
         gpu_backward.NAME: tiles * pairs + near + rows * d + 2 * d * d + states,
         gpu_backward_groups.NAME: (1 + several) * (3 * rows * rows + 4 * rows * d) + (10 + 2 * several) * d * d,
     }
@@ -106,15 +109,20 @@ def _memory_backward(call: Call, residuals, cotangents):
     numbers, pull = jax.vjp(functools.partial(_numbers, call, at), gates)
     q_, k_, v_, dy_ = map(filled, (q, k, v, dy))
     places = numbers, at.table, at.bounds
-    found = gpu_forward.again(shape, k_, v_, *places, initial, saved)
-    found |= gpu_backward.backward(shape, q_, k_, dy_, *places, d_end, d_before)
+    found = gpu_forward.again(shape, q_, k_, v_, *places, initial, saved)
+    of_norm = {name: found[name] for name in gpu_backward.NORMED} if shape.normed else {}
+    found |= gpu_backward.backward(shape, q_, k_, dy_, *places, d_end, d_before, of_norm)
+    left = [found.get(name) for name in ("errors", "states", "dsteps", "dstates", "dsaid")]
     dq, dk, of_groups = gpu_backward_groups.backward_groups(
-        shape, q_, k_, dy_, *places, found["errors"], found["states"], found["dsteps"], found["dstates"]
+        shape, q_, k_, found["dread"] if shape.normed else dy_, *places, *left
     )
     (d_gates,) = pull(_of_numbers(at, numbers, of_groups))
     here = (at.group >= 0)[..., None, None]
     rows = lambda x: jnp.where(here, x[:, :T], 0).astype(q.dtype)
     dv = rows(-gates[2][..., None] * found["dsteps"][:, :T])
+    if shape.normed:  # what the memory says is q or k, and what the matrix does, normalised
+        dmisses, wide = found["dmisses"], lambda *x: sum(y.astype(jnp.float32) for y in x)
+        dq, dk, dv = wide(dq, dy_), wide(dk, dmisses), rows(-dmisses)
     d_initial = found["dinitial"]
     d_initial = d_initial.sum(0, keepdims=True) if initial.shape[0] == 1 else d_initial
     d_carried = found["dcarried"] if is_carried else None

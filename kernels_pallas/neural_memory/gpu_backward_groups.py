@@ -42,10 +42,11 @@ KEPT, MOVED, MOVED_AS_OLDER, READ, EARLY, THETA, RHO_READ, RHO_EARLY, KAPPA, LEF
 FOUND = 13
 
 
-def backward_groups(shape: Shape, q, k, dy, numbers, table, bounds, errors, states, dsteps, dstates):
+def backward_groups(shape: Shape, q, k, dy, numbers, table, bounds, errors, states, dsteps, dstates, dsaid):
     """dq, dk [B, T, H, d] in the dtype of q, and numbers [B, H, N, FOUND, 64] float32 of the groups that there are.
 
-    Args: as of `gpu_forward.forward` and `gpu_backward.backward`, and what they leave.
+    Args: as of `gpu_forward.forward` and `gpu_backward.backward`, and what they leave; with a norm dy is what
+      the matrix reads of queries gets (`dread`), and dsaid what it says of keys; without one that is None.
     """
     (B, _, H, d), N, of = q.shape, table.shape[1], jax.ShapeDtypeStruct
     pair, wide, tile = shape.tile(), shape.tile(width=d), shape.tile()
@@ -61,12 +62,12 @@ def backward_groups(shape: Shape, q, k, dy, numbers, table, bounds, errors, stat
             "state_s": shape.states(), "dstate_s": shape.states(), "step_s": tile, "moved_s": pair, "asked_s": pair,
             "kept_s": [pair, pair][: shape.several + 1], "dkappa_s": [pair, pair][: shape.several + 1],
             "dq_s": out, "dk_s": out, "found_s": plgpu.SMEM((FOUND, ROWS), F32), "here": barriers(1, 3),
-            "tile_here": barriers(1, 7),
+            "tile_here": barriers(1, 7 + shape.normed), "dsaid_s": tile if shape.normed else None,
         },
         grid=(N, H, B),
         grid_names=("n", "h", "b"),
     )  # fmt: skip
-    return run(q, k, dy, numbers, table, bounds, errors, states, dsteps, dstates, hopper.hidden_zero())
+    return run(q, k, dy, numbers, table, bounds, errors, states, dsteps, dstates, dsaid, hopper.hidden_zero())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +77,13 @@ class _Groups:
     shape: Shape
 
     def body(
-        self, q, k, dy, numbers, table, bounds, errors, states, dsteps, dstates, zero, dq, dk, found, **scratch: Any
-    ) -> None:
+        self, q, k, dy, numbers, table, bounds, errors, states, dsteps, dstates, dsaid, zero, dq, dk, found,
+        **scratch: Any,
+    ) -> None:  # fmt: skip
         n, h, b = (lax.axis_index(name) for name in ("n", "h", "b"))
         t = types.SimpleNamespace(
             q=q, k=k, dy=dy, numbers=numbers, errors=errors, states=states, dsteps=dsteps, dstates=dstates,
-            table=table, dq=dq, dk=dk, found=found, n=n, h=h, b=b, zero=zero[0], phase=0, **scratch,
+            dsaid=dsaid, table=table, dq=dq, dk=dk, found=found, n=n, h=h, b=b, zero=zero[0], phase=0, **scratch,
         )  # fmt: skip
         t.group = Group(self.shape, table, b, n, t.numbers_s)
         pl.when(n < bounds[b, bounds.shape[1] - 1])(lambda: self.run(t))
@@ -95,7 +97,9 @@ class _Groups:
     def fetch(self, t: Any, j: int) -> None:
         """A tile of outputs."""
         copy = lambda source, target: plgpu.copy_gmem_to_smem(source, target, t.tile_here.at[0])
-        for source, target in ((t.errors, t.error_s), (t.dsteps, t.dstep_s), (t.dy, t.dy_s)):
+        rows = [(t.errors, t.error_s), (t.dsteps, t.dstep_s), (t.dy, t.dy_s)]
+        rows += [(t.dsaid, t.dsaid_s)] if self.shape.normed else []
+        for source, target in rows:
             copy(source.at[t.b, t.group.rows, t.h, columns(j)], target)
         each_state(copy, t.states.at[t.b, t.h, t.group.of(BEFORE), :, :, columns(j)], t.state_s)
         each_state(copy, t.dstates.at[t.b, t.h, t.group.of(AFTER), :, :, columns(j)], t.dstate_s)
@@ -178,7 +182,8 @@ class _Groups:
         learned = lambda state: product(device, t.k_s, state, PAIRS)
         dstep = load(self.shape, t.dstep_s)
         theta += (dstep * load(self.shape, t.error_s)).sum(axis=1)
-        dz = group.masked(dstep * group.per_row(gpu_numbers.THETA))
+        dz = load(self.shape, t.dsaid_s) if self.shape.normed else dstep * group.per_row(gpu_numbers.THETA)
+        dz = group.masked(dz)
         by_w = dz * jnp.exp2(group.per_row(gpu_numbers.EARLY))
         dk = added(device, dk, (narrow(by_w), w.T))
         early += (by_w * learned(w)).sum(axis=1)

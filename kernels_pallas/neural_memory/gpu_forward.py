@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import hopper
 from kernels_pallas.hopper import LAYOUT, added, barriers
-from kernels_pallas.neural_memory import gpu_numbers
+from kernels_pallas.neural_memory import gpu_norm, gpu_numbers
 from kernels_pallas.neural_memory.gpu_group import (
     PAIRS,
     SLOTS,
@@ -75,13 +75,20 @@ def forward(shape: Shape, q, k, v, numbers, table, bounds, initial, carried, *, 
     return dict(zip(out, found))
 
 
-def again(shape: Shape, k, v, numbers, table, bounds, initial, saved) -> dict[str, jax.Array]:
-    """Errors [B, T, H, d], and the states before groups [B, H, slots, 2, d, d], in the dtype of k."""
+def again(shape: Shape, q, k, v, numbers, table, bounds, initial, saved) -> dict[str, jax.Array]:
+    """Errors [B, T, H, d], and the states before groups [B, H, slots, 2, d, d], in the dtype of k.
+
+    With a norm (`gpu_norm`) also, as errors, e (`misses`) and x where keys are learned (`normed`) and where queries
+    read (`normed_read`); and both of `inverse` [B, H, N, 2, 64], float32, of rows of groups.
+    """
     (B, T, H, d), of = k.shape, jax.ShapeDtypeStruct
     out = {"errors": of(k.shape, k.dtype), "states": of((B, H, gpu_numbers.slots(T), 2, d, d), k.dtype)}
+    if shape.normed:
+        out |= dict.fromkeys(("misses", "normed", "normed_read"), out["errors"])
+        out["inverses"] = of((B, H, table.shape[1], 2, ROWS), F32)
     launch = _Forward(shape, again=True, saves=False)
     grid = (d // E * (bounds.shape[1] - 1), H, B)
-    arrays = None, k, v, numbers, table, bounds, initial, saved, hopper.hidden_zero()
+    arrays = q if shape.normed else None, k, v, numbers, table, bounds, initial, saved, hopper.hidden_zero()
     return dict(zip(out, launch.kernel(AGAIN, grid, out)(*arrays)))
 
 
@@ -93,15 +100,23 @@ class _Forward:
     again: bool
     saves: bool
 
+    @property
+    def reads(self) -> bool:
+        """Whether queries are asked: again only for what the norm's gradient needs."""
+        return self.shape.normed or not self.again
+
     def kernel(self, name: str, grid: tuple[int, ...], out: dict[str, Any]) -> Any:
         shape, wide = self.shape, self.shape.d
         scratch = {
             "k_s": shape.tile(SLOTS, width=wide), "v_s": shape.tile(SLOTS), "numbers_s": numbers_memory(SLOTS),
             "state_s": shape.states(), "pairs_s": shape.tile(4),
-            "out_s": plgpu.SMEM((1, ROWS, E), shape.dtype), "here": barriers(SLOTS, 3 + (not self.again)),
+            "out_s": plgpu.SMEM((4 if self.again and shape.normed else 1, ROWS, E), shape.dtype),
+            "here": barriers(SLOTS, 3 + self.reads),
         }  # fmt: skip
-        if not self.again:
+        if self.reads:
             scratch["q_s"] = shape.tile(SLOTS, width=wide)
+        if self.again and shape.normed:
+            scratch["inverse_s"] = plgpu.SMEM((2, ROWS), F32)
         return shape.device.kernel(
             name, self.body, by_lanes=True, out_type=list(out.values()), scratch_types=scratch,
             grid=grid, grid_names=("j", "h", "b"),
@@ -161,7 +176,7 @@ class _Forward:
         copy(t.k.at[t.b, rows, t.h], t.k_s)
         copy(t.numbers.at[t.b, t.h, :, rows], t.numbers_s)
         copy(t.v.at[t.b, rows, t.h, t.columns], t.v_s)
-        if not self.again:
+        if self.reads:
             copy(t.q.at[t.b, rows, t.h], t.q_s)
 
     def group(self, t: Any, n: jax.Array, high: jax.Array, w: jax.Array, s: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -172,7 +187,8 @@ class _Forward:
         w, s = lax.cond(group.of(FRESH) > 0, lambda: self.initial(t), lambda: (w, s))
         if not self.again:
             self.keep_states(t, n, group, w, s)
-        k, state, out = t.k_s.at[at], [t.state_s.at[z + i] for i in range(2)], t.out_s.at[z]
+        k, state = t.k_s.at[at], [t.state_s.at[z + i] for i in range(2)]
+        outs = [t.out_s.at[z + i] for i in range(t.out_s.shape[0])]
         first, second, near, read = (t.pairs_s.at[z + i] for i in range(4))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         for memory, x in ((first, group.moved()), (state[0], w), (state[1], s)):
@@ -181,23 +197,30 @@ class _Forward:
         if self.again:
             target = t.out[1].at[t.b, t.h, group.of(BEFORE), :, :, t.columns]
             pl.when(group.of(FRESH) == 0)(lambda: each_state(plgpu.copy_smem_to_gmem, t.state_s, target))
-        else:
+        if self.reads:
             q = t.q_s.at[at]
             read[...] = group.near(first, product(device, q, k.T, PAIRS), early=False)
         if self.shape.several:
             near[...] = group.near(first, product(device, k, k.T, PAIRS), early=True)
         memory = second, first
-        error = self.errors(group, k, t.v_s.at[at], state, near, memory)
+        z = self.said(group, k, t.v_s.at[at], state, near, memory)
+        error, *about = self.error(z, k, t.v_s.at[at])
         step = group.masked(error * group.per_row(THETA))
         memory = memory[::-1] if self.shape.several else memory
-        if self.again:
-            out[...] = error.astype(dtype)
-        else:
+        found = [error, *about[:2]] if self.again else []
+        if self.again and self.shape.normed:
+            t.inverse_s.at[0][...] = about[2]
+        if self.reads:
             put(memory[0], step)
-            out[...] = added(device, self.far(group, q, state), (read, memory[0])).astype(dtype)
+            found += self.read(t, added(device, self.far(group, q, state), (read, memory[0])), q)
+        for out, x in zip(outs, found, strict=True):
+            out[...] = x.astype(dtype)
         rate = self.shape.rate
         plgpu.commit_smem()
-        group.store(out, t.out[0].at[t.b, :, t.h, t.columns])
+        for out, target in zip(outs, (t.out[0], *t.out[2:5]) if self.again else t.out):
+            group.store(out, target.at[t.b, :, t.h, t.columns])
+        if self.again and self.shape.normed:
+            plgpu.copy_smem_to_gmem(t.inverse_s, t.out[5].at[t.b, t.h, n])
         memory[1][...] = (step * (-rate * group.per_row(LAST_KAPPA))).astype(dtype)
         put(memory[0], step * (-rate * group.per_row(LAST_MOVED)))
         beta, h = jnp.exp2(group.of_last(KEPT)), jnp.exp2(group.of_last(MOVED))
@@ -226,18 +249,37 @@ class _Forward:
                 for i, x in enumerate((w, s)):
                     t.out[3].at[t.b, t.h, group.of(SAVED), i, :, t.columns][...] = x
 
-    def errors(self, group: Group, k: Any, v: Any, state: list[Any], near: Any, memory: tuple[Any, Any]) -> jax.Array:
-        """What the memory says of keys less the values."""
+    def said(self, group: Group, k: Any, v: Any, state: list[Any], near: Any, memory: tuple[Any, Any]) -> jax.Array:
+        """What the matrix says of keys, less the values where there is no norm."""
         device = self.shape.device
-        z = product(device, k, state[0], (ROWS, E)) * jnp.exp2(group.per_row(EARLY))
+        start = product(device, k, state[0], (ROWS, E)) * jnp.exp2(group.per_row(EARLY))
         if self.shape.several:
-            z += product(device, k, state[1], (ROWS, E)) * group.per_row(RHO_EARLY)
-        z -= load(self.shape, v)
-        error = z
+            start += product(device, k, state[1], (ROWS, E)) * group.per_row(RHO_EARLY)
+        if not self.shape.normed:
+            start -= load(self.shape, v)
+        z = start
         for i in range(self.shape.chunks - 1):
-            put(memory[i % 2], group.masked(error * group.per_row(THETA)))
-            error = added(device, z, (near, memory[i % 2]))
-        return error
+            put(memory[i % 2], group.masked(self.error(z, k, v)[0] * group.per_row(THETA)))
+            z = added(device, start, (near, memory[i % 2]))
+        return z
+
+    def error(self, z: jax.Array, k: Any, v: Any) -> tuple[jax.Array, ...]:
+        """The loss' gradient at what the matrix says; with a norm also e, x and `inverse`."""
+        if not self.shape.normed:
+            return (z,)
+        x, inverse = gpu_norm.normalized(z, self.shape.epsilon)
+        e = load(self.shape, k) + x - load(self.shape, v)
+        return gpu_norm.pulled(x, inverse, e), e, x, inverse
+
+    def read(self, t: Any, z: jax.Array, q: Any) -> list[jax.Array]:
+        """y, of what the matrix says of queries; again x, and keeps `inverse`."""
+        if not self.shape.normed:
+            return [z]
+        x, inverse = gpu_norm.normalized(z, self.shape.epsilon)
+        if not self.again:
+            return [load(self.shape, q) + x]
+        t.inverse_s.at[1][...] = inverse
+        return [x]
 
     def far(self, group: Group, q: Any, state: list[Any]) -> jax.Array:
         """What queries read of the state before the group."""

@@ -45,6 +45,7 @@ class Shape:
       chunk: positions whose gradients are taken at the same weights.
       rate: of the steps, relative to theta.
       read_after_write: whether a position reads what it writes.
+      epsilon: of the norm over the memory's outputs (`gpu_norm`); None: there is none.
       dtype: of operands.
     """
 
@@ -53,12 +54,17 @@ class Shape:
     chunk: int
     rate: float
     read_after_write: bool
+    epsilon: float | None
     dtype: Any
 
     @property
     def chunks(self) -> int:
         """Of a whole group."""
         return ROWS // self.chunk
+
+    @property
+    def normed(self) -> bool:
+        return self.epsilon is not None
 
     @property
     def several(self) -> bool:

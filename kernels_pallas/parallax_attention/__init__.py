@@ -1,6 +1,7 @@
 """Parallax by tiles: softmax attention tilted along a probe (Zuo et al. 2026, arXiv:2605.29157, algorithm 1).
 
-The kernels are those of `kernels_pallas.flash_attention`, which take the probe as one more array of rows.
+The TPU's kernels are those of `kernels_pallas.flash_attention`, which take the probe as one more array of rows;
+Hopper's are built of those of `kernels_pallas.local_linear_attention`.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from typing import Any
 import jax
 
 from kernels_pallas import tuning
-from kernels_pallas.flash_attention.call import Call, check_arrays
-from kernels_pallas.parallax_attention import tpu
+from kernels_pallas.flash_attention.call import Call, check_arrays, platform_of
+from kernels_pallas.parallax_attention import gpu, tpu
 from kernels_pallas.parallax_attention.definition import definition
 from kernels_pallas.parallax_attention.gradient import attention
 
-__all__ = ["definition", "parallax_attention", "tpu_kernel_runs"]
+__all__ = ["definition", "gpu_kernel_widths", "gpu_unsupported", "parallax_attention", "tpu_kernel_runs"]
+
+gpu_kernel_widths, gpu_unsupported = gpu.kernel_widths, gpu.unsupported
 
 
 def parallax_attention(
@@ -27,6 +30,7 @@ def parallax_attention(
     starts: jax.Array | None = None,
     ends: jax.Array | None = None,
     scale: float | None = None,
+    platform: str = "tpu",
     interpret: Any = False,
     blocks: tuning.Blocks | None = None,
     keys_seen: bool = False,
@@ -41,8 +45,9 @@ def parallax_attention(
       starts, ends: int [B, T] or [1, T]. Row `t` sees the keys `starts[t] <= s < ends[t]`; None: from the first key,
         to the last.
       scale: of the logits; `d ** -0.5` by default.
-      interpret: as in `flash_attention`; not interpreted, the kernels are for TPU.
-      blocks: tile sizes; by default those of `tuning`. `ones` counts for nothing: the matrix unit adds up weights.
+      platform: whose kernels run, "tpu" or "cuda". Hopper's take bfloat16 and heads up to 128 wide.
+      interpret: as in `flash_attention`.
+      blocks: tile sizes on TPU; by default those of `tuning`. `ones` counts for nothing: the matrix unit sums weights.
       keys_seen: as in `flash_attention`.
 
     Returns:
@@ -51,13 +56,13 @@ def parallax_attention(
       o = 0 and gradients 0. What no row sees, NaN included, changes nothing.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit.
+      ValueError: shapes, dtypes or numbers that do not fit.
     """
     _check(q, probe, k, v, starts, ends)
+    platform = platform_of("parallax_attention", platform, interpret, ("tpu", "cuda"))
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    call = Call(
-        "tpu", tuning.kind(), scale, None, interpret, blocks, True, starts is not None, ends is not None, keys_seen
-    )
+    given = starts is not None, ends is not None
+    call = Call(platform, tuning.kind(), scale, None, interpret, blocks, True, *given, keys_seen)
     return attention(call, q, probe, k, v, starts, ends)
 
 

@@ -20,10 +20,7 @@ _FORWARD_REST, _BACKWARD_REST = 2 * tuning.FORWARD_REST, tuning.BACKWARD_REST + 
 
 
 def forward(call: Call, q, probe, k, v, bounds) -> Output:
-    """o and the mean of values [B, T, H, e] in the dtype of q; lse2 and the mean tilt [B, H, T], float32.
-
-    What it gives for rows that see nothing is not used. `bounds` is from `masks.intervals`.
-    """
+    """See `gradient`."""
     T, S, e = q.shape[1], k.shape[1], v.shape[3]
     blocks, keys = _forward_tiles(call, q, k, v)
     rows, whole = tpu_arrays.rounded(T, blocks.rows), tpu_arrays.rounded(S, keys)
@@ -41,10 +38,7 @@ def forward(call: Call, q, probe, k, v, bounds) -> Output:
 
 
 def backward(call: Call, q, probe, k, v, bounds, do, lse2, delta, mean_slope, keep):
-    """dq, dprobe, dk, dv; of statistics see `flash_attention.tpu_backward`.
-
-    Rows that see nothing have q = probe = do = 0, an lse2 of `NOTHING`, and other statistics that are finite.
-    """
+    """See `gradient`."""
     (T, d), S, e, dtype = q.shape[1::2], k.shape[1], v.shape[3], q.dtype
     blocks, keys = _backward_tiles(call, q, k, v)
     rows, whole = tpu_arrays.rounded(T, blocks.rows), tpu_arrays.rounded(S, keys)

@@ -13,6 +13,7 @@ from attnlab.ablation import collect, compare, results_file, sections, synthetic
 from attnlab.ablation.view import View
 from attnlab.errors import UserError
 from attnlab.train.config import RunConfig
+from tests import tiers
 from tests.train import runs
 
 TASK = {"name": "icl_regression"}
@@ -296,7 +297,7 @@ def test_other_results_are_not_replaced(attnlab, tmp_path):
     assert [attnlab("report", *paths, "--out", tmp_path / "own")[0] for _ in range(2)] == [0, 0]
 
 
-@pytest.mark.slow
+@tiers.exhaustive
 def test_runs_of_the_trainer(attnlab, tmp_path):
     """What `train` leaves is read as it is: two mixers, two seeds, on real text."""
     source, paths = runs.corpus(tmp_path / "corpus"), []

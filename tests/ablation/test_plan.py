@@ -12,6 +12,7 @@ from attnlab import config as config_lib
 from attnlab.ablation import announce, calibrate, plan, price
 from attnlab.ablation.plan import PlanConfig
 from attnlab.errors import ConfigError, UserError
+from tests import tiers
 from tests.ablation import plans
 from tests.train.runs import ROOT, corpus
 
@@ -114,7 +115,10 @@ def test_the_plan_of_the_docs(tmp_path):
     assert announce.load(str(tmp_path / "plan.py"), ["seeds=[4,5]"])[0].seeds == (4, 5)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs/ablations/claims").glob("*.py")), ids=lambda path: path.stem)
+CLAIMS = sorted((ROOT / "configs/ablations/claims").glob("*.py"))
+
+
+@tiers.parametrize("path", CLAIMS, often=CLAIMS[:1], ids=lambda path: path.stem)
 def test_a_claim_has_a_rule_and_a_price(path, tmp_path, monkeypatch):
     """Every plan in claims says when its claim is supported and when refuted; its figures are there, what it solves for
     can be, and its price is stated. Steps are not timed here, nothing compiles."""

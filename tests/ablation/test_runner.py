@@ -21,6 +21,7 @@ from attnlab.ablation.plan import PlanConfig
 from attnlab.ablation.progress import Live
 from attnlab.ablation.state import Log, View
 from attnlab.train.checkpoints import Checkpoints
+from tests import tiers
 from tests.ablation import plans
 from tests.flags import environment
 from tests.train.runs import ROOT, corpus
@@ -183,7 +184,7 @@ def test_a_run_that_ends_its_process_is_not_tried_for_ever(tmp_path):
     worker.require_progress(run, 0, log)
 
 
-@pytest.mark.slow
+@tiers.exhaustive
 @pytest.mark.timeout(1800)
 def test_killed_and_stopped(tmp_path, attnlab, source):
     """Killed with SIGKILL, all processes, and stopped, a plan gives an unbroken one's curves bitwise, that one's in one

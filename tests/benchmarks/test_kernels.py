@@ -25,6 +25,7 @@ def test_it_needs_a_gpu(tmp_path):
     assert done.returncode == 2 and "jax sees none here; --dry-run" in done.stderr and not done.stdout
 
 
+@pytest.mark.slow
 def test_a_dry_run(tmp_path):
     """Every part runs in small or is lowered at full size; the file names who is absent; nothing in it is a figure."""
     path = tmp_path / "k.json"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import patterns
+from tests import tiers
 
 
+@tiers.exhaustive
 def test_cells_are_trained_or_say_why_not():
     found = patterns.cell("gated", "retrieve", 2)
     assert 0 <= found["accuracy"] <= 1 and found["chance"] == 1 / 128

@@ -30,10 +30,13 @@ from kernels_pallas.agent_attention import gpu_agent_attention  # noqa: E402
 from kernels_pallas.cross_entropy import cross_entropy  # noqa: E402
 from kernels_pallas.delta_rule import delta_rule  # noqa: E402
 from kernels_pallas.flash_attention import flash_attention  # noqa: E402
-from kernels_pallas.flow_attention import Sums, flow_attention  # noqa: E402
+from kernels_pallas.flow_attention import Rule  # noqa: E402
+from kernels_pallas.flow_attention import gpu_backward as flow_backward  # noqa: E402
+from kernels_pallas.flow_attention import gpu_forward as flow_forward  # noqa: E402
 from kernels_pallas.linear_recurrence import linear_recurrence  # noqa: E402
 from kernels_pallas.local_linear_attention import local_linear_attention  # noqa: E402
 from kernels_pallas.neural_memory import neural_memory  # noqa: E402
+from kernels_pallas.parallax_attention import parallax_attention  # noqa: E402
 from kernels_pallas.routed_attention import routed_attention, row_tile  # noqa: E402
 
 H100 = AbstractMesh(
@@ -73,10 +76,12 @@ FLOWS = {f"flow {d}/{e} {features}": (d, e, features) for d, e, features in (
 AGENTS = {f"agent {d}/{e} {features}": (d, e, features) for d, e, features in (
     (64, 64, "ps"), (128, 64, "k"), (64, 128, "k"), (128, 128, ""), (128, 128, "kps"))}  # fmt: skip
 
-# Of a memory that is a matrix: width and chunk.
-MEMORIES = {f"memory {d} chunk {chunk}": (d, chunk) for d in (64, 128) for chunk in (16, 64)}
+# Of a memory that is a matrix: width, chunk, and whether it has the norm.
+MEMORIES = {f"memory {d} chunk {chunk}": (d, chunk, False) for d in (64, 128) for chunk in (16, 64)}
+MEMORIES |= {f"memory 64 chunk {chunk} norm": (64, chunk, True) for chunk in (16, 64)}
 
 LOCAL = {f"local {d} {features}".strip(): (d, features) for d in (64, 128) for features in ("", "i")}
+PARALLAX = {f"parallax {d} {features}".strip(): (d, features) for d in (64, 128) for features in ("", "i")}
 LOSSES = {"loss 1000/20000": (1000, 20000)}  # widths of hidden states, and columns, neither of whole tiles
 
 
@@ -177,24 +182,30 @@ def recurrence_program(d: int, e: int, features: str, placed: Any) -> tuple[Call
 
 
 def flow_program(d: int, e: int, features: str, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
-    """As `program`, for the values of flow attention."""
-    of = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
-    wide = lambda *shape: of(*shape, dtype=jnp.float32)
-    documents = of(B, T, dtype=jnp.int32) if "p" in features else None
-    sums = Sums(*[wide(B, H, d)] * 4, wide(B, H), wide(B, H, d, e))
-    state = (of(B, dtype=jnp.int32), sums) if "s" in features else None
-    run = lambda q, k, v, *rest: flow_attention(q, k, v, documents=rest[0], state=rest[1], platform="cuda")
-    return run, [of(B, T, H, d), of(B, T, H, d), of(B, T, H, e), documents, state]
+    """As `program`, of flow attention's own kernels: its gradient's sweeps are the recurrence's."""
+    of = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+    N, keys = T // flow_forward.CHUNK, of(B, T, H, d, dtype=jnp.bfloat16)
+    limits = of(B, T, dtype=jnp.int32) if "p" in features else None
+    vectors, pairs = of(B, H, 4, d), of(B, H, d, e) if "s" in features else None
+    own = hopper.DEVICE, Rule()
+
+    def run(arrays: Any, limits: Any, sums: Any, saved: Any) -> Any:
+        found = flow_forward.forward(*own, *arrays[:4], limits, *sums, width=d, save=True)
+        q, k, *_, numbers, dq, dk = arrays
+        return found, flow_backward.backward(*own, q, k, dq, dk, numbers, limits, saved, *sums[:2])
+
+    arrays = keys, keys, of(B, T, H, e, dtype=jnp.bfloat16), of(B, T), of(B, H, 8, T), keys, keys
+    return run, [arrays, limits, (vectors, of(B, H), pairs), of(B, H, N, 4, d)]
 
 
-def memory_program(d: int, chunk: int, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
+def memory_program(d: int, chunk: int, normed: bool, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
     """As `program`, of the neural memory, documents and a state."""
     of = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
     rows, gate, states = of(B, T, H, d, dtype=jnp.bfloat16), of(B, T, H), (of(B, H, d, d),)
 
     def run(arrays: Any, positions: Any, initial: Any, carried: Any, cotangents: Any) -> Any:
         learn = lambda arrays, initial, carried: neural_memory(
-            *arrays, weights=initial, momentum=initial, chunk=chunk, residual_norm=False, rates=(1.0,),
+            *arrays, weights=initial, momentum=initial, chunk=chunk, residual_norm=normed, rates=(1.0,),
             positions=positions, carried=carried, platform="cuda",
         )  # fmt: skip
         out, vjp = jax.vjp(learn, arrays, initial, carried)
@@ -205,13 +216,24 @@ def memory_program(d: int, chunk: int, placed: Any) -> tuple[Callable[..., Any],
 
 
 def agent_program(d: int, e: int, features: str, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
-    """As `program`, for the values of agent attention."""
+    """As `program`, of agent attention."""
     of = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
     wide, m = lambda *shape: of(*shape, dtype=jnp.float32), 16 if "k" in features else 64
     arrays = {"q": of(B, T, H, d), "k": of(B, T, H, d), "v": of(B, T, H, e), "agents": of(H, m, d)}
     arrays |= {"state": (wide(B, H, m), wide(B, H, m, e))} if "s" in features else {}
-    arrays |= {"starts": of(B, T, dtype=jnp.int32)} if "p" in features else {}
-    return lambda arrays: gpu_agent_attention(**arrays), [arrays]
+    starts = of(B, T, dtype=jnp.int32) if "p" in features else None
+
+    def run(arrays: Any, starts: Any, cotangents: Any) -> Any:
+        out, vjp, exact = jax.vjp(lambda a: _split(gpu_agent_attention(**a, starts=starts)), arrays, has_aux=True)
+        return out, exact, vjp(cotangents)
+
+    return run, [arrays, starts, (of(B, T, H, e), (wide(B, H, m), wide(B, H, m, e)))]
+
+
+def _split(found: tuple[Any, Any, Any]) -> tuple[tuple[Any, Any], Any]:
+    """o and the state, and whether o is exact."""
+    o, state, exact = found
+    return (o, state), exact
 
 
 def loss_program(width: int, columns: int, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
@@ -238,6 +260,19 @@ def local_program(d: int, features: str, placed: Any) -> tuple[Callable[..., Any
     return run, [arrays, bounds, of(B, T, H, d)]
 
 
+def parallax_program(d: int, features: str, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
+    """As `program`, of Parallax."""
+    of = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+    bounds = {name: of(1, T, dtype=jnp.int32) for name in ("starts", "ends") if "i" in features}
+
+    def run(arrays: Any, bounds: Any, do: Any) -> Any:
+        out, vjp = jax.vjp(lambda *a: parallax_attention(*a, **bounds, platform="cuda"), *arrays)
+        return out, vjp(do)
+
+    rows, keys = of(B, T, H, d), of(B, T, K, d)
+    return run, [(rows, rows, keys, keys), bounds, rows]
+
+
 def program_of(case: str, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
     """What a case compiles, and for what arrays."""
     if case in RECURRENCES:
@@ -248,6 +283,8 @@ def program_of(case: str, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
         return loss_program(*LOSSES[case], placed)
     if case in LOCAL:
         return local_program(*LOCAL[case], placed)
+    if case in PARALLAX:
+        return parallax_program(*PARALLAX[case], placed)
     if case in FLOWS:
         return flow_program(*FLOWS[case], placed)
     if case in AGENTS:
@@ -279,7 +316,7 @@ def kernels(case: str, placed: Any) -> Iterator[dict[str, Any]]:
 def main() -> None:
     mosaic._SMEM_SIZE_BOUND = _Limit(hopper.SMEM_BYTES)
     placed = SingleDeviceSharding(Target.of("h100:1").devices[0])
-    for case in sys.argv[1:] or CASES | RECURRENCES | FLOWS | AGENTS | MEMORIES | LOSSES | LOCAL:
+    for case in sys.argv[1:] or CASES | RECURRENCES | FLOWS | AGENTS | MEMORIES | LOSSES | LOCAL | PARALLAX:
         for found in kernels(case, placed):
             print(json.dumps(found), flush=True)
 

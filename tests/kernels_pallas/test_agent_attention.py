@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas import tuning
 from kernels_pallas.agent_attention import Sizes, agent_attention, default_sizes
 from kernels_pallas.agent_attention import plan as plan_lib
+from tests import tiers
 from tests.kernels_pallas.recurrences import B, assert_close, bytes_of_blocks, calls, documents_of, rounded, starts_of
 
 
@@ -94,7 +95,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(str(x) for x in c[:10]))
+@tiers.parametrize("case", CASES, often=[CASES[1], *CASES[3:5]], ids=lambda c: "-".join(str(x) for x in c[:10]))
 def test_equals_the_definition(case):
     """Values and every gradient."""
     T, H, m, d, e, packed, state, own, spread, dtype, sizes = case
@@ -128,6 +129,7 @@ def test_chunks_blocks_and_pieces_change_nothing():
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
+@tiers.exhaustive
 @pytest.mark.parametrize("packed, heads, width, T", [(False, 1, 16, 40), (True, 3, 128, 24)])
 def test_no_races(packed, heads, width, T, capfd):
     """Forward and backward on a simulated TPU whose two cores share heads, with NaN in what was never written and

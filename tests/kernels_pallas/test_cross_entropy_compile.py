@@ -13,6 +13,7 @@ from attnlab.launch import hlo, targets
 from attnlab.launch.schedules import TOPOLOGIES
 from kernels_pallas import tuning
 from kernels_pallas.cross_entropy import Sizes, cross_entropy
+from tests import tiers
 
 # The suite keeps compiled programs, and those for absent devices cannot be read back.
 pytestmark = [
@@ -28,7 +29,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("chip", CASES)
+@tiers.parametrize("chip", CASES, often=["v5e", "v6e"])
 def test_compiles(chip):
     """Each becomes one call of a kernel, under its own name."""
     targets.prepare()

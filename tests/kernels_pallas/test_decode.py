@@ -15,6 +15,7 @@ from jax.sharding import SingleDeviceSharding
 from attnlab.launch import hlo, targets
 from benchmarks.tpu_schedule import TOPOLOGIES
 from kernels_pallas.decode import decode_attention, definition
+from tests import tiers
 from tests.kernels_pallas import pairwise
 
 pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent")
@@ -29,6 +30,7 @@ AXES = {
     "sinks": [False, True],
     "cap": [None, 3.0],
 }
+CASES = pairwise.cases(AXES)
 
 
 def inputs(shape, slots, widths, dtype, window, sinks, seed=0):
@@ -44,7 +46,12 @@ def inputs(shape, slots, widths, dtype, window, sinks, seed=0):
     return arrays, {"starts": starts, "ends": ends}
 
 
-@pytest.mark.parametrize("case", pairwise.cases(AXES), ids=lambda c: "-".join(map(str, c.values())).replace(" ", ""))
+@tiers.parametrize(
+    "case",
+    pairwise.cases(AXES),
+    often=pairwise.values(AXES),
+    ids=lambda c: "-".join(map(str, c.values())).replace(" ", ""),
+)
 def test_equals_the_definition(case):
     """Slots that no query sees are NaN, and change nothing."""
     cap, splits = case["cap"], case["splits"]
@@ -76,7 +83,7 @@ def test_no_races(capfd):
 
 
 @needs_libtpu
-@pytest.mark.parametrize("chip", TOPOLOGIES)
+@tiers.parametrize("chip", TOPOLOGIES, often=["v5e", "v6e"])
 def test_compiles(chip):
     """For every TPU generation, caches whose size is no multiple of a block included."""
     targets.prepare()

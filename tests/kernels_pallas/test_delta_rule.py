@@ -14,6 +14,7 @@ from attnlab.ops.delta_rule import DELTA_RULE
 from kernels_pallas import tuning
 from kernels_pallas.delta_rule import Sizes, default_sizes, delta_rule
 from kernels_pallas.delta_rule import plan as plan_lib
+from tests import tiers
 from tests.kernels_pallas.recurrences import (
     B,
     assert_close,
@@ -71,9 +72,10 @@ CASES = [
     (70, 2, 64, 64, False, True, "float32", Sizes(16, 2, 2, 2), True),
     (130, 1, 64, 64, True, False, "bfloat16", Sizes(128, 2, 1, 1), True),
 ]
+OFTEN = [CASES[i] for i in (3, 5, 9)]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(str(x) for x in (*c[:7], c[8])))
+@tiers.parametrize("case", CASES, often=OFTEN, ids=lambda c: "-".join(str(x) for x in (*c[:7], c[8])))
 def test_equals_the_definition(case):
     """Values and every gradient; positions that write nothing or do not decay among them."""
     T, H, d, e, packed, state, dtype, sizes, channels = case
@@ -128,6 +130,7 @@ RACES = [
 ]
 
 
+@tiers.exhaustive
 @pytest.mark.parametrize("packed, heads, d, e, sizes, channels", RACES)
 def test_no_races(packed, heads, d, e, sizes, channels, capfd):
     """Forward and backward on a simulated TPU whose two cores share heads, with NaN in what was never written and

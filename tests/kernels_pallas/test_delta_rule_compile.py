@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from attnlab.launch import hlo, targets
 from attnlab.launch.schedules import TOPOLOGIES
 from kernels_pallas import tuning
 from kernels_pallas.delta_rule import Sizes, delta_rule
+from tests import tiers
 
 # The suite keeps compiled programs, and those for absent devices cannot be read back.
 pytestmark = [
@@ -28,7 +30,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("chip, channels", [*((chip, False) for chip in CASES), *((chip, True) for chip in CASES)])
+@tiers.parametrize("chip, channels", itertools.product(CASES, [False, True]), often=[("v5e", False), ("v6e", True)])
 def test_compiles(chip, channels):
     """Forward and backward become one call of a kernel each, under their own names."""
     targets.prepare()

@@ -12,6 +12,7 @@ import pytest
 from kernels_pallas import masks, tuning
 from kernels_pallas.flash_attention import definition, flash_attention
 from kernels_pallas.tuning import BackwardBlocks, Blocks, ForwardBlocks
+from tests import tiers
 from tests.kernels_pallas import pairwise
 
 TILES = {
@@ -125,7 +126,12 @@ def typed(arrays: dict, dtype: str) -> dict:
     return {n: jnp.asarray(x, dtype if n in ("q", "k", "v", "gate") else jnp.float32) for n, x in arrays.items()}
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(str(x) for x in c.values()).replace(" ", ""))
+@tiers.parametrize(
+    "case",
+    CASES,
+    often=[*pairwise.values(AXES), HALVED, APART],
+    ids=lambda c: "-".join(str(x) for x in c.values()).replace(" ", ""),
+)
 def test_equals_the_definition(case, monkeypatch):
     """Values and gradients err at most twice as much as XLA's form of the same dtype, and nowhere far more.
 

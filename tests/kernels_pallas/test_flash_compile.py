@@ -14,6 +14,7 @@ from attnlab.launch.schedules import TOPOLOGIES
 from kernels_pallas import tuning
 from kernels_pallas.flash_attention import flash_attention
 from kernels_pallas.tuning import BackwardBlocks, Blocks, ForwardBlocks
+from tests import tiers
 
 # The suite keeps compiled programs, and those for absent devices cannot be read back.
 pytestmark = [
@@ -30,9 +31,10 @@ CASES = {
             ((1, 130, 700, 4, 2, 256, 256), {"blocks": SMALL, "mask": "starts", "runs": 3})],
     "tpu7x": [((1, 130, 256, 2, 2, 192, 128), {"blocks": SUMS, "bias": True, "gate": True})],
 }  # fmt: skip
+EACH = [(chip, *case) for chip, cases in CASES.items() for case in cases]
 
 
-@pytest.mark.parametrize("chip, shape, features", [(chip, *case) for chip, cases in CASES.items() for case in cases])
+@tiers.parametrize("chip, shape, features", EACH, often=EACH[:1] + EACH[3:4])
 def test_compiles(chip, shape, features, monkeypatch):
     """Forward and backward become calls of the kernels, once where not said otherwise, under their own names."""
     if "runs" in features:  # as if fast memory held no more keys

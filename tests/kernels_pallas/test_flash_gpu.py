@@ -26,6 +26,7 @@ from kernels_pallas.flash_attention import (
     gpu_backward_rows,
     gpu_forward,
 )
+from tests import tiers
 from tests.kernels_pallas.test_flash_attention import inputs, plain, results, typed
 
 H100 = AbstractMesh(
@@ -113,13 +114,14 @@ def _races():
     return plgpu.InterpretGPUParams(detect_races=True)
 
 
-@pytest.mark.parametrize(
+@tiers.parametrize(
     "widths, features, kernels",
-    [
+    LOWERED := [
         ((64, 64), dict(sinks=True, gate=True, bias=True, soft_cap=30.0), ["flash_backward", "flash_forward"]),
         ((96, 128), dict(deterministic=True), ["flash_backward_keys", "flash_backward_rows", "flash_forward"]),
         ((192, 128), dict(gate=True), ["flash_backward_keys", "flash_backward_rows", "flash_forward"]),
     ],
+    often=LOWERED[:1],
     ids=["everything", "deterministic", "wide"],
 )
 def test_lowers_for_a_gpu(widths, features, kernels):

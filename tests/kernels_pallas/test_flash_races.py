@@ -6,13 +6,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.decode import decode_attention
 from kernels_pallas.flash_attention import flash_attention
 from kernels_pallas.routed_attention import routed_attention
 from kernels_pallas.tuning import BackwardBlocks, Blocks, ForwardBlocks
+from tests import tiers
 from tests.mixers import precision
 
 TILES = Blocks(ForwardBlocks(256, 128, 128, 128, True), BackwardBlocks(128, 128, 128, 128))
@@ -26,7 +26,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@tiers.parametrize("name", CASES, often=["causal"])
 def test_no_races(name, capfd):
     """Two cores share the parallel axes of the grid; nothing is read or written beyond an array. Results are those of
     the kernel interpreted as XLA operations."""

@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from attnlab.ops.flow_definition import FlowRule, FlowState, causal_definition
 from kernels_pallas.flow_attention import Blocks, Rule, Sums, flow_attention
+from tests import tiers
 from tests.mixers import precision
 
 COUNT = 5  # positions that a given state stands for
@@ -30,6 +31,7 @@ CASES = {
     "allocation": {"length": 40, "rule": FlowRule(competition=False), "starts": ((9, 33),)},
     "bfloat16": {"length": 256, "blocks": Blocks(128, 1), "dtype": "bfloat16", "widths": (128, 128)},
 }  # fmt: skip
+OFTEN = "documents, state", "two heads in lockstep", "7", "bfloat16"
 
 
 def documents_of(starts, length: int) -> np.ndarray:
@@ -115,7 +117,7 @@ def exact(arrays, documents, rule: FlowRule) -> dict:
         return results(functools.partial(defined, rule), wide, documents, rule)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@tiers.parametrize("case", CASES.values(), often=[CASES[name] for name in OFTEN], ids=CASES)
 def test_equals_the_definition(case):
     """Any length, across chunks and grid steps; padding behind the end is NaN while the kernels are interpreted."""
     rule, dtype = case.get("rule", PLAIN), case.get("dtype", "float32")
@@ -157,6 +159,7 @@ RACES = {
 }
 
 
+@tiers.exhaustive
 @pytest.mark.parametrize("case", RACES.values(), ids=RACES)
 def test_no_races(case, capfd):
     """Under the simulation of a TPU, with memory that is NaN until written, cores that share the grid and blocks that

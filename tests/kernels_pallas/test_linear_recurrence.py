@@ -15,6 +15,7 @@ from attnlab.ops.linear_recurrence import LINEAR_RECURRENCE
 from kernels_pallas import tuning
 from kernels_pallas.linear_recurrence import Features, Sizes, default_sizes, linear_recurrence
 from kernels_pallas.linear_recurrence import plan as plan_lib
+from tests import tiers
 from tests.kernels_pallas.recurrences import (
     B,
     assert_close,
@@ -72,9 +73,10 @@ CASES = [
     (70, 3, 64, 64, "channels", True, True, "float32", Sizes(32, 2, 2, 3)),
     (256, 1, 16, 16, "channels", False, False, "bfloat16", None),
 ]
+OFTEN = [CASES[i] for i in (1, 3, 6, 8, 10)]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(str(x) for x in c[:8]))
+@tiers.parametrize("case", CASES, often=OFTEN, ids=lambda c: "-".join(str(x) for x in c[:8]))
 def test_equals_the_definition(case):
     """Values and every gradient, the decay's among them."""
     T, H, d, e, decay, packed, state, dtype, sizes = case
@@ -94,7 +96,7 @@ FEATURES = [
 ]
 
 
-@pytest.mark.parametrize("case", FEATURES, ids=lambda c: "-".join(str(x) for x in c[:8]))
+@tiers.parametrize("case", FEATURES, often=[FEATURES[1]], ids=lambda c: "-".join(str(x) for x in c[:8]))
 def test_features_on_chip(case):
     """Taylor features, made inside: values and gradients of narrow queries and keys, and of a state over features."""
     T, H, f, symmetric, e, packed, state, dtype, sizes = case
@@ -158,7 +160,7 @@ RACES = [
 ]
 
 
-@pytest.mark.parametrize("decay, packed, heads, d, e, sizes", RACES)
+@tiers.parametrize("decay, packed, heads, d, e, sizes", RACES, often=RACES[3:])
 def test_no_races(decay, packed, heads, d, e, sizes, capfd):
     """Forward and backward on a simulated TPU whose two cores share heads, with NaN in what was never written and
     behind the ends of arrays, of positions and of heads: what the definition gives."""

@@ -13,6 +13,7 @@ from attnlab.launch import hlo, targets
 from attnlab.launch.schedules import TOPOLOGIES
 from kernels_pallas import tuning
 from kernels_pallas.linear_recurrence import Sizes, linear_recurrence
+from tests import tiers
 
 # The suite keeps compiled programs, and those for absent devices cannot be read back.
 pytestmark = [
@@ -30,9 +31,11 @@ CASES = {
     "tpu7x": [(1, 256, 2, 128, 65, "constant", {"packed": True, "state": True, "wanted": True}, Sizes(128, 1, 2, 2)),
               (1, 256, 1, 128, 128, "none", {"dtype": "float32"}, Sizes(128, 1, 1, 1))],
 }  # fmt: skip
+EACH = [(chip, case) for chip, cases in CASES.items() for case in cases]
+OFTEN = [EACH[i] for i in (0, 3, 4)]
 
 
-@pytest.mark.parametrize("chip, case", [(chip, case) for chip, cases in CASES.items() for case in cases])
+@tiers.parametrize("chip, case", EACH, often=OFTEN)
 def test_compiles(chip, case):
     """Forward and backward become one call of a kernel each, under their own names."""
     targets.prepare()

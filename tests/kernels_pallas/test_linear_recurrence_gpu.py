@@ -15,6 +15,7 @@ from jax.sharding import use_abstract_mesh
 from kernels_pallas import hopper
 from kernels_pallas.linear_recurrence import linear_recurrence
 from kernels_pallas.linear_recurrence.gpu import Blocks
+from tests import tiers
 from tests.kernels_pallas.recurrences import assert_close, assert_refused, documents_of, results, rounded, starts_of
 from tests.kernels_pallas.test_flash_gpu import H100, needs_interpreter
 from tests.kernels_pallas.test_linear_recurrence import exact, inputs
@@ -23,9 +24,9 @@ on_hopper = functools.partial(linear_recurrence, platform="cuda")
 # T, H, d, e, decay, documents, state, blocks.
 CASES = [
     (130, 1, 24, 65, "data", True, True, Blocks(1, 2, 64)),
-    pytest.param((200, 2, 70, 128, "constant", True, True, None), marks=pytest.mark.slow),
-    pytest.param((256, 1, 64, 64, "data", False, False, None), marks=pytest.mark.slow),
-    pytest.param((7, 2, 130, 16, "none", True, True, Blocks(1, 1, 32)), marks=pytest.mark.slow),
+    pytest.param((200, 2, 70, 128, "constant", True, True, None), marks=tiers.exhaustive),
+    pytest.param((256, 1, 64, 64, "data", False, False, None), marks=tiers.exhaustive),
+    pytest.param((7, 2, 130, 16, "none", True, True, Blocks(1, 1, 32)), marks=tiers.exhaustive),
 ]
 
 

@@ -16,6 +16,7 @@ from kernels_pallas import masks, tuning
 from kernels_pallas.flash_attention.call import Call
 from kernels_pallas.local_linear_attention import Blocks, local_linear_attention, most_keys, tpu
 from kernels_pallas.local_linear_attention import plan as plan_lib
+from tests import tiers
 from tests.kernels_pallas.recurrences import bytes_of_blocks, calls
 from tests.kernels_pallas.test_flash_attention import KEYS, intervals
 
@@ -24,13 +25,13 @@ SMALL = Blocks(128, 128, 128, 128)
 PARTS = Blocks(256, 256, 128, 128)
 # Length, masks of the sequences, H K, d e, dtype, tiles.
 CASES = {
+    "two tiles": (130, ("packed",), (2, 1), (32, 16), "float32", SMALL),
     "documents": (256, ("causal", "packed"), (2, 1), (32, 16), "float32", PARTS),
     "bfloat16": (130, ("window", "packed"), (2, 2), (48, 64), "bfloat16", SMALL),
     "any intervals": (64, ("anything", "anything"), (3, 1), (16, 32), "float32", SMALL),
     "both directions": (7, (), (2, 1), (16, 24), "float32", None),
     "one position": (1, ("causal",), (1, 1), (16, 32), "float32", None),
 }
-FAST = "documents", "bfloat16", "both directions"
 
 
 def inputs(length, of_rows, heads, widths, dtype) -> tuple[list[np.ndarray], dict]:
@@ -88,7 +89,7 @@ def assert_close(found, expected, tolerance):
         assert off <= tolerance, f"{name}: {off}"
 
 
-@pytest.mark.parametrize("case", [c if c in FAST else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
+@tiers.parametrize("case", CASES, often=["two tiles", "any intervals"])
 def test_equals_the_definition(case):
     """Values and gradients of q, ridge, k and v, in float64: in float32 by rounding and by the tolerance, in bfloat16
     on average at most twice as far as `cg`, which multiplies in float32."""
@@ -173,6 +174,7 @@ def test_what_nothing_sees_changes_nothing():
         assert not np.any(plain[name][:, where]) and np.any(plain[name][:, ~where])
 
 
+@tiers.exhaustive
 def test_no_races(capfd):
     """Simulated on two cores, which share the parallel axes: nothing is raced for, and the definition is met."""
     (q, ridge, k, v), bounds = inputs(256, ("causal",), (2, 2), (16, 16), "float32")

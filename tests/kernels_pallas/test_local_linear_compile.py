@@ -13,6 +13,7 @@ from attnlab.launch import hlo, targets
 from attnlab.launch.schedules import TOPOLOGIES
 from kernels_pallas import tuning
 from kernels_pallas.local_linear_attention import Blocks, local_linear_attention
+from tests import tiers
 
 # The suite keeps compiled programs, and those for absent devices cannot be read back.
 pytestmark = [
@@ -28,7 +29,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("chip", CASES)
+@tiers.parametrize("chip", CASES, often=["v5e", "v6e"])
 def test_compiles(chip):
     """Forward and backward become calls of the kernels, under their own names."""
     (B, T, S, H, K, d, e), dtype, names = CASES[chip]

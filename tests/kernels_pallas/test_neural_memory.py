@@ -19,6 +19,7 @@ from attnlab.ops.neural_memory import NEURAL_MEMORY, neural_memory
 from kernels_pallas import neural_memory as kernels
 from kernels_pallas.neural_memory import call, cost, plan, tpu_backward, tpu_forward
 from kernels_pallas.neural_memory.call import Call
+from tests import tiers
 
 d, f, C = 16, 24, 16
 LINEAR = MemorySpec(C, False, (1.0,), read_after_write=False, grad_at="decayed")
@@ -122,7 +123,7 @@ def test_networks_and_all_gradients():
     close(of_kernels(make, weights, inputs), defined(make, weights, inputs), 2e-5)
 
 
-@pytest.mark.parametrize("length", [1, 7, 64, 256])
+@tiers.parametrize("length", [1, 7, 64, 256], often=[7])
 def test_lengths(length):
     """Rows of one document, without forgetting and momentum where they are short; three heads, an odd number."""
     inputs, weights = data(length, 3, 1)
@@ -175,6 +176,7 @@ def test_pieces_are_the_whole():
     close((state.weights, state.momentum), (end.weights, end.momentum), 5e-6)
 
 
+@tiers.exhaustive
 def test_no_races(capfd):
     """Under the simulation of a TPU, whose memory is NaN before it is written and behind rows that end inside a block:
     no race, and bitwise what plain XLA operations give; forward and backward, over several segments of two cores."""

@@ -13,6 +13,7 @@ from attnlab.launch import hlo, targets
 from attnlab.launch.schedules import TOPOLOGIES
 from kernels_pallas import tuning
 from kernels_pallas.neural_memory import neural_memory
+from tests import tiers
 
 # The suite keeps compiled programs, and those for absent devices cannot be read back.
 pytestmark = [
@@ -28,7 +29,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("chip", CASES)
+@tiers.parametrize("chip", CASES, often=["v5e", "v6e"])
 def test_compiles(chip):
     """Forward and backward become calls of the kernels, once, under their own names."""
     H, widths, dtype, T, carried = CASES[chip]

@@ -11,10 +11,11 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from attnlab.ops.documents import document_index, positions_in_documents
-from attnlab.ops.memory_frame import MemorySpec, initial_state
+from attnlab.ops.memory_frame import MemorySpec, forward, initial_state
 from attnlab.ops.neural_memory import neural_memory
-from kernels_pallas.neural_memory import call, gpu, gpu_numbers
+from kernels_pallas.neural_memory import call, gpu, gpu_norm, gpu_numbers
 from kernels_pallas.neural_memory import neural_memory as kernel
+from tests import tiers
 from tests.kernels_pallas.test_flash_gpu import needs_interpreter
 from tests.kernels_pallas.test_neural_memory import SEGMENTS, unit
 
@@ -32,10 +33,11 @@ class Case:
     read_after_write: bool = True
     grad_at: str = "prev"
     width: int = 64
+    norm: bool = False
 
     @property
     def spec(self):
-        return MemorySpec(self.chunk, False, (RATE,), read_after_write=self.read_after_write, grad_at=self.grad_at)
+        return MemorySpec(self.chunk, self.norm, (RATE,), read_after_write=self.read_after_write, grad_at=self.grad_at)
 
     def documents(self):
         return jnp.asarray(SEGMENTS[:1, : self.length] + (not self.carried), jnp.int32)
@@ -45,8 +47,10 @@ class Case:
 
 
 CASES = [
-    Case(130, 16),
+    Case(100, 16, norm=True),
     Case(130, 64, carried=True, read_after_write=False, grad_at="decayed", width=128),
+    Case(100, 16),
+    Case(130, 64, carried=True, norm=True),
 ]
 
 
@@ -116,7 +120,7 @@ def by_kernels(case, args, interpret):
         carried = carried_from(weights, momentum) if case.carried else None
         y, w, s, _ = kernel(
             q, k, v, keep, eta, theta, weights=(weights,), momentum=(momentum,), chunk=case.chunk,
-            residual_norm=False, rates=(RATE,), read_after_write=case.read_after_write,
+            residual_norm=case.norm, rates=(RATE,), read_after_write=case.read_after_write,
             decayed=case.grad_at == "decayed", positions=case.positions(), carried=carried, platform="cuda",
             interpret=interpret,
         )  # fmt: skip
@@ -126,7 +130,7 @@ def by_kernels(case, args, interpret):
 
 
 @needs_interpreter
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"chunk{case.chunk}")
+@tiers.parametrize("case", CASES, often=CASES[:2], ids=lambda case: f"chunk{case.chunk}{' norm' * case.norm}")
 def test_equals_the_definition(case):
     """Values, states and every gradient of packed rows, whose documents begin inside chunks and at their edges; nothing
     is read or written that barriers do not put in order."""
@@ -184,7 +188,7 @@ def test_numbers_of_positions(chunk, read_after_write, decayed):
     [
         ((64, 256, 64), 16, "bfloat16", False, "a matrix, depth 1, not layers 64x256x64"),
         ((64, 64), 16, "float32", False, "bfloat16, not float32"),
-        ((64, 64), 16, "bfloat16", True, "residual_norm=True; allowed: False"),
+        ((128, 128), 16, "bfloat16", True, "heads with a norm are 64 wide, not 128"),
         ((96, 96), 16, "bfloat16", False, "64 or 128 wide, not 96"),
         ((64, 64), 48, "bfloat16", False, "chunk is 16, 32, 64, not 48"),
     ],
@@ -201,3 +205,23 @@ def test_what_the_kernels_cannot_do(widths, chunk, dtype, norm, says):
     )  # fmt: skip
     with pytest.raises(ValueError, match=f"neural_memory on cuda: .*{says}"):
         jax.eval_shape(run, q, gate, layers)
+
+
+def test_gradients_of_the_norm():
+    """What the matrix says of keys gets what differentiating the loss gives, once and twice; as it says of queries."""
+    epsilon = 1e-2
+    spec = MemorySpec(16, True, (RATE,), epsilon=epsilon)
+
+    @jax.jit
+    def both(z, k, v, u):
+        says = lambda z: forward(spec, (jnp.eye(8),), z) - z  # the norm alone
+        error = jax.grad(lambda z: 0.5 * jnp.sum((k + says(z) - v) ** 2))
+        x, inverse = gpu_norm.normalized(z, epsilon)
+        w, slope = gpu_norm.slopes(x, inverse, k + x - v, u)
+        found = x, gpu_norm.pulled(x, inverse, k + x - v), gpu_norm.pulled(x, inverse, u), w, slope
+        _, along = jax.jvp(says, (z,), (u,))
+        return found, (says(z), error(z), along, along, jax.jvp(error, (z,), (u,))[1])
+
+    with jax.enable_x64(True):
+        for a, b in zip(*both(*np.random.default_rng(0).standard_normal((4, 3, 8))), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)

@@ -14,6 +14,7 @@ from kernels_pallas import masks, tuning
 from kernels_pallas.flash_attention import flash_attention
 from kernels_pallas.parallax_attention import definition, parallax_attention
 from kernels_pallas.tuning import BackwardBlocks, Blocks, ForwardBlocks
+from tests import tiers
 from tests.kernels_pallas.test_flash_attention import KEYS, intervals
 
 NAMES = "q", "probe", "k", "v"
@@ -73,7 +74,7 @@ def plain(q, probe, k, v, *, starts=None, ends=None):
     return of("bhts,bshe->bthe", weights.astype(q.dtype), v).astype(q.dtype)
 
 
-@pytest.mark.parametrize("case", CASES)
+@tiers.parametrize("case", CASES, often=["halved", "documents", "any intervals"])
 def test_equals_the_definition(case, monkeypatch):
     """Values and gradients: of float32 by rounding, of bfloat16 at most twice as far as XLA's form of it."""
     *shape, dtype, tiles, by_blocks = CASES[case]
@@ -151,6 +152,7 @@ def test_causality():
     assert np.any(a[:, 65:] != b[:, 65:])
 
 
+@tiers.exhaustive
 @pytest.mark.parametrize("mask", ["causal", "window"])
 def test_no_races(mask, capfd):
     """Simulated on two cores, which share the parallel axes: nothing is raced for, and results are the same."""

@@ -14,6 +14,7 @@ from attnlab.launch.schedules import TOPOLOGIES
 from kernels_pallas import tuning
 from kernels_pallas.parallax_attention import parallax_attention
 from kernels_pallas.tuning import BackwardBlocks, Blocks, ForwardBlocks
+from tests import tiers
 
 # The suite keeps compiled programs, and those for absent devices cannot be read back.
 pytestmark = [
@@ -30,7 +31,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("chip", CASES)
+@tiers.parametrize("chip", CASES, often=["v5e", "v6e"])
 def test_compiles(chip, monkeypatch):
     """Forward and backward become calls of the kernels, once for each part of the keys, under their own names."""
     (B, T, S, H, K, d, e), dtype, names, parts = CASES[chip]

@@ -14,6 +14,7 @@ from attnlab.launch.schedules import TOPOLOGIES
 from kernels_pallas import tuning
 from kernels_pallas.routed_attention import pack_rows, routed_attention, unpack_rows
 from kernels_pallas.tuning import BackwardBlocks, Blocks, ForwardBlocks
+from tests import tiers
 
 # The suite keeps compiled programs, and those for absent devices cannot be read back.
 pytestmark = [
@@ -29,7 +30,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("chip", CASES)
+@tiers.parametrize("chip", CASES, often=["v5e", "v6e"])
 def test_compiles(chip, monkeypatch):
     """Rows moved, attended and moved back: both directions are calls of the kernels, under their own names."""
     (B, N, R, S, K, d, e), features = CASES[chip]

@@ -24,6 +24,7 @@ from attnlab.parallel import partition
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig, RunConfig
 from attnlab.train.hardware import CHIPS
+from tests import tiers
 from tests.train import runs
 
 # The suite keeps compiled programs, and those for absent devices cannot be read back.
@@ -177,6 +178,7 @@ def test_report_for_gpus():
 
 
 @needs_cuda
+@tiers.exhaustive
 def test_kernels_for_gpus():
     """Asked for, the Hopper kernels run once a layer, forward and backward, and their FLOPs are counted."""
     targets.prepare()
@@ -188,7 +190,7 @@ def test_kernels_for_gpus():
 
 
 @needs_libtpu
-@pytest.mark.slow
+@tiers.exhaustive
 def test_slices_are_domains(target):
     """What goes from slice to slice is counted apart: the gradients' sums, with one copy of the model on each."""
     two = targets.Target.of("2*v5e:2x2")

@@ -17,6 +17,7 @@ from attnlab.launch import tune
 from attnlab.launch.schedules import Shape
 from kernels_pallas import tuning
 from kernels_pallas.tuning import BackwardBlocks, ForwardBlocks
+from tests import tiers
 
 SHAPE = Shape(1, 512, 1, 1, 16, "float32")
 
@@ -135,7 +136,7 @@ def test_tables_of_ones_own(text, says, tmp_path, monkeypatch, capsys):
     assert cli.main(["list"]) == 2 and "is no folder" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@tiers.exhaustive
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_ranked_for_a_chip_that_is_not_here(tmp_path):
     """By the compiler's schedule; the second call compiles nothing again."""

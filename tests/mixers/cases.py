@@ -16,6 +16,7 @@ from attnlab.errors import ConfigError
 from attnlab.mixers.attention import AttentionConfig
 from attnlab.mixers.cross import CrossConfig
 from attnlab.mixers.heads import HeadConfig, RotaryConfig
+from tests import tiers
 
 WIDTH, LENGTH = 16, 11
 CROSS = {"source", "context_width", "rope_context"}  # knobs of what reads a context: tried in test_cross.py
@@ -76,16 +77,17 @@ def of_knobs(config: Any) -> bool:
     return config not in named and config.causal == named[0].causal
 
 
-def parameters(knobs: bool = True, combinations: bool = True) -> list[Any]:
-    """pytest parameters `config` for all mixers.
+def parameters(knobs: bool = True, combinations: bool = True, often: bool = False) -> list[Any]:
+    """pytest parameters `config` for all mixers: each mixer's default, and the others, which are exhaustive.
 
     Args:
       knobs: whether other values of knobs are tried, too, or only the default, the combinations that the mixer names,
         and the other direction.
       combinations: whether these combinations are tried.
+      often: whether every run tries the others, too.
     """
     return [
-        pytest.param(config, id=f"{name}-{label}", marks=() if everyday else pytest.mark.slow)
+        pytest.param(config, id=f"{name}-{label}", marks=() if everyday or often else tiers.exhaustive)
         for name in mixers.names()
         for label, (config, everyday) in configs(name).items()
         if knobs or everyday or (not of_knobs(config) and (combinations or label.startswith("causal=")))

@@ -20,6 +20,7 @@ from attnlab.ops import dispatch
 from attnlab.parallel import partition
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
+from tests import tiers
 from tests.mixers import cases, flops, forced, precision, uses
 
 # Knobs are held to the definition, on packed documents; most else is tried in the default, the combinations and
@@ -94,7 +95,10 @@ def test_definition(config, x64):
         assert_close(result, expected, 1e-10)
 
 
-@pytest.mark.parametrize("name", [n for n in mixers.names() if forced.kernels(mixers.get(n))])
+INTERPRETED = [name for name in mixers.names() if forced.kernels(mixers.get(name))]
+
+
+@tiers.parametrize("name", INTERPRETED, often=["gated_deltanet", "lightning", "softmax"])
 def test_kernels(name):
     """Law 7: kernels, interpreted, equal the definition at a size that they serve: value and gradients, packed rows."""
     if not forced.kernels(mixers.get(name)):
@@ -193,7 +197,7 @@ def test_overflow(config):
     held_to_overflow(config)
 
 
-@pytest.mark.slow
+@tiers.exhaustive
 @few_configs
 def test_overflow_in_every_implementation(config):
     """Law 10, each implementation by its name."""
@@ -241,7 +245,7 @@ def held_to_overflow(config):
         assert not np.any(np.isfinite(y_bad[0, 4:8]).all(-1))
 
 
-@pytest.mark.slow
+@tiers.exhaustive
 @pytest.mark.parametrize("name", mixers.names())
 def test_every_knob_turns(name):
     """Law 5: another value of any field changes the parameters, the program or the output, or is refused."""
@@ -360,7 +364,7 @@ def test_float64_throughout(config, x64):
     assert precision.narrow_in(gradients.jaxpr.jaxpr, jnp.float64) == []
 
 
-@every_config
+@pytest.mark.parametrize("config", cases.parameters(often=True))
 def test_cost(config):
     """Law 9: declared FLOPs are those of the program traced, parameters and state bytes those of the arrays."""
     cls = mixers.get(config.node_name)

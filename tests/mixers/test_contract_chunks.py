@@ -16,20 +16,22 @@ import pytest
 from flax import nnx
 
 from attnlab import mixers
+from tests import tiers
 from tests.mixers import cases
 from tests.mixers import test_contract as battery
 
-configs = pytest.mark.parametrize("config", cases.parameters(knobs=False, combinations=False))
-# Those whose blocks and caches are softmax attention's take long to compile again.
-own_chunks = pytest.mark.parametrize(
-    "config",
-    [
-        pytest.param(
-            *p.values, id=p.id, marks=pytest.mark.slow if p.id.startswith(("gated-", "parallax-")) else p.marks
-        )
-        for p in cases.parameters(knobs=False, combinations=False)
-    ],
-)
+
+def apart(*names):
+    """Few configs of all mixers; those of mixers whose names are given are exhaustive."""
+    mark = lambda p: tiers.exhaustive if p.id.split("-")[0] in names else p.marks
+    tried = cases.parameters(knobs=False, combinations=False)
+    return pytest.mark.parametrize("config", [pytest.param(*p.values, id=p.id, marks=mark(p)) for p in tried])
+
+
+own_chunks = apart("gated", "parallax")  # whose blocks and caches are softmax attention's
+ordered = apart(
+    "gated", "parallax", "moh", "agent", "kda", "lightning", "rat", "flow", "local_linear"
+)  # whose ops are others', too
 
 # The suite compiles without optimisations (tests/conftest.py): what users run fuses more, and sums in other orders.
 OPTIMISED = {"xla_backend_optimization_level": 3}
@@ -77,7 +79,7 @@ def test_split_anywhere(config, x64):
         battery.assert_close(y, whole, 1e-10)
 
 
-@configs
+@ordered
 def test_causality_as_users_compile_it(config):
     """Law 3 in a program that is optimised as a user's: bitwise, before, at and behind a chunk's edge."""
     if not config.causal:

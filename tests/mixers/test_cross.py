@@ -15,6 +15,7 @@ from attnlab.models.transformer import StackConfig, Transformer, extend, mixer_t
 from attnlab.parallel import partition
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
+from tests import tiers
 from tests.mixers import cases, flops
 from tests.mixers import test_contract as battery
 
@@ -27,7 +28,9 @@ FIELDS = [
 ]
 GATES = [{"position": p} for p in ("G2", "G3", "G4", "G5")]
 CASES = [(name, fields) for name in NAMES for fields in FIELDS] + [("gated", fields) for fields in GATES]
-every_case = pytest.mark.parametrize("name, fields", CASES, ids=lambda v: v if isinstance(v, str) else str(v)[:40])
+every_case = tiers.parametrize(
+    "name, fields", CASES, often=CASES[1::2], ids=lambda v: v if isinstance(v, str) else str(v)[:40]
+)
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,7 @@ from attnlab.mixers import moh
 from attnlab.ops import dispatch
 from attnlab.ops import router as route
 from attnlab.parallel import partition
+from tests import tiers
 from tests.mixers import cases
 from tests.mixers import test_contract as battery
 
@@ -248,7 +249,7 @@ def test_load_balance_of_uniform_and_of_collapsed_routing(K):
     np.testing.assert_allclose(route.load_balance(same / K, same), E, atol=1e-14)
 
 
-@pytest.mark.parametrize("norm, factor", [("code", 1), ("paper", 1 / 3)])
+@tiers.parametrize("norm, factor", [("code", 1), ("paper", 1 / 3)], often=[("code", 1)])
 def test_loss_and_metrics_are_of_used_positions(norm, factor):
     module = make(balance=0.5, gate_norm=norm)
     x, seq = packed()
@@ -263,7 +264,7 @@ def test_loss_and_metrics_are_of_used_positions(norm, factor):
     assert not run(make(balance=0.0), x, seq).losses
 
 
-@pytest.mark.parametrize("kv_heads, shared, reads", [(None, 2, 4), (4, 2, 3), (2, 4, 2)])
+@tiers.parametrize("kv_heads, shared, reads", [(None, 2, 4), (4, 2, 3), (2, 4, 2)], often=[(4, 2, 3)])
 def test_decoding_reads_the_key_heads_that_are_on(kv_heads, shared, reads):
     """A step's output does not change when the values of key heads that it has no use for are NaN."""
     config = mixers.get("moh").Config(heads=8, shared=shared, active=2, core={"kv_heads": kv_heads, "head_width": 2})
@@ -345,8 +346,7 @@ def test_a_config_names_the_kernel():
     assert found == {"moh": {"gather"}, "attention": {"definition"}, "gathered_attention": {"routed"}}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("core", CORES)
+@tiers.parametrize("core", CORES, often=["softmax", "lightning"])
 def test_any_core_is_weighted_head_by_head(core):
     """y = sum of weight times head, whatever the heads are; and a stream of it equals the whole."""
     module = make(core=core)

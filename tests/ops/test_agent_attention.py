@@ -11,6 +11,7 @@ from attnlab.ops import agent_attention as ops
 from attnlab.ops import agent_causal as causal
 from attnlab.ops import agent_refreshed
 from attnlab.ops.documents import document_index
+from tests import tiers
 
 SEGMENTS = np.array([[1] * 3 + [2] * 13 + [0] * 2 + [4] * 5, [0] * 2 + [3] * 21], np.int32)
 T = SEGMENTS.shape[1]
@@ -87,7 +88,7 @@ def test_grid_agents_are_means_of_cells():
     np.testing.assert_allclose(ops.grid_agents(q, (5, 7), 9), expected, atol=1e-14)
 
 
-@pytest.mark.parametrize("agents", [1, 4, 30])
+@tiers.parametrize("agents", [1, 4, 30], often=[4])
 def test_packed_documents(agents):
     """Agents of each document over its own keys, with documents shorter than m, equal to the definition."""
     segments = jnp.asarray(SEGMENTS)
@@ -122,7 +123,7 @@ def test_fixed_agents_in_chunks_of_any_size():
             assert_same(value_and_gradients(fast, *args), expected)
 
 
-@pytest.mark.slow
+@tiers.exhaustive
 @pytest.mark.parametrize("chunk", [1, 3, 4, 9, 16, 22, 23, 24])
 @pytest.mark.parametrize("packed", [False, True])
 def test_fixed_agents_in_more_chunks(chunk, packed):
@@ -142,7 +143,7 @@ def test_refreshed_agents_in_chunks(packed, chunk, agents):
     assert_same(value_and_gradients(fast, *args), value_and_gradients(slow, *args))
 
 
-@pytest.mark.slow
+@tiers.exhaustive
 @pytest.mark.parametrize("chunk, agents", [(1, 1), (2, 2), (4, 2), (6, 3), (8, 1), (11, 11), (22, 2), (32, 4)])
 @pytest.mark.parametrize("packed", [False, True])
 def test_refreshed_agents_in_more_chunks(packed, chunk, agents):

@@ -13,6 +13,7 @@ from attnlab import ops
 from attnlab.errors import UserError
 from attnlab.ops import Mask, attention, blockwise, dispatch, mask_for_extension, mask_from_segments
 from attnlab.ops.attention import ATTENTION
+from tests import tiers
 
 T = 61
 SEGMENTS = np.array([[1] * 20 + [2] * 3 + [3] * 31 + [0] * 7, [0] * 2 + [4] * 33 + [5] * 26])
@@ -104,19 +105,21 @@ def test_definition_is_the_formula():
 # The implementations against the definition.
 
 
-@pytest.mark.parametrize(
+@tiers.parametrize(
     "name, kind",
     [(name, "grouped") for name in MASKS]
     + [("causal", "plain"), ("packed", "plain")]
     + [("window", "one kv head"), ("packed both ways", "one kv head")],
+    often=[("packed window", "grouped"), ("causal", "plain"), ("packed both ways", "one kv head")],
 )
 def test_cpu_form_equals_definition(name, kind, small_tiles):
     check_against_definition(name, kind)
 
 
-@pytest.mark.parametrize(
+@tiers.parametrize(
     "name, kind",
     [("causal", "grouped"), ("packed window", "grouped"), ("causal window", "plain"), ("full", "plain")],
+    often=[("packed window", "grouped"), ("full", "plain")],
 )
 def test_accelerator_form_equals_definition(name, kind, small_tiles, monkeypatch):
     force_form(monkeypatch, "accelerator")
@@ -144,6 +147,7 @@ def test_lengths_of_queries_and_keys_may_differ(small_tiles, form):
     assert_close(value_and_grads("xla", q, k, v, Mask()), value_and_grads("definition", q, k, v, Mask()))
 
 
+@tiers.exhaustive
 def test_default_tiles_equal_definition():
     q, k, v = arrays(B=1, T=700, H=2, K=1)
     packed = mask_from_segments(jnp.asarray([[1] * 300 + [2] * 400]), 700, causal=True)
@@ -173,7 +177,7 @@ def test_plan_covers_every_row_once_and_every_visible_key():
 # Identities.
 
 
-@pytest.mark.parametrize("impl", EVERYWHERE)
+@tiers.parametrize("impl", EVERYWHERE, often=["xla"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_window_is_exact(impl, causal, small_tiles):
     # With equal logits and one-hot values the output row is the row of weights.
@@ -187,7 +191,11 @@ def test_window_is_exact(impl, causal, small_tiles):
         assert_close([weights.sum(-1)], [np.ones(T)])
 
 
-@pytest.mark.parametrize("causal, form", [(True, "cpu"), (False, "cpu"), (True, "accelerator")])
+@tiers.parametrize(
+    "causal, form",
+    [(True, "cpu"), (False, "cpu"), (True, "accelerator")],
+    often=[(False, "cpu"), (True, "accelerator")],
+)
 def test_packed_documents_give_what_each_gives_alone(causal, form, small_tiles, monkeypatch):
     force_form(monkeypatch, form)
     q, k, v = arrays(B=1)
@@ -209,7 +217,7 @@ def test_same_id_twice_is_two_documents():
     np.testing.assert_array_equal(end, [[2, 2, 3, 4, 5, 6]])
 
 
-@pytest.mark.parametrize("impl", EVERYWHERE)
+@tiers.parametrize("impl", EVERYWHERE, often=["xla"])
 @pytest.mark.parametrize("with_sinks", [True, False])
 def test_rows_that_see_nothing_are_zero_with_zero_gradients(impl, with_sinks, small_tiles):
     q, k, v = arrays(T=37, S=37, dtype=jnp.float32)
@@ -224,7 +232,9 @@ def test_rows_that_see_nothing_are_zero_with_zero_gradients(impl, with_sinks, sm
     assert all(np.all(np.isfinite(x)) for x in (o, dq, *rest))
 
 
-@pytest.mark.parametrize("lengths, window", [([1, 1, 1, 3, 29, 26], None), ([40, 1, 20], 9), ([61], None)])
+@tiers.parametrize(
+    "lengths, window", CUTS := [([1, 1, 1, 3, 29, 26], None), ([40, 1, 20], 9), ([61], None)], often=CUTS[1:2]
+)
 def test_extension_of_a_cache_equals_the_whole(lengths, window, small_tiles):
     q, k, v = arrays(K=2)
     sinks = jnp.asarray([0.5, -1.0, 0.0, 1.0])
@@ -255,7 +265,7 @@ def test_few_queries_have_gradients(small_tiles):
     assert_close(actual, value_and_grads("definition", q, k, v, mask, sinks, soft_cap=3.0))
 
 
-@pytest.mark.parametrize("name", ["causal", "causal window", "packed", "packed window"])
+@tiers.parametrize("name", ["causal", "causal window", "packed", "packed window"], often=["causal", "packed window"])
 def test_the_past_is_bitwise_the_same_whatever_the_future(name, form):
     length = 545
     segments = jnp.asarray([[1] * 200 + [2] * 300 + [0] * 45])

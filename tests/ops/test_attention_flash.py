@@ -17,6 +17,7 @@ from attnlab.parallel import partition
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
 from kernels_pallas import tuning
+from tests import tiers
 from tests.ops.devices import on
 
 KINDS = {"TPU v5e": "v5e", "TPU v5p": "v5p", "TPU v6e": "v6e", "TPU7x": "tpu7x"}
@@ -71,7 +72,7 @@ def test_kernel_flops():
     assert all(n == pytest.approx(round(n)) for n in runs) and 1 < runs[0] < runs[1]
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@tiers.parametrize("packed", [False, True], often=[True])
 def test_queries_split_over_devices(packed):
     """The same where each device has a quarter of the queries, those of causal attention dealt out; lse too."""
     T = 256

@@ -13,6 +13,7 @@ from attnlab.ops import Mask, attention, attention_cudnn, attention_flash, dispa
 from attnlab.ops.attention import ATTENTION, ATTENTION_WITH_LSE, attention_with_lse
 from attnlab.ops.attention_frame import AttentionSpec
 from attnlab.parallel import partition
+from tests import tiers
 
 T, H, K = 256, 4, 2
 KIND = "NVIDIA H100 80GB HBM3"
@@ -35,7 +36,7 @@ def spec(**changes):
     return AttentionSpec(**(facts | changes))
 
 
-@pytest.mark.parametrize("op", [attention, attention_with_lse])
+@tiers.parametrize("op", [attention, attention_with_lse], often=[attention_with_lse])
 @pytest.mark.parametrize("width, kernels", [(64, ["backward", "forward"]), (192, ["backward_keys", "backward_rows",
                                                                                   "forward"])])  # fmt: skip
 def test_asked_for_it_is_the_program(hopper, op, width, kernels):

@@ -15,6 +15,7 @@ from attnlab.ops.dispatch import interpreted
 from attnlab.parallel import partition
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
+from tests import tiers
 
 T, H, K, WIDTH = 256, 4, 2, 64
 # Three documents, one of a single position, padding between and after them; a row that begins with padding.
@@ -34,7 +35,7 @@ def arrays():
     return [jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes]
 
 
-@pytest.mark.parametrize("name", MASKS)
+@tiers.parametrize("name", MASKS, often=["packed, capped", "packed window"])
 def test_values_and_gradients(name):
     """Those of the definition; padding gives 0 and takes no gradient."""
     mask, cap = MASKS[name]()
@@ -55,7 +56,7 @@ def test_values_and_gradients(name):
             assert not np.any(np.asarray(x)[SEGMENTS == 0])
 
 
-@pytest.mark.parametrize("name", MASKS)
+@tiers.parametrize("name", MASKS, often=["packed window"])
 def test_queries_split_over_devices(name):
     """The same where each device has a quarter of the queries, those of causal attention dealt out."""
     mask, cap = MASKS[name]()

@@ -12,6 +12,7 @@ from attnlab.ops.masks import Mask
 from attnlab.parallel import partition
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
+from tests import tiers
 
 B, T, S, H, K, D, E = 2, 7, 9, 4, 2, 4, 3
 
@@ -59,7 +60,7 @@ def test_value_and_gradients(impl, soft_cap, sinks):
         np.testing.assert_allclose(got, want, atol=1e-12)
 
 
-@pytest.mark.parametrize("impl", ["definition", "xla"])
+@tiers.parametrize("impl", ["definition", "xla"], often=["xla"])
 def test_two_sets_of_keys_merge_to_one(impl):
     """Weighed by sigmoid(lse_2 - lse_1), attention over two parts is attention over all, where a part is empty too."""
     q, k, v, _, mask = arrays()

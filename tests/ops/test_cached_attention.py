@@ -10,10 +10,11 @@ import pytest
 from attnlab.ops.attention import attention
 from attnlab.ops.cached_attention import cached_attention
 from attnlab.ops.masks import Mask, mask_for_extension
+from tests import tiers
 
 
-@pytest.mark.parametrize("queries", [1, 3])
-@pytest.mark.parametrize("batch, heads, kv_heads", [(1, 3, 3), (2, 4, 2), (1, 3, 1)])
+@tiers.parametrize("queries", [1, 3], often=[3])
+@tiers.parametrize("batch, heads, kv_heads", [(1, 3, 3), (2, 4, 2), (1, 3, 1)], often=[(2, 4, 2), (1, 3, 1)])
 @pytest.mark.parametrize("extras", [{}, {"soft_cap": 2.0, "sinks": True, "scale": 0.3}])
 def test_equals_the_definition(batch, heads, kv_heads, queries, extras):
     with jax.enable_x64(True):

@@ -14,6 +14,7 @@ from attnlab.ops.delta_rule import chunked_flops, delta_rule, invert_unit_triang
 from attnlab.parallel import partition
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
+from tests import tiers
 from tests.mixers import flops
 
 B, T, H, D, E = 2, 13, 2, 3, 5
@@ -60,7 +61,11 @@ def test_definition_is_the_formula(channels):
 CHUNKS = [(chunk, packed, False) for chunk in (1, 4, 5, 64) for packed in (True, False)]
 
 
-@pytest.mark.parametrize("chunk, packed, channels", [*CHUNKS, (5, True, True), (64, False, True)])
+@tiers.parametrize(
+    "chunk, packed, channels",
+    [*CHUNKS, (5, True, True), (64, False, True)],
+    often=[(1, True, False), (5, True, False), (64, False, False), (5, True, True)],
+)
 def test_chunks_equal_the_recurrence(chunk, packed, channels):
     """Values and the gradients of all six arguments, also for chunks that do not divide the length."""
     inputs, state = arrays(channels=channels)
@@ -89,7 +94,7 @@ def test_a_chunk_longer_than_one_base_block(channels):
             np.testing.assert_allclose(a, b, atol=1e-11)
 
 
-@pytest.mark.parametrize("size", [1, 7, 8, 9, 33])
+@tiers.parametrize("size", [1, 7, 8, 9, 33], often=[1, 33])
 def test_inverse_and_its_gradient(size):
     lower = jnp.asarray(np.tril(np.random.default_rng(0).standard_normal((3, size, size)), -1)) / 2
     eye = np.eye(size)
@@ -154,7 +159,7 @@ def test_what_does_not_fit_is_refused():
         delta_rule(q, k, v, log_decay, beta, impl="fast")
 
 
-@pytest.mark.parametrize("heads", [4, 1])
+@tiers.parametrize("heads", [4, 1], often=[1])
 def test_it_runs_on_each_devices_part(heads):
     """Over a mesh: values and gradients of one device; heads that the mesh does not divide stay together."""
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), 8)

@@ -25,6 +25,7 @@ from attnlab.ops.gathered_attention import GATHERED_ATTENTION, chosen_attention,
 from attnlab.ops.gathered_rows import GatheredSpec, Heads
 from attnlab.parallel import partition
 from kernels_pallas import masks, routed_attention
+from tests import tiers
 from tests.mixers import flops
 from tests.ops import devices
 
@@ -98,7 +99,7 @@ def both(case, skewed):
     return jax.jit(lambda: (run(gathered), run(expected)))()
 
 
-@pytest.mark.parametrize("case", ["groups", *(pytest.param(c, marks=pytest.mark.slow) for c in CASES if c != "groups")])
+@tiers.parametrize("case", CASES, often=["groups"])
 def test_equals_definition(case, x64, small_segments, form):
     for a, b in zip(*both(case, skewed=False), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-12)
@@ -138,7 +139,7 @@ def test_table_holds_every_wanted_pair_once(seed):
     assert row == len(pairs)
 
 
-@pytest.mark.parametrize("length", [1024, 2048, 4096])
+@tiers.parametrize("length", [1024, 2048, 4096], often=[1024])
 @pytest.mark.parametrize("chosen, active", [((0, 1, 2, 4, 5, 6), 2), (tuple(range(8)), 4)])
 def test_half_the_heads_cost_at_most_0_6(length, chosen, active, monkeypatch):
     """Products of the traced programs, causal, 4 of 8 heads on: gathered against dense, which leaves out hidden tiles
@@ -158,7 +159,7 @@ def test_half_the_heads_cost_at_most_0_6(length, chosen, active, monkeypatch):
     assert flops.count(gradients(gathered), x, x, x) <= 0.6 * flops.count(gradients(dense), x, x, x)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float32, marks=pytest.mark.slow)])
+@tiers.parametrize("dtype", [jnp.bfloat16, jnp.float32], often=[jnp.bfloat16])
 def test_low_precision(dtype, small_segments, form):
     """fp32 statistics in low precision, the dtype of q kept."""
     q, k, v, _ = arrays(4, 4, jnp.float32)
@@ -232,6 +233,7 @@ def test_on_hopper_the_kernel_is_the_program():
         assert GATHERED_ATTENTION.pick(spec) == "xla"
 
 
+@tiers.exhaustive
 def test_what_nobody_wants_is_not_felt_by_the_kernel():
     """NaN in queries of padding, and in its keys and values: outputs and gradients keep their bits."""
     q, k, v, do = arrays(2, 2, jnp.float32, d=16)

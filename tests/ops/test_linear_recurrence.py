@@ -12,6 +12,7 @@ import pytest
 from attnlab.errors import UserError
 from attnlab.ops.documents import document_index
 from attnlab.ops.linear_recurrence import flops_per_token, linear_recurrence
+from tests import tiers
 from tests.mixers import flops
 
 B, T, H, D, E = 2, 11, 3, 4, 5
@@ -77,8 +78,8 @@ def assert_close(a, b, atol=1e-12):
         np.testing.assert_allclose(p, q, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("decay", DECAYS)
+@tiers.parametrize("packed", [False, True], often=[True])
+@tiers.parametrize("decay", DECAYS, often=["data", "channels"])
 def test_definition_is_the_recurrence(decay, packed):
     """The sum over pairs, and the chunked form, are the recurrence run step by step."""
     documents = DOCUMENTS if packed else None
@@ -88,8 +89,8 @@ def test_definition_is_the_recurrence(decay, packed):
         assert_close(value_and_gradients(impl, chunk, documents, *arrays)[0], expected)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("decay", DECAYS)
+@tiers.parametrize("packed", [False, True], often=[True])
+@tiers.parametrize("decay", DECAYS, often=["data", "channels"])
 def test_chunked_is_the_definition(decay, packed):
     """Values and all gradients, for chunks of one, with a rest and longer than the whole."""
     documents = jnp.asarray(DOCUMENTS) if packed else None
@@ -109,7 +110,7 @@ def test_no_state_is_a_state_of_zeros():
         assert_close(gradients[:4], by_zeros[:4])
 
 
-@pytest.mark.parametrize("decay", DECAYS)
+@tiers.parametrize("decay", DECAYS, often=["data", "channels"])
 def test_cut_anywhere(decay):
     """Any pieces, each from the state after the one before, give the whole."""
     segments = jnp.asarray([[5, 5, 5, 1, 1, 0, 0, 2, 2, 2, 2], [0, 7, 7, 7, 7, 7, 7, 7, 7, 7, 8]])
@@ -128,7 +129,7 @@ def test_cut_anywhere(decay):
         assert_close((jnp.concatenate(parts, axis=1), state), expected)
 
 
-@pytest.mark.parametrize("value", [0.0, -50.0, -1e6, -np.inf])
+@tiers.parametrize("value", [0.0, -50.0, -1e6, -np.inf], often=[-np.inf])
 def test_extreme_decays(value):
     """No decay, a large one and complete forgetting, at all positions or some, are exact and finite in float32 too."""
     q, k, u, log_decay, state = inputs("data")
@@ -176,7 +177,7 @@ def test_bfloat16_sums_are_float32():
     np.testing.assert_allclose(o.astype(jnp.float64), exact, rtol=2**-8)
 
 
-@pytest.mark.parametrize("decay", ["constant", "channels"])
+@tiers.parametrize("decay", ["constant", "channels"], often=["channels"])
 def test_bonus(decay):
     """A position that reads before it writes, its own product weighted: values, the state, and through all of it."""
     *arrays, state = inputs(decay)

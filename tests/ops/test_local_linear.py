@@ -11,6 +11,7 @@ import pytest
 from attnlab.errors import UserError
 from attnlab.ops import Mask, attention, blockwise, mask_for_extension, mask_from_segments
 from attnlab.ops.local_linear import local_linear
+from tests import tiers
 
 T = 45
 SEGMENTS = np.array([[1] * 14 + [2] * 3 + [3] * 21 + [0] * 7, [0] * 2 + [4] * 23 + [5] * 20])
@@ -132,7 +133,7 @@ def test_blocks_keep_their_own_second_moments(blocks):
     assert (np.abs(expected - rows(q, k, v, ridge, 0.7, normal_equations)).max() < 1e-10) == (blocks == 1)
 
 
-@pytest.mark.parametrize("impl", ["cg", "cg_fixed"])
+@tiers.parametrize("impl", ["cg", "cg_fixed"], often=["cg"])
 def test_gradients_with_blocks_equal_autodiff_through_cholesky(impl, small_tiles):
     q, k, v, ridge = arrays(d=6)
     mask = MASKS["packed"]()
@@ -182,7 +183,9 @@ def test_centred_loses_less_to_rounding():
 # The blockwise form against the definition: values, and the implicit gradients against autodiff through Cholesky.
 
 
-@pytest.mark.parametrize("name, K", [("packed", 2), ("packed both ways", 1), ("causal window", 4)])
+@tiers.parametrize(
+    "name, K", [("packed", 2), ("packed both ways", 1), ("causal window", 4)], often=[("packed both ways", 1)]
+)
 def test_custom_vjp_equals_autodiff_through_cholesky(name, K, small_tiles):
     q, k, v, ridge = arrays(K=K)
     mask = MASKS[name]()
@@ -350,7 +353,7 @@ def test_common_rotation_of_queries_and_keys_changes_nothing():
 # Masks, memory, and what is refused.
 
 
-@pytest.mark.parametrize("impl", ["definition", "cg"])
+@tiers.parametrize("impl", ["definition", "cg"], often=["cg"])
 def test_rows_that_see_nothing_are_zero_with_zero_gradients(impl, small_tiles):
     q, k, v, ridge = arrays()
     start = jnp.asarray(np.random.default_rng(2).integers(0, T, (2, T)))

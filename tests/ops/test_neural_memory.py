@@ -16,6 +16,7 @@ from attnlab.ops import chunk_steps
 from attnlab.ops.documents import document_index, positions_in_documents
 from attnlab.ops.memory_frame import ACTIVATIONS, MemorySpec, forward, gelu, gelu_slope, gradients, initial_state
 from attnlab.ops.neural_memory import neural_memory
+from tests import tiers
 
 B, T, H, d = 2, 13, 2, 3
 LINEAR, MLP = MemorySpec(4, False, (1.0,)), MemorySpec(4, True, (0.5, 0.2))
@@ -61,7 +62,7 @@ def without(inputs, *, keep=False, eta=False):
     return q, k, v, None if keep else log_keep, None if eta else log_eta, theta
 
 
-@pytest.mark.parametrize("chunk", [1, 4, T, 40])
+@tiers.parametrize("chunk", [1, 4, T, 40], often=[4])
 @pytest.mark.parametrize("packed", [False, True])
 def test_chunks_are_the_sequential_recurrence(chunk, packed):
     """The closed form of a chunk equals one step after another with `jax.grad`, for chunks that do not divide T too;
@@ -71,7 +72,7 @@ def test_chunks_are_the_sequential_recurrence(chunk, packed):
     close(*(memory(layers(d, d), data(), spec, documents, impl=impl) for impl in ("chunked", "definition")))
 
 
-@pytest.mark.slow
+@tiers.exhaustive
 @pytest.mark.parametrize("spec", [
     dataclasses.replace(MLP, grad_at="decayed"),
     dataclasses.replace(MLP, read_after_write=False, chunk=3),
@@ -180,7 +181,7 @@ def test_dual_form_is_explicit_weights_per_position():
         close(y[:, t], read(tuple(w), q[:, t, :, None])[..., 0, :])
 
 
-@pytest.mark.parametrize("depth", [1, 2, 4])
+@tiers.parametrize("depth", [1, 2, 4], often=[2])
 @pytest.mark.parametrize("options", [
     {"residual_norm": False},
     {"residual_norm": True},
@@ -243,7 +244,7 @@ def test_a_pair_is_stored_exactly(read_after_write):
     assert first == 0 or np.abs(y[:, 0] - v[:, 0]).max() > 1e-2
 
 
-@pytest.mark.parametrize("cut", [[1] * T, [3, 1, 7, 2]])
+@tiers.parametrize("cut", [[1] * T, [3, 1, 7, 2]], often=[[3, 1, 7, 2]])
 def test_steps_are_chunks(cut):
     """Any cutting of packed rows with the state handed on gives the outputs and the state of the whole; sizes of the
     state stay."""

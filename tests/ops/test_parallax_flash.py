@@ -15,6 +15,7 @@ from attnlab.parallel import partition
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
 from tests.ops.devices import on
+from tests.ops.test_attention_flash_gpu import KIND
 
 
 def spec(**changes):
@@ -31,6 +32,27 @@ def test_auto():
         for changes in ({"queries": 64, "keys": 64}, {"keys": 100}, {"dtype": "float64"}):
             assert PARALLAX.pick(spec(**changes)) == "xla", changes
     assert PARALLAX.pick(spec()) == "xla"
+
+
+def test_auto_on_gpus():
+    """On Hopper, but for what its kernels cannot do, each for a reason. Four products of the visible pairs forward;
+    backward weights, slopes and tilts twice, and two products of rows and three of keys."""
+    with on(KIND, "gpu"):
+        for changes in ({}, {"intervals": True}, {"keys": 10**6, "causal": False}):
+            assert PARALLAX.pick(spec(**changes)) == "flash", changes
+        assert PARALLAX.pick(spec(queries=64, keys=64)) == "xla"
+        refused = {"not float32": {"dtype": "float32"}, "not 192": {"width": 192}, "not 136": {"value_width": 136}}
+        for said, changes in refused.items():
+            assert PARALLAX.pick(spec(**changes)) == "xla"
+            assert said in parallax_flash.unsupported(spec(**changes))
+        pairs = 2.0 * 2 * 8 * 4096 * 4097 / 2
+        assert parallax_flash.kernel_flops(spec()) == {
+            "parallax_forward": pytest.approx(pairs * (2 * 128 + 2 * 64)),
+            "parallax_backward_rows": pytest.approx(pairs * (4 * 128 + 64)),
+            "parallax_backward": pytest.approx(pairs * (4 * 128 + 2 * 64)),
+        }
+    with on("NVIDIA A100-SXM4-80GB", "gpu"):
+        assert "for Hopper, not NVIDIA A100" in parallax_flash.unsupported(spec())
 
 
 def test_kernel_flops():

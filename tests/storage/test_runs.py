@@ -14,7 +14,7 @@ from attnlab.errors import TrainingFailed, UserError
 from attnlab.storage import workdir as workdir_lib
 from attnlab.storage.bucket import Bucket, Url
 from attnlab.storage.workdir import merged
-from tests import flags
+from tests import flags, tiers
 from tests.storage.servers import Answer, only
 from tests.train import runs
 
@@ -193,7 +193,7 @@ def test_killed(place, source, tmp_path):
 
 
 @only("s3")
-@pytest.mark.slow
+@tiers.exhaustive
 @pytest.mark.timeout(600)
 def test_killed_five_times(place, source, tmp_path):
     """SIGKILL at five random times, in start-up, steps, uploads: no step is missing or doubled, none is another's."""

@@ -13,7 +13,7 @@ import pytest
 
 from attnlab import storage
 from attnlab.storage.bucket import Bucket, Url
-from tests import flags
+from tests import flags, tiers
 from tests.train import runs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -76,6 +76,7 @@ def fetched(store, below):
     return collections.Counter(name.partition(below)[2] for name in names if below in name)
 
 
+@tiers.parametrize("store", ["gs", "s3"], often=["s3"], indirect=True)
 def test_two_hosts(place, store, tmp_path, unbroken, attnlab):
     """Each writes its part of a checkpoint; broken off and gone on with, losses are those of a run on a disk, and
     each reads its own part. One host alone evaluates what both wrote, and leaves the optimizer's arrays there."""

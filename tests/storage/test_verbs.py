@@ -6,6 +6,7 @@ import pytest
 
 from attnlab import storage
 from attnlab.storage.bucket import Bucket, Url
+from tests import tiers
 from tests.storage.servers import only
 from tests.train import runs
 
@@ -64,7 +65,7 @@ def test_a_corpus_in_a_bucket(place, corpus, store, attnlab, tmp_path):
 
 
 @only("s3")
-@pytest.mark.slow
+@tiers.exhaustive
 def test_a_report_of_runs_in_a_bucket(place, attnlab, tmp_path):
     """Workdirs that are URLs, or a directory of them, are compared as others; the report goes where it is told to."""
     source = runs.corpus(tmp_path / "corpus")

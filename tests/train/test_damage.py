@@ -13,6 +13,7 @@ import jax
 import pytest
 
 from attnlab import cli
+from tests import tiers
 from tests.train import runs
 
 STEPS = 4  # a checkpoint after 2, and after 4
@@ -131,7 +132,7 @@ def right(finished, tmp_path_factory):
 
 
 @pytest.mark.parametrize("verb", VERBS)
-@pytest.mark.parametrize("kind", [k if k == "flipped" else pytest.param(k, marks=pytest.mark.slow) for k in DAMAGE])
+@tiers.parametrize("kind", DAMAGE, often=["flipped"])
 def test_damage(finished, right, tmp_path, capsys, verb, kind):
     """No traceback, exit code 0 with a right figure or 2 with a line that says why; what was there is still there."""
     for file in finished.share(verb, list(DAMAGE).index(kind)):

@@ -14,6 +14,7 @@ from attnlab.errors import UserError
 from attnlab.train import optimizers
 from attnlab.train.checkpoints import Checkpoints, Host
 from attnlab.train.program import Program
+from tests import tiers
 from tests.train import runs
 
 STEPS = 6
@@ -98,9 +99,7 @@ def placed(config):
     return Program.of(config).state
 
 
-@pytest.mark.parametrize(
-    "optimizer", [n if n == "adamw" else pytest.param(n, marks=pytest.mark.slow) for n in optimizers.CONFIGS]
-)
+@tiers.parametrize("optimizer", optimizers.CONFIGS, often=["adamw"])
 def test_the_state_is_the_same_on_every_mesh(source, tmp_path, optimizer):
     """Every array of a state is restored bit for bit, placed as the mesh says; from eight devices to any, and back."""
     draw = np.random.default_rng(0)
@@ -120,17 +119,14 @@ def test_the_state_is_the_same_on_every_mesh(source, tmp_path, optimizer):
                 np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize(
-    "mesh",
-    ["fsdp=4", *(pytest.param(m, marks=pytest.mark.slow) for m in ("fsdp=2 x context=2 x tensor=2", "one device"))],
-)
+@tiers.parametrize("mesh", ["fsdp=4", "fsdp=2 x context=2 x tensor=2", "one device"], often=["fsdp=4"])
 def test_a_run_of_eight_devices_goes_on(whole, source, tmp_path, monkeypatch, mesh):
     """Stopped after step 3 and moved to another mesh, with no word but the mesh."""
     workdir = from_step(3, whole, tmp_path / "run")
     assert_goes_on(whole, workdir, go(monkeypatch, config(source, mesh), workdir), 3)
 
 
-@pytest.mark.slow
+@tiers.exhaustive
 @pytest.mark.parametrize(
     "legs",
     [

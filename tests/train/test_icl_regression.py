@@ -23,6 +23,7 @@ from attnlab.models.cost import model_cost
 from attnlab.train import restore
 from attnlab.train.config import RunConfig
 from attnlab.train.program import Program
+from tests import tiers
 from tests.flags import environment
 from tests.train import runs
 
@@ -104,14 +105,15 @@ def steps(program, count=3):
     return losses, state.params
 
 
-@pytest.mark.parametrize(
+@tiers.parametrize(
     "more",
-    [
+    MORE := [
         {"mesh": {"data": 8}},
         {"mesh": {"data": 1, "fsdp": 2, "context": 2, "tensor": 2}},
         {"train__accumulate": 4},
         {"mesh": {"data": 2, "fsdp": 2}, "train__accumulate": 2},
     ],
+    often=MORE[-1:],
     ids=str,
 )
 def test_meshes_and_micro_batches_change_nothing(more):
@@ -212,7 +214,7 @@ def known(path):
     return {"z_loss"} if path.name == "config.py" else set()
 
 
-@pytest.mark.slow
+@tiers.exhaustive
 def test_compiles_for_a_pod(attnlab):
     """`attnlab compile` needs to know nothing of it."""
     pytest.importorskip("libtpu")
@@ -222,7 +224,7 @@ def test_compiles_for_a_pod(attnlab):
     assert json.loads(done.stdout)["memory"]["fits"]
 
 
-@pytest.mark.slow
+@tiers.exhaustive
 def test_sigkill_and_sigterm_lose_nothing(tmp_path):
     """Killed and stopped on the way, the metrics are those of a run left alone."""
     path, told = tmp_path / "config.py", tree(train__steps=120, train__save_every=10)

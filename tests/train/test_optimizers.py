@@ -18,6 +18,7 @@ from attnlab.models.transformer import mixer_table
 from attnlab.train import optimizers, sharding
 from attnlab.train.config import MeshConfig
 from attnlab.train.state import Model
+from tests import tiers
 
 USAGES = {"w": Usage(Role.MATRIX), "embedding": Usage(Role.EMBEDDING), "scale": Usage(Role.SCALE)}
 # Three heads; neither the parts nor the heads end where two devices would cut the axis.
@@ -167,7 +168,7 @@ MODELS = {  # between them, every role and every layout of a fused kernel
 
 
 @pytest.mark.parametrize("mixers", MODELS)
-@pytest.mark.parametrize("name", list(optimizers.CONFIGS))
+@tiers.parametrize("name", optimizers.CONFIGS, often=["muon"])
 def test_whole_models(name, mixers):
     """Without gradients exactly matrices move; with them Muon's updates of matrices are orthogonal, part by part."""
     table = MODELS[mixers]

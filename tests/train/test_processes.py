@@ -19,6 +19,7 @@ from attnlab.launch import cluster
 from attnlab.train.config import ClusterConfig
 from attnlab.train.processes import Processes
 from attnlab.train.stragglers import Stragglers
+from tests import tiers
 from tests.train import runs
 from tests.train.pair import MESH, SMALL, TIMEOUT, Pair
 
@@ -101,9 +102,10 @@ def test_what_two_processes_saved_one_goes_on_with(whole, source, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
+@tiers.parametrize(
     "told, mesh, parts",
     [(0, MESH, 2), (1, {"mesh__data": 1, "mesh__fsdp": 1, "mesh__context": 4, "mesh__tensor": 2}, 1)],
+    often=[(0, MESH, 2)],
     ids=["0, each with half of the rows", "1, both with all rows"],
 )
 def test_a_signal_to_one_saves_on_all(alone, source, tmp_path, told, mesh, parts):
@@ -127,7 +129,7 @@ def test_a_signal_to_one_saves_on_all(alone, source, tmp_path, told, mesh, parts
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lost", [0, 1])
+@tiers.parametrize("lost", [0, 1], often=[0])
 def test_a_lost_process_ends_the_other_and_is_named(whole, source, tmp_path, lost):
     """SIGKILL of one ends the other within 60 s, non-zero, with the rank; resumed, the run is bit for bit the same."""
     pair = Pair(tmp_path, source, train__eval_every=6).start()
@@ -144,7 +146,7 @@ def test_a_lost_process_ends_the_other_and_is_named(whole, source, tmp_path, los
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("hung", [0, 1])
+@tiers.parametrize("hung", [0, 1], often=[0])
 def test_a_process_that_hangs_ends_the_other_and_is_named(source, tmp_path, hung):
     """SIGSTOP of one ends the other in the time of cluster.timeout and a little, and itself once it runs again."""
     pair = Pair(tmp_path, source, train__steps=20000, train__save_every=0).start().at_step(3)

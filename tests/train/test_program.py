@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from attnlab import data as data_lib
-from attnlab import memory
+from attnlab import memory, mixers
 from attnlab.errors import Damaged, UserError
 from attnlab.evaluate.generate import Sampling, generate
 from attnlab.train.checkpoints import Checkpoints
 from attnlab.train.loop import train
 from attnlab.train.program import Program
+from tests import tiers
 from tests.train import runs
 
 SHORT = {"train__steps": 3, "train__eval_every": 3, "train__save_every": 0, "train__sample_tokens": 0}
@@ -126,34 +127,16 @@ def test_parameters_that_do_not_fit_are_refused(source, trained, tmp_path, how):
         Checkpoints(workdir).restore_params(3, like)
 
 
-@pytest.mark.parametrize(
-    "mixer",
-    [
-        {"name": "softmax", "heads": 2, "kv_heads": 1},
-        {"name": "gated_deltanet", "heads": 2},
-        *(
-            pytest.param({"name": name, "heads": 2}, marks=pytest.mark.slow)
-            for name in (
-                "gated",
-                "lightning",
-                "flow",
-                "rat",
-                "titans",
-                "moh",
-                "parallax",
-                "local_linear",
-                "agent",
-                "based",
-            )
-        ),
-    ],
-    ids=lambda node: node["name"],
-)
-def test_generation_is_that_of_one_device(source, mixer):
+STREAMING = [name for name in mixers.names() if mixers.get(name).capabilities.streaming]
+
+
+@tiers.parametrize("name", STREAMING, often=["softmax", "gated_deltanet"])
+def test_generation_is_that_of_one_device(source, name):
     """Traced under the rules of a mesh of eight devices, every axis split, tokens are those of one."""
     prompts = [np.arange(1, 12, dtype=np.int32), np.array([3, 1, 4], np.int32)]
     found, params = [], None
     for mesh in ({"data": 1}, {"data": 1, "fsdp": 2, "tensor": 2, "context": 2}):
+        mixer = {"name": name, "heads": 2} | ({"kv_heads": 1} if name == "softmax" else {})
         config = runs.config(source, model__mixers={"M": mixer}, model__layers=1, mesh=mesh)
         program = Program(config, batches=False)
         made = program.init(5).params if params is None else params  # the same on every mesh: see test_elastic.py

@@ -23,6 +23,7 @@ from attnlab.mixers.softmax import Softmax
 from attnlab.train import loop, optimizers, restore
 from attnlab.train.checkpoints import Checkpoints
 from attnlab.train.program import Program
+from tests import tiers
 from tests.flags import environment
 from tests.train import runs
 
@@ -103,9 +104,7 @@ def crash_after(monkeypatch, batches):
     monkeypatch.setattr(data_lib.Loader, "__next__", limited)
 
 
-@pytest.mark.parametrize(
-    "first, second", [(2, 6), pytest.param(5, 1, marks=pytest.mark.slow), pytest.param(9, 2, marks=pytest.mark.slow)]
-)
+@tiers.parametrize("first, second", [(2, 6), (5, 1), (9, 2)], often=[(2, 6)])
 def test_crash_and_resume_is_bit_identical(finished, source, tmp_path, monkeypatch, first, second):
     """A run that dies twice ends with the very lines of one that never did."""
     for batches in (first, second):
@@ -200,7 +199,7 @@ def test_reading_disturbs_no_writer(source, tmp_path):
     assert unfinished.is_dir()
 
 
-@pytest.mark.parametrize("sent", [["SIGTERM"], ["SIGHUP", "SIGHUP"]])
+@tiers.parametrize("sent", [["SIGTERM"], ["SIGHUP", "SIGHUP"]], often=[["SIGTERM"]])
 def test_signal_during_evaluation_is_heeded_with_a_save(source, tmp_path, monkeypatch, sent):
     """A signal that comes while evaluating acts at the next step, and what is said to be saved is.
 
@@ -219,9 +218,7 @@ def test_signal_during_evaluation_is_heeded_with_a_save(source, tmp_path, monkey
     assert Checkpoints(tmp_path).steps() == [4]
 
 
-@pytest.mark.parametrize(
-    "name", [n if n == "adamw" else pytest.param(n, marks=pytest.mark.slow) for n in optimizers.CONFIGS]
-)
+@tiers.parametrize("name", optimizers.CONFIGS, often=["adamw"])
 def test_every_optimizer_trains(source, tmp_path, name):
     """Each optimizer's state is placed, saved, restored and goes on."""
     short = {"optimizer__name": name, "train__eval_every": 0, "train__on_config_change": "continue"}
@@ -302,7 +299,7 @@ def wait_for_step(workdir, step, process, timeout=120):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@tiers.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], often=[signal.SIGTERM])
 def test_signals_save_and_exit_with_zero(source, tmp_path, number):
     """SIGTERM, SIGINT and SIGHUP save, say how to resume, and end with 0."""
     workdir = tmp_path / "run"
@@ -317,7 +314,7 @@ def test_signals_save_and_exit_with_zero(source, tmp_path, number):
     assert runs.lines(workdir)[-1]["step"] == saved >= 5
 
 
-@pytest.mark.slow
+@tiers.exhaustive
 def test_killed_five_times(source, tmp_path):
     """SIGKILL at five random moments: the metrics are those of a run left alone, no step missing or doubled."""
     steps = {"train__steps": 200, "train__save_every": 25, "train__eval_every": 50}

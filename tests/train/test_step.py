@@ -16,6 +16,7 @@ from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
 from attnlab.train.program import Program
 from attnlab.train.step import make_train_step
+from tests import tiers
 from tests.train import runs
 
 
@@ -68,7 +69,7 @@ def test_loss_is_the_mean_over_tokens(whole):
     np.testing.assert_allclose(whole[1][0]["loss"], float(nll.sum()) / tokens, rtol=1e-5)
 
 
-@pytest.mark.parametrize("parts", [2, 8])
+@tiers.parametrize("parts", [2, 8], often=[8])
 def test_accumulation_changes_nothing(whole, parts):
     """Micro-batches of very different token counts give the whole batch's losses and parameters."""
     state, metrics = run(train__accumulate=parts)
@@ -94,7 +95,7 @@ MESHES = (
 )
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@tiers.parametrize("mesh", MESHES, often=MESHES[2:], ids=str)
 def test_meshes_change_nothing(whole, mesh):
     """Law 6 for the whole step: losses of three steps on 8 devices are those of one."""
     program = make(mesh=mesh)

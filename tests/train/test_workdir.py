@@ -15,6 +15,7 @@ from attnlab.errors import Damaged, TrainingFailed, UserError
 from attnlab.train import digests, files, restore, workdir
 from attnlab.train.checkpoints import Checkpoints
 from attnlab.train.metrics import read_lines
+from tests import tiers
 from tests.train import runs
 
 SMALL = {"model__width": 8, "model__layers": 1, "data__batch": 2, "train__eval_every": 0, "train__sample_tokens": 0}
@@ -51,7 +52,9 @@ def at_batch(monkeypatch, number, action):
     monkeypatch.setattr(data_lib.Loader, "__next__", counting)
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("decoder says no")])
+@tiers.parametrize(
+    "error", ERRORS := [OSError(28, "No space left on device"), RuntimeError("decoder says no")], often=ERRORS[:1]
+)
 def test_a_save_that_fails_ends_the_run(source, tmp_path, monkeypatch, error):
     """Whatever the background save raises: the run ends with it, and the newest good checkpoint is named and there."""
     written = digests.write
@@ -104,7 +107,7 @@ def test_holding_leaves_other_files_alone(tmp_path):
     assert (tmp_path / "probe").read_text() == "mine"
 
 
-@pytest.mark.parametrize("again", [False, True])
+@tiers.parametrize("again", [False, True], often=[True])
 def test_a_workdir_that_vanishes_is_an_error(source, tmp_path, monkeypatch, again):
     """Removed, or removed and made again: the run says so, and not that it is done."""
     path = tmp_path / "run"
