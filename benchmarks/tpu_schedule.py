@@ -215,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES), help="of attention")
     parser.add_argument("--tiles", nargs="*", type=int, default=SPLASH_TILES, help="of splash attention")
     parser.add_argument("--recurrences", nargs="*", choices=list(RECURRENCES), default=list(RECURRENCES))
-    parser.add_argument("--check", action="store_true", help=f"fail where a figure is {GROWTH:.0%} above the kept one")
+    parser.add_argument("--check", action="store_true", help=f"fail where a figure is {GROWTH:.0%}% above the kept one")
     parser.add_argument("--write", action="store_true", help="keep the figures in kernels_pallas/tables")
     return parser
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from kernels_pallas import tuning
 
 LOG2E = math.log2(math.e)
-_MOST_HEADS = {"forward": 4, "backward": 2}
+_MOST_HEADS = {"forward": 8, "backward": 2}
 _MOST_ROWS = 128  # of a group, where two chunks are not more
 _SEGMENT = 512  # positions between saved states, about
 _REST = 8 * 2**20  # bytes beside what is counted: what the compiler spills
