@@ -62,7 +62,7 @@ def neural_memory(
       carried: weights and momentum before each row [B, H, i, o], for rows that begin inside a document.
       first: int32 [B]: the kernel begins at this position, which is the beginning of a chunk; y before it may be
         anything. None: 0.
-      group: chunks that are taken at once, 2 or more; it changes rounding alone. None: as many as are fast; Hopper's 64.
+      group: chunks that are taken at once, 2 or more; it changes rounding alone. None: as many as are fast; Hopper: 64.
       platform: whose kernels, "tpu" or "cuda" (Hopper; bfloat16, one layer, heads of 64 with a norm:
         `gpu.unsupported`).
       interpret: runs it as plain XLA operations on any platform, or as the interpreter's parameters say
