@@ -1,7 +1,7 @@
 """What a mask that configs choose by name must say: whole rows, the next rows of a stream, and what it costs.
 
 Adding one is one file in this package: a `Config` of knobs and a `MaskBuilder` under `@register(name)`;
-`tests/masks/test_battery.py` then holds it to the laws, by a definition that its test adds.
+its test gives a definition, to which `tests/masks/laws.py` holds it.
 
 Shapes: as in `attnlab.ops.masks`. What follows from lengths alone is NumPy's, and so known while tracing.
 """
@@ -175,7 +175,7 @@ class BlockMask(MaskBuilder):
         return packed_bits(self.table(-(-length // self.block())))
 
 
-MASKS: Registry[MaskBuilder] = Registry("mask")
+MASKS: Registry[MaskBuilder] = Registry("mask", ["attnlab.masks"])
 names, get, register = MASKS.names, MASKS.get, MASKS.register
 
 
