@@ -10,6 +10,7 @@ from flax import nnx
 
 from attnlab import mixers
 from attnlab.errors import ConfigError
+from tests import tiers
 from tests.mixers import cases
 
 
@@ -82,7 +83,7 @@ def layer(module, x, positions, segments):
     return projected(module.out, out)
 
 
-@pytest.mark.parametrize("name", list(cases.configs("softmax")))
+@tiers.parametrize("name", cases.configs("softmax"), often=list(cases.configs("softmax"))[1:4])
 def test_equals_the_formula(name):
     """Every knob: the layer is softmax(q k^T / sqrt(d)) v as written, in float64."""
     config, _ = cases.configs("softmax")[name]

@@ -13,6 +13,7 @@ from attnlab.models.cost import model_cost
 from attnlab.models.lm import LanguageModel, LanguageModelConfig
 from attnlab.models.transformer import REMAT, Block, StackConfig, Transformer, mixer_table
 from attnlab.ops.cross_entropy import cross_entropy
+from tests import tiers
 from tests.mixers import precision
 from tests.mixers.cases import POSITIONS, SEGMENTS
 
@@ -91,7 +92,10 @@ def test_cross_entropy_holds_no_whole_logits():
     assert "40x64x" in text and "40x512x" not in text
 
 
-@pytest.mark.parametrize("change", [*({"remat": name} for name in REMAT), {"unroll": 0}, {"unroll": 2}])
+CHANGES = [*({"remat": name} for name in REMAT), {"unroll": 0}, {"unroll": 2}]
+
+
+@tiers.parametrize("change", CHANGES, often=[CHANGES[0], CHANGES[-1]])
 def test_remat_and_unroll_change_no_number(reference, change):
     """Every remat policy and every unrolling gives the same loss and gradients."""
     graphdef, params, expected = reference
