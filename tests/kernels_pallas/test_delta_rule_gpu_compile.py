@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from kernels_pallas import hopper
+from tests import tiers
 from tests.kernels_pallas.test_flash_gpu_compile import absent
 
 FORWARD = ["delta_rule_forward", "delta_rule_pairs"]
@@ -26,6 +27,7 @@ REGISTERS = {
 }
 
 
+@tiers.exhaustive
 @pytest.mark.skipif(absent() is not None, reason=str(absent()))
 def test_compiles_without_spills():
     """No spills, no product that waits for the one before, memory and registers within what is recorded."""

@@ -24,7 +24,8 @@ SPILLS = {"memory 64 chunk 16": (0, 0, 660, 0), "memory 64 chunk 16 norm": (280,
 
 
 @pytest.mark.skipif(absent() is not None, reason=str(absent()))
-@tiers.parametrize("case", SPILLS, often=["memory 64 chunk 16"])
+@tiers.exhaustive
+@pytest.mark.parametrize("case", SPILLS)
 def test_compiles(case):
     """Documents and a state, several chunks a group, without and with the norm: no spills but those recorded, no
     product that waits for the one before."""
