@@ -17,6 +17,7 @@ from attnlab.ops.linear_recurrence import linear_recurrence
 from attnlab.parallel import partition, sequence_parallel
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
+from tests import tiers
 from tests.mixers import test_contract
 from tests.train import runs
 
@@ -167,8 +168,7 @@ VARIANTS = (
 )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name, fields", VARIANTS, ids=[f"{n}-{i}" for i, (n, _) in enumerate(VARIANTS)])
+@tiers.parametrize("name, fields", VARIANTS, often=VARIANTS[1:2], ids=[f"{n}-{i}" for i, (n, _) in enumerate(VARIANTS)])
 def test_variants_that_split_otherwise(name, fields):
     """Law 6 where the default says nothing: other states are handed on, other sums exchanged."""
     with jax.enable_x64(True):
