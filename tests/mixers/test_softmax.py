@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from attnlab import mixers
+from attnlab import masks, mixers
 from attnlab.errors import ConfigError
 from tests import tiers
+from tests.masks.test_power_blocks import sees
 from tests.mixers import cases
 
 
@@ -53,6 +54,7 @@ def layer(module, x, positions, segments):
         near = lambda t: [i for i in range(K) if t >= i and segments[t - i] == segments[t]]
         x = np.stack([x[t] + sum(taps[K - 1 - i] * x[t - i] for i in near(t)) for t in range(len(x))])
     q, k, v = (projected(m, x) for m in (module.q, module.k, module.v))
+    masked = np.ones((len(x),) * 2, bool) if c.mask is None else sees(masks.config_from_node(c.mask), len(x))
     out = np.zeros((len(x), c.heads * d))
     for h in range(c.heads):
         a, b = h * d, (h // group) * d
@@ -69,6 +71,7 @@ def layer(module, x, positions, segments):
                 if segments[s] == segments[t] != 0
                 and (s <= t or not c.causal)
                 and (c.window is None or t - s < c.window)
+                and masked[positions[t], positions[s]]
             ]
             if not seen:
                 continue
