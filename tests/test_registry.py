@@ -1,5 +1,8 @@
 """A kind of thing that configs choose by name is whole when it is registered."""
 
+import subprocess
+import sys
+
 import pytest
 from flax import nnx
 
@@ -37,3 +40,21 @@ def test_what_is_whole_is_registered():
     whole = {"Config": Config, "__init__": lambda self: None, "__call__": lambda self, x, seq: x, "flops": nnx.vmap}
     registry = Registry("thing")
     assert registry.register("whole")(type("Whole", (Mixer,), whole)).name == "whole" and registry.names() == ["whole"]
+
+
+def test_what_a_config_names_is_all_that_is_imported():
+    """A mixer by its name without the others, which come when all are asked for; tasks by the names of their files or
+    by none of them."""
+    code = """
+import sys
+from attnlab import data, mixers
+from attnlab.data.base import KINDS
+there = lambda name: f"attnlab.{name}" in sys.modules
+assert mixers.get("gated").name == "gated" and there("mixers.gated") and not there("mixers.titans")
+assert KINDS.get("text").name == "text" and not there("tasks.mqar")
+assert KINDS.get("mqar").name == "mqar" and there("tasks.mqar") and not there("tasks.words")
+assert "reverse" not in KINDS and there("tasks.words")
+assert set(mixers.names()) > {"gated", "titans"} and there("mixers.titans")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
