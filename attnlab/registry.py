@@ -45,9 +45,13 @@ class Registry(Generic[T]):
         """By name, of every module of the packages."""
         if not self._all:
             self._all = True  # modules that ask meanwhile get what is there
-            for package in map(importlib.import_module, self._packages):
-                for module in pkgutil.iter_modules(package.__path__):
-                    importlib.import_module(f"{package.__name__}.{module.name}")
+            try:
+                for package in map(importlib.import_module, self._packages):
+                    for module in pkgutil.iter_modules(package.__path__):
+                        importlib.import_module(f"{package.__name__}.{module.name}")
+            except BaseException:
+                self._all = False  # whoever asks next is told, too, instead of being given a part
+                raise
         return self._known
 
     def _find(self, name: Any) -> type[T] | None:

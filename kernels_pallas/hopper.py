@@ -225,6 +225,14 @@ def interpreted(*, races: bool = False) -> Device:
     return Interpreted(plgpu.InterpretGPUParams(detect_races=races), races)
 
 
+def device_of(interpret: Any) -> Device:
+    """The device of a call with this `interpret`: a GPU where it is False, else the primitives on a CPU.
+
+    Raises ValueError where jax has no interpreter.
+    """
+    return DEVICE if interpret is False else interpreted(races=bool(getattr(interpret, "detect_races", False)))
+
+
 class _Value:
     """Stands for an accumulator, or a Ref of `state`."""
 

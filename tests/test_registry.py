@@ -58,3 +58,16 @@ assert set(mixers.names()) > {"gated", "titans"} and there("mixers.titans")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_module_that_fails_is_told_to_everyone(tmp_path, monkeypatch):
+    """Names are never a part of them; what can be imported by its own name is."""
+    package = tmp_path / "things_of_a_test"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "broken.py").write_text("raise RuntimeError('broken')")
+    monkeypatch.syspath_prepend(tmp_path)
+    registry = Registry("thing", ["things_of_a_test"])
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="broken"):
+            registry.names()

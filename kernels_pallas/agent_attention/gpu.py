@@ -76,9 +76,7 @@ class _Call:
 
     @property
     def device(self) -> hopper.Device:
-        if self.interpret is False:
-            return hopper.DEVICE
-        return hopper.interpreted(races=bool(getattr(self.interpret, "detect_races", False)))
+        return hopper.device_of(self.interpret)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

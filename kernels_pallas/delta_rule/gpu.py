@@ -39,9 +39,7 @@ class Plan:
 
     @property
     def device(self) -> hopper.Device:
-        if self.interpret is False:
-            return hopper.DEVICE
-        return hopper.interpreted(races=bool(getattr(self.interpret, "detect_races", False)))
+        return hopper.device_of(self.interpret)
 
 
 def unsupported(dtype: str, width: int, *, channels: bool = False) -> str | None:

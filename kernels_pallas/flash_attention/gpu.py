@@ -112,9 +112,7 @@ def _prepared(call: Call, q: jax.Array, v: jax.Array, heads_BN: jax.Array | None
         tile, rows = q.shape[1] // heads_BN.shape[1], packed_rows(blocks, d, e)
         if tile % rows:
             raise ValueError(f"{name} on cuda: tiles of {tile} rows; allowed: multiples of {rows}")
-    if call.interpret is False:
-        return hopper.DEVICE, blocks
-    return hopper.interpreted(races=bool(getattr(call.interpret, "detect_races", False))), blocks
+    return hopper.device_of(call.interpret), blocks
 
 
 def _up(n: int, to: int) -> int:

@@ -113,8 +113,7 @@ class _Sweeps:
         self.length = arrays["q"].shape[1]
         self.fill = -self.length % CHUNK
         self.numbers = Numbers(self._logs(), *self._limits())
-        races = bool(getattr(call.interpret, "detect_races", False))
-        self.device = hopper.DEVICE if call.interpret is False else hopper.interpreted(races=races)
+        self.device = hopper.device_of(call.interpret)
 
     def run(
         self, name: str, q: str, k: str, u: str, state: jax.Array | None, against: str | None = None, *,

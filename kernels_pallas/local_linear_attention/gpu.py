@@ -75,9 +75,7 @@ def prepared(op: str, call: Call, q, k, v, bounds) -> tuple[hopper.Device, int, 
         raise ValueError(f"{op} on cuda: scale={call.scale}; allowed: a number > 0")
     if call.blocks is not None:
         raise ValueError(f"{op} on cuda: blocks={call.blocks}; allowed: None")
-    device = hopper.DEVICE
-    if call.interpret is not False:
-        device = hopper.interpreted(races=bool(getattr(call.interpret, "detect_races", False)))
+    device = hopper.device_of(call.interpret)
     bounds = padded_bounds(bounds, q.shape[1], k.shape[1], ROWS, _KEYS)
     return device, 64 if widest <= 64 else 128, bounds
 

@@ -42,8 +42,7 @@ class Call:
         return gpu_numbers.Rules(self.chunk < gpu_numbers.ROWS, self.read_after_write, self.decayed)
 
     def shape(self, q: jax.Array) -> Shape:
-        races = bool(getattr(self.interpret, "detect_races", False))
-        device = hopper.DEVICE if self.interpret is False else hopper.interpreted(races=races)
+        device = hopper.device_of(self.interpret)
         return Shape(device, q.shape[3], self.chunk, self.rate, self.read_after_write, self.epsilon, q.dtype)
 
 
