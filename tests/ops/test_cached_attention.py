@@ -9,11 +9,11 @@ import pytest
 
 from attnlab.ops.attention import attention
 from attnlab.ops.cached_attention import cached_attention
-from attnlab.ops.masks import Mask, mask_for_extension
+from attnlab.ops.masks import Axis, Mask, mask_for_extension
 from tests import tiers
 
 
-@tiers.parametrize("queries", [1, 3], often=[3])
+@pytest.mark.parametrize("queries", [1, 3])
 @tiers.parametrize("batch, heads, kv_heads", [(1, 3, 3), (2, 4, 2), (1, 3, 1)], often=[(2, 4, 2), (1, 3, 1)])
 @pytest.mark.parametrize("extras", [{}, {"soft_cap": 2.0, "sinks": True, "scale": 0.3}])
 def test_equals_the_definition(batch, heads, kv_heads, queries, extras):
@@ -41,6 +41,21 @@ def test_equals_the_definition(batch, heads, kv_heads, queries, extras):
             scalar = lambda *a, f=f: (jnp.sum(f(*a) * weights), f(*a))
             both.append(jax.jit(jax.value_and_grad(scalar, over, has_aux=True))(q, k, v, sinks))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), *both)
+
+
+@pytest.mark.parametrize("masks", [1, 2, 4])
+def test_masks_of_heads(masks):
+    """One query, by its own implementation, under a mask of all heads, of each key head, of each query head."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(3)
+        B, S, H, K, d = 2, 9, 4, 2, 5
+        q, k, v = (jnp.asarray(rng.normal(size=shape)) for shape in ((B, 1, H, d), (B, S, K, d), (B, S, K, d)))
+        key = jnp.asarray(rng.integers(0, 4, (B, masks, S)), jnp.int32)
+        lo = jnp.asarray(rng.integers(0, 3, (B, masks, 1)), jnp.int32)
+        mask = Mask(axes=(Axis(key, lo, lo + 2),))
+        rows = lambda x: x.swapaxes(1, 2).reshape(-1, S, d)
+        found = cached_attention(q, rows(k), rows(v), mask, impl="one_query")
+        np.testing.assert_allclose(found, attention(q, k, v, mask, impl="definition"), atol=1e-12)
 
 
 def test_a_query_that_sees_nothing_gives_zero():
