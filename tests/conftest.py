@@ -28,6 +28,11 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 from attnlab import cli  # noqa: E402
+from tests.budget import (  # noqa: E402, F401
+    pytest_runtest_makereport,
+    pytest_runtest_protocol,
+    pytest_terminal_summary,
+)
 
 # Processes that tests start share the cache, too: a small run of the command line compiles for half a minute.
 _CACHE = str(pathlib.Path(__file__).parent.parent / ".jax_cache")

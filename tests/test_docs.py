@@ -1,4 +1,4 @@
-"""docs/mixers.md tells of every mixer and every knob, and names tests that exist; docs/tasks.md of every task."""
+"""docs/mixers/ tells of every mixer and every knob, and names tests that exist; docs/tasks.md of every task."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ import pytest
 from attnlab import mixers, tasks
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-SECTIONS = dict(
-    re.findall(r"^## (\S+)\n(.*?)(?=^## |\Z)", (ROOT / "docs/mixers.md").read_text(), re.DOTALL | re.MULTILINE)
-)
+PAGES = {path.stem: path.read_text() for path in sorted((ROOT / "docs/mixers").glob("*.md"))}
+INDEX = PAGES.pop("README")
 
 
 @pytest.mark.parametrize("name", mixers.names())
 def test_every_knob_is_told(name):
-    """A mixer's section names each knob that its Config adds to those of the Config it derives from."""
+    """A mixer's page names each knob that its Config adds to those of the Config it derives from."""
     config = mixers.get(name).Config
     inherited = {key for base in config.__mro__[1:] for key in getattr(base, "__dataclass_fields__", ())}
     for field in dataclasses.fields(config):
         if field.name not in inherited:
-            assert f"`{field.name}`" in SECTIONS[name], f"docs/mixers.md does not tell of {name}.{field.name}"
+            assert f"`{field.name}`" in PAGES[name], f"docs/mixers/{name}.md does not tell of {field.name}"
 
 
-def test_sections_are_of_mixers():
-    """No section is of something that is not there; what is ours is called so, in the docs and in the docstring."""
-    assert sorted(SECTIONS) == mixers.names()
-    for name, text in SECTIONS.items():
+def test_pages_are_of_mixers():
+    """Each has a page, and the index a row with its source; what is ours is called so, in the docs and docstring."""
+    assert sorted(PAGES) == mixers.names()
+    rows = re.findall(r"^\| \[(\w+)\]\((\w+)\.md\) \|", INDEX, re.MULTILINE)
+    assert rows == [(name, name) for name in mixers.names()]
+    for name, text in PAGES.items():
         if mixers.get(name).extension:
             assert f"**Extension, not in the paper:** {mixers.get(name).extension}." in text, name
             assert "xtension, not in the paper" in mixers.get(name).__doc__, name
@@ -40,7 +41,7 @@ def test_identities_are_tests():
     defined = set()
     for path in (ROOT / "tests").rglob("test_*.py"):
         defined |= set(re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE))
-    named = set(re.findall(r"`(test_\w+)`", "".join(SECTIONS.values())))
+    named = set(re.findall(r"`(test_\w+)`", "".join([INDEX, *PAGES.values()])))
     assert named and named <= defined, sorted(named - defined)
 
 

@@ -207,7 +207,7 @@ def register(name: str):
     """Class decorator: makes a Mixer known by `name` to configs, the command line and the contract battery."""
 
     def add(cls: type[Mixer]) -> type[Mixer]:
-        if cls.extension:  # said once, read in the docstring, in `attnlab list` and in docs/mixers.md
+        if cls.extension:  # said once, read in the docstring, in `attnlab list` and in docs/mixers/
             cls.__doc__ = f"{inspect.cleandoc(cls.__doc__ or '')}\n\nExtension, not in the paper: {cls.extension}."
         return MIXERS.register(name)(cls)
 

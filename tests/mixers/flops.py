@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from attnlab import masks, mixers
-from tests.mixers import cases
+from tests.mixers import cases, stated
 
 
 def count(fn: Any, *args: Any) -> float:
@@ -39,17 +39,14 @@ def _count(jaxpr: Any) -> float:
 
 
 def keys_seen(config, t):
-    """Keys that a query at position t of one document sees; of tensor attention, pairs of keys."""
+    """Keys that a query at position t of one document sees."""
     config = getattr(config, "core", config)
-    if config.node_name == "tensor":
-        return (cases.LENGTH if not config.causal else min(t + 1, config.window or cases.LENGTH)) ** 2
-    if config.node_name == "rat":  # the complete chunks before, and its own
-        return t // config.chunk + 1
+    if its := stated.of(config.node_name, "keys_seen"):
+        return its(config, t)
     if getattr(config, "mask", None) is not None:
         seq = mixers.Sequence.whole(1, cases.LENGTH)
-        return int(
-            masks.build(config.mask).mask(seq, causal=config.causal).visible(cases.LENGTH, cases.LENGTH)[0, 0, t].sum()
-        )
+        mask = masks.build(config.mask).mask(seq, causal=config.causal)
+        return int(mask.visible(cases.LENGTH, cases.LENGTH)[0, 0, t].sum())
     if not config.causal:
         return cases.LENGTH
     return min(t + 1, getattr(config, "window", None) or cases.LENGTH)
@@ -57,4 +54,5 @@ def keys_seen(config, t):
 
 def keys_computed(config):
     """Of all rows, what a program computes that masks instead of skipping."""
-    return cases.LENGTH ** (2 if getattr(config, "core", config).node_name == "tensor" else 1)
+    config = getattr(config, "core", config)
+    return stated.of(config.node_name, "keys_computed", lambda config: cases.LENGTH)(config)

@@ -18,6 +18,15 @@ from attnlab.ops import agent_causal as causal
 from attnlab.ops import agent_refreshed
 from tests.mixers import cases
 
+# What the laws are told of this mixer: tests/mixers/stated.py.
+ROLES = {
+    "matrix": "q k v out",
+    "taps": "conv_kernel",
+    "bias": "conv_bias",
+    "tokens": "agents",
+    "positions": " ".join(f"bias_{at}.{of}" for at in ("in", "out") for of in ("table", "row", "column", "leading")),
+}
+
 FORMS = ("bidirectional", "learned", "pooled")
 
 

@@ -15,6 +15,9 @@ from attnlab.errors import ConfigError
 from attnlab.ops.feature_maps import Taylor
 from tests.mixers import cases
 
+# What the laws are told of this mixer: tests/mixers/stated.py.
+ROLES = {"matrix": "q k v out"}
+
 
 @pytest.fixture(autouse=True)
 def x64():

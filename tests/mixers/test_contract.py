@@ -16,6 +16,7 @@ from flax import nnx
 from attnlab import mixers
 from attnlab.errors import ConfigError, UnsupportedPattern
 from attnlab.mixers import roles
+from attnlab.mixers.heads import HeadMixer
 from attnlab.ops import dispatch
 from attnlab.parallel import partition
 from attnlab.train import sharding
@@ -143,6 +144,7 @@ def test_split_anywhere(config, x64):
         y, _ = cases.streamed(functools.partial(extend, *split), state, x, seq, cut)
         used = np.asarray(seq.segments) > 0
         assert_close(y[used], whole[used], 1e-10)
+        zero_at_padding(config, y, used)
 
 
 @some_configs
@@ -187,7 +189,15 @@ def test_packing(config, x64):
     assert np.all(np.isfinite(changed))
     used = np.asarray(seq.segments) > 0
     np.testing.assert_array_equal(np.asarray(changed)[used], np.asarray(y)[used])
+    zero_at_padding(config, changed, used)
     assert_close(changed_gradients[0], gradients[0], 1e-10)
+
+
+def zero_at_padding(config, y, used):
+    """Whatever a layer of heads computes there: without a bias of its output it gives exactly 0, and nowhere else."""
+    if issubclass(mixers.get(config.node_name), HeadMixer) and getattr(config, "core", config).bias != "all":
+        np.testing.assert_array_equal(np.asarray(y)[~used], 0)
+        assert np.all(np.abs(np.asarray(y)[used]).max(-1) > 0)
 
 
 @few_configs

@@ -18,6 +18,9 @@ from attnlab.ops.flow_attention import flow_attention
 from attnlab.ops.flow_definition import FlowOutput, FlowRule, FlowState, empty_state
 from tests.mixers import cases
 
+# What the laws are told of this mixer: tests/mixers/stated.py.
+ROLES = {"matrix": "q k v out"}
+
 EXACT = FlowRule(epsilon=0.0, clip=None)
 
 

@@ -14,6 +14,9 @@ from attnlab.mixers.sequence import Sequence
 from attnlab.ops import recording
 from tests.mixers import cases
 
+# What the laws are told of this mixer: tests/mixers/stated.py.
+ROLES = {"matrix": "q k v out gate.linear", "bias": "gate.theta sinks", "scale": "q_norm k_norm"}
+
 
 @pytest.fixture(autouse=True)
 def x64():

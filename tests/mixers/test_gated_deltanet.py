@@ -19,6 +19,14 @@ from attnlab.ops.norm import unit
 from attnlab.train import config as run_config
 from tests.mixers import cases
 
+# What the laws are told of this mixer: tests/mixers/stated.py.
+ROLES = {
+    "matrix": "q k v out beta gate log_decay.linear",
+    "taps": "filters",
+    "scale": "norm",
+    "decay_rate": "log_decay.a_log log_decay.dt_bias",
+}
+
 B, T, H, D, E = 2, 9, 3, 4, 5
 LM = pathlib.Path(__file__).parents[2] / "configs" / "lm.py"
 

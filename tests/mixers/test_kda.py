@@ -15,6 +15,14 @@ from attnlab.ops.delta_rule import delta_rule
 from attnlab.ops.norm import unit
 from tests.mixers import cases
 
+# What the laws are told of this mixer: tests/mixers/stated.py.
+ROLES = {
+    "matrix": "q k v out beta gate.down gate.up log_decay.linear.down log_decay.linear.up",
+    "taps": "filters",
+    "scale": "norm",
+    "decay_rate": "log_decay.a_log log_decay.dt_bias",
+}
+
 B, T, H, D, E = 2, 9, 3, 4, 5
 rule = jax.jit(delta_rule, static_argnames=("chunk", "impl"))
 

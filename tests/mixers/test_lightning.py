@@ -13,6 +13,9 @@ from attnlab.mixers.lightning import slopes
 from attnlab.ops.linear_recurrence import linear_recurrence
 from tests.mixers import cases
 
+# What the laws are told of this mixer: tests/mixers/stated.py.
+ROLES = {"matrix": "q k v out gate_down gate_up", "scale": "scale", "bias": "bias"}
+
 HEADS = 4
 
 

@@ -16,6 +16,9 @@ from attnlab.errors import ConfigError
 from attnlab.ops.rope import rope
 from tests.mixers import cases
 
+# What the laws are told of this mixer: tests/mixers/stated.py.
+ROLES = {"matrix": "q k v out ridge", "bias": "ridge_bias", "scale": "q_norm k_norm"}
+
 
 @pytest.fixture(autouse=True)
 def x64():

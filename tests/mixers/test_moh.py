@@ -22,6 +22,12 @@ from tests import tiers
 from tests.mixers import cases
 from tests.mixers import test_contract as battery
 
+# What the laws are told of this mixer: tests/mixers/stated.py.
+ROLES = {
+    "matrix": "core.q core.k core.v core.out core.gate.linear router.both router.routed router.shared",
+    "bias": "core.sinks",
+}
+
 CORES = [n for n in mixers.names() if issubclass(mixers.get(n), mixers.HeadMixer) and n != "moh"]
 
 

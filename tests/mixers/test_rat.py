@@ -18,6 +18,15 @@ from attnlab.ops.masks import Mask
 from attnlab.ops.rope import rope
 from tests.mixers import cases
 
+# What the laws are told of this mixer: tests/mixers/stated.py.
+ROLES = {"matrix": "q k v out g z", "bias": "gate_bias"}
+
+
+def keys_seen(config, t):
+    """The complete chunks before, and its own."""
+    return t // config.chunk + 1
+
+
 T = cases.LENGTH
 
 

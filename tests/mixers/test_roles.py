@@ -18,52 +18,7 @@ from attnlab.mixers.titans_memory import Memory, unit
 from attnlab.models.lm import LanguageModelConfig
 from attnlab.models.transformer import mixer_table
 from attnlab.train.state import Model
-from tests.mixers import cases
-
-# Mixer -> role -> parameters, over all its configs; `.kernel` of matrices and `.scale` of norms left out, and the
-# `.bias` of projections and norms (test_heads.py has those of projections).
-_QKVO = "q k v out"
-ROLES = {
-    "agent": {
-        "matrix": _QKVO, "taps": "conv_kernel", "bias": "conv_bias", "tokens": "agents",
-        "positions": " ".join(f"bias_{at}.{of}" for at in ("in", "out") for of in "table row column leading".split()),
-    },
-    "based": {"matrix": _QKVO},
-    "flow": {"matrix": _QKVO},
-    "gated": {"matrix": f"{_QKVO} gate.linear", "bias": "gate.theta sinks", "scale": "q_norm k_norm"},
-    "gated_deltanet": {
-        "matrix": f"{_QKVO} beta gate log_decay.linear", "taps": "filters", "scale": "norm",
-        "decay_rate": "log_decay.a_log log_decay.dt_bias",
-    },
-    "kda": {
-        "matrix": f"{_QKVO} beta gate.down gate.up log_decay.linear.down log_decay.linear.up", "taps": "filters",
-        "scale": "norm", "decay_rate": "log_decay.a_log log_decay.dt_bias",
-    },
-    "lightning": {"matrix": f"{_QKVO} gate_down gate_up", "scale": "scale", "bias": "bias"},
-    "local_linear": {"matrix": f"{_QKVO} ridge", "bias": "ridge_bias", "scale": "q_norm k_norm"},
-    "moh": {
-        "matrix": "core.q core.k core.v core.out core.gate.linear router.both router.routed router.shared",
-        "bias": "core.sinks",
-    },
-    "parallax": {"matrix": f"{_QKVO} r", "scale": "q_norm k_norm r_norm"},
-    "rat": {"matrix": f"{_QKVO} g z", "bias": "gate_bias"},
-    "softmax": {"matrix": _QKVO, "bias": "sinks", "scale": "q_norm k_norm temperature"},
-    "tensor": {"matrix": "q k1 k2 v1 v2 out", "scale": "q_norm k1_norm k2_norm"},
-    "titans": {
-        "matrix": "attention.q attention.k attention.v between gate memory.gates memory.qkv mixed.attention.q "
-        "mixed.attention.k mixed.attention.v mixed.memory.gates mixed.memory.qkv mixed.query mixed.retrieved out",
-        "taps": "memory.kernel mixed.memory.kernel",
-        "bias": "memory.gate_bias mixed.memory.gate_bias",
-        "scale": "attention_norm memory_norm",
-        "tokens": "attention.persistent mixed.attention.persistent",
-        "memory": "memory.layer_0 memory.layer_1 memory.norm_gain mixed.memory.layer_0",
-    },
-}  # fmt: skip
-
-# Kernels of several matrices; the rest are one.
-FUSED = {
-    "titans": {"memory.qkv", "memory.gates", "mixed.memory.qkv", "mixed.memory.gates", "mixed.retrieved"},
-}
+from tests.mixers import cases, stated
 
 
 def by_name(params):
@@ -76,8 +31,7 @@ def by_name(params):
 
 @pytest.mark.parametrize("name", mixers.names())
 def test_roles_of_every_parameter(name):
-    """In all configs together a mixer has the parameters of its table, each of one role, and fuses those named."""
-    assert name in ROLES, f"state the roles of {name}'s parameters in this file's table"
+    """In all its configs together a mixer has the parameters that its tests state, each of one role."""
     found, fused = {}, set()
     for config, _ in cases.configs(name).values():
         module = nnx.eval_shape(lambda c=config: mixers.build(c, width=cases.WIDTH, rngs=nnx.Rngs(0)))
@@ -87,11 +41,11 @@ def test_roles_of_every_parameter(name):
                 continue
             found.setdefault(usage.role.value, set()).add(parameter)
             fused |= {parameter} if usage.fused else set()
-    expected = {role: set(names.split()) for role, names in ROLES[name].items()}
+    expected = {role: set(names.split()) for role, names in stated.of(name, "ROLES").items()}
     if any(getattr(config, "input_conv", 1) > 1 for config, _ in cases.configs(name).values()):
         expected.setdefault("taps", set()).add("input_taps")
     assert found == expected
-    assert fused == FUSED.get(name, set())
+    assert fused == set(stated.of(name, "FUSED", ()))
 
 
 @pytest.mark.parametrize("name", mixers.names())

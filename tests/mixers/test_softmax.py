@@ -14,6 +14,9 @@ from tests import tiers
 from tests.masks.test_power_blocks import sees
 from tests.mixers import cases
 
+# What the laws are told of this mixer: tests/mixers/stated.py.
+ROLES = {"matrix": "q k v out", "bias": "sinks", "scale": "q_norm k_norm temperature"}
+
 
 @pytest.fixture(autouse=True)
 def x64():

@@ -12,6 +12,19 @@ from attnlab import mixers
 from attnlab.errors import ConfigError, UserError
 from tests.mixers import cases
 
+# What the laws are told of this mixer: tests/mixers/stated.py.
+ROLES = {"matrix": "q k1 k2 v1 v2 out", "scale": "q_norm k1_norm k2_norm"}
+BIASED = [({}, "k1 k2 q v1 v2", "out")]
+
+
+def keys_seen(config, t):
+    """Pairs of keys."""
+    return (cases.LENGTH if not config.causal else min(t + 1, config.window or cases.LENGTH)) ** 2
+
+
+def keys_computed(config):
+    return cases.LENGTH**2
+
 
 @pytest.fixture(autouse=True)
 def x64():

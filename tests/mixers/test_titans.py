@@ -16,6 +16,27 @@ from attnlab.ops.documents import document_index
 from attnlab.ops.two_stage import two_stage
 from tests.mixers import cases
 
+# What the laws are told of this mixer: tests/mixers/stated.py.
+ROLES = {
+    "matrix": "attention.q attention.k attention.v between gate memory.gates memory.qkv mixed.attention.q "
+    "mixed.attention.k mixed.attention.v mixed.memory.gates mixed.memory.qkv mixed.query mixed.retrieved out",
+    "taps": "memory.kernel mixed.memory.kernel",
+    "bias": "memory.gate_bias mixed.memory.gate_bias",
+    "scale": "attention_norm memory_norm",
+    "tokens": "attention.persistent mixed.attention.persistent",
+    "memory": "memory.layer_0 memory.layer_1 memory.norm_gain mixed.memory.layer_0",
+}
+FUSED = ["memory.gates", "memory.qkv", "mixed.memory.gates", "mixed.memory.qkv", "mixed.retrieved"]
+BIASED = [
+    ({}, "attention.k attention.q attention.v memory.qkv", "out"),
+    ({"variant": "mal"}, "attention.k attention.q attention.v memory.qkv", "between out"),
+    (
+        {"variant": "mac"},
+        "mixed.attention.k mixed.attention.q mixed.attention.v mixed.memory.qkv mixed.query mixed.retrieved",
+        "out",
+    ),
+]
+
 MAC = {"variant": "mac", "depth": 1, "window": 4, "chunk": 2, "persistent": 2}
 
 

@@ -1,0 +1,30 @@
+"""What a mixer's own tests, `tests/mixers/test_NAME.py`, state of it for the laws that every mixer is held to.
+
+ROLES     role -> names of the parameters of all its configs; `.kernel` of matrices, `.scale` of norms left out, and
+          the `.bias` of projections and norms. Required.
+FUSED     names of kernels that hold several matrices; default: none.
+BIASED    (fields, projections of queries, keys and values, of the output): which the knob `bias` gives one, in a
+          config of these fields; default: [({}, "q k v", "out")].
+keys_seen(config, t)      keys that a query at position t of one document of `cases.LENGTH` sees, where they are not
+          those of a window or a mask.
+keys_computed(config)     of all rows, what a program computes that masks instead of skipping; default: LENGTH.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+def of(name: str, what: str, default: Any = None) -> Any:
+    """The attribute `what` of the tests of mixer `name`; `default` where they do not state it.
+
+    Raises:
+      AssertionError: the mixer has no tests of its own, or states no ROLES.
+    """
+    try:
+        tests = importlib.import_module(f"tests.mixers.test_{name}")
+    except ModuleNotFoundError as error:
+        raise AssertionError(f"mixer {name!r} has no tests/mixers/test_{name}.py: its identities go there") from error
+    assert hasattr(tests, "ROLES"), f"state the roles of {name}'s parameters, ROLES, in tests/mixers/test_{name}.py"
+    return getattr(tests, what, default)
