@@ -13,12 +13,11 @@ from attnlab.ops.attention_frame import AttentionSpec
 from attnlab.ops.mask_tiles import EMPTY, tile_kinds, tile_words
 from attnlab.ops.masks import NEVER, Mask, by_head, numpy_if
 
-# Rows and keys of a tile, the finest first: the finest whose lists scalar memory holds, or of a mask that is known
-# the one with the least work.
+# Rows and keys of a tile, the finest first. Of a mask that is known the one with the least work is taken; else the
+# first whose lists scalar memory holds, from 512 on where no runs of keys are said to be shorter.
 TILES = (256, 256), (512, 512), (1024, 512)
-FINEST = 128, 128  # of a mask that is known alone: its products are narrow
 _LIST_BYTES = 640 * 2**10  # of the 1 MiB of scalar memory
-_START = 48  # rows or keys that a tile's start costs as much as
+_START = 80 * 2**10  # scores that a tile costs as much as besides its own: docs/kernels.md, tiles of 256 and 512
 _WORD = 32  # groups of a tile that a row's word has bits for
 
 
@@ -38,17 +37,16 @@ def _list_bytes(queries: int, keys: int, tile: tuple[int, int], lists: int, most
 
 def tile_of(mask: Mask, queries: int, keys: int) -> tuple[tuple[int, int], Any]:
     """Rows and keys of the tiles, and the tiles' kinds."""
-    known = mask.known()
-    best = None
-    for tile in ((FINEST,) if known else ()) + TILES:
+    known, best = mask.known(), None
+    short = any(term.groups is not None and (term.groups.size or 512) < 512 for term in mask.terms())
+    for tile in TILES if known or short else TILES[1:]:
         kinds = tile_kinds(mask, queries, keys, *tile)
         most = int((kinds != EMPTY).sum(-1).max(initial=1)) if known else None
         if _list_bytes(queries, keys, tile, kinds.shape[0] * kinds.shape[1], most) > _LIST_BYTES:
             continue
         if not known:
             return tile, kinds
-        work = float((kinds != EMPTY).sum()) * (tile[0] + _START) * (tile[1] + _START)
-        work *= 4 / 3 if tile == FINEST else 1
+        work = float((kinds != EMPTY).sum()) * (tile[0] * tile[1] + _START)
         if best is None or work < best[0]:
             best = work, tile, kinds
     assert best is not None, "`unsupported` lets through what some tiles serve"

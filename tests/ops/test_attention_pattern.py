@@ -15,7 +15,7 @@ from attnlab.ops import Mask, attention_pattern, dispatch
 from attnlab.ops.attention import attention_with_lse
 from attnlab.ops.attention_gated import gated_attention
 from attnlab.ops.mask_algebra import either, packed_bits
-from attnlab.ops.mask_tiles import EMPTY, FULL, PARTIAL
+from attnlab.ops.mask_tiles import EMPTY, PARTIAL
 from attnlab.ops.masks import Axis, Groups
 from kernels_pallas import tuning
 from tests import tiers
@@ -156,18 +156,24 @@ def test_more_groups_than_a_word_has_bits():
 def test_tiles_are_chosen_by_work_where_the_mask_is_known():
     """Fine ones for blocks that are far apart, wide ones where most is seen; lists always fit scalar memory."""
     n = 4096
-    group = (np.arange(n, dtype=np.int32) // 128)[None]
-    own = Mask(groups=Groups(group, packed_bits(np.eye(32, dtype=bool))[None, None], 128, 128))
-    (tile, kinds), (wide_tile, _) = (attention_pattern.tile_of(m, n, n) for m in (own, Mask(causal=True)))
-    assert tile == (128, 128) and (kinds == FULL).sum() == 32 and (kinds == EMPTY).sum() == 32 * 31
-    assert wide_tile[0] * wide_tile[1] >= 512 * 512
-    dynamic = jax.tree.map(jnp.asarray, own)
-    assert attention_pattern.tile_of(dynamic, n, n)[0] == (256, 256)
-    many = dataclasses.replace(
-        dynamic, groups=dataclasses.replace(dynamic.groups, bits=jnp.zeros((64, 16, 32, 1), jnp.uint32))
-    )
-    assert attention_pattern.tile_of(many, n, n)[0] == (512, 512)
-    assert PARTIAL not in kinds
+
+    def of(size, batch=1, heads=1):
+        group = (np.arange(n, dtype=np.int32) // size)[None]
+        bits = np.broadcast_to(
+            packed_bits(np.eye(n // size, dtype=bool)), (batch, heads, n // size, n // size // 32 or 1)
+        )
+        return Mask(groups=Groups(group, bits, size, size))
+
+    tile, kinds = attention_pattern.tile_of(of(128), n, n)
+    assert tile == (256, 256) and (kinds == PARTIAL).sum() == 16 and (kinds == EMPTY).sum() == 16 * 15
+    assert attention_pattern.tile_of(Mask(causal=True), n, n)[0] == (1024, 512)
+    unknown = lambda mask: attention_pattern.tile_of(jax.tree.map(jnp.asarray, mask), n, n)[0]
+    assert unknown(of(128)) == (256, 256) and unknown(of(512)) == (512, 512) == unknown(wide_axis(n))
+    assert unknown(of(128, 64, 16)) == (512, 512) and unknown(of(128, 64, 64)) == (1024, 512)
+
+
+def wide_axis(n):
+    return Mask(axes=(Axis(np.arange(n, dtype=np.int32)[None], np.zeros((1, n), np.int32)),))
 
 
 def test_refusals():
