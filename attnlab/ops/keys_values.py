@@ -211,7 +211,8 @@ def empty_cache(
 
 def cache_rows(y_BTKd: jax.Array, dtype: Any) -> jax.Array:
     """Keys or values as the rows [B * K, T, d] of a cache."""
-    return y_BTKd.swapaxes(1, 2).reshape(-1, y_BTKd.shape[1], y_BTKd.shape[3]).astype(dtype)
+    B, T, K, d = y_BTKd.shape  # values may be 0 wide, where keys are all that is kept
+    return y_BTKd.swapaxes(1, 2).reshape(B * K, T, d).astype(dtype)
 
 
 def _mask(first: jax.Array | int, offset_BT: jax.Array, padding_BT: jax.Array | None, window: int | None) -> Mask:
