@@ -177,6 +177,15 @@ class KVCache:
         view = Cached(cache.k.astype(k_BTKd.dtype), cache.v.astype(v_BTKe.dtype), cache.length <= slots)
         return cache, view, mask
 
+    def append_beside(self, old_BSc: jax.Array, new_BTc: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What a layer keeps of each key in an array of its own, as `append` of this cache orders the keys.
+
+        Returns:
+          what is kept after the next T positions, and what is read along with the keys of `append`.
+        """
+        kept = jax.lax.dynamic_update_slice_in_dim(old_BSc, new_BTc.astype(old_BSc.dtype), self.length, axis=1)
+        return kept, kept
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +207,11 @@ class RollingCache:
         mask = _mask(slots, offset_BT, padding_BT, window)
         view = Cached(k.astype(k_BTKd.dtype), v.astype(v_BTKe.dtype))
         return RollingCache(k[:, new:], v[:, new:]), view, mask
+
+    def append_beside(self, old_BSc: jax.Array, new_BTc: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """As `KVCache.append_beside`."""
+        read = jnp.concatenate([old_BSc, new_BTc.astype(old_BSc.dtype)], axis=1)
+        return read[:, new_BTc.shape[1] :], read
 
 
 def empty_cache(
