@@ -55,12 +55,15 @@ class Groups:
     rows: consecutive rows that share their bits. Static.
     size: groups are runs of consecutive keys, each of at most `size`, numbered upwards without gaps, keys of group -1
         between them aside; None: in any order. Static.
+    chosen: rows chose their groups by activations: what a row gives is then, to the last bit, none of what later rows
+        choose. Static.
     """
 
     group: Array
     bits: Array
     rows: int = dataclasses.field(default=1, metadata={"static": True})
     size: int | None = dataclasses.field(default=None, metadata={"static": True})
+    chosen: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
