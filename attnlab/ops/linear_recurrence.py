@@ -161,21 +161,21 @@ def chunked(
     if channels and T == 1:
         return _stepwise(q, k, u, log_decay, documents, state)
     C = min(chunk, T)
-    q, k, u = (_in_chunks(x, C) for x in (q, k, u))
+    q, k, u = (in_chunks(x, C) for x in (q, k, u))
     if log_decay is not None and log_decay.ndim > 1:
-        log_decay = _in_chunks(log_decay, C)
+        log_decay = in_chunks(log_decay, C)
     if documents is not None:
-        documents = _in_chunks(documents[..., None], C, mode="edge")
+        documents = in_chunks(documents[..., None], C, mode="edge")
     if channels:
         scores, weights = _by_channel(q, k, log_decay, chunk_weights(None, documents, T, C, q.dtype))
     else:
         weights = chunk_weights(log_decay, documents, T, C, q.dtype)
         scores = jnp.einsum("bhncd,bhnsd->bhncs", q, k) * weights.pairs
-    written = jnp.einsum("bhnsd,bhnse->bhnde", _scaled(k, weights.write), u)
-    before, state = _states(written, weights.carry, state)
+    written = jnp.einsum("bhnsd,bhnse->bhnde", scaled(k, weights.write), u)
+    before, state = chunk_states(written, weights.carry, state)
     o = jnp.einsum("bhncs,bhnse->bhnce", scores, u)
     if before is not None:
-        o += jnp.einsum("bhncd,bhnde->bhnce", _scaled(q, weights.read), before)
+        o += jnp.einsum("bhncd,bhnde->bhnce", scaled(q, weights.read), before)
     B, H, N, _, e = o.shape
     return jnp.moveaxis(o, 1, 3).reshape(B, N * C, H, e)[:, :T], state
 
@@ -352,23 +352,26 @@ def chunk_weights(
 
 def _sums(log_decay: jax.Array, seen_CC: jax.Array) -> jax.Array:
     """Of log decays [..., C] up to each position. They begin anew with a document, whose bits no other then changes."""
-    return jnp.cumsum(log_decay, axis=-1) if seen_CC.ndim == 2 else (seen_CC * log_decay[..., None, :]).sum(-1)
+    return (
+        jnp.cumsum(log_decay, axis=-1) if seen_CC.ndim == 2 else jnp.where(seen_CC, log_decay[..., None, :], 0).sum(-1)
+    )
 
 
-def _in_chunks(x_BTHw: jax.Array, chunk: int, mode: str = "constant") -> jax.Array:
+def in_chunks(x_BTHw: jax.Array, chunk: int, mode: str = "constant") -> jax.Array:
     """[B, H, N, C, w], zeros or the last position behind the end; [B, H, N, C] from [B, T, H]."""
     T = x_BTHw.shape[1]
     x = jnp.pad(x_BTHw, [(0, 0), (0, -T % chunk)] + [(0, 0)] * (x_BTHw.ndim - 2), mode=mode) if T % chunk else x_BTHw
     return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 3, 1)
 
 
-def _scaled(x: jax.Array, weight: jax.Array | None) -> jax.Array:
+def scaled(x: jax.Array, weight: jax.Array | None) -> jax.Array:
+    """x [..., C, d] by a weight of each position, or of each channel; None: as it is."""
     if weight is None:
         return x
     return x * (weight if weight.ndim == x.ndim else weight[..., None])
 
 
-def _states(
+def chunk_states(
     written_BHNde: jax.Array, carry_BHN: jax.Array | None, state_BHde: jax.Array | None
 ) -> tuple[jax.Array | None, jax.Array]:
     """The states before each chunk [B, H, N, d, e], None where all are zero, and the one after the last."""
