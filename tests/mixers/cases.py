@@ -15,6 +15,7 @@ from attnlab import mixers
 from attnlab.errors import ConfigError
 from attnlab.mixers.attention import AttentionConfig
 from attnlab.mixers.cross import CrossConfig
+from attnlab.mixers.grouped import GroupedConfig
 from attnlab.mixers.heads import HeadConfig, RotaryConfig
 from tests import tiers
 
@@ -36,7 +37,7 @@ def configs(name: str) -> dict[str, tuple[Any, bool]]:
     attention layers with softmax.
     """
     cls = mixers.get(name)
-    own = {HeadConfig, RotaryConfig} | ({AttentionConfig, CrossConfig} if name == "softmax" else set())
+    own = {HeadConfig, RotaryConfig} | ({GroupedConfig, AttentionConfig, CrossConfig} if name == "softmax" else set())
     found, knobs = {"default": (cls.Config(), True)}, []
     for field in dataclasses.fields(cls.Config):
         inherited = set(cls.Config.__mro__[1:]) - own
