@@ -25,7 +25,7 @@ class MoBAConfig(GroupedConfig):
     """Knobs of MoBA."""
 
     block: int = knob(64, "positions of a block, counted from where the document begins", other=(3,), least=1)
-    top_k: int = knob(3, "blocks that a query attends to, its own counted", other=(1,), least=1)
+    top_k: int = knob(3, "blocks that a query attends to, its own counted", other=(2, 1), least=1)
     impl: str = knob(
         "auto", "auto (tiles), tiles (those that no row chose are skipped), definition (all pairs)",
         other=("definition",), choices=("auto", *_IMPLS),

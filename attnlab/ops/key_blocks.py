@@ -113,12 +113,9 @@ def mean_of_blocks(x_BMnKd: jax.Array) -> jax.Array:
 
 
 def top(scores: jax.Array, valid: jax.Array, count: int) -> jax.Array:
-    """Which are among the `count` highest of the valid ones of [..., N], bool; of equal ones the first."""
-    count = min(count, scores.shape[-1])
-    if count <= 0:
-        return jnp.zeros(scores.shape, bool)
+    """Which are among the `count` >= 1 highest of the valid ones of [..., N], bool; of equal ones the first."""
     scores = jnp.where(valid, scores, -jnp.inf)
-    least = jax.lax.top_k(scores, count)[0][..., -1:]
+    least = jax.lax.top_k(scores, min(count, scores.shape[-1]))[0][..., -1:]
     above, equal = scores > least, scores == least
     room = count - above.sum(-1, keepdims=True, dtype=jnp.int32)
     return valid & (above | (equal & (jnp.cumsum(equal, axis=-1, dtype=jnp.int32) <= room)))
