@@ -29,6 +29,7 @@ from attnlab.ops.neural_memory import NEURAL_MEMORY, neural_memory
 from attnlab.ops.parallax import PARALLAX, parallax
 from attnlab.ops.segmented_ema import SEGMENTED_EMA, segmented_ema
 from attnlab.ops.tensor_attention import TENSOR_ATTENTION, tensor_attention
+from attnlab.ops.value_decay import VALUE_DECAY, value_decay
 
 SHORT, LONG = (2, 11, 2, 4), (1, 256, 2, 64)  # B, T, H, d; the long one is for kernels
 
@@ -173,6 +174,15 @@ CASES: dict[str, tuple[Op, dict[str, Callable[[str], tuple[Callable, list[jax.Ar
         },
     ),
     "tensor_attention": (TENSOR_ATTENTION, {"short": _tensor}),
+    "value_decay": (
+        VALUE_DECAY,
+        {
+            "short": lambda impl: (
+                lambda q, k, u, g: value_decay(q, k, u, -jnp.abs(g), chunk=4, impl=impl),
+                arrays(4, SHORT),
+            )
+        },
+    ),
 }
 
 
