@@ -124,8 +124,9 @@ def test_kernels(name):
         assert impl in {choice.implementation for choice in chosen.choices}
         expected = result if expected is None else expected
         # In float32 titans' closed form of a chunk rounds its gates' gradients so, XLA's "chunked" too; systems of
-        # local linear attention are solved to 1e-5 of their right sides, and again for gradients.
-        assert_close(result, expected, 1e-4 if name in ("titans", "local_linear") else 2e-5)
+        # local linear attention are solved to 1e-5 of their right sides, and again for gradients; that of diff's lambda
+        # is one sum over all numbers of the layer.
+        assert_close(result, expected, 1e-4 if name in ("titans", "local_linear", "diff") else 2e-5)
 
 
 @some_configs
