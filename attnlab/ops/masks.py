@@ -128,6 +128,19 @@ class Mask:
             raise UserError(f"mask: arrays of {sorted(found)} heads; allowed: 1 and one other number")
         return max(found)
 
+    def sequences(self) -> int:
+        """How many sequences' masks it holds: 1 (all see alike), or the batch."""
+        return max((x.shape[0] for x in jax.tree.leaves(self)), default=1)
+
+    def grouping(self) -> str:
+        """How its keys are grouped: "", not at all; few, 32 groups at most; runs of keys (`Groups.size`); or many."""
+        found = ""
+        for term in self.terms():
+            if term.groups is not None and found != "many":
+                few = term.groups.bits.shape[-1] == 1
+                found = "many" if not few and term.groups.size is None else "runs" if not few else found or "few"
+        return found
+
     def known(self) -> bool:
         """Whether all of it is known while tracing."""
         return all(isinstance(x, np.ndarray) for x in jax.tree.leaves(self))
