@@ -112,6 +112,22 @@ def test_scores_count_by_their_differences(shift):
     np.testing.assert_allclose(slopes.sum(1), 0, atol=1e-9)  # by the same reason
 
 
+def test_documents_have_maxima_of_their_own():
+    """Documents whose scores are a hundred million apart are what they are alone, to the last digits, streamed too."""
+    rng = np.random.default_rng(0)
+    r, v = rng.standard_normal((1, T, H)), rng.standard_normal((1, T, H, E))
+    r[:, 4:8] += 1e8
+    documents = jnp.asarray([[1] * 4 + [2] * 4 + [3] * 3])
+    o, _ = op(r, v, documents_BT=documents, chunk=4)
+    first, state = op(r[:, :6], v[:, :6], documents_BT=documents[:, :6], chunk=4)
+    second, _ = op(r[:, 6:], v[:, 6:], documents_BT=documents[:, 6:] - 2, state=state, chunk=4)
+    for begin, end in ((0, 4), (4, 8), (8, 11)):
+        w = np.exp(r[0, begin:end] - r[0, begin:end].max(0))[..., None]
+        want = np.cumsum(w * v[0, begin:end], axis=0) / np.cumsum(w, axis=0)
+        np.testing.assert_allclose(o[0, begin:end], want, atol=1e-13)
+        np.testing.assert_allclose(np.concatenate([first, second], axis=1)[0, begin:end], want, atol=1e-13)
+
+
 def test_none_mixes_nothing():
     """Another input at other positions changes nothing at one; a stream has no state but that of the base class."""
     module = cases.module(AblatedConfig(weights="none"), jnp.float64)
