@@ -113,9 +113,9 @@ def definition(
     if log_decay is not None and log_decay.ndim == 4:
         return _stepwise(q, k, u, log_decay, documents, state)
     logs = jnp.zeros((H,), q.dtype) if log_decay is None else log_decay
-    total = jnp.moveaxis(jnp.cumsum(jnp.broadcast_to(logs, (B, T, H)), axis=1), 2, 1)
     documents = jnp.zeros((1, T), jnp.int32) if documents is None else documents
     seen = jnp.tril(jnp.ones((T, T), bool)) & (documents[:, None, :, None] == documents[:, None, None, :])
+    total = _sums(jnp.moveaxis(jnp.broadcast_to(logs, (B, T, H)), 2, 1), seen)
     weights = jnp.where(seen, jnp.exp(jnp.where(seen, total[..., None] - total[..., None, :], 0)), 0)
     scores = jnp.einsum("bthd,bshd->bhts", q, k, precision="highest") * weights
     o = jnp.einsum("bhts,bshe->bthe", scores, u, precision="highest")
@@ -334,9 +334,11 @@ def chunk_weights(
         pairs = jnp.where(seen, power(row[:, None] - row)[:, :, None], 0)
         read, write, carry = power(row[None] + 1), power(left - 1 - row), power(left[:, 0])
     elif log_decay is not None:
-        total = _sums_so_far(log_decay, documents_B1NC)
+        if documents_B1NC is not None:
+            seen &= documents_B1NC[..., None] == documents_B1NC[..., None, :]
+        total = _sums(log_decay, seen)
         pairs = jnp.where(seen, jnp.exp(jnp.where(seen, total[..., None] - total[..., None, :], 0)), 0)
-        read, write, carry = jnp.exp(total), jnp.exp(total[..., -1:] - total), jnp.exp(total[..., -1])
+        read, write, carry = jnp.exp(total), pairs[..., -1, :], jnp.exp(total[..., -1])
     if documents_B1NC is not None:
         last = documents_B1NC[..., -1]
         before = jnp.pad(last[..., :-1], ((0, 0), (0, 0), (1, 0)))
@@ -348,12 +350,11 @@ def chunk_weights(
     return Weights(pairs, read, write, carry)
 
 
-def _sums_so_far(log_decay_BHNC: jax.Array, documents_B1NC: jax.Array | None) -> jax.Array:
-    """Of each position's document in its chunk, the position included; of other documents not even a rounding."""
-    if documents_B1NC is None:
-        return jnp.cumsum(log_decay_BHNC, axis=-1)
-    seen = jnp.tril(documents_B1NC[..., None] == documents_B1NC[..., None, :])
-    return jnp.sum(jnp.where(seen, log_decay_BHNC[..., None, :], 0), axis=-1)
+def _sums(log_decay: jax.Array, seen_CC: jax.Array) -> jax.Array:
+    """Of log decays [..., C] up to each position. They begin anew with a document, whose bits no other then changes."""
+    return (
+        jnp.cumsum(log_decay, axis=-1) if seen_CC.ndim == 2 else jnp.where(seen_CC, log_decay[..., None, :], 0).sum(-1)
+    )
 
 
 def in_chunks(x_BTHw: jax.Array, chunk: int, mode: str = "constant") -> jax.Array:
