@@ -29,10 +29,22 @@ def apart(*names):
 
 
 own_chunks = apart(
-    "gated", "parallax", "moba", "nsa"
+    "gated", "parallax", "moba", "nsa", "dma", "core_context"
 )  # whose blocks and caches are softmax attention's, or tried by their own tests
 ordered = apart(
-    "gated", "parallax", "moba", "nsa", "moh", "agent", "kda", "lightning", "rat", "flow", "local_linear"
+    "gated",
+    "parallax",
+    "moba",
+    "nsa",
+    "dma",
+    "core_context",
+    "moh",
+    "agent",
+    "kda",
+    "lightning",
+    "rat",
+    "flow",
+    "local_linear",
 )  # whose ops are others', too
 
 # The suite compiles without optimisations (tests/conftest.py): what users run fuses more, and sums in other orders.
