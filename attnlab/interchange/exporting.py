@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import pathlib
 import shutil
@@ -28,6 +29,8 @@ from attnlab.train import files, metadata
 from attnlab.train.checkpoints import Checkpoints
 from attnlab.train.config import RunConfig
 from attnlab.train.program import Program
+
+log = logging.getLogger(__name__)
 
 # How it is computed, not what: a folder says nothing of it.
 _HOW = {"dtype", "remat", "unroll", "dropout", "impl", "decode_impl", "gather_impl", "chunk"}
@@ -94,7 +97,9 @@ def run(
         shutil.rmtree(new, ignore_errors=True)
         raise
     notes = [f"the code that reads it is that of {family.own_code}"] if family.own_code else []
-    if not untouched:
+    if getattr(config.data, "tokenizer", None) is None:
+        notes.append(f"data.name = {config.data.node_name!r} has no tokenizer, so there is none in the folder")
+    elif not untouched:
         notes.append("texts begin with the token that ends them, as in training: its tokenizer puts it in front")
     return Exported(to, family, step, dtype, len(made), sum(t.bytes for t in made), notes)
 
@@ -114,17 +119,13 @@ def _restored(path: pathlib.Path, which: str, overrides: list[str]) -> tuple[int
         config = config_lib.build(RunConfig, tree)
         return config, checkpoints.restore_params(step, Program.of(config, batches=False).params)[0]
 
-    found = checkpoints.first_whole(order, read, say_nothing, may_move=lambda: contextlib.nullcontext(False))
+    found = checkpoints.first_whole(order, read, log.warning, may_move=lambda: contextlib.nullcontext(False))
     if found is None:
         raise UserError(f"workdir {path} has no checkpoint yet")
     step, (config, params) = found
     if config.model.node_name != "lm":
         raise UserError(f"workdir {path} holds a model of kind {config.model.node_name!r}; allowed: a language model")
     return step, config, params
-
-
-def say_nothing(text: str) -> None:
-    """Damage is told by what restores to go on."""
 
 
 def _imported(path: pathlib.Path) -> dict[str, Any] | None:
@@ -215,12 +216,12 @@ def _made(name: str, pieces: list[Any], leaves: Mapping[str, jax.Array], dtype: 
 
 def _write_rest(folder: pathlib.Path, tree: dict[str, Any], config: RunConfig, dtype: str, source: Any) -> None:
     """config.json, generation_config.json and the tokenizer; of an import that was not trained, as these came."""
-    if source is None:
-        spec = config.data.tokenizer
+    spec, ids = getattr(config.data, "tokenizer", None), {}
+    if source is None and spec is not None:
         tokenizer = load_tokenizer(spec)
         ids = tokens.special_ids(tokenizer)
         tokens.write(spec, tokenizer, folder, config.data.length)
-    else:
+    elif source is not None:
         place, old = source
         tokens.copy(place, folder)
         ids = {key: old[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in old}

@@ -56,9 +56,9 @@ class Piece:
         if self.form == "same":
             out = array[(self._rows(index[0]), *index[1:])]
         elif self.form == "transposed":
-            out = array[self._rows(index[1])][:, index[0]].T
+            out = array[self._rows(index[1]), index[0]].T
         else:
-            out = array[self._rows(index[1]), 0][:, index[0]].T
+            out = array[self._rows(index[1]), 0, index[0]].T
         out = np.asarray(out, np.promote_types(dtype, np.float32))
         if self.shift:
             out = out + np.asarray(self.shift, out.dtype)

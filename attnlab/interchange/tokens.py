@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import logging
 import pathlib
 import shutil
 from collections.abc import Mapping
 from typing import Any
 
+from attnlab import paths, storage
 from attnlab.data.tokenizers import BytesTokenizer, HuggingFaceTokenizer, Tokenizer
 from attnlab.errors import UserError
 from attnlab.train import files
-
-_log = logging.getLogger(__name__)
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 
@@ -78,7 +76,7 @@ def write(spec: str, tokenizer: Tokenizer, folder: pathlib.Path, length: int) ->
     if isinstance(tokenizer, BytesTokenizer):
         tree, eod = _bytes_tree(), "<|endoftext|>"
     else:
-        path = pathlib.Path(spec.partition("?eod=")[0])
+        path = pathlib.Path(paths.expand(storage.local_copy(spec.partition("?eod=")[0])))
         tree = files.read_json(path / "tokenizer.json" if path.is_dir() else path)
         eod = tokenizer.eod
     single = [{"SpecialToken": {"id": eod, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -118,8 +119,11 @@ def scaling_from_node(tree: Any, path: str) -> Scaling | None:
     Raises:
       ConfigError: an unknown name, key, or value.
     """
-    tree = tree.text if isinstance(tree, config_lib.Override) else tree
-    if isinstance(tree, Scaling) or tree is None or (isinstance(tree, str) and tree.lower() in ("none", "null")):
-        return tree if isinstance(tree, Scaling) else None
+    if isinstance(tree, Scaling):
+        return tree
+    named = tree.get("name", "") if isinstance(tree, Mapping) else tree  # an override of a node by none sets its name
+    named = named.text if isinstance(named, config_lib.Override) else named
+    if named is None or (isinstance(named, str) and named.lower() in ("none", "null")):
+        return None
     name, fields = config_lib.split_name(tree, path, SCALINGS)
     return config_lib.build(SCALINGS[name], fields, path)

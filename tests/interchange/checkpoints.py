@@ -189,7 +189,7 @@ def write(folder: pathlib.Path, name: str, *, dtype: str = "float32", files: int
     """A folder of a case, its tensors in so many files; `changes` are keys of its config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     arrays = tensors(name, dtype)
-    (folder / "config.json").write_text(json.dumps({**config(name), "torch_dtype": dtype, **changes}))
+    write_config(folder, name, torch_dtype=dtype, **changes)
     if files == 1:
         write_file(folder / "model.safetensors", arrays)
         return folder
@@ -202,3 +202,8 @@ def write(folder: pathlib.Path, name: str, *, dtype: str = "float32", files: int
     index = {"metadata": {"total_size": sum(a.nbytes for a in arrays.values())}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
+
+
+def write_config(folder: pathlib.Path, name: str, **changes: Any) -> None:
+    """The config.json of a case, with other keys."""
+    (folder / "config.json").write_text(json.dumps({**config(name), **changes}))
