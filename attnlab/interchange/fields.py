@@ -15,6 +15,7 @@ IGNORED = frozenset(
     "use_cache bos_token_id eos_token_id pad_token_id attention_dropout hidden_dropout_prob return_dict "
     "output_hidden_states output_attentions _attn_implementation_autoset _attn_implementation attn_implementation "
     "is_encoder_decoder problem_type id2label label2id task_specific_params pretraining_tp cache_implementation "
+    "is_llama_config transformers.js_config mamba_ssm_dtype mtp_num_hidden_layers mtp_use_dedicated_embeddings "
     "unsloth_fixed chunk_size_feed_forward max_position_embeddings "
     # read where kinds of layers are made out
     "layer_types max_window_layers".split()

@@ -116,7 +116,7 @@ def plan(source: pathlib.Path, to: pathlib.Path | None, as_: str | None = None, 
         table = conversions.converted(as_, table, own, leaves)
     table.require_whole(leaves)
     names, skipped = _named(table, folder, own.tied, str(source))
-    notes = _notes(tree, folder, names, skipped, own, config)
+    notes = _notes(tree, skipped)
     return Plan(source, tree, family, config, own, table, folder, names, skipped, as_, notes)
 
 
@@ -182,7 +182,7 @@ def _named(table: Table, folder: Folder, tied: bool, where: str) -> tuple[dict[s
     return names, skipped
 
 
-def _notes(tree, folder: Folder, names, skipped: list[str], own: Any, config: RunConfig) -> list[str]:
+def _notes(tree: Mapping[str, Any], skipped: list[str]) -> list[str]:
     notes = []
     if skipped:
         notes.append(f"{len(skipped)} tensors are left out: {', '.join(skipped[:3])}{', ...' * (len(skipped) > 3)}")
@@ -191,8 +191,6 @@ def _notes(tree, folder: Folder, names, skipped: list[str], own: Any, config: Ru
         notes.append(
             f"texts began with token {bos} where it was trained; here documents begin with the one that ends them"
         )
-    if config.model.vocab != own.vocab:
-        raise UserError(f"model.vocab = {config.model.vocab}; allowed: {own.vocab}, as the checkpoint has it")
     return notes
 
 

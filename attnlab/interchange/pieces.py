@@ -128,7 +128,7 @@ class Table:
             here = wanted if piece.repeat is None or wanted is None else wanted[1:]
             if here != piece.here:
                 raise UserError(
-                    f"the model's parameter {piece.leaf} is {_shown(here)} in a layer, what the checkpoint's "
+                    f"the model's parameter {piece.leaf} is {_shown(here)}, what the checkpoint's "
                     f"config.json says of {piece.tensor} makes it {_shown(piece.here)}; undo the changes to model.*"
                 )
             given.setdefault(piece.leaf, []).append(piece.repeat)

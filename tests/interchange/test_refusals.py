@@ -75,7 +75,7 @@ def test_folders(tmp_path):
     (folder / "tokenizer.model").write_bytes(b"")
     with pytest.raises(UserError, match="SentencePiece tokenizer.model and no tokenizer.json"):
         importing.plan(folder, None)
-    refused(folder, "model.vocab = 64; allowed: 48", "model.vocab=64")
+    refused(folder, "the model's parameter embedding is [64, 16], what", "model.vocab=64")
     refused(folder, "the checkpoint has nothing for the model's parameter", "model.mixers.S.sinks=true")
     refused(folder, "--as = 'nothing'", as_="nothing")
 

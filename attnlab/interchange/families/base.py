@@ -36,6 +36,7 @@ class Family:
       norm_after: whether what a sublayer adds is normed, too.
       activation: default of the MLP's.
       activation_key: what config.json calls it.
+      defaults: of further keys.
     """
 
     name = model_type = architecture = own_code = ""
@@ -49,6 +50,7 @@ class Family:
     norm_after = False
     activation = "silu"
     activation_key = "hidden_act"
+    defaults: Mapping[str, Any] = {}
 
     def claims(self, tree: Mapping[str, Any]) -> bool:
         """Whether a config.json is of this family."""
@@ -62,7 +64,7 @@ class Family:
         Raises:
           UserError: a key or a value that is not known, by name.
         """
-        fields = Fields(tree, where)
+        fields = Fields({**self.defaults, **tree}, where)
         width, layers = fields.integer("hidden_size"), fields.integer("num_hidden_layers")
         if self.heads_divide and width % fields.integer("num_attention_heads"):
             fields.refuse("num_attention_heads", f"divisors of hidden_size ({width}): the family's code asks for it")

@@ -35,7 +35,9 @@ class Gemma2(Family):
         return layer_kinds(fields, layers, [FULL if i % 2 else SLIDING for i in range(layers)], [FULL, SLIDING])
 
     def window(self, fields: Fields) -> int:
-        return fields.integer("sliding_window", 4096)
+        window = fields.integer("sliding_window", 4096)
+        fields.must("sliding_window_size", window)
+        return window
 
     def bias(self, fields: Fields) -> str:
         return "all" if fields.flag("attention_bias") else "none"

@@ -14,6 +14,8 @@ class Gemma3(Gemma2):
     architecture = "Gemma3ForCausalLM"
     qk_norm = True
     caps = (None, None)
+    # Files of models that see images, too, leave these out where they are so.
+    defaults = {"vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4}
 
     def kinds(self, fields: Fields, layers: int) -> list[str]:
         every = fields.integer("sliding_window_pattern", fields.integer("_sliding_window_pattern", 6))

@@ -14,6 +14,7 @@ class Llama(Family):
     heads_divide = True
 
     def more(self, fields: Fields) -> dict[str, Any]:
+        fields.must("rope_interleaved", False)
         return {"mlp_bias": fields.flag("mlp_bias")}
 
     def bias(self, fields: Fields) -> str:

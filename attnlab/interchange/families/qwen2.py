@@ -13,6 +13,7 @@ class Qwen2(Family):
     architecture = "Qwen2ForCausalLM"
 
     def kinds(self, fields: Fields, layers: int) -> list[str]:
+        fields.must("use_mrope", False)
         return windowed(fields, layers)
 
     def bias(self, fields: Fields) -> str:

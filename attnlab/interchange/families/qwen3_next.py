@@ -32,6 +32,7 @@ class Hybrid(Family):
 
     def bias(self, fields: Fields) -> str:
         fields.must("attention_bias", False)
+        fields.must("attn_output_gate", True)
         return "none"
 
     def rotary(self, fields: Fields, kind: str, head: int) -> dict[str, Any]:
