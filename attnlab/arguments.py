@@ -8,6 +8,7 @@ import functools
 import math
 import pathlib
 import re
+import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -81,6 +82,33 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if overrides and not args.overrides:
         args.parser.error(f"--config.{overrides[0]} is for verbs that read a config")
     return args, overrides
+
+
+def prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts of `generate`: those of the command, a file's, or stdin's.
+
+    Raises:
+      UserError: a file or stdin cannot be read, or is not UTF-8.
+    """
+    where = "--prompt"
+    try:
+        if args.prompt is not None:
+            for prompt in args.prompt:
+                prompt.encode("utf-8")
+            return args.prompt
+        if args.prompt_file is not None:
+            where = f"--prompt-file {args.prompt_file}"
+            return [args.prompt_file.read_bytes().decode("utf-8")]
+        where = "the prompt on stdin"
+        if sys.stdin is None:
+            raise UserError("stdin is closed; give --prompt TEXT or --prompt-file FILE")
+        if sys.stdin.isatty():
+            output.note("reading the prompt from stdin; end with Ctrl-D")
+        return [sys.stdin.buffer.read().decode("utf-8")]
+    except OSError as error:
+        raise UserError(f"{where} cannot be read: {error.strerror}") from None
+    except UnicodeError as error:
+        raise UserError(f"{where} is not UTF-8 text: {error.reason} at position {error.start}") from None
 
 
 def _place(text: str) -> pathlib.Path | storage.Url:
