@@ -108,6 +108,17 @@ def computed(model: Any, tokens: np.ndarray) -> np.ndarray:
     return np.asarray(model.logits(hidden))
 
 
+def tokenized(folder: pathlib.Path) -> bool:
+    """Whether AutoTokenizer gives the ids of bytes, end-of-document in front, for 200 texts."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    source = pathlib.Path(__file__).read_text()
+    texts = ["", " ", "\n\n", "é 🙂 漢字\t", "\x00", *(source[i : i + 37] for i in range(0, 7000, 36))]
+    plain = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+    return all(tokenizer(t)["input_ids"] == [256, *t.encode()] and plain(t) == list(t.encode()) for t in texts)
+
+
 def compared(name: str, directory: pathlib.Path) -> dict[str, float]:
     """Differences from the logits of transformers, relative to the largest: of the import in float32 and float64, and
     of the export, read by transformers."""
@@ -124,6 +135,7 @@ def compared(name: str, directory: pathlib.Path) -> dict[str, float]:
     again, info = transformers.AutoModelForCausalLM.from_pretrained(
         back, output_loading_info=True, attn_implementation="eager"
     )
+    assert tokenized(back)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     error = lambda got: float(np.abs(got - wanted).max() / np.abs(wanted).max())
     exported = error(theirs(again.eval(), tokens))

@@ -150,14 +150,15 @@ def choose(config: RunConfig, first: str | None = None) -> tuple[Family, dict[st
             tree = family.write(config.model, config.data.length)
             again = canonical(models.config_from_node(family.read(_plain(tree), family.name), "model"))
         except (UserError, ConfigError) as error:
-            reasons = [str(error).splitlines()[0]]
+            reasons, far = [str(error).splitlines()[0]], True  # it has no words for it
         else:
+            far = False
             reasons = [f"{key} = {a}" for key, a, b in config_lib.difference(wanted, again) if not _equal(a, b)]
             if not reasons:
                 return family, tree
-        if nearest is None or len(reasons) < len(nearest[1]):
-            nearest = family.name, reasons
-    name, reasons = nearest
+        if nearest is None or (far, len(reasons)) < nearest[0]:
+            nearest = (far, len(reasons)), family.name, reasons
+    _, name, reasons = nearest
     more = f" and {len(reasons) - _SHOWN} more" if len(reasons) > _SHOWN else ""
     raise UserError(
         f"no published family that is known has this model; the nearest, {name}, has not: "

@@ -90,7 +90,7 @@ def test_logits_are_those_of_the_published_formulas(folders, name):
 def test_round_trip(folders, name):
     """What is read goes out as the same tensors and, read again, gives the same bits; config.json likewise."""
     with jax.enable_x64(False):
-        plan = importing.plan(folders(name), None, None, [*OVERRIDES, "model.dtype=float32"])
+        plan = importing.plan(folders(name), None, None, OVERRIDES)
         params = flat(importing.parameters(plan, _program(plan.config), lambda count: None))
         family, tree = exporting.choose(plan.config, plan.family.name)
     assert family.name == plan.family.name
@@ -219,8 +219,8 @@ def test_eight_devices_read_their_own_bytes(folders, name):
                                                           "mesh.tensor=2"])  # fmt: skip
         program, read = Program.of(plan.config, batches=False), []
         arrays = flat(importing.parameters(plan, program, read.append))
-        alone = _program(planned(folders(name), "model.dtype=float32").config)
-        one = flat(importing.parameters(plan, alone, lambda count: None))
+        single = importing.plan(folders(name), None, None, OVERRIDES)
+        one = flat(importing.parameters(single, _program(single.config), lambda count: None))
     for leaf, array in arrays.items():
         np.testing.assert_array_equal(array, one[leaf])
     split = [a for a in arrays.values() if a.addressable_shards[0].data.size * 8 == a.size]
