@@ -164,27 +164,34 @@ def read_leaf(
       read: told the bytes of each slice.
     """
     by_repeat = {piece.repeat: piece for piece in pieces}
-    made: dict[Any, np.ndarray] = {}
 
     def one(piece: Piece, index: tuple[slice, ...]) -> np.ndarray:
-        out = piece.read(tensors[piece.tensor].mapped(), index, leaf.dtype)
-        read(out.size * np.dtype(tensors[piece.tensor].mapped().dtype).itemsize)
+        array = tensors[piece.tensor].mapped()
+        out = piece.read(array, index, leaf.dtype)
+        read(out.size * array.dtype.itemsize)
         return out
 
     def shard(index: tuple[slice, ...]) -> np.ndarray:
-        key = str(index)
-        if key not in made:  # devices that hold the same
-            if filled is not None:
-                made[key] = np.full([len(range(*s.indices(n))) for s, n in zip(index, leaf.shape)], filled.value,
-                                    leaf.dtype)  # fmt: skip
-            elif None in by_repeat:
-                made[key] = one(by_repeat[None], index)
-            else:
-                layers = range(*index[0].indices(leaf.shape[0]))
-                made[key] = np.stack([one(by_repeat[layer], index[1:]) for layer in layers])
-        return made[key]
+        if None in by_repeat:
+            return one(by_repeat[None], index)
+        shape = [len(range(*s.indices(n))) for s, n in zip(index, leaf.shape)]
+        if filled is not None:
+            return np.full(shape, filled.value, leaf.dtype)
+        out = np.empty(shape, leaf.dtype)
+        for i, layer in enumerate(range(*index[0].indices(leaf.shape[0]))):
+            out[i] = one(by_repeat[layer], index[1:])
+        return out
 
-    return jax.make_array_from_callback(leaf.shape, leaf.sharding, shard)
+    # One shard at a time is held here, and read once for all devices that hold it.
+    places = leaf.sharding.addressable_devices_indices_map(leaf.shape)
+    shared: dict[str, list[Any]] = {}
+    for device, index in places.items():
+        shared.setdefault(str(index), []).append(device)
+    arrays = {}
+    for devices in shared.values():
+        value = shard(places[devices[0]])
+        arrays |= {device: jax.device_put(value, device).block_until_ready() for device in devices}
+    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, [arrays[device] for device in places])
 
 
 def flat(tree: Any) -> dict[str, Any]:
