@@ -254,6 +254,10 @@ def held_to_overflow(config):
         assert not np.any(np.isfinite(y_bad[0, 4:8]).all(-1))
 
 
+def _takes(cls, key, needs):
+    return all(name in cls.Config.__dataclass_fields__ for name in (key, *needs))
+
+
 @tiers.exhaustive
 @pytest.mark.parametrize("name", mixers.names())
 def test_every_knob_turns(name):
@@ -273,13 +277,17 @@ def test_every_knob_turns(name):
             yield str(jax.make_jaxpr(lambda p: nnx.merge(graphdef, p).extend(x[:, :1], one, state).y)(params))
 
     plain = list(shown(cls.Config()))
+    beside = {key: list(shown(cls.Config(**needs))) for key, needs in cases.BESIDE.items() if _takes(cls, key, needs)}
     for field in dataclasses.fields(cls.Config):
         assert field.metadata.get("doc"), f"{name}.{field.name} is not documented"
         assert field.metadata["other"], f"{name}.{field.name} names no other value to try"
         if field.name in cases.CROSS:
             continue
         for value in field.metadata["other"]:
-            pairs = itertools.zip_longest(shown(cls.Config(**{field.name: value})), plain)
+            needs = cases.BESIDE[field.name] if field.name in beside else {}
+            pairs = itertools.zip_longest(
+                shown(cls.Config(**needs, **{field.name: value})), beside.get(field.name, plain)
+            )
             assert any(a != b for a, b in pairs), f"{name}.{field.name} = {value!r} changes nothing"
 
 
