@@ -315,4 +315,5 @@ class Progress:
 
 
 def _size(count: int) -> str:
-    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.2f} MB"
+    unit, word = next((u for u in ((10**9, "GB"), (10**6, "MB")) if count >= u[0]), (10**3, "kB"))
+    return f"{count / unit:,.2f} {word}"

@@ -17,7 +17,9 @@ from attnlab.interchange import exporting, importing
 from attnlab.interchange.families import families
 from attnlab.interchange.pieces import Table, flat
 from attnlab.interchange.safetensors import DTYPES
+from attnlab.train.config import RunConfig
 from attnlab.train.program import Program
+from tests import tiers
 from tests.interchange import checkpoints, reference
 
 T = 11
@@ -94,6 +96,7 @@ def test_round_trip(folders, name):
         params = flat(importing.parameters(plan, _program(plan.config), lambda count: None))
         family, tree = exporting.choose(plan.config, plan.family.name)
     assert family.name == plan.family.name
+    assert config_lib.build(RunConfig, json.loads(json.dumps(config_lib.to_dict(plan.config)))) == plan.config
     table, stored = Table(list(family.pieces(plan.config.model))), checkpoints.tensors(name)
     assert table.shapes == checkpoints.shapes(name)
     for key, pieces in table.parts().items():
@@ -175,22 +178,22 @@ def test_a_wrong_map_is_seen(folders, mutant, monkeypatch):
     assert error(logits(plan), name) > 1e-4
 
 
-@pytest.mark.parametrize(
-    ("name", "override"),
-    [
-        ("llama", "model.norm_epsilon=1e-6"),
-        ("mistral", f"model.mixers.W.window={checkpoints.WINDOW + 1}"),
-        ("qwen3", "model.mixers.S.qk_epsilon=1e-6"),
-        ("gemma2", "model.embedding_scale=1.0"),
-        ("gemma2", "model.mlp_gate=gelu"),
-        ("gemma2", "model.logit_cap=none"),
-        ("gemma2", "model.mixers.W.soft_cap=none"),
-        ("gemma3_text", "model.mixers.S.rope_scaling=none"),
-        ("qwen3_next", "model.mixers.S.rope_width=none"),
-        ("qwen3_next", "model.mixers.L.query_scale=1.0"),
-        ("qwen3_next", "model.mixers.L.norm_epsilon=1e-6"),
-    ],
-)
+NUMBERS = [
+    ("llama", "model.norm_epsilon=1e-6"),
+    ("mistral", f"model.mixers.W.window={checkpoints.WINDOW + 1}"),
+    ("qwen3", "model.mixers.S.qk_epsilon=1e-6"),
+    ("gemma2", "model.embedding_scale=1.0"),
+    ("gemma2", "model.mlp_gate=gelu"),
+    ("gemma2", "model.logit_cap=none"),
+    ("gemma2", "model.mixers.W.soft_cap=none"),
+    ("gemma3_text", "model.mixers.S.rope_scaling=none"),
+    ("qwen3_next", "model.mixers.S.rope_width=none"),
+    ("qwen3_next", "model.mixers.L.query_scale=1.0"),
+    ("qwen3_next", "model.mixers.L.norm_epsilon=1e-6"),
+]
+
+
+@tiers.parametrize("name,override", NUMBERS, often=NUMBERS[:2] + NUMBERS[3:4] + NUMBERS[7:8] + NUMBERS[9:10])
 def test_a_wrong_number_is_seen(folders, name, override):
     """So does each number of config.json that a reader could leave out."""
     assert error(logits(planned(folders(name), override)), name) > 1e-6
