@@ -30,7 +30,7 @@ def require(source: pathlib.Path) -> pathlib.Path:
             f"{source} has a SentencePiece tokenizer.model and no tokenizer.json; make one (AutoTokenizer of "
             "transformers reads the one and saves the other), or name another: --config.data.tokenizer=PATH"
         )
-    raise UserError(f"{source} has no tokenizer.json; name one: --config.data.tokenizer=PATH, or bytes")
+    raise UserError(f"{source} has no tokenizer.json; data.tokenizer is to name one, or bytes")
 
 
 def end_of_document(path: pathlib.Path, tree: Mapping[str, Any]) -> str | None:
