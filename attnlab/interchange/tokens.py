@@ -28,7 +28,7 @@ def require(source: pathlib.Path) -> pathlib.Path:
     if (source / "tokenizer.model").is_file():
         raise UserError(
             f"{source} has a SentencePiece tokenizer.model and no tokenizer.json; make one (AutoTokenizer of "
-            "transformers reads the one and saves the other), or name another: --config.data.tokenizer=PATH"
+            "transformers reads the one and saves the other), or name another as data.tokenizer"
         )
     raise UserError(f"{source} has no tokenizer.json; data.tokenizer is to name one, or bytes")
 
