@@ -19,6 +19,7 @@ from attnlab.ops.cached_attention import CACHED_ATTENTION, cached_attention
 from attnlab.ops.cross_entropy import CROSS_ENTROPY, cross_entropy
 from attnlab.ops.delta_rule import DELTA_RULE, delta_rule
 from attnlab.ops.dispatch import Op, interpreted
+from attnlab.ops.dplr import DPLR, dplr
 from attnlab.ops.flow_attention import FLOW_ATTENTION, flow_attention
 from attnlab.ops.flow_definition import FlowRule
 from attnlab.ops.gathered_attention import GATHERED_ATTENTION, chosen_attention
@@ -92,6 +93,11 @@ def _delta(impl: str) -> tuple[Callable, list[jax.Array]]:
     return lambda *a: delta_rule(*a, chunk=4, impl=impl), [q, k, v, -decay, beta]
 
 
+def _dplr(impl: str) -> tuple[Callable, list[jax.Array]]:
+    run = lambda r, k, v, g, a, b: dplr(r, k, v, -jnp.abs(g), a / 4, b / 4, chunk=4, impl=impl)
+    return run, arrays(6, SHORT)
+
+
 def _cross_entropy(impl: str) -> tuple[Callable, list[jax.Array]]:
     """An odd vocabulary, rows that do not count, whose targets are nowhere, and weights."""
     hidden, kernel = arrays(1, (2, 11, 16))[0], arrays(1, (16, 29), seed=1)[0]
@@ -148,6 +154,7 @@ CASES: dict[str, tuple[Op, dict[str, Callable[[str], tuple[Callable, list[jax.Ar
     ),
     "cross_entropy": (CROSS_ENTROPY, {"short": _cross_entropy}),
     "delta_rule": (DELTA_RULE, {"short": _delta}),
+    "dplr": (DPLR, {"short": _dplr}),
     "flow_attention": (FLOW_ATTENTION, {f"causal={c}": functools.partial(_flow, c) for c in (True, False)}),
     "neural_memory": (NEURAL_MEMORY, {f"chunk {C}": functools.partial(_memory, C) for C in (4, 16)}),
     "causal_agent_attention": (
