@@ -25,6 +25,7 @@ from attnlab.ops.flow_definition import FlowRule
 from attnlab.ops.gathered_attention import GATHERED_ATTENTION, chosen_attention
 from attnlab.ops.linear_recurrence import LINEAR_RECURRENCE, linear_recurrence
 from attnlab.ops.local_linear import LOCAL_LINEAR, local_linear
+from attnlab.ops.log_linear import LOG_LINEAR, log_linear
 from attnlab.ops.memory_frame import MemorySpec, initial_state
 from attnlab.ops.neural_memory import NEURAL_MEMORY, neural_memory
 from attnlab.ops.parallax import PARALLAX, parallax
@@ -150,6 +151,15 @@ CASES: dict[str, tuple[Op, dict[str, Callable[[str], tuple[Callable, list[jax.Ar
                 lambda q, k, u, g: linear_recurrence(q, k, u, log_decay=-jnp.abs(g), chunk=4, impl=impl),
                 arrays(4, SHORT),
             ),
+        },
+    ),
+    "log_linear": (
+        LOG_LINEAR,
+        {
+            "short": lambda impl: (
+                lambda q, k, u, w: log_linear(q, k, u, -jnp.abs(u[..., 0]), w, chunk=4, impl=impl),
+                arrays(4, SHORT),
+            )
         },
     ),
     "cross_entropy": (CROSS_ENTROPY, {"short": _cross_entropy}),
