@@ -8,8 +8,14 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from attnlab import cli
+from attnlab import config as config_lib
+from attnlab.data.tokenizers import load_tokenizer
+from attnlab.errors import UserError
+from attnlab.interchange import exporting, importing, tokens
 from attnlab.interchange.safetensors import Tensor
 from attnlab.train.checkpoints import Checkpoints
+from attnlab.train.config import RunConfig
 from tests.interchange import checkpoints
 from tests.train import runs
 
@@ -46,8 +52,6 @@ def arrays(path):
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
     """The folder, and the workdir made of it."""
-    from attnlab import cli
-
     path = tmp_path_factory.mktemp("verbs")
     source = runs.corpus(path / "text")
     given = folder(path / "from", source)
@@ -145,11 +149,6 @@ def test_every_verb_takes_it(attnlab, imported, tmp_path):
 )
 def test_what_no_family_has_is_refused(attnlab, tmp_path, overrides, said):
     """By what it has too many of."""
-    from attnlab import config as config_lib
-    from attnlab.errors import UserError
-    from attnlab.interchange import exporting
-    from attnlab.train.config import RunConfig
-
     tree = config_lib.apply_overrides(runs.tree("stdlib"), overrides)
     with pytest.raises(UserError, match="no published family that is known has this model") as error:
         exporting.choose(config_lib.build(RunConfig, tree))
@@ -168,8 +167,45 @@ def test_what_no_family_has_is_refused(attnlab, tmp_path, overrides, said):
 )
 def test_a_model_of_ones_own_finds_its_family(changes, family):
     """The first family, of those that transformers itself has, that says exactly this."""
-    from attnlab.interchange import exporting
-
     mixer = {"name": "softmax", "heads": 2} | changes
     config = runs.config("stdlib", model__mixers={"M": mixer})
     assert exporting.choose(config)[0].name == family
+
+
+@pytest.mark.parametrize(
+    ("eos", "token"),
+    [(257, "<|im_end|>"), ([257, 256], "<|endoftext|>"), ([258, 257], "<|end_of_text|>"), (None, None)],
+)
+def test_the_token_that_ends_texts(tmp_path, eos, token):
+    """By config.json's ids, of several the one of a usual name; the tokenizer's files go along as they are."""
+    made = checkpoints.write(tmp_path / "from", "qwen3", eos_token_id=eos)
+    backend = Tokenizer.from_str(json.dumps(tokens._bytes_tree()))
+    backend.add_special_tokens(["<|im_end|>", "<|end_of_text|>"])
+    backend.save(str(made / "tokenizer.json"))
+    (made / "tokenizer_config.json").write_text("{}")
+    spec = importing.plan(made, tmp_path / "run", None, []).config.data.tokenizer
+    path, _, eod = spec.partition("?eod=")
+    assert (eod or None) == token and path == str(tmp_path / "run/tokenizer/tokenizer.json")
+    tokens.copy(made, tmp_path / "copy")
+    assert sorted(p.name for p in (tmp_path / "copy").iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+    assert (tmp_path / "copy/tokenizer.json").read_bytes() == (made / "tokenizer.json").read_bytes()
+    checkpoints.write_config(made, "qwen3", eos_token_id=999)
+    with pytest.raises(UserError, match="eos_token_id = 999, which .* does not have"):
+        importing.plan(made, tmp_path / "run")
+
+
+def test_a_tokenizer_of_a_file_begins_texts_as_training_does(tmp_path):
+    """The ids that the model was trained on, end-of-document in front, whatever the file added itself."""
+    tree = tokens._bytes_tree() | {"truncation": {"direction": "Right", "max_length": 2, "strategy": "LongestFirst",
+                                                  "stride": 0}}  # fmt: skip
+    backend = Tokenizer.from_str(json.dumps(tree))
+    backend.add_special_tokens(["<|im_end|>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    spec = f"{tmp_path}?eod=<|im_end|>"
+    tokenizer = load_tokenizer(spec)
+    (tmp_path / "to").mkdir()
+    tokens.write(spec, tokenizer, tmp_path / "to", 32)
+    written = Tokenizer.from_file(str(tmp_path / "to/tokenizer.json"))
+    for text in ("", "a b é 漢", "\n\n  x"):
+        assert written.encode(text).ids == [257, *tokenizer.encode(text)]
+    assert tokens.special_ids(tokenizer) == {f"{kind}_token_id": 257 for kind in ("bos", "eos", "pad")}
