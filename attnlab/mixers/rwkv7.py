@@ -39,6 +39,13 @@ class RWKV7Config(HeadConfig):
     gate_rank: int | None = knob(
         None, "rank of the projection to gates; none: 0.6 D^0.8 in multiples of 32, 32 at least", other=(3,), least=1
     )
+    value_residual: bool = knob(
+        True, "mix the values of the stack's first such layer into those of later ones", other=(False,)
+    )
+    residual_rank: int | None = knob(
+        None, "rank of the projection to that mixture's shares; none: 1.3 sqrt(D) in multiples of 32, 32 at least",
+        other=(2,), least=1,
+    )  # fmt: skip
     layer: int = knob(0, "l, of which layer of a stack the first values are, from 0", other=(1,), least=0)
     layers: int = knob(12, "L, layers of that stack", other=(3,), least=1)
     chunk: int = knob(64, "positions computed at once in training", other=(4,), least=1)
@@ -48,11 +55,12 @@ class RWKV7Config(HeadConfig):
         super().__post_init__()
         config_lib.require(self.layer < self.layers, "layer", self.layer, f"less than layers ({self.layers})")
 
-    def ranks(self, width: int) -> tuple[int, int, int]:
-        """Of decays, rates and gates in a model of the given width."""
+    def ranks(self, width: int) -> tuple[int, int, int, int]:
+        """Of decays, rates, gates and shares of the first values in a model of the given width; the last may be 0."""
         in_32s = lambda r: max(32, 32 * round(r / 32))
-        small, large = in_32s(1.8 * width**0.5), in_32s(0.6 * width**0.8)
-        return self.decay_rank or small, self.rate_rank or small, self.gate_rank or large
+        small, large, least = in_32s(1.8 * width**0.5), in_32s(0.6 * width**0.8), in_32s(1.3 * width**0.5)
+        shares = (self.residual_rank or least) if self.value_residual else 0
+        return self.decay_rank or small, self.rate_rank or small, self.gate_rank or large, shares
 
 
 @jax.tree_util.register_dataclass
@@ -76,7 +84,8 @@ class RWKV7(HeadMixer):
     Each of r, w, k, v, a and g is made of its own mixture `x_t + mu (x_{t-1} - x_t)`. r, k and v are projections;
     `log w = -exp(-1/2) sigmoid(b_w + tanh(x W_1) W_2)` and `a = sigmoid(b_a + x A_1 A_2)` numbers of each channel;
     `c` is `k * k_k` divided by its length in each head, and then k becomes `k (1 + (a - 1) k_a)`. The output is
-    `((GroupNorm(o) + (sum r * k * r_k) v) * g) W_o`, norm and sum over a head, `g = sigmoid(x G_1) G_2`.
+    `((GroupNorm(o) + (sum r * k * r_k) v) * g) W_o`, norm and sum over a head, `g = sigmoid(x G_1) G_2`. In a stack v
+    of later layers is `v + (v' - v) sigmoid(b_v + x V_1 V_2)`, v' that of the first.
     """
 
     Config = RWKV7Config
@@ -96,10 +105,11 @@ class RWKV7(HeadMixer):
             rngs, normal, (rows, inner), kind, 0.1 / math.sqrt(rows), axes=axes, role=Role.MATRIX
         )
         self.k.kernel = smaller(width, ("embed", "heads"))
-        ranks = config.ranks(width)
-        self.decay, self.rate, self.gate = (LowRank(width, rank, inner, rngs=rngs, dtype=dtype) for rank in ranks)
-        for low, rank in zip((self.decay, self.rate, self.gate), ranks, strict=True):
-            low.up.kernel = smaller(rank, ("gates", "heads"))
+        for name, rank in zip(("decay", "rate", "gate", "share"), config.ranks(width), strict=True):
+            if rank:
+                low = LowRank(width, rank, inner, rngs=rngs, dtype=dtype)
+                low.up.kernel = smaller(rank, ("gates", "heads"))
+                setattr(self, name, low)
         self._make_vectors(width, inner, kind)
         self.norm = LayerNorm(inner, ("heads",), dtype=dtype, epsilon=1e-5 * self.head_dim)
         self.norm.scale[...] = self.norm.scale[...] * ((config.layer + 1) / config.layers) ** 0.7
@@ -119,6 +129,8 @@ class RWKV7(HeadMixer):
         make = lambda value, role: param(value, axes=("heads",), role=role)
         self.decay_bias = make(-5.5 + 6 * line ** (1 + rising**0.3) + 2.5 * zigzag, Role.DECAY_RATE)
         self.rate_bias = make(-0.19 + 0.3 * zigzag + 0.4 * around, Role.BIAS)
+        if c.value_residual:
+            self.share_bias = make(0.73 - 0.4 * around, Role.BIAS)
         self.k_k = make(0.71 - 0.1 * around, Role.SCALE)
         self.k_a = make(jnp.full((inner,), 1.02, kind), Role.SCALE)
         self.r_k = make(jnp.full((inner,), -0.04, kind), Role.SCALE)
@@ -129,7 +141,8 @@ class RWKV7(HeadMixer):
         before, tail = self._before(x, seq, None if carried is None else carried.tail)
         mixed = {name: x + per_channel(mu.astype(x.dtype), before - x) for name, mu in zip(_MIXED, self.mix[...])}
         of_heads = lambda y: split_heads(y.astype(wide), self.head_dim)
-        r, k, v = of_heads(self.r(mixed["r"])), self.k(mixed["k"]).astype(wide), of_heads(self.v(mixed["v"]))
+        r, k = of_heads(self.r(mixed["r"])), self.k(mixed["k"]).astype(wide)
+        v, shared = self.values(of_heads(self.v(mixed["v"])), mixed["v"], seq)
         slow = self.decay.up(jnp.tanh(self.decay.down(mixed["w"]))).astype(wide) + self.decay_bias[...]
         a = jax.nn.sigmoid(self.rate(mixed["a"]).astype(wide) + self.rate_bias[...])
         gate = self.gate.up(jax.nn.sigmoid(self.gate.down(mixed["g"])))
@@ -142,7 +155,28 @@ class RWKV7(HeadMixer):
         )  # fmt: skip
         own = jnp.sum(r * k * self.r_k[...].reshape(c.heads, -1), axis=-1, keepdims=True) * v
         o = ((self.normed(o) + own) * of_heads(gate)).astype(self.dtype)
-        return MixerOutput(o, None if carried is None else RWKV7State(memory, tail.astype(carried.tail.dtype)))
+        state = None if carried is None else RWKV7State(memory, tail.astype(carried.tail.dtype))
+        return MixerOutput(o, state, shared=shared)
+
+    def values(self, v_BTHd: jax.Array, x: jax.Array, seq: Sequence) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Values with those of the stack's first such layer mixed in, and what later layers find of them.
+
+        By itself, or as the first of its stack, a layer's values are its own.
+        """
+        if not self.config.value_residual:
+            return v_BTHd, {}
+        found, first = (seq.shared or {}).get("rwkv7_values"), v_BTHd
+        if found is not None:
+            first = jnp.where(seq.shared["rwkv7_layers"] == 0, v_BTHd, found)
+        share = jax.nn.sigmoid(self.share(x).astype(v_BTHd.dtype) + self.share_bias[...])
+        v = v_BTHd + (first - v_BTHd) * split_heads(share, self.head_dim)
+        return v, {} if found is None else {"rwkv7_values": first, "rwkv7_layers": seq.shared["rwkv7_layers"] + 1}
+
+    def init_shared(self, batch: int, length: int) -> dict[str, jax.Array]:
+        if not self.config.value_residual:
+            return {}
+        values = jnp.zeros((batch, length, self.config.heads, self.head_dim), param_dtype(self.dtype))
+        return {"rwkv7_values": values, "rwkv7_layers": jnp.int32(0)}
 
     def _before(self, x: jax.Array, seq: Sequence, tail: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """The input one position earlier, 0 at a document's first, and the last input."""

@@ -13,13 +13,14 @@ from flax import nnx
 from attnlab import mixers
 from attnlab.errors import ConfigError
 from attnlab.mixers.rwkv7 import RWKV7Config
+from attnlab.models.transformer import StackConfig, Transformer, extend, mixer_table
 from tests.mixers import cases
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
 ROLES = {
-    "matrix": "r k v out decay.down decay.up rate.down rate.up gate.down gate.up",
+    "matrix": "r k v out decay.down decay.up rate.down rate.up gate.down gate.up share.down share.up",
     "scale": "norm mix k_k k_a r_k",
-    "bias": "rate_bias",
+    "bias": "rate_bias share_bias",
     "decay_rate": "decay_bias",
 }
 BIASED = [({}, "r k v", "out")]
@@ -52,8 +53,9 @@ def sigmoid(z):
     return 1 / (1 + np.exp(-z))
 
 
-def naive(module, x):
-    """The layer on one whole sequence [T, D], position by position and head by head in NumPy."""
+def naive(module, x, first=None):
+    """The layer on one whole sequence [T, D], position by position and head by head in NumPy; with the values [T, D] of
+    the stack's first layer it is a later one."""
     H, d, vector = module.config.heads, module.head_dim, lambda name: np.asarray(getattr(module, name)[...])
     before, S, y = np.zeros(x.shape[1]), np.zeros((H, d, d)), np.zeros((len(x), H * d))
     scale, shift = np.asarray(module.norm.scale[...]), np.asarray(module.norm.bias[...])
@@ -61,6 +63,9 @@ def naive(module, x):
         xr, xw, xk, xv, xa, xg = x[t] + vector("mix") * (before - x[t])
         before = x[t]
         r, k, v = xr @ weight(module.r), xk @ weight(module.k), xv @ weight(module.v)
+        if first is not None:
+            share = vector("share_bias") + xv @ weight(module.share.down) @ weight(module.share.up)
+            v = v + (first[t] - v) * sigmoid(share)
         slow = np.tanh(xw @ weight(module.decay.down)) @ weight(module.decay.up)
         w = np.exp(-np.exp(-0.5) * sigmoid(vector("decay_bias") + slow))
         a = sigmoid(vector("rate_bias") + xa @ weight(module.rate.down) @ weight(module.rate.up))
@@ -97,6 +102,36 @@ def test_without_shift_and_norm_gain_only_the_bonus_is_left():
     np.testing.assert_allclose(y, call(module, x[:, ::-1])[:, ::-1], atol=1e-12)
 
 
+def test_values_of_the_first_layer_are_mixed_into_those_of_later_ones():
+    """A stack of three layers, packed, whole and as a stream: the layers written out, the first one's values handed on;
+    softmax attention before them counts for nothing. Without the knob no layer knows of another."""
+    nodes = {"S": {"name": "softmax", "heads": 2}, "R": {"name": "rwkv7", "heads": 2, "chunk": 4}}
+    shape = dict(width=cases.WIDTH, layers=3, pattern="SRR", mlp_width=0, dtype="float64")
+    stack = Transformer(StackConfig(mixers=mixer_table(nodes, "m"), **shape), rngs=nnx.Rngs(1))
+    x, seq = cases.inputs(jnp.float64)
+    found = np.asarray(jax.jit(lambda x: stack(x, seq).y)(x))
+    (period,) = stack.unstacked()
+    softmax, *layers = (block.sublayers[0] for block in period.blocks)
+    h = np.asarray(softmax(x, seq.derived()).y)
+    for row, first, end in cases.DOCUMENTS:
+        y, values = h[row, first:end], None
+        for sublayer in layers:
+            module, normed = sublayer.branch, np.asarray(sublayer.norm(jnp.asarray(y)))
+            before = np.concatenate([np.zeros((1, cases.WIDTH)), normed[:-1]])
+            own = (normed + np.asarray(module.mix[...])[3] * (before - normed)) @ weight(module.v)
+            y, values = y + naive(module, normed, values), own if values is None else values
+        np.testing.assert_allclose(found[row, first:end], y, atol=1e-11)
+    state, parts = stack.init_state(2, cases.LENGTH), []
+    for piece in (slice(0, 6), slice(6, cases.LENGTH)):
+        part = mixers.Sequence(seq.positions[:, piece], seq.segments[:, piece])
+        step = jax.jit(lambda x, part, state: extend(stack.unstacked(), x, part, state))
+        y, state = step(x[:, piece], part, state)
+        parts.append(y)
+    used = np.asarray(seq.segments) > 0
+    np.testing.assert_allclose(np.concatenate(parts, 1)[used], found[used], atol=1e-11)
+    assert make(value_residual=False).init_shared(1, 2) == {} and make().init_shared(1, 2)["rwkv7_values"].shape[1] == 2
+
+
 def test_first_values():
     """For x = 0: decays between exp(-exp(-1/2)) and 1, slow ones behind fast ones; upper layers look back less."""
     build = lambda **fields: mixers.build(
@@ -118,7 +153,8 @@ def test_first_values():
 
 def test_ranks():
     """Those of released code at its widths; what cannot be is refused."""
-    assert RWKV7Config().ranks(1024) == (64, 64, 160) and RWKV7Config().ranks(64) == (32, 32, 32)
-    assert RWKV7Config(decay_rank=1, rate_rank=2, gate_rank=3).ranks(1024) == (1, 2, 3)
+    assert RWKV7Config().ranks(1024) == (64, 64, 160, 32) and RWKV7Config().ranks(64) == (32,) * 4
+    assert RWKV7Config(decay_rank=1, rate_rank=2, gate_rank=3, residual_rank=4).ranks(1024) == (1, 2, 3, 4)
+    assert RWKV7Config(residual_rank=4, value_residual=False).ranks(64)[3] == 0
     with pytest.raises(ConfigError, match=r"layer = 12.*less than layers \(12\)"):
         RWKV7Config(layer=12)
