@@ -7,6 +7,8 @@ import contextlib
 import functools
 import math
 import pathlib
+import re
+import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -80,6 +82,33 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if overrides and not args.overrides:
         args.parser.error(f"--config.{overrides[0]} is for verbs that read a config")
     return args, overrides
+
+
+def prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts of `generate`: those of the command, a file's, or stdin's.
+
+    Raises:
+      UserError: a file or stdin cannot be read, or is not UTF-8.
+    """
+    where = "--prompt"
+    try:
+        if args.prompt is not None:
+            for prompt in args.prompt:
+                prompt.encode("utf-8")
+            return args.prompt
+        if args.prompt_file is not None:
+            where = f"--prompt-file {args.prompt_file}"
+            return [args.prompt_file.read_bytes().decode("utf-8")]
+        where = "the prompt on stdin"
+        if sys.stdin is None:
+            raise UserError("stdin is closed; give --prompt TEXT or --prompt-file FILE")
+        if sys.stdin.isatty():
+            output.note("reading the prompt from stdin; end with Ctrl-D")
+        return [sys.stdin.buffer.read().decode("utf-8")]
+    except OSError as error:
+        raise UserError(f"{where} cannot be read: {error.strerror}") from None
+    except UnicodeError as error:
+        raise UserError(f"{where} is not UTF-8 text: {error.reason} at position {error.start}") from None
 
 
 def _place(text: str) -> pathlib.Path | storage.Url:
@@ -172,6 +201,7 @@ def build() -> argparse.ArgumentParser:
     _add_tune(verbs)
     _add_tokenizer(verbs)
     _add_report(verbs)
+    _add_interchange(verbs)
     verb("goodput", "where a run's time went, over all its attempts", workdir=True, machine=True)
     return parser
 
@@ -296,6 +326,49 @@ def _add_tokenizer(verbs: Any) -> None:
             sub.add_argument("--vocab", type=_integer(257, 2**24), default=32_768, metavar="V", help="entries (32768)")
         else:
             sub.add_argument("--shards", type=_integer(1, 99999), default=8, metavar="N", help="files (8)")
+
+
+def _add_interchange(verbs: Any) -> None:
+    more = (
+        "\n\nDIR has config.json, *.safetensors and tokenizer.json. The workdir is one that train, eval, generate and\n"
+        "ablate take: a checkpoint at step 0, config.json, the tokenizer, and imported.json, which says from where.\n"
+        "Go on with `attnlab train --config W/config.json --workdir W`; what it reads and how long it trains are\n"
+        "said here, e.g. --config.data.source='text:/data/*.txt' --config.train.steps=2000 --config.mesh.fsdp=8.\n"
+        "Families and what is refused: docs/interchange.md."
+    )
+    sub = _verb(verbs, "import", "make a workdir of a published checkpoint", machine=True, more=more)
+    sub.set_defaults(overrides=True)
+    sub.epilog = _OVERRIDES
+    sub.add_argument("--from", dest="source", required=True, type=_path, metavar="DIR", help="the checkpoint's folder")
+    sub.add_argument("--workdir", type=_path, metavar="W", help="new; not needed with --check")
+    sub.add_argument("--as", dest="as_", metavar="MIXER",
+                     help="turn its softmax attention into: moh, gated, sinks (the same function at first) or "
+                          "moh_llama3 (another one)")  # fmt: skip
+    sub.add_argument("--check", action="store_true",
+                     help="read headers alone; say what each tensor becomes, and write nothing")  # fmt: skip
+
+    more = (
+        "\n\nWrites config.json, safetensors and the tokenizer in the layout of the published family that has exactly\n"
+        "this model, in the order that transformers reads; a model that no family has is refused by what it has too\n"
+        "many of. The folder is there only once it is whole."
+    )
+    sub = _verb(verbs, "export", "write a run's model as transformers reads it", machine=True, more=more)
+    sub.set_defaults(overrides=True)
+    sub.epilog = _OVERRIDES
+    sub.add_argument("--workdir", required=True, type=_path, metavar="W", help="of the run")
+    sub.add_argument("--to", required=True, type=_path, metavar="DIR", help="a new folder")
+    sub.add_argument("--checkpoint", default="best", metavar="best|latest|STEP", help="which one (best)")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
+                     help="of the tensors; default: as it was imported, else float32")  # fmt: skip
+    sub.add_argument("--shard-size", type=_size, default=5 * 10**9, metavar="SIZE",
+                     help="of a file, at most, e.g. 500MB (5GB)")  # fmt: skip
+
+
+def _size(text: str) -> int:
+    found = re.fullmatch(r"(\d{1,9})(|KB|MB|GB)", text)
+    if found and (size := int(found[1]) * {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}[found[2]]):
+        return size
+    raise argparse.ArgumentTypeError(f"{config_lib.show(text)} is not possible; allowed: a number and KB, MB or GB")
 
 
 def _add_report(verbs: Any) -> None:

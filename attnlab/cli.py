@@ -78,6 +78,10 @@ def _start(args: argparse.Namespace, overrides: list[str]) -> None:
         from attnlab.launch import cluster
 
         cluster.start(args.config, overrides)
+    if args.verb == "import" and not args.check:
+        from attnlab.launch import cluster
+
+        cluster.connect([override for override in overrides if override.startswith("cluster.")])
     if args.verb == "compile" or (args.verb == "tune" and args.target):
         from attnlab.launch import targets
 
@@ -150,7 +154,7 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> int:
     from attnlab.train import restore
 
     sampling = Sampling(args.tokens, args.temperature, args.top_k, args.top_p, args.seed)
-    prompts = _prompts(args)
+    prompts = arguments.prompts(args)
     trained = restore.load(args.workdir, args.checkpoint, overrides, evaluating=False)
     if not trained.program.model.objective.decodes:
         raise UserError(
@@ -186,28 +190,6 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> int:
             output.write(f"{'' if i == 0 else chr(10)}--- sample {i + 1} of {len(texts)} ---")
         output.write(prompt + text)
     return 0
-
-
-def _prompts(args: argparse.Namespace) -> list[str]:
-    where = "--prompt"
-    try:
-        if args.prompt is not None:
-            for prompt in args.prompt:
-                prompt.encode("utf-8")
-            return args.prompt
-        if args.prompt_file is not None:
-            where = f"--prompt-file {args.prompt_file}"
-            return [args.prompt_file.read_bytes().decode("utf-8")]
-        where = "the prompt on stdin"
-        if sys.stdin is None:
-            raise UserError("stdin is closed; give --prompt TEXT or --prompt-file FILE")
-        if sys.stdin.isatty():
-            output.note("reading the prompt from stdin; end with Ctrl-D")
-        return [sys.stdin.buffer.read().decode("utf-8")]
-    except OSError as error:
-        raise UserError(f"{where} cannot be read: {error.strerror}") from None
-    except UnicodeError as error:
-        raise UserError(f"{where} is not UTF-8 text: {error.reason} at position {error.start}") from None
 
 
 def _list(args: argparse.Namespace, _: list[str]) -> int:
@@ -435,6 +417,12 @@ def _report(args: argparse.Namespace, _: list[str]) -> int:
     return 0
 
 
+def _interchange(args: argparse.Namespace, overrides: list[str]) -> int:
+    from attnlab.interchange import verbs as interchange
+
+    return interchange.VERBS[args.verb](args, overrides)
+
+
 _VERBS = {
     "train": _train,
     "eval": _eval,
@@ -447,4 +435,6 @@ _VERBS = {
     "tokenizer": _tokenizer,
     "report": _report,
     "goodput": _goodput,
+    "import": _interchange,
+    "export": _interchange,
 }

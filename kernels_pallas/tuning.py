@@ -159,6 +159,12 @@ def routed_blocks(kind: str, rows: int, keys: int) -> Blocks:
     return Blocks(*fitted)
 
 
+def in_tiles(blocks, rows: int, keys: int):
+    """Blocks of either direction in tiles of so many rows and keys; parts of products are what they were, or less."""
+    parts = divisor(rows, blocks.sub_rows), divisor(keys, blocks.sub_keys)
+    return dataclasses.replace(blocks, rows=rows, keys=keys, sub_rows=parts[0], sub_keys=parts[1])
+
+
 # Bytes of fast memory beside what belongs to keys: row tiles and scratch.
 FORWARD_REST = 8 * 2**20
 BACKWARD_REST = 12 * 2**20

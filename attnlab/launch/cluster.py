@@ -28,7 +28,15 @@ def start(spec: str, overrides: Sequence[str]) -> None:
     Raises:
       UserError: the others did not come in time, or the coordinator's address cannot be used.
     """
-    tree = config_lib.apply_overrides(config_lib.read_file(spec), list(overrides))
+    _connect(config_lib.apply_overrides(config_lib.read_file(spec), list(overrides)))
+
+
+def connect(overrides: Sequence[str]) -> None:
+    """As `start`, of what has no file of a config."""
+    _connect(config_lib.apply_overrides({}, list(overrides)))
+
+
+def _connect(tree: dict[str, Any]) -> None:
     config = config_lib.build(ClusterConfig, tree.get("cluster", {}), "cluster")
     arguments = _arguments(config)
     if arguments is None:

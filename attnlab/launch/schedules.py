@@ -18,7 +18,7 @@ from jax.sharding import SingleDeviceSharding
 
 from attnlab.launch import llo
 from kernels_pallas import tuning
-from kernels_pallas.flash_attention import Pattern, Term, flash_attention, tpu_arrays
+from kernels_pallas.flash_attention import Pattern, Term, flash_attention
 from kernels_pallas.parallax_attention import parallax_attention
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
@@ -67,7 +67,7 @@ class Case:
         default = {"forward": tuning.forward_blocks, "backward": tuning.backward_blocks}[part]
         if self.tile is None:
             return default(chip, length, length, "parallax" if self.probe else "flash")
-        return tpu_arrays.of_pattern(default(chip, length, length), self.tile)
+        return tuning.in_tiles(default(chip, length, length), *self.tile)
 
 
 PARTS = ("forward", "backward")

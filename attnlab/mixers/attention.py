@@ -45,6 +45,12 @@ class AttentionConfig(GroupedConfig):
         f"{'; '.join(f'{str(k).lower()}: {v}' for k, v in QK_NORMS.items())}",
         other=(True, "layer", "cosine"),
     )
+    qk_epsilon: float | None = knob(
+        None,
+        "added to the mean square, variance or squared length in qk_norm; none: 1e-6, with layer 1e-5",
+        other=(0.1,),
+        above=0,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,6 +58,8 @@ class AttentionConfig(GroupedConfig):
             config_lib.require(self.causal, "causal", self.causal, "true where window is set")
         allowed = ", ".join(str(kind).lower() for kind in self.qk_norms)
         config_lib.require(self.qk_norm in self.qk_norms, "qk_norm", self.qk_norm, allowed)
+        plain = self.qk_epsilon is None or self.qk_norm is not False
+        config_lib.require(plain, "qk_epsilon", self.qk_epsilon, "none where qk_norm is false")
 
     def read_width(self, width: int) -> int:
         """Width of what keys and values are made of, in a model of the given width."""
@@ -92,7 +100,7 @@ class Attention(HeadMixer):
             tau = jnp.full((config.heads,), math.log(math.expm1(_FIRST_TEMPERATURE)), param_dtype(dtype))
             self.temperature = param(tau, axes=("heads",), role=Role.SCALE)
         elif config.qk_norm:
-            self.q_norm, self.k_norm = (head_norm(config.qk_norm, self.head_dim, dtype) for _ in range(2))
+            self.q_norm, self.k_norm = (head_norm(config, self.head_dim, dtype) for _ in range(2))
 
     # Hooks for mixers that change one place of the layer (see gated.py).
 
@@ -113,7 +121,7 @@ class Attention(HeadMixer):
         """Queries (`name` q) or keys (k) after QK-norm, and RoPE where positions are given."""
         c = self.config
         if c.qk_norm == "cosine":
-            y = unit(y).astype(y.dtype)
+            y = unit(y, *([] if c.qk_epsilon is None else [c.qk_epsilon])).astype(y.dtype)
         elif c.qk_norm:
             y = (self.q_norm if name == "q" else self.k_norm)(y)
         return y if positions is None else c.rotated(y, positions)
@@ -165,6 +173,7 @@ class Attention(HeadMixer):
         }, span
 
 
-def head_norm(kind: bool | str, width: int, dtype: Any) -> RMSNorm | LayerNorm:
+def head_norm(config: AttentionConfig, width: int, dtype: Any) -> RMSNorm | LayerNorm:
     """The norm of each head that `qk_norm` names, true or "layer"."""
-    return (LayerNorm if kind == "layer" else RMSNorm)(width, ("head",), dtype=dtype)
+    options = {} if config.qk_epsilon is None else {"epsilon": config.qk_epsilon}
+    return (LayerNorm if config.qk_norm == "layer" else RMSNorm)(width, ("head",), dtype=dtype, **options)

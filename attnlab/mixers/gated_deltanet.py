@@ -40,6 +40,7 @@ class GatedDeltaNetConfig(HeadConfig):
         4, "positions that the convolution of q, k and v spans, itself included; 1: none", other=(1,), least=1
     )
     gate: bool = knob(True, "multiply the normed outputs by silu(x W_g)", other=(False,))
+    norm_epsilon: float = knob(1e-6, "added to the mean square in the norm", other=(0.1,), above=0, below=1)
     decay: bool = knob(True, "let the memory decay; false: DeltaNet", other=(False,))
     chunk: int = knob(64, "positions computed at once in training", other=(4,), least=1)
     impl: str = impl_knob(DELTA_RULE)
@@ -132,7 +133,7 @@ class GatedDeltaNet(HeadMixer):
         self.beta = make(config.heads, "gates")
         if config.decay:
             self.log_decay = self.make_decay(width, rngs=rngs, dtype=dtype)
-        self.norm = RMSNorm(self.value_dim, ("head",), dtype=dtype)
+        self.norm = RMSNorm(self.value_dim, ("head",), dtype=dtype, epsilon=config.norm_epsilon)
         if config.gate:
             self.gate = self.make_gate(make)
         self.out = make.out(values)

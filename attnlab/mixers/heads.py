@@ -21,6 +21,7 @@ from attnlab.mixers.sequence import Context, Sequence
 from attnlab.ops.causal_conv import causal_conv
 from attnlab.ops.documents import overflowed
 from attnlab.ops.rope import rope
+from attnlab.ops.rope_scaling import SCALINGS, scaling_from_node
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,12 +79,22 @@ class RotaryConfig(HeadConfig):
         None, "channels of a head that it turns, its first ones, an even number; none: all", other=(2,), least=2
     )
 
+    rope_scaling: Any = knob(
+        None,
+        f"node of what stretches its wavelengths to longer texts: {', '.join(SCALINGS)} "
+        "(attnlab.ops.rope_scaling); none: nothing",
+        other=({"name": "yarn", "factor": 4.0, "original_length": 8},),
+        build=lambda tree, path: scaling_from_node(tree, path),
+    )
+
     def __post_init__(self) -> None:
+        object.__setattr__(self, "rope_scaling", scaling_from_node(self.rope_scaling, "rope_scaling"))
         super().__post_init__()
+        need, turned = config_lib.require, self.rope_base is not None
         if self.rope_width is not None:
-            need = config_lib.require
             need(self.rope_width % 2 == 0, "rope_width", self.rope_width, "even, 2 or more, or none")
-            need(self.rope_base is not None, "rope_width", self.rope_width, "none where rope_base is")
+            need(turned, "rope_width", self.rope_width, "none where rope_base is")
+        need(turned or self.rope_scaling is None, "rope_scaling", self.rope_scaling, "none where rope_base is")
 
     def head_dim(self, width: int) -> int:
         d = super().head_dim(width)
@@ -94,7 +105,7 @@ class RotaryConfig(HeadConfig):
         """Queries or keys after RoPE."""
         if self.rope_base is None:
             return x_BTHd
-        return rope(x_BTHd, positions_BT, self.rope_base, self.rope_width)
+        return rope(x_BTHd, positions_BT, self.rope_base, self.rope_width, self.rope_scaling)
 
 
 @jax.tree_util.register_dataclass

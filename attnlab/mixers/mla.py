@@ -16,7 +16,7 @@ from attnlab.mixers.parts import Linear, RMSNorm, param_dtype
 from attnlab.mixers.sequence import Sequence
 from attnlab.ops.attention import ATTENTION
 from attnlab.ops.cached_attention import CACHED_ATTENTION
-from attnlab.ops.keys_values import Cached, KVCache, Whole
+from attnlab.ops.keys_values import Cached, KVCache, Whole, empty_cache
 from attnlab.ops.masks import mean_visible_keys
 from attnlab.ops.rope import rope
 
@@ -171,8 +171,8 @@ class MLA(HeadMixer):
         return einsum("bthr,rhe->bthe", o, of_heads(self.v))
 
     def init_carried(self, batch: int, max_length: int, dtype: Any) -> KVCache:
-        latents = jnp.zeros((batch, max_length, self.widths.latent + self.widths.rotary), dtype)
-        return KVCache(latents, latents[..., :0], jnp.zeros((), jnp.int32))
+        latent = self.widths.latent + self.widths.rotary
+        return empty_cache(batch, 1, latent, max_length, dtype, value_width=0)
 
     @classmethod
     def flops(cls, config: MLAConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:

@@ -350,6 +350,13 @@ class MoH(HeadMixer):
         super().require(seq, causal=causal)
         self.core.require(seq, causal=causal)
 
+    @property
+    def stack_reads(self) -> tuple[str, ...]:
+        return self.core.stack_reads
+
+    def init_shared(self, batch: int, length: int) -> dict[str, jax.Array]:
+        return self.core.init_shared(batch, length)
+
     def init_carried(self, batch: int, max_length: int, dtype: Any) -> State:
         return self.core.init_carried(batch, max_length, dtype)
 

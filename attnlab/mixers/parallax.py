@@ -54,7 +54,7 @@ class Parallax(Attention):
         make = Projections(config, width, rngs=rngs, dtype=dtype)
         self.r = make.qkv(config.heads * self.head_dim)
         if config.qk_norm:
-            self.r_norm = head_norm(config.qk_norm, self.head_dim, dtype)
+            self.r_norm = head_norm(config, self.head_dim, dtype)
 
     def positioned(self, x: jax.Array, seq: Sequence) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries with their probes behind them, [B, T, H, 2 d], keys and values."""

@@ -20,7 +20,7 @@ from attnlab.mixers.roles import Role, param
 from attnlab.mixers.sequence import Sequence
 from attnlab.ops.attention import ATTENTION
 from attnlab.ops.cached_attention import CACHED_ATTENTION
-from attnlab.ops.keys_values import KeysValues, KVCache, Whole
+from attnlab.ops.keys_values import Cached, KeysValues, KVCache, Whole
 from attnlab.ops.masks import Mask
 
 
@@ -30,6 +30,7 @@ class SoftmaxConfig(CrossConfig):
 
     sinks: bool = knob(False, "a learned logit per head that takes weight and gives nothing", other=(True,))
     soft_cap: float | None = knob(None, "c in c * tanh(logits / c); none: no cap", other=(2.0,), above=0)
+    query_scale: float | None = knob(None, "factor on q . k; none: 1 / sqrt(d)", other=(0.2,), above=0)
     impl: str = impl_knob(ATTENTION)
     decode_impl: str = impl_knob(CACHED_ATTENTION, doc="implementation of the op over a cache")
     mask: Any = knob(
@@ -42,6 +43,10 @@ class SoftmaxConfig(CrossConfig):
     def __post_init__(self) -> None:
         object.__setattr__(self, "mask", _mask_config(self.mask, "mask"))
         super().__post_init__()
+        cosine = self.qk_norm == "cosine"
+        config_lib.require(
+            self.query_scale is None or not cosine, "query_scale", self.query_scale, "none where qk_norm is cosine"
+        )
         if self.mask is None:
             return
         need, name, where = config_lib.require, self.mask.node_name, "where mask is set"
@@ -109,14 +114,21 @@ class Softmax(CrossAttention):
         placed = lambda *stream: dataclasses.replace(seq, positions=self.mask.positions(seq, *stream))
         if cache is None:
             q, k, v = self.positioned(x, placed())
-            return Reads(q, Whole(k, v), self.mask.mask(seq, causal=self.config.causal))
+            kv, mask = Whole(k, v), self.mask.mask(seq, causal=self.config.causal)
+            return Reads(self.scaled(q, kv, mask), kv, mask)
         first = cache.kv.length
         put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, first, axis=1)
         stored = tuple(map(put, cache.coordinates, self.mask.coordinates(seq)))
         index = first + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
         q, k, v = self.positioned(x, placed(stored, index))
         kv, view, interval = cache.kv.append(k, v, seq.offsets, seq.padding)
-        return Reads(q, view, self.mask.rows(seq, stored, interval), MaskedCache(kv, stored))
+        mask = self.mask.rows(seq, stored, interval)
+        return Reads(self.scaled(q, view, mask), view, mask, MaskedCache(kv, stored))
+
+    def scaled(self, q: jax.Array, kv: Whole | Cached, mask: Mask) -> jax.Array:
+        if self.config.query_scale is None:
+            return super().scaled(q, kv, mask)
+        return (q.astype(param_dtype(self.dtype)) * (self.config.query_scale * self.head_dim**0.5)).astype(q.dtype)
 
     def init_carried(self, batch: int, max_length: int, dtype: Any) -> Any:
         cache = super().init_carried(batch, max_length, dtype)

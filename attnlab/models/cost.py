@@ -42,8 +42,9 @@ def stack_cost(config: StackConfig, length: int) -> ModelCost:
     """Costs of a model's stack of blocks."""
     repeats, letters = config.layers // len(config.blocks), "".join(config.blocks)
     mlp, has_mlp = 3 * config.width * config.hidden, config.hidden > 0
-    norms = repeats * len(letters) + has_mlp * config.layers
-    parameters = config.layers * mlp + norms * config.norm_parameters
+    norms = (repeats * len(letters) + has_mlp * config.layers) * (2 if config.norm_after else 1)
+    biases = config.mlp_bias * (2 * config.hidden + config.width)
+    parameters = config.layers * (mlp + biases) + norms * config.norm_parameters
     gated = [letter for block in config.blocks for letter in block if letter in config.gated]
     parameters += repeats * (len(gated) + has_mlp * sum(set(block) <= set(config.gated) for block in config.blocks))
     flops = {"mlp": 2.0 * config.layers * mlp}

@@ -21,7 +21,7 @@ from attnlab.models.objective import Batch, Objective, Sums, register
 from attnlab.models.perplexity import Perplexity
 from attnlab.models.scores import Scores, sums_of_scores
 from attnlab.models.transformer import StackConfig, Transformer, extend
-from attnlab.ops.cross_entropy import cross_entropy, likeliest
+from attnlab.ops.cross_entropy import capped, cross_entropy, likeliest
 from attnlab.ops.linear import project
 
 
@@ -32,13 +32,20 @@ class LanguageModelConfig(StackConfig):
     Attributes:
       vocab: rows of the embedding; at least the tokenizer's vocabulary.
       tied: whether the output projection is the embedding.
+      embedding_scale: factor on what is looked up in the embedding; Gemma's is sqrt(D).
+      logit_cap: c in `c tanh(logits / c)` of the output; none: no cap (Gemma Team 2024, Gemma 2, section 2).
     """
 
     vocab: int
     tied: bool = False
+    embedding_scale: float = 1.0
+    logit_cap: float | None = None
 
     def __post_init__(self) -> None:
-        config_lib.require(self.vocab >= 1, "model.vocab", self.vocab, "1 or more")
+        need = config_lib.require
+        need(self.vocab >= 1, "model.vocab", self.vocab, "1 or more")
+        need(self.embedding_scale > 0, "model.embedding_scale", self.embedding_scale, "above 0")
+        need(self.logit_cap is None or self.logit_cap > 0, "model.logit_cap", self.logit_cap, "above 0, or none")
         super().__post_init__()
 
     @property
@@ -160,17 +167,19 @@ class LanguageModel(Objective):
           nll_BT in nats, lse_BT (both by their weights: 0 on padding), and the output of `hidden`.
         """
         out = self.encoded(self.embedded(batch), self.sequence(batch), key)
-        nll, lse = cross_entropy(out.y, self.output_kernel(), batch["targets"], self.weights(batch), chunk, impl)
+        args = out.y, self.output_kernel(), batch["targets"], self.weights(batch)
+        nll, lse = cross_entropy(*args, chunk, impl, cap=self.config.logit_cap)
         return nll, lse, out
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., V] fp32 logits of normalised hidden states [..., D]."""
         kernel = self.output_kernel().astype(hidden.dtype)
-        return project(hidden, kernel, param_dtype(hidden.dtype))
+        return capped(project(hidden, kernel, param_dtype(hidden.dtype)), self.config.logit_cap)
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """[B, T, D] in the compute type."""
-        return jnp.take(self.embedding[...], tokens_BT, axis=0).astype(self.config.compute_dtype)
+        x = jnp.take(self.embedding[...], tokens_BT, axis=0).astype(self.config.compute_dtype)
+        return x if self.config.embedding_scale == 1 else x * jnp.asarray(self.config.embedding_scale, x.dtype)
 
     def output_kernel(self) -> jax.Array:
         """[D, V]."""

@@ -23,6 +23,12 @@ from attnlab.parallel import partition
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
 
 NORMS = ["rms", "none"]
+# What the gate of a block's MLP goes through (Shazeer 2020, GLU Variants Improve Transformer: SwiGLU, GEGLU).
+GLUS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 _POLICIES = jax.checkpoint_policies
 REMAT = {
@@ -52,12 +58,15 @@ class StackConfig:
       mixers: letter to mixer node.
       pattern: which mixer sits in which block, one period of it; `S+X` is one block of both, one after the other.
       gated: letters whose sublayers come in through a learned gate, closed at first.
-      mlp_width: hidden width of the SwiGLU; none: 8/3 D, rounded up to a multiple of 64; 0: blocks have no SwiGLU.
+      mlp_width: hidden width of the MLP; none: 8/3 D, rounded up to a multiple of 64; 0: blocks have no MLP.
+      mlp_gate: what the MLP's gate goes through: silu (SwiGLU), gelu or gelu_tanh (GEGLU, as Gemma's).
+      mlp_bias: whether the MLP's three projections add a bias.
       dtype: of activations and products; parameters are fp32 (float64 is for tests).
       remat: which activations backward keeps: none (all), attention, minimal, full.
       unroll: periods that one iteration of the scan over layers runs; 0: all of them on CPU, 1 elsewhere.
       dropout: rate on what every mixer and MLP adds to the stream.
       norm: of what every sublayer reads, and before the output: rms, or none, as in models made to be understood.
+      norm_after: whether what a sublayer adds to the stream is normed, too (Gemma Team 2024, Gemma 2, section 2).
       norm_epsilon: added to the mean square in these norms.
     """
 
@@ -73,11 +82,14 @@ class StackConfig:
     pattern: str = "M"
     gated: str = ""
     mlp_width: int | None = None
+    mlp_gate: str = "silu"
+    mlp_bias: bool = False
     dtype: str = "float32"
     remat: str = "none"
     unroll: int = 0
     dropout: float = 0.0
     norm: str = "rms"
+    norm_after: bool = False
     norm_epsilon: float = 1e-6
 
     def __post_init__(self) -> None:
@@ -103,11 +115,16 @@ class StackConfig:
         allowed = f"multiples of the blocks of model.pattern {self.pattern!r} ({count})"
         need(self.layers % count == 0, "model.layers", self.layers, allowed)
         need(self.mlp_width is None or self.mlp_width >= 0, "model.mlp_width", self.mlp_width, "0 or more, or none")
+        choice("model.mlp_gate", self.mlp_gate, list(GLUS))
+        for key, given in (("mlp_gate", self.mlp_gate != "silu"), ("mlp_bias", self.mlp_bias)):
+            allowed = f"{StackConfig.__dataclass_fields__[key].default} where model.mlp_width is 0".lower()
+            need(not given or self.hidden > 0, f"model.{key}", getattr(self, key), allowed)
         choice("model.dtype", self.dtype, list(DTYPES))
         choice("model.remat", self.remat, list(REMAT))
         need(self.unroll >= 0, "model.unroll", self.unroll, "0 or more")
         need(0 <= self.dropout < 1, "model.dropout", self.dropout, "0 or more, below 1")
         choice("model.norm", self.norm, NORMS)
+        need(self.norm != "none" or not self.norm_after, "model.norm_after", True, "false where model.norm is none")
         need(self.norm_epsilon > 0, "model.norm_epsilon", self.norm_epsilon, "above 0")
         for letter, mixer in self.mixers.items():
             where = f"model.mixers.{letter}"
@@ -165,7 +182,7 @@ class StackConfig:
 
     @property
     def hidden(self) -> int:
-        """Hidden width of the SwiGLU; 0: there is none."""
+        """Hidden width of the MLP; 0: there is none."""
         return -(-8 * self.width // (3 * 64)) * 64 if self.mlp_width is None else self.mlp_width
 
     def make_norm(self) -> Callable[[jax.Array], jax.Array]:
@@ -189,21 +206,23 @@ def _unchanged(x: jax.Array) -> jax.Array:
     return x
 
 
-class SwiGLU(nnx.Module):
-    """`(silu(x W_gate) * x W_up) W_down` (Shazeer 2020, GLU Variants Improve Transformer, eq. 6)."""
+class GLU(nnx.Module):
+    """`(act(x W_gate) * x W_up) W_down` (Shazeer 2020, GLU Variants Improve Transformer, eq. 6); act is `mlp_gate`."""
 
-    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs, dtype: Any):
-        self.gate = Linear(width, hidden, ("embed", "mlp"), rngs=rngs, dtype=dtype)
-        self.up = Linear(width, hidden, ("embed", "mlp"), rngs=rngs, dtype=dtype)
-        self.down = Linear(hidden, width, ("mlp", "embed"), rngs=rngs, dtype=dtype)
+    def __init__(self, config: StackConfig, *, rngs: nnx.Rngs, dtype: Any):
+        width, hidden = config.width, config.hidden
+        make = functools.partial(Linear, rngs=rngs, dtype=dtype, bias=config.mlp_bias)
+        self.gate, self.up = (make(width, hidden, ("embed", "mlp")) for _ in range(2))
+        self.down = make(hidden, width, ("mlp", "embed"))
+        self.act = GLUS[config.mlp_gate]
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        hidden = jax.nn.silu(self.gate(x)) * self.up(x)
+        hidden = self.act(self.gate(x)) * self.up(x)
         return self.down(partition.constrain(hidden, "batch", "seq", "mlp"))
 
 
 class Sublayer(nnx.Module):
-    """`x + gate * branch(norm(x))`, the branch a mixer or an MLP.
+    """`x + gate * norm_after(branch(norm(x)))`, the branch a mixer or an MLP; `norm_after` where the config has it.
 
     With a gate, tanh of a learned scalar, the sublayer is the identity at first (Alayrac et al. 2022, Flamingo,
     arXiv:2204.14198, section 2.2).
@@ -213,6 +232,7 @@ class Sublayer(nnx.Module):
         dtype = config.compute_dtype
         self.norm = config.make_norm()
         self.branch = branch(rngs=rngs, dtype=dtype)
+        self.norm_after = config.make_norm() if config.norm_after else None
         self.dropout = config.dropout
         if gated:
             self.gate = param(jnp.zeros((), param_dtype(dtype)), axes=(), role=Role.SCALE)
@@ -231,7 +251,7 @@ class Sublayer(nnx.Module):
             out = mixers.MixerOutput(self.branch(h))
         else:
             out = self.branch(h, seq) if state is None else self.branch.extend(h, seq, state)
-        y = out.y
+        y = out.y if self.norm_after is None else self.norm_after(out.y)
         if hasattr(self, "gate"):
             y = (jnp.tanh(self.gate[...]) * y).astype(y.dtype)
         return dataclasses.replace(out, y=x + self._drop(y, key))
@@ -244,15 +264,15 @@ class Sublayer(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Sublayers one after the other: the mixers of a block of the pattern, then a SwiGLU if the config has one."""
+    """Sublayers one after the other: the mixers of a block of the pattern, then an MLP if the config has one."""
 
     def __init__(self, config: StackConfig, letters: str, *, rngs: nnx.Rngs):
         make = functools.partial(Sublayer, config, rngs=rngs)
         mixer = lambda letter: functools.partial(mixers.build, config.mixers[letter], width=config.width)
         sublayers = [make(mixer(letter), gated=letter in config.gated) for letter in letters]
         # The MLP belongs to what is gated where nothing else is in the block.
-        mlp = functools.partial(SwiGLU, config.width, config.hidden)
         if config.hidden:
+            mlp = functools.partial(GLU, config)
             sublayers.append(make(mlp, gated=set(letters) <= set(config.gated)))
         self.sublayers = nnx.List(sublayers)
 

@@ -31,6 +31,8 @@ def cross_entropy(
     weights_N: jax.Array,
     chunk: int = 8192,
     impl: str = "auto",
+    *,
+    cap: float | None = None,
 ) -> Statistics:
     """Negative log-likelihood and log-partition of `softmax(hidden @ kernel)`, a chunk of the vocabulary at a time.
 
@@ -43,6 +45,7 @@ def cross_entropy(
       weights_N: weight of each position; positions of weight 0 give 0 and pass no gradient.
       chunk: columns of the vocabulary that a product makes, of our kernels the backward's on GPUs alone.
       impl: "auto" or a name in `CROSS_ENTROPY.table`.
+      cap: of `capped`, on the logits.
 
     Returns:
       nll_N, weights * (lse - logit[target]), in nats, and lse_N, weights * log-sum-exp of the logits. `weights` and
@@ -63,6 +66,7 @@ def cross_entropy(
         out_axes=[rows, rows],
         impl=impl,
         chunk=chunk,
+        cap=cap,
     )
     return jnp.where(used, weights * (lse - right), 0), jnp.where(used, weights * lse, 0)
 
@@ -76,46 +80,55 @@ class CrossEntropySpec:
     columns: int
     dtype: str
     chunk: int
+    cap: float | None = None
 
     def __str__(self) -> str:
-        return f"N{self.rows} D{self.width} V{self.columns} C{self.chunk} {self.dtype}"
+        cap = "" if self.cap is None else f" cap {self.cap}"
+        return f"N{self.rows} D{self.width} V{self.columns} C{self.chunk} {self.dtype}{cap}"
 
     @classmethod
-    def of(cls, exchange: SequenceParallel | None, hidden, kernel, targets, *, chunk: int) -> CrossEntropySpec:
+    def of(
+        cls, exchange: SequenceParallel | None, hidden, kernel, targets, *, chunk: int, cap=None
+    ) -> CrossEntropySpec:
         """Of the arrays of a device."""
         del exchange  # rows know nothing of each other
-        return cls(math.prod(targets.shape), *kernel.shape, str(hidden.dtype), chunk)
+        return cls(math.prod(targets.shape), *kernel.shape, str(hidden.dtype), chunk, cap)
 
 
 def _chunks(vocab: int, chunk: int) -> list[tuple[int, int]]:
     return [(lo, min(lo + chunk, vocab)) for lo in range(0, vocab, chunk)]
 
 
-def _logits(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+def capped(logits: jax.Array, cap: float | None) -> jax.Array:
+    """`cap tanh(logits / cap)`; without a cap the logits."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def _logits(hidden: jax.Array, kernel: jax.Array, cap: float | None = None) -> jax.Array:
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-    return project(hidden, kernel.astype(hidden.dtype), dtype)
+    return capped(project(hidden, kernel.astype(hidden.dtype), dtype), cap)
 
 
-def definition(hidden, kernel, targets, *, chunk: int) -> Statistics:
+def definition(hidden, kernel, targets, *, chunk: int, cap: float | None = None) -> Statistics:
     """All logits at once; `chunk` plays no part."""
     del chunk
-    logits = _logits(hidden, kernel)
+    logits = _logits(hidden, kernel, cap)
     here = jnp.arange(kernel.shape[1]) == targets[..., None]
     return jax.nn.logsumexp(logits, axis=-1), jnp.sum(jnp.where(here, logits, 0), axis=-1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _chunked(hidden, kernel, targets, chunk: int) -> Statistics:
-    return _chunked_forward(hidden, kernel, targets, chunk)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _chunked(hidden, kernel, targets, chunk: int, cap: float | None) -> Statistics:
+    return _chunked_forward(hidden, kernel, targets, chunk, cap)[0]
 
 
-def _chunked_forward(hidden, kernel, targets, chunk):
+def _chunked_forward(hidden, kernel, targets, chunk, cap):
     n, dtype = hidden.shape[:-1], jnp.promote_types(hidden.dtype, jnp.float32)
     peak = jnp.full(n, -jnp.inf, dtype)
     total = jnp.zeros(n, dtype)
     right = jnp.zeros(n, dtype)
     for lo, hi in _chunks(kernel.shape[1], chunk):
-        logits = _logits(hidden, kernel[:, lo:hi])
+        logits = _logits(hidden, kernel[:, lo:hi], cap)
         new_peak = jnp.maximum(peak, jnp.max(logits, axis=-1))
         total = total * jnp.exp(peak - new_peak) + jnp.sum(jnp.exp(logits - new_peak[..., None]), axis=-1)
         peak = new_peak
@@ -125,16 +138,19 @@ def _chunked_forward(hidden, kernel, targets, chunk):
     return (lse, right), (hidden, kernel, targets, lse)
 
 
-def _chunked_backward(chunk, residuals, cotangents):
+def _chunked_backward(chunk, cap, residuals, cotangents):
     hidden, kernel, targets, lse = residuals
     d_lse, d_right = cotangents
     d_hidden = jnp.zeros(hidden.shape, lse.dtype)
     d_kernel, rows = [], tuple(range(hidden.ndim - 1))
     for lo, hi in _chunks(kernel.shape[1], chunk):
         columns = kernel[:, lo:hi]
-        p = jnp.exp(_logits(hidden, columns) - lse[..., None])
+        logits = _logits(hidden, columns, cap)
         here = jnp.arange(lo, hi) == targets[..., None]
-        d_logits = (d_lse[..., None] * p + jnp.where(here, d_right[..., None], 0)).astype(hidden.dtype)
+        d_logits = d_lse[..., None] * jnp.exp(logits - lse[..., None]) + jnp.where(here, d_right[..., None], 0)
+        if cap is not None:
+            d_logits = d_logits * (1 - jnp.square(logits / cap))
+        d_logits = d_logits.astype(hidden.dtype)
         d_hidden = d_hidden + jnp.matmul(d_logits, columns.astype(hidden.dtype).T, preferred_element_type=lse.dtype)
         d_kernel.append(jnp.tensordot(hidden, d_logits, (rows, rows), preferred_element_type=lse.dtype))
     d_kernel = d_kernel[0] if len(d_kernel) == 1 else jnp.concatenate(d_kernel, axis=1)
@@ -144,10 +160,10 @@ def _chunked_backward(chunk, residuals, cotangents):
 _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
-def chunked(hidden, kernel, targets, *, chunk: int) -> Statistics:
+def chunked(hidden, kernel, targets, *, chunk: int, cap: float | None = None) -> Statistics:
     """A chunk of columns at a time, forward and backward; rows are one axis."""
     rows = hidden.shape[:-1]
-    lse, right = _chunked(hidden.reshape(-1, hidden.shape[-1]), kernel, targets.reshape(-1), chunk)
+    lse, right = _chunked(hidden.reshape(-1, hidden.shape[-1]), kernel, targets.reshape(-1), chunk, cap)
     return lse.reshape(rows), right.reshape(rows)
 
 

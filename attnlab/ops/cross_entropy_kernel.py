@@ -32,6 +32,8 @@ def _kernels() -> Any:
 
 def unsupported(spec: CrossEntropySpec) -> str | None:
     """Why the kernels cannot serve, or None."""
+    if spec.cap is not None:
+        return "it knows no cap of the logits"
     if partition.platform() == "gpu":
         return _kernels().gpu_unsupported(spec.dtype) or attention_flash.not_hopper()
     if spec.dtype not in ("bfloat16", "float32"):
@@ -63,7 +65,7 @@ def kernel_flops(spec: CrossEntropySpec) -> dict[str, float]:
 
 
 def run(
-    hidden: jax.Array, kernel: jax.Array, targets: jax.Array, *, chunk: int, interpret: bool = False
+    hidden: jax.Array, kernel: jax.Array, targets: jax.Array, *, chunk: int, cap: None = None, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """See `attnlab.ops.cross_entropy.Statistics`; `interpret` runs the TPU's as plain XLA, on any platform. Tiles are
     the kernels' own; by chunks go gradients on GPUs."""

@@ -215,12 +215,17 @@ class RollingCache:
 
 
 def empty_cache(
-    batch: int, heads: int, width: int, max_length: int, dtype: Any, *, window: int | None = None
-) -> KVCache | RollingCache:
-    """The cache before the first position: a rolling one where a window is no longer than `max_length`."""
+    batch: int, heads: int, width: int, max_length: int, dtype: Any,
+    *, window: int | None = None, value_width: int | None = None,
+) -> KVCache | RollingCache:  # fmt: skip
+    """The cache before the first position: a rolling one where a window is no longer than `max_length`.
+
+    Values are as wide as keys where `value_width` is None; 0: there are none.
+    """
     rolling = window is not None and window <= max_length
-    empty = jnp.zeros((batch * heads, window - 1 if rolling else max_length, width), dtype)
-    return RollingCache(empty, empty) if rolling else KVCache(empty, empty, jnp.zeros((), jnp.int32))
+    slots = batch * heads, window - 1 if rolling else max_length
+    empty = [jnp.zeros((*slots, n), dtype) for n in (width, width if value_width is None else value_width)]
+    return RollingCache(*empty) if rolling else KVCache(*empty, jnp.zeros((), jnp.int32))
 
 
 def cache_rows(y_BTKd: jax.Array, dtype: Any) -> jax.Array:

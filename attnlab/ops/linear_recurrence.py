@@ -107,15 +107,16 @@ def definition(
     chunk: int,
 ) -> tuple[jax.Array, jax.Array]:
     """`o_t = sum_{s <= t} exp(sum of log_decay over s + 1 .. t) (q_t . k_s) u_s`, with all T x T pairs; the recurrence
-    itself where channels have their own decays."""
+    itself where decays differ from position to position: sums of them would lose digits."""
     del chunk
     B, T, H, _ = q.shape
-    if log_decay is not None and log_decay.ndim == 4:
-        return _stepwise(q, k, u, log_decay, documents, state)
+    if log_decay is not None and log_decay.ndim > 1:
+        of_channels = log_decay if log_decay.ndim == 4 else log_decay[..., None]
+        return _stepwise(q, k, u, of_channels, documents, state)
     logs = jnp.zeros((H,), q.dtype) if log_decay is None else log_decay
+    total = jnp.moveaxis(jnp.cumsum(jnp.broadcast_to(logs, (B, T, H)), axis=1), 2, 1)
     documents = jnp.zeros((1, T), jnp.int32) if documents is None else documents
     seen = jnp.tril(jnp.ones((T, T), bool)) & (documents[:, None, :, None] == documents[:, None, None, :])
-    total = _sums(jnp.moveaxis(jnp.broadcast_to(logs, (B, T, H)), 2, 1), seen)
     weights = jnp.where(seen, jnp.exp(jnp.where(seen, total[..., None] - total[..., None, :], 0)), 0)
     scores = jnp.einsum("bthd,bshd->bhts", q, k, precision="highest") * weights
     o = jnp.einsum("bhts,bshe->bthe", scores, u, precision="highest")
@@ -128,7 +129,7 @@ def definition(
 
 
 def _stepwise(q, k, u, log_decay, documents, state) -> tuple[jax.Array, jax.Array]:
-    """The recurrence, position by position, with a decay for each channel."""
+    """The recurrence, position by position, with a decay for each channel, or [B, T, H, 1]."""
     same = jnp.ones(q.shape[:2], bool)
     if documents is not None:
         same = documents == jnp.pad(documents, ((0, 0), (1, 0)))[:, :-1]

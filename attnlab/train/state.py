@@ -92,7 +92,11 @@ def state_shardings(mesh: Mesh, model: Model, tx: optax.GradientTransformation) 
 
 def init_state(model: Model, tx: optax.GradientTransformation, seed: Any) -> TrainState:
     """The state before the first step; jit it with `out_shardings=state_shardings(...)`."""
-    params = model.init(seed)
+    return first_state(model.init(seed), tx, seed)
+
+
+def first_state(params: Any, tx: optax.GradientTransformation, seed: Any) -> TrainState:
+    """The state before the first step of a run that starts from these parameters."""
     key = jax.random.key_data(jax.random.fold_in(jax.random.key(seed), 1))
     # Three arrays, not one three times: each is donated on its own.
     zero = lambda: jnp.zeros((), jnp.int32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -30,7 +29,7 @@ def forward_tiles(
     """Tiles, and how many keys are in fast memory at a time, in two buffers, beside `rest` bytes of other things."""
     T, S, d, e = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
     blocks = _given(call, "forward") or tuning.forward_blocks(call.kind, T, S, kernels)
-    blocks = blocks if pattern is None else of_pattern(blocks, pattern.tile)
+    blocks = blocks if pattern is None else tuning.in_tiles(blocks, *pattern.tile)
     tuning.check(blocks)
     each = 2 * (rounded(d, 128) + rounded(e, _WIDTH) + tpu_forward.ONES) * q.dtype.itemsize + 64 * bias
     each += _mask_bytes(pattern)
@@ -50,18 +49,11 @@ def backward_tiles(
     """Tiles, and how many keys are in fast memory at a time with their gradients, in two buffers, and float32 sums."""
     T, S, d, e = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
     blocks = _given(call, "backward") or tuning.backward_blocks(call.kind, T, S, kernels)
-    blocks = blocks if pattern is None else of_pattern(blocks, pattern.tile)
+    blocks = blocks if pattern is None else tuning.in_tiles(blocks, *pattern.tile)
     tuning.check(blocks)
     each = 4 * (rounded(d, 128) + rounded(e, 128)) * q.dtype.itemsize + 4 * (rounded(d, _WIDTH) + rounded(e, _WIDTH))
     each += 128 * bias + _mask_bytes(pattern)
     return blocks, tuning.resident_keys(call.kind, each, S, blocks.keys, rest)
-
-
-def of_pattern(blocks: Any, tile: tuple[int, int]) -> Any:
-    """With a pattern's tiles, of which the products' parts are what they are, or less."""
-    rows, keys = tile
-    parts = tuning.divisor(rows, blocks.sub_rows), tuning.divisor(keys, blocks.sub_keys)
-    return dataclasses.replace(blocks, rows=rows, keys=keys, sub_rows=parts[0], sub_keys=parts[1])
 
 
 def _mask_bytes(pattern: Pattern | None) -> int:

@@ -22,6 +22,7 @@ from tests import tiers
 
 WIDTH, LENGTH = 16, 11
 CROSS = {"source", "context_width", "rope_context"}  # knobs of what reads a context: tried in test_cross.py
+BESIDE = {"qk_epsilon": {"qk_norm": True}}  # knobs that are refused where others are not set, and these
 
 # Row 0: two documents and padding behind. Row 1: padding in front, one document, which is cut by the padding's end.
 SEGMENTS = np.array([[1, 1, 1, 1, 2, 2, 2, 2, 2, 0, 0], [0, 0, 3, 3, 3, 3, 3, 3, 3, 3, 3]], np.int32)

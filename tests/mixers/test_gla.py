@@ -17,6 +17,8 @@ from tests.mixers import cases
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
 ROLES = {"matrix": "q k v out gate log_decay.down log_decay.up", "scale": "norm"}
+# A document's first output is (q . k) v: its norm's gradient grows, and in float32 rounds, as q . k goes to 0.
+KERNEL_TOLERANCE = 1e-3
 
 
 @pytest.fixture(autouse=True)

@@ -24,26 +24,29 @@ def x64():
         yield
 
 
-def rms(x, scale):
-    return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * scale
+def rms(x, scale, epsilon=1e-6):
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + epsilon) * scale
 
 
-def normed(x, norm, kind):
+def normed(x, norm, kind, epsilon=None):
     """RMSNorm or LayerNorm with the module's parameters; cosine: length 1."""
     if kind == "cosine":
-        return x / np.sqrt((x * x).sum(-1, keepdims=True) + 1e-6)
+        return x / np.sqrt((x * x).sum(-1, keepdims=True) + (epsilon or 1e-6))
     if kind == "layer":
-        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + (epsilon or 1e-5))
         return x * np.asarray(norm.scale[...]) + np.asarray(norm.bias[...])
-    return rms(x, np.asarray(norm.scale[...]))
+    return rms(x, np.asarray(norm.scale[...]), epsilon or 1e-6)
 
 
-def rotate(x, positions, base, width):
+def rotate(x, positions, base, width, scaling=None):
     """Complex form of RoPE, one head vector at a time, of the first `width` channels."""
     x, rest = np.split(x, [width or x.shape[-1]], axis=-1)
     d = x.shape[-1]
+    frequencies, factor = base ** (-2.0 * np.arange(d // 2) / d), 1.0
+    if scaling is not None:  # tests/ops/test_rope_scaling.py writes its rules out
+        frequencies, factor = scaling.of(base, d)
     z = x[..., : d // 2] + 1j * x[..., d // 2 :]
-    z = z * np.exp(1j * positions[:, None] * base ** (-2.0 * np.arange(d // 2) / d))
+    z = factor * z * np.exp(1j * positions[:, None] * frequencies)
     return np.concatenate([z.real, z.imag, rest], -1)
 
 
@@ -64,9 +67,9 @@ def layer(module, x, positions, segments):
         qh, kh, vh = q[:, a : a + d], k[:, b : b + d], v[:, b : b + d]
         if c.qk_norm:
             norms = (None, None) if c.qk_norm == "cosine" else (module.q_norm, module.k_norm)
-            qh, kh = (normed(y, norm, c.qk_norm) for y, norm in zip((qh, kh), norms))
+            qh, kh = (normed(y, norm, c.qk_norm, c.qk_epsilon) for y, norm in zip((qh, kh), norms))
         if c.rope_base is not None:
-            qh, kh = (rotate(y, positions, c.rope_base, c.rope_width) for y in (qh, kh))
+            qh, kh = (rotate(y, positions, c.rope_base, c.rope_width, c.rope_scaling) for y in (qh, kh))
         for t in range(len(x)):
             seen = [
                 s
@@ -78,7 +81,7 @@ def layer(module, x, positions, segments):
             ]
             if not seen:
                 continue
-            scale = d**-0.5
+            scale = d**-0.5 if c.query_scale is None else c.query_scale
             if c.qk_norm == "cosine":
                 scale = np.log1p(np.exp(float(module.temperature[...][h]))) * np.log(len(seen))
             logits = kh[seen] @ qh[t] * scale

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from attnlab import mixers
+from attnlab.errors import ConfigError
 from attnlab.models.cost import model_cost
 from attnlab.models.lm import LanguageModel, LanguageModelConfig
 from attnlab.models.transformer import REMAT, Block, StackConfig, Transformer, mixer_table
@@ -53,9 +54,10 @@ def reference():
     return graphdef, params, value
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 23, 100])
-def test_cross_entropy_is_the_formula(chunk):
-    """Any chunk of the vocabulary gives log-softmax's value and gradients; weight 0 gives none, NaN or not."""
+@pytest.mark.parametrize(("chunk", "cap"), [(1, None), (5, 1.5), (23, None), (100, 1.5)])
+def test_cross_entropy_is_the_formula(chunk, cap):
+    """Any chunk of the vocabulary gives log-softmax's value and gradients, of capped logits, too; weight 0 gives none,
+    NaN or not."""
     rng = np.random.default_rng(0)
     hidden, kernel = jnp.asarray(rng.normal(size=(9, 6))), jnp.asarray(rng.normal(size=(6, 23)))
     targets = jnp.asarray(rng.integers(0, 23, 9), jnp.int32)
@@ -63,11 +65,12 @@ def test_cross_entropy_is_the_formula(chunk):
 
     def ours(hidden, kernel):
         hidden = hidden.at[2].set(jnp.nan)
-        nll, lse = cross_entropy(hidden, kernel, targets, weights, chunk)
+        nll, lse = cross_entropy(hidden, kernel, targets, weights, chunk, cap=cap)
         return jnp.sum(nll * jnp.arange(9)) + jnp.sum(lse**2)
 
     def formula(hidden, kernel):
         logits = hidden @ kernel
+        logits = logits if cap is None else cap * jnp.tanh(logits / cap)
         lse = jax.nn.logsumexp(logits, axis=1)
         nll = lse - logits[jnp.arange(9), targets]
         return jnp.sum(weights * nll * jnp.arange(9)) + jnp.sum((weights * lse) ** 2)
@@ -218,12 +221,57 @@ def test_float64_model_is_float64_throughout():
     assert precision.narrow_results(jax.grad(total, has_aux=True), params, dtype=jnp.float64) == []
 
 
-@pytest.mark.parametrize("fields", [{}, {"tied": True}, {"mlp_width": 20}, {"norm": "none"}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"tied": True}, {"mlp_width": 20}, {"norm": "none"}, {"norm_after": True, "mlp_bias": True}]
+)
 def test_cost_counts_the_parameters(fields):
     """Declared parameters are those of the model."""
     c = config(**fields)
     model = nnx.eval_shape(lambda: LanguageModel(c, rngs=nnx.Rngs(0)))
     assert model_cost(c, 11).parameters == sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def test_knobs_of_published_models_are_the_formulas():
+    """One block without attention's part: GEGLU with biases, normed again, of a scaled embedding, its logits capped."""
+    c = config(
+        layers=2,
+        norm_after=True,
+        norm_epsilon=0.1,
+        mlp_gate="gelu_tanh",
+        mlp_bias=True,
+        embedding_scale=3.0,
+        logit_cap=0.7,
+    )
+    model = LanguageModel(c, rngs=nnx.Rngs(0))
+    rng, state = np.random.default_rng(0), nnx.state(model, nnx.Param)
+    nnx.update(model, jax.tree.map(lambda p: p + 0.3 * rng.normal(size=p.shape), state))
+    blocks = [block for period in model.transformer.unstacked() for block in period.blocks]
+    seq, values = mixers.Sequence.whole(2, 11), lambda p: np.asarray(p[...])
+    rms = lambda x, norm: x / np.sqrt((x * x).mean(-1, keepdims=True) + 0.1) * values(norm.scale)
+    linear = lambda x, m: x @ values(m.kernel) + values(m.bias)
+    x = 3 * values(model.embedding)[np.asarray(batch()["tokens"])]
+    for block in blocks:
+        mixing, mlp = block.sublayers
+        x = x + rms(np.asarray(mixing.branch(jnp.asarray(rms(x, mixing.norm)), seq).y), mixing.norm_after)
+        h = rms(x, mlp.norm)
+        z = linear(h, mlp.branch.gate)
+        gate = 0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))
+        x = x + rms(linear(gate * linear(h, mlp.branch.up), mlp.branch.down), mlp.norm_after)
+    logits = 0.7 * np.tanh(rms(x, model.norm) @ values(model.head.kernel) / 0.7)
+    got = model.logits(model.hidden(batch()["tokens"], seq).y)
+    np.testing.assert_allclose(got, logits, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"mlp_gate": "tanh"}, {"mlp_gate": "gelu", "mlp_width": 0}, {"mlp_bias": True, "mlp_width": 0},
+        {"norm_after": True, "norm": "none"}, {"embedding_scale": 0.0}, {"logit_cap": -1.0},
+    ],
+)  # fmt: skip
+def test_impossible_knobs_are_refused(fields):
+    with pytest.raises(ConfigError, match=f"model.{next(iter(fields))} = .*allowed: "):
+        config(**fields)
 
 
 def test_bfloat16_model_keeps_fp32_parameters():

@@ -1,0 +1,200 @@
+"""Which tensor of a checkpoint holds which part of which parameter: one table for reading, writing and checking.
+
+attnlab stacks the layers of one place of the pattern in one array, and its matrices are [in, out]; published ones are a
+tensor per layer, [out, in]. Some publish several matrices in one tensor, whose rows are then in an order of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from attnlab.errors import UserError
+from attnlab.interchange.safetensors import Tensor
+
+FORMS = ("same", "transposed", "taps")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Piece:
+    """One layer's part of a parameter, and the tensor that holds it.
+
+    Attributes:
+      leaf: dotted path of the parameter.
+      repeat: its index in the stack of layers; None where there is no stack.
+      tensor: name.
+      shape: of the tensor.
+      form: same: an embedding [V, D], or a vector; transposed: a matrix, [out, in] in the tensor; taps: [channels, 1,
+        taps] in the tensor, [taps, channels] here.
+      rows: int [n], the tensor's row for each column here (of a vector: each entry); None: all rows in order.
+      shift: what is added on the way in, and taken away on the way out: 1 where the tensor holds w of a norm's `1 + w`.
+      factor: what it is multiplied by on the way in; only where nothing goes out.
+    """
+
+    leaf: str
+    repeat: int | None
+    tensor: str
+    shape: tuple[int, ...]
+    form: str = "same"
+    rows: np.ndarray | None = None
+    shift: float = 0.0
+    factor: float = 1.0
+
+    @property
+    def here(self) -> tuple[int, ...]:
+        """Shape of the part of the parameter."""
+        count = self.shape[0] if self.rows is None else len(self.rows)
+        return {"same": (count, *self.shape[1:]), "transposed": (*self.shape[1:], count),
+                "taps": (self.shape[-1], count)}[self.form]  # fmt: skip
+
+    def read(self, array: np.ndarray, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
+        """The slice `index` of the part, from the tensor's array; nothing else of it is touched."""
+        if self.form == "same":
+            out = array[(self._rows(index[0]), *index[1:])]
+        elif self.form == "transposed":
+            out = array[self._rows(index[1]), index[0]].T
+        else:
+            out = array[self._rows(index[1]), 0, index[0]].T
+        out = np.asarray(out, np.promote_types(dtype, np.float32))
+        if self.shift:
+            out = out + np.asarray(self.shift, out.dtype)
+        return (out if self.factor == 1 else out * np.asarray(self.factor, out.dtype)).astype(dtype)
+
+    def _rows(self, columns: slice) -> Any:
+        """The tensor's rows of some columns: a slice where they lie together, so that no others are read."""
+        if self.rows is None:
+            return columns
+        rows = self.rows[columns]
+        together = len(rows) > 0 and (np.diff(rows) == 1).all()
+        return slice(int(rows[0]), int(rows[-1]) + 1) if together else rows
+
+    def write(self, value: np.ndarray, array: np.ndarray) -> None:
+        """Puts the part into the tensor's array, which is of the type that is wanted."""
+        value = np.asarray(value)
+        if self.shift:
+            value = value - np.asarray(self.shift, value.dtype)
+        rows = slice(None) if self.rows is None else self.rows
+        if self.form == "taps":
+            array[rows, 0] = value.T
+        else:
+            array[rows] = value.T if self.form == "transposed" else value
+
+
+@dataclasses.dataclass(frozen=True)
+class Filled:
+    """A parameter that no tensor holds: every entry is `value` at first."""
+
+    leaf: str
+    value: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """All of a model.
+
+    Attributes:
+      pieces: in the order in which tensors are written.
+      filled: of parameters that the checkpoint knows nothing of.
+    """
+
+    pieces: list[Piece]
+    filled: tuple[Filled, ...] = ()
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors, by name."""
+        return {piece.tensor: piece.shape for piece in self.pieces}
+
+    def parts(self) -> dict[str, list[Piece]]:
+        """The pieces of each tensor."""
+        found: dict[str, list[Piece]] = {}
+        for piece in self.pieces:
+            found.setdefault(piece.tensor, []).append(piece)
+        return found
+
+    def require_whole(self, leaves: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises UserError unless the table gives every part of every parameter once, and takes all of each tensor.
+
+        Args:
+          leaves: shapes of the model's parameters by dotted path.
+        """
+        given: dict[str, list[int | None]] = {}
+        for piece in self.pieces:
+            wanted = leaves.get(piece.leaf)
+            here = wanted if piece.repeat is None or wanted is None else wanted[1:]
+            if here != piece.here:
+                raise UserError(
+                    f"the model's parameter {piece.leaf} is {_shown(here)}, what the checkpoint's "
+                    f"config.json says of {piece.tensor} makes it {_shown(piece.here)}; undo the changes to model.*"
+                )
+            given.setdefault(piece.leaf, []).append(piece.repeat)
+        known = given.keys() | {filled.leaf for filled in self.filled}
+        if unknown := sorted(leaves.keys() - known):
+            raise UserError(
+                f"the checkpoint has nothing for the model's parameter {unknown[0]} ({len(unknown)} such); undo the "
+                "changes to model.*"
+            )
+        for leaf, repeats in given.items():
+            stack = [None] if repeats == [None] else list(range(leaves[leaf][0]))
+            assert sorted(repeats, key=lambda r: -1 if r is None else r) == stack, leaf
+        for name, pieces in self.parts().items():
+            rows = [np.arange(p.shape[0]) if p.rows is None else p.rows for p in pieces]
+            assert (np.sort(np.concatenate(rows)) == np.arange(pieces[0].shape[0])).all(), name
+
+
+def _shown(shape: Any) -> str:
+    return "not there" if shape is None else str(list(shape))
+
+
+def read_leaf(
+    leaf: jax.ShapeDtypeStruct, pieces: list[Piece], filled: Filled | None, tensors: Mapping[str, Tensor],
+    read: Callable[[int], None],
+) -> jax.Array:  # fmt: skip
+    """A parameter, each device's shard from the bytes of its own slice.
+
+    Args:
+      leaf: shape, type and sharding.
+      pieces: of it.
+      filled: what it is where it has no pieces.
+      tensors: of the folder, by the names in the pieces.
+      read: told the bytes of each slice.
+    """
+    by_repeat = {piece.repeat: piece for piece in pieces}
+
+    def one(piece: Piece, index: tuple[slice, ...]) -> np.ndarray:
+        array = tensors[piece.tensor].mapped()
+        out = piece.read(array, index, leaf.dtype)
+        read(out.size * array.dtype.itemsize)
+        return out
+
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+        if None in by_repeat:
+            return one(by_repeat[None], index)
+        shape = [len(range(*s.indices(n))) for s, n in zip(index, leaf.shape)]
+        if filled is not None:
+            return np.full(shape, filled.value, leaf.dtype)
+        out = np.empty(shape, leaf.dtype)
+        for i, layer in enumerate(range(*index[0].indices(leaf.shape[0]))):
+            out[i] = one(by_repeat[layer], index[1:])
+        return out
+
+    # One shard at a time is held here, and read once for all devices that hold it.
+    places = leaf.sharding.addressable_devices_indices_map(leaf.shape)
+    shared: dict[str, list[Any]] = {}
+    for device, index in places.items():
+        shared.setdefault(str(index), []).append(device)
+    arrays = {}
+    for devices in shared.values():
+        value = shard(places[devices[0]])
+        arrays |= {device: jax.device_put(value, device).block_until_ready() for device in devices}
+    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, [arrays[device] for device in places])
+
+
+def flat(tree: Any) -> dict[str, Any]:
+    """A pure dict's leaves by dotted path."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

@@ -1,0 +1,53 @@
+"""`attnlab import` and `attnlab export`: their arguments to the parts that do the work, and what these say."""
+
+from __future__ import annotations
+
+import argparse
+
+from attnlab import output
+from attnlab.errors import UserError
+from attnlab.interchange import exporting, importing
+
+
+def _import(args: argparse.Namespace, overrides: list[str]) -> int:
+    if args.workdir is None and not args.check:
+        raise UserError("--workdir W is needed, or --check")
+    plan = importing.plan(args.source, args.workdir, args.as_, overrides)
+    said = {"family": plan.family.name, "tensors": len(plan.table.shapes), "bytes": plan.bytes, "notes": plan.notes}
+    if args.check:
+        columns = ["tensor", "shape", "dtype", "becomes"]
+        if args.json:
+            output.write_json(said | {"table": [dict(zip(columns, row)) for row in plan.rows()]})
+            return 0
+        output.write_table(f"{args.source}: {plan.family.name}", columns, plan.rows())
+    else:
+        importing.run(plan, args.workdir, output.note)
+        if args.json:
+            output.write_json(said | {"workdir": str(args.workdir)})
+            return 0
+    output.write("\n".join([f"{said['tensors']} tensors, {plan.bytes:,} bytes, of family {plan.family.name}",
+                            *(f"note: {note}" for note in plan.notes)]))  # fmt: skip
+    if not args.check:
+        output.write(f"{args.workdir} goes on with: "
+                     f"attnlab train --config {args.workdir / 'config.json'} --workdir {args.workdir}")  # fmt: skip
+    return 0
+
+
+def _export(args: argparse.Namespace, overrides: list[str]) -> int:
+    done = exporting.run(
+        args.workdir, args.to, checkpoint=args.checkpoint, dtype=args.dtype, largest=args.shard_size,
+        overrides=overrides, say=output.note,
+    )  # fmt: skip
+    said = {"folder": str(done.folder), "family": done.family.name, "step": done.step, "dtype": done.dtype,
+            "tensors": done.tensors, "bytes": done.bytes, "notes": done.notes}  # fmt: skip
+    if args.json:
+        output.write_json(said)
+        return 0
+    output.write(f"wrote {done.folder}: {done.tensors} tensors of family {done.family.name} in {done.dtype}, "
+                 f"{done.bytes:,} bytes, step {done.step}")  # fmt: skip
+    for note in done.notes:
+        output.write(f"note: {note}")
+    return 0
+
+
+VERBS = {"import": _import, "export": _export}
