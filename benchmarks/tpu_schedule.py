@@ -53,6 +53,12 @@ CASES = {
     "causal, soft cap": Case(cap=50.0),
     "causal, sinks, gate": Case(sinks=True, gate=True),
     "parallax: causal": Case(probe=True),
+    "causal, tile 256": Case(tile=(256, 256)),
+    "causal, tile 512": Case(tile=(512, 512)),
+    "pattern: coordinate, tile 256": Case(tile=(256, 256), axes=1),
+    "pattern: coordinate, tile 512": Case(tile=(512, 512), axes=1),
+    "pattern: groups, tile 256": Case(tile=(256, 256), groups=True),
+    "pattern: groups, tile 512": Case(tile=(512, 512), groups=True),
 }
 
 

@@ -1,4 +1,5 @@
-"""Language models. `--config configs/lm.py:mixer=NAME,size=SIZE,pattern=LETTERS,optimizer=NAME,recipe=RECIPE`
+"""Language models. `--config configs/lm.py:mixer=NAME,size=SIZE,pattern=LETTERS,optimizer=NAME,recipe=RECIPE`, or
+`--config configs/lm.py:preset=NAME,optimizer=NAME` for a hybrid of the literature at its published widths.
 
 Letters of a pattern: M is the mixer, S softmax attention, W softmax attention over a window of 128 keys.
 `pattern=MMMS` puts softmax attention in every fourth layer.
@@ -31,6 +32,29 @@ RATES = {"adamw": 1.0, "muon": 1.0, "lion": 0.1, "adafactor": 3.0}  # learning r
 LM = {name: {"input_conv": 4} for name in ("based", "flow", "tensor")}
 
 
+# Hybrids: the nearest size for what is not of the architecture (rate, batch, steps), layers, width, the MLP's hidden
+# width, vocabulary, length, pattern and its mixers. Where a model has experts, the MLP is as wide as those that are on.
+_GDN = {"name": "gated_deltanet", "heads": 32, "key_heads": 16, "head_width": 128}
+PRESETS = {
+    # Tao et al. 2025, InfiniteVL: its language model, of Qwen2.5-VL-3B's widths.
+    "infinitevl": ("1b", 36, 2048, 11_008, 151_936, 8192, "WMMM", {
+        "W": {"name": "softmax", "heads": 16, "kv_heads": 2, "bias": "qkv", "window": 8192, "rope_base": 1e6},
+        "M": {"name": "gated_deltanet", "heads": 16, "head_width": 128, "expand": 2.0},
+    }),
+    # Kimi Team 2025, Kimi Linear 48B-A3B (config.json): 8 of 256 experts and a shared one, 1024 wide.
+    "kimi_linear": ("7b", 27, 2304, 9216, 163_840, 4096, "KKKL" * 6 + "KKL", {
+        "K": {"name": "kda", "heads": 32, "head_width": 128},
+        "L": {"name": "mla", "heads": 32, "head_width": 128, "rank": 512, "rotary_width": 64, "rope_base": None},
+    }),
+    # Qwen Team 2025, Qwen3-Next 80B-A3B (config.json): 10 of 512 experts and a shared one, 512 wide.
+    "qwen3_next": ("7b", 48, 2048, 5632, 151_936, 4096, "MMMG", {
+        "M": _GDN,
+        "G": {"name": "gated", "heads": 16, "kv_heads": 2, "head_width": 256, "qk_norm": True, "rope_base": 1e7,
+              "rope_width": 64},
+    }),
+}  # fmt: skip
+
+
 def with_heads(mixer, heads):
     """A mixer's node, with the size's number of heads if it has heads, and its core as a node whose keys can be set."""
     fields = mixers.get(mixer).Config.__dataclass_fields__ if mixer in mixers.names() else {}
@@ -39,35 +63,53 @@ def with_heads(mixer, heads):
 
 
 def get_config(arg=None):
-    a = config.parse_arg(arg, mixer="softmax", size="nano", pattern="M", optimizer="adamw", recipe="paper")
+    plain = {"mixer": "softmax", "size": "nano", "pattern": "M", "recipe": "paper"}
+    a = config.parse_arg(arg, **plain, optimizer="adamw", preset="none")
+    config.require_choice("preset", a.preset, ["none", *PRESETS])
+    if a.preset != "none":
+        for key, value in plain.items():
+            config.require(getattr(a, key) == value, key, getattr(a, key), f"{value} beside preset={a.preset}")
+        return of_preset(a.preset, a.optimizer)
     config.require_choice("size", a.size, list(SIZES))
     config.require(bool(a.pattern) and set(a.pattern) <= set("MSW"), "pattern", a.pattern, "one or more of M, S and W")
     config.require_choice("recipe", a.recipe, ["paper", "lm"])
     layers, width, heads, length, batch, rate, steps = SIZES[a.size]
-    small = a.size in BYTES
     letters = {
         "M": with_heads(a.mixer, heads) | (LM.get(a.mixer, {}) if a.recipe == "lm" else {}),
         "S": {"name": "softmax", "heads": heads},
         "W": {"name": "softmax", "heads": heads, "window": 128},
     }
 
+    model = {"layers": layers, "width": width, "pattern": a.pattern}
+    model["mixers"] = {k: node for k, node in letters.items() if k in a.pattern}
+    return assembled(a.size, model, length, a.optimizer)
+
+
+def of_preset(name, optimizer):
+    size, layers, width, mlp_width, vocab, length, pattern, letters = PRESETS[name]
+    model = {"layers": layers, "width": width, "mlp_width": mlp_width, "vocab": vocab, "pattern": pattern}
+    return assembled(size, {**model, "mixers": letters}, length, optimizer)
+
+
+def assembled(size, model, length, optimizer):
+    """The whole config: what `model` does not say, and all that is not of the architecture, is the size's."""
+    *_, batch, rate, steps = SIZES[size]
+    small = size in BYTES
+
     c = ConfigDict()
     c.seed = 0
     c.data = {"source": "stdlib", "tokenizer": "bytes", "length": length, "batch": batch}
     c.model = {
         "vocab": 272 if small else 32_768,
-        "width": width,
-        "layers": layers,
-        "pattern": a.pattern,
-        "mixers": {k: node for k, node in letters.items() if k in a.pattern},
+        **model,
         "dtype": "float32" if small else "bfloat16",
         "remat": "none" if small else "minimal",
         "tied": False,
     }
-    config.require_choice("optimizer", a.optimizer, list(RATES))
+    config.require_choice("optimizer", optimizer, list(RATES))
     c.optimizer = {
-        "name": a.optimizer,
-        "learning_rate": rate * RATES[a.optimizer],
+        "name": optimizer,
+        "learning_rate": rate * RATES[optimizer],
         "schedule": "cosine",
         "warmup": max(1 / 50, 20 / steps),  # a share of train.steps
     }

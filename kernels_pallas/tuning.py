@@ -153,10 +153,16 @@ def routed_blocks(kind: str, rows: int, keys: int) -> Blocks:
     """Tiles of packed rows, in both directions of `rows` rows, over so many keys."""
     fitted = []
     for wanted in (_longer(forward_blocks(kind, 2**20, 2**20), rows), backward_blocks(kind, 2**20, 2**20)):
-        wanted = dataclasses.replace(wanted, rows=rows, sub_rows=_divisor(rows, wanted.sub_rows))
+        wanted = dataclasses.replace(wanted, rows=rows, sub_rows=divisor(rows, wanted.sub_rows))
         keys_ = _tile(keys, wanted.keys, wanted.sub_keys)
-        fitted.append(dataclasses.replace(wanted, keys=keys_, sub_keys=_divisor(keys_, wanted.sub_keys)))
+        fitted.append(dataclasses.replace(wanted, keys=keys_, sub_keys=divisor(keys_, wanted.sub_keys)))
     return Blocks(*fitted)
+
+
+def in_tiles(blocks, rows: int, keys: int):
+    """Blocks of either direction in tiles of so many rows and keys; parts of products are what they were, or less."""
+    parts = divisor(rows, blocks.sub_rows), divisor(keys, blocks.sub_keys)
+    return dataclasses.replace(blocks, rows=rows, keys=keys, sub_rows=parts[0], sub_keys=parts[1])
 
 
 # Bytes of fast memory beside what belongs to keys: row tiles and scratch.
@@ -202,8 +208,8 @@ def _fitted(wanted, rows: int, keys: int):
         wanted,
         rows=tile_rows,
         keys=tile_keys,
-        sub_rows=_divisor(tile_rows, wanted.sub_rows),
-        sub_keys=_divisor(tile_keys, wanted.sub_keys),
+        sub_rows=divisor(tile_rows, wanted.sub_rows),
+        sub_keys=divisor(tile_keys, wanted.sub_keys),
     )
 
 
@@ -214,13 +220,13 @@ def _tile(length: int, most: int, sub: int) -> int:
     """
 
     def cost(size: int) -> float:
-        narrow = _divisor(size, sub) < min(sub, _WIDE)
+        narrow = divisor(size, sub) < min(sub, _WIDE)
         return -(-length // size) * (size + _START) * (_NARROW if narrow else 1)
 
     return min(range(LANES, most + 1, LANES), key=cost)
 
 
-def _divisor(size: int, most: int) -> int:
+def divisor(size: int, most: int) -> int:
     return next(n for n in range(min(size, most), 0, -LANES) if size % n == 0)
 
 

@@ -80,10 +80,19 @@ def test_imports_run_one_way():
 
 def test_no_room_below_speaks_of_the_command_line():
     """Messages name the field or the argument; how a command spells it, only commands know."""
-    above = ("__main__.py", "arguments.py", "cli.py", "config.py", "paths.py", "ablation", "launch")
+    above = {
+        "__main__.py",
+        "arguments.py",
+        "cli.py",
+        "config.py",
+        "paths.py",
+        "ablation",
+        "launch",
+        "interchange/verbs.py",
+    }
     found = []
     for path, tree in trees().items():
-        if path.parts[0] in above:
+        if above & {path.parts[0], str(path)}:
             continue
         docs = {
             ast.get_docstring(n, clean=False)

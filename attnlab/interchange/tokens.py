@@ -28,9 +28,9 @@ def require(source: pathlib.Path) -> pathlib.Path:
     if (source / "tokenizer.model").is_file():
         raise UserError(
             f"{source} has a SentencePiece tokenizer.model and no tokenizer.json; make one (AutoTokenizer of "
-            "transformers reads the one and saves the other), or name another by data.tokenizer"
+            "transformers reads the one and saves the other), or name another as data.tokenizer"
         )
-    raise UserError(f"{source} has no tokenizer.json; name one by data.tokenizer, or bytes")
+    raise UserError(f"{source} has no tokenizer.json; data.tokenizer is to name one, or bytes")
 
 
 def end_of_document(path: pathlib.Path, tree: Mapping[str, Any]) -> str | None:

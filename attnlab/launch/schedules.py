@@ -18,7 +18,7 @@ from jax.sharding import SingleDeviceSharding
 
 from attnlab.launch import llo
 from kernels_pallas import tuning
-from kernels_pallas.flash_attention import flash_attention
+from kernels_pallas.flash_attention import Pattern, Term, flash_attention
 from kernels_pallas.parallax_attention import parallax_attention
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
@@ -38,18 +38,36 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Features of a call of flash attention; with a probe it is Parallax, which has of the others `low` alone."""
+    """Features of a call of flash attention; with a probe it is Parallax, which has of the others `low` alone.
+
+    `tile`, rows and keys, is by default that of `tuning`. With coordinates or groups the mask is a pattern.
+    """
 
     low: bool = False
     sinks: bool = False
     gate: bool = False
     cap: float | None = None
     probe: bool = False
+    tile: tuple[int, int] | None = None
+    axes: int = 0
+    groups: bool = False
 
     @property
     def kernel(self) -> str:
         """With what its kernels' names begin."""
-        return "parallax" if self.probe else "flash"
+        return "parallax" if self.probe else "masked" if self.pattern else "flash"
+
+    @property
+    def pattern(self) -> bool:
+        """Whether the mask is more than intervals."""
+        return bool(self.axes) or self.groups
+
+    def blocks(self, part: str, chip: str, length: int) -> Any:
+        """Tiles by default, of the forward or the backward, over so many positions."""
+        default = {"forward": tuning.forward_blocks, "backward": tuning.backward_blocks}[part]
+        if self.tile is None:
+            return default(chip, length, length, "parallax" if self.probe else "flash")
+        return tuning.in_tiles(default(chip, length, length), *self.tile)
 
 
 PARTS = ("forward", "backward")
@@ -57,8 +75,8 @@ PARTS = ("forward", "backward")
 
 def compile_flash(
     case: Case, shape: Shape, target: Any, chip: str, blocks: tuning.Blocks | None = None, backward: bool = True
-) -> None:
-    """Forward, and backward if asked for, for a chip; what is scheduled is in the dump."""
+) -> Any:
+    """Forward, and backward if asked for, compiled for a chip; what is scheduled is in the dump."""
     placed = SingleDeviceSharding(target.devices[0])
     of = lambda *sizes, dtype=shape.dtype: jax.ShapeDtypeStruct(sizes, dtype, sharding=placed)
     array = lambda heads: of(shape.batch, shape.length, heads, shape.width)
@@ -70,6 +88,8 @@ def compile_flash(
     if case.probe:
         arrays["probe"] = array(shape.heads)
     bounds = {name: of(1, shape.length, dtype=jnp.int32) for name in ("starts",) * case.low + ("ends",)}
+    if case.pattern:
+        bounds = {"pattern": pattern_of(case, shape.length, of)}
 
     def loss(arrays, bounds):
         with tuning.device_kind(chip):
@@ -79,7 +99,20 @@ def compile_flash(
                 o, _ = flash_attention(**arrays, **bounds, soft_cap=case.cap, platform="tpu", blocks=blocks)
         return jnp.sum(o.astype(jnp.float32))
 
-    jax.jit(jax.grad(loss) if backward else loss).lower(arrays, bounds).compile()
+    return jax.jit(jax.grad(loss) if backward else loss).lower(arrays, bounds).compile()
+
+
+def pattern_of(case: Case, length: int, of: Any) -> Pattern:
+    """A pattern, one for all sequences and heads, of `of(*shape, dtype=)`."""
+    (rows, keys), n = case.tile, length
+    array = lambda *shape: of(1, 1, *shape, dtype=jnp.int32)
+    term = Term(
+        array(2 + 2 * case.axes, n),
+        array(case.axes, n) if case.axes else None,
+        array(n // keys, n) if case.groups else None,
+        array(n) if case.groups else None,
+    )
+    return Pattern(of(1, 1, n // rows, n // keys, dtype=jnp.int8), (term,), n // keys, case.tile)
 
 
 class Reading:
@@ -216,13 +249,12 @@ def flash(
     """
     llo.clear(folder)
     started = time.process_time()
+    given = blocks or tuning.Blocks()
+    of_parts = {part: getattr(given, part) or case.blocks(part, chip, shape.length) for part in PARTS}
+    if not case.pattern:
+        blocks = tuning.Blocks(**of_parts)
     compile_flash(case, shape, target, chip, blocks, "backward" in parts)
     seconds = round(time.process_time() - started, 1)
-    blocks = blocks or tuning.Blocks()
-    of_parts = {
-        "forward": blocks.forward or tuning.forward_blocks(chip, shape.length, shape.length, case.kernel),
-        "backward": blocks.backward or tuning.backward_blocks(chip, shape.length, shape.length, case.kernel),
-    }
     found = {}
     describe = {"forward": forward_facts, "backward": backward_facts}
     for part in parts:

@@ -13,7 +13,8 @@ from flax import nnx
 
 from attnlab import config as config_lib
 from attnlab.mixers.base import Capabilities, MixerOutput, knob
-from attnlab.mixers.heads import HeadMixer, Projections, RotaryConfig, split_heads
+from attnlab.mixers.grouped import GroupedConfig
+from attnlab.mixers.heads import HeadMixer, Projections, split_heads
 from attnlab.mixers.parts import LayerNorm, RMSNorm, param_dtype
 from attnlab.mixers.roles import Role, param
 from attnlab.mixers.sequence import Sequence
@@ -31,14 +32,11 @@ _FIRST_TEMPERATURE = 1 / 0.24
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentionConfig(RotaryConfig):
+class AttentionConfig(GroupedConfig):
     """Knobs of queries, keys and values."""
 
     qk_norms: ClassVar[tuple[bool | str, ...]] = tuple(QK_NORMS)
 
-    kv_heads: int | None = knob(
-        None, "key/value heads K, a divisor of heads; none: K = H; 1: multi-query", other=(1, 2)
-    )
     causal: bool = knob(True, "whether a position sees only itself and those before", other=(False,))
     window: int | None = knob(None, "keys that a query sees, itself included; none: all before it", other=(3,), least=1)
     qk_norm: bool | str = knob(
@@ -56,8 +54,6 @@ class AttentionConfig(RotaryConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        divides = self.key_heads >= 1 and self.heads % self.key_heads == 0
-        config_lib.require(divides, "kv_heads", self.key_heads, f"divisors of heads ({self.heads})")
         if self.window is not None:
             config_lib.require(self.causal, "causal", self.causal, "true where window is set")
         allowed = ", ".join(str(kind).lower() for kind in self.qk_norms)
@@ -68,11 +64,6 @@ class AttentionConfig(RotaryConfig):
     def read_width(self, width: int) -> int:
         """Width of what keys and values are made of, in a model of the given width."""
         return width
-
-    @property
-    def key_heads(self) -> int:
-        """K."""
-        return self.heads if self.kv_heads is None else self.kv_heads
 
 
 @dataclasses.dataclass(frozen=True)

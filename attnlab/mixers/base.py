@@ -41,12 +41,14 @@ class MixerOutput:
       state: the streaming state after these positions; None from `__call__`.
       losses: named scalars that the trainer adds to the loss, already multiplied by their coefficients.
       metrics: named scalars that the trainer logs, averaged over layers.
+      shared: what layers after this one find in `Sequence.shared`, by the names of `Mixer.init_shared`; others stay.
     """
 
     y: jax.Array
     state: State = None
     losses: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
     metrics: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    shared: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +121,7 @@ class Mixer(nnx.Module):
       variants: combinations of knobs that the contract battery must try besides each knob alone.
       counted: the implementation whose matrix products `flops` declares.
       sequence_parallel: how positions are split over devices (mesh.context), in a few words; empty: they cannot be.
+      stack_reads: what of its stack it reads, of `layer` and `embedding`: see `Sequence`.
       contains_overflow: whether a document of a packed row that overflows leaves the row's other documents as they are;
         other rows it must leave in any case.
     """
@@ -132,6 +135,7 @@ class Mixer(nnx.Module):
     variants: ClassVar[tuple[dict[str, Any], ...]] = ()
     counted: ClassVar[str] = "definition"
     sequence_parallel: ClassVar[str] = ""
+    stack_reads: ClassVar[tuple[str, ...]] = ()
     contains_overflow: ClassVar[bool] = False
 
     @abc.abstractmethod
@@ -154,6 +158,13 @@ class Mixer(nnx.Module):
     def extend(self, x: jax.Array, seq: Sequence, state: State) -> MixerOutput:
         """Mixes the next T >= 1 positions, `x` [B, T, D], given the state of those before; `seq` by `Stream.extend`."""
         raise UnsupportedPattern(f"mixer {self.name!r} does not stream")
+
+    def init_shared(self, batch: int, length: int) -> dict[str, jax.Array]:
+        """What `Sequence.shared` holds before the first layer, of shapes [batch, length, ...]; default: nothing.
+
+        Mixers of one stack that share a name share its array.
+        """
+        return {}
 
     @classmethod
     @abc.abstractmethod

@@ -148,6 +148,10 @@ class GatedDeltaNet(HeadMixer):
 
     openness = staticmethod(jax.nn.silu)
 
+    def strength(self, logits_BTH: jax.Array) -> jax.Array:
+        """beta of its logits."""
+        return jax.nn.sigmoid(logits_BTH)
+
     def heads(self, x: jax.Array, seq: Sequence, carried: DeltaState | None = None) -> MixerOutput:
         c, (B, T, _) = self.config, x.shape
         # One convolution for q, k and v, whose channels lie together key head by key head.
@@ -163,8 +167,7 @@ class GatedDeltaNet(HeadMixer):
         if self.key_heads < c.heads:
             q, k = (jnp.repeat(y, c.heads // self.key_heads, axis=2) for y in (q, k))
             v = v.reshape(B, T, c.heads, -1)
-        logits = self.beta(x)
-        beta = jax.nn.sigmoid(logits.astype(param_dtype(logits.dtype)))
+        beta = self.strength(self.beta(x).astype(param_dtype(self.dtype)))
         o, memory = delta_rule(
             q,
             k,

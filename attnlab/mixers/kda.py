@@ -12,11 +12,9 @@ from flax import nnx
 from attnlab.mixers.base import knob, register
 from attnlab.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig
 from attnlab.mixers.heads import Projections, split_heads
-from attnlab.mixers.parts import Linear, param_dtype, time_steps
+from attnlab.mixers.parts import LowRank, log_rates, param_dtype, time_steps
 from attnlab.mixers.roles import Role, drawn
 from attnlab.ops.delta_rule import chunked_flops
-
-_RATES = 1.0, 16.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,17 +34,6 @@ class KDAConfig(GatedDeltaNetConfig):
         return self.rank or self.value_dim(width)
 
 
-class LowRank(nnx.Module):
-    """`x W_d W_u`, plus a bias where asked: [..., D] to [..., columns]."""
-
-    def __init__(self, width: int, rank: int, columns: int, *, rngs: nnx.Rngs, dtype: Any, bias: bool = False):
-        self.down = Linear(width, rank, ("embed", "gates"), rngs=rngs, dtype=dtype)
-        self.up = Linear(rank, columns, ("gates", "heads"), rngs=rngs, dtype=dtype, bias=bias)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.up(self.down(x))
-
-
 class ChannelDecay(nnx.Module):
     """Log decays `-exp(A_log) * softplus(x W_d W_u + dt_bias)`, [B, T, H, d], in fp32; A is of a head.
 
@@ -56,7 +43,7 @@ class ChannelDecay(nnx.Module):
     def __init__(self, width: int, heads: int, head_dim: int, rank: int, *, rngs: nnx.Rngs, dtype: Any):
         kind, columns = param_dtype(dtype), heads * head_dim
         self.linear = LowRank(width, rank, columns, rngs=rngs, dtype=dtype)
-        self.a_log = drawn(rngs, _log_rates, heads, kind, axes=("gates",), role=Role.DECAY_RATE)
+        self.a_log = drawn(rngs, log_rates, heads, kind, axes=("gates",), role=Role.DECAY_RATE)
         self.dt_bias = drawn(rngs, time_steps, columns, kind, axes=("heads",), role=Role.DECAY_RATE)
         self.head_dim = head_dim
 
@@ -64,11 +51,6 @@ class ChannelDecay(nnx.Module):
         logits = self.linear(x)
         step = jax.nn.softplus(logits.astype(param_dtype(logits.dtype)) + self.dt_bias[...])
         return -jnp.exp(self.a_log[...])[:, None] * split_heads(step, self.head_dim)
-
-
-def _log_rates(key: jax.Array, heads: int, dtype: Any) -> jax.Array:
-    """Logarithms of numbers uniform in [1, 16)."""
-    return jnp.log(jax.random.uniform(key, (heads,), dtype, *_RATES))
 
 
 @register("kda")

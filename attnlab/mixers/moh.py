@@ -122,7 +122,7 @@ class MoHConfig(MixerConfig):
             known = [n for n in base.names() if issubclass(base.get(n), HeadMixer) and n != "moh"]
             node = {"name": "softmax", **core} if isinstance(core, Mapping) else core
             name, fields = config_lib.split_name(node, "core", known)
-            allowed = base.get(name).Config.__dataclass_fields__
+            allowed = {field.name for field in dataclasses.fields(base.get(name).Config)}
             handed = {k: getattr(self, k) for k in ("heads", "causal") if k in allowed}
             core = config_lib.build(base.get(name).Config, handed | fields, "core")
         for key in ("heads", "causal"):

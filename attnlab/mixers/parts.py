@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnlab.mixers.roles import Fused, Role, drawn, normal, param
+from attnlab.ops.causal_conv import causal_conv
 from attnlab.ops.linear import linear
 from attnlab.ops.norm import layer_norm, rms_norm
 
@@ -47,6 +48,45 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
+class LowRank(nnx.Module):
+    """`x W_d W_u`, plus a bias where asked: [..., D] to [..., columns]."""
+
+    def __init__(self, width: int, rank: int, columns: int, *, rngs: nnx.Rngs, dtype: Any, bias: bool = False):
+        self.down = Linear(width, rank, ("embed", "gates"), rngs=rngs, dtype=dtype)
+        self.up = Linear(rank, columns, ("gates", "heads"), rngs=rngs, dtype=dtype, bias=bias)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.up(self.down(x))
+
+
+class Convolution(nnx.Module):
+    """`attnlab.ops.causal_conv.causal_conv` with learned filters [span, channels], and where asked a bias.
+
+    At first both are uniform within 1 / sqrt(span).
+    """
+
+    def __init__(self, channels: int, span: int, axis: str, *, rngs: nnx.Rngs, dtype: Any, bias: bool = False):
+        kind, bound = param_dtype(dtype), 1 / math.sqrt(span)
+        shape = (span, channels)
+        self.filters = drawn(rngs, jax.random.uniform, shape, kind, -bound, bound, axes=("conv", axis), role=Role.TAPS)
+        args = ((channels,), kind, -bound, bound)
+        self.bias = drawn(rngs, jax.random.uniform, *args, axes=(axis,), role=Role.BIAS) if bias else None
+
+    def __call__(
+        self, x: jax.Array, documents_BT: jax.Array | None, tail: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """y [B, T, channels] in the dtype of x, and the tail after it, in that of the one before; None: there is none
+        and none is asked for."""
+        y, after = causal_conv(x, self.filters[...], documents_BT, tail)
+        y = y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        return y, None if tail is None else after.astype(tail.dtype)
+
+    def blank_tail(self, batch: int, dtype: Any) -> jax.Array:
+        """Before the first position."""
+        span, channels = self.filters.shape
+        return jnp.zeros((batch, span - 1, channels), dtype)
+
+
 class RMSNorm(nnx.Module):
     """`attnlab.ops.norm.rms_norm` with a learned scale [width], initially one."""
 
@@ -75,6 +115,11 @@ def time_steps(key: jax.Array, count: int, dtype: Any) -> jax.Array:
     low, high = (math.log(t) for t in _TIME_STEPS)
     step = jnp.exp(jax.random.uniform(key, (count,), dtype, low, high))
     return step + jnp.log(-jnp.expm1(-step))
+
+
+def log_rates(key: jax.Array, count: int, dtype: Any, low: float = 1.0, high: float = 16.0) -> jax.Array:
+    """Logarithms of numbers uniform in [low, high)."""
+    return jnp.log(jax.random.uniform(key, (count,), dtype, low, high))
 
 
 def param_dtype(dtype: Any) -> Any:

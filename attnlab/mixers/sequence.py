@@ -76,6 +76,11 @@ class Sequence:
         batch; those before them (a class token) are not of the image. None where there is no image.
       layout: where images and questions lie in rows of text, for masks that read it; None: not said.
       node: [B, T] int32, a number of what a position belongs to (a subject), for masks that read it; None: not said.
+      layer: int32 scalar, the number of the block in its stack, from 0; None where no mixer of the stack reads it
+        (`Mixer.stack_reads`), or the mixer is by itself.
+      embedding: [B, T, D], what the stack began from; None as `layer`.
+      shared: by name, what layers before hand to those after (`Mixer.init_shared`, `MixerOutput.shared`); None: the
+        mixer is by itself.
     """
 
     positions: jax.Array
@@ -86,6 +91,9 @@ class Sequence:
     grid: tuple[int, int] | None = dataclasses.field(default=None, metadata={"static": True})
     layout: Layout | None = None
     node: jax.Array | None = None
+    layer: jax.Array | None = None
+    embedding: jax.Array | None = None
+    shared: Mapping[str, jax.Array] | None = None
 
     @classmethod
     def whole(cls, batch: int, length: int) -> Sequence:

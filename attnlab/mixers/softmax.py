@@ -59,7 +59,7 @@ class SoftmaxConfig(CrossConfig):
         direction = "causal" if self.causal else "bidirectional"
         allowed = f"{not self.causal}: mask {name} does not go with {direction} mixing".lower()
         need(getattr(masks.get(name), direction), "causal", self.causal, allowed)
-        for field, impls in (("impl", ("auto", "tiles", "definition")), ("decode_impl", _DECODE_IMPLS)):
+        for field, impls in (("impl", ("auto", "flash", "tiles", "definition")), ("decode_impl", _DECODE_IMPLS)):
             value = getattr(self, field)
             need(value in impls, field, value, f"{', '.join(impls)} {where}")
 

@@ -332,22 +332,25 @@ class Transformer(nnx.Module):
         Losses and metrics are means over the layers that have them.
         """
         self.config.require_contexts(seq.contexts)
-        seq = seq.derived()
         graphdef, params = nnx.split(self.periods)
+        seq, shared = _with_embedding(self.periods, x, seq.derived()), _init_shared(self.periods, x)
         keys = None if key is None else jax.random.split(key, (self.repeats, len(self.config.blocks)))
+        numbers = jnp.arange(self.repeats, dtype=jnp.int32) if _reads(self.periods, "layer") else None
 
-        def run(x: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
-            p, k = inputs
+        def run(carry: tuple[jax.Array, dict[str, jax.Array]], inputs: Any) -> tuple[Any, Any]:
+            (x, shared), (p, k, number) = carry, inputs
             losses, metrics = [], []
             for i, block in enumerate(nnx.merge(graphdef, p).blocks):
-                x, outs = block(x, seq, key=None if k is None else k[i])
+                placed = _placed(seq, number, i, len(self.config.blocks), shared)
+                x, outs = block(x, placed, key=None if k is None else k[i])
+                shared = functools.reduce(lambda a, out: a | out.shared, outs, shared)
                 losses += [out.losses for out in outs]
                 metrics += [out.metrics for out in outs]
-            return x, (_stack_by_name(losses), _stack_by_name(metrics))
+            return (x, shared), (_stack_by_name(losses), _stack_by_name(metrics))
 
         if self.config.remat != "none":
             run = jax.checkpoint(run, policy=REMAT[self.config.remat], prevent_cse=False)
-        x, (losses, metrics) = jax.lax.scan(run, x, (params, keys), unroll=self._unroll())
+        (x, _), (losses, metrics) = jax.lax.scan(run, (x, shared), (params, keys, numbers), unroll=self._unroll())
         return mixers.MixerOutput(x, losses=jax.tree.map(jnp.mean, losses), metrics=jax.tree.map(jnp.mean, metrics))
 
     def init_state(
@@ -380,14 +383,42 @@ def extend(
 ) -> tuple[jax.Array, StackState]:
     """Runs the next positions, x [B, T, D], through unstacked periods; the new state."""
     seq, stream = state.stream.extend(seq)
-    layers = []
-    for period, states in zip(periods, state.layers, strict=True):
+    seq, shared, layers = _with_embedding(periods[0], x, seq), _init_shared(periods[0], x), []
+    numbers = range(len(periods)) if _reads(periods[0], "layer") else [None] * len(periods)
+    for number, period, states in zip(numbers, periods, state.layers, strict=True):
         after = []
-        for block, s in zip(period.blocks, states, strict=True):
-            x, outs = block(x, seq, s)
+        for i, (block, s) in enumerate(zip(period.blocks, states, strict=True)):
+            x, outs = block(x, _placed(seq, number, i, len(period.blocks), shared), s)
+            shared = functools.reduce(lambda a, out: a | out.shared, outs, shared)
             after.append([out.state for out in outs])
         layers.append(after)
     return x, StackState(stream, layers)
+
+
+def _mixers(period: Period) -> list[mixers.Mixer]:
+    return [sublayer.branch for block in period.blocks for sublayer in block.sublayers if sublayer.mixes]
+
+
+def _reads(period: Period, what: str) -> bool:
+    return any(what in mixer.stack_reads for mixer in _mixers(period))
+
+
+def _with_embedding(period: Period, x: jax.Array, seq: mixers.Sequence) -> mixers.Sequence:
+    """The sequence as mixers read it who ask for what the stack began from."""
+    return dataclasses.replace(seq, embedding=x) if _reads(period, "embedding") else seq
+
+
+def _init_shared(period: Period, x: jax.Array) -> dict[str, jax.Array]:
+    """`Sequence.shared` before the first layer."""
+    return functools.reduce(lambda a, mixer: a | mixer.init_shared(*x.shape[:2]), _mixers(period), {})
+
+
+def _placed(
+    seq: mixers.Sequence, number: jax.Array | int | None, block: int, blocks: int, shared: dict[str, jax.Array]
+) -> mixers.Sequence:
+    """The sequence as a block reads it, which is the `block`-th of period `number`."""
+    layer = None if number is None else jnp.int32(number * blocks + block)
+    return dataclasses.replace(seq, layer=layer, shared=shared)
 
 
 def _stack_by_name(dicts: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:

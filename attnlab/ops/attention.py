@@ -83,7 +83,7 @@ ATTENTION = Op(
         "xla": Implementation(attention_xla.attention, plain_masks()),
         "flash": Implementation(
             attention_flash.attention,
-            plain_masks(attention_flash.unsupported),
+            attention_flash.unsupported,
             worth=attention_flash.worth,
             platforms=("tpu", "gpu"),
             interpretable=True,
@@ -116,7 +116,7 @@ ATTENTION_WITH_LSE = Op(
         "xla": Implementation(attention_xla.attention_with_lse, plain_masks()),
         "flash": Implementation(
             attention_flash.attention_with_lse,
-            plain_masks(attention_flash.unsupported),
+            attention_flash.unsupported,
             worth=attention_flash.worth,
             platforms=("tpu", "gpu"),
             interpretable=True,

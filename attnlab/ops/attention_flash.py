@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attnlab.ops import attention_splash
+from attnlab.ops import attention_pattern, attention_splash, attention_tiles
 from attnlab.ops.attention_frame import NO_KEYS, AttentionSpec
 from attnlab.ops.masks import Mask, mean_visible_keys
 from attnlab.parallel import partition
@@ -28,6 +28,15 @@ def _kernels() -> Any:
 
 def unsupported(spec: AttentionSpec) -> str | None:
     """Why the kernels cannot serve, or None."""
+    if spec.key_bias not in (0, 1, spec.kv_heads):
+        return f"it has biases of key heads, not of {spec.key_bias} query heads over {spec.kv_heads} key heads"
+    if spec.query_bias and spec.sinks:
+        return "a bias of queries beside sinks"
+    if spec.pattern:
+        if partition.platform() == "gpu":
+            return "on GPUs it serves masks that are an interval of keys, not axes, groups or a union"
+        if reason := attention_pattern.unsupported(spec):
+            return reason
     return unsupported_heads(spec.dtype, max(spec.width, spec.value_width))
 
 
@@ -76,7 +85,8 @@ def faster_than_splash(kind: str) -> bool:
 
 
 def kernel_flops(spec: AttentionSpec) -> dict[str, float]:
-    """FLOPs of one run of each kernel; pairs that the static mask hides are not counted, those of documents are.
+    """FLOPs of one run of each kernel; pairs that the static mask hides are not counted, those that documents or a
+    pattern hide are.
 
     The forward has two products a tile, the backward five: three over the width of keys, two over that of values.
     """
@@ -87,9 +97,11 @@ def kernel_flops(spec: AttentionSpec) -> dict[str, float]:
         }
     with tuning.device_kind(partition.device_kind()):
         runs = _kernels().tpu_kernel_runs(*arrays(spec))
+    kind = "masked" if spec.pattern else "flash"
+    runs = {name.replace("flash", kind): n for name, n in runs.items()}
     widths = {
-        "flash_forward": spec.width + spec.value_width,
-        "flash_backward": 3 * spec.width + 2 * spec.value_width,
+        f"{kind}_forward": spec.width + spec.value_width,
+        f"{kind}_backward": 3 * spec.width + 2 * spec.value_width,
     }
     return {name: pairs * width / runs[name] for name, width in widths.items()}
 
@@ -115,11 +127,9 @@ def own_keys_seen(mask: Mask, queries: int, keys: int) -> bool:
     return (mask.causal or mask.window is not None) and not mask.dynamic() and queries == keys
 
 
-def attention(
-    q_BTHd: jax.Array, k_BSKd: jax.Array, v_BSKe: jax.Array, mask: Mask, sinks_H=None, **options
-) -> jax.Array:
+def attention(q, k, v, mask: Mask, sinks=None, key_bias=None, query_bias=None, **options) -> jax.Array:
     """See `attnlab.ops.attention.attention`; options as for `attention_with_lse`."""
-    return attention_with_lse(q_BTHd, k_BSKd, v_BSKe, mask, sinks_H, **options)[0]
+    return attention_with_lse(q, k, v, mask, sinks, key_bias, query_bias, **options)[0]
 
 
 def gated_attention(
@@ -135,6 +145,8 @@ def attention_with_lse(
     v_BSKe: jax.Array,
     mask: Mask,
     sinks_H: jax.Array | None = None,
+    key_bias_BSh: jax.Array | None = None,
+    query_bias_BTh: jax.Array | None = None,
     *,
     scale: float,
     soft_cap: float | None,
@@ -145,14 +157,39 @@ def attention_with_lse(
 
     Scores and statistics are float32, products bfloat16 for bfloat16 inputs, for which the TPU's round the scaled
     queries once more. Backward recomputes the scores from the output and the log-sum-exp, which carry the checkpoint
-    names "attention_o" and "attention_lse".
+    names "attention_o" and "attention_lse". A bias of queries changes the log-sum-exp alone, where there are no sinks.
     """
-    T, S = q_BTHd.shape[1], k_BSKd.shape[1]
-    starts, ends = mask.bounds(T, S)
-    with tuning.device_kind(partition.device_kind()):
-        o, lse = _kernels().flash_attention(
-            q_BTHd, k_BSKd, v_BSKe,
-            starts=starts, ends=ends, sinks=sinks_H, gate=gate_BTHe, soft_cap=soft_cap, scale=scale,
-            platform=kernel_platform(), interpret=interpret, keys_seen=own_keys_seen(mask, T, S),
-        )  # fmt: skip
-    return o, jnp.maximum(lse, NO_KEYS)
+    (B, T, H, _), S = q_BTHd.shape, k_BSKd.shape[1]
+    platform, key_bias = kernel_platform(), None
+    if key_bias_BSh is not None:
+        wide = jnp.broadcast_to(key_bias_BSh.astype(jnp.float32), (B, S, key_bias_BSh.shape[2])).swapaxes(1, 2)
+        key_bias = wide[:, 0] if wide.shape[1] == 1 else wide
+
+    def run(**masked: Any) -> tuple[jax.Array, jax.Array]:
+        with tuning.device_kind(partition.device_kind()):
+            o, lse = _kernels().flash_attention(
+                q_BTHd, k_BSKd, v_BSKe, sinks=sinks_H, gate=gate_BTHe, key_bias=key_bias, soft_cap=soft_cap,
+                scale=scale, platform=platform, interpret=interpret, **masked,
+            )  # fmt: skip
+        return o, jnp.maximum(lse, NO_KEYS)
+
+    def by_tiles() -> tuple[jax.Array, jax.Array]:
+        options = {"scale": scale, "soft_cap": soft_cap}
+        o, lse = attention_tiles.attention_with_lse(
+            q_BTHd, k_BSKd, v_BSKe, mask, sinks_H, key_bias_BSh, None, **options
+        )
+        if gate_BTHe is not None:
+            o = (o.astype(jnp.float32) * jax.nn.sigmoid(gate_BTHe.astype(jnp.float32))).astype(o.dtype)
+        return o, lse.astype(jnp.float32)
+
+    if mask.plain():
+        starts, ends = mask.bounds(T, S)
+        o, lse = run(starts=starts, ends=ends, keys_seen=own_keys_seen(mask, T, S))
+    else:
+        pattern, exact = attention_pattern.pattern_of(mask, T, S)
+        o, lse = attention_pattern.where_exact(exact, lambda: run(pattern=pattern), by_tiles)
+    if query_bias_BTh is None:
+        return o, lse
+    bias = query_bias_BTh.astype(lse.dtype)
+    bias = jnp.repeat(bias, H // bias.shape[2], 2) if bias.shape[2] > 1 else bias
+    return o, jnp.where(lse > NO_KEYS / 10, lse + bias, lse)  # a row that sees nothing has no bias

@@ -46,13 +46,17 @@ class AttentionSpec:
     sinks: bool
     documents: bool = False
     devices: int = 1  # over which the queries are split
-    pattern: bool = False  # the mask is more than an interval of keys
-    biases: bool = False  # of keys or queries
+    pattern: int = 0  # of a mask that is more than an interval of keys: how many it holds, of sequences and heads
+    groups: str = ""  # of keys that it holds: few (32 at most), runs (`Groups.size`) or many
+    key_bias: int = 0  # heads of it; 0: none
+    query_bias: int = 0
 
     def __str__(self) -> str:
         width = str(self.width) if self.width == self.value_width else f"{self.width}/{self.value_width}"
-        names = ("causal", "intervals", "documents", "pattern", "soft_cap", "sinks", "biases")
+        names = ("causal", "intervals", "documents", "pattern", "soft_cap", "sinks", "key_bias", "query_bias")
         features = [name for name in names if getattr(self, name)]
+        if self.groups:
+            features.append(f"groups={self.groups}")
         if self.window is not None:
             features.append(f"window={self.window}")
         if self.devices > 1:
@@ -60,18 +64,23 @@ class AttentionSpec:
         shape = f"B{self.batch} T{self.queries} S{self.keys} H{self.heads} K{self.kv_heads} d{width}"
         return " ".join([shape, self.dtype, *features])
 
+    @property
+    def biases(self) -> bool:
+        """Whether there are any."""
+        return bool(self.key_bias or self.query_bias)
+
     @classmethod
     def of(
         cls, exchange: SequenceParallel | None, *arrays: Any, queries: int, keys: int, key_axis: int, **options: Any
     ) -> AttentionSpec:
         """Of the arrays of `attend`."""
         (B, T, H, d), k, v, mask = arrays[0].shape, arrays[queries], arrays[queries + 1], arrays[queries + 2]
-        rest = arrays[queries + 3 :]
+        rest, masks = arrays[queries + 3 :], 0 if mask.plain() else mask.sequences() * mask.heads()
         return cls(
             B, T, keys, H, k.shape[3 - key_axis], d, v.shape[3], str(arrays[0].dtype), mask.causal, mask.window,
             mask.dynamic(), options.get("soft_cap") is not None, any(x is not None for x in rest[:1]),
-            mask.documents, 1 if exchange is None else exchange.count, not mask.plain(),
-            any(x is not None for x in rest[1:]),
+            mask.documents, 1 if exchange is None else exchange.count, masks, mask.grouping(),
+            *(0 if x is None else x.shape[2] for x in (*rest[1:3], None, None)[:2]),
         )  # fmt: skip
 
 

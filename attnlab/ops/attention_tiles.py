@@ -89,15 +89,21 @@ def attention_with_lse(
     (T, H), (S, K) = q_BTHd.shape[1:3], k_BSKd.shape[1:3]
     sizes = ON_CPU if partition.platform() == "cpu" else ELSEWHERE
     config = Config(scale, soft_cap, *sizes, T, S)
-    plan = _plan(config, mask, H, K)
+    if chosen := any(term.groups is not None and term.groups.chosen for term in mask.terms()):
+        config = dataclasses.replace(config, masked=1)
+    plan = _plan(config, mask, H, K, in_order=chosen)
     config = dataclasses.replace(config, full=_full_at_a_time(plan.full, config.full))
     arrays = varying((q_BTHd, k_BSKd, v_BSKe, sinks_H, key_bias_BSh, query_bias_BTh), (q_BTHd, k_BSKd, v_BSKe, mask))
     o, lse_BTH = _attention(config, *arrays, plan)
     return o, lse_BTH / LOG2E
 
 
-def _plan(config: Config, mask: Mask, H: int, K: int) -> Plan:
-    """The tiles that a key head computes: those that one of its query heads sees."""
+def _plan(config: Config, mask: Mask, H: int, K: int, in_order: bool = False) -> Plan:
+    """The tiles that a key head computes: those that one of its query heads sees.
+
+    in_order: ascending, and none is taken for full. One at a time, a tile that a row sees nothing of leaves the row's
+        sums as they are, to the last bit: so which tiles are there may depend on other rows of the tile of rows.
+    """
     sizes = config.length, config.count, config.rows, config.keys
     kinds = tile_kinds(mask, *sizes)
     xp = numpy_if(isinstance(kinds, np.ndarray))
@@ -105,6 +111,8 @@ def _plan(config: Config, mask: Mask, H: int, K: int) -> Plan:
         kinds = kinds.reshape(kinds.shape[0], K, H // K, *kinds.shape[2:])
         least, most = kinds.min(2), kinds.max(2)
         kinds = xp.where(most == EMPTY, EMPTY, xp.where(least == FULL, FULL, PARTIAL)).astype(xp.int8)
+    if in_order:
+        kinds = xp.minimum(kinds, PARTIAL)
     table = table_of(kinds, full_first=True)
     # A step reads all of its places, also where the last one's reach over the end.
     index = xp.pad(table.index, [(0, 0)] * 3 + [(0, config.full + 2 + config.masked)], mode="edge")

@@ -12,7 +12,10 @@ from attnlab.ops.dispatch import Implementation, Op
 from attnlab.ops.masks import Mask
 
 
-def one_query(q_B1Hd, k_BKSd, v_BKSe, mask: Mask, sinks_H=None, *, scale: float, soft_cap: float | None) -> jax.Array:
+def one_query(
+    q_B1Hd, k_BKSd, v_BKSe, mask: Mask, sinks_H=None, key_bias_BSh=None, query_bias_B1h=None,
+    *, scale: float, soft_cap: float | None,
+) -> jax.Array:  # fmt: skip
     """All scores of a single query at once, from the cache as it lies."""
     q_BHd = q_B1Hd[:, 0]
     B, H, d = q_BHd.shape
@@ -25,9 +28,11 @@ def one_query(q_B1Hd, k_BKSd, v_BKSe, mask: Mask, sinks_H=None, *, scale: float,
     scores = scores.reshape(B, H, S)
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
-    visible = mask.visible(1, S)[:, :, 0]
-    if visible.shape[1] not in (1, H):
-        visible = jnp.repeat(visible, H // visible.shape[1], axis=1)
+    of_query_heads = lambda x: x if x.shape[1] in (1, H) else jnp.repeat(x, H // x.shape[1], axis=1)
+    for bias in (key_bias_BSh, query_bias_B1h):
+        if bias is not None:
+            scores += of_query_heads(bias.swapaxes(1, 2)).astype(dtype)
+    visible = of_query_heads(mask.visible(1, S)[:, :, 0])
     highest = jnp.where(visible, scores, jnp.finfo(dtype).min).max(-1, keepdims=True)
     if sinks_H is not None:
         sinks_H1 = sinks_H.astype(dtype)[:, None]
@@ -79,6 +84,8 @@ def cached_attention(
     scale: float | None = None,
     soft_cap: float | None = None,
     sinks_H: jax.Array | None = None,
+    key_bias_BSh: jax.Array | None = None,
+    query_bias_BTh: jax.Array | None = None,
     impl: str = "auto",
 ) -> jax.Array:
     """`attnlab.ops.attention` over keys and values laid out as a cache: head `k` of sequence `b` is row `b * K + k`.
@@ -88,7 +95,9 @@ def cached_attention(
     """
     B, d = q_BTHd.shape[0], q_BTHd.shape[-1]
     keys = tuple(x.reshape(B, -1, *x.shape[1:]) for x in (k_NSd, v_NSe))
-    check_shapes(q_BTHd, *(jax.eval_shape(lambda x: x.swapaxes(1, 2), x) for x in keys), mask, soft_cap, sinks_H)
+    by_position = (jax.eval_shape(lambda x: x.swapaxes(1, 2), x) for x in keys)
+    biases = key_bias_BSh, query_bias_BTh
+    check_shapes(q_BTHd, *by_position, mask, soft_cap, sinks_H, *biases)
     scale = d**-0.5 if scale is None else float(scale)
     options = {"scale": scale, "soft_cap": soft_cap, "impl": impl, "key_axis": 2}
-    return attend(CACHED_ATTENTION, (q_BTHd,), keys, mask, (sinks_H,), **options)
+    return attend(CACHED_ATTENTION, (q_BTHd,), keys, mask, (sinks_H,), biases, **options)

@@ -250,7 +250,7 @@ def chunked_flops(chunk: int, length: int, d: int, e: int, channels: bool = Fals
     C = min(chunk, length)
     pairs = products_flops(2, C, d) if channels else 2 * (2 * C) * d * C
     a_chunk = pairs + 2 * C * C * (d + e) + 2 * (2 * C) * d * e + 2 * C * d * e + 2 * C * C * e
-    return -(-length // C) * (a_chunk + _inverse_flops(C))
+    return -(-length // C) * (a_chunk + inverse_flops(C))
 
 
 @jax.custom_vjp
@@ -299,7 +299,8 @@ def _invert(lower):
     return jnp.concatenate([above, jnp.concatenate([below, second], axis=-1)], axis=-2)
 
 
-def _inverse_flops(C: int) -> float:
+def inverse_flops(C: int) -> float:
+    """FLOPs of `invert_unit_triangular` of one matrix."""
     size = _padded(C)
     flops, h = 4 * 2.0 * _BASE**3 * (size // _BASE), _BASE
     while h < size:

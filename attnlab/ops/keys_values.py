@@ -177,6 +177,15 @@ class KVCache:
         view = Cached(cache.k.astype(k_BTKd.dtype), cache.v.astype(v_BTKe.dtype), cache.length <= slots)
         return cache, view, mask
 
+    def append_beside(self, old_BSc: jax.Array, new_BTc: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What a layer keeps of each key in an array of its own, as `append` of this cache orders the keys.
+
+        Returns:
+          what is kept after the next T positions, and what is read along with the keys of `append`.
+        """
+        kept = jax.lax.dynamic_update_slice_in_dim(old_BSc, new_BTc.astype(old_BSc.dtype), self.length, axis=1)
+        return kept, kept
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -199,19 +208,30 @@ class RollingCache:
         view = Cached(k.astype(k_BTKd.dtype), v.astype(v_BTKe.dtype))
         return RollingCache(k[:, new:], v[:, new:]), view, mask
 
+    def append_beside(self, old_BSc: jax.Array, new_BTc: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """As `KVCache.append_beside`."""
+        read = jnp.concatenate([old_BSc, new_BTc.astype(old_BSc.dtype)], axis=1)
+        return read[:, new_BTc.shape[1] :], read
+
 
 def empty_cache(
-    batch: int, heads: int, width: int, max_length: int, dtype: Any, *, window: int | None = None
-) -> KVCache | RollingCache:
-    """The cache before the first position: a rolling one where a window is no longer than `max_length`."""
+    batch: int, heads: int, width: int, max_length: int, dtype: Any,
+    *, window: int | None = None, value_width: int | None = None,
+) -> KVCache | RollingCache:  # fmt: skip
+    """The cache before the first position: a rolling one where a window is no longer than `max_length`.
+
+    Values are as wide as keys where `value_width` is None; 0: there are none.
+    """
     rolling = window is not None and window <= max_length
-    empty = jnp.zeros((batch * heads, window - 1 if rolling else max_length, width), dtype)
-    return RollingCache(empty, empty) if rolling else KVCache(empty, empty, jnp.zeros((), jnp.int32))
+    slots = batch * heads, window - 1 if rolling else max_length
+    empty = [jnp.zeros((*slots, n), dtype) for n in (width, width if value_width is None else value_width)]
+    return RollingCache(*empty) if rolling else KVCache(*empty, jnp.zeros((), jnp.int32))
 
 
 def cache_rows(y_BTKd: jax.Array, dtype: Any) -> jax.Array:
     """Keys or values as the rows [B * K, T, d] of a cache."""
-    return y_BTKd.swapaxes(1, 2).reshape(-1, y_BTKd.shape[1], y_BTKd.shape[3]).astype(dtype)
+    B, T, K, d = y_BTKd.shape  # values may be 0 wide, where keys are all that is kept
+    return y_BTKd.swapaxes(1, 2).reshape(B * K, T, d).astype(dtype)
 
 
 def _mask(first: jax.Array | int, offset_BT: jax.Array, padding_BT: jax.Array | None, window: int | None) -> Mask:

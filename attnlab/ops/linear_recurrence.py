@@ -107,11 +107,12 @@ def definition(
     chunk: int,
 ) -> tuple[jax.Array, jax.Array]:
     """`o_t = sum_{s <= t} exp(sum of log_decay over s + 1 .. t) (q_t . k_s) u_s`, with all T x T pairs; the recurrence
-    itself where channels have their own decays."""
+    itself where decays differ from position to position: sums of them would lose digits."""
     del chunk
     B, T, H, _ = q.shape
-    if log_decay is not None and log_decay.ndim == 4:
-        return _stepwise(q, k, u, log_decay, documents, state)
+    if log_decay is not None and log_decay.ndim > 1:
+        of_channels = log_decay if log_decay.ndim == 4 else log_decay[..., None]
+        return _stepwise(q, k, u, of_channels, documents, state)
     logs = jnp.zeros((H,), q.dtype) if log_decay is None else log_decay
     total = jnp.moveaxis(jnp.cumsum(jnp.broadcast_to(logs, (B, T, H)), axis=1), 2, 1)
     documents = jnp.zeros((1, T), jnp.int32) if documents is None else documents
@@ -128,7 +129,7 @@ def definition(
 
 
 def _stepwise(q, k, u, log_decay, documents, state) -> tuple[jax.Array, jax.Array]:
-    """The recurrence, position by position, with a decay for each channel."""
+    """The recurrence, position by position, with a decay for each channel, or [B, T, H, 1]."""
     same = jnp.ones(q.shape[:2], bool)
     if documents is not None:
         same = documents == jnp.pad(documents, ((0, 0), (1, 0)))[:, :-1]
@@ -161,21 +162,21 @@ def chunked(
     if channels and T == 1:
         return _stepwise(q, k, u, log_decay, documents, state)
     C = min(chunk, T)
-    q, k, u = (_in_chunks(x, C) for x in (q, k, u))
+    q, k, u = (in_chunks(x, C) for x in (q, k, u))
     if log_decay is not None and log_decay.ndim > 1:
-        log_decay = _in_chunks(log_decay, C)
+        log_decay = in_chunks(log_decay, C)
     if documents is not None:
-        documents = _in_chunks(documents[..., None], C, mode="edge")
+        documents = in_chunks(documents[..., None], C, mode="edge")
     if channels:
         scores, weights = _by_channel(q, k, log_decay, chunk_weights(None, documents, T, C, q.dtype))
     else:
         weights = chunk_weights(log_decay, documents, T, C, q.dtype)
         scores = jnp.einsum("bhncd,bhnsd->bhncs", q, k) * weights.pairs
-    written = jnp.einsum("bhnsd,bhnse->bhnde", _scaled(k, weights.write), u)
-    before, state = _states(written, weights.carry, state)
+    written = jnp.einsum("bhnsd,bhnse->bhnde", scaled(k, weights.write), u)
+    before, state = chunk_states(written, weights.carry, state)
     o = jnp.einsum("bhncs,bhnse->bhnce", scores, u)
     if before is not None:
-        o += jnp.einsum("bhncd,bhnde->bhnce", _scaled(q, weights.read), before)
+        o += jnp.einsum("bhncd,bhnde->bhnce", scaled(q, weights.read), before)
     B, H, N, _, e = o.shape
     return jnp.moveaxis(o, 1, 3).reshape(B, N * C, H, e)[:, :T], state
 
@@ -334,9 +335,11 @@ def chunk_weights(
         pairs = jnp.where(seen, power(row[:, None] - row)[:, :, None], 0)
         read, write, carry = power(row[None] + 1), power(left - 1 - row), power(left[:, 0])
     elif log_decay is not None:
-        total = jnp.cumsum(log_decay, axis=-1)
+        if documents_B1NC is not None:
+            seen &= documents_B1NC[..., None] == documents_B1NC[..., None, :]
+        total = _sums(log_decay, seen)
         pairs = jnp.where(seen, jnp.exp(jnp.where(seen, total[..., None] - total[..., None, :], 0)), 0)
-        read, write, carry = jnp.exp(total), jnp.exp(total[..., -1:] - total), jnp.exp(total[..., -1])
+        read, write, carry = jnp.exp(total), pairs[..., -1, :], jnp.exp(total[..., -1])
     if documents_B1NC is not None:
         last = documents_B1NC[..., -1]
         before = jnp.pad(last[..., :-1], ((0, 0), (0, 0), (1, 0)))
@@ -348,20 +351,28 @@ def chunk_weights(
     return Weights(pairs, read, write, carry)
 
 
-def _in_chunks(x_BTHw: jax.Array, chunk: int, mode: str = "constant") -> jax.Array:
+def _sums(log_decay: jax.Array, seen_CC: jax.Array) -> jax.Array:
+    """Of log decays [..., C] up to each position. They begin anew with a document, whose bits no other then changes."""
+    return (
+        jnp.cumsum(log_decay, axis=-1) if seen_CC.ndim == 2 else jnp.where(seen_CC, log_decay[..., None, :], 0).sum(-1)
+    )
+
+
+def in_chunks(x_BTHw: jax.Array, chunk: int, mode: str = "constant") -> jax.Array:
     """[B, H, N, C, w], zeros or the last position behind the end; [B, H, N, C] from [B, T, H]."""
     T = x_BTHw.shape[1]
     x = jnp.pad(x_BTHw, [(0, 0), (0, -T % chunk)] + [(0, 0)] * (x_BTHw.ndim - 2), mode=mode) if T % chunk else x_BTHw
     return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 3, 1)
 
 
-def _scaled(x: jax.Array, weight: jax.Array | None) -> jax.Array:
+def scaled(x: jax.Array, weight: jax.Array | None) -> jax.Array:
+    """x [..., C, d] by a weight of each position, or of each channel; None: as it is."""
     if weight is None:
         return x
     return x * (weight if weight.ndim == x.ndim else weight[..., None])
 
 
-def _states(
+def chunk_states(
     written_BHNde: jax.Array, carry_BHN: jax.Array | None, state_BHde: jax.Array | None
 ) -> tuple[jax.Array | None, jax.Array]:
     """The states before each chunk [B, H, N, d, e], None where all are zero, and the one after the last."""

@@ -55,12 +55,15 @@ class Groups:
     rows: consecutive rows that share their bits. Static.
     size: groups are runs of consecutive keys, each of at most `size`, numbered upwards without gaps, keys of group -1
         between them aside; None: in any order. Static.
+    chosen: rows chose their groups by activations: what a row gives is then, to the last bit, none of what later rows
+        choose. Static.
     """
 
     group: Array
     bits: Array
     rows: int = dataclasses.field(default=1, metadata={"static": True})
     size: int | None = dataclasses.field(default=None, metadata={"static": True})
+    chosen: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -124,6 +127,19 @@ class Mask:
         if len(found) > 2:
             raise UserError(f"mask: arrays of {sorted(found)} heads; allowed: 1 and one other number")
         return max(found)
+
+    def sequences(self) -> int:
+        """How many sequences' masks it holds: 1 (all see alike), or the batch."""
+        return max((x.shape[0] for x in jax.tree.leaves(self)), default=1)
+
+    def grouping(self) -> str:
+        """How its keys are grouped: "", not at all; few, 32 groups at most; runs of keys (`Groups.size`); or many."""
+        found = ""
+        for term in self.terms():
+            if term.groups is not None and found != "many":
+                few = term.groups.bits.shape[-1] == 1
+                found = "many" if not few and term.groups.size is None else "runs" if not few else found or "few"
+        return found
 
     def known(self) -> bool:
         """Whether all of it is known while tracing."""

@@ -11,8 +11,9 @@ from kernels_pallas.flash_attention import gpu, tpu
 from kernels_pallas.flash_attention.call import Call, check_arrays, platform_of
 from kernels_pallas.flash_attention.definition import definition
 from kernels_pallas.flash_attention.gradient import KERNELS, attention
+from kernels_pallas.flash_attention.tpu_pattern import Pattern, Term
 
-__all__ = ["definition", "flash_attention", "gpu_kernel_widths", "tpu_kernel_runs"]
+__all__ = ["Pattern", "Term", "definition", "flash_attention", "gpu_kernel_widths", "tpu_kernel_runs"]
 
 PLATFORMS = tuple(KERNELS)
 GPU_WIDEST = gpu.WIDEST  # head width, of keys or values
@@ -29,6 +30,7 @@ def flash_attention(
     sinks: jax.Array | None = None,
     gate: jax.Array | None = None,
     key_bias: jax.Array | None = None,
+    pattern: Pattern | None = None,
     soft_cap: float | None = None,
     scale: float | None = None,
     platform: str | None = None,
@@ -47,6 +49,7 @@ def flash_attention(
       sinks: [H], a logit per head that adds to the softmax's denominator alone.
       gate: [B, T, H, e], logits: `o` becomes `o * sigmoid(gate)`.
       key_bias: [B, S], or [B, K, S] for each key head, added to the logits (after the cap).
+      pattern: a mask that is more than an interval, which then says all of it: `starts` and `ends` are None. On TPU.
       soft_cap: logits become `soft_cap * tanh(logits / soft_cap)`.
       scale: of the logits; `d ** -0.5` by default.
       platform: whose kernel runs, of `PLATFORMS`; by default that of jax's default device, or "tpu" if interpreted.
@@ -63,7 +66,7 @@ def flash_attention(
       o [B, T, H, e] in the dtype of q, and lse [B, T, H] in float32, the natural logarithm of the softmax's
       denominator, sinks included. Both differentiable (reverse mode) in q, k, v, sinks, gate and key_bias. A row that
       sees nothing has o = 0, gradients 0 and an lse of -inf (with sinks: of its sink). What no row sees, NaN included,
-      changes nothing.
+      changes nothing; with a pattern it must be finite.
 
     Raises:
       ValueError: shapes, dtypes or options that do not fit, or no kernel for the platform.
@@ -76,7 +79,11 @@ def flash_attention(
         platform, tuning.kind(), scale, soft_cap, interpret, blocks, deterministic,
         starts is not None, ends is not None, keys_seen,
     )  # fmt: skip
-    return attention(call, q, k, v, starts, ends, sinks, gate, key_bias)
+    if pattern is not None and (platform != "tpu" or starts is not None or ends is not None):
+        raise ValueError(
+            f"flash_attention: a pattern on {platform!r}, or beside starts or ends; allowed: on 'tpu' alone"
+        )
+    return attention(call, q, k, v, starts, ends, sinks, gate, key_bias, None, pattern)
 
 
 def tpu_kernel_runs(

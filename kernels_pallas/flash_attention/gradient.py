@@ -10,9 +10,10 @@ heads). `lse2` is the log-sum-exp in log2 units, float32 [B, H, T], sinks includ
         gradient of a logit is `p (do . v - delta)`. Rows that see nothing have q = do = delta = 0 and lse2 = `NOTHING`,
         so that each p is 0 there. dkey_bias [B, K, S], float32.
 
-Both take `heads_BN` last where rows are packed (`kernels_pallas.routed_attention`): H is 1, and it says which key head
-each tile of rows reads; dk and dv of a head that no tile reads are 0. `bounds` is from `masks.intervals`: None, or
-starts and ends. Keys and values that no row sees are 0.
+Both take `heads_BN` by name where rows are packed (`kernels_pallas.routed_attention`): H is 1, and it says which key
+head each tile of rows reads; dk and dv of a head that no tile reads are 0. Both take `pattern` where the mask is more
+than intervals (`tpu_pattern`, on TPU alone); the lse2 of a row that sees nothing is then below -1e19. `bounds` is from
+`masks.intervals`: None, or starts and ends. Keys and values that no row sees are 0, where there is no pattern.
 """
 
 from __future__ import annotations
@@ -28,24 +29,26 @@ from kernels_pallas import masks
 from kernels_pallas.flash_attention import gpu, tpu
 from kernels_pallas.flash_attention.call import LOG2E, NOTHING, Call
 
+_NO_KEYS = -1e19  # above the lse of a row that sees nothing
 KERNELS: dict[str, types.ModuleType] = {"tpu": tpu, "cuda": gpu}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attention(call: Call, q, k, v, starts, ends, sinks, gate, key_bias, heads_BN=None):
+def attention(call: Call, q, k, v, starts, ends, sinks, gate, key_bias, heads_BN=None, pattern=None):
     """o, and the natural lse; see `flash_attention`, and for `heads_BN` `routed_attention`."""
-    return _forward(call, q, k, v, starts, ends, sinks, gate, key_bias, heads_BN)[0]
+    return _forward(call, q, k, v, starts, ends, sinks, gate, key_bias, heads_BN, pattern)[0]
 
 
-def _forward(call: Call, q, k, v, starts, ends, sinks, gate, key_bias, heads_BN):
+def _forward(call: Call, q, k, v, starts, ends, sinks, gate, key_bias, heads_BN, pattern):
     bounds, some = row_bounds(q, k, starts, ends)
     k, v = seen_by_any(call, bounds, k, v)
-    packed = () if heads_BN is None else (heads_BN,)
-    o, lse2 = KERNELS[call.platform].forward(call, q, k, v, bounds, sinks, gate, key_bias, *packed)
+    more = _given(heads_BN=heads_BN, pattern=pattern)
+    o, lse2 = KERNELS[call.platform].forward(call, q, k, v, bounds, sinks, gate, key_bias, **more)
     lse = lse2.swapaxes(1, 2) / LOG2E
+    some = _some(some, pattern, sinks, lse)
     if some is not None:
-        o = jnp.where(some[..., None, None], o, 0)
-        lse = jnp.where(some[..., None], lse, -jnp.inf if sinks is None else sinks.astype(jnp.float32))
+        o = jnp.where(some[..., None], o, 0)
+        lse = jnp.where(some, lse, -jnp.inf if sinks is None else sinks.astype(jnp.float32))
     return (o, lse), (k, v)
 
 
@@ -56,9 +59,10 @@ def _attention_forward(call: Call, q, k, v, *arrays):
 
 
 def _attention_backward(call: Call, residuals, cotangents):
-    (q, k, v, starts, ends, sinks, gate, key_bias, heads_BN), o, lse = residuals
+    (q, k, v, starts, ends, sinks, gate, key_bias, heads_BN, pattern), o, lse = residuals
     do, dlse = (x.astype(jnp.float32) for x in cotangents)
     bounds, some = row_bounds(q, k, starts, ends)
+    some = _some(some, pattern, sinks, lse)
     dgate, wide = None, o.astype(jnp.float32)
     if gate is not None:
         # The gate's gradient needs the gated output alone. `delta` takes `do` rounded as the kernels' products do: what
@@ -69,8 +73,8 @@ def _attention_backward(call: Call, residuals, cotangents):
     do = do.astype(q.dtype)
     delta = (wide * do.astype(jnp.float32)).sum(-1)
     if some is not None:  # the lse of what sees nothing is no function of q, k or v
-        do, q = (jnp.where(some[..., None, None], x, 0) for x in (do, q))
-        delta = jnp.where(some[..., None], delta, 0)
+        do, q = (jnp.where(some[..., None], x, 0) for x in (do, q))
+        delta = jnp.where(some, delta, 0)
     delta -= dlse
     dsinks = None
     if sinks is not None:
@@ -78,16 +82,28 @@ def _attention_backward(call: Call, residuals, cotangents):
         dsinks = -(weight * delta).sum((0, 1)).astype(sinks.dtype)
     lse2 = lse * LOG2E
     if some is not None:
-        delta, lse2 = jnp.where(some[..., None], delta, 0), jnp.where(some[..., None], lse2, NOTHING)
+        delta, lse2 = jnp.where(some, delta, 0), jnp.where(some, lse2, NOTHING)
     rows = [x.swapaxes(1, 2) for x in (lse2, delta)]
-    packed = () if heads_BN is None else (heads_BN,)
-    dq, dk, dv, dbias = KERNELS[call.platform].backward(call, q, k, v, bounds, key_bias, do, *rows, *packed)
+    more = _given(heads_BN=heads_BN, pattern=pattern)
+    dq, dk, dv, dbias = KERNELS[call.platform].backward(call, q, k, v, bounds, key_bias, do, *rows, **more)
     if key_bias is not None:
         dbias = (dbias.sum(1) if key_bias.ndim == 2 else dbias).astype(key_bias.dtype)
-    return dq, dk, dv, None, None, dsinks, dgate, dbias, None
+    return dq, dk, dv, None, None, dsinks, dgate, dbias, None, None
 
 
 attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _given(**options):
+    """Those that there are: not every platform has all."""
+    return {name: x for name, x in options.items() if x is not None}
+
+
+def _some(some_BT, pattern, sinks, lse_BTH):
+    """Which rows see anything, [B, T, 1 or H]; None: all do, or it need not be known."""
+    if pattern is None:
+        return None if some_BT is None else some_BT[..., None]
+    return None if sinks is not None else lse_BTH > _NO_KEYS
 
 
 def row_bounds(q, k, starts, ends):

@@ -11,30 +11,60 @@ from jax import lax
 from kernels_pallas import tuning
 from kernels_pallas.flash_attention import tpu_forward
 from kernels_pallas.flash_attention.call import NOTHING, Call
+from kernels_pallas.flash_attention.tpu_pattern import Pattern
 
 _WIDTH = 16  # head widths are padded to multiples of it
 
 
 def forward_tiles(
-    call: Call, q, k, v, bias: bool = False, rest: int = tuning.FORWARD_REST, kernels: str = "flash"
+    call: Call,
+    q,
+    k,
+    v,
+    bias: bool = False,
+    rest: int = tuning.FORWARD_REST,
+    kernels: str = "flash",
+    pattern: Pattern | None = None,
 ) -> tuple[tuning.ForwardBlocks, int]:
     """Tiles, and how many keys are in fast memory at a time, in two buffers, beside `rest` bytes of other things."""
     T, S, d, e = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
     blocks = _given(call, "forward") or tuning.forward_blocks(call.kind, T, S, kernels)
+    blocks = blocks if pattern is None else tuning.in_tiles(blocks, *pattern.tile)
     tuning.check(blocks)
     each = 2 * (rounded(d, 128) + rounded(e, _WIDTH) + tpu_forward.ONES) * q.dtype.itemsize + 64 * bias
+    each += _mask_bytes(pattern)
     return blocks, tuning.resident_keys(call.kind, each, S, blocks.keys, rest)
 
 
 def backward_tiles(
-    call: Call, q, k, v, bias: bool = False, rest: int = tuning.BACKWARD_REST, kernels: str = "flash"
+    call: Call,
+    q,
+    k,
+    v,
+    bias: bool = False,
+    rest: int = tuning.BACKWARD_REST,
+    kernels: str = "flash",
+    pattern: Pattern | None = None,
 ) -> tuple[tuning.BackwardBlocks, int]:
     """Tiles, and how many keys are in fast memory at a time with their gradients, in two buffers, and float32 sums."""
     T, S, d, e = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
     blocks = _given(call, "backward") or tuning.backward_blocks(call.kind, T, S, kernels)
+    blocks = blocks if pattern is None else tuning.in_tiles(blocks, *pattern.tile)
     tuning.check(blocks)
     each = 4 * (rounded(d, 128) + rounded(e, 128)) * q.dtype.itemsize + 4 * (rounded(d, _WIDTH) + rounded(e, _WIDTH))
-    return blocks, tuning.resident_keys(call.kind, each + 128 * bias, S, blocks.keys, rest)
+    each += 128 * bias + _mask_bytes(pattern)
+    return blocks, tuning.resident_keys(call.kind, each, S, blocks.keys, rest)
+
+
+def _mask_bytes(pattern: Pattern | None) -> int:
+    """Of a key in fast memory, in two buffers: whole registers of coordinates, and a word for each row of a tile."""
+    if pattern is None:
+        return 0
+    terms = pattern.layout().terms
+    grouped = sum(t.grouped for t in terms)
+    coordinates = sum(t.axes for t in terms) + grouped
+    rows, keys = pattern.tile
+    return 2 * 4 * (rounded(coordinates, 8) + grouped * -(-rows // keys))
 
 
 def _given(call: Call, name: str) -> Any:

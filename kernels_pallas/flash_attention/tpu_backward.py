@@ -18,8 +18,19 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from kernels_pallas.flash_attention import tpu_pattern
 from kernels_pallas.flash_attention.call import LOG2E
-from kernels_pallas.flash_attention.tpu_plan import HIDDEN, Plan, Tiles, fold8, in_bounds, tile_table
+from kernels_pallas.flash_attention.tpu_plan import (
+    HIDDEN,
+    PatternWalk,
+    Plan,
+    Tiles,
+    Walk,
+    fold8,
+    in_bounds,
+    kernel_name,
+    tile_table,
+)
 from kernels_pallas.mosaic import Slots, product
 
 # Rows of the statistics, and places of their columns; the last two with a probe alone: sum p do . v, and 1 + mean t.
@@ -29,12 +40,10 @@ ROW_SUMS = "acc", "acc_probe"
 
 
 class RowTile:
-    """One row tile against its key tiles; the last as in the forward's."""
+    """One row tile against its key tiles; the last of an interval as in the forward's."""
 
-    def __init__(self, plan: Plan, refs: dict[str, Any], bounds: tuple):
-        self.plan, self.refs = plan, refs
-        self.first, self.full, self.full_end, end, self.halved = bounds
-        self.end = end - self.halved
+    def __init__(self, plan: Plan, refs: dict[str, Any], walk: Walk | PatternWalk):
+        self.plan, self.refs, self.walked = plan, refs, walk
         blocks = plan.blocks
         self.row_parts = [slice(r, r + blocks.sub_rows) for r in range(0, blocks.rows, blocks.sub_rows)]
         self.key_parts = [slice(c, c + blocks.sub_keys) for c in range(0, blocks.keys, blocks.sub_keys)]
@@ -53,8 +62,9 @@ class RowTile:
         columns = r["statistics"][...].T
         for n in range(r["columns"].shape[0]):
             r["columns"][n] = jnp.broadcast_to(columns[:, n : n + 1], r["columns"].shape[1:])
-        if "bounds" in r:
-            r["bound_columns"][...] = r["bounds"][...].T
+        for bounds, columns in (("bounds", "bound_columns"), ("mask_bounds", "mask_columns")):
+            if bounds in r:
+                r[columns][...] = r[bounds][...].T
 
     def ask(self, tile, rows: slice, keys: slice, masked: bool):
         """A block's logits in log2 units, what tanh was (with a cap, else None), `do . v`, and tilts (or None)."""
@@ -70,12 +80,19 @@ class RowTile:
         if "bias" in r:
             logits += r["bias"][tile, 0:1, keys]
         if masked:
-            bounds = r["bound_columns"]
-            key = tile * plan.blocks.keys + keys.start + lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-            low = bounds[rows, 0:1] if plan.low else None
-            high = bounds[rows, 1:2] if plan.high else None
-            logits = jnp.where(in_bounds(key, low, high), logits, HIDDEN)
+            logits = jnp.where(self.seen(tile, rows, keys), logits, HIDDEN)
         return logits, tanh, dp, tilts
+
+    def seen(self, tile, rows: slice, keys: slice):
+        """Which scores a row sees, [rows, keys]."""
+        plan, r = self.plan, self.refs
+        shape = plan.blocks.sub_rows, plan.blocks.sub_keys
+        key = tile * plan.blocks.keys + keys.start + lax.broadcasted_iota(jnp.int32, shape, 1)
+        if plan.pattern is not None:
+            return tpu_pattern.seen(plan.pattern, r, key, tile, keys, rows, turned=False)
+        bounds = r["bound_columns"]
+        low, high = bounds[rows, 0:1] if plan.low else None, bounds[rows, 1:2] if plan.high else None
+        return in_bounds(key, low, high)
 
     def at(self, tile, keys: slice):
         return pl.ds(
@@ -129,20 +146,20 @@ class RowTile:
 
     def walk(self) -> None:
         """All tiles."""
-        masks, parts = self.plan.low or self.plan.high, self.row_parts
+        walked, parts = self.walked, self.row_parts
 
-        def turn(tile, carry):
-            if not masks:
+        def turn(t, carry):
+            tile, whole = walked.tile(t), walked.whole(t)
+            if not self.plan.masks:
                 self.key_tile(tile, False, parts)
                 return carry
-            whole = (tile >= self.full) & (tile < self.full_end)
             pl.when(whole)(lambda: self.key_tile(tile, False, parts))
             pl.when(~whole)(lambda: self.key_tile(tile, True, parts))
             return carry
 
-        lax.fori_loop(self.first, self.end, turn, 0)
+        lax.fori_loop(0, walked.count, turn, 0)
         if self.plan.can_halve():
-            pl.when(self.halved == 1)(lambda: self.key_tile(self.end, True, parts[len(parts) // 2 :]))
+            pl.when(walked.halved == 1)(lambda: self.key_tile(walked.end, True, parts[len(parts) // 2 :]))
 
 
 def _turned(plan: Plan, refs: dict[str, Any]) -> None:
@@ -159,7 +176,7 @@ def _turned(plan: Plan, refs: dict[str, Any]) -> None:
 
 
 def _kernel(plan: Plan, names: tuple[str, ...], tiles: Tiles, table, *refs) -> None:
-    b, g, i = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+    b, h, g, i = (pl.program_id(axis) for axis in range(4))
     refs = dict(zip(names, refs, strict=True))
 
     @pl.when(tiles.begins(b, i, table) if tiles.packed else (g == 0) & (i == 0))
@@ -168,8 +185,12 @@ def _kernel(plan: Plan, names: tuple[str, ...], tiles: Tiles, table, *refs) -> N
             if name in refs:
                 refs[name][...] = jnp.zeros_like(refs[name])
 
-    at = tiles.at(b, i)
-    row_tile = RowTile(plan, refs, tuple(table[at + n] for n in range(tiles.numbers)))
+    if plan.pattern is not None:
+        walk = PatternWalk(table, plan.pattern.list_of(b, h * tiles.group + g, i, tiles.heads))
+    else:
+        at = tiles.at(b, i)
+        walk = Walk(*(table[at + n] for n in range(tiles.numbers)), backwards=False)
+    row_tile = RowTile(plan, refs, walk)
     row_tile.begin()
     row_tile.walk()
     refs["dq"][...] = (refs["acc"][...] * plan.scale).astype(refs["dq"].dtype)
@@ -210,6 +231,7 @@ def run(
     bias_BKS: jax.Array | None,
     heads_BN: jax.Array | None = None,
     probe: Probe | None = None,
+    pattern: tpu_pattern.Pattern | None = None,
     *,
     out_dtype: Any,
     vmem: int,
@@ -219,10 +241,11 @@ def run(
 
     T and S are whole tiles; `bounds` is None where every row sees all keys. The scale is in dq and dk. `heads_BN` as in
     `tpu_forward.run`, each head's tiles side by side; what is returned for a key head that has none means nothing.
+    `pattern` as there.
     """
     blocks, (B, H, T, d), (K, S, e) = plan.blocks, q_BHTd.shape, v_BKSe.shape[1:]
     G, key_tiles = H // K, S // blocks.keys
-    tiles, table = tile_table(plan, bounds, T, S, G, heads_BN)
+    tiles, table = tile_table(plan, bounds, T, S, H, K, heads_BN)
     rows = [lse2_BHT, delta_BHT, *(() if probe is None else probe[1:])]
     statistics = jnp.pad(jnp.stack(rows, 2), ((0, 0), (0, 0), (0, 8 - len(rows)), (0, 0)))
 
@@ -243,6 +266,10 @@ def run(
         spec = pl.BlockSpec((None, 8, blocks.rows), lambda b, h, g, i, *_: (b if stacked.shape[0] > 1 else 0, 0, i))
         slots.input("bounds", stacked, spec)
         slots.scratch("bound_columns", (blocks.rows, 8), jnp.int32)
+    if pattern is not None:
+        table = tpu_pattern.table(pattern)
+        tpu_pattern.add_inputs(slots, pattern, H, lambda b, h, g, i, *_: (b, h * G + g, i))
+        slots.scratch("mask_columns", (blocks.rows, slots.inputs["mask_bounds"][0].shape[2]), jnp.int32)
     slots.output("dq", (B, H, T, d), out_dtype, row(d))
     for name, width, dtype in (("dk", d, k_BKSd.dtype), ("dv", e, v_BKSe.dtype)):
         slots.output(name, (B, K, S, width), dtype, keys(S, width))
@@ -260,7 +287,7 @@ def run(
         table.reshape(-1),
         grid=(B, 1, 1, T // blocks.rows) if tiles.packed else (B, K, G, T // blocks.rows),
         semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-        name="parallax_backward" if probe is not None else "routed_backward" if tiles.packed else "flash_backward",
+        name=kernel_name(tiles, pattern, probe, "backward"),
         scope="flash_attention",
         checked=tiles.packed,
         vmem=vmem,

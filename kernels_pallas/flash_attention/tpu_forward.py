@@ -24,8 +24,20 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.flash_attention import tpu_pattern
 from kernels_pallas.flash_attention.call import LOG2E
-from kernels_pallas.flash_attention.tpu_plan import HIDDEN, LOWEST, Plan, Tiles, fold8, in_bounds, tile_table
+from kernels_pallas.flash_attention.tpu_plan import (
+    HIDDEN,
+    LOWEST,
+    PatternWalk,
+    Plan,
+    Tiles,
+    Walk,
+    fold8,
+    in_bounds,
+    kernel_name,
+    tile_table,
+)
 from kernels_pallas.mosaic import Slots, product
 
 ONES = 16  # rows of ones under v^T: what bfloat16 tiles are made of
@@ -33,21 +45,19 @@ SUMS = "acc", "acc_tilted"  # of values by weights, and by weights times tilts
 
 
 class RowTile:
-    """One row tile's walk over its key tiles, from the last to the first. Slots 0 and 1 hold scores.
+    """One row tile's walk over its key tiles, of an interval from the last to the first. Slots 0 and 1 hold scores.
 
     Where only the second half of its rows sees the last tile, as under a causal mask, that tile is computed for them
     alone (`halved`), before the others. What opens a row tile is in one block of code with the first scores, what
     closes it with the last values.
     """
 
-    def __init__(self, plan: Plan, refs: dict[str, Any], bounds: tuple, sink):
-        self.plan, self.refs, self.sink = plan, refs, sink
-        self.first, self.full, self.full_end, end, self.halved = bounds
+    def __init__(self, plan: Plan, refs: dict[str, Any], walk: Walk | PatternWalk, sink):
+        self.plan, self.refs, self.sink, self.walked = plan, refs, sink, walk
         blocks = plan.blocks
         self.row_parts = [slice(r, r + blocks.sub_rows) for r in range(0, blocks.rows, blocks.sub_rows)]
         self.key_parts = [slice(c, c + blocks.sub_keys) for c in range(0, blocks.keys, blocks.sub_keys)]
         self.second_half = self.row_parts[len(self.row_parts) // 2 :]
-        self.end = end - self.halved
 
     def begin(self, rows: slice) -> None:
         """Statistics of no keys; a sink is a key whose value is 0."""
@@ -76,10 +86,12 @@ class RowTile:
         return bounds[0:1, rows] if plan.low else None, bounds[1:2, rows] if plan.high else None
 
     def seen(self, tile, keys: slice, rows: slice):
-        """Which scores are in a row's interval, [keys, rows]."""
+        """Which scores a row sees, [keys, rows]."""
         blocks = self.plan.blocks
         shape = blocks.sub_keys, blocks.sub_rows
         key = tile * blocks.keys + keys.start + lax.broadcasted_iota(jnp.int32, shape, 0)
+        if self.plan.pattern is not None:
+            return tpu_pattern.seen(self.plan.pattern, self.refs, key, tile, keys, rows, turned=True)
         return in_bounds(key, *self.bounds(rows))
 
     def tilts(self, tile, slot: int, rows: slice, masked: bool) -> None:
@@ -192,19 +204,19 @@ class RowTile:
         lse = jnp.log2(total)
         r["lse"][:, rows] = lse if top is None else lse + top
 
-    def ask(self, tile, slot: int, then: Callable[[], None] | None = None, valid=True) -> None:
-        """The scores of a tile where `valid`, masked if it is partial; in one block of code with `then`.
+    def ask(self, t, slot: int, then: Callable[[], None] | None = None, valid=True) -> None:
+        """The scores of tile `t` where `valid`, masked if it is partial; in one block of code with `then`.
 
         Without `then` they are the first, and open the row tile.
         """
+        tile, whole = self.walked.tile(t), self.walked.whole(t)
 
         def block(masked: bool) -> None:
             self.scores(tile, slot, masked, self.row_parts, opens=then is None)
             if then is not None:
                 then()
 
-        whole = (tile >= self.full) & (tile < self.full_end)
-        if not (self.plan.low or self.plan.high):
+        if not self.plan.masks:
             pl.when(valid)(lambda: block(False))
         else:
             pl.when(whole & valid)(lambda: block(False))
@@ -212,21 +224,20 @@ class RowTile:
 
     def walk(self) -> None:
         """All tiles: two steps to a turn of the loop, so that slots are constants; the last asks for nothing more."""
-        count = self.end - self.first
-        tile = lambda t: self.end - 1 - t
-        finish = lambda t, slot, closes=False: self.finish(tile(t), slot, self.row_parts, closes)
+        count = self.walked.count
+        finish = lambda t, slot, closes=False: self.finish(self.walked.tile(t), slot, self.row_parts, closes)
 
         def turn(u, carry):
             t = 2 * u
-            self.ask(tile(t + 1), 1, lambda: finish(t, 0))
-            self.ask(tile(t + 2), 0, lambda: finish(t + 1, 1), valid=t + 2 < count)
+            self.ask(t + 1, 1, lambda: finish(t, 0))
+            self.ask(t + 2, 0, lambda: finish(t + 1, 1), valid=t + 2 < count)
             return carry
 
         cold = count > 0
         if self.plan.can_halve():
-            pl.when(self.halved == 1)(self.open_halved)
-            cold &= self.halved == 0
-        self.ask(tile(0), 0, valid=cold)
+            pl.when(self.walked.halved == 1)(self.open_halved)
+            cold &= self.walked.halved == 0
+        self.ask(0, 0, valid=cold)
         lax.fori_loop(0, count >> 1, turn, 0)
         for slot in (0, 1):
             pl.when((count > 0) & (count & 1 == 1 - slot))(lambda slot=slot: finish(count - 1, slot, True))
@@ -234,11 +245,12 @@ class RowTile:
 
     def open_halved(self) -> None:
         """The tile that the second half of the rows sees alone, and the scores of the next, which is there."""
-        self.scores(self.end, 1, True, self.second_half, opens=True)
+        end = self.walked.end
+        self.scores(end, 1, True, self.second_half, opens=True)
         for rows in self.row_parts[: -len(self.second_half)]:
             self.begin(rows)
-        self.scores(self.end - 1, 0, True, self.row_parts, opens=False)
-        self.finish(self.end, 1, self.second_half)
+        self.scores(end - 1, 0, True, self.row_parts, opens=False)
+        self.finish(end, 1, self.second_half)
 
     def nothing(self) -> None:
         """The output of rows that see no tile."""
@@ -253,9 +265,13 @@ class RowTile:
 def _kernel(plan: Plan, names: tuple[str, ...], tiles: Tiles, table, *refs) -> None:
     b, h, i = (pl.program_id(axis) for axis in range(3))
     refs = dict(zip(names, refs, strict=True))
-    at = tiles.at(b, i)
     sink = refs["sinks"][h] if "sinks" in refs else None
-    RowTile(plan, refs, tuple(table[at + n] for n in range(tiles.numbers)), sink).walk()
+    if plan.pattern is not None:
+        walk = PatternWalk(table, plan.pattern.list_of(b, h, i, tiles.heads))
+    else:
+        at = tiles.at(b, i)
+        walk = Walk(*(table[at + n] for n in range(tiles.numbers)), backwards=True)
+    RowTile(plan, refs, walk, sink).walk()
 
 
 class Output(NamedTuple):
@@ -279,6 +295,7 @@ def run(
     bias_BKS: jax.Array | None,
     heads_BN: jax.Array | None = None,
     probe_BHTd: jax.Array | None = None,
+    pattern: tpu_pattern.Pattern | None = None,
     *,
     out_dtype: Any,
     vmem: int,
@@ -288,11 +305,11 @@ def run(
 
     `bounds` is None where every row sees all keys. `heads_BN` is the key head of each tile of packed rows, for which H
     is 1; None: query heads share key heads evenly. `probe_BHTd` is like q; with it there are neither sinks nor a bias,
-    and `plan.blocks.ones` is so.
+    and `plan.blocks.ones` is so. `pattern`, of as many rows and keys, is that of `plan.pattern`, and then all the mask.
     """
     blocks, (B, H, T, d), (K, S, e) = plan.blocks, q_BHTd.shape, v_BKSe.shape[1:]
     key_tiles = S // blocks.keys
-    tiles, table = tile_table(plan, bounds, T, S, H // K, heads_BN)
+    tiles, table = tile_table(plan, bounds, T, S, H, K, heads_BN)
     height = e + ONES if blocks.ones else e
     v = jnp.pad(v_BKSe, ((0, 0),) * 3 + ((0, height - e),), constant_values=1)
     v = v.reshape(B, K, key_tiles, blocks.keys, height).swapaxes(3, 4)
@@ -309,6 +326,9 @@ def run(
         stacked = jnp.pad(jnp.stack(bounds, 1), ((0, 0), (0, 6), (0, 0)))
         spec = pl.BlockSpec((None, 8, blocks.rows), lambda b, h, i, *_: (b if stacked.shape[0] > 1 else 0, 0, i))
         slots.input("bounds", stacked, spec)
+    if pattern is not None:
+        table = tpu_pattern.table(pattern)
+        tpu_pattern.add_inputs(slots, pattern, H, lambda b, h, i, *_: (b, h, i))
     if sinks_H is not None:
         slots.input("sinks", sinks_H.astype(jnp.float32) * LOG2E, pl.BlockSpec(memory_space=pltpu.SMEM))
     if gate_BHTe is not None:
@@ -330,7 +350,7 @@ def run(
         table.reshape(-1),
         grid=(B, H, T // blocks.rows),
         semantics=("parallel", "parallel", "arbitrary"),
-        name="parallax_forward" if probe_BHTd is not None else "routed_forward" if tiles.packed else "flash_forward",
+        name=kernel_name(tiles, pattern, probe_BHTd, "forward"),
         scope="flash_attention",
         checked=tiles.packed,
         vmem=vmem,

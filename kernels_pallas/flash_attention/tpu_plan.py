@@ -12,6 +12,7 @@ from jax import lax
 
 from kernels_pallas import masks
 from kernels_pallas.flash_attention.call import LOG2E, Call
+from kernels_pallas.flash_attention.tpu_pattern import Layout, entry
 
 HIDDEN = -1e30  # of a hidden logit
 LOWEST = -1e20  # where a row's maximum begins: above HIDDEN, so that a row that sees nothing has weights of 0
@@ -29,6 +30,7 @@ class Plan:
       cap: the soft cap in log2 units, or None.
       low, high: whether rows may begin after the first key, end before the last.
       bounded: whether logits are known to be so small that exp of them needs no maximum taken off.
+      pattern: of a mask that is more than an interval, which then says all of it; None: there is none.
     """
 
     blocks: Any
@@ -38,18 +40,24 @@ class Plan:
     low: bool
     high: bool
     bounded: bool
+    pattern: Layout | None = None
 
     @classmethod
-    def of(cls, call: Call, blocks: Any, low: bool, high: bool, added: bool) -> Plan:
+    def of(cls, call: Call, blocks: Any, low: bool, high: bool, added: bool, pattern: Layout | None = None) -> Plan:
         """`added`: whether anything is added to capped logits, or beside them."""
         cap = None if call.soft_cap is None else call.soft_cap * LOG2E
         fold = call.scale * LOG2E if call.soft_cap is None else call.scale / call.soft_cap
         bounded = call.soft_cap is not None and call.soft_cap <= _BOUNDED_CAP and not added
-        return cls(blocks, call.scale, fold, cap, low, high, bounded)
+        return cls(blocks, call.scale, fold, cap, low, high, bounded and pattern is None, pattern)
+
+    @property
+    def masks(self) -> bool:
+        """Whether a tile may be masked."""
+        return self.low or self.high or self.pattern is not None
 
     def can_halve(self) -> bool:
         """Whether half of the rows of a tile are whole parts, and some tiles may be of use to the second half alone."""
-        return self.high and self.blocks.rows % (2 * self.blocks.sub_rows) == 0
+        return self.high and self.pattern is None and self.blocks.rows % (2 * self.blocks.sub_rows) == 0
 
 
 def fold8(x, combine: Callable[..., Any]):
@@ -64,6 +72,40 @@ def in_bounds(key, low, high):
     return key >= low if high is None else (key >= low) & (key < high)
 
 
+class Walk:
+    """The key tiles that a row tile meets, one after the other: tile `t` of `count`, and whether it is whole.
+
+    Attributes:
+      halved: whether the second half of the rows alone sees one more tile, number `end`.
+    """
+
+    def __init__(self, first, full, full_end, end, halved, *, backwards: bool):
+        self.first, self.full, self.full_end, self.end = first, full, full_end, end - halved
+        self.halved, self.backwards, self.count = halved, backwards, end - halved - first
+
+    def tile(self, t):
+        return self.end - 1 - t if self.backwards else self.first + t
+
+    def whole(self, t):
+        tile = self.tile(t)
+        return (tile >= self.full) & (tile < self.full_end)
+
+
+class PatternWalk:
+    """As `Walk`, over the list of a pattern."""
+
+    halved = None
+
+    def __init__(self, table, at):
+        self.table, self.at, self.count = table, at + 1, table[at]
+
+    def tile(self, t):
+        return entry(self.table, self.at + t)[0]
+
+    def whole(self, t):
+        return entry(self.table, self.at + t)[1]
+
+
 @dataclasses.dataclass(frozen=True)
 class Tiles:
     """Where a kernel finds in scalar memory which key tiles a row tile meets, and, if rows are packed, its key head.
@@ -72,11 +114,13 @@ class Tiles:
       count: row tiles of a sequence.
       shared: whether all sequences have the same.
       group: query heads that share a key head; 0: rows are packed.
+      heads: query heads.
     """
 
     count: int
     shared: bool
     group: int
+    heads: int
     numbers: ClassVar[int] = 5
 
     @property
@@ -110,7 +154,8 @@ def tile_table(
     bounds: tuple[jax.Array, jax.Array] | None,
     rows: int,
     keys: int,
-    group: int,
+    heads: int,
+    key_heads: int,
     heads_BN: jax.Array | None,
 ) -> tuple[Tiles, jax.Array]:
     """The table for scalar memory, and what is where in it; without bounds every row sees all keys."""
@@ -125,7 +170,13 @@ def tile_table(
         halved = masks.halved(ranges, bounds, blocks.rows, blocks.keys)
     table = jnp.concatenate([ranges, halved[..., None]], -1)
     if heads_BN is None:
-        return Tiles(table.shape[1], table.shape[0] == 1, group), table
+        return Tiles(table.shape[1], table.shape[0] == 1, heads // key_heads, heads), table
     table = jnp.broadcast_to(table, (*heads_BN.shape, Tiles.numbers))
     packed = jnp.concatenate([table, heads_BN[..., None].astype(jnp.int32)], -1)
-    return Tiles(table.shape[1], table.shape[0] == 1, 0), packed
+    return Tiles(table.shape[1], table.shape[0] == 1, 0, heads), packed
+
+
+def kernel_name(tiles: Tiles, pattern: Any, probe: Any, part: str) -> str:
+    """What the kernel of a call is called in programs and profiles."""
+    kinds = ("parallax", probe is not None), ("routed", tiles.packed), ("masked", pattern is not None), ("flash", True)
+    return f"{next(kind for kind, is_so in kinds if is_so)}_{part}"

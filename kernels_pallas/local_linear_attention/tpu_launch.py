@@ -36,7 +36,7 @@ class Launch:
         self.arrays = q_BHTd, k_BKSd, v_BKSe
         (_, H, T, d), (K, S, e) = q_BHTd.shape, v_BKSe.shape[1:]
         self.group, self.key_tiles = H // K, S // plan.blocks.keys
-        self.tiles, self.table = tile_table(plan, bounds, T, S, self.group, None)
+        self.tiles, self.table = tile_table(plan, bounds, T, S, H, K, None)
         self.slots = Slots()
         self.slots.input("q", q_BHTd, self.row(d))
         self.slots.input("k", k_BKSd, self.keys(S, d))

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from attnlab.launch import hlo, targets
-from attnlab.launch.schedules import TOPOLOGIES
+from attnlab.launch.schedules import TOPOLOGIES, Case, Shape, compile_flash
 from kernels_pallas import tuning
 from kernels_pallas.flash_attention import flash_attention
 from kernels_pallas.tuning import BackwardBlocks, Blocks, ForwardBlocks
@@ -32,6 +32,17 @@ CASES = {
     "tpu7x": [((1, 130, 256, 2, 2, 192, 128), {"blocks": SUMS, "bias": True, "gate": True})],
 }  # fmt: skip
 EACH = [(chip, *case) for chip, cases in CASES.items() for case in cases]
+
+
+MASKED = Case(tile=(256, 256), axes=1, groups=True), Case(tile=(512, 512), axes=9)
+
+
+@tiers.parametrize("chip, case", [(c, m) for c in TOPOLOGIES for m in MASKED], often=[("v6e", MASKED[0])])
+def test_patterns_compile(chip, case):
+    """Lists of tiles, coordinates and groups: forward and backward, under names of their own."""
+    targets.prepare()
+    compiled = compile_flash(case, Shape(batch=2, length=2048), targets.Target.of(TOPOLOGIES[chip]), chip)
+    assert hlo.analyse(compiled.as_text()).kernels == {"masked_forward": 1, "masked_backward": 1}
 
 
 @tiers.parametrize("chip, shape, features", EACH, often=EACH[:1] + EACH[3:4])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from attnlab import mixers
 from attnlab.errors import ConfigError
 from attnlab.mixers.attention import AttentionConfig
 from attnlab.mixers.cross import CrossConfig
+from attnlab.mixers.grouped import GroupedConfig
 from attnlab.mixers.heads import HeadConfig, RotaryConfig
 from tests import tiers
 
@@ -37,7 +39,7 @@ def configs(name: str) -> dict[str, tuple[Any, bool]]:
     attention layers with softmax.
     """
     cls = mixers.get(name)
-    own = {HeadConfig, RotaryConfig} | ({AttentionConfig, CrossConfig} if name == "softmax" else set())
+    own = {HeadConfig, RotaryConfig} | ({GroupedConfig, AttentionConfig, CrossConfig} if name == "softmax" else set())
     found, knobs = {"default": (cls.Config(), True)}, []
     for field in dataclasses.fields(cls.Config):
         inherited = set(cls.Config.__mro__[1:]) - own
@@ -95,15 +97,24 @@ def parameters(knobs: bool = True, combinations: bool = True, often: bool = Fals
     ]
 
 
+@functools.lru_cache(maxsize=32)
+def _values(config: Any) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """float32 parameters off their initial values, so that none is neutral, and other variables as they begin; drawn
+    once for all laws and dtypes."""
+    _, params, rest = nnx.split(mixers.build(config, width=WIDTH, rngs=nnx.Rngs(0)), nnx.Param, ...)
+    rng, of = np.random.default_rng(1), lambda state: [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+    return [leaf + 0.3 * rng.standard_normal(leaf.shape) for leaf in of(params)], of(rest)
+
+
 def module(config: Any, dtype: Any) -> mixers.Mixer:
-    """The mixer with every parameter moved off its initial value, so that none is neutral."""
-    built = mixers.build(config, width=WIDTH, rngs=nnx.Rngs(0), dtype=dtype)
-    state = nnx.state(built, nnx.Param)
-    leaves, treedef = jax.tree.flatten(state)
-    rng = np.random.default_rng(1)
-    moved = [leaf + jnp.asarray(0.3 * rng.standard_normal(leaf.shape), leaf.dtype) for leaf in leaves]
-    nnx.update(built, jax.tree.unflatten(treedef, moved))
-    return built
+    """The mixer with every parameter moved off its initial value."""
+    graphdef, *states = nnx.split(blank(config, dtype), nnx.Param, ...)
+    filled = []
+    for state, values in zip(states, _values(config), strict=True):
+        leaves, treedef = jax.tree.flatten(state)
+        typed = [jnp.asarray(value.astype(leaf.dtype)) for value, leaf in zip(values, leaves, strict=True)]
+        filled.append(jax.tree.unflatten(treedef, typed))
+    return nnx.merge(graphdef, *filled)
 
 
 def inputs(dtype: Any, seed: int = 0, behind: int = 0) -> tuple[jax.Array, mixers.Sequence]:
@@ -115,10 +126,11 @@ def inputs(dtype: Any, seed: int = 0, behind: int = 0) -> tuple[jax.Array, mixer
 
 def moved(a: jax.Array, documents: list[tuple[int, int, int]]) -> jax.Array:
     """Each document of a [B, T, ...] at the beginning of a row of its own, 0 elsewhere; of the same shape."""
-    rows = jnp.zeros_like(a)
+    a = np.asarray(a)  # every operation of jax on another shape is compiled
+    rows = np.zeros_like(a)
     for i, (row, first, end) in enumerate(documents):
-        rows = rows.at[i, : end - first].set(a[row, first:end])
-    return rows
+        rows[i, : end - first] = a[row, first:end]
+    return jnp.asarray(rows)
 
 
 def alone(
@@ -154,14 +166,25 @@ def long_inputs(config: Any, dtype: Any) -> tuple[jax.Array, mixers.Sequence, li
     return jnp.asarray(x, dtype), mixers.Sequence(jnp.asarray(positions), jnp.asarray(segments)), documents
 
 
-def streamed(extend: Any, state: Any, x: jax.Array, seq: mixers.Sequence, cuts: Any) -> tuple[jax.Array, Any]:
+def blank(config: Any, dtype: Any) -> mixers.Mixer:
+    """The mixer with shapes in place of arrays: for what is traced and never run."""
+    return nnx.eval_shape(lambda: mixers.build(config, width=WIDTH, rngs=nnx.Rngs(0), dtype=dtype))
+
+
+@jax.jit
+def placed(stream: mixers.Stream, seq: mixers.Sequence) -> tuple[mixers.Sequence, mixers.Stream]:
+    return stream.extend(seq)
+
+
+def streamed(extend: Any, state: Any, x: jax.Array, seq: mixers.Sequence, cuts: Any) -> tuple[np.ndarray, Any]:
     """y of `extend(x, seq, state)` over pieces of so many positions each, and the state after them."""
-    stream, parts, first = mixers.Stream.start(len(x)), [], 0
+    stream, parts, first, x = mixers.Stream.start(len(x)), [], 0, np.asarray(x)
+    given = [None if a is None else np.asarray(a) for a in (seq.positions, seq.segments)]
     for n in cuts:
         piece = slice(first, first + n)
-        segments = None if seq.segments is None else seq.segments[:, piece]
-        part, stream = stream.extend(mixers.Sequence(seq.positions[:, piece], segments))
-        out = extend(x[:, piece], part, state)
-        parts.append(out.y)
+        of_piece = (None if a is None else jnp.asarray(a[:, piece]) for a in given)
+        part, stream = placed(stream, dataclasses.replace(seq, **dict(zip(("positions", "segments"), of_piece))))
+        out = extend(jnp.asarray(x[:, piece]), part, state)
+        parts.append(np.asarray(out.y))
         state, first = out.state, first + n
-    return jnp.concatenate(parts, axis=1), state
+    return np.concatenate(parts, axis=1), state

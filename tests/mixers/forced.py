@@ -51,7 +51,7 @@ def _masks_fit(config, name):
 @functools.cache
 def choices(config):
     """What its ops choose, in the order of tracing: op, for what, and which."""
-    graphdef, params = cases.split(cases.module(config, jnp.float32))
+    graphdef, params = cases.split(cases.blank(config, jnp.float32))
     with dispatch.recording() as chosen:
-        jax.eval_shape(lambda *args: nnx.merge(graphdef, params)(*args).y, *cases.inputs(jnp.float32))
+        jax.eval_shape(lambda params, *args: nnx.merge(graphdef, params)(*args).y, params, *cases.inputs(jnp.float32))
     return [(choice.op, choice.spec, choice.implementation) for choice in chosen.choices]

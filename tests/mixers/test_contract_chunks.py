@@ -28,9 +28,23 @@ def apart(*names):
     return pytest.mark.parametrize("config", [pytest.param(*p.values, id=p.id, marks=mark(p)) for p in tried])
 
 
-own_chunks = apart("gated", "parallax")  # whose blocks and caches are softmax attention's
+own_chunks = apart(
+    "gated", "parallax", "moba", "nsa", "dma", "core_context"
+)  # whose blocks and caches are softmax attention's, or tried by their own tests
 ordered = apart(
-    "gated", "parallax", "moh", "agent", "kda", "lightning", "rat", "flow", "local_linear"
+    "gated",
+    "parallax",
+    "moba",
+    "nsa",
+    "dma",
+    "core_context",
+    "moh",
+    "agent",
+    "kda",
+    "lightning",
+    "rat",
+    "flow",
+    "local_linear",
 )  # whose ops are others', too
 
 # The suite compiles without optimisations (tests/conftest.py): what users run fuses more, and sums in other orders.

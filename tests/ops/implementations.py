@@ -19,16 +19,19 @@ from attnlab.ops.cached_attention import CACHED_ATTENTION, cached_attention
 from attnlab.ops.cross_entropy import CROSS_ENTROPY, cross_entropy
 from attnlab.ops.delta_rule import DELTA_RULE, delta_rule
 from attnlab.ops.dispatch import Op, interpreted
+from attnlab.ops.dplr import DPLR, dplr
 from attnlab.ops.flow_attention import FLOW_ATTENTION, flow_attention
 from attnlab.ops.flow_definition import FlowRule
 from attnlab.ops.gathered_attention import GATHERED_ATTENTION, chosen_attention
 from attnlab.ops.linear_recurrence import LINEAR_RECURRENCE, linear_recurrence
 from attnlab.ops.local_linear import LOCAL_LINEAR, local_linear
+from attnlab.ops.log_linear import LOG_LINEAR, log_linear
 from attnlab.ops.memory_frame import MemorySpec, initial_state
 from attnlab.ops.neural_memory import NEURAL_MEMORY, neural_memory
 from attnlab.ops.parallax import PARALLAX, parallax
 from attnlab.ops.segmented_ema import SEGMENTED_EMA, segmented_ema
 from attnlab.ops.tensor_attention import TENSOR_ATTENTION, tensor_attention
+from attnlab.ops.value_decay import VALUE_DECAY, value_decay
 
 SHORT, LONG = (2, 11, 2, 4), (1, 256, 2, 64)  # B, T, H, d; the long one is for kernels
 
@@ -91,6 +94,11 @@ def _delta(impl: str) -> tuple[Callable, list[jax.Array]]:
     return lambda *a: delta_rule(*a, chunk=4, impl=impl), [q, k, v, -decay, beta]
 
 
+def _dplr(impl: str) -> tuple[Callable, list[jax.Array]]:
+    run = lambda r, k, v, g, a, b: dplr(r, k, v, -jnp.abs(g), a / 4, b / 4, chunk=4, impl=impl)
+    return run, arrays(6, SHORT)
+
+
 def _cross_entropy(impl: str) -> tuple[Callable, list[jax.Array]]:
     """An odd vocabulary, rows that do not count, whose targets are nowhere, and weights."""
     hidden, kernel = arrays(1, (2, 11, 16))[0], arrays(1, (16, 29), seed=1)[0]
@@ -145,8 +153,18 @@ CASES: dict[str, tuple[Op, dict[str, Callable[[str], tuple[Callable, list[jax.Ar
             ),
         },
     ),
+    "log_linear": (
+        LOG_LINEAR,
+        {
+            "short": lambda impl: (
+                lambda q, k, u, w: log_linear(q, k, u, -jnp.abs(u[..., 0]), w, chunk=4, impl=impl),
+                arrays(4, SHORT),
+            )
+        },
+    ),
     "cross_entropy": (CROSS_ENTROPY, {"short": _cross_entropy}),
     "delta_rule": (DELTA_RULE, {"short": _delta}),
+    "dplr": (DPLR, {"short": _dplr}),
     "flow_attention": (FLOW_ATTENTION, {f"causal={c}": functools.partial(_flow, c) for c in (True, False)}),
     "neural_memory": (NEURAL_MEMORY, {f"chunk {C}": functools.partial(_memory, C) for C in (4, 16)}),
     "causal_agent_attention": (
@@ -173,6 +191,15 @@ CASES: dict[str, tuple[Op, dict[str, Callable[[str], tuple[Callable, list[jax.Ar
         },
     ),
     "tensor_attention": (TENSOR_ATTENTION, {"short": _tensor}),
+    "value_decay": (
+        VALUE_DECAY,
+        {
+            "short": lambda impl: (
+                lambda q, k, u, g: value_decay(q, k, u, -jnp.abs(g), chunk=4, impl=impl),
+                arrays(4, SHORT),
+            )
+        },
+    ),
 }
 
 

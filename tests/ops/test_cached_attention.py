@@ -43,6 +43,30 @@ def test_equals_the_definition(batch, heads, kv_heads, queries, extras):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), *both)
 
 
+@pytest.mark.parametrize("queries, impl", [(1, "one_query"), (1, "tiles"), (3, "auto")])
+def test_biases(queries, impl):
+    """Of keys by query heads and of queries by key heads, beside sinks, values and gradients; none is left out."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(5)
+        B, S, H, K, d = 2, 9, 4, 2, 5
+        shapes = (B, queries, H, d), (B, S, K, d), (B, S, K, d), (H,), (B, S, H), (1, queries, K)
+        arrays = [jnp.asarray(rng.normal(size=shape)) for shape in shapes]
+        mask = mask_for_extension(5, queries, jnp.asarray([[0] * queries, [2] * queries]))
+        rows = lambda x: x.swapaxes(1, 2).reshape(-1, S, d)
+
+        def gradients(f):
+            run = lambda q, k, v, *rest: f(q, k, v, mask, **dict(zip(names, rest)))
+            names = "sinks_H", "key_bias_BSh", "query_bias_BTh"
+            weights = jnp.cos(jnp.arange(B * queries * H * d)).reshape(shapes[0])
+            return jax.jit(jax.grad(lambda *a: jnp.sum(weights * run(*a)), range(6)))(*arrays)
+
+        found = gradients(lambda q, k, v, mask, **o: cached_attention(q, rows(k), rows(v), mask, impl=impl, **o))
+        expected = gradients(lambda *args, **options: attention(*args, impl="definition", **options))
+        for a, b in zip(found, expected, strict=True):
+            assert np.abs(b).max() > 1e-3
+            np.testing.assert_allclose(a, b, atol=1e-12)
+
+
 @pytest.mark.parametrize("masks", [1, 2, 4])
 def test_masks_of_heads(masks):
     """One query, by its own implementation, under a mask of all heads, of each key head, of each query head."""

@@ -223,3 +223,26 @@ def test_refused():
             linear_recurrence(q, k, u, **arguments)
     with pytest.raises(UserError, match="do not fit"):
         linear_recurrence(q, k[:, :3], u)
+
+
+@pytest.mark.parametrize("impl", ["definition", "chunked"])
+def test_strong_decays_of_other_documents(impl):
+    """Decays of one document change no bit of another's outputs, and leave all gradients finite, however strong."""
+    q, k, u, log_decay, state = inputs("data")
+    documents = jnp.asarray(DOCUMENTS)
+
+    @jax.jit
+    def run(log_decay):
+        def scalar(log_decay):
+            o, after = linear_recurrence(
+                q, k, u, log_decay=log_decay, documents_BT=documents, state_BHde=state, chunk=4, impl=impl
+            )
+            return jnp.sum(o**2) + jnp.sum(after**2), o
+
+        return jax.grad(scalar, has_aux=True)(log_decay)
+
+    gradient, o = run(log_decay)
+    changed, strong = run(jnp.where((documents == 1)[..., None], 700 * log_decay, log_decay))
+    assert np.all(np.isfinite(changed))
+    for found, expected in ((strong, o), (changed, gradient)):
+        np.testing.assert_array_equal(found[documents != 1], expected[documents != 1])

@@ -1,0 +1,141 @@
+"""Attention with one of its principles taken away: mixing itself, the exponential, or the query."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attnlab.mixers.base import Capabilities, MixerOutput, State, knob, register
+from attnlab.mixers.heads import HeadMixer, Projections, RotaryConfig, split_heads
+from attnlab.mixers.parts import param_dtype
+from attnlab.mixers.sequence import Sequence
+from attnlab.ops import running_softmax as by_key
+from attnlab.ops.feature_maps import Taylor
+from attnlab.ops.linear_recurrence import flops_per_token, linear_recurrence
+from attnlab.ops.running_softmax import RunningState, running_softmax
+
+WEIGHTS = {
+    "taylor": "1 + s + s^2 / 2 in place of exp(s), s = q . k / sqrt(d)",
+    "key_score": "softmax of a score that a key has of its own, silu(q_s) . k_s / sqrt(d) of one position s",
+    "none": "no mixing: a gated MLP of as many parameters",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class AblatedConfig(RotaryConfig):
+    """Knobs of ablated attention; RoPE is of `taylor` alone, the others have no use for it."""
+
+    weights: str = knob(
+        "taylor",
+        f"of a position for those before it; {'; '.join(f'{k}: {v}' for k, v in WEIGHTS.items())}",
+        other=("key_score", "none"),
+        choices=WEIGHTS,
+    )
+    chunk: int = knob(64, "positions computed as one product; changes only speed and memory", other=(4,), least=1)
+    impl: str = knob(
+        "auto",
+        "implementation of the recurrence: auto, chunked, or definition (all pairs)",
+        other=("definition",),
+        choices=("auto", "chunked", "definition"),
+    )
+
+    def mlp_width(self, width: int) -> int:
+        """Hidden width of a head's share of the MLP: three matrices have the parameters of attention's four."""
+        return round(4 * self.head_dim(width) / 3)
+
+
+@register("ablated")
+class Ablated(HeadMixer):
+    """Attention without one of its principles, `weights`.
+
+    taylor: `o_t = sum_s w_ts v_s / sum_s w_ts`, `w = 1 + s + s^2 / 2`, `s = q_t . k_s / sqrt(d)` after RoPE.
+    key_score: `o_t = sum_s exp(r_s) v_s / sum_s exp(r_s)`, `r_s = silu(q_s) . k_s / sqrt(d)`: no query, no positions.
+    none: `silu(x W_1) * (x W_2)`, projected: no mixing.
+    Sums are over s <= t of the document.
+    """
+
+    Config = AblatedConfig
+    capabilities = Capabilities(fixed_state=True)
+    sequence_parallel = "the state is passed on as a sum"
+    paper = (
+        "Xue et al. 2025, Deconstructing Attention: Investigating Design Principles for Effective Language Modeling, "
+        "arXiv:2510.11602"
+    )
+    extension = "weights=none: the MLP's width is a multiple of heads; weights=taylor: a state of features, not a cache"
+    implementations = ("definition", "chunked")
+    counted = "chunked"
+    variants = (
+        {"weights": "key_score", "heads": 2, "chunk": 3, "head_width": 6},
+        {"weights": "taylor", "heads": 2, "chunk": 3, "rope_base": None, "head_width": 4},
+        {"weights": "none", "heads": 2, "head_width": 6, "bias": "all"},
+    )
+
+    def __init__(self, config: AblatedConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+        super().__init__(config, width=width, rngs=rngs, dtype=dtype)
+        make = Projections(config, width, rngs=rngs, dtype=dtype)
+        if config.weights == "none":
+            inner = config.heads * config.mlp_width(width)
+            self.gate, self.up = make.qkv(inner), make.qkv(inner)
+        else:
+            inner = config.heads * self.head_dim
+            self.q, self.k, self.v = (make.qkv(inner) for _ in range(3))
+        self.out = make.out(inner)
+
+    def heads(self, x: jax.Array, seq: Sequence, carried: State = None) -> MixerOutput:
+        """As in the contract; `carried` is the memory [B, H, features, d + 1], a `RunningState`, or empty."""
+        c, wide = self.config, param_dtype(self.dtype)
+        if c.weights == "none":
+            gated = jax.nn.silu(self.gate(x).astype(wide)) * self.up(x).astype(wide)
+            return MixerOutput(gated.reshape(*x.shape[:2], c.heads, -1).astype(self.dtype), ())
+        q, k, v = (split_heads(y(x), self.head_dim) for y in (self.q, self.k, self.v))
+        if c.weights == "key_score":
+            scores = (jax.nn.silu(q.astype(wide)) * k.astype(wide)).sum(-1) * self.head_dim**-0.5
+            o, state = running_softmax(scores, v, documents_BT=seq.documents, state=carried, chunk=c.chunk, impl=c.impl)
+            return MixerOutput(o.astype(self.dtype), state)
+        q, k = (c.rotated(y, seq.positions) for y in (q, k))
+        if c.impl == "definition" and carried is None:
+            return MixerOutput(_taylor_pairs(q, k, v, seq.documents).astype(self.dtype))
+        u = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
+        sums, memory = linear_recurrence(
+            q, k, u, documents_BT=seq.documents, state_BHde=carried, features=Taylor(self.head_dim), chunk=c.chunk,
+            impl=c.impl,
+        )  # fmt: skip
+        sums = sums.astype(wide)
+        # Weights are at least 1/2, but features of huge queries and keys may round their sum to less.
+        return MixerOutput((sums[..., :-1] / jnp.maximum(sums[..., -1:], 0.5)).astype(self.dtype), memory)
+
+    def init_carried(self, batch: int, max_length: int, dtype: Any) -> State:
+        c, d, wide = self.config, self.head_dim, param_dtype(self.dtype)
+        if c.weights == "none":
+            return ()
+        if c.weights == "key_score":
+            return RunningState.start(batch, c.heads, d, wide)
+        return jnp.zeros((batch, c.heads, Taylor(d).count, d + 1), wide)
+
+    @classmethod
+    def flops(cls, config: AblatedConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:
+        d, H, C = config.head_dim(width), config.heads, config.chunk
+        if config.weights == "none":
+            return {"projections": 6.0 * width * H * config.mlp_width(width)}, None
+        if config.weights == "key_score":
+            recurrence = by_key.flops_per_token(length, C, d)
+        else:
+            recurrence = flops_per_token(length, C, Taylor(d).count, d + 1)
+        return {"projections": 8.0 * width * H * d, "recurrence": H * recurrence}, None
+
+
+def _taylor_pairs(q: jax.Array, k: jax.Array, v: jax.Array, documents: jax.Array | None) -> jax.Array:
+    """The definition: every weight written out."""
+    q, k, v = (y.astype(param_dtype(y.dtype)) for y in (q, k, v))
+    T, d = q.shape[1], q.shape[3]
+    seen = jnp.tril(jnp.ones((T, T), bool))[None, None]
+    if documents is not None:
+        seen &= documents[:, None, :, None] == documents[:, None, None]
+    s = jnp.einsum("bthd,bshd->bhts", q, k, precision="highest") * d**-0.5
+    weights = jnp.where(seen, 1 + s + s * s / 2, 0)
+    weights /= weights.sum(-1, keepdims=True)
+    return jnp.einsum("bhts,bshe->bthe", weights, v, precision="highest")

@@ -1,0 +1,164 @@
+"""The identities of ablated attention (Xue et al. 2025), in float64."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from attnlab import mixers
+from attnlab.errors import ConfigError, UserError
+from attnlab.mixers.ablated import AblatedConfig
+from attnlab.ops.running_softmax import running_softmax
+from tests.mixers import cases
+
+# What the laws are told of this mixer: tests/mixers/stated.py.
+ROLES = {"matrix": "q k v out gate up"}
+BIASED = [({}, "q k v", "out"), ({"weights": "none"}, "gate up", "out")]
+
+B, T, H, E = 2, 11, 2, 3
+op = jax.jit(running_softmax, static_argnames=("chunk", "impl"))
+
+
+@pytest.fixture(autouse=True)
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def whole():
+    x, _ = cases.inputs(jnp.float64)
+    return x, mixers.Sequence.whole(*x.shape[:2])
+
+
+def naive(module, x):
+    """The layer on one whole sequence [T, D], position by position in numpy."""
+    c, (length, _), d = module.config, x.shape, module.head_dim
+    array = lambda linear: np.asarray(linear.kernel[...])
+    silu = lambda z: z / (1 + np.exp(-z))
+    if c.weights == "none":
+        return (silu(x @ array(module.gate)) * (x @ array(module.up))) @ array(module.out)
+    q, k, v = ((x @ array(y)).reshape(length, c.heads, d) for y in (module.q, module.k, module.v))
+    if c.weights == "taylor" and c.rope_base is not None:
+        angle = np.arange(length)[:, None, None] * c.rope_base ** (-np.arange(d // 2) / (d // 2))
+        cos, sin = np.cos(angle), np.sin(angle)
+        turn = lambda a, b: np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+        q, k = (turn(y[..., : d // 2], y[..., d // 2 :]) for y in (q, k))
+    o = np.zeros_like(v)
+    for t in range(length):
+        for h in range(c.heads):
+            if c.weights == "taylor":
+                s = k[: t + 1, h] @ q[t, h] / np.sqrt(d)
+                w = 1 + s + s**2 / 2
+            else:
+                w = np.exp((silu(q[: t + 1, h]) * k[: t + 1, h]).sum(-1) / np.sqrt(d))
+            o[t, h] = w @ v[: t + 1, h] / w.sum()
+    return o.reshape(length, -1) @ array(module.out)
+
+
+@pytest.mark.parametrize("impl", ["definition", "chunked"])
+@pytest.mark.parametrize("weights", ["taylor", "key_score", "none"])
+def test_layer_is_the_formula(weights, impl):
+    """The whole layer written out, in chunks that do not divide the length."""
+    module = cases.module(AblatedConfig(weights=weights, impl=impl, chunk=4, rope_base=50.0), jnp.float64)
+    x, seq = whole()
+    y = jax.jit(lambda x: module(x, seq).y)(x)
+    for row in range(2):
+        np.testing.assert_allclose(y[row], naive(module, np.asarray(x[row])), atol=1e-12)
+
+
+def test_taylor_is_based_at_full_width():
+    """Without RoPE it is the mixer `based` whose queries and keys are as wide as its values, without its epsilon."""
+    module = cases.module(AblatedConfig(rope_base=None), jnp.float64)
+    based = cases.module(mixers.get("based").Config(feature_width=4, epsilon=0.0), jnp.float64)
+    nnx.update(based, nnx.state(module))
+    x, seq = whole()
+    np.testing.assert_allclose(jax.jit(based)(x, seq).y, jax.jit(module)(x, seq).y, atol=1e-12)
+
+
+def test_key_score_without_queries_is_the_running_mean():
+    """W_Q = 0: the mean of the values of the document so far."""
+    module = cases.module(AblatedConfig(weights="key_score", heads=2), jnp.float64)
+    module.q.kernel[...] = 0 * module.q.kernel[...]
+    x, seq = cases.inputs(jnp.float64)
+    y = np.asarray(jax.jit(module)(x, seq).y)
+    v, out = np.asarray(x) @ np.asarray(module.v.kernel[...]), np.asarray(module.out.kernel[...])
+    for row, first, end in cases.DOCUMENTS:
+        mean = np.cumsum(v[row, first:end], axis=0) / np.arange(1, end - first + 1)[:, None]
+        np.testing.assert_allclose(y[row, first:end], mean @ out, atol=1e-12)
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e5, -1e5])
+def test_scores_count_by_their_differences(shift):
+    """A number added to all scores changes nothing; scores thousands apart, rising and falling, leave all finite."""
+    rng = np.random.default_rng(0)
+    r, v = 1e3 * rng.standard_normal((B, T, H)), rng.standard_normal((B, T, H, E))
+    r[0] = rng.standard_normal((T, H))
+    want = np.stack(
+        [
+            np.einsum("hbs,bshe->bhe", w / w.sum(-1, keepdims=True), v[:, : t + 1])
+            for t in range(T)
+            for w in [np.exp(r[:, : t + 1] - r[:, : t + 1].max(1, keepdims=True)).transpose(2, 0, 1)]
+        ],
+        axis=1,
+    )
+    o, state = op(r + shift, v, chunk=4)
+    np.testing.assert_allclose(o, want, atol=1e-9)
+    np.testing.assert_array_equal(state.highest, (r + shift).max(1))
+    slopes = jax.jit(jax.grad(lambda r: op(r, v, chunk=4)[0][..., 0].sum()))(jnp.asarray(r + shift))
+    assert np.all(np.isfinite(slopes))
+    np.testing.assert_allclose(slopes.sum(1), 0, atol=1e-9)  # by the same reason
+
+
+def test_documents_have_maxima_of_their_own():
+    """Documents whose scores are a hundred million apart are what they are alone, to the last digits, streamed too."""
+    rng = np.random.default_rng(0)
+    r, v = rng.standard_normal((1, T, H)), rng.standard_normal((1, T, H, E))
+    r[:, 4:8] += 1e8
+    documents = jnp.asarray([[1] * 4 + [2] * 4 + [3] * 3])
+    o, _ = op(r, v, documents_BT=documents, chunk=4)
+    first, state = op(r[:, :6], v[:, :6], documents_BT=documents[:, :6], chunk=4)
+    second, _ = op(r[:, 6:], v[:, 6:], documents_BT=documents[:, 6:] - 2, state=state, chunk=4)
+    for begin, end in ((0, 4), (4, 8), (8, 11)):
+        w = np.exp(r[0, begin:end] - r[0, begin:end].max(0))[..., None]
+        want = np.cumsum(w * v[0, begin:end], axis=0) / np.cumsum(w, axis=0)
+        np.testing.assert_allclose(o[0, begin:end], want, atol=1e-13)
+        np.testing.assert_allclose(np.concatenate([first, second], axis=1)[0, begin:end], want, atol=1e-13)
+
+
+def test_none_mixes_nothing():
+    """Another input at other positions changes nothing at one; a stream has no state but that of the base class."""
+    module = cases.module(AblatedConfig(weights="none"), jnp.float64)
+    x, seq = whole()
+    run = jax.jit(lambda x: module(x, seq).y)
+    y, changed = run(x), run(x.at[:, :5].add(1.0).at[:, 6:].add(1.0))
+    np.testing.assert_array_equal(changed[:, 5], y[:, 5])
+    assert np.abs(changed - y)[:, :5].min() > 0
+    assert module.init_state(2, 10).carried == ()
+
+
+def test_parameters_are_those_of_softmax_attention():
+    """Parameters of all three are softmax attention's, those of the MLP up to rounding of its width."""
+    count = lambda name, **fields: mixers.get(name).cost(mixers.get(name).Config(**fields), 96, 10).parameters
+    want = count("softmax")
+    assert count("ablated") == count("ablated", weights="key_score") == want
+    assert count("ablated", weights="none") == want  # 4 / 3 of heads of 24 is an integer
+    assert count("ablated", weights="none", heads=3) == pytest.approx(want, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"weights": "static"}, "weights = 'static'"),
+        ({"heads": 3}, "heads = 3 does not divide width = 16"),
+        ({"chunk": 0}, "chunk = 0"),
+        ({"impl": "pallas"}, "impl = 'pallas'"),
+    ],
+)
+def test_impossible_configs(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        mixers.build({"name": "ablated", **fields}, width=16, rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match=r"running_softmax: scores \(2, 3\); expected \(2, 3, 1\)"):
+        running_softmax(jnp.zeros((2, 3)), jnp.zeros((2, 3, 1, 4)))

@@ -1,0 +1,111 @@
+"""The identities of HGRN2 (Qin et al. 2024), in float64."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from attnlab import mixers
+from attnlab.errors import ConfigError
+from attnlab.mixers.hgrn2 import HGRN2Config
+from tests.mixers import cases
+
+# What the laws are told of this mixer: tests/mixers/stated.py.
+ROLES = {"matrix": "q forget v out", "scale": "norm"}
+BIASED = [({}, "q forget v", "out")]
+
+
+@pytest.fixture(autouse=True)
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def make(**fields):
+    return cases.module(HGRN2Config(chunk=4, **fields), jnp.float64)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def stream(graphdef, params, x):
+    """y of whole sequences, and the memory after them."""
+    module = nnx.merge(graphdef, params)
+    state = module.init_state(len(x), x.shape[1], x.dtype)
+    seq, _ = mixers.Stream.start(len(x)).extend(mixers.Sequence.whole(*x.shape[:2]))
+    return module(x, mixers.Sequence.whole(*x.shape[:2])).y, module.extend(x, seq, state).state.carried
+
+
+def weight(linear):
+    return np.asarray(linear.kernel[...])
+
+
+def sigmoid(z):
+    return 1 / (1 + np.exp(-z))
+
+
+def decays(module, x):
+    """f [T, H, d] of one sequence."""
+    b = module.config.lower_bound
+    return (b + (1 - b) * sigmoid(x @ weight(module.forget))).reshape(len(x), module.config.heads, -1)
+
+
+def naive(module, x):
+    """The layer on one whole sequence [T, D], position by position in NumPy."""
+    split = lambda y: y.reshape(len(x), module.config.heads, -1)
+    q, v, f = x @ weight(module.q), split(x @ weight(module.v)), decays(module, x)
+    q = split(q * sigmoid(q))
+    S, o = np.zeros((*f.shape[1:], v.shape[2])), np.zeros_like(v)
+    for t in range(len(x)):
+        for h in range(len(S)):
+            S[h] = f[t, h][:, None] * S[h] + np.outer(1 - f[t, h], v[t, h])
+            o[t, h] = q[t, h] @ S[h]
+    o = o.reshape(len(x), -1)
+    o = o / np.sqrt((o * o).mean(-1, keepdims=True) + 1e-6) * np.asarray(module.norm.scale[...])
+    return o @ weight(module.out)
+
+
+@pytest.mark.parametrize("fields", [{}, {"lower_bound": 0.7, "key_width": 3}])
+def test_layer_is_the_formula(fields):
+    """The whole layer written out, with chunks that do not divide the length, and with a bound."""
+    module = make(**fields)
+    x, _ = cases.inputs(jnp.float64)
+    for got, row in zip(stream(*cases.split(module), x)[0], np.asarray(x), strict=True):
+        np.testing.assert_allclose(got, naive(module, row), atol=1e-12)
+
+
+def test_memory_is_an_average():
+    """Inputs that are 1 throughout leave `1 - prod f` in each row: weights are positive and sum to at most 1."""
+    module = make(bias="qkv")
+    module.v.kernel[...] = jnp.zeros_like(module.v.kernel[...])
+    module.v.bias[...] = jnp.ones_like(module.v.bias[...])
+    module.forget.bias[...] = jnp.zeros_like(module.forget.bias[...])
+    x, _ = cases.inputs(jnp.float64)
+    for memory, row in zip(stream(*cases.split(module), x)[1], np.asarray(x), strict=True):
+        kept = 1 - np.prod(decays(module, row), axis=0)
+        np.testing.assert_allclose(memory, np.repeat(kept[..., None], memory.shape[-1], -1), atol=1e-13)
+
+
+def test_bound_of_decays():
+    """No decay falls below b, the key is what is forgotten, and gates that saturate give finite gradients."""
+    for b in (0.0, 0.5):
+        gates = make(lower_bound=b).gates
+        z = jnp.asarray([-1e3, -2.0, 0.0, 3.0, 1e3])
+        log_decay, k = gates(z)
+        np.testing.assert_allclose(jnp.exp(log_decay), b + (1 - b) * np.exp(-np.logaddexp(0, -z)), atol=1e-15)
+        np.testing.assert_allclose(k, 1 - jnp.exp(log_decay), atol=1e-15)
+        slopes = jax.grad(lambda z: sum(map(jnp.sum, gates(z))))(z)
+        assert np.all(np.isfinite(slopes))
+    with pytest.raises(ConfigError, match="lower_bound = 1"):
+        HGRN2Config(lower_bound=1.0)
+
+
+def test_large_gates_keep_digits():
+    """In fp32 a gate near 1 still writes what its logit says: 1 - f by itself would be 0."""
+    module = cases.module(HGRN2Config(), jnp.float32)
+    log_decay, k = module.gates(jnp.asarray([30.0], jnp.float32))
+    np.testing.assert_allclose(k, np.exp(-30.0), rtol=1e-6)
+    np.testing.assert_allclose(log_decay, -np.exp(-30.0), rtol=1e-6)

@@ -1,0 +1,124 @@
+"""The identities of RWKV-7 (Peng et al. 2025), in float64."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from attnlab import mixers
+from attnlab.errors import ConfigError
+from attnlab.mixers.rwkv7 import RWKV7Config
+from tests.mixers import cases
+
+# What the laws are told of this mixer: tests/mixers/stated.py.
+ROLES = {
+    "matrix": "r k v out decay.down decay.up rate.down rate.up gate.down gate.up",
+    "scale": "norm mix k_k k_a r_k",
+    "bias": "rate_bias",
+    "decay_rate": "decay_bias",
+}
+BIASED = [({}, "r k v", "out")]
+
+
+@pytest.fixture(autouse=True)
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def make(**fields):
+    return cases.module(RWKV7Config(**{"chunk": 4, **fields}), jnp.float64)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def compiled(graphdef, params, x, seq):
+    return nnx.merge(graphdef, params)(x, seq).y
+
+
+def call(module, x, seq=None):
+    return np.asarray(compiled(*cases.split(module), x, seq or mixers.Sequence.whole(*x.shape[:2])))
+
+
+def weight(linear):
+    return np.asarray(linear.kernel[...])
+
+
+def sigmoid(z):
+    return 1 / (1 + np.exp(-z))
+
+
+def naive(module, x):
+    """The layer on one whole sequence [T, D], position by position and head by head in NumPy."""
+    H, d, vector = module.config.heads, module.head_dim, lambda name: np.asarray(getattr(module, name)[...])
+    before, S, y = np.zeros(x.shape[1]), np.zeros((H, d, d)), np.zeros((len(x), H * d))
+    scale, shift = np.asarray(module.norm.scale[...]), np.asarray(module.norm.bias[...])
+    for t in range(len(x)):
+        xr, xw, xk, xv, xa, xg = x[t] + vector("mix") * (before - x[t])
+        before = x[t]
+        r, k, v = xr @ weight(module.r), xk @ weight(module.k), xv @ weight(module.v)
+        slow = np.tanh(xw @ weight(module.decay.down)) @ weight(module.decay.up)
+        w = np.exp(-np.exp(-0.5) * sigmoid(vector("decay_bias") + slow))
+        a = sigmoid(vector("rate_bias") + xa @ weight(module.rate.down) @ weight(module.rate.up))
+        g = sigmoid(xg @ weight(module.gate.down)) @ weight(module.gate.up)
+        along, k = k * vector("k_k"), k * (1 + (a - 1) * vector("k_a"))
+        for h in range(H):
+            of = slice(h * d, h * d + d)
+            c = along[of] / np.sqrt(along[of] @ along[of] + 1e-6)
+            S[h] = (np.diag(w[of]) - np.outer(a[of] * c, c)) @ S[h] + np.outer(k[of], v[of])
+            o = S[h].T @ r[of]
+            o = (o - o.mean()) / np.sqrt(o.var() + 1e-5 * d) * scale[of] + shift[of]
+            y[t, of] = (o + (r[of] * k[of] * vector("r_k")[of]).sum() * v[of]) * g[of]
+    return y @ weight(module.out)
+
+
+def test_layer_is_the_formula():
+    """The whole layer written out, with chunks that do not divide the length; in a packed row each document by itself,
+    whose first position looks back at 0."""
+    module = make(decay_rank=2, rate_rank=3, gate_rank=4)
+    x, seq = cases.inputs(jnp.float64)
+    y = call(module, x, seq)
+    for row, first, end in cases.DOCUMENTS:
+        np.testing.assert_allclose(y[row, first:end], naive(module, np.asarray(x[row, first:end])), atol=1e-12)
+
+
+def test_without_shift_and_norm_gain_only_the_bonus_is_left():
+    """mu = 0 and a norm whose scale and bias are 0: `(sum r k r_k) v g` of the position alone."""
+    module = make()
+    for array in (module.mix, module.norm.scale, module.norm.bias):
+        array[...] = jnp.zeros_like(array[...])
+    x, _ = cases.inputs(jnp.float64)
+    y = call(module, x)
+    np.testing.assert_allclose(y[0, 5], naive(module, np.asarray(x[0, 5:6]))[0], atol=1e-12)
+    np.testing.assert_allclose(y, call(module, x[:, ::-1])[:, ::-1], atol=1e-12)
+
+
+def test_first_values():
+    """For x = 0: decays between exp(-exp(-1/2)) and 1, slow ones behind fast ones; upper layers look back less."""
+    build = lambda **fields: mixers.build(
+        {"name": "rwkv7", "head_width": 16, **fields}, width=64, rngs=nnx.Rngs(0), dtype=jnp.float64
+    )
+    low, high = build(layer=0), build(layer=11)
+    bias = np.asarray(low.decay_bias[...])
+    n = np.arange(64)
+    z = (n % 16 - 7.5) / 7.5
+    np.testing.assert_allclose(bias, -6 + 6 * (n / 63) + 0.5 + 2.5 * z * abs(z), atol=1e-12)
+    np.testing.assert_allclose(high.decay_bias[...], -6 + 6 * (n / 63) ** 2 + 0.5 + 2.5 * z * abs(z), atol=1e-12)
+    np.testing.assert_allclose(low.mix[0], 1 - (n / 64) ** 0.2, atol=1e-12)
+    np.testing.assert_allclose(high.mix[1], 1 - (n / 64) ** (0.9 / 12), atol=1e-12)
+    np.testing.assert_allclose(low.rate_bias[...], -0.19 + 0.3 * z * abs(z) + 0.4 * (n / 63 - 0.5), atol=1e-12)
+    np.testing.assert_allclose(low.norm.scale[...], 12**-0.7, atol=1e-12)
+    np.testing.assert_allclose(high.norm.scale[...], 1, atol=1e-12)
+    assert 0.08 < low.k.kernel[...].std() * 8 < 0.12 and 0.9 < low.r.kernel[...].std() * 8 < 1.1
+
+
+def test_ranks():
+    """Those of released code at its widths; what cannot be is refused."""
+    assert RWKV7Config().ranks(1024) == (64, 64, 160) and RWKV7Config().ranks(64) == (32, 32, 32)
+    assert RWKV7Config(decay_rank=1, rate_rank=2, gate_rank=3).ranks(1024) == (1, 2, 3)
+    with pytest.raises(ConfigError, match=r"layer = 12.*less than layers \(12\)"):
+        RWKV7Config(layer=12)

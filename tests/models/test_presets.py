@@ -1,0 +1,58 @@
+"""Hybrids by name, `configs/lm.py:preset=NAME`: layers, widths and states as their authors published them."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from attnlab import config as config_lib
+from attnlab.errors import ConfigError
+from attnlab.mixers import get
+from attnlab.train.config import RunConfig
+from tests.train.runs import ROOT
+
+LM = "configs/lm.py"
+
+
+def presets():
+    spec = importlib.util.spec_from_file_location("lm", ROOT / LM)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return sorted(module.PRESETS)
+
+
+# Of each letter: how many layers, and bytes of a layer's state for a sequence of 4096, bfloat16, the overflow flag out.
+KEPT = {
+    "infinitevl": {"W": (9, 2 * 2 * 128 * 4096 * 2), "M": (27, 16 * 128 * 256 * 4 + 3 * 16 * (128 + 128 + 256) * 2)},
+    "kimi_linear": {"K": (20, 32 * 128 * 128 * 4 + 3 * 32 * 3 * 128 * 2), "L": (7, 4096 * (512 + 64) * 2)},
+    "qwen3_next": {
+        "M": (36, 32 * 128 * 128 * 4 + 3 * (2 * 16 * 128 + 32 * 128) * 2),
+        "G": (12, 2 * 2 * 256 * 4096 * 2),
+    },
+}
+
+
+def test_all_are_held():
+    assert presets() == sorted(KEPT)
+
+
+@pytest.mark.parametrize("name", presets())
+def test_layers_and_states(name):
+    """As many layers of each kind as published, and what a stream holds of each."""
+    model = config_lib.load(RunConfig, f"{LM}:preset={name}").model
+    letters = "".join(model.blocks) * (model.layers // len(model.blocks))
+    for letter, (count, state) in KEPT[name].items():
+        mixer = model.mixers[letter]
+        cost = get(mixer.node_name).cost(mixer, model.width, 4096, model.compute_dtype)
+        assert letters.count(letter) == count
+        assert abs(cost.state_bytes - state) <= 16, (letter, cost.state_bytes, state)
+    assert len(letters) == sum(count for count, _ in KEPT[name].values())
+
+
+def test_a_preset_stands_alone():
+    """What it says already is refused beside it, by name; and so is one that is not there."""
+    with pytest.raises(ConfigError, match="size = 'micro'.* nano beside preset=kimi_linear"):
+        config_lib.load(RunConfig, f"{LM}:preset=kimi_linear,size=micro")
+    with pytest.raises(ConfigError, match="preset = 'kimi'.*kimi_linear"):
+        config_lib.load(RunConfig, f"{LM}:preset=kimi")
