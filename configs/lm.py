@@ -32,25 +32,42 @@ RATES = {"adamw": 1.0, "muon": 1.0, "lion": 0.1, "adafactor": 3.0}  # learning r
 LM = {name: {"input_conv": 4} for name in ("based", "flow", "tensor")}
 
 
-# Hybrids: the nearest size for what is not of the architecture (rate, batch, steps), layers, width, the MLP's hidden
-# width, vocabulary, length, pattern and its mixers. Where a model has experts, the MLP is as wide as those that are on.
-_GDN = {"name": "gated_deltanet", "heads": 32, "key_heads": 16, "head_width": 128}
+# Hybrids: the nearest size for what is not of the architecture (rate, batch, steps), the length, and the model. Where a
+# model has experts, the MLP is as wide as those that are on.
 PRESETS = {
+    # Arora et al. 2024, Based, 360M (train/configs/experiment/reference/based-360m.yaml of its code).
+    "based_360m": ("350m", 2048, {
+        "layers": 27, "width": 1024, "mlp_width": 2048, "vocab": 50_257, "tied": True, "pattern": "CBWCC" * 5 + "CC",
+        "mixers": {
+            "C": {"name": "short_conv", "expand": 2.0, "bias": "all"},
+            "B": {"name": "based", "heads": 16, "feature_width": 16},
+            "W": {"name": "softmax", "heads": 16, "window": 256},
+        },
+    }),
     # Tao et al. 2025, InfiniteVL: its language model, of Qwen2.5-VL-3B's widths.
-    "infinitevl": ("1b", 36, 2048, 11_008, 151_936, 8192, "WMMM", {
-        "W": {"name": "softmax", "heads": 16, "kv_heads": 2, "bias": "qkv", "window": 8192, "rope_base": 1e6},
-        "M": {"name": "gated_deltanet", "heads": 16, "head_width": 128, "expand": 2.0},
+    "infinitevl": ("1b", 8192, {
+        "layers": 36, "width": 2048, "mlp_width": 11_008, "vocab": 151_936, "tied": True, "pattern": "WMMM",
+        "mixers": {
+            "W": {"name": "softmax", "heads": 16, "kv_heads": 2, "bias": "qkv", "window": 8192, "rope_base": 1e6},
+            "M": {"name": "gated_deltanet", "heads": 16, "head_width": 128, "expand": 2.0},
+        },
     }),
     # Kimi Team 2025, Kimi Linear 48B-A3B (config.json): 8 of 256 experts and a shared one, 1024 wide.
-    "kimi_linear": ("7b", 27, 2304, 9216, 163_840, 4096, "KKKL" * 6 + "KKL", {
-        "K": {"name": "kda", "heads": 32, "head_width": 128},
-        "L": {"name": "mla", "heads": 32, "head_width": 128, "rank": 512, "rotary_width": 64, "rope_base": None},
+    "kimi_linear": ("7b", 4096, {
+        "layers": 27, "width": 2304, "mlp_width": 9216, "vocab": 163_840, "pattern": "KKKL" * 6 + "KKL",
+        "mixers": {
+            "K": {"name": "kda", "heads": 32, "head_width": 128},
+            "L": {"name": "mla", "heads": 32, "head_width": 128, "rank": 512, "rotary_width": 64, "rope_base": None},
+        },
     }),
     # Qwen Team 2025, Qwen3-Next 80B-A3B (config.json): 10 of 512 experts and a shared one, 512 wide.
-    "qwen3_next": ("7b", 48, 2048, 5632, 151_936, 4096, "MMMG", {
-        "M": _GDN,
-        "G": {"name": "gated", "heads": 16, "kv_heads": 2, "head_width": 256, "qk_norm": True, "rope_base": 1e7,
-              "rope_width": 64},
+    "qwen3_next": ("7b", 4096, {
+        "layers": 48, "width": 2048, "mlp_width": 5632, "vocab": 151_936, "pattern": "MMMG",
+        "mixers": {
+            "M": {"name": "gated_deltanet", "heads": 32, "key_heads": 16, "head_width": 128},
+            "G": {"name": "gated", "heads": 16, "kv_heads": 2, "head_width": 256, "qk_norm": True, "rope_base": 1e7,
+                  "rope_width": 64},
+        },
     }),
 }  # fmt: skip
 
@@ -69,7 +86,8 @@ def get_config(arg=None):
     if a.preset != "none":
         for key, value in plain.items():
             config.require(getattr(a, key) == value, key, getattr(a, key), f"{value} beside preset={a.preset}")
-        return of_preset(a.preset, a.optimizer)
+        size, length, model = PRESETS[a.preset]
+        return assembled(size, model, length, a.optimizer)
     config.require_choice("size", a.size, list(SIZES))
     config.require(bool(a.pattern) and set(a.pattern) <= set("MSW"), "pattern", a.pattern, "one or more of M, S and W")
     config.require_choice("recipe", a.recipe, ["paper", "lm"])
@@ -85,12 +103,6 @@ def get_config(arg=None):
     return assembled(a.size, model, length, a.optimizer)
 
 
-def of_preset(name, optimizer):
-    size, layers, width, mlp_width, vocab, length, pattern, letters = PRESETS[name]
-    model = {"layers": layers, "width": width, "mlp_width": mlp_width, "vocab": vocab, "pattern": pattern}
-    return assembled(size, {**model, "mixers": letters}, length, optimizer)
-
-
 def assembled(size, model, length, optimizer):
     """The whole config: what `model` does not say, and all that is not of the architecture, is the size's."""
     *_, batch, rate, steps = SIZES[size]
@@ -101,10 +113,10 @@ def assembled(size, model, length, optimizer):
     c.data = {"source": "stdlib", "tokenizer": "bytes", "length": length, "batch": batch}
     c.model = {
         "vocab": 272 if small else 32_768,
-        **model,
         "dtype": "float32" if small else "bfloat16",
         "remat": "none" if small else "minimal",
         "tied": False,
+        **model,
     }
     config.require_choice("optimizer", optimizer, list(RATES))
     c.optimizer = {

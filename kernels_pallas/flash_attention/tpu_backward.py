@@ -29,6 +29,7 @@ from kernels_pallas.flash_attention.tpu_plan import (
     fold8,
     in_bounds,
     kernel_name,
+    mask_inputs,
     tile_table,
 )
 from kernels_pallas.mosaic import Slots, product
@@ -62,9 +63,9 @@ class RowTile:
         columns = r["statistics"][...].T
         for n in range(r["columns"].shape[0]):
             r["columns"][n] = jnp.broadcast_to(columns[:, n : n + 1], r["columns"].shape[1:])
-        for bounds, columns in (("bounds", "bound_columns"), ("mask_bounds", "mask_columns")):
-            if bounds in r:
-                r[columns][...] = r[bounds][...].T
+        for name in ("bounds", "mask_bounds"):
+            if name in r:
+                r[f"{name}_t"][...] = r[name][...].T
 
     def ask(self, tile, rows: slice, keys: slice, masked: bool):
         """A block's logits in log2 units, what tanh was (with a cap, else None), `do . v`, and tilts (or None)."""
@@ -90,7 +91,7 @@ class RowTile:
         key = tile * plan.blocks.keys + keys.start + lax.broadcasted_iota(jnp.int32, shape, 1)
         if plan.pattern is not None:
             return tpu_pattern.seen(plan.pattern, r, key, tile, keys, rows, turned=False)
-        bounds = r["bound_columns"]
+        bounds = r["bounds_t"]
         low, high = bounds[rows, 0:1] if plan.low else None, bounds[rows, 1:2] if plan.high else None
         return in_bounds(key, low, high)
 
@@ -245,7 +246,7 @@ def run(
     """
     blocks, (B, H, T, d), (K, S, e) = plan.blocks, q_BHTd.shape, v_BKSe.shape[1:]
     G, key_tiles = H // K, S // blocks.keys
-    tiles, table = tile_table(plan, bounds, T, S, H, K, heads_BN)
+    tiles, table = tile_table(plan, bounds, T, S, H, K, heads_BN, pattern)
     rows = [lse2_BHT, delta_BHT, *(() if probe is None else probe[1:])]
     statistics = jnp.pad(jnp.stack(rows, 2), ((0, 0), (0, 0), (0, 8 - len(rows)), (0, 0)))
 
@@ -261,15 +262,7 @@ def run(
     slots.input("v", v_BKSe, keys(S, e))
     slots.input("do", do_BHTe, row(e))
     slots.input("statistics", statistics, column(8))
-    if bounds is not None:
-        stacked = jnp.pad(jnp.stack(bounds, 1), ((0, 0), (0, 6), (0, 0)))
-        spec = pl.BlockSpec((None, 8, blocks.rows), lambda b, h, g, i, *_: (b if stacked.shape[0] > 1 else 0, 0, i))
-        slots.input("bounds", stacked, spec)
-        slots.scratch("bound_columns", (blocks.rows, 8), jnp.int32)
-    if pattern is not None:
-        table = tpu_pattern.table(pattern)
-        tpu_pattern.add_inputs(slots, pattern, H, lambda b, h, g, i, *_: (b, h * G + g, i))
-        slots.scratch("mask_columns", (blocks.rows, slots.inputs["mask_bounds"][0].shape[2]), jnp.int32)
+    mask_inputs(slots, plan, bounds, pattern, H, lambda b, h, g, i, *_: (b, h * G + g, i))
     slots.output("dq", (B, H, T, d), out_dtype, row(d))
     for name, width, dtype in (("dk", d, k_BKSd.dtype), ("dv", e, v_BKSe.dtype)):
         slots.output(name, (B, K, S, width), dtype, keys(S, width))
@@ -305,6 +298,9 @@ def _scratch(slots: Slots, rows: int, statistics: int) -> None:
     slots.scratch("q_t", (d, rows), q.dtype)
     slots.scratch("do_t", (e, rows), do.dtype)
     slots.scratch("columns", (statistics, rows, 128), jnp.float32)
+    for name in ("bounds", "mask_bounds"):
+        if name in slots.inputs:
+            slots.scratch(f"{name}_t", (rows, slots.inputs[name][0].shape[-2]), jnp.int32)
     slots.scratch("acc", (rows, d), jnp.float32)
     if "probe" in slots.inputs:
         slots.scratch("probe_t", (d, rows), q.dtype)

@@ -36,6 +36,7 @@ from kernels_pallas.flash_attention.tpu_plan import (
     fold8,
     in_bounds,
     kernel_name,
+    mask_inputs,
     tile_table,
 )
 from kernels_pallas.mosaic import Slots, product
@@ -309,7 +310,7 @@ def run(
     """
     blocks, (B, H, T, d), (K, S, e) = plan.blocks, q_BHTd.shape, v_BKSe.shape[1:]
     key_tiles = S // blocks.keys
-    tiles, table = tile_table(plan, bounds, T, S, H, K, heads_BN)
+    tiles, table = tile_table(plan, bounds, T, S, H, K, heads_BN, pattern)
     height = e + ONES if blocks.ones else e
     v = jnp.pad(v_BKSe, ((0, 0),) * 3 + ((0, height - e),), constant_values=1)
     v = v.reshape(B, K, key_tiles, blocks.keys, height).swapaxes(3, 4)
@@ -322,13 +323,7 @@ def run(
     slots.input("q", q_BHTd, row(d))
     slots.input("k", k_BKSd, keys(S, d))
     slots.input("v", v, keys(key_tiles, height, blocks.keys))
-    if bounds is not None:
-        stacked = jnp.pad(jnp.stack(bounds, 1), ((0, 0), (0, 6), (0, 0)))
-        spec = pl.BlockSpec((None, 8, blocks.rows), lambda b, h, i, *_: (b if stacked.shape[0] > 1 else 0, 0, i))
-        slots.input("bounds", stacked, spec)
-    if pattern is not None:
-        table = tpu_pattern.table(pattern)
-        tpu_pattern.add_inputs(slots, pattern, H, lambda b, h, i, *_: (b, h, i))
+    mask_inputs(slots, plan, bounds, pattern, H, lambda b, h, i, *_: (b, h, i))
     if sinks_H is not None:
         slots.input("sinks", sinks_H.astype(jnp.float32) * LOG2E, pl.BlockSpec(memory_space=pltpu.SMEM))
     if gate_BHTe is not None:

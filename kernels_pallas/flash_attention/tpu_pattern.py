@@ -199,7 +199,7 @@ def seen(layout: Layout, refs: dict[str, Any], key: Any, tile: Any, keys: slice,
 
     Args:
       key: numbers of the keys, of the shape of the result: [keys, rows], or, not `turned`, [rows, keys].
-      refs: those of `add_inputs`; not `turned`, with `mask_columns`, the bounds of the row tile as columns.
+      refs: those of `add_inputs`; not `turned`, with `mask_bounds_t`, the bounds of the row tile as columns.
     """
     coordinates = refs["mask_keys"][tile, :, keys] if "mask_keys" in refs else None
     if turned and coordinates is not None:
@@ -209,7 +209,7 @@ def seen(layout: Layout, refs: dict[str, Any], key: Any, tile: Any, keys: slice,
         return coordinates[:, n : n + 1] if turned else coordinates[n : n + 1, :]
 
     def of_row(n: int) -> Any:
-        return refs["mask_bounds"][n : n + 1, rows] if turned else refs["mask_columns"][rows, n : n + 1]
+        return refs["mask_bounds"][n : n + 1, rows] if turned else refs["mask_bounds_t"][rows, n : n + 1]
 
     found = None
     for n, term in enumerate(layout.terms):

@@ -9,10 +9,13 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
 from kernels_pallas import masks
+from kernels_pallas.flash_attention import tpu_pattern
 from kernels_pallas.flash_attention.call import LOG2E, Call
 from kernels_pallas.flash_attention.tpu_pattern import Layout, entry
+from kernels_pallas.mosaic import Slots
 
 HIDDEN = -1e30  # of a hidden logit
 LOWEST = -1e20  # where a row's maximum begins: above HIDDEN, so that a row that sees nothing has weights of 0
@@ -157,9 +160,12 @@ def tile_table(
     heads: int,
     key_heads: int,
     heads_BN: jax.Array | None,
+    pattern: tpu_pattern.Pattern | None = None,
 ) -> tuple[Tiles, jax.Array]:
     """The table for scalar memory, and what is where in it; without bounds every row sees all keys."""
     blocks = plan.blocks
+    if pattern is not None:
+        return Tiles(rows // blocks.rows, True, heads // key_heads, heads), tpu_pattern.table(pattern)
     if bounds is not None:
         ranges = masks.tile_ranges(*bounds, blocks.rows, blocks.keys)
     else:
@@ -174,6 +180,24 @@ def tile_table(
     table = jnp.broadcast_to(table, (*heads_BN.shape, Tiles.numbers))
     packed = jnp.concatenate([table, heads_BN[..., None].astype(jnp.int32)], -1)
     return Tiles(table.shape[1], table.shape[0] == 1, 0, heads), packed
+
+
+def mask_inputs(
+    slots: Slots,
+    plan: Plan,
+    bounds: tuple[jax.Array, jax.Array] | None,
+    pattern: tpu_pattern.Pattern | None,
+    heads: int,
+    at: Callable[..., tuple[Any, Any, Any]],
+) -> None:
+    """What says the mask in tiles that are not whole; `at` is of the grid's indices, to (b, h, i)."""
+    if bounds is not None:
+        stacked = jnp.pad(jnp.stack(bounds, 1), ((0, 0), (0, 6), (0, 0)))
+        several = stacked.shape[0] > 1
+        place = lambda *grid: (at(*grid)[0] if several else 0, 0, at(*grid)[2])
+        slots.input("bounds", stacked, pl.BlockSpec((None, 8, plan.blocks.rows), place))
+    if pattern is not None:
+        tpu_pattern.add_inputs(slots, pattern, heads, at)
 
 
 def kernel_name(tiles: Tiles, pattern: Any, probe: Any, part: str) -> str:

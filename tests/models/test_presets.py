@@ -24,6 +24,11 @@ def presets():
 
 # Of each letter: how many layers, and bytes of a layer's state for a sequence of 4096, bfloat16, the overflow flag out.
 KEPT = {
+    "based_360m": {
+        "C": (17, 2 * 2048 * 2),
+        "B": (5, 16 * 153 * (64 + 1) * 4),
+        "W": (5, 2 * 16 * 64 * 255 * 2),
+    },
     "infinitevl": {"W": (9, 2 * 2 * 128 * 4096 * 2), "M": (27, 16 * 128 * 256 * 4 + 3 * 16 * (128 + 128 + 256) * 2)},
     "kimi_linear": {"K": (20, 32 * 128 * 128 * 4 + 3 * 32 * 3 * 128 * 2), "L": (7, 4096 * (512 + 64) * 2)},
     "qwen3_next": {
