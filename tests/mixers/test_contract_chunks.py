@@ -29,8 +29,8 @@ def apart(*names):
 
 
 own_chunks = apart(
-    "gated", "parallax", "moba", "nsa", "dma", "core_context", "landmark", "dsa"
-)  # whose blocks and caches are softmax attention's, or tried by their own tests
+    "gated", "parallax", "moba", "nsa", "dma", "core_context", "landmark", "dsa", "delta_net"
+)  # whose blocks and caches are softmax attention's, whose chunks another mixer's, or tried by their own tests
 ordered = apart(
     "gated",
     "parallax",
@@ -48,6 +48,9 @@ ordered = apart(
     "rat",
     "flow",
     "local_linear",
+    "delta_net",
+    "hgrn2",
+    "mamba2",
 )  # whose ops are others', too
 
 # The suite compiles without optimisations (tests/conftest.py): what users run fuses more, and sums in other orders.
