@@ -420,6 +420,8 @@ def _report(args: argparse.Namespace, _: list[str]) -> int:
 def _interchange(args: argparse.Namespace, overrides: list[str]) -> int:
     from attnlab.interchange import verbs as interchange
 
+    if args.verb == "import" and args.workdir is None and not args.check:
+        raise UserError("--workdir W is needed, or --check")
     return interchange.VERBS[args.verb](args, overrides)
 
 

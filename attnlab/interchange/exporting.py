@@ -210,6 +210,8 @@ def _made(name: str, pieces: list[Any], leaves: Mapping[str, jax.Array], dtype: 
         for piece in pieces:
             leaf = leaves[piece.leaf]
             piece.write(jax.device_get(leaf if piece.repeat is None else leaf[piece.repeat]), array)
+        if dtype == "F16" and not np.isfinite(array).all():
+            raise UserError(f"--dtype float16: {name} has numbers that it does not hold; allowed: float32, bfloat16")
         return array
 
     return Made(name, dtype, pieces[0].shape, make)

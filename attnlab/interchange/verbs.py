@@ -5,13 +5,10 @@ from __future__ import annotations
 import argparse
 
 from attnlab import output
-from attnlab.errors import UserError
 from attnlab.interchange import exporting, importing
 
 
 def _import(args: argparse.Namespace, overrides: list[str]) -> int:
-    if args.workdir is None and not args.check:
-        raise UserError("--workdir W is needed, or --check")
     plan = importing.plan(args.source, args.workdir, args.as_, overrides)
     said = {"family": plan.family.name, "tensors": len(plan.table.shapes), "bytes": plan.bytes, "notes": plan.notes}
     if args.check:
@@ -28,8 +25,7 @@ def _import(args: argparse.Namespace, overrides: list[str]) -> int:
     output.write("\n".join([f"{said['tensors']} tensors, {plan.bytes:,} bytes, of family {plan.family.name}",
                             *(f"note: {note}" for note in plan.notes)]))  # fmt: skip
     if not args.check:
-        output.write(f"{args.workdir} goes on with: "
-                     f"attnlab train --config {args.workdir / 'config.json'} --workdir {args.workdir}")  # fmt: skip
+        output.write(f"{args.workdir} is made: `attnlab train` goes on in it with its config.json")
     return 0
 
 

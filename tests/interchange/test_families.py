@@ -13,6 +13,7 @@ import pytest
 
 from attnlab import config as config_lib
 from attnlab import mixers
+from attnlab.errors import UserError
 from attnlab.interchange import exporting, importing
 from attnlab.interchange.families import families
 from attnlab.interchange.pieces import Table, flat
@@ -231,6 +232,18 @@ def test_eight_devices_read_their_own_bytes(folders, name):
     kept = sum(a.nbytes for a in arrays.values())
     assert sum(read) == kept  # of devices that hold the same one reads
     assert max(read) <= max(max(s.data.nbytes for s in a.addressable_shards) for a in arrays.values())
+
+
+def test_float16_that_overflows_is_refused(folders):
+    plan = planned(folders("llama"))
+    leaves = {piece.leaf: np.full((2, *piece.here), 1e6, np.float32) for piece in plan.table.pieces}
+    name, pieces = next((n, p) for n, p in plan.table.parts().items() if p[0].repeat == 1)
+    exporting._made(name, pieces, leaves, "BF16").make()
+    with (
+        pytest.raises(UserError, match=f"float16: {name} has numbers that it does not hold"),
+        np.errstate(all="ignore"),
+    ):
+        exporting._made(name, pieces, leaves, "F16").make()
 
 
 def test_families_are_all_tried():

@@ -29,7 +29,7 @@ def apart(*names):
 
 
 own_chunks = apart(
-    "gated", "parallax", "moba", "nsa", "dma", "core_context"
+    "gated", "parallax", "moba", "nsa", "dma", "core_context", "landmark", "dsa"
 )  # whose blocks and caches are softmax attention's, or tried by their own tests
 ordered = apart(
     "gated",
@@ -38,6 +38,9 @@ ordered = apart(
     "nsa",
     "dma",
     "core_context",
+    "landmark",
+    "dsa",
+    "routing",
     "moh",
     "agent",
     "kda",

@@ -1,0 +1,122 @@
+"""Grouped softmax of landmark attention: a block's landmark takes weight for the block, whose tokens divide it.
+
+Blocks are n positions, the last of which is the landmark. Of a query's own block the tokens up to it are keys as usual;
+of each block before, the landmark is the one key, and its weight goes to the block's tokens by a softmax of their own.
+
+Shapes: `B` batch, `T` queries, `S` keys, `N` blocks, `K` key heads, `G` query heads of each.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from attnlab.ops.attention import attention_with_lse
+from attnlab.ops.attention_frame import NO_KEYS
+from attnlab.ops.key_blocks import by_rows, top
+from attnlab.ops.masks import Mask
+
+ROWS = 64  # whose scores against all blocks exist at one time
+
+
+def definition(q_BTHd: jax.Array, k_BTKd: jax.Array, v_BTKe: jax.Array, seen_BT, block_BT, landmark_BT, *, top_k=None):
+    """All pairs of whole rows.
+
+    Args:
+      seen_BT: the document of each position, -1 of padding; positions see each other in one document only.
+      block_BT: first position of each position's block.
+      landmark_BT: bool.
+      top_k: see `landmark_attention`.
+    """
+    (B, T, H, d), K = q_BTHd.shape, k_BTKd.shape[2]
+    wide, t = jnp.promote_types(q_BTHd.dtype, jnp.float32), jnp.arange(T)
+    q, k, v = (x.astype(wide) for x in (q_BTHd.reshape(B, T, K, H // K, d), k_BTKd, v_BTKe))
+    logits = jnp.einsum("btkgd,bskd->bkgts", q, k, precision="highest") * d**-0.5
+    pairs = lambda x: x[:, None, None, None]  # of keys
+    same = (seen_BT[:, :, None] == seen_BT[:, None]) & (seen_BT >= 0)[:, :, None]
+    own = (block_BT[:, :, None] == block_BT[:, None])[:, None, None]
+    seen = (same & (t[:, None] >= t))[:, None, None]
+    outer = seen & jnp.where(pairs(landmark_BT), ~own, own)
+    if top_k is not None:
+        outer &= own | top(jax.lax.stop_gradient(logits), outer & ~own, top_k)
+    p = _softmax(logits, outer)
+
+    def of_block(x, block):  # [k, g, t, s] summed, or its largest, over the tokens of the key's block
+        by_key = jnp.moveaxis(x, -1, 0)
+        highest = jax.ops.segment_max(jax.lax.stop_gradient(by_key), block, T)[block]
+        weights = jnp.exp(by_key - highest)
+        return jnp.moveaxis(weights / jax.ops.segment_sum(weights, block, T)[block], 0, -1)
+
+    inner = jax.vmap(of_block)(jnp.where(pairs(landmark_BT), jnp.finfo(wide).min, logits), block_BT)
+    last = jax.vmap(lambda p, block, landmark: p[..., _landmark_of(block, landmark)])(p, block_BT, landmark_BT)
+    weights = jnp.where(pairs(landmark_BT), 0, jnp.where(own, p, jnp.where(seen, last * inner, 0)))
+    o = jnp.einsum("bkgts,bske->btkge", weights, v, precision="highest")
+    return o.reshape(B, T, H, -1).astype(q_BTHd.dtype)
+
+
+def _landmark_of(block_T: jax.Array, landmark_T: jax.Array) -> jax.Array:
+    """The position of each position's landmark; its own where its block has none."""
+    t = jnp.arange(len(block_T))
+    last = jax.ops.segment_max(jnp.where(landmark_T, t, -1), block_T, len(block_T))[block_T]
+    return jnp.where(last < 0, t, last)
+
+
+def _softmax(logits: jax.Array, seen: jax.Array) -> jax.Array:
+    logits = jnp.where(seen, logits, jnp.finfo(logits.dtype).min)
+    weights = jnp.where(seen, jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True))), 0)
+    return weights / jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(logits.dtype).tiny)
+
+
+def landmark_attention(
+    q_BTHd: jax.Array,
+    keys: tuple[jax.Array, jax.Array],
+    own: Mask,
+    blocks: tuple[jax.Array, jax.Array],
+    first_BT: jax.Array,
+    end_BT: jax.Array,
+    *,
+    top_k: int | None = None,
+) -> jax.Array:
+    """o_BTHe, `ROWS` queries at a time against all blocks.
+
+    Args:
+      keys: k_BSKd and v_BSKe.
+      own: which of them, no landmarks, each query sees in its own block.
+      blocks: k_BNnKd and v_BNnKe of complete blocks, their landmark last.
+      first_BT, end_BT: each query sees blocks `first` to `end`; as many rows as there are, or one.
+      top_k: of these only those with the `top_k` highest logits of their landmarks, for each query head by itself; of
+        equal ones the first. None: all. The choice has no gradient.
+
+    Source: Mohtashami and Jaggi 2023, arXiv:2305.16300.
+    """
+    o, lse = attention_with_lse(q_BTHd, *keys, own)
+    (B, T, H, d), (N, n, K) = q_BTHd.shape, blocks[0].shape[1:4]
+    if N == 0:
+        return o
+    (tokens, landmarks), values = (blocks[0][:, :, : n - 1], blocks[0][:, :, n - 1]), blocks[1][:, :, : n - 1]
+    number, wide = jnp.arange(N, dtype=jnp.int32), jnp.promote_types(q_BTHd.dtype, jnp.float32)
+
+    @jax.checkpoint
+    def of_rows(q, first, end):
+        q = q.reshape(B, -1, K, H // K, d)
+        product = lambda *args: jnp.einsum(*args, precision="highest", preferred_element_type=wide)
+        outer = product("btkgd,bnkd->bkgtn", q, landmarks) * d**-0.5
+        inner = product("btkgd,bnjkd->bkgtnj", q, tokens) * d**-0.5
+        seen = ((number >= first[..., None]) & (number < end[..., None]))[:, None, None]
+        if top_k is not None:
+            seen = top(jax.lax.stop_gradient(outer), jnp.broadcast_to(seen, outer.shape), top_k)
+        outer = jnp.where(seen, outer, NO_KEYS)
+        highest = jax.lax.stop_gradient(outer.max(-1, keepdims=True))
+        p = jnp.where(seen, jnp.exp(outer - highest), 0)
+        total = p.sum(-1, keepdims=True)
+        some = total > 0
+        total = jnp.where(some, total, 1)
+        lse = jnp.where(some, highest + jnp.log(total), NO_KEYS)[..., 0]
+        weights = (p / total)[..., None] * jax.nn.softmax(inner, axis=-1)
+        o = product("bkgtnj,bnjke->btkge", weights.astype(values.dtype), values)
+        rows = o.shape[1]
+        return o.reshape(B, rows, H, -1), lse.transpose(0, 3, 1, 2).reshape(B, rows, H)
+
+    far, lse_far = by_rows(of_rows, q_BTHd, *(jnp.broadcast_to(y, (B, T)) for y in (first_BT, end_BT)), rows=ROWS)
+    weight = jax.nn.sigmoid(lse_far - lse)[..., None]
+    return ((1 - weight) * o + weight * far).astype(q_BTHd.dtype)

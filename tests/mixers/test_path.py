@@ -1,0 +1,134 @@
+"""PaTH attention (Yang et al. 2025) against its formula in NumPy, and its limits, in float64."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab import mixers
+from attnlab.errors import ConfigError, UserError
+from attnlab.mixers.path import PathConfig
+from attnlab.ops.attention import attention
+from attnlab.ops.masks import Mask
+from attnlab.ops.path_attention import path_attention
+from tests.mixers import cases
+from tests.mixers.test_softmax import rms
+
+# What the laws are told of this mixer: tests/mixers/stated.py.
+ROLES = {"matrix": "q k v out w_down w_up beta", "taps": "filters", "scale": "q_norm k_norm"}
+
+
+@pytest.fixture(autouse=True)
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def linear(m, y):
+    return y @ np.asarray(m.kernel[...]) + (0 if m.bias is None else np.asarray(m.bias[...]))
+
+
+def matrices(module, x, segments):
+    """H [T, K, d, d] of one row."""
+    c, d, T = module.config, module.head_dim, len(x)
+    sigmoid = lambda z: 1 / (1 + np.exp(-z))
+    w = linear(module.w_up, linear(module.w_down, x))
+    if c.conv > 1:
+        taps = np.asarray(module.filters[...])
+        near = lambda t: [i for i in range(c.conv) if t >= i and segments[t - i] == segments[t]]
+        w = np.stack([sum(taps[c.conv - 1 - i] * w[t - i] for i in near(t)) for t in range(T)])
+    w = (w * sigmoid(w)).reshape(T, -1, d)
+    w = w / np.sqrt((w * w).sum(-1, keepdims=True) + 1e-6)
+    beta = 2 * sigmoid(linear(module.beta, x))
+    return np.eye(d) - beta[..., None, None] * w[..., :, None] * w[..., None, :]
+
+
+def layer(module, x, segments):
+    """The whole layer for one row, with a product of matrices for each pair of positions."""
+    c, d, T = module.config, module.head_dim, len(x)
+    q, k, v = (linear(m, x).reshape(T, -1, d) for m in (module.q, module.k, module.v))
+    if c.qk_norm:
+        q, k = rms(q, np.asarray(module.q_norm.scale[...])), rms(k, np.asarray(module.k_norm.scale[...]))
+    H, o = matrices(module, x, segments), np.zeros((T, c.heads, d))
+    for h, t in np.ndindex(c.heads, T):
+        if segments[t] == 0:
+            continue
+        own, product, logits, seen = h // (c.heads // c.key_heads), np.eye(d), [], []
+        for s in range(t, -1, -1):
+            if segments[s] == segments[t]:
+                logits.append(q[t, h] @ product @ k[s, own] / np.sqrt(d))
+                seen.append(s)
+                product = product @ H[s, own]
+        p = np.exp(logits)
+        o[t, h] = (p / p.sum()) @ v[seen, own]
+    return linear(module.out, o.reshape(T, -1))
+
+
+@pytest.mark.parametrize(
+    "fields", [{"kv_heads": 2, "chunk": 4, "qk_norm": True, "bias": "all"}, {"rank": 3, "conv": 1, "chunk": 3}], ids=str
+)
+def test_equals_the_formula(fields):
+    """The layer as written, of packed rows, in chunks that documents begin in."""
+    module = cases.module(PathConfig(**fields), jnp.float64)
+    x, seq = cases.inputs(jnp.float64)
+    y = jax.jit(lambda x: module(x, seq).y)(x)
+    for row in range(2):
+        used = cases.SEGMENTS[row] > 0
+        np.testing.assert_allclose(
+            y[row][used], layer(module, np.asarray(x[row]), cases.SEGMENTS[row])[used], atol=1e-10
+        )
+
+
+def test_limits_of_the_matrices():
+    """beta = 0 is softmax attention without positions; with beta = 2 and one w two steps cancel, so that only whether a
+    distance is odd is told."""
+    rng, T = np.random.default_rng(0), 19
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape))
+    q, k, v, w = normal(1, T, 4, 6), normal(1, T, 2, 6), normal(1, T, 2, 5), normal(1, 1, 2, 6)
+    w = jnp.broadcast_to(w / jnp.linalg.norm(w, axis=-1, keepdims=True), k.shape)
+
+    @jax.jit
+    def run(beta):
+        beta = jnp.full((1, T, 2), beta)
+        return [path_attention(q, k, v, w, beta, Mask(causal=True), chunk=4, impl=i) for i in ("blocks", "definition")]
+
+    odd = (jnp.arange(T) % 2 == 1)[:, None, None]
+    reflected = lambda y, w: jnp.where(odd, y - 2 * (y * w).sum(-1, keepdims=True) * w, y)
+    softmax = lambda q, k: attention(q, k, v, Mask(causal=True), impl="definition")
+    twice = jnp.repeat(w, 2, axis=2)
+    for o in run(0.0):
+        np.testing.assert_allclose(o, softmax(q, k), atol=1e-12)
+    for o in run(2.0):
+        np.testing.assert_allclose(o, softmax(reflected(q, twice), reflected(k, w)), atol=1e-12)
+
+
+def test_a_stream_rewrites_its_keys():
+    """Each key in the cache has gone through the matrices of all positions behind it."""
+    module = cases.module(PathConfig(chunk=2), jnp.float64)
+    x, _ = cases.inputs(jnp.float64)
+    extend = jax.jit(lambda x, seq, state: module.extend(x, seq, state))
+    state = module.init_state(2, cases.LENGTH, jnp.float64)
+    _, state = cases.streamed(extend, state, x, mixers.Sequence.whole(*x.shape[:2]), (5, 5, 1))
+    H = matrices(module, np.asarray(x[0]), np.ones(cases.LENGTH))
+    keys = linear(module.k, np.asarray(x[0])).reshape(cases.LENGTH, 4, -1)
+    for h, s in ((0, 0), (3, 4), (1, cases.LENGTH - 1)):
+        expected = keys[s, h]
+        for t in range(s + 1, cases.LENGTH):
+            expected = H[t, h] @ expected
+        np.testing.assert_allclose(state.carried.keys[0, h, s], expected, atol=1e-10)
+
+
+def test_what_does_not_fit_is_refused():
+    q = jnp.ones((1, 3, 2, 4))
+    with pytest.raises(UserError, match="expected .*a causal mask of whole rows"):
+        path_attention(q, q, q, q, q[..., 0], Mask())
+    with pytest.raises(UserError, match="beta"):
+        path_attention(q, q, q, q, q, Mask(causal=True))
+
+
+@pytest.mark.parametrize("fields", [{"causal": False}, {"window": 3}, {"rope_base": 100.0}])
+def test_what_it_does_not_have_is_unknown(fields):
+    with pytest.raises(ConfigError, match=f"unknown key 'mixer.{next(iter(fields))}'"):
+        mixers.config_from_node({"name": "path", **fields})
