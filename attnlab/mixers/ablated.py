@@ -1,4 +1,4 @@
-"""Attention with one of its principles taken away: mixing itself, the exponential, or the query."""
+"""Attention with one of its principles taken away: mixing, the exponential, the query, or the context."""
 
 from __future__ import annotations
 
@@ -11,34 +11,40 @@ from flax import nnx
 
 from attnlab.mixers.base import Capabilities, MixerOutput, State, knob, register
 from attnlab.mixers.heads import HeadMixer, Projections, RotaryConfig, split_heads
-from attnlab.mixers.parts import param_dtype
+from attnlab.mixers.parts import RMSNorm, param_dtype
 from attnlab.mixers.sequence import Sequence
 from attnlab.ops import running_softmax as by_key
+from attnlab.ops.documents import largest_input
 from attnlab.ops.feature_maps import Taylor
+from attnlab.ops.keys_values import KVCache, Whole, empty_cache
 from attnlab.ops.linear_recurrence import flops_per_token, linear_recurrence
+from attnlab.ops.masks import mean_visible_keys
 from attnlab.ops.running_softmax import RunningState, running_softmax
 
 WEIGHTS = {
     "taylor": "1 + s + s^2 / 2 in place of exp(s), s = q . k / sqrt(d)",
     "key_score": "softmax of a score that a key has of its own, silu(q_s) . k_s / sqrt(d) of one position s",
+    "static": "softmax attention whose queries and keys are made of what the stack began from, the token's embedding",
     "none": "no mixing: a gated MLP of as many parameters",
 }
+
+_ATTENTION = {"auto": "auto", "chunked": "xla", "definition": "definition"}
 
 
 @dataclasses.dataclass(frozen=True)
 class AblatedConfig(RotaryConfig):
-    """Knobs of ablated attention; RoPE is of `taylor` alone, the others have no use for it."""
+    """Knobs of ablated attention; RoPE is of `taylor` and `static`, the others have no use for it."""
 
     weights: str = knob(
         "taylor",
         f"of a position for those before it; {'; '.join(f'{k}: {v}' for k, v in WEIGHTS.items())}",
-        other=("key_score", "none"),
+        other=("key_score", "static", "none"),
         choices=WEIGHTS,
     )
     chunk: int = knob(64, "positions computed as one product; changes only speed and memory", other=(4,), least=1)
     impl: str = knob(
         "auto",
-        "implementation of the recurrence: auto, chunked, or definition (all pairs)",
+        "auto, chunked (a recurrence; attention in blocks of XLA), or definition (all pairs)",
         other=("definition",),
         choices=("auto", "chunked", "definition"),
     )
@@ -54,23 +60,29 @@ class Ablated(HeadMixer):
 
     taylor: `o_t = sum_s w_ts v_s / sum_s w_ts`, `w = 1 + s + s^2 / 2`, `s = q_t . k_s / sqrt(d)` after RoPE.
     key_score: `o_t = sum_s exp(r_s) v_s / sum_s exp(r_s)`, `r_s = silu(q_s) . k_s / sqrt(d)`: no query, no positions.
+    static: `softmax(q k^T / sqrt(d)) v` after RoPE, q and k of RMSNorm(e), e `Sequence.embedding`; v is of x. By
+    itself a layer is its stack's first: e is x.
     none: `silu(x W_1) * (x W_2)`, projected: no mixing.
     Sums are over s <= t of the document.
     """
 
     Config = AblatedConfig
-    capabilities = Capabilities(fixed_state=True)
-    sequence_parallel = "the state is passed on as a sum"
+    capabilities = Capabilities()
+    sequence_parallel = "the state is passed on as a sum; keys and values of static are gathered"
     paper = (
         "Xue et al. 2025, Deconstructing Attention: Investigating Design Principles for Effective Language Modeling, "
         "arXiv:2510.11602"
     )
-    extension = "weights=none: the MLP's width is a multiple of heads; weights=taylor: a state of features, not a cache"
+    extension = (
+        "weights=none: the MLP's width is a multiple of heads; weights=taylor: a state of features, not a cache; "
+        "weights=static: the embedding has an RMSNorm of the layer's own"
+    )
     implementations = ("definition", "chunked")
     counted = "chunked"
     variants = (
         {"weights": "key_score", "heads": 2, "chunk": 3, "head_width": 6},
         {"weights": "taylor", "heads": 2, "chunk": 3, "rope_base": None, "head_width": 4},
+        {"weights": "static", "heads": 2, "rope_base": 50.0, "head_width": 6},
         {"weights": "none", "heads": 2, "head_width": 6, "bias": "all"},
     )
 
@@ -83,20 +95,29 @@ class Ablated(HeadMixer):
         else:
             inner = config.heads * self.head_dim
             self.q, self.k, self.v = (make.qkv(inner) for _ in range(3))
+        if config.weights == "static":
+            self.embedding_norm = RMSNorm(width, ("embed",), dtype=dtype)
         self.out = make.out(inner)
 
+    @property
+    def stack_reads(self) -> tuple[str, ...]:
+        return ("embedding",) if self.config.weights == "static" else ()
+
     def heads(self, x: jax.Array, seq: Sequence, carried: State = None) -> MixerOutput:
-        """As in the contract; `carried` is the memory [B, H, features, d + 1], a `RunningState`, or empty."""
+        """As in the contract; `carried` is a memory [B, H, features, d + 1], a `RunningState`, a cache, or empty."""
         c, wide = self.config, param_dtype(self.dtype)
         if c.weights == "none":
             gated = jax.nn.silu(self.gate(x).astype(wide)) * self.up(x).astype(wide)
             return MixerOutput(gated.reshape(*x.shape[:2], c.heads, -1).astype(self.dtype), ())
-        q, k, v = (split_heads(y(x), self.head_dim) for y in (self.q, self.k, self.v))
+        e = self._embedding(x, seq) if c.weights == "static" else x
+        q, k, v = (split_heads(y(z), self.head_dim) for y, z in ((self.q, e), (self.k, e), (self.v, x)))
         if c.weights == "key_score":
             scores = (jax.nn.silu(q.astype(wide)) * k.astype(wide)).sum(-1) * self.head_dim**-0.5
             o, state = running_softmax(scores, v, documents_BT=seq.documents, state=carried, chunk=c.chunk, impl=c.impl)
             return MixerOutput(o.astype(self.dtype), state)
         q, k = (c.rotated(y, seq.positions) for y in (q, k))
+        if c.weights == "static":
+            return self._attended(q, k, v, seq, carried)
         if c.impl == "definition" and carried is None:
             return MixerOutput(_taylor_pairs(q, k, v, seq.documents).astype(self.dtype))
         u = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
@@ -108,10 +129,27 @@ class Ablated(HeadMixer):
         # Weights are at least 1/2, but features of huge queries and keys may round their sum to less.
         return MixerOutput((sums[..., :-1] / jnp.maximum(sums[..., -1:], 0.5)).astype(self.dtype), memory)
 
+    def _embedding(self, x: jax.Array, seq: Sequence) -> jax.Array:
+        """What queries and keys are made of, [B, T, D]."""
+        e = x if seq.embedding is None else seq.embedding
+        # One that has overflowed has done so in x, too; it is to change nothing in other documents.
+        return self.embedding_norm(jnp.where(jnp.abs(e) < largest_input(e.dtype), e, 0))
+
+    def _attended(self, q: jax.Array, k: jax.Array, v: jax.Array, seq: Sequence, cache: KVCache | None) -> MixerOutput:
+        """Softmax attention of whole sequences, or over the cache with these positions."""
+        if cache is None:
+            kv, mask = Whole(k, v), seq.mask(causal=True)
+        else:
+            cache, kv, mask = cache.append(k, v, seq.offsets, seq.padding, None)
+        decode = "definition" if self.config.impl == "definition" else "auto"
+        return MixerOutput(kv.attend(q, mask, impl=_ATTENTION[self.config.impl], decode_impl=decode), cache)
+
     def init_carried(self, batch: int, max_length: int, dtype: Any) -> State:
         c, d, wide = self.config, self.head_dim, param_dtype(self.dtype)
         if c.weights == "none":
             return ()
+        if c.weights == "static":
+            return empty_cache(batch, c.heads, d, max_length, dtype)
         if c.weights == "key_score":
             return RunningState.start(batch, c.heads, d, wide)
         return jnp.zeros((batch, c.heads, Taylor(d).count, d + 1), wide)
@@ -121,6 +159,9 @@ class Ablated(HeadMixer):
         d, H, C = config.head_dim(width), config.heads, config.chunk
         if config.weights == "none":
             return {"projections": 6.0 * width * H * config.mlp_width(width)}, None
+        if config.weights == "static":
+            span = mean_visible_keys(length, True, None)
+            return {"projections": 8.0 * width * H * d, "attention": 4.0 * H * d * span}, span
         if config.weights == "key_score":
             recurrence = by_key.flops_per_token(length, C, d)
         else:

@@ -89,34 +89,27 @@ def running_softmax(
 
 def _running_maximum(r: jax.Array, documents: jax.Array | None, state: RunningState | None) -> jax.Array:
     """Of the scores of each position's document so far, [B, T, H]."""
-    if documents is None:
-        return (
-            jax.lax.cummax(r, axis=1)
-            if state is None
-            else jnp.maximum(jax.lax.cummax(r, axis=1), state.highest[:, None])
-        )
 
     def join(before, own):
         (document, m), (own_document, own_m) = before, own
         return own_document, jnp.where(document == own_document, jnp.maximum(m, own_m), own_m)
 
-    _, m = jax.lax.associative_scan(join, (documents[..., None], r), axis=1)
+    if documents is None:
+        m = jax.lax.cummax(r, axis=1)
+    else:
+        _, m = jax.lax.associative_scan(join, (documents[..., None], r), axis=1)
     if state is None:
         return m
-    return jnp.where(documents[..., None] == 0, jnp.maximum(m, state.highest[:, None]), m)
+    goes_on = True if documents is None else documents[..., None] == 0
+    return jnp.where(goes_on, jnp.maximum(m, state.highest[:, None]), m)
 
 
 def _before(highest: jax.Array, documents: jax.Array | None, state: RunningState | None) -> jax.Array:
     """The maximum that the sums before each position are relative to; its own where there are none."""
-    first = highest[:, :1]
-    if state is not None:  # -inf: nothing is kept, and nothing is there
-        known = (
-            state.highest[:, None]
-            if documents is None
-            else jnp.where(documents[:, :1, None] == 0, state.highest[:, None], first)
-        )
-        first = jnp.where(jnp.isfinite(known), known, first)
-    before = jnp.concatenate([first, highest[:, :-1]], axis=1)
+    first = highest[:, 0]
+    if state is not None:  # -inf: there are none
+        first = jnp.where(jnp.isfinite(state.highest), state.highest, first)
+    before = jnp.concatenate([first[:, None], highest[:, :-1]], axis=1)
     if documents is None:
         return before
     same = documents == jnp.pad(documents, ((0, 0), (1, 0)))[:, :-1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ from attnlab.ops.running_softmax import running_softmax
 from tests.mixers import cases
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
-ROLES = {"matrix": "q k v out gate up"}
+ROLES = {"matrix": "q k v out gate up", "scale": "embedding_norm"}
 BIASED = [({}, "q k v", "out"), ({"weights": "none"}, "gate up", "out")]
 
 B, T, H, E = 2, 11, 2, 3
@@ -33,15 +35,20 @@ def whole():
     return x, mixers.Sequence.whole(*x.shape[:2])
 
 
-def naive(module, x):
-    """The layer on one whole sequence [T, D], position by position in numpy."""
+def naive(module, x, embedding):
+    """The layer on one whole sequence [T, D], whose stack began from `embedding`, position by position in numpy."""
     c, (length, _), d = module.config, x.shape, module.head_dim
     array = lambda linear: np.asarray(linear.kernel[...])
     silu = lambda z: z / (1 + np.exp(-z))
     if c.weights == "none":
         return (silu(x @ array(module.gate)) * (x @ array(module.up))) @ array(module.out)
-    q, k, v = ((x @ array(y)).reshape(length, c.heads, d) for y in (module.q, module.k, module.v))
-    if c.weights == "taylor" and c.rope_base is not None:
+    e = x
+    if c.weights == "static":
+        e = embedding / np.sqrt((embedding**2).mean(-1, keepdims=True) + 1e-6)
+        e = e * np.asarray(module.embedding_norm.scale[...])
+    rows = ((e, module.q), (e, module.k), (x, module.v))
+    q, k, v = ((z @ array(y)).reshape(length, c.heads, d) for z, y in rows)
+    if c.weights in ("taylor", "static") and c.rope_base is not None:
         angle = np.arange(length)[:, None, None] * c.rope_base ** (-np.arange(d // 2) / (d // 2))
         cos, sin = np.cos(angle), np.sin(angle)
         turn = lambda a, b: np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
@@ -52,6 +59,8 @@ def naive(module, x):
             if c.weights == "taylor":
                 s = k[: t + 1, h] @ q[t, h] / np.sqrt(d)
                 w = 1 + s + s**2 / 2
+            elif c.weights == "static":
+                w = np.exp(k[: t + 1, h] @ q[t, h] / np.sqrt(d))
             else:
                 w = np.exp((silu(q[: t + 1, h]) * k[: t + 1, h]).sum(-1) / np.sqrt(d))
             o[t, h] = w @ v[: t + 1, h] / w.sum()
@@ -59,14 +68,17 @@ def naive(module, x):
 
 
 @pytest.mark.parametrize("impl", ["definition", "chunked"])
-@pytest.mark.parametrize("weights", ["taylor", "key_score", "none"])
+@pytest.mark.parametrize("weights", ["taylor", "key_score", "static", "none"])
 def test_layer_is_the_formula(weights, impl):
     """The whole layer written out, in chunks that do not divide the length."""
     module = cases.module(AblatedConfig(weights=weights, impl=impl, chunk=4, rope_base=50.0), jnp.float64)
     x, seq = whole()
-    y = jax.jit(lambda x: module(x, seq).y)(x)
+    began = 2 * np.random.default_rng(5).standard_normal(x.shape)
+    run = jax.jit(lambda x, e: module(x, dataclasses.replace(seq, embedding=e)).y)
+    y, alone = run(x, jnp.asarray(began)), run(x, None)
     for row in range(2):
-        np.testing.assert_allclose(y[row], naive(module, np.asarray(x[row])), atol=1e-12)
+        np.testing.assert_allclose(y[row], naive(module, np.asarray(x[row]), began[row]), atol=1e-12)
+        np.testing.assert_allclose(alone[row], naive(module, np.asarray(x[row]), np.asarray(x[row])), atol=1e-12)
 
 
 def test_taylor_is_based_at_full_width():
@@ -128,6 +140,49 @@ def test_documents_have_maxima_of_their_own():
         np.testing.assert_allclose(np.concatenate([first, second], axis=1)[0, begin:end], want, atol=1e-13)
 
 
+def test_static_weights_do_not_know_the_context():
+    """With one embedding outputs are linear in x; a stream that reads it is the whole; no other variant asks for it."""
+    module = cases.module(AblatedConfig(weights="static"), jnp.float64)
+    (x, seq), began = whole(), jnp.asarray(np.random.default_rng(5).standard_normal((2, cases.LENGTH, cases.WIDTH)))
+    run = jax.jit(lambda x: module(x, dataclasses.replace(seq, embedding=began)).y)
+    np.testing.assert_allclose(run(x) + run(3 * x[::-1]), run(x + 3 * x[::-1]), atol=1e-12)
+
+    @jax.jit
+    def extend(x, e, seq, state):
+        return module.extend(x, dataclasses.replace(seq, embedding=e), state)
+
+    state, stream, parts = module.init_state(2, cases.LENGTH, jnp.float64), mixers.Stream.start(2), []
+    for piece in (slice(0, 5), slice(5, 10), slice(10, 11)):
+        part, stream = stream.extend(mixers.Sequence(seq.positions[:, piece]))
+        out = extend(x[:, piece], began[:, piece], part, state)
+        state, parts = out.state, [*parts, out.y]
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), run(x), atol=1e-12)
+    assert module.stack_reads == ("embedding",)
+    assert cases.module(AblatedConfig(), jnp.float64).stack_reads == ()
+
+
+def test_an_embedding_that_overflows_is_kept_in_its_document():
+    """With x it is NaN at one position; other documents' outputs and gradients, through both, are what they are."""
+    module = cases.module(AblatedConfig(weights="static"), jnp.float64)
+    x, seq = cases.inputs(jnp.float64)
+    others = ((seq.segments != 1) & (seq.segments != 0))[..., None]
+
+    @jax.jit
+    def run(x, e):
+        def scalar(x, e):
+            y = module(x, dataclasses.replace(seq, embedding=e)).y
+            return jnp.sum(jnp.where(others, jnp.cos(jnp.arange(y.size)).reshape(y.shape) * y, 0)), y
+
+        (_, y), slopes = jax.value_and_grad(scalar, (0, 1), has_aux=True)(x, e)
+        return [jnp.where(others, z, 0) for z in (y, *slopes)], y
+
+    e = 2 * x[:, ::-1]
+    (want, _), (got, y) = run(x, e), run(x.at[0, 1].set(jnp.nan), e.at[0, 1].set(jnp.nan))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-13)
+    assert np.all(np.isnan(y[0, 1:4])) and np.all(np.isfinite(y[0, 0]))
+
+
 def test_none_mixes_nothing():
     """Another input at other positions changes nothing at one; a stream has no state but that of the base class."""
     module = cases.module(AblatedConfig(weights="none"), jnp.float64)
@@ -144,6 +199,7 @@ def test_parameters_are_those_of_softmax_attention():
     count = lambda name, **fields: mixers.get(name).cost(mixers.get(name).Config(**fields), 96, 10).parameters
     want = count("softmax")
     assert count("ablated") == count("ablated", weights="key_score") == want
+    assert count("ablated", weights="static") == want + 96  # its norm
     assert count("ablated", weights="none") == want  # 4 / 3 of heads of 24 is an integer
     assert count("ablated", weights="none", heads=3) == pytest.approx(want, rel=0.02)
 
@@ -151,7 +207,7 @@ def test_parameters_are_those_of_softmax_attention():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"weights": "static"}, "weights = 'static'"),
+        ({"weights": "random"}, "weights = 'random'"),
         ({"heads": 3}, "heads = 3 does not divide width = 16"),
         ({"chunk": 0}, "chunk = 0"),
         ({"impl": "pallas"}, "impl = 'pallas'"),
