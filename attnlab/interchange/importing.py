@@ -133,7 +133,10 @@ def _stored(folder: Folder) -> str:
     return max(sizes, key=sizes.__getitem__, default="F32")
 
 
-def _run_tree(tree, part, node, source, to, overrides) -> dict[str, Any]:
+def _run_tree(
+    tree: Mapping[str, Any], part: Mapping[str, Any], node: dict[str, Any], source: pathlib.Path,
+    to: pathlib.Path | None, overrides: Sequence[str],
+) -> dict[str, Any]:  # fmt: skip
     """The run's config, as far as the checkpoint says it; the rest is for overrides."""
     longest = part.get("max_position_embeddings")
     length = min(longest, _LONGEST) if isinstance(longest, int) and longest > 0 else _LONGEST
@@ -248,7 +251,7 @@ def _record(plan: Plan) -> dict[str, Any]:
         "source": str(plan.source.absolute()),
         "family": plan.family.name,
         "as": plan.as_,
-        "dtype": next(name for name, kind in NAMES.items() if kind == _stored(plan.folder)),
+        "dtype": next((name for name, kind in NAMES.items() if kind == _stored(plan.folder)), "float32"),
         "files": plan.folder.files,
         "config": dict(plan.tree),
     }
