@@ -1,0 +1,59 @@
+"""Blocks by a table that is given: whatever was found elsewhere, radial attention's tables among them."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+import numpy as np
+
+from attnlab import config as config_lib
+from attnlab.config import knob
+from attnlab.errors import ConfigError, UserError
+from attnlab.masks.base import BlockMask, MaskConfig, register
+
+
+@dataclasses.dataclass(frozen=True)
+class StaticBlocksConfig(MaskConfig):
+    """Knobs of a table of blocks."""
+
+    path: str = knob("", "a .npy file, bool [n, n]: which blocks (rows) see which", other=("blocks.npy",))
+    block: int = knob(64, "positions of a block, counted from where the document begins", other=(2,), least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        config_lib.require(self.path.endswith(".npy"), "path", self.path, "a .npy file")
+
+
+@register("static_blocks")
+class StaticBlocks(BlockMask):
+    """Block i sees block j where the file says so; in causal mixing the earlier ones of these.
+
+    Raises UserError for a document of more blocks than the table has.
+    """
+
+    Config = StaticBlocksConfig
+    paper = "Li et al. 2025, Radial Attention: O(n log n) Sparse Attention, arXiv:2506.19852 (as one such table)"
+    extension = "tables come from a file; they begin anew with each packed document"
+    bidirectional = True
+
+    def __init__(self, config: StaticBlocksConfig):
+        super().__init__(config)
+        try:
+            self.sees = np.load(pathlib.Path(config.path).expanduser(), allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"mask static_blocks: path = {config.path!r} cannot be read: {error}") from None
+        if self.sees.ndim != 2 or self.sees.shape[0] != self.sees.shape[1] or self.sees.dtype != bool:
+            found = f"{self.sees.dtype} {self.sees.shape}"
+            raise ConfigError(f"mask static_blocks: path = {config.path!r} holds {found}; allowed: bool [n, n]")
+
+    def block(self) -> int:
+        return self.config.block
+
+    def table(self, blocks: int) -> np.ndarray:
+        if blocks > len(self.sees):
+            raise UserError(
+                f"mask static_blocks: {blocks} blocks of {self.config.block} positions, the table of "
+                f"{self.config.path!r} has {len(self.sees)}; allowed: shorter rows, or a larger block"
+            )
+        return self.sees[:blocks, :blocks]
