@@ -58,7 +58,7 @@ def test_no_decay_is_ridge_regression():
 def test_large_ridge_is_gated_linear_attention():
     """ridge * o goes to the linear attention of decayed keys as the ridge grows, by a power of it."""
     q, k, v, log_decay, beta, ridge = arrays()
-    want, _ = linear_recurrence(*map(jnp.asarray, (q, k, beta[..., None] * v)), log_decay=jnp.asarray(log_decay))
+    want, _ = jax.jit(linear_recurrence)(q, k, beta[..., None] * v, log_decay=log_decay)
     for impl in ("definition", "cg"):
         error = []
         for scale in (1e4, 1e6):
