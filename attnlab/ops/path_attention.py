@@ -20,7 +20,7 @@ from attnlab.ops.blockwise import Span, take
 from attnlab.ops.delta_rule import invert_unit_triangular
 from attnlab.ops.dispatch import Implementation, Op
 from attnlab.ops.masks import Mask
-from attnlab.ops.row_blocks import over_row_blocks, softmax_of_seen, weighted
+from attnlab.ops.row_blocks import head_axes, over_row_blocks, softmax_of_seen, weighted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,9 +190,8 @@ def path_attention(
             "multiple of K, and a causal mask of whole rows"
         )
     start, end = mask.interval(T, T)
-    heads = ("batch", None, "heads", None)
-    keys = ("batch", None, "kv_heads", None)
-    rows = ("batch", None)
+    of_q, of_k = head_axes(H, K)
+    heads, keys, rows = ("batch", None, of_q, None), ("batch", None, of_k, None), ("batch", None)
     return PATH_ATTENTION(
         q_BTHd, k_BTKd, v_BTKe, w_BTKd, beta_BTK, start, end,
         axes=(heads, keys, keys, keys, keys[:3], rows, rows), out_axes=[heads], impl=impl, scale=d**-0.5, chunk=chunk,

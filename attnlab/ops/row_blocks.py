@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from attnlab.ops.blockwise import BODIES, Span, plan_blocks, take
 from attnlab.ops.masks import Mask
+from attnlab.parallel import partition
 
 ROWS = 128  # of a block
 
@@ -55,6 +56,14 @@ def weighted(weights_BKGrL: jax.Array, v_BLKe: jax.Array) -> jax.Array:
     p = weights_BKGrL.astype(v_BLKe.dtype)
     o = jnp.einsum("bkgrl,blke->brkge", p, v_BLKe, preferred_element_type=weights_BKGrL.dtype)
     return o.reshape(*o.shape[:2], -1, o.shape[-1])
+
+
+def head_axes(H: int, K: int, together: int = 1) -> tuple[str | None, str | None]:
+    """Logical axes of query heads and of key heads: groups that share a key head, or stand `together`, stay whole."""
+    n = partition.ways("heads")
+    if H % n or (H // n) % together or (K % n and K > 1):
+        return None, None
+    return "heads", None if K == 1 else "kv_heads"
 
 
 def bounds_of(mask: Mask, T: int, S: int, rows: Span) -> tuple[jax.Array, jax.Array]:

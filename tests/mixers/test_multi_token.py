@@ -1,0 +1,151 @@
+"""Multi-token attention (Golovneva et al. 2025) against its formula in NumPy, and its limits, in float64."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from attnlab import mixers
+from attnlab.errors import ConfigError, UserError
+from attnlab.mixers.multi_token import MultiTokenConfig
+from attnlab.ops.multi_token_attention import multi_token_attention
+from tests.mixers import cases
+from tests.mixers.test_softmax import rotate
+
+# What the laws are told of this mixer: tests/mixers/stated.py.
+ROLES = {"matrix": "q k v out gate", "taps": "filters after", "scale": "norm mix"}
+
+
+@pytest.fixture(autouse=True)
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def filtered(x, taps, segments):
+    """x [T, T] of one document each, pair by pair."""
+    T, (Q, C) = len(x), taps.shape
+    out = np.zeros_like(x)
+    for i, j in np.ndindex(T, T):
+        for a, b in np.ndindex(Q, C):
+            row, key = i - Q + 1 + a, j - C // 2 + b
+            if 0 <= row and 0 <= key <= row and segments[row] == segments[i] == segments[key]:
+                out[i, j] += taps[a, b] * x[row, key]
+    return out
+
+
+def layer(module, x, positions, segments):
+    """The whole layer for one row, pair by pair."""
+    c, d, T = module.config, module.head_dim, len(x)
+    linear = lambda m, y: y @ np.asarray(m.kernel[...]) + (0 if m.bias is None else np.asarray(m.bias[...]))
+    q, k, v = (linear(m, x).reshape(T, -1, d) for m in (module.q, module.k, module.v))
+    turn = lambda y: y if c.rope_base is None else rotate(y, positions, c.rope_base, None)
+    own = lambda h: h // (c.heads // c.key_heads)
+    segments = np.where(segments == 0, -1 - np.arange(T), segments)  # padding stands alone
+    seen = np.array([[s <= t and segments[s] == segments[t] for s in range(T)] for t in range(T)])
+    p = np.zeros((c.heads, T, T))
+    for h in range(c.heads):
+        scores = np.where(seen, turn(q[:, h]) @ turn(k[:, own(h)]).T / np.sqrt(d), 0)
+        weights = np.where(seen, np.exp(filtered(scores, np.asarray(module.filters[...])[h], segments)), 0)
+        p[h] = weights / weights.sum(1, keepdims=True)
+        if c.after:
+            p[h] = np.where(seen, filtered(p[h], np.asarray(module.after[...])[h], segments), 0)
+    if c.head_mix:
+        mix = np.asarray(module.mix[...])
+        p = np.concatenate([np.einsum("irl,ij->jrl", g, m) for g, m in zip(np.split(p, len(mix)), mix)])
+    o = np.stack([p[h] @ v[:, own(h)] for h in range(c.heads)], axis=1)
+    if c.norm:
+        o = o / np.sqrt((o * o).mean(-1, keepdims=True) + 1e-5) * np.asarray(module.norm.scale[...])
+    if c.gate:
+        o = o / (1 + np.exp(-linear(module.gate, o)))
+    return linear(module.out, o.reshape(T, -1))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"kv_heads": 2, "query_span": 3, "key_span": 3, "after": True, "head_mix": 2, "bias": "all"},
+        {"query_span": 2, "key_span": 5, "norm": False, "gate": False, "rope_base": None},
+    ],
+    ids=str,
+)
+def test_equals_the_formula(fields):
+    """The layer as written, of packed rows."""
+    module = cases.module(MultiTokenConfig(**fields), jnp.float64)
+    x, seq = cases.inputs(jnp.float64)
+    y = jax.jit(lambda x: module(x, seq).y)(x)
+    for row in range(2):
+        expected, used = (
+            layer(module, np.asarray(x[row]), cases.POSITIONS[row], cases.SEGMENTS[row]),
+            cases.SEGMENTS[row],
+        )
+        np.testing.assert_allclose(y[row][used > 0], expected[used > 0], atol=1e-10)
+
+
+def test_at_first_it_is_softmax_attention():
+    """Filters and mixes that change nothing, without norm and gate."""
+    knobs = {"norm": False, "gate": False, "after": True, "head_mix": 2}
+    module = mixers.build({"name": "multi_token", **knobs}, width=16, rngs=nnx.Rngs(0), dtype=jnp.float64)
+    softmax = cases.module(mixers.get("softmax").Config(), jnp.float64)
+    for name in ("q", "k", "v", "out"):
+        getattr(softmax, name).kernel[...] = getattr(module, name).kernel[...]
+    x, seq = cases.inputs(jnp.float64)
+    ours, theirs = jax.jit(lambda x: (module(x, seq).y, softmax(x, seq).y))(x)
+    used = np.asarray(seq.segments) > 0
+    np.testing.assert_allclose(ours[used], theirs[used], atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", ["definition", "blocks"])
+def test_filters_move_and_scale_scores(impl):
+    """One tap at the next key: a key's logit is that of the key behind it, 0 for the row's own; at the row before: that
+    of the query before; a single tap is a temperature."""
+    rng, T = np.random.default_rng(0), 6
+    q, k = (rng.normal(size=(1, T, 1, 4)) for _ in range(2))
+    v = np.eye(T)[None, :, None]
+    t = np.arange(T, dtype=np.int32)[None]
+    scores = np.tril(np.einsum("td,sd->ts", q[0, :, 0], k[0, :, 0]) / 2)
+    taps = {name: np.zeros((1, 2, 3)) for name in ("next", "before", "twice")}
+    taps["next"][0, 1, 2], taps["before"][0, 0, 1], taps["twice"][0, 1, 1] = 1, 1, 2
+    moved = {"next": np.pad(scores[:, 1:], ((0, 0), (0, 1))), "before": np.pad(scores[:-1], ((1, 0), (0, 0)))}
+    moved["twice"] = 2 * scores
+    halo = lambda x: jnp.pad(jnp.asarray(x), [(0, 0), (1, 0)] + [(0, 0)] * (x.ndim - 2))
+
+    @jax.jit
+    def run(taps):
+        rows = halo(q), jnp.asarray(k), jnp.asarray(v), taps, None, None, halo(0 * t), halo(t + 1)
+        return multi_token_attention(*rows, whole=True, impl=impl)[0, :, 0]
+
+    for name, logits in moved.items():
+        p = np.tril(np.exp(logits))
+        np.testing.assert_allclose(run(taps[name]), p / p.sum(1, keepdims=True), atol=1e-12)
+
+
+def test_the_state_keeps_as_many_queries_as_are_reached():
+    for fields, reach in (({}, 5), ({"after": True}, 10), ({"query_span": 1, "after": True}, 0)):
+        cost = mixers.get("multi_token").cost(MultiTokenConfig(**fields), 16, 100)
+        assert cost.state_bytes == (2 * 100 + reach) * 16 * 4 + 4 + 1
+
+
+def test_what_does_not_fit_is_refused():
+    x, taps, t = jnp.ones((1, 3, 2, 4)), jnp.ones((2, 2, 3)), jnp.zeros((1, 3), jnp.int32)
+    for filters in (jnp.ones((2, 2, 4)), jnp.ones((1, 2, 3)), jnp.ones((2, 4, 3))):
+        with pytest.raises(UserError, match="expected H a multiple of K, filters"):
+            multi_token_attention(x, x, x, filters, None, None, t, t, whole=True)
+    served = jax.eval_shape(lambda x: multi_token_attention(x, x, x, taps, None, None, t, t, whole=False), x)
+    assert served.shape == (1, 2, 2, 4)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"key_span": 4}, "key_span = 4 .*odd"),
+        ({"head_mix": 3}, r"head_mix = 3 .*divisors of heads \(4\)"),
+        ({"causal": False}, "unknown key 'mixer.causal'"),
+    ],
+)
+def test_impossible_configs(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        mixers.config_from_node({"name": "multi_token", **fields})
