@@ -19,7 +19,9 @@ from attnlab.ops.cached_attention import CACHED_ATTENTION, cached_attention
 from attnlab.ops.cross_entropy import CROSS_ENTROPY, cross_entropy
 from attnlab.ops.delta_rule import DELTA_RULE, delta_rule
 from attnlab.ops.dispatch import Op, interpreted
+from attnlab.ops.documents import document_index
 from attnlab.ops.dplr import DPLR, dplr
+from attnlab.ops.dynamic_mask_attention import DYNAMIC_MASK_ATTENTION, dynamic_mask_attention
 from attnlab.ops.flow_attention import FLOW_ATTENTION, flow_attention
 from attnlab.ops.flow_definition import FlowRule
 from attnlab.ops.gathered_attention import GATHERED_ATTENTION, chosen_attention
@@ -27,10 +29,15 @@ from attnlab.ops.linear_recurrence import LINEAR_RECURRENCE, linear_recurrence
 from attnlab.ops.local_linear import LOCAL_LINEAR, local_linear
 from attnlab.ops.log_linear import LOG_LINEAR, log_linear
 from attnlab.ops.memory_frame import MemorySpec, initial_state
+from attnlab.ops.mesa import MESA, mesa
+from attnlab.ops.multi_token_attention import MULTI_TOKEN_ATTENTION, multi_token_attention
 from attnlab.ops.neural_memory import NEURAL_MEMORY, neural_memory
 from attnlab.ops.parallax import PARALLAX, parallax
+from attnlab.ops.path_attention import PATH_ATTENTION, path_attention
 from attnlab.ops.segmented_ema import SEGMENTED_EMA, segmented_ema
+from attnlab.ops.stick_breaking import STICK_BREAKING, stick_breaking
 from attnlab.ops.tensor_attention import TENSOR_ATTENTION, tensor_attention
+from attnlab.ops.ttt_linear import TTT_LINEAR, Affine, Learned, ttt_linear
 from attnlab.ops.value_decay import VALUE_DECAY, value_decay
 
 SHORT, LONG = (2, 11, 2, 4), (1, 256, 2, 64)  # B, T, H, d; the long one is for kernels
@@ -128,6 +135,52 @@ def _tensor(impl: str) -> tuple[Callable, list[jax.Array]]:
     return run, [*arrays(1, SHORT), *arrays(2, (B, T, H, 2 * d), seed=1)]
 
 
+def _causal(op: Callable, count: int, impl: str, **options: Any) -> tuple[Callable, list[jax.Array]]:
+    """Documents, padding behind."""
+    mask = mask_from_segments(segments(SHORT), SHORT[1], causal=True)
+    return lambda *a: op(*a, mask, impl=impl, **options), arrays(count, SHORT)
+
+
+def _path(impl: str) -> tuple[Callable, list[jax.Array]]:
+    run = lambda q, k, v, w, b, mask, **options: path_attention(
+        q, k, v, w / 2, jax.nn.sigmoid(b[..., 0]), mask, chunk=4, **options
+    )
+    return _causal(run, 5, impl)
+
+
+def _dynamic_mask(impl: str) -> tuple[Callable, list[jax.Array]]:
+    documents = document_index(segments(SHORT))
+    run = lambda q, k, v, b: dynamic_mask_attention(q, k, v, b[..., 0], documents, keep=3, chunk=4, impl=impl)[0]
+    return run, arrays(4, SHORT)
+
+
+def _mesa(impl: str) -> tuple[Callable, list[jax.Array]]:
+    run = lambda q, k, v, g, b, ridge: mesa(
+        q, k / 2, v, -jnp.abs(g[..., 0]), jax.nn.sigmoid(b[..., 0]), 1 + ridge**2, iterations=60, chunk=4, impl=impl
+    )[0]
+    return run, [*arrays(5, SHORT), *arrays(1, SHORT[2:], seed=1)]
+
+
+def _ttt(impl: str) -> tuple[Callable, list[jax.Array]]:
+    H, d = SHORT[2:]
+    first, (bias, gain, shift) = arrays(1, (H, d, d), seed=1)[0], arrays(3, (H, d), seed=2)
+    learned = Learned(Affine(first, bias), gain, shift, jnp.linspace(1.0, 0.3, 4))
+    run = lambda q, k, v, rate: ttt_linear(q, k, v, jax.nn.sigmoid(rate[..., 0]) / 8, learned, impl=impl)[0]
+    return run, arrays(4, SHORT)
+
+
+def _multi_token(impl: str) -> tuple[Callable, list[jax.Array]]:
+    """Filters over two queries and three keys before and after the softmax, all heads mixed; one document a row."""
+    B, T, H, d = SHORT
+    behind = jnp.arange(1, T + 1, dtype=jnp.int32)
+    end = jnp.broadcast_to(jnp.concatenate([jnp.zeros(2, jnp.int32), behind]), (B, T + 2))
+    rows = lambda q: jnp.pad(q, ((0, 0), (2, 0), (0, 0), (0, 0)))
+    run = lambda q, k, v, taps, after, mix: multi_token_attention(
+        rows(q), k, v, taps, after, mix, jnp.zeros_like(end), end, whole=True, impl=impl
+    )
+    return run, [*arrays(3, SHORT), *arrays(2, (H, 2, 3), seed=1), *arrays(1, (1, H, H), seed=2)]
+
+
 # Per op: cases by name, each `impl` to a function and its arrays.
 CASES: dict[str, tuple[Op, dict[str, Callable[[str], tuple[Callable, list[jax.Array]]]]]] = {
     "attention": (ATTENTION, {n: functools.partial(_attention, s) for n, s in (("short", SHORT), ("long", LONG))}),
@@ -163,6 +216,12 @@ CASES: dict[str, tuple[Op, dict[str, Callable[[str], tuple[Callable, list[jax.Ar
         },
     ),
     "cross_entropy": (CROSS_ENTROPY, {"short": _cross_entropy}),
+    "dynamic_mask_attention": (DYNAMIC_MASK_ATTENTION, {"short": _dynamic_mask}),
+    "mesa": (MESA, {"short": _mesa}),
+    "multi_token_attention": (MULTI_TOKEN_ATTENTION, {"short": _multi_token}),
+    "path_attention": (PATH_ATTENTION, {"short": _path}),
+    "stick_breaking": (STICK_BREAKING, {"short": functools.partial(_causal, stick_breaking, 3)}),
+    "ttt_linear": (TTT_LINEAR, {"short": _ttt}),
     "delta_rule": (DELTA_RULE, {"short": _delta}),
     "dplr": (DPLR, {"short": _dplr}),
     "flow_attention": (FLOW_ATTENTION, {f"causal={c}": functools.partial(_flow, c) for c in (True, False)}),
