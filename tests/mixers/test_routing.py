@@ -1,0 +1,128 @@
+"""The identities of routing attention (after Roy et al. 2020), in float64."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab import mixers
+from attnlab.mixers.heads import split_heads
+from attnlab.mixers.routing import normed
+from attnlab.ops.attention import attention
+from attnlab.ops.masks import Mask
+from tests.mixers import cases
+from tests.mixers import test_contract as battery
+
+# What the laws are told of this mixer: tests/mixers/stated.py.
+ROLES = {"matrix": "qk v out", "tokens": "centroids"}
+BIASED = [({}, "qk v", "out")]
+T, D = cases.LENGTH, cases.WIDTH
+
+
+def keys_seen(config, t):
+    """At most: all before it in one cluster."""
+    return min(t + 1, config.window)
+
+
+@pytest.fixture(autouse=True)
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def make(**fields):
+    return cases.module(mixers.get("routing").Config(**fields), jnp.float64)
+
+
+@functools.cache
+def inputs():
+    return np.random.default_rng(5).standard_normal((2, T, D)), mixers.Sequence.whole(2, T)
+
+
+def call(module, x, seq):
+    return np.asarray(battery.call(*cases.split(module), jnp.asarray(x), seq))
+
+
+def naive(module, x):
+    """The layer on one document, query by query; the margin by which clusters are chosen; the sum of distances."""
+    c, d, weight = module.config, module.head_dim, lambda y: np.asarray(y.kernel[...])
+    u, v = ((x @ weight(y)).reshape(len(x), c.heads, d) for y in (module.qk, module.v))
+    u = u - u.mean(-1, keepdims=True)
+    u = u / np.sqrt((u * u).mean(-1, keepdims=True) + 1e-6)
+    scores = np.einsum("thd,hcd->thc", u, mu := np.asarray(module.centroids[...]))
+    top = np.sort(scores, axis=-1)
+    gap = (top[..., -1] - top[..., -2]).min() if c.clusters > 1 else np.inf
+    cluster, o, distance = scores.argmax(-1), np.zeros_like(v), 0.0
+    for t, h in np.ndindex(len(x), c.heads):
+        members = [s for s in range(t + 1) if cluster[s, h] == cluster[t, h]][-c.window :]
+        p = np.exp(u[members, h] @ u[t, h] * (d**-0.5 if c.scale == "root" else 1))
+        o[t, h] = p / p.sum() @ v[members, h]
+        distance += ((u[t, h] - mu[h, cluster[t, h]]) ** 2).sum() / c.heads
+    return o.reshape(len(x), -1) @ weight(module.out), gap, distance
+
+
+@pytest.mark.parametrize(
+    "fields", [{"clusters": 2, "window": 2, "scale": "one"}, {"clusters": 3, "window": 3}], ids=str
+)
+def test_layer_is_the_formula(fields):
+    """The whole layer written out, in packed rows, with its loss; and streams, which hold a ring per cluster."""
+    module = make(**fields, commitment=0.5)
+    x, seq = cases.inputs(jnp.float64)
+    (y, losses), _ = battery.value_and_gradients(*cases.split(module), x, seq)
+    found = [np.asarray(y)]
+    extend, state = functools.partial(battery.extend, *cases.split(module)), module.init_state(2, T, jnp.float64)
+    found.append(cases.streamed(extend, state, x, seq, battery.CUTS[1])[0])
+    total = 0.0
+    for row, first, end in cases.DOCUMENTS:
+        want, gap, distance = naive(module, np.asarray(x)[row, first:end])
+        assert gap > 1e-4
+        total += distance
+        for y in found:
+            np.testing.assert_allclose(y[row, first:end], want, atol=1e-12)
+    positions = sum(end - first for _, first, end in cases.DOCUMENTS)
+    np.testing.assert_allclose(losses["commitment"], 0.5 * total / positions, rtol=1e-12)
+
+
+def test_one_cluster_is_softmax_attention_of_normed_shared_queries():
+    """With room for all; written with the softmax layer's op."""
+    module, (x, seq) = make(clusters=1, window=T), inputs()
+    u, v = (split_heads(y(jnp.asarray(x)), 4) for y in (module.qk, module.v))
+    u = normed(u)
+    o = attention(u, u, v, Mask(causal=True), impl="definition").reshape(2, T, -1)
+    np.testing.assert_allclose(call(module, x, seq), o @ module.out.kernel[...], atol=1e-12)
+
+
+def test_names_of_clusters_do_not_matter():
+    """Permuted centroids give the same."""
+    module, (x, seq) = make(clusters=3, window=2, impl="definition"), inputs()
+    y = call(module, x, seq)
+    module.centroids[...] = module.centroids[...][:, jnp.array([2, 0, 1])]
+    np.testing.assert_allclose(call(module, x, seq), y, atol=1e-12)
+
+
+def test_centroids_learn_by_the_loss_alone():
+    """They have no gradient of the output, and one of the loss, towards what is theirs."""
+    module, (x, seq) = make(clusters=2, commitment=1.0, impl="definition"), inputs()
+    graphdef, params = cases.split(module)
+    both = lambda share: jax.grad(
+        lambda p: (lambda out: out.y.sum() * (1 - share) + share * out.losses["commitment"])(
+            battery.nnx.merge(graphdef, p)(jnp.asarray(x), seq)
+        )
+    )(params)["centroids"][...]
+    output, loss = jax.jit(lambda: (both(0.0), both(1.0)))()
+    assert not np.any(output) and np.abs(loss).max() > 0
+    moved = jax.tree.map(lambda a: a, params)
+    moved["centroids"][...] = params["centroids"][...] - 0.1 * loss
+    out = lambda p: battery.nnx.merge(graphdef, p)(jnp.asarray(x), seq).losses["commitment"]
+    before = out(params)
+    assert out(moved) < before
+
+
+def test_initial_centroids():
+    """As long as what they are compared with."""
+    built = mixers.build({"name": "routing"}, width=16, rngs=cases.nnx.Rngs(0))
+    np.testing.assert_allclose((built.centroids[...] ** 2).mean(-1), 1, atol=1e-3)
