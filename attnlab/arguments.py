@@ -330,8 +330,8 @@ def _add_tokenizer(verbs: Any) -> None:
 
 def _add_interchange(verbs: Any) -> None:
     more = (
-        "\n\nDIR has config.json, *.safetensors and tokenizer.json. The workdir is one that train, eval, generate and\n"
-        "ablate take: a checkpoint at step 0, config.json, the tokenizer, and imported.json, which says from where.\n"
+        "\n\nDIR has config.json, *.safetensors and tokenizer.json. The workdir is one that train, eval and generate\n"
+        "take: a checkpoint at step 0, config.json, the tokenizer, and imported.json, which says from where.\n"
         "Go on with `attnlab train --config W/config.json --workdir W`; what it reads and how long it trains are\n"
         "said here, e.g. --config.data.source='text:/data/*.txt' --config.train.steps=2000 --config.mesh.fsdp=8.\n"
         "Families and what is refused: docs/interchange.md."
