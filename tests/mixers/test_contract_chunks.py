@@ -29,11 +29,14 @@ def apart(*names):
 
 
 own_chunks = apart(
-    "gated", "parallax", "moba", "nsa", "dma", "core_context", "landmark", "dsa", "delta_net"
+    "gated", "parallax", "moba", "nsa", "dma", "core_context", "landmark", "dsa", "delta_net", "diff"
 )  # whose blocks and caches are softmax attention's, whose chunks another mixer's, or tried by their own tests
 ordered = apart(
     "gated",
     "parallax",
+    "diff",
+    "mla",
+    "fox",
     "moba",
     "nsa",
     "dma",
