@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnlab.errors import UserError
 from attnlab.evaluate import generate, requests
 from attnlab.models.lm import LanguageModel
 from attnlab.ops.cross_entropy import likeliest
@@ -176,3 +177,43 @@ class Scorer:
             for i, ids, n in zip(places, new, lengths):
                 answers[i] = ids[:n]
         return answers
+
+
+def settings(given: Mapping[str, Any], tokenizer: Any, length: int, seed: int) -> tuple[generate.Sampling, list[str]]:
+    """How to draw, and the strings that end a text, of a request's keys.
+
+    `until` is a string or several; `max_gen_toks` (`max_new_tokens`, `max_tokens`) is by default 256, or half of
+    `length` if that is less; the likeliest token is taken unless `do_sample` is true, which `temperature` (1), `top_k`
+    and `top_p` then shape. Other keys change nothing: `unknown` names them.
+
+    Args:
+      tokenizer: its end-of-document token ends a text, too.
+      length: positions of prompt and new tokens together.
+
+    Raises:
+      UserError: a value is impossible, or no position is left for a prompt.
+    """
+    named = [given[key] for key in _COUNTS if given.get(key) is not None]
+    tokens = int(named[0]) if named else min(256, max(1, length // 2))
+    if not 1 <= tokens < length:
+        raise UserError(
+            f"max_gen_toks = {tokens} is not possible; allowed: 1 to {length - 1}, as prompt and new tokens have "
+            f"{length:,} positions (data.length)"
+        )
+    until = given.get("until") or []
+    stops = [until] if isinstance(until, str) else [str(stop) for stop in until]
+    drawing = {"temperature": 0.0}
+    if given.get("do_sample"):
+        drawing = {key: kind(given[key]) for key, kind in _DRAWING.items() if given.get(key) is not None}
+    ends = requests.stop_tokens(tokenizer, stops)
+    sampling = generate.Sampling(tokens, **drawing, seed=seed, stop=ends, vocab=tokenizer.vocab_size)
+    return sampling, stops
+
+
+def unknown(given: Mapping[str, Any]) -> set[str]:
+    """Keys of a request that `settings` does not read."""
+    return set(given) - {"until", "do_sample", *_COUNTS, *_DRAWING}
+
+
+_COUNTS = ("max_gen_toks", "max_new_tokens", "max_tokens")
+_DRAWING = {"temperature": float, "top_k": int, "top_p": float}

@@ -9,9 +9,9 @@ import pytest
 from attnlab import mixers
 from attnlab.data.tokenizers import BytesTokenizer
 from attnlab.errors import UserError
-from attnlab.evaluate import requests
+from attnlab.evaluate import cloze, requests
 from attnlab.evaluate.generate import Sampling, generate
-from attnlab.evaluate.scorer import Scorer
+from attnlab.evaluate.scorer import Scorer, settings, unknown
 from attnlab.models.lm import LanguageModelConfig
 from attnlab.models.transformer import mixer_table
 from attnlab.train.state import Model
@@ -224,3 +224,43 @@ def test_continuations_begin_where_the_context_ends():
         requests.row(np.zeros(3, np.int32), np.zeros(17, np.int32), 16)
     with pytest.raises(ValueError, match="cannot be predicted"):
         requests.Row(np.zeros(3, np.int32), 3)
+
+
+def test_settings_of_a_request():
+    """Greedy unless it samples; strings that end a text; what leaves no room is refused, what is unknown is named."""
+    read = lambda **given: settings(given, TOKENIZER, 100, 7)
+    sampling, stops = read(until="\n", temperature=0.7)
+    assert (sampling.tokens, sampling.temperature, sampling.seed) == (50, 0.0, 7)
+    assert (sampling.stop, sampling.vocab, stops) == ((10, 256), 257, ["\n"])
+    sampling, stops = read(until=["ab", "c"], max_gen_toks=12, do_sample=True, top_p=0.5, num_beams=2)
+    assert (sampling.tokens, sampling.temperature, sampling.top_p) == (12, 1.0, 0.5) and stops == ["ab", "c"]
+    assert settings({}, TOKENIZER, 1000, 0)[0].tokens == 256
+    assert unknown({"until": [], "num_beams": 2, "top_k": 1}) == {"num_beams"}
+    for tokens in (0, 100):
+        with pytest.raises(UserError, match=f"max_gen_toks = {tokens} is not possible; allowed: 1 to 99"):
+            read(max_gen_toks=tokens)
+
+
+def test_cloze_asks_for_words_that_the_passage_has():
+    """The last of each passage that occurs before, whole; the context ends before its space."""
+    text = "The green horse ate. A horse, greener than the horse in the field"
+    assert list(cloze.passages(text)) == [("The green horse ate. A horse, greener than the", "horse")]
+    assert list(cloze.passages("alpha beta alpha beta gamma delta gamma x", 4)) == [
+        ("alpha beta alpha", "beta"),
+        ("gamma delta", "gamma"),
+    ]
+    assert list(cloze.passages("some\nsome text 1234 1234 of of")) == []
+    assert [cloze.first_word(t) for t in (" horse, and", "\n horses", " (x", "")] == ["horse", "horses", "", ""]
+
+
+def test_error_of_a_ratio():
+    """Of equal weights it is that of a mean; of any, about the spread of the ratio over draws of texts."""
+    rng = np.random.default_rng(11)
+    values = rng.normal(3, 2, 50)
+    np.testing.assert_allclose(cloze.ratio_error(values, np.ones(50)), values.std(ddof=1) / np.sqrt(50))
+    weights = rng.integers(1, 9, (4000, 200))
+    sums = 2.0 * weights + rng.normal(0, 1, weights.shape) * weights
+    spread = (sums.sum(1) / weights.sum(1)).std()
+    found = np.mean([cloze.ratio_error(s, w) for s, w in zip(sums[:100], weights[:100])])
+    np.testing.assert_allclose(found, spread, rtol=0.05)
+    assert cloze.ratio_error([1.0], [2.0]) is None
