@@ -1,4 +1,4 @@
-"""EleutherAI's lm-evaluation-harness over a language model of ours; imports `lm_eval`, so only what runs it imports this.
+"""EleutherAI's lm-evaluation-harness over a language model of ours. Imports `lm_eval`: only what runs it imports this.
 
 The model reads each request as `attnlab.evaluate.requests` says; tasks, prompts, metrics and their errors are the
 harness's.
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import io
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -151,13 +153,14 @@ def _plain(value: Any) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the harness says of itself; errors by draws in this process, which is not to be forked."""
+    """What it says goes to stderr, if it matters; errors by draws in this process, which must not be forked."""
     before, logger = os.environ.get("DISABLE_MULTIPROC"), logging.getLogger("lm_eval")
     level = logger.level
     os.environ["DISABLE_MULTIPROC"] = "1"
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with contextlib.redirect_stdout(sys.stderr or io.StringIO()):
+            yield
     finally:
         logger.setLevel(level)
         os.environ.pop("DISABLE_MULTIPROC") if before is None else os.environ.update(DISABLE_MULTIPROC=before)

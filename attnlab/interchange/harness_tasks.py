@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import logging
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -119,7 +118,6 @@ class Tasks:
         Raises:
           UserError: a task is wrong, or its data is not to be had.
         """
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
         try:
             found = self.manager.load(self._specs)
         except UserError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import types
 
 import numpy as np
 import pytest
@@ -12,10 +13,13 @@ import pytest
 from attnlab import cli
 from attnlab.data.tokenizers import BytesTokenizer
 from attnlab.evaluate import cloze, requests
+from attnlab.evaluate.generate import Sampling, generate
+from attnlab.evaluate.scorer import Scorer
 from attnlab.train import restore
 from tests.train import runs
 
 needs_harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed")
+OPTIONS = {"loss_chunk": 8192, "loss_impl": "auto"}
 ANIMALS = ("horse", "cat")
 
 
@@ -111,8 +115,8 @@ def log_likelihood(trained):
 
 
 @needs_harness
-def test_the_adapter_gives_texts_up_to_their_stops(attnlab, workdir, tmp_path):
-    """One file of tasks by its path, a few documents, into a file of its own, which must be new; others' stay."""
+def test_one_task_into_a_file_of_its_own(attnlab, workdir, tmp_path):
+    """A YAML file by its path, its first documents, with an example before each; the file must be new."""
     before = (workdir / "eval" / "lm_eval-4.json").read_text() if (workdir / "eval").is_dir() else None
     task, out = workdir.parent / "tasks" / "pick.yaml", tmp_path / "found.json"
     args = ["lm-eval", "--workdir", workdir, "--tasks", task, "--limit", "2", "--out", out, "--fewshot", "1"]
@@ -128,13 +132,35 @@ def test_the_adapter_gives_texts_up_to_their_stops(attnlab, workdir, tmp_path):
 
 
 @needs_harness
+def test_texts_end_at_their_stops(workdir):
+    """Requests of several settings at once, in the order asked: each the greedy text before its own stop string."""
+    from attnlab.interchange.harness import Adapter
+
+    trained = restore.load(workdir, "latest")
+    merge, params, tokenizer = trained.program.model.merge, trained.params, BytesTokenizer()
+    said: list[str] = []
+    adapter = Adapter(Scorer(merge, params, 32, 8, OPTIONS), tokenizer, 0, said.append)
+    ask = lambda text, **given: types.SimpleNamespace(args=(text, {"max_gen_toks": 9, **given}))
+    prompts = ["def f", "x", "return"]
+    sampling = Sampling(9, temperature=0, stop=256, vocab=257)
+    ids = generate(merge, params, [requests.started(tokenizer, p) for p in prompts], sampling).tokens
+    whole = [tokenizer.decode(row) for row in ids]
+    assert all(len(text) > 3 for text in whole)
+    stop = whole[1][2:4]  # two tokens
+    asked = [ask(prompts[0]), ask(prompts[1], until=[stop], strange=1), ask(prompts[2]), ask(prompts[1], strange=2)]
+    found = adapter.generate_until(asked)
+    assert found == [whole[0], whole[1].partition(stop)[0], whole[2], whole[1]]
+    assert said == ["keys of generation that change nothing here: strange"]
+
+
+@needs_harness
 def test_what_cannot_be_run_is_said(attnlab, workdir, tmp_path):
     call = lambda tasks, *more: attnlab("lm-eval", "--workdir", workdir, "--tasks", tasks, *more)
     (tmp_path / "empty").mkdir()
     for tasks, words in (
         (tmp_path / "no.yaml", "no such file or folder"),
         (tmp_path / "empty", "the folder has no task"),
-        (workdir.parent / "tasks", "max_gen_toks = 5 is not possible; allowed: 1 to 3"),
+        (workdir.parent / "tasks" / "write.yaml", "max_gen_toks = 5 is not possible; allowed: 1 to 3"),
     ):
         code, _, err = call(tasks, "--config.data.length=4")
         assert code == 2 and words in err, err
