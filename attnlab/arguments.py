@@ -363,6 +363,30 @@ def _add_interchange(verbs: Any) -> None:
     sub.add_argument("--shard-size", type=_size, default=5 * 10**9, metavar="SIZE",
                      help="of a file, at most, e.g. 500MB (5GB)")  # fmt: skip
 
+    more = (
+        "\n\nNAME is one of ours over the run's held-out text (heldout, heldout_cloze, heldout_write: no network),\n"
+        "the path of a YAML file of the harness or of a folder with some, or a name or pattern of its own tasks,\n"
+        "which it downloads. Figures and their standard errors are printed and kept in W/eval/lm_eval-STEP.json. Needs\n"
+        "attnlab[lm-eval]; docs/lm_eval.md says how requests are read."
+    )
+    sub = _verb(verbs, "lm-eval", "a run's language model on tasks of lm-evaluation-harness", machine=True, more=more)
+    sub.set_defaults(overrides=True)
+    sub.epilog = _OVERRIDES
+    sub.add_argument("--workdir", required=True, type=_path, metavar="W", help="of the run")
+    sub.add_argument("--tasks", required=True, type=_names, metavar="NAME,NAME,..", help="names or paths")
+    sub.add_argument("--checkpoint", default="best", metavar="best|latest|STEP", help="which one (best)")
+    sub.add_argument("--limit", type=_count, metavar="N", help="only the first N documents of each task")
+    sub.add_argument("--fewshot", type=_integer(0, 1000), metavar="N",
+                     help="examples before each question; default: as the task says")  # fmt: skip
+    sub.add_argument("--seed", type=_integer(0), default=0, metavar="N", help="of texts that are drawn (0)")
+    sub.add_argument("--out", type=_path, metavar="FILE", help="a new file to write to instead")
+
+
+def _names(text: str) -> list[str]:
+    if names := [name for name in text.split(",") if name]:
+        return names
+    raise argparse.ArgumentTypeError("a name is expected, or several with commas between")
+
 
 def _size(text: str) -> int:
     found = re.fullmatch(r"(\d{1,9})(|KB|MB|GB)", text)

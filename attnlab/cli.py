@@ -439,4 +439,5 @@ _VERBS = {
     "goodput": _goodput,
     "import": _interchange,
     "export": _interchange,
+    "lm-eval": _interchange,
 }

@@ -297,6 +297,13 @@ def heldout_loader(
     )
 
 
+def heldout_texts(config: DataConfig, tokenizer: Tokenizer) -> Iterator[str]:
+    """The held-out documents in their order, decoded."""
+    store = open_store(config, tokenizer)
+    for document in split_documents(store.corpus, config)[1]:
+        yield tokenizer.decode(store.read(int(document), 1, int(store.corpus.lengths[document]) + 1))
+
+
 def open_store(config: DataConfig, tokenizer: Tokenizer, progress: ProgressFn | None = None) -> Store:
     """The documents of a config as ids."""
     if config.kind == "array_record":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from attnlab import batch as batch_lib
@@ -36,6 +36,10 @@ class Text(Data):
 
     def heldout(self, *, batches: int | None = None, rows: Sequence[int] | None = None) -> loader.HeldoutLoader:
         return loader.heldout_loader(self.config, self.tokenizer, batches=batches, rows=rows)
+
+    def heldout_texts(self) -> Iterator[str]:
+        """The held-out documents, whole, as the tokenizer gives them back; errors as `heldout`."""
+        return loader.heldout_texts(self.config, self.tokenizer)
 
     def describe(self, summary: Mapping[str, Any]) -> str:
         return loader.describe(dict(summary))

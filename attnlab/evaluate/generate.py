@@ -30,7 +30,7 @@ class Sampling:
       top_k: only the k likeliest tokens; 0: all.
       top_p: only the likeliest tokens that together have this probability; 1: all.
       seed: each prompt of a batch draws from its own stream of it.
-      stop: token id that ends a sample, kept as its last; none: no token does.
+      stop: token id that ends a sample, kept as its last, or several of them; none: no token does.
       vocab: ids below it are drawn: a model may have more than its tokenizer; none: all.
     """
 
@@ -39,7 +39,7 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
-    stop: int | None = None
+    stop: int | tuple[int, ...] | None = None
     vocab: int | None = None
 
     def __post_init__(self) -> None:
@@ -130,29 +130,45 @@ def compiled(
     if any(len(p) == 0 for p in prompts) or not prompts:
         raise ValueError("every prompt needs at least one token")
     length = -(-max(map(len, prompts)) // _BUCKET) * _BUCKET
-    tokens = np.zeros((len(prompts), length), np.int32)
-    segments = np.zeros_like(tokens)
-    for row, prompt in enumerate(prompts):
-        tokens[row, length - len(prompt) :] = prompt
-        segments[row, length - len(prompt) :] = 1
-
-    def program(params: Any, tokens: jax.Array, segments: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return decode(merge(params), tokens, segments, keys, sampling)
-
-    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(sampling.seed), i))(jnp.arange(len(prompts)))
+    tokens, segments = padded(prompts, length)
+    keys = keys_of(sampling.seed, range(len(prompts)))
     state = jax.eval_shape(lambda p: merge(p).init_state(len(prompts), length + sampling.tokens), params)
     memory.require(
         memory.size((params, state)) + 4 * len(prompts) * (length + sampling.tokens),
         f"{len(prompts)} samples of up to {length + sampling.tokens} tokens",
         "lower tokens or samples",
     )
-    executable = jax.jit(traced(program)).lower(params, tokens, segments, keys).compile()
+    executable = program(merge, sampling, traced).lower(params, tokens, segments, keys).compile()
 
     def run(params: Any) -> list[np.ndarray]:
         out, counts = jax.device_get(executable(params, tokens, segments, keys))
         return [row[:n] for row, n in zip(out, counts)]
 
     return run
+
+
+def padded(prompts: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts and segments, int32 [B, length], padded on the left, as `decode` takes them."""
+    tokens = np.zeros((len(prompts), length), np.int32)
+    segments = np.zeros_like(tokens)
+    for row, prompt in enumerate(prompts):
+        tokens[row, length - len(prompt) :] = prompt
+        segments[row, length - len(prompt) :] = 1
+    return tokens, segments
+
+
+def keys_of(seed: int, numbers: Sequence[int]) -> jax.Array:
+    """The random key of each prompt, [B], by its number."""
+    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(np.asarray(numbers))
+
+
+def program(merge: Callable[[Any], LanguageModel], sampling: Sampling, traced: Wrapper = lambda fn: fn) -> Any:
+    """`decode` of (params, tokens, segments, keys), jitted; arguments as of `generate`."""
+
+    def run(params: Any, tokens: jax.Array, segments: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return decode(merge(params), tokens, segments, keys, sampling)
+
+    return jax.jit(traced(run))
 
 
 def decode(
@@ -193,7 +209,9 @@ def decode(
         return i + 1, out, token, done | stops(token), counts + ~done, state
 
     def stops(token: jax.Array) -> jax.Array:
-        return jnp.zeros(token.shape, bool) if sampling.stop is None else token == sampling.stop
+        if sampling.stop is None:
+            return jnp.zeros(token.shape, bool)
+        return jnp.isin(token, np.atleast_1d(np.asarray(sampling.stop, np.int32)))
 
     carry = (jnp.int32(1), out, first, stops(first), jnp.ones((batch,), jnp.int32), state)
     _, out, _, _, counts, _ = jax.lax.while_loop(more, step, carry)

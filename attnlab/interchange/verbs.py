@@ -1,4 +1,4 @@
-"""`attnlab import` and `attnlab export`: their arguments to the parts that do the work, and what these say."""
+"""`attnlab import`, `export` and `lm-eval`: their arguments to the parts that do the work, and what these say."""
 
 from __future__ import annotations
 
@@ -46,4 +46,31 @@ def _export(args: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
-VERBS = {"import": _import, "export": _export}
+def _lm_eval(args: argparse.Namespace, overrides: list[str]) -> int:
+    from attnlab.interchange import evaluating
+
+    done = evaluating.run(
+        args.workdir, args.tasks, checkpoint=args.checkpoint, limit=args.limit, fewshot=args.fewshot, seed=args.seed,
+        out=args.out, overrides=overrides, say=output.note,
+    )  # fmt: skip
+    with output.after(f"{done.path} is written"):
+        if args.json:
+            output.write_json(done.said)
+            return 0
+        for note in done.said["notes"]:
+            output.write(f"note: {note}")
+        rows = [
+            [name, metric, *(_figure(figures[key]) for key in ("value", "stderr")), f"{entry.get('samples', '')}"]
+            for name, entry in done.said["tasks"].items()
+            for metric, figures in entry["metrics"].items()
+        ]
+        output.write_table(f"step {done.said['step']}", ["task", "metric", "value", "stderr", "samples"], rows)
+        output.write(f"wrote {done.path}")
+    return 0
+
+
+def _figure(value: float | str | None) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else "-" if value is None else value
+
+
+VERBS = {"import": _import, "export": _export, "lm-eval": _lm_eval}
