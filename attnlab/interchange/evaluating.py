@@ -13,6 +13,7 @@ from attnlab import memory, paths
 from attnlab.errors import UserError
 from attnlab.evaluate.scorer import Scorer
 from attnlab.train import hardware, restore
+from attnlab.train.program import Program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +69,7 @@ def run(
         heldout = trained.data.heldout(batches=1)
         who = f"checkpoint {trained.step}"
         notes += trained.data.require_heldout(heldout, trained.trained_on, who, named=trained.named_other_data)
-    scorer = Scorer(
-        program.model.merge, trained.params, c.data.length, c.data.batch // c.train.accumulate,
-        {"loss_chunk": c.train.loss_chunk, "loss_impl": c.train.loss_impl},
-        traced=program.traced, streamed=program.streamed, ways=program.rows_ways,
-        whole=program.mesh.shape.get("context", 1) > 1,
-    )  # fmt: skip
+    scorer = scorer_of(program, trained.params)
     adapter = harness.Adapter(scorer, trained.data.tokenizer, seed, lambda text: (notes.append(text), say(text)))
     entries = harness.evaluate(adapter, found, limit=limit, fewshot=fewshot)
     if scorer.counts.truncated:
@@ -87,6 +83,17 @@ def run(
     path = workdir / "eval" / f"lm_eval-{trained.step}.json" if out is None else out
     _write(path, said, new=out is not None)
     return Done(said, path)
+
+
+def scorer_of(program: Program, params: Any) -> Scorer:
+    """The scorer of a run's model: as many positions at a time as training holds, spread over the same mesh."""
+    c = program.config
+    return Scorer(
+        program.model.merge, params, c.data.length, c.data.batch // c.train.accumulate,
+        {"loss_chunk": c.train.loss_chunk, "loss_impl": c.train.loss_impl},
+        traced=program.traced, streamed=program.streamed, ways=program.rows_ways,
+        whole=program.mesh.shape["context"] > 1,
+    )  # fmt: skip
 
 
 def _write(path: pathlib.Path, said: dict[str, Any], *, new: bool) -> None:
