@@ -59,7 +59,7 @@ def run(
     c, program = trained.config, trained.program
     if not program.model.objective.decodes or trained.data.tokenizer is None:
         raise UserError(
-            f"--workdir {workdir} holds a model of kind {c.model.node_name!r} on data {trained.data.name!r}; allowed: "
+            f"workdir {workdir} holds a model of kind {c.model.node_name!r} on data {trained.data.name!r}; allowed: "
             "a language model on text"
         )
     hardware.require_memory(c, memory.size(program.batch), memory.size(trained.params))
@@ -104,7 +104,7 @@ def _write(path: pathlib.Path, said: dict[str, Any], *, new: bool) -> None:
         try:
             tasks = json.loads(path.read_text(encoding="utf-8"))["tasks"]
         except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"{path} is not what this verb writes; move it away, or name a new file by --out") from None
+            raise UserError(f"{path} is not what this verb writes; move it away, or name another, new file") from None
     tasks |= {name: entry | shared for name, entry in said["tasks"].items()}
     with paths.file_beside(str(path), lambda: paths.require_new_file(str(path), overwrite=not new)) as beside:
         text = json.dumps({"step": said["step"], "tasks": tasks}, indent=1, sort_keys=True) + "\n"
