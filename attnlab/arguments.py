@@ -366,8 +366,8 @@ def _add_interchange(verbs: Any) -> None:
     more = (
         "\n\nNAME is one of ours over the run's held-out text (heldout, heldout_cloze, heldout_write: no network),\n"
         "the path of a YAML file of the harness or of a folder with some, or a name or pattern of its own tasks,\n"
-        "which it downloads. Figures and their standard errors are printed and kept in W/eval/lm_eval-STEP.json. Needs\n"
-        "attnlab[lm-eval]; docs/lm_eval.md says how requests are read."
+        "which it downloads. Figures and their standard errors are printed and kept in W/eval/lm_eval-STEP.json.\n"
+        "Needs attnlab[lm-eval]; docs/lm_eval.md says how requests are read."
     )
     sub = _verb(verbs, "lm-eval", "a run's language model on tasks of lm-evaluation-harness", machine=True, more=more)
     sub.set_defaults(overrides=True)

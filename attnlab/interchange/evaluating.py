@@ -13,6 +13,7 @@ from attnlab import memory, paths
 from attnlab.errors import UserError
 from attnlab.evaluate.scorer import Scorer
 from attnlab.train import hardware, restore
+from attnlab.train.program import Program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ def run(
     c, program = trained.config, trained.program
     if not program.model.objective.decodes or trained.data.tokenizer is None:
         raise UserError(
-            f"--workdir {workdir} holds a model of kind {c.model.node_name!r} on data {trained.data.name!r}; allowed: "
+            f"workdir {workdir} holds a model of kind {c.model.node_name!r} on data {trained.data.name!r}; allowed: "
             "a language model on text"
         )
     hardware.require_memory(c, memory.size(program.batch), memory.size(trained.params))
@@ -68,12 +69,7 @@ def run(
         heldout = trained.data.heldout(batches=1)
         who = f"checkpoint {trained.step}"
         notes += trained.data.require_heldout(heldout, trained.trained_on, who, named=trained.named_other_data)
-    scorer = Scorer(
-        program.model.merge, trained.params, c.data.length, c.data.batch // c.train.accumulate,
-        {"loss_chunk": c.train.loss_chunk, "loss_impl": c.train.loss_impl},
-        traced=program.traced, streamed=program.streamed, ways=program.rows_ways,
-        whole=program.mesh.shape.get("context", 1) > 1,
-    )  # fmt: skip
+    scorer = scorer_of(program, trained.params)
     adapter = harness.Adapter(scorer, trained.data.tokenizer, seed, lambda text: (notes.append(text), say(text)))
     entries = harness.evaluate(adapter, found, limit=limit, fewshot=fewshot)
     if scorer.counts.truncated:
@@ -89,6 +85,17 @@ def run(
     return Done(said, path)
 
 
+def scorer_of(program: Program, params: Any) -> Scorer:
+    """The scorer of a run's model: as many positions at a time as training holds, spread over the same mesh."""
+    c = program.config
+    return Scorer(
+        program.model.merge, params, c.data.length, c.data.batch // c.train.accumulate,
+        {"loss_chunk": c.train.loss_chunk, "loss_impl": c.train.loss_impl},
+        traced=program.traced, streamed=program.streamed, ways=program.rows_ways,
+        whole=program.mesh.shape["context"] > 1,
+    )  # fmt: skip
+
+
 def _write(path: pathlib.Path, said: dict[str, Any], *, new: bool) -> None:
     """Each task with what it was run with, so that one file holds those of several commands."""
     shared = {key: said[key] for key in ("length", "harness", "seed", "notes")}
@@ -97,7 +104,7 @@ def _write(path: pathlib.Path, said: dict[str, Any], *, new: bool) -> None:
         try:
             tasks = json.loads(path.read_text(encoding="utf-8"))["tasks"]
         except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"{path} is not what this verb writes; move it away, or name a new file by --out") from None
+            raise UserError(f"{path} is not what this verb writes; move it away, or name another, new file") from None
     tasks |= {name: entry | shared for name, entry in said["tasks"].items()}
     with paths.file_beside(str(path), lambda: paths.require_new_file(str(path), overwrite=not new)) as beside:
         text = json.dumps({"step": said["step"], "tasks": tasks}, indent=1, sort_keys=True) + "\n"

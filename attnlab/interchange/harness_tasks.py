@@ -96,7 +96,7 @@ class Tasks:
                 self._specs += _tasks_in(path)
             elif path.suffix in (".yaml", ".yml") or "/" in name:
                 if not path.is_file():
-                    raise UserError(f"--tasks {name}: there is no such file or folder")
+                    raise UserError(f"task {name}: there is no such file or folder")
                 self._specs.append(str(path))
             else:
                 others.append(name)
@@ -107,7 +107,7 @@ class Tasks:
             if not found:
                 hint = config_lib.suggest(name, [*known, *self.manager.all_tasks])
                 raise UserError(
-                    f"--tasks {name}: no such task{hint}; allowed: {', '.join(known)}, a path of a YAML file or "
+                    f"task {name}: no such task{hint}; allowed: {', '.join(known)}, a path of a YAML file or "
                     "folder, a name of lm_eval's"
                 )
             self._specs += found
@@ -123,7 +123,7 @@ class Tasks:
         except UserError:
             raise
         except Exception as error:  # whatever a task's YAML, its code, or its download comes to
-            raise UserError(f"--tasks: a task cannot be loaded: {type(error).__name__}: {first_line(error)}") from error
+            raise UserError(f"a task cannot be loaded: {type(error).__name__}: {first_line(error)}") from error
         groups = found.get("groups", {})
         inner = {child for children in found.get("group_map", {}).values() for child in children}
         inside = {task.task_name for group in groups.values() for task in group.get_all_tasks()}
@@ -136,7 +136,5 @@ class Tasks:
 def _tasks_in(folder: pathlib.Path) -> list[str]:
     names = TaskManager(include_path=folder, include_defaults=False).all_subtasks
     if not names:
-        raise UserError(
-            f"--tasks {folder}: the folder has no task; allowed: one with YAML files that have `task: NAME`"
-        )
+        raise UserError(f"task {folder}: the folder has no task; allowed: one with YAML files that have `task: NAME`")
     return names

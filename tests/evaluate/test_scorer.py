@@ -71,12 +71,14 @@ def test_log_likelihoods_and_greedy_flags_are_those_of_the_full_forward(trained)
     for context, count in zip(drawn(3, 4, 9, 2), (1, 5, 3)):
         best = greedy(log_softmax, context, count)
         pairs += [(context, best), (context, np.append(best[:-1], (best[-1] + 1) % VOCAB).astype(np.int32))]
+    wrong = np.append(context, (best[0] + 1) % VOCAB).astype(np.int32)  # and greedy from there on
+    pairs.append((context, np.concatenate([wrong[-1:], greedy(log_softmax, wrong, 2)])))
     before = scorer.counts.truncated
     found = scorer.continuations(pairs)
     want = [expected(log_softmax, *pair) for pair in pairs]
     np.testing.assert_allclose([f[0] for f in found], [w[0] for w in want], rtol=1e-5, atol=1e-5)
     assert [f[1] for f in found] == [w[1] for w in want]
-    assert [f[1] for f in found[-6:]] == [True, False] * 3
+    assert [f[1] for f in found[-7:]] == [*[True, False] * 3, False]
     assert scorer.counts.truncated - before == sum(len(a) + len(b) > L + 1 for a, b in pairs) == 2
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -15,7 +16,9 @@ from attnlab.data.tokenizers import BytesTokenizer
 from attnlab.evaluate import cloze, requests
 from attnlab.evaluate.generate import Sampling, generate
 from attnlab.evaluate.scorer import Scorer
+from attnlab.interchange import evaluating
 from attnlab.train import restore
+from attnlab.train.program import Program
 from tests.train import runs
 
 needs_harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed")
@@ -49,6 +52,25 @@ def test_without_the_harness_it_says_what_to_install(attnlab, tmp_path, monkeypa
     assert code == 2 and err.strip() == (
         "attnlab lm-eval: lm-eval needs lm_eval, which is not installed; pip install 'attnlab[lm-eval]'"
     )
+
+
+def test_a_mesh_gives_what_one_device_gives():
+    """Rows, positions and heads over eight devices: log-likelihoods of all kinds, flags, and greedy texts."""
+    rng = np.random.default_rng(0)
+    pairs = [(rng.integers(0, 257, n), rng.integers(0, 257, m)) for n, m in ((3, 2), (20, 7), (40, 1), (9, 1))]
+    pairs = [(a.astype(np.int32), b.astype(np.int32)) for a, b in pairs]
+    answers = []
+    for mesh in ({"data": 1}, {"data": 2, "context": 2, "tensor": 2}):
+        config = runs.config("text:none", mesh=mesh, model__layers=1)
+        program = Program.of(config)
+        scorer = evaluating.scorer_of(program, jax.device_put(program.model.init(0), program.shardings.params))
+        texts = scorer.generate([a for a, _ in pairs], Sampling(6, temperature=0))
+        answers.append((scorer.continuations(pairs), scorer.rolling([a for a, _ in pairs], 256), np.stack(texts)))
+    (one, rolled, texts), (many, rolled_too, texts_too) = answers
+    np.testing.assert_allclose([x for x, _ in one], [x for x, _ in many], rtol=1e-5)
+    np.testing.assert_allclose(rolled, rolled_too, rtol=1e-5)
+    np.testing.assert_array_equal(texts, texts_too)
+    assert [flag for _, flag in one] == [flag for _, flag in many]
 
 
 @needs_harness
@@ -93,8 +115,6 @@ def bounded(asked):
 
 def log_likelihood(trained):
     """Of bytes after bytes, a row at a time, by the model's losses alone."""
-    import jax
-
     model, length = trained.program.model, trained.config.data.length
 
     @jax.jit
