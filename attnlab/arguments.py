@@ -172,10 +172,12 @@ def build() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     verb = functools.partial(_verb, verbs)
 
-    verb("train", "train a model, or go on with a run", config=True, workdir=True,
+    sub = verb("train", "train a model, or go on with a run", config=True, workdir=True,
          more="\n\n"
               "All is written to the workdir: config.json, metrics.jsonl, tensorboard/, checkpoints/, samples.txt,\n"
               "log.txt. Ctrl-C, SIGTERM and SIGHUP save and stop; the same command goes on from there.")  # fmt: skip
+    sub.add_argument("--init-from", type=_place, metavar="DIR",
+                     help="workdir of another run, as whose newest checkpoint's parameters these begin")  # fmt: skip
 
     sub = verb("eval", "held-out loss, perplexity and bits per byte of a run", workdir=True, machine=True)
     sub.add_argument("--checkpoint", default="best", metavar="best|latest|STEP",

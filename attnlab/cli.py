@@ -106,7 +106,8 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
     out = output.Lasting(sys.stdout)  # a run outlives the reader of its output: log.txt has it all
     remote = isinstance(args.workdir, storage.Url)
     runtime.keep_compiled(pathlib.Path(storage.cache_directory()) if remote else args.workdir)
-    train(config, args.workdir, rich.console.Console(file=out), began=goodput.process_began())
+    console, began = rich.console.Console(file=out), goodput.process_began()
+    train(config, args.workdir, console, began=began, init_from=args.init_from)
     with output.after(f"the run went on, and {args.workdir / 'log.txt'} has what it said"):
         output.require() if out.error is None else output.fail(out.error)
     return 0

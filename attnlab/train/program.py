@@ -23,7 +23,7 @@ from attnlab.batch import Spec, require_match
 from attnlab.parallel import partition
 from attnlab.train import optimizers, sharding
 from attnlab.train.config import RunConfig
-from attnlab.train.state import Model, TrainState, init_state, state_shardings
+from attnlab.train.state import Model, TrainState, first_state, init_state, state_shardings
 from attnlab.train.step import make_eval_step, make_train_step
 
 _most = 4  # programs that are shared: each holds what was compiled for it
@@ -146,6 +146,11 @@ class Program:
                 self._compiled_init = init.result()
             self.chosen = chosen.table()
         return self._compiled_init(seed)
+
+    def begin(self, params: Any, seed: int) -> TrainState:
+        """The state before the first step of a run that starts from these parameters, a pure dict."""
+        start = lambda params, seed: first_state(params, self.tx, seed)
+        return jax.jit(start, out_shardings=self.shardings)(params, seed)
 
     @functools.cached_property
     def train_step(self) -> Any:

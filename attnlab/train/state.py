@@ -77,6 +77,11 @@ class Model:
         return initial.by_path(self.objective(self.config, rngs=nnx.Rngs(key)), key)
 
     @property
+    def entries(self) -> dict[str, list[initial.Entry]]:
+        """What each parameter's array holds, by its dotted path."""
+        return initial.entries(nnx.merge(self.graphdef, self.shapes))
+
+    @property
     def pure_shapes(self) -> Any:
         """Pure dict of ShapeDtypeStructs."""
         return nnx.to_pure_dict(self.shapes)
@@ -101,3 +106,9 @@ def first_state(params: Any, tx: optax.GradientTransformation, seed: Any) -> Tra
     # Three arrays, not one three times: each is donated on its own.
     zero = lambda: jnp.zeros((), jnp.int32)
     return TrainState(zero(), params, tx.init(params), key, zero(), zero())
+
+
+def flat(tree: Any) -> dict[str, Any]:
+    """A pure dict's leaves by dotted path."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
