@@ -155,7 +155,9 @@ class Program:
     @functools.cached_property
     def train_step(self) -> Any:
         """`train_step(state, batch) -> (state, metrics)`, jitted; the state given is donated."""
-        step = make_train_step(self.model, self.tx, self.config.train, self.rate, self.mesh)
+        c = self.config
+        factors = optimizers.factors(c.optimizer, self.model.usages) if c.optimizer.rates else None
+        step = make_train_step(self.model, self.tx, c.train, self.rate, self.mesh, factors)
         return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
 
     @functools.cached_property

@@ -34,6 +34,7 @@ def make_train_step(
     config: TrainConfig,
     rate: optax.Schedule,
     mesh: Mesh | None = None,
+    factors: Any = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The step `(state, batch) -> (state, metrics)`.
 
@@ -46,12 +47,15 @@ def make_train_step(
       config: of the training.
       rate: learning rate by step, for the metrics.
       mesh: where it runs; None: on one device.
+      factors: tree like the parameters; no gradient is computed where it is 0. None: all have one.
     """
 
     options = {name: getattr(config, name) for name in model.objective.options}
 
     def micro_loss(params: Any, micro: Batch, key: jax.Array | None) -> tuple[jax.Array, Metrics]:
         """Loss summed over the micro-batch, and the sums of all that is logged."""
+        if factors is not None:
+            params = jax.tree.map(lambda f, p: p if f else jax.lax.stop_gradient(p), factors, params)
         sums = model.merge(params).loss(micro, key, options)
         logged = sums.losses | sums.metrics
         require_own(name for name in logged if name in _RESERVED or name.startswith("heldout_"))
