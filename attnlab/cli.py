@@ -117,7 +117,7 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
     from attnlab import memory
     from attnlab.train import hardware, restore
 
-    trained = restore.load(args.workdir, args.checkpoint, overrides)
+    trained = restore.load(args.workdir, args.checkpoint, overrides, ema=args.ema)
     hardware.require_memory(trained.config, memory.size(trained.program.batch), memory.size(trained.params))
     if args.lengths:
         return _eval_lengths(args, trained)
@@ -156,7 +156,7 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> int:
 
     sampling = Sampling(args.tokens, args.temperature, args.top_k, args.top_p, args.seed)
     prompts = arguments.prompts(args)
-    trained = restore.load(args.workdir, args.checkpoint, overrides, evaluating=False)
+    trained = restore.load(args.workdir, args.checkpoint, overrides, evaluating=False, ema=args.ema)
     if not trained.program.model.objective.decodes:
         raise UserError(
             f"--workdir {args.workdir} holds a model of kind {trained.config.model.node_name!r}, which continues no "

@@ -245,13 +245,14 @@ class Checkpoints:
         restored, host = self._restored(step, _plain(like), lambda path: orbax.read_state(path, args))
         return TrainState(**restored), host
 
-    def restore_params(self, step: int, like: Any, *, part: bool = False) -> tuple[Any, Host]:
+    def restore_params(self, step: int, like: Any, *, group: str = "params", part: bool = False) -> tuple[Any, Host]:
         """The parameters of a step alone, no optimizer's moments in memory, and what lives on the host.
 
-        Arguments and errors as `restore`, `like` being of the parameters; with `part`, of some of them.
+        Arguments and errors as `restore`, `like` being of the parameters; with `part`, of some of them; with
+        `group="ema"` of the averaged ones, which are restored.
         """
-        read = lambda path: orbax.read_group(path, "params", like, part=part)
-        return self._restored(step, {"params": like}, read)
+        read = lambda path: orbax.read_group(path, group, like, part=part)
+        return self._restored(step, {group: like}, read)
 
     def _restored(self, step: int, like: Any, read: Callable[[pathlib.Path], T]) -> tuple[T, Host]:
         """What `read` makes of a checkpoint's directory with the files for `like`, while these are checked."""
@@ -431,4 +432,4 @@ def _raise_damage(reason: str) -> None:
 
 
 def _plain(state: TrainState) -> dict[str, Any]:
-    return {name: getattr(state, name) for name in TrainState.__dataclass_fields__}
+    return {name: value for name in TrainState.__dataclass_fields__ if (value := getattr(state, name)) is not None}

@@ -89,6 +89,9 @@ def make_train_step(
             nonfinite=(state.nonfinite + 1) * bad,
             skipped=state.skipped + bad,
         )
+        if config.ema:
+            ema = _averaged(config.ema, state.step - state.skipped, state.ema, params)
+            new_state = dataclasses.replace(new_state, ema=keep(ema, state.ema))
         metrics |= {
             "grad_norm": norm,
             "learning_rate": jnp.asarray(
@@ -101,6 +104,13 @@ def make_train_step(
         return new_state, metrics
 
     return partition.traced(train_step, mesh, sharding.ACTIVATION_RULES)
+
+
+def _averaged(decay: float, updates: jax.Array, ema: Any, params: Any) -> Any:
+    """The averaged weights after an update that `updates` came before: young ones forget faster."""
+    t = updates.astype(jnp.float32)
+    share = 1 - jnp.minimum(decay, (1 + t) / (10 + t))
+    return jax.tree.map(lambda w, p: w + share.astype(w.dtype) * (p.astype(w.dtype) - w), ema, params)
 
 
 def _accumulate(gradient: Any, params: Any, batch: Batch, key: jax.Array | None, parts: int) -> tuple[Any, Metrics]:
