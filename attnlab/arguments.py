@@ -35,6 +35,7 @@ overrides: --config.any.field=value, e.g. --config.train.steps=200 --config.mode
 _CONFIG = """\
 --config PATH.py[:arg=value,...] runs the file's get_config; --config RUN/config.json repeats a run
 """
+_EMA = "with the averaged weights of train.ema instead of the parameters"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -172,14 +173,17 @@ def build() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     verb = functools.partial(_verb, verbs)
 
-    verb("train", "train a model, or go on with a run", config=True, workdir=True,
+    sub = verb("train", "train a model, or go on with a run", config=True, workdir=True,
          more="\n\n"
               "All is written to the workdir: config.json, metrics.jsonl, tensorboard/, checkpoints/, samples.txt,\n"
               "log.txt. Ctrl-C, SIGTERM and SIGHUP save and stop; the same command goes on from there.")  # fmt: skip
+    sub.add_argument("--init-from", type=_place, metavar="DIR",
+                     help="workdir of another run, as whose newest checkpoint's parameters these begin")  # fmt: skip
 
     sub = verb("eval", "held-out loss, perplexity and bits per byte of a run", workdir=True, machine=True)
     sub.add_argument("--checkpoint", default="best", metavar="best|latest|STEP",
                      help="which one; best: of the lowest held-out loss (best)")  # fmt: skip
+    sub.add_argument("--ema", action="store_true", help=_EMA)
     sub.add_argument("--batches", type=_count, metavar="N", help="only the first N held-out batches; default: all")
     sub.add_argument("--lengths", type=_integers, metavar="M,M,..",
                      help="at these multiples of data.length, e.g. 1,2,4,8,16")  # fmt: skip
@@ -229,6 +233,7 @@ def _add_generate(verbs: Any) -> None:
     sub = _verb(verbs, "generate", "continue prompts with a trained model", workdir=True, machine=True)
     sub.add_argument("--checkpoint", default="best", metavar="best|latest|STEP",
                      help="which one; best: of the lowest held-out loss (best)")  # fmt: skip
+    sub.add_argument("--ema", action="store_true", help=_EMA)
     where = sub.add_mutually_exclusive_group()
     where.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times; default: stdin")
     where.add_argument("--prompt-file", type=_path, metavar="FILE", help="one prompt: the whole file, as it is")

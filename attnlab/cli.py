@@ -106,7 +106,8 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
     out = output.Lasting(sys.stdout)  # a run outlives the reader of its output: log.txt has it all
     remote = isinstance(args.workdir, storage.Url)
     runtime.keep_compiled(pathlib.Path(storage.cache_directory()) if remote else args.workdir)
-    train(config, args.workdir, rich.console.Console(file=out), began=goodput.process_began())
+    console, began = rich.console.Console(file=out), goodput.process_began()
+    train(config, args.workdir, console, began=began, init_from=args.init_from)
     with output.after(f"the run went on, and {args.workdir / 'log.txt'} has what it said"):
         output.require() if out.error is None else output.fail(out.error)
     return 0
@@ -116,7 +117,7 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
     from attnlab import memory
     from attnlab.train import hardware, restore
 
-    trained = restore.load(args.workdir, args.checkpoint, overrides)
+    trained = restore.load(args.workdir, args.checkpoint, overrides, ema=args.ema)
     hardware.require_memory(trained.config, memory.size(trained.program.batch), memory.size(trained.params))
     if args.lengths:
         return _eval_lengths(args, trained)
@@ -155,7 +156,7 @@ def _generate(args: argparse.Namespace, overrides: list[str]) -> int:
 
     sampling = Sampling(args.tokens, args.temperature, args.top_k, args.top_p, args.seed)
     prompts = arguments.prompts(args)
-    trained = restore.load(args.workdir, args.checkpoint, overrides, evaluating=False)
+    trained = restore.load(args.workdir, args.checkpoint, overrides, evaluating=False, ema=args.ema)
     if not trained.program.model.objective.decodes:
         raise UserError(
             f"--workdir {args.workdir} holds a model of kind {trained.config.model.node_name!r}, which continues no "

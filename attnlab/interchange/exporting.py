@@ -23,12 +23,13 @@ from attnlab.interchange import tokens
 from attnlab.interchange.families import families
 from attnlab.interchange.families.base import Family
 from attnlab.interchange.importing import RECORD, Progress
-from attnlab.interchange.pieces import Table, flat
+from attnlab.interchange.pieces import Table
 from attnlab.interchange.safetensors import DTYPES, NAMES, Made, write
 from attnlab.train import files, metadata
 from attnlab.train.checkpoints import Checkpoints
 from attnlab.train.config import RunConfig
 from attnlab.train.program import Program
+from attnlab.train.state import flat
 
 log = logging.getLogger(__name__)
 

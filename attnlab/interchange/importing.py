@@ -20,7 +20,7 @@ from attnlab.errors import UserError
 from attnlab.interchange import conversions, tokens
 from attnlab.interchange.families import family_of
 from attnlab.interchange.families.base import Family
-from attnlab.interchange.pieces import Table, flat, read_leaf
+from attnlab.interchange.pieces import Table, read_leaf
 from attnlab.interchange.safetensors import DTYPES, NAMES, Folder
 from attnlab.train import files, metadata, workdir
 from attnlab.train.checkpoints import Checkpoints, Host
@@ -28,7 +28,7 @@ from attnlab.train.config import RunConfig
 from attnlab.train.hardware import require_memory
 from attnlab.train.processes import Processes
 from attnlab.train.program import Program, open_data
-from attnlab.train.state import Model, first_state
+from attnlab.train.state import Model, flat
 
 log = logging.getLogger(__name__)
 
@@ -221,8 +221,7 @@ def run(plan: Plan, path: pathlib.Path, say: Callable[[str], None] = log.info) -
             progress = Progress(plan.bytes, say)
             params = parameters(plan, program, progress.add)
             progress.done()
-            start = lambda params, seed: first_state(params, program.tx, seed)
-            state = jax.jit(start, out_shardings=program.shardings)(params, config.seed)
+            state = program.begin(params, config.seed)
             checkpoints = Checkpoints(path, config.train.keep, processes=processes)
             stack.callback(checkpoints.close)
             checkpoints.save(0, state, host)

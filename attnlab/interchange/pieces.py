@@ -192,9 +192,3 @@ def read_leaf(
         value = shard(places[devices[0]])
         arrays |= {device: jax.device_put(value, device).block_until_ready() for device in devices}
     return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, [arrays[device] for device in places])
-
-
-def flat(tree: Any) -> dict[str, Any]:
-    """A pure dict's leaves by dotted path."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

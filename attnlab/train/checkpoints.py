@@ -245,24 +245,14 @@ class Checkpoints:
         restored, host = self._restored(step, _plain(like), lambda path: orbax.read_state(path, args))
         return TrainState(**restored), host
 
-    def restore_params(self, step: int, like: Any) -> tuple[Any, Host]:
+    def restore_params(self, step: int, like: Any, *, group: str = "params", part: bool = False) -> tuple[Any, Host]:
         """The parameters of a step alone, no optimizer's moments in memory, and what lives on the host.
 
-        Arguments and errors as `restore`, `like` being of the parameters.
+        Arguments and errors as `restore`, `like` being of the parameters; with `part`, of some of them; with
+        `group="ema"` of the averaged ones, which are restored.
         """
-        handler, wanted = ocp.PyTreeCheckpointHandler(), {"params": like}
-        placed = ocp.checkpoint_utils.construct_restore_args(wanted)
-        args = ocp.args.PyTreeRestore(wanted, placed, partial_restore=True)
-
-        def read(path: pathlib.Path) -> Any:
-            # What a partial restore does not find, or is not asked for, it leaves out without a word.
-            differing = _names(handler.metadata(path / "state").tree["params"]) ^ _names(like)
-            if differing:
-                raise ValueError(f"it or the model has no parameter {min(differing)}")
-            return orbax.read_state(path, args, handler)
-
-        restored, host = self._restored(step, wanted, read)
-        return restored["params"], host
+        read = lambda path: orbax.read_group(path, group, like, part=part)
+        return self._restored(step, {group: like}, read)
 
     def _restored(self, step: int, like: Any, read: Callable[[pathlib.Path], T]) -> tuple[T, Host]:
         """What `read` makes of a checkpoint's directory with the files for `like`, while these are checked."""
@@ -441,10 +431,5 @@ def _raise_damage(reason: str) -> None:
         raise Damaged(reason)
 
 
-def _names(tree: Any) -> set[str]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves}
-
-
 def _plain(state: TrainState) -> dict[str, Any]:
-    return {name: getattr(state, name) for name in TrainState.__dataclass_fields__}
+    return {name: value for name in TrainState.__dataclass_fields__ if (value := getattr(state, name)) is not None}

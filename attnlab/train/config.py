@@ -21,6 +21,8 @@ class TrainConfig:
     Attributes:
       steps: optimizer steps.
       accumulate: micro-batches that a step's `data.batch` sequences are processed in.
+      ema: decay b of the averaged weights w <- w + (1 - min(b, (1 + t)/(10 + t))) (parameters - w) after every update,
+        t the updates before it, w at first the first parameters; kept in fp32 beside them; none or 0: there are none.
       z_loss: of language models: coefficient of the mean squared log-partition (Chowdhery et al. 2022, PaLM,
         section 5); 0: off.
       loss_chunk: of language models: columns of the vocabulary whose logits a product makes.
@@ -42,6 +44,7 @@ class TrainConfig:
 
     steps: int = 1000
     accumulate: int = 1
+    ema: float | None = None
     z_loss: float = 0.0
     loss_chunk: int = 8192
     loss_impl: str = "auto"
@@ -80,6 +83,7 @@ class TrainConfig:
             self.local_checkpoint_dir,
             f"a directory on each host where train.local_checkpoint_every = {self.local_checkpoint_every}",
         )
+        config_lib.require(0 <= (self.ema or 0) < 1, "train.ema", self.ema, "0 (none) or more, below 1")
         config_lib.require(self.z_loss >= 0, "train.z_loss", self.z_loss, "0 or more")
         config_lib.require_choice("train.loss_impl", self.loss_impl, list(CROSS_ENTROPY.names()))
         config_lib.require_choice("train.on_config_change", self.on_config_change, ["stop", "continue"])

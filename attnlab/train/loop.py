@@ -20,7 +20,7 @@ from attnlab.errors import TrainingFailed
 from attnlab.evaluate import samples
 from attnlab.evaluate.heldout import evaluate
 from attnlab.models.cost import model_cost
-from attnlab.train import goodput, metadata, optimizers, trackers, workdir
+from attnlab.train import beginning, goodput, metadata, optimizers, trackers, workdir
 from attnlab.train.checkpoints import Checkpoints, Host
 from attnlab.train.config import RunConfig
 from attnlab.train.hardware import PeakBytes, peak_flops, require_memory
@@ -58,6 +58,7 @@ def train(
     console: rich.console.Console | None = None,
     *,
     began: float | None = None,
+    init_from: pathlib.Path | storage.Url | None = None,
 ) -> Result:
     """Trains in the workdir `path` from its newest checkpoint, or from the start, to `train.steps`.
 
@@ -69,6 +70,8 @@ def train(
       path: the workdir.
       console: where it is told what happens; None: nowhere but in the workdir's log.txt.
       began: from when on the run's time counts (`attnlab.train.goodput`), in seconds since 1970; None: now.
+      init_from: workdir of another run, whose newest checkpoint's parameters are this one's first ones; all else begins
+        anew. A run that has a checkpoint goes on from that.
 
     Raises:
       UserError: the config, the data or the workdir cannot be used; nothing was overwritten.
@@ -87,6 +90,7 @@ def train(
             report = Report(console, path if processes.first else None)
             newest = checkpoints.newest_host(report.say, config.train.steps)
             last, old = newest[0] if newest else 0, metadata.read_config(path)
+            beginning.require_same(path, init_from, saved=newest is not None)
             processes.barrier()
             if old is None and newest:  # config.json is lost; what was saved knows it, too
                 old = newest[1].config
@@ -94,7 +98,10 @@ def train(
                 metadata.check_same(path, old, config, saved=last > 0)
             if last < config.train.steps:
                 clock = goodput.Clock(path if processes.first else None, began)
-                result = _Run(config, path, report, processes, checkpoints, held, clock).run()
+                source = None
+                if init_from is not None and newest is None:
+                    source = stack.enter_context(beginning.opened(init_from, processes, report.say))
+                result = _Run(config, path, report, processes, checkpoints, held, clock, source).run()
             else:
                 result = Result(last, newest[1].tokens)
                 if processes.first:
@@ -148,6 +155,7 @@ class _Run:
         checkpoints: Checkpoints,
         held: workdir.Held | None,
         clock: goodput.Clock,
+        source: beginning.Source | None = None,
     ):
         self.config, self.path, self.processes, self.checkpoints, self.held = config, path, processes, checkpoints, held
         self._spent, self._stragglers = clock, Stragglers()
@@ -159,6 +167,7 @@ class _Run:
         self.data = open_data(c)
         self.program = Program.of(c)
         self.mesh = self.program.mesh
+        self._beginning = None if source is None else beginning.fit(source, self.program.model)
         size = memory.size(self.program.state)
         saved = len(checkpoints.steps())
         if processes.first:
@@ -205,11 +214,27 @@ class _Run:
         with self._spent.during("restore"):
             restored = newest_of_both(self.checkpoints, self.local, self.program.state, self._say)
         if restored is None:
-            return 0, 0, self.program.first_state(self.config.seed)
+            return 0, 0, self._first()
         step, state, host = restored
         self.loader.set_state(host.data)
         self._say(f"resuming {self.path} at step {step}")
         return step, host.tokens, state
+
+    def _first(self) -> TrainState:
+        """The state before the first step. One that begins as another run's is saved, so that it is needed only now."""
+        if self._beginning is None:
+            return self.program.first_state(self.config.seed)
+        for line in self._beginning.lines():
+            self._say(line)
+        with self._spent.during("restore"):
+            params = self._beginning.params(self.program, self.config.seed, self._say)
+            state = self.program.begin(params, self.config.seed)
+        if self.processes.first:
+            metadata.write_json(self.path / beginning.RECORD, self._beginning.record())
+        with self._spent.during("save"):
+            self.checkpoints.save(0, state, Host(0, self.loader.get_state(), config_lib.to_dict(self.config)))
+            self.checkpoints.wait()
+        return state
 
     def run(self) -> Result:
         """Steps to the end, or to a signal."""

@@ -124,7 +124,7 @@ def check_same(workdir: pathlib.Path, old: dict[str, Any], new: RunConfig, *, sa
             f"{workdir} holds a run of another config: {shown}\n"
             "use another workdir, or go on under the new config with train.on_config_change=continue"
         )
-    if saved and any(key.startswith(("model.", "optimizer.")) for key, _ in changed):
+    if saved and any(key.startswith(("model.", "optimizer.", "train.ema")) for key, _ in changed):
         require_same_arrays(workdir, old, new)
     if moved and saved and jax.process_index() == 0:
         log.info("%s goes on with %s: the same examples, and losses that differ by rounding", workdir, "; ".join(moved))
@@ -163,7 +163,7 @@ def require_same_arrays(
         raise UserError(
             f"the checkpoints of {workdir} do not fit this model and optimizer: "
             f"{key} was {before.get(key, 'not there')}, is {after.get(key, 'not there')} ({len(differing)} differ)\n"
-            "undo the changes to model.* and optimizer.*, or use another workdir"
+            "undo the changes to model.*, optimizer.* and train.ema, or use another workdir"
         )
 
 

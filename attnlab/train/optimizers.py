@@ -13,13 +13,17 @@ What is decayed, and what Muon orthogonalises, follows from the role that each p
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
+import re
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from attnlab import config as config_lib
+from attnlab.errors import ConfigError
 from attnlab.mixers.roles import Usage
 
 
@@ -36,6 +40,8 @@ class OptimizerConfig:
       final: last learning rate of cosine and wsd, as a fraction of the peak.
       weight_decay: decoupled decay, times the learning rate; only on parameters whose role is matrix.
       clip: global norm that gradients are clipped to; none: no clipping.
+      rates: `pattern=factor`: the learning rate of the parameters whose dotted path the pattern matches (* and ?), and
+        with it their decay, times a factor; of several that match the last. 0 freezes: no update, no decay, no state.
     """
 
     node_name: ClassVar[str]
@@ -47,9 +53,15 @@ class OptimizerConfig:
     final: float = 0.1
     weight_decay: float = 0.1
     clip: float | None = 1.0
+    rates: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         need = config_lib.require
+        for given in self.rates:
+            pattern, _, factor = given.rpartition("=")
+            possible = bool(pattern) and re.fullmatch(r"\d+(\.\d*)?(e-?\d+)?", factor) is not None
+            possible = possible and (float(factor) == 0 or 2.0**-126 <= float(factor) < 2.0**64)
+            need(possible, "optimizer.rates", given, "PATTERN=FACTOR, a factor of 0 or more, e.g. *embedding*=0")
         need(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "above 0")
         config_lib.require_choice("optimizer.schedule", self.schedule, ["cosine", "wsd", "constant"])
         need(
@@ -211,7 +223,45 @@ def build(config: OptimizerConfig, steps: int, usages: Any) -> optax.GradientTra
             optax.add_decayed_weights(-c.weight_decay, mask=decayed),
             optax.scale_by_schedule(rate),
         )
-    return tx if c.clip is None else optax.chain(optax.clip_by_global_norm(c.clip), tx)
+    tx = tx if c.clip is None else optax.chain(optax.clip_by_global_norm(c.clip), tx)
+    return _by_part(tx, factors(c, usages)) if c.rates else tx
+
+
+def factors(config: OptimizerConfig, parameters: Any) -> Any:
+    """Tree like `parameters`, each leaf the factor of its learning rate by `config.rates`; 0: it is frozen.
+
+    Raises:
+      ConfigError: a pattern matches no parameter, or all are frozen.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(parameters)
+    paths = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+    found = dict.fromkeys(paths, 1.0)
+    for given in config.rates:
+        pattern, _, factor = given.rpartition("=")
+        matched = fnmatch.filter(paths, pattern)
+        if not matched:
+            near = config_lib.suggest(pattern, paths)
+            raise ConfigError(
+                f"optimizer.rates: {pattern!r} matches no parameter{near}; allowed: patterns (* and ?) of whole paths: "
+                f"{', '.join(paths)}"
+            )
+        found |= dict.fromkeys(matched, float(factor))
+    config_lib.require(
+        any(found.values()), "optimizer.rates", config.rates, "at least one parameter that is not frozen"
+    )
+    return jax.tree.unflatten(jax.tree.structure(parameters), list(found.values()))
+
+
+def _by_part(tx: optax.GradientTransformation, factors: Any) -> optax.GradientTransformation:
+    """Updates times their factors; of what is frozen `tx` sees nothing, so that it is in no norm and no state."""
+    hidden = lambda tree: jax.tree.map(lambda f, x: x if f else optax.MaskedNode(), factors, tree)
+    scaled = lambda f, moved, x: (moved if f == 1 else f * moved) if f else jnp.zeros_like(x)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        moved, state = tx.update(hidden(updates), state, None if params is None else hidden(params))
+        return jax.tree.map(scaled, factors, moved, updates), state
+
+    return optax.GradientTransformation(lambda params: tx.init(hidden(params)), update)
 
 
 # `optax.contrib.muon` but for fused kernels, which it takes for one matrix. Its state has the same form as that one's.

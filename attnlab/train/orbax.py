@@ -6,6 +6,8 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from attnlab.train.late import ocp
 
 
@@ -39,3 +41,23 @@ def read_state(path: pathlib.Path, args: Any, handler: Any = None) -> Any:
     """What `args` ask of the item `state` of a checkpoint; `handler`: orbax's standard one by default."""
     reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(state=handler or ocp.StandardCheckpointHandler()))
     return reader.restore(path, args=ocp.args.Composite(state=args))["state"]
+
+
+def read_group(path: pathlib.Path, group: str, like: Any, *, part: bool) -> Any:
+    """One group of the arrays of a checkpoint's item `state`, or with `part` some of them, and nothing else.
+
+    Raises:
+      ValueError: it has others than `like`.
+    """
+    handler, wanted = ocp.PyTreeCheckpointHandler(), {group: like}
+    # What a partial restore does not find, or is not asked for, it leaves out without a word.
+    there, asked = _names(handler.metadata(path / "state").tree[group]), _names(like)
+    if differing := asked - there if part else asked ^ there:
+        raise ValueError(f"it or the model has no parameter {min(differing)}")
+    placed = ocp.checkpoint_utils.construct_restore_args(wanted)
+    return read_state(path, ocp.args.PyTreeRestore(wanted, placed, partial_restore=True), handler)[group]
+
+
+def _names(tree: Any) -> set[str]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves}

@@ -23,7 +23,7 @@ from attnlab.batch import Spec, require_match
 from attnlab.parallel import partition
 from attnlab.train import optimizers, sharding
 from attnlab.train.config import RunConfig
-from attnlab.train.state import Model, TrainState, init_state, state_shardings
+from attnlab.train.state import Model, TrainState, first_state, init_state, state_shardings
 from attnlab.train.step import make_eval_step, make_train_step
 
 _most = 4  # programs that are shared: each holds what was compiled for it
@@ -99,12 +99,13 @@ class Program:
     @functools.cached_property
     def shardings(self) -> TrainState:
         """A NamedSharding for every array of the state."""
-        return state_shardings(self.mesh, self.model, self.tx)
+        return state_shardings(self.mesh, self.model, self.tx, bool(self.config.train.ema))
 
     @functools.cached_property
     def _traced_init(self) -> Callable[[int], TrainState]:
         """What `shapes` and `init` trace, once for both."""
-        return jax.jit(lambda seed: init_state(self.model, self.tx, seed), inline=True)
+        ema = bool(self.config.train.ema)
+        return jax.jit(lambda seed: init_state(self.model, self.tx, seed, ema), inline=True)
 
     @functools.cached_property
     def shapes(self) -> TrainState:
@@ -147,10 +148,17 @@ class Program:
             self.chosen = chosen.table()
         return self._compiled_init(seed)
 
+    def begin(self, params: Any, seed: int) -> TrainState:
+        """The state before the first step of a run that starts from these parameters, a pure dict."""
+        start = lambda params, seed: first_state(params, self.tx, seed, bool(self.config.train.ema))
+        return jax.jit(start, out_shardings=self.shardings)(params, seed)
+
     @functools.cached_property
     def train_step(self) -> Any:
         """`train_step(state, batch) -> (state, metrics)`, jitted; the state given is donated."""
-        step = make_train_step(self.model, self.tx, self.config.train, self.rate, self.mesh)
+        c = self.config
+        factors = optimizers.factors(c.optimizer, self.model.usages) if c.optimizer.rates else None
+        step = make_train_step(self.model, self.tx, c.train, self.rate, self.mesh, factors)
         return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
 
     @functools.cached_property
@@ -199,7 +207,7 @@ _shared: collections.OrderedDict[Any, Program] = collections.OrderedDict()
 def _computed(config: RunConfig) -> Any:
     """What a program depends on, hashable."""
     t = config.train
-    train = (t.steps, t.accumulate, *(getattr(t, name) for name in models.of(config.model).options))
+    train = (t.steps, t.accumulate, t.ema, *(getattr(t, name) for name in models.of(config.model).options))
     arrays = tuple(sorted(config.data.batch_spec().items()))
     return config.model, config.optimizer, config.mesh, train, config.data.batch, config.data.length, arrays
 

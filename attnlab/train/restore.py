@@ -47,7 +47,12 @@ class Trained:
 
 
 def load(
-    path: pathlib.Path, which: str = "best", overrides: list[str] | None = None, *, evaluating: bool = True
+    path: pathlib.Path,
+    which: str = "best",
+    overrides: list[str] | None = None,
+    *,
+    evaluating: bool = True,
+    ema: bool = False,
 ) -> Trained:
     """Restores a model. A damaged checkpoint is reported and set aside, and the one before it is taken.
 
@@ -56,6 +61,7 @@ def load(
       which: `best` (lowest held-out loss; the latest if none was evaluated), `latest`, or a step.
       overrides: `any.field=value`, e.g. other data to evaluate on.
       evaluating: whether batches of the config's shape will be run, which its mesh must then divide.
+      ema: whether the averaged weights of `train.ema` take the place of the parameters.
 
     Raises:
       UserError: no run, no such checkpoint, none that can be read, an override that is wrong, or data that it
@@ -68,7 +74,7 @@ def load(
     steps = checkpoints.steps()
     if not steps:
         raise UserError(f"workdir {path} has no checkpoint yet; let the run go on to its first train.save_every")
-    read = lambda step: _load(path, checkpoints, step, overrides, evaluating)
+    read = lambda step: _load(path, checkpoints, step, overrides, evaluating, ema)
     if which in ("best", "latest"):
         order = checkpoints.best_first() if which == "best" else steps[::-1]
         free = lambda: workdir.held_if_free(path)
@@ -83,8 +89,15 @@ def load(
         raise UserError(f"checkpoint {which} in {path} cannot be read: {error}\nother checkpoints: {others}") from None
 
 
-def _load(path: pathlib.Path, checkpoints: Checkpoints, step: int, overrides: list[str], evaluating: bool) -> Trained:
+def _load(
+    path: pathlib.Path, checkpoints: Checkpoints, step: int, overrides: list[str], evaluating: bool, ema: bool
+) -> Trained:
     host = checkpoints.host(step)
+    decay = host.config["train"].get("ema")
+    if ema and not decay:
+        raise UserError(
+            f"checkpoint {step} in {path} has no averaged weights; allowed: one of a run with train.ema above 0"
+        )
     old = copy.deepcopy(host.config)  # overrides are laid over the tree itself
     config = config_lib.build(RunConfig, config_lib.apply_overrides(host.config, overrides))
     if any(o.startswith("model.") for o in overrides):
@@ -94,7 +107,8 @@ def _load(path: pathlib.Path, checkpoints: Checkpoints, step: int, overrides: li
     notes = data.require_readable(host.data, f"checkpoint {step} in {path}", named=named)
 
     program = Program.of(config, batches=evaluating)
-    params, _ = checkpoints.restore_params(step, program.params)
+    params, _ = checkpoints.restore_params(step, program.params, group="ema" if ema else "params")
+    notes = [*notes, f"of the averaged weights (train.ema = {decay})"] if ema else notes
     trained_length = config_lib.build(RunConfig, old).data.length
     return Trained(config, program, params, data, step, host.data, trained_length, named, tuple(notes))
 

@@ -29,6 +29,7 @@ class TrainState:
       key: uint32 key data; each step's randomness is folded from it and the step.
       nonfinite: int32, steps in a row whose gradients were not finite.
       skipped: int32, all such steps.
+      ema: averaged parameters, fp32 or wider, where `train.ema` says so; else None.
     """
 
     step: jax.Array
@@ -37,6 +38,7 @@ class TrainState:
     key: jax.Array
     nonfinite: jax.Array
     skipped: jax.Array
+    ema: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,27 +79,40 @@ class Model:
         return initial.by_path(self.objective(self.config, rngs=nnx.Rngs(key)), key)
 
     @property
+    def entries(self) -> dict[str, list[initial.Entry]]:
+        """What each parameter's array holds, by its dotted path."""
+        return initial.entries(nnx.merge(self.graphdef, self.shapes))
+
+    @property
     def pure_shapes(self) -> Any:
         """Pure dict of ShapeDtypeStructs."""
         return nnx.to_pure_dict(self.shapes)
 
 
-def state_shardings(mesh: Mesh, model: Model, tx: optax.GradientTransformation) -> TrainState:
-    """A NamedSharding for every array of the state."""
+def state_shardings(mesh: Mesh, model: Model, tx: optax.GradientTransformation, ema: bool = False) -> TrainState:
+    """A NamedSharding for every array of the state; `ema`: whether it has averaged parameters."""
     params = sharding.parameter_shardings(mesh, model.axes, model.pure_shapes)
     scalar = NamedSharding(mesh, PartitionSpec())
     moments = sharding.optimizer_shardings(mesh, tx, model.pure_shapes, params)
-    return TrainState(scalar, params, moments, scalar, scalar, scalar)
+    return TrainState(scalar, params, moments, scalar, scalar, scalar, params if ema else None)
 
 
-def init_state(model: Model, tx: optax.GradientTransformation, seed: Any) -> TrainState:
+def init_state(model: Model, tx: optax.GradientTransformation, seed: Any, ema: bool = False) -> TrainState:
     """The state before the first step; jit it with `out_shardings=state_shardings(...)`."""
-    return first_state(model.init(seed), tx, seed)
+    return first_state(model.init(seed), tx, seed, ema)
 
 
-def first_state(params: Any, tx: optax.GradientTransformation, seed: Any) -> TrainState:
+def first_state(params: Any, tx: optax.GradientTransformation, seed: Any, ema: bool = False) -> TrainState:
     """The state before the first step of a run that starts from these parameters."""
     key = jax.random.key_data(jax.random.fold_in(jax.random.key(seed), 1))
-    # Three arrays, not one three times: each is donated on its own.
+    # Three arrays, not one three times, and copies: each is donated on its own.
     zero = lambda: jnp.zeros((), jnp.int32)
-    return TrainState(zero(), params, tx.init(params), key, zero(), zero())
+    wide = lambda p: jnp.array(p, jnp.promote_types(p.dtype, jnp.float32), copy=True)
+    averaged = jax.tree.map(wide, params) if ema else None
+    return TrainState(zero(), params, tx.init(params), key, zero(), zero(), averaged)
+
+
+def flat(tree: Any) -> dict[str, Any]:
+    """A pure dict's leaves by dotted path."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

@@ -34,6 +34,7 @@ def make_train_step(
     config: TrainConfig,
     rate: optax.Schedule,
     mesh: Mesh | None = None,
+    factors: Any = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The step `(state, batch) -> (state, metrics)`.
 
@@ -46,12 +47,15 @@ def make_train_step(
       config: of the training.
       rate: learning rate by step, for the metrics.
       mesh: where it runs; None: on one device.
+      factors: tree like the parameters; no gradient is computed where it is 0. None: all have one.
     """
 
     options = {name: getattr(config, name) for name in model.objective.options}
 
     def micro_loss(params: Any, micro: Batch, key: jax.Array | None) -> tuple[jax.Array, Metrics]:
         """Loss summed over the micro-batch, and the sums of all that is logged."""
+        if factors is not None:
+            params = jax.tree.map(lambda f, p: p if f else jax.lax.stop_gradient(p), factors, params)
         sums = model.merge(params).loss(micro, key, options)
         logged = sums.losses | sums.metrics
         require_own(name for name in logged if name in _RESERVED or name.startswith("heldout_"))
@@ -85,6 +89,9 @@ def make_train_step(
             nonfinite=(state.nonfinite + 1) * bad,
             skipped=state.skipped + bad,
         )
+        if config.ema:
+            ema = _averaged(config.ema, state.step - state.skipped, state.ema, params)
+            new_state = dataclasses.replace(new_state, ema=keep(ema, state.ema))
         metrics |= {
             "grad_norm": norm,
             "learning_rate": jnp.asarray(
@@ -97,6 +104,13 @@ def make_train_step(
         return new_state, metrics
 
     return partition.traced(train_step, mesh, sharding.ACTIVATION_RULES)
+
+
+def _averaged(decay: float, updates: jax.Array, ema: Any, params: Any) -> Any:
+    """The averaged weights after an update that `updates` came before: young ones forget faster."""
+    t = updates.astype(jnp.float32)
+    share = 1 - jnp.minimum(decay, (1 + t) / (10 + t))
+    return jax.tree.map(lambda w, p: w + share.astype(w.dtype) * (p.astype(w.dtype) - w), ema, params)
 
 
 def _accumulate(gradient: Any, params: Any, batch: Batch, key: jax.Array | None, parts: int) -> tuple[Any, Metrics]:

@@ -16,10 +16,11 @@ from attnlab import mixers
 from attnlab.errors import UserError
 from attnlab.interchange import exporting, importing
 from attnlab.interchange.families import families
-from attnlab.interchange.pieces import Table, flat
+from attnlab.interchange.pieces import Table
 from attnlab.interchange.safetensors import DTYPES
 from attnlab.train.config import RunConfig
 from attnlab.train.program import Program
+from attnlab.train.state import flat
 from tests import tiers
 from tests.interchange import checkpoints, reference
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from attnlab.interchange import importing
-from attnlab.interchange.pieces import flat
 from attnlab.train import restore
 from attnlab.train.program import Program
+from attnlab.train.state import flat
 from tests.flags import UNOPTIMISED
 from tests.interchange import checkpoints
 from tests.train import runs

@@ -266,3 +266,53 @@ def test_node_round_trip():
     """What config.json holds builds the same optimizer."""
     c = config("lion", b2=0.98)
     assert optimizers.config_from_node(config_lib.to_dict(c), "optimizer") == c
+
+
+def with_rates(name, rates, grads, **fields):
+    """Updates of two steps, and the last state, of an optimizer with `rates` and without."""
+    found = []
+    for given in (rates, ()):
+        tx = optimizers.build(config(name, rates=given, **fields), 10, USAGES)
+        state, p, moved = tx.init(params()), params(), []
+        for _ in range(2):
+            # Compiled as one, two programs may round otherwise.
+            update, state = (tx.update if name == "adamw" else jax.jit(tx.update))(grads, state, p)
+            p = optax.apply_updates(p, update)
+            moved.append(update)
+        found.append((moved, state))
+    return found
+
+
+@pytest.mark.parametrize("name", list(optimizers.CONFIGS))
+def test_a_frozen_part_and_a_rate_of_its_own(name):
+    """Frozen: no update, no decay, no state. Factor 0.5: the first update is half of what it would be."""
+    grads = {k: jnp.asarray(np.random.default_rng(4).normal(size=v.shape), jnp.float32) for k, v in params().items()}
+    (ours, state), (plain, whole) = with_rates(name, ("*=0.5", "emb*=0", "sc?le=1"), grads, weight_decay=0.3)
+    np.testing.assert_allclose(ours[0]["w"], 0.5 * plain[0]["w"], rtol=0 if name == "adamw" else 1e-6)
+    for update, other in zip(ours, plain):
+        np.testing.assert_array_equal(update["embedding"], jnp.zeros((20, 8)))
+        np.testing.assert_allclose(update["scale"], other["scale"], rtol=1e-5)
+    held = lambda s: {jax.tree_util.keystr(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(s)}
+    assert held(state) == {path: shape for path, shape in held(whole).items() if "embedding" not in path}
+
+
+def test_what_is_frozen_is_in_no_norm():
+    """Gradients of the others are clipped as if it were not there."""
+    grads = {k: jnp.full_like(v, 1e4 if k == "embedding" else 1e-3) for k, v in params().items()}
+    (ours, state), _ = with_rates("adamw", ("embedding=0",), grads, clip=1.0)
+    np.testing.assert_allclose(state[1][0].mu["scale"], 1e-3 * (0.1 + 0.9 * 0.1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("rates, message", [
+    (("embeding=0",), "'embeding' matches no parameter .did you mean 'embedding'.*; allowed: .*scale"),
+    (("*=0",), "at least one parameter that is not frozen"),
+])  # fmt: skip
+def test_patterns_that_match_nothing(rates, message):
+    with pytest.raises(ConfigError, match=message):
+        optimizers.build(config("adamw", rates=rates), 10, USAGES)
+
+
+@pytest.mark.parametrize("given", ["embedding", "=0", "w=-1", "w=nan", "w=1e99", "w="])
+def test_impossible_rates(given):
+    with pytest.raises(ConfigError, match="optimizer.rates = .*allowed: PATTERN=FACTOR"):
+        config("adamw", rates=(given,))

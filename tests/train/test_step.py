@@ -205,3 +205,19 @@ def test_mesh_that_does_not_divide_a_parameter():
     program = make(model__vocab=259, mesh={"data": 4, "tensor": 2})
     with pytest.raises(ConfigError, match="mesh.tensor = 2 does not divide 259, the axis 'vocab' of parameter"):
         program.init(0)
+
+
+def test_a_frozen_part_keeps_its_bits():
+    """Three steps change every parameter but those, whose gradients are not computed; the loss is at first the same."""
+    rates = ("embedding*=0", "*.norm.scale=0")
+    program = make(optimizer__rates=rates)
+    before = jax.device_get(program.init(0).params)
+    state, metrics = run(optimizer__rates=rates)
+    same = jax.tree.map(lambda a, b: np.array_equal(a, b), before, jax.device_get(state.params))
+    paths = {
+        jax.tree_util.keystr(p, simple=True, separator="."): s for p, s in jax.tree_util.tree_leaves_with_path(same)
+    }
+    frozen = {path for path, kept in paths.items() if kept}
+    assert frozen == {path for path in paths if path.startswith("embedding") or path.endswith(".norm.scale")} and frozen
+    assert len(frozen) < len(paths)
+    assert metrics[0]["loss"] == run(1)[1][0]["loss"] and metrics[0]["grad_norm"] < run(1)[1][0]["grad_norm"]
