@@ -7,6 +7,8 @@ Letters of a pattern: M is the mixer, S softmax attention, W softmax attention o
 Recipes: `paper` is the layer as its paper has it; `lm` adds what tells it order in language models, where nothing does.
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
 from attnlab import config, mixers
@@ -74,7 +76,8 @@ PRESETS = {
 
 def with_heads(mixer, heads):
     """A mixer's node, with the size's number of heads if it has heads, and its core as a node whose keys can be set."""
-    fields = mixers.get(mixer).Config.__dataclass_fields__ if mixer in mixers.names() else {}
+    known = dataclasses.fields(mixers.get(mixer).Config) if mixer in mixers.names() else ()
+    fields = {field.name: field for field in known}
     node = {"name": mixer} | ({"heads": heads} if "heads" in fields else {})
     return node | ({"core": {"name": fields["core"].default}} if "core" in fields else {})
 

@@ -8,6 +8,8 @@ reading the context, where the task has one. Without a pattern it is the preset'
 before it, which can look one token back: else the task measures who can shift a sequence.
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
 from attnlab import config, data, mixers, tasks  # noqa: F401  (tasks registers its data)
@@ -54,7 +56,7 @@ PRESETS = {
 
 def node(mixer, **more):
     """A mixer's node with those of these fields that it has."""
-    fields = mixers.get(mixer).Config.__dataclass_fields__ if mixer in mixers.names() else {}
+    fields = {f.name for f in dataclasses.fields(mixers.get(mixer).Config)} if mixer in mixers.names() else set()
     return {"name": mixer} | {key: value for key, value in more.items() if key in fields}
 
 
