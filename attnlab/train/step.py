@@ -81,6 +81,7 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         bad = 1 - finite.astype(jnp.int32)
+        updates_before = state.step - state.skipped  # skipped steps are not steps of the optimizer
         new_state = dataclasses.replace(
             state,
             step=state.step + 1,
@@ -90,13 +91,11 @@ def make_train_step(
             skipped=state.skipped + bad,
         )
         if config.ema:
-            ema = _averaged(config.ema, state.step - state.skipped, state.ema, params)
+            ema = _averaged(config.ema, updates_before, state.ema, params)
             new_state = dataclasses.replace(new_state, ema=keep(ema, state.ema))
         metrics |= {
             "grad_norm": norm,
-            "learning_rate": jnp.asarray(
-                rate(state.step - state.skipped)
-            ),  # skipped steps are not steps of the optimizer
+            "learning_rate": jnp.asarray(rate(updates_before)),
             "step_tokens": tokens,
             "nonfinite": new_state.nonfinite,
             "skipped": new_state.skipped,
