@@ -79,24 +79,11 @@ def make_train_step(
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-        bad = 1 - finite.astype(jnp.int32)
-        new_state = dataclasses.replace(
-            state,
-            step=state.step + 1,
-            params=keep(params, state.params),
-            opt_state=keep(opt_state, state.opt_state),
-            nonfinite=(state.nonfinite + 1) * bad,
-            skipped=state.skipped + bad,
-        )
-        if config.ema:
-            ema = _averaged(config.ema, state.step - state.skipped, state.ema, params)
-            new_state = dataclasses.replace(new_state, ema=keep(ema, state.ema))
+        new_state = _after(state, params, opt_state, finite, config)
+        updates_before = state.step - state.skipped  # skipped steps are not steps of the optimizer
         metrics |= {
             "grad_norm": norm,
-            "learning_rate": jnp.asarray(
-                rate(state.step - state.skipped)
-            ),  # skipped steps are not steps of the optimizer
+            "learning_rate": jnp.asarray(rate(updates_before)),
             "step_tokens": tokens,
             "nonfinite": new_state.nonfinite,
             "skipped": new_state.skipped,
@@ -104,6 +91,24 @@ def make_train_step(
         return new_state, metrics
 
     return partition.traced(train_step, mesh, sharding.ACTIVATION_RULES)
+
+
+def _after(state: TrainState, params: Any, opt_state: Any, finite: jax.Array, config: TrainConfig) -> TrainState:
+    """The next state, with these parameters and this state of the optimizer where the step was finite."""
+    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    bad = 1 - finite.astype(jnp.int32)
+    ema = None
+    if config.ema:
+        ema = keep(_averaged(config.ema, state.step - state.skipped, state.ema, params), state.ema)
+    return dataclasses.replace(
+        state,
+        step=state.step + 1,
+        params=keep(params, state.params),
+        opt_state=keep(opt_state, state.opt_state),
+        nonfinite=(state.nonfinite + 1) * bad,
+        skipped=state.skipped + bad,
+        ema=ema,
+    )
 
 
 def _averaged(decay: float, updates: jax.Array, ema: Any, params: Any) -> Any:
