@@ -18,6 +18,7 @@ from attnlab.ops.mask_algebra import either, packed_bits
 from attnlab.ops.mask_tiles import EMPTY, PARTIAL
 from attnlab.ops.masks import Axis, Groups
 from kernels_pallas import tuning
+from kernels_pallas.flash_attention import flash_attention
 from tests import tiers
 from tests.ops.test_masks import integers, random_term
 
@@ -130,6 +131,16 @@ def test_sinks_and_gates():
     nothing = ~np.asarray(mask.visible(T, S)).any(-1)
     assert nothing.any() and not np.any(np.asarray(expected[0][1]).swapaxes(1, 2)[np.repeat(nothing, H // K, 1)])
     assert_near(run("flash", jnp.float32), expected, 2e-5)
+
+
+def test_rows_that_see_nothing_by_the_kernel_itself():
+    """o = 0 and an lse of -inf; whoever calls it from here puts a finite number there."""
+    mask = Mask(causal=True, axes=(Axis(np.zeros((1, 256), np.int32), np.arange(256, dtype=np.int32)[None] % 2),))
+    pattern, exact = attention_pattern.pattern_of(mask, 256, 256)
+    q = jnp.ones((1, 256, 1, 16), jnp.float32)
+    o, lse = flash_attention(q, q, q, pattern=pattern, interpret=True)
+    assert exact is True and np.all(lse[:, 1::2] == -np.inf) and not np.any(o[:, 1::2])
+    assert np.all(np.isfinite(lse[:, ::2])) and np.all(o[:, ::2] > 0.99)
 
 
 def short_documents(length):
