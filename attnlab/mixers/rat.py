@@ -17,6 +17,7 @@ from attnlab.mixers.roles import Role, drawn
 from attnlab.mixers.sequence import Sequence
 from attnlab.ops.attention import ATTENTION_WITH_LSE, attention_with_lse
 from attnlab.ops.cached_attention import cached_attention
+from attnlab.ops.key_blocks import BlockPlaces
 from attnlab.ops.masks import Mask
 from attnlab.ops.segmented_ema import SEGMENTED_EMA, segmented_ema
 
@@ -56,25 +57,9 @@ class RATState:
     entries: jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
-class _Places:
-    """Where positions stand among chunks, int32 [B, T] ([1, T] for whole rows); chunks count from a document's start.
-
-    Attributes:
-      position: within the document.
-      chunk: within the document.
-      entry: chunks of all documents that were complete before the position: the index that its own chunk's entry gets.
-      ends: whether the position is the last of its chunk.
-    """
-
-    position: jax.Array
-    chunk: jax.Array
-    entry: jax.Array
-    ends: jax.Array
-
-    def mask(self) -> Mask:
-        """Each position sees the entries of its document's complete chunks."""
-        return Mask(self.entry - self.chunk, self.entry)
+def _complete(places: BlockPlaces) -> Mask:
+    """Each position sees the entries of its document's complete chunks."""
+    return Mask(places.entry - places.block, places.entry)
 
 
 def _reaches(key: jax.Array, count: int, dtype: Any, longest: int) -> jax.Array:
@@ -124,7 +109,8 @@ class RAT(HeadMixer):
 
     def heads(self, x: jax.Array, seq: Sequence, carried: RATState | None = None) -> MixerOutput:
         """As in the contract. More chunks than the state has room for give NaN, as jit can raise nothing."""
-        places = self._places(seq, carried, x.shape[1])
+        offset = jnp.arange(x.shape[1], dtype=jnp.int32)[None] if seq.offsets is None else seq.offsets
+        places = BlockPlaces.of(offset, self.config.chunk, None if carried is None else carried.entries)
         running = self._averages(x, places, carried)
         q, k, v = self._positioned(x, running, places)
         if carried is not None:
@@ -137,8 +123,7 @@ class RAT(HeadMixer):
         o = o * z.reshape(o.shape)
         if carried is None:
             return MixerOutput(o)
-        after = places.entry[:, -1] + places.ends[:, -1]
-        return MixerOutput(o, RATState(*cache, running[:, -1], after))
+        return MixerOutput(o, RATState(*cache, running[:, -1], places.done))
 
     def init_carried(self, batch: int, max_length: int, dtype: Any) -> RATState:
         H, d, L = self.config.heads, self.head_dim, self.config.chunk
@@ -162,42 +147,34 @@ class RAT(HeadMixer):
 
     # Inside.
 
-    def _places(self, seq: Sequence, state: RATState | None, length: int) -> _Places:
-        L = self.config.chunk
-        position = jnp.arange(length, dtype=jnp.int32)[None] if seq.offsets is None else seq.offsets
-        ends = position % L == L - 1
-        done = 0 if state is None else state.entries[:, None]
-        entry = done + jnp.cumsum(ends, axis=1, dtype=jnp.int32) - ends
-        return _Places(position, position // L, entry, ends)
-
-    def _averages(self, x: jax.Array, places: _Places, state: RATState | None) -> jax.Array:
+    def _averages(self, x: jax.Array, places: BlockPlaces, state: RATState | None) -> jax.Array:
         """Averages of values and of keys, [B, T, 2, H * d], in fp32 or wider."""
         c, B = self.config, x.shape[0]
         wide = param_dtype(self.dtype)
         g = jax.nn.sigmoid(self.g(x).astype(wide) + self.gate_bias[...])
         keys = jnp.tile(self.k(x), (1, 1, c.heads // c.groups))
         inputs = (1 - g)[:, :, None] * jnp.stack([self.v(x), keys], axis=2).astype(wide)
-        decay = jnp.where((places.position % c.chunk == 0)[..., None], 0, g)
+        decay = jnp.where((places.offset % c.chunk == 0)[..., None], 0, g)
         start = jnp.zeros((B, 2, inputs.shape[-1]), wide) if state is None else state.running
         return segmented_ema(decay, inputs, start, impl=c.impl)
 
     def _positioned(
-        self, x: jax.Array, running_BT2I: jax.Array, places: _Places
+        self, x: jax.Array, running_BT2I: jax.Array, places: BlockPlaces
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """q, k~ and v~ [B, T, H, d], rotated."""
         c = self.config
         heads = lambda y: y.astype(self.dtype).reshape(*x.shape[:2], -1, self.head_dim)
         q = heads(jnp.tile(self.q(x), (1, 1, c.heads // c.groups)))
         v, k = heads(running_BT2I[:, :, 0]), heads(running_BT2I[:, :, 1])
-        return c.rotated(q, places.chunk), c.rotated(k, places.chunk), v
+        return c.rotated(q, places.block), c.rotated(k, places.block), v
 
     def _all_pairs(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, places: _Places, documents: jax.Array | None
+        self, q: jax.Array, k: jax.Array, v: jax.Array, places: BlockPlaces, documents: jax.Array | None
     ) -> jax.Array:
         """The definition: a softmax over all pairs, of which most are hidden."""
         T = q.shape[1]
         dtype = jnp.promote_types(q.dtype, jnp.float32)
-        visible = places.ends[:, None] & (places.chunk[:, None] < places.chunk[:, :, None])
+        visible = places.ends[:, None] & (places.block[:, None] < places.block[:, :, None])
         visible = (visible & jnp.tril(jnp.ones((T, T), bool))) | jnp.eye(T, dtype=bool)
         if documents is not None:
             visible &= documents[:, None] == documents[:, :, None]
@@ -205,7 +182,7 @@ class RAT(HeadMixer):
         weights = jax.nn.softmax(jnp.where(visible[:, None], logits * self.head_dim**-0.5, -jnp.inf), axis=-1)
         return jnp.einsum("bhts,bshe->bthe", weights, v.astype(dtype), precision="highest").astype(q.dtype)
 
-    def _over_chunks(self, q: jax.Array, k: jax.Array, v: jax.Array, places: _Places, *, whole: bool) -> jax.Array:
+    def _over_chunks(self, q: jax.Array, k: jax.Array, v: jax.Array, places: BlockPlaces, *, whole: bool) -> jax.Array:
         """Attention over the gathered entries, merged with each position's own."""
         (B, T), L = q.shape[:2], self.config.chunk
         slots = (T - 1) // L  # the most entries that a later position of their document can see
@@ -218,10 +195,10 @@ class RAT(HeadMixer):
             rows = jnp.arange(B)[:, None]
             at = jnp.zeros((B, slots), jnp.int32).at[rows, slot].set(jnp.arange(T, dtype=jnp.int32), mode="drop")
             entries = [y[rows, at] for y in (k, v)]
-        return _merged(q, k, v, *entries, places.mask(), self.config.attend_impl)
+        return _merged(q, k, v, *entries, _complete(places), self.config.attend_impl)
 
     def _extended(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, places: _Places, state: RATState
+        self, q: jax.Array, k: jax.Array, v: jax.Array, places: BlockPlaces, state: RATState
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Heads' outputs of the next positions, and the entries after them."""
         B, T, H, d = q.shape
@@ -237,11 +214,11 @@ class RAT(HeadMixer):
         )
         keys, values = (y.astype(q.dtype) for y in cache)
         if T == 1:
-            seen = Mask(places.entry - places.chunk, places.entry + 1)
+            seen = Mask(places.entry - places.block, places.entry + 1)
             o = cached_attention(q, keys, values, seen, impl="definition" if impl == "definition" else "auto")
         else:
             keys, values = (y.reshape(B, H, slots, d).swapaxes(1, 2) for y in (keys, values))
-            o = _merged(q, k, v, keys, values, places.mask(), impl)
+            o = _merged(q, k, v, keys, values, _complete(places), impl)
         return jnp.where((places.entry < slots)[..., None, None], o, jnp.nan), cache
 
 

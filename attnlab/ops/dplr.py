@@ -157,20 +157,11 @@ def chunked_flops(chunk: int, length: int, d: int, e: int) -> float:
 
 
 def _over_devices(chosen: Implementation, exchange: SequenceParallel, *arrays: Any, chunk: int):
-    """Each device runs its positions from nothing, and adds what the state of those before gives: it is linear in it.
-
-    What it gives is what is read where the state begins as the identity and all values are 0: d more value columns.
-    """
+    """Each device its positions, between which the state is handed on: the rule is linear in it."""
     r, k, v, log_decay, a, b, documents, state = _widened(*arrays)
-    B, T, H, d = k.shape
     documents = None if documents is None else exchange.local_documents(documents)
-    e = v.shape[-1]
-    columns = jnp.concatenate([v, jnp.zeros((B, T, H, d), v.dtype)], axis=-1)
-    start = jnp.broadcast_to(jnp.eye(d, e + d, k=e, dtype=v.dtype), (B, H, d, e + d))
-    o, end = chosen.run(r, k, columns, log_decay, a, b, documents, start, chunk=chunk)
-    join = lambda before, own: own[..., e:] @ before + own[..., :e]
-    before, after = exchange.exclusive_scan(join, end, state)
-    o = o[..., :e] + jnp.einsum("bthd,bhde->bthe", o[..., e:], before)
+    run = lambda v, start: chosen.run(r, k, v, log_decay, a, b, documents, start, chunk=chunk)
+    o, after = exchange.linear_scan(run, v, state)
     return o.astype(arrays[2].dtype), after
 
 

@@ -6,6 +6,7 @@ what is rotated by a factor.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from attnlab import config as config_lib
 
 
 @dataclasses.dataclass(frozen=True)
-class Scaling:
+class Scaling(abc.ABC):
     """Base of the rules.
 
     Attributes:
@@ -30,9 +31,9 @@ class Scaling:
     def __post_init__(self) -> None:
         config_lib.require(self.factor >= 1, "factor", self.factor, "1 or more")
 
+    @abc.abstractmethod
     def of(self, base: float, d: int) -> tuple[np.ndarray, float]:
         """Inverse frequencies [d / 2] in float64, and the factor on cosines and sines."""
-        raise NotImplementedError
 
 
 def _plain(base: float, d: int) -> np.ndarray:

@@ -82,6 +82,26 @@ class SequenceParallel:
             all_so_far = join(all_so_far, jax.tree.map(lambda x, i=i: x[i], everyone))
         return before, all_so_far
 
+    def linear_scan(
+        self, run: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]], v_BTHe: jax.Array, state: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """o [B, T, H, e] of a recurrence that is linear in its state [B, H, d, e], and the state after all runs.
+
+        Each run begins from nothing, and adds what the state of those before gives: what is read where the state
+        begins as the identity and all values are 0, d more columns of values.
+
+        Args:
+          run: from values and the state before them to what reads them and the state after.
+          state: before the first run.
+        """
+        (B, T, H, e), d = v_BTHe.shape, state.shape[2]
+        columns = jnp.concatenate([v_BTHe, jnp.zeros((B, T, H, d), v_BTHe.dtype)], axis=-1)
+        start = jnp.broadcast_to(jnp.eye(d, e + d, k=e, dtype=v_BTHe.dtype), (B, H, d, e + d))
+        o, end = run(columns, start)
+        join = lambda before, own: own[..., e:] @ before + own[..., :e]
+        before, after = self.exclusive_scan(join, end, state)
+        return o[..., :e] + jnp.einsum("bthd,bhde->bthe", o[..., e:], before), after
+
     def zigzag(self, x: jax.Array, undo: bool = False) -> jax.Array:
         """Positions [B, T, ...] in zig-zag order, so that every device has as much causal work: of 2P pieces the
         i-th and the last but i. Each device keeps as many; their order among the devices alone changes.

@@ -171,6 +171,18 @@ def blank(config: Any, dtype: Any) -> mixers.Mixer:
     return nnx.eval_shape(lambda: mixers.build(config, width=WIDTH, rngs=nnx.Rngs(0), dtype=dtype))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def call(graphdef: Any, params: Any, x: jax.Array, seq: mixers.Sequence) -> jax.Array:
+    """y of whole rows; one program for all tests of a config."""
+    return nnx.merge(graphdef, params)(x, seq).y
+
+
+def output(module: mixers.Mixer, x: Any, seq: mixers.Sequence | None = None) -> np.ndarray:
+    """y of whole rows, by default of one document each."""
+    seq = mixers.Sequence.whole(*x.shape[:2]) if seq is None else seq
+    return np.asarray(call(*split(module), jnp.asarray(x), seq))
+
+
 @jax.jit
 def placed(stream: mixers.Stream, seq: mixers.Sequence) -> tuple[mixers.Sequence, mixers.Stream]:
     return stream.extend(seq)

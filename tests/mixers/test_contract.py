@@ -30,6 +30,7 @@ every_config = pytest.mark.parametrize("config", cases.parameters())
 some_configs = pytest.mark.parametrize("config", cases.parameters(knobs=False))
 few_configs = pytest.mark.parametrize("config", cases.parameters(knobs=False, combinations=False))
 KEPT_AS_GIVEN = {"k", "v", "keys", "values", "cache", "tail"}  # parts of states that hold inputs, not sums
+call = cases.call
 CUTS = ([1] * cases.LENGTH, [3, 3, 1, 3, 1])  # few lengths: each is compiled once; pieces that documents begin in
 
 
@@ -37,11 +38,6 @@ CUTS = ([1] * cases.LENGTH, [3, 3, 1, 3, 1])  # few lengths: each is compiled on
 def x64():
     with jax.enable_x64(True):
         yield
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def call(graphdef, params, x, seq):
-    return nnx.merge(graphdef, params)(x, seq).y
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -44,10 +44,6 @@ def inputs():
     return np.random.default_rng(5).standard_normal((2, T, D)), mixers.Sequence.whole(2, T)
 
 
-def call(module, x, seq):
-    return np.asarray(battery.call(*cases.split(module), jnp.asarray(x), seq))
-
-
 def naive(module, x):
     """The layer on one document, query by query."""
     c, d, g, weight = module.config, module.head_dim, module.config.group, lambda y: np.asarray(y.kernel[...])
@@ -76,7 +72,7 @@ def test_layer_is_the_formula():
     """The whole layer written out, in packed rows; and streams, whose old keys have gone."""
     module = make(group=2, window=3, kv_heads=2, log_size=True)
     x, seq = cases.inputs(jnp.float64)
-    y, state = call(module, x, seq), module.init_state(2, T, jnp.float64)
+    y, state = cases.output(module, x, seq), module.init_state(2, T, jnp.float64)
     assert state.carried.cache.k.shape[1] == 3
     extend = functools.partial(battery.extend, *cases.split(module))
     stream, _ = cases.streamed(extend, state, x, seq, battery.CUTS[1])
@@ -90,7 +86,7 @@ def test_layer_is_the_formula():
 def test_windows_that_groups_do_not_divide(cores):
     """Groups of 3 and a window of 2, both kinds of cores of one key head."""
     module, (x, seq) = make(group=3, window=2, kv_heads=1, cores=cores, impl="definition"), inputs()
-    np.testing.assert_allclose(call(module, x, seq)[1], naive(module, x[1]), atol=1e-12)
+    np.testing.assert_allclose(cases.output(module, x, seq)[1], naive(module, x[1]), atol=1e-12)
 
 
 def test_groups_of_one_and_long_windows_are_softmax_attention():
@@ -100,10 +96,10 @@ def test_groups_of_one_and_long_windows_are_softmax_attention():
     softmax = cases.module(mixers.get("softmax").Config(kv_heads=2, impl="definition"), jnp.float64)
     for name in ("q", "k", "v", "out"):
         getattr(softmax, name).kernel[...] = getattr(module, name).kernel[...]
-    expected = call(softmax, x, seq)
-    np.testing.assert_allclose(call(module, x, seq), expected, atol=1e-12)
+    expected = cases.output(softmax, x, seq)
+    np.testing.assert_allclose(cases.output(module, x, seq), expected, atol=1e-12)
     module.config = core_context.CoreContextConfig(group=4, window=T, kv_heads=2, impl="definition")
-    np.testing.assert_allclose(call(module, x, seq), expected, atol=1e-12)
+    np.testing.assert_allclose(cases.output(module, x, seq), expected, atol=1e-12)
 
 
 def test_constant_values_are_preserved():
@@ -111,7 +107,7 @@ def test_constant_values_are_preserved():
     module, (x, seq) = make(group=3, window=2, bias="qkv", impl="definition"), inputs()
     module.v.kernel[...] = jnp.zeros_like(module.v.kernel[...])
     value = np.asarray(module.v.bias[...]) @ np.asarray(module.out.kernel[...])
-    np.testing.assert_allclose(call(module, x, seq), np.broadcast_to(value, x.shape), atol=1e-12)
+    np.testing.assert_allclose(cases.output(module, x, seq), np.broadcast_to(value, x.shape), atol=1e-12)
     module = make(group=3, window=2, impl="definition")
     graphdef, params = cases.split(module)
     last = lambda x: battery.call(graphdef, params, x, seq)[0, -1].sum()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -29,15 +28,6 @@ def x64():
 
 def make(**fields):
     return cases.module(DeltaNetConfig(chunk=4, **fields), jnp.float64)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def compiled(graphdef, params, x):
-    return nnx.merge(graphdef, params)(x, mixers.Sequence.whole(*x.shape[:2])).y
-
-
-def call(module, x):
-    return np.asarray(compiled(*cases.split(module), x))
 
 
 def weight(linear):
@@ -82,7 +72,7 @@ def test_layer_is_the_formula(fields):
     """The whole layer written out, with chunks that do not divide the length, and strengths up to 2."""
     module = make(**fields)
     x, _ = cases.inputs(jnp.float64)
-    for got, row in zip(call(module, x), np.asarray(x), strict=True):
+    for got, row in zip(cases.output(module, x), np.asarray(x), strict=True):
         np.testing.assert_allclose(got, naive(module, row), atol=1e-12)
 
 
@@ -96,8 +86,8 @@ def test_is_gated_deltanet_without_decay():
     same, decayed = (cases.module(GatedDeltaNetConfig(**fields, decay=d), jnp.float64) for d in (False, True))
     for other in (same, decayed):
         nnx.update(other, nnx.state(module, nnx.Param))
-    np.testing.assert_array_equal(call(same, x), call(module, x))
-    assert np.abs(call(decayed, x) - call(module, x)).max() > 1e-3
+    np.testing.assert_array_equal(cases.output(same, x), cases.output(module, x))
+    assert np.abs(cases.output(decayed, x) - cases.output(module, x)).max() > 1e-3
 
 
 def test_strengths():

@@ -36,10 +36,6 @@ def make(**fields):
     return cases.module(mixers.get("dma").Config(**fields), jnp.float64)
 
 
-def call(module, x, seq):
-    return np.asarray(battery.call(*cases.split(module), jnp.asarray(x), seq))
-
-
 def live_by_prefix(scores, documents, w):
     """Row by row: the w best of the document so far, of equal ones the oldest."""
     for t in range(len(scores)):
@@ -100,7 +96,7 @@ def test_layer_is_the_formula(form):
     """The whole layer written out, in packed rows; and streams, which keep what the whole does."""
     module = make(keep=3, kv_heads=2, chunk=2, form=form)
     x, seq = cases.inputs(jnp.float64)
-    found = [call(module, x, seq)]
+    found = [cases.output(module, x, seq)]
     if form == "linear":
         state, extend = module.init_state(2, T, jnp.float64), functools.partial(battery.extend, *cases.split(module))
         found.append(cases.streamed(extend, state, x, seq, battery.CUTS[1])[0])
@@ -123,12 +119,12 @@ def test_without_strength_it_is_softmax_attention_to_the_first_keys():
             getattr(target, name).scale[...] = getattr(module, name).scale[...]
     for m in (module, few):
         m.strength[...] = jnp.zeros_like(m.strength[...])
-    expected = call(softmax, x, seq)
-    np.testing.assert_allclose(call(module, x, seq), expected, atol=1e-12)
-    y = call(few, x, seq)
+    expected = cases.output(softmax, x, seq)
+    np.testing.assert_allclose(cases.output(module, x, seq), expected, atol=1e-12)
+    y = cases.output(few, x, seq)
     np.testing.assert_allclose(y[:, :4], expected[:, :4], atol=1e-12)
     later = x.at[:, 4:-1].set(3.0)
-    np.testing.assert_array_equal(call(few, later, seq)[:, -1], y[:, -1])
+    np.testing.assert_array_equal(cases.output(few, later, seq)[:, -1], y[:, -1])
 
 
 def test_a_constant_bias_changes_nothing_and_only_kept_keys_have_gradients():

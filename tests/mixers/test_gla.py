@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,15 +27,6 @@ def x64():
 
 def make(**fields):
     return cases.module(GLAConfig(chunk=4, rank=3, **fields), jnp.float64)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def compiled(graphdef, params, x):
-    return nnx.merge(graphdef, params)(x, mixers.Sequence.whole(*x.shape[:2])).y
-
-
-def call(module, x):
-    return np.asarray(compiled(*cases.split(module), x))
 
 
 def weight(linear):
@@ -84,7 +73,7 @@ def test_layer_is_the_formula(fields):
     """The whole layer written out, with chunks that do not divide the length, and shared keys and values."""
     module = make(**fields)
     x, _ = cases.inputs(jnp.float64)
-    for got, row in zip(call(module, x), np.asarray(x), strict=True):
+    for got, row in zip(cases.output(module, x), np.asarray(x), strict=True):
         np.testing.assert_allclose(got, naive(module, row), atol=1e-12)
 
 
@@ -94,7 +83,7 @@ def test_limits_of_the_decay(bias):
     module = make()
     module.log_decay.up.bias[...] = jnp.full_like(module.log_decay.up.bias[...], bias)
     x, _ = cases.inputs(jnp.float64)
-    got = call(module, x)
+    got = cases.output(module, x)
     for y, row in zip(got, np.asarray(x), strict=True):
         q, k, v, _ = inputs_of(module, row)
         seen = np.tril(np.ones((len(row), len(row)))) if bias > 0 else np.eye(len(row))
@@ -109,7 +98,7 @@ def test_equal_channels_are_one_decay():
     up = module.log_decay.up
     up.kernel[...], up.bias[...] = spread(up.kernel[...]), spread(up.bias[...])
     x, _ = cases.inputs(jnp.float64)
-    for y, row in zip(call(module, x), np.asarray(x), strict=True):
+    for y, row in zip(cases.output(module, x), np.asarray(x), strict=True):
         q, k, v, a = inputs_of(module, row)
         total = np.cumsum(np.log(a[..., 0]), axis=0)
         weights = np.exp(np.minimum(total[:, None] - total[None], 0)) * np.tril(np.ones((len(row),) * 2))[..., None]

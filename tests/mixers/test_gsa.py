@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from attnlab import mixers
 from attnlab.errors import ConfigError
 from attnlab.mixers.gsa import GSAConfig
 from tests.mixers import cases
@@ -27,15 +23,6 @@ def x64():
 
 def make(**fields):
     return cases.module(GSAConfig(**{"chunk": 4, "slots": 5, **fields}), jnp.float64)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def compiled(graphdef, params, x):
-    return nnx.merge(graphdef, params)(x, mixers.Sequence.whole(*x.shape[:2])).y
-
-
-def call(module, x):
-    return np.asarray(compiled(*cases.split(module), x))
 
 
 def weight(linear):
@@ -78,7 +65,7 @@ def test_layer_is_the_formula(fields):
     """The whole layer written out, with chunks that do not divide the length."""
     module = make(**fields)
     x, _ = cases.inputs(jnp.float64)
-    for got, row in zip(call(module, x), np.asarray(x), strict=True):
+    for got, row in zip(cases.output(module, x), np.asarray(x), strict=True):
         np.testing.assert_allclose(got, naive(module, row), atol=1e-12)
 
 
@@ -86,7 +73,7 @@ def test_slots_that_forget_all_hold_the_position():
     """Decays of 0: every slot is the present key and value, so that o = v whatever the query."""
     module = make(temperature=1e-9)
     x, _ = cases.inputs(jnp.float64)
-    for got, row in zip(call(module, x), np.asarray(x), strict=True):
+    for got, row in zip(cases.output(module, x), np.asarray(x), strict=True):
         np.testing.assert_allclose(got, finished(module, inputs_of(module, row)[2]), atol=1e-9)
 
 
@@ -96,7 +83,7 @@ def test_equal_gates_are_one_average():
     kernel = module.forget.kernel[...].reshape(cases.WIDTH, module.config.heads, -1)
     module.forget.kernel[...] = jnp.repeat(kernel[..., :1], kernel.shape[-1], -1).reshape(cases.WIDTH, -1)
     x, _ = cases.inputs(jnp.float64)
-    for got, row in zip(call(module, x), np.asarray(x), strict=True):
+    for got, row in zip(cases.output(module, x), np.asarray(x), strict=True):
         _, _, v, a = inputs_of(module, row)
         o, average = np.zeros_like(v), 0
         for t in range(len(row)):

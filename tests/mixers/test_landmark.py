@@ -39,10 +39,6 @@ def inputs():
     return np.random.default_rng(5).standard_normal((2, T, D)), mixers.Sequence.whole(2, T)
 
 
-def call(module, x, seq):
-    return np.asarray(battery.call(*cases.split(module), jnp.asarray(x), seq))
-
-
 def weights_of(t, logits, size, top_k):
     """Of the query at t on all positions up to it, and the margin of its choice of blocks."""
     softmax = lambda y: np.exp(y) / np.exp(y).sum()
@@ -81,8 +77,8 @@ def test_layer_is_the_formula(fields):
     module = make(**fields)
     x, seq = cases.inputs(jnp.float64)
     state, extend = module.init_state(2, T, jnp.float64), functools.partial(battery.extend, *cases.split(module))
-    found = [call(module, x, seq), cases.streamed(extend, state, x, seq, battery.CUTS[1])[0]]
-    found.append(call(make(**fields, impl="definition"), x, seq))
+    found = [cases.output(module, x, seq), cases.streamed(extend, state, x, seq, battery.CUTS[1])[0]]
+    found.append(cases.output(make(**fields, impl="definition"), x, seq))
     for row, first, end in cases.DOCUMENTS:
         want, gap = naive(module, np.asarray(x)[row, first:end])
         assert gap > 1e-4
@@ -97,9 +93,9 @@ def test_the_first_block_is_softmax_attention():
     softmax = cases.module(mixers.get("softmax").Config(impl="definition"), jnp.float64)
     for name in ("q", "k", "v", "out"):
         getattr(softmax, name).kernel[...] = getattr(module, name).kernel[...]
-    y = call(module, x, seq)
-    np.testing.assert_allclose(y[:, :6], call(softmax, x, seq)[:, :6], atol=1e-12)
-    assert np.abs(y[:, 6:] - call(softmax, x, seq)[:, 6:]).min(-1).max() > 1e-3
+    y = cases.output(module, x, seq)
+    np.testing.assert_allclose(y[:, :6], cases.output(softmax, x, seq)[:, :6], atol=1e-12)
+    assert np.abs(y[:, 6:] - cases.output(softmax, x, seq)[:, 6:]).min(-1).max() > 1e-3
 
 
 def test_uniform_scores():
@@ -109,12 +105,12 @@ def test_uniform_scores():
     v = x[0] @ np.asarray(module.v.kernel[...])
     own, earlier = v[8:11].sum(0), v[[0, 1, 2, 4, 5, 6]].sum(0)
     want = (own / 5 + earlier / 15) @ np.asarray(module.out.kernel[...])
-    np.testing.assert_allclose(call(module, x, seq)[0, 10], want, atol=1e-12)
+    np.testing.assert_allclose(cases.output(module, x, seq)[0, 10], want, atol=1e-12)
 
 
 def test_retrieving_all_blocks_is_the_whole_form():
     """And one block is another thing."""
     x, seq = inputs()
-    y = call(make(block=2), x, seq)
-    np.testing.assert_allclose(call(make(block=2, top_k=4), x, seq), y, atol=1e-12)
-    assert np.abs(call(make(block=2, top_k=1), x, seq) - y).max() > 1e-3
+    y = cases.output(make(block=2), x, seq)
+    np.testing.assert_allclose(cases.output(make(block=2, top_k=4), x, seq), y, atol=1e-12)
+    assert np.abs(cases.output(make(block=2, top_k=1), x, seq) - y).max() > 1e-3

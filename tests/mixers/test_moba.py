@@ -39,10 +39,6 @@ def inputs(rows=2):
     return np.random.default_rng(5).standard_normal((rows, T, D)), mixers.Sequence.whole(rows, T)
 
 
-def call(module, x, seq):
-    return np.asarray(battery.call(*cases.split(module), jnp.asarray(x), seq))
-
-
 def parts(module, x):
     """q, k, v of one document [T, D] in NumPy, rotated."""
     c, d = module.config, module.head_dim
@@ -72,7 +68,7 @@ def test_layer_is_the_formula():
     """The whole layer written out, in packed rows; and streams, which choose alike."""
     module = make(block=2, top_k=3, kv_heads=2)
     x, seq = cases.inputs(jnp.float64)
-    y, state = call(module, x, seq), module.init_state(2, cases.LENGTH, jnp.float64)
+    y, state = cases.output(module, x, seq), module.init_state(2, cases.LENGTH, jnp.float64)
     extend = functools.partial(battery.extend, *cases.split(module))
     stream, _ = cases.streamed(extend, state, x, seq, battery.CUTS[1])
     for row, first, end in cases.DOCUMENTS:
@@ -90,7 +86,7 @@ def test_all_blocks_are_softmax_attention():
         softmax = cases.module(mixers.get("softmax").Config(impl="definition"), jnp.float64)
         for name in ("q", "k", "v", "out"):
             getattr(softmax, name).kernel[...] = getattr(module, name).kernel[...]
-        np.testing.assert_allclose(call(module, x, seq), call(softmax, x, seq), atol=1e-12)
+        np.testing.assert_allclose(cases.output(module, x, seq), cases.output(softmax, x, seq), atol=1e-12)
 
 
 def test_top_1_is_the_own_block():
@@ -98,7 +94,7 @@ def test_top_1_is_the_own_block():
     module, (x, seq) = make(block=4, top_k=1, rope_base=None, impl="definition"), inputs()
     segments = jnp.broadcast_to(1 + jnp.arange(T) // 4, (2, T))
     packed = mixers.Sequence(seq.positions, segments)
-    np.testing.assert_allclose(call(module, x, seq), call(module, x, packed), atol=1e-12)
+    np.testing.assert_allclose(cases.output(module, x, seq), cases.output(module, x, packed), atol=1e-12)
 
 
 def test_order_in_a_complete_block_does_not_matter():
@@ -106,7 +102,7 @@ def test_order_in_a_complete_block_does_not_matter():
     module, (x, seq) = make(block=3, top_k=2, rope_base=None, impl="definition"), inputs()
     swapped = x.copy()
     swapped[:, 3:6] = x[:, [5, 3, 4]]
-    y, z = call(module, x, seq), call(module, swapped, seq)
+    y, z = cases.output(module, x, seq), cases.output(module, swapped, seq)
     np.testing.assert_allclose(z[:, 6:], y[:, 6:], atol=1e-12)
     assert np.abs(z[:, 3:6] - y[:, 3:6]).max() > 1e-3
 

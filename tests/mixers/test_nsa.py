@@ -43,10 +43,6 @@ def inputs():
     return np.random.default_rng(5).standard_normal((2, T, D)), mixers.Sequence.whole(2, T)
 
 
-def call(module, x, seq):
-    return np.asarray(battery.call(*cases.split(module), jnp.asarray(x), seq))
-
-
 def softmax(q, k, v):
     p = np.exp(k @ q / np.sqrt(len(q)))
     return p / p.sum(), p / p.sum() @ v
@@ -82,7 +78,7 @@ def test_layer_is_the_formula():
     """The whole layer written out, in packed rows; and streams, which choose alike."""
     module = make(block=1, top_k=4, kv_heads=2, window=3)
     x, seq = cases.inputs(jnp.float64, seed=1)
-    y, state = call(module, x, seq), module.init_state(2, cases.LENGTH, jnp.float64)
+    y, state = cases.output(module, x, seq), module.init_state(2, cases.LENGTH, jnp.float64)
     extend = functools.partial(battery.extend, *cases.split(module))
     stream, _ = cases.streamed(extend, state, x, seq, battery.CUTS[1])
     for row, first, end in cases.DOCUMENTS:
@@ -95,7 +91,7 @@ def test_layer_is_the_formula():
 def test_blocks_of_two_are_the_formula():
     """With means of more than one key, and heads that share one key head."""
     module, (x, seq) = make(block=2, top_k=3, kv_heads=1, window=1, heads=2, impl="definition"), inputs()
-    y = call(module, x, seq)
+    y = cases.output(module, x, seq)
     want, gap = naive(module, x[1])
     assert gap > 1e-4
     np.testing.assert_allclose(y[1], want, atol=1e-12)
@@ -109,12 +105,12 @@ def test_each_branch_by_its_gate():
     module = make(block=2, top_k=6, window=T, impl="definition")
     for name in ("q", "k", "v", "out"):
         getattr(softmax, name).kernel[...] = getattr(module, name).kernel[...]
-    expected, found = call(softmax, ones, seq), []
+    expected, found = cases.output(softmax, ones, seq), []
     for branch in range(3):
         gate = np.zeros((D, module.config.heads, 3))
         gate[-1] = np.where(np.arange(3) == branch, 100.0, -100.0)
         module.gate.kernel[...] = jnp.asarray(gate.reshape(D, -1))
-        found.append(call(module, ones, seq))
+        found.append(cases.output(module, ones, seq))
     np.testing.assert_allclose(found[1], expected, atol=1e-12)
     np.testing.assert_allclose(found[2], expected, atol=1e-12)
     np.testing.assert_allclose(found[0][:, 0], 0, atol=1e-12)  # before the first block ends

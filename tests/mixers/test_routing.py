@@ -43,10 +43,6 @@ def inputs():
     return np.random.default_rng(5).standard_normal((2, T, D)), mixers.Sequence.whole(2, T)
 
 
-def call(module, x, seq):
-    return np.asarray(battery.call(*cases.split(module), jnp.asarray(x), seq))
-
-
 def naive(module, x):
     """The layer on one document, query by query; the margin by which clusters are chosen; the sum of distances."""
     c, d, weight = module.config, module.head_dim, lambda y: np.asarray(y.kernel[...])
@@ -93,15 +89,15 @@ def test_one_cluster_is_softmax_attention_of_normed_shared_queries():
     u, v = (split_heads(y(jnp.asarray(x)), 4) for y in (module.qk, module.v))
     u = normed(u)
     o = attention(u, u, v, Mask(causal=True), impl="definition").reshape(2, T, -1)
-    np.testing.assert_allclose(call(module, x, seq), o @ module.out.kernel[...], atol=1e-12)
+    np.testing.assert_allclose(cases.output(module, x, seq), o @ module.out.kernel[...], atol=1e-12)
 
 
 def test_names_of_clusters_do_not_matter():
     """Permuted centroids give the same."""
     module, (x, seq) = make(clusters=3, window=2, impl="definition"), inputs()
-    y = call(module, x, seq)
+    y = cases.output(module, x, seq)
     module.centroids[...] = module.centroids[...][:, jnp.array([2, 0, 1])]
-    np.testing.assert_allclose(call(module, x, seq), y, atol=1e-12)
+    np.testing.assert_allclose(cases.output(module, x, seq), y, atol=1e-12)
 
 
 def test_centroids_learn_by_the_loss_alone():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,15 +32,6 @@ def x64():
 
 def make(**fields):
     return cases.module(RWKV7Config(**{"chunk": 4, **fields}), jnp.float64)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def compiled(graphdef, params, x, seq):
-    return nnx.merge(graphdef, params)(x, seq).y
-
-
-def call(module, x, seq=None):
-    return np.asarray(compiled(*cases.split(module), x, seq or mixers.Sequence.whole(*x.shape[:2])))
 
 
 def weight(linear):
@@ -86,7 +75,7 @@ def test_layer_is_the_formula():
     whose first position looks back at 0."""
     module = make(decay_rank=2, rate_rank=3, gate_rank=4)
     x, seq = cases.inputs(jnp.float64)
-    y = call(module, x, seq)
+    y = cases.output(module, x, seq)
     for row, first, end in cases.DOCUMENTS:
         np.testing.assert_allclose(y[row, first:end], naive(module, np.asarray(x[row, first:end])), atol=1e-12)
 
@@ -97,9 +86,9 @@ def test_without_shift_and_norm_gain_only_the_bonus_is_left():
     for array in (module.mix, module.norm.scale, module.norm.bias):
         array[...] = jnp.zeros_like(array[...])
     x, _ = cases.inputs(jnp.float64)
-    y = call(module, x)
+    y = cases.output(module, x)
     np.testing.assert_allclose(y[0, 5], naive(module, np.asarray(x[0, 5:6]))[0], atol=1e-12)
-    np.testing.assert_allclose(y, call(module, x[:, ::-1])[:, ::-1], atol=1e-12)
+    np.testing.assert_allclose(y, cases.output(module, x[:, ::-1])[:, ::-1], atol=1e-12)
 
 
 def test_values_of_the_first_layer_are_mixed_into_those_of_later_ones():

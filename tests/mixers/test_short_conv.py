@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from attnlab import mixers
 from attnlab.errors import ConfigError
 from attnlab.mixers.short_conv import ShortConvConfig
 from tests.mixers import cases
@@ -24,15 +20,6 @@ BIASED = [({}, "v gate", "out")]
 def x64():
     with jax.enable_x64(True):
         yield
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def compiled(graphdef, params, x, seq):
-    return nnx.merge(graphdef, params)(x, seq).y
-
-
-def call(module, x, seq=None):
-    return np.asarray(compiled(*cases.split(module), x, seq or mixers.Sequence.whole(*x.shape[:2])))
 
 
 def naive(module, x):
@@ -50,7 +37,7 @@ def test_layer_is_the_formula(impl):
     """The whole layer written out, each document of a packed row by itself."""
     module = cases.module(ShortConvConfig(impl=impl, span=4), jnp.float64)
     x, seq = cases.inputs(jnp.float64)
-    y = call(module, x, seq)
+    y = cases.output(module, x, seq)
     for row, first, end in cases.DOCUMENTS:
         np.testing.assert_allclose(y[row, first:end], naive(module, np.asarray(x[row, first:end])), atol=1e-12)
 
@@ -59,7 +46,7 @@ def test_reaches_as_many_positions_as_it_spans():
     """A change is seen at its own position and the two behind it, and nowhere else."""
     module = cases.module(ShortConvConfig(), jnp.float64)
     x, _ = cases.inputs(jnp.float64)
-    changed = np.abs(call(module, x.at[:, 4].add(1.0)) - call(module, x)).max((0, 2)) > 1e-9
+    changed = np.abs(cases.output(module, x.at[:, 4].add(1.0)) - cases.output(module, x)).max((0, 2)) > 1e-9
     assert np.flatnonzero(changed).tolist() == [4, 5, 6]
 
 
@@ -71,7 +58,7 @@ def test_one_tap_is_a_gated_mlp():
     weight = lambda linear: np.asarray(linear.kernel[...])
     z = np.asarray(x) @ weight(module.v)
     y = (z / (1 + np.exp(-z)) * (np.asarray(x) @ weight(module.gate))) @ weight(module.out)
-    np.testing.assert_allclose(call(module, x), y, atol=1e-12)
+    np.testing.assert_allclose(cases.output(module, x), y, atol=1e-12)
 
 
 def test_impossible_knobs():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ _OF_EXPERTS = (
 )  # fmt: skip
 
 
-class Hybrid(Family):
+class Hybrid(Family, abc.ABC):
     """What Qwen3-Next and Qwen3.5 share; they differ in how the delta rule's projections lie in tensors."""
 
     mixer, linear = "gated", "gated_deltanet"
@@ -96,11 +97,11 @@ class Hybrid(Family):
         yield Piece(f"{leaf}.norm.scale", repeat, f"{there}norm.weight", (e,))  # by w, not by 1 + w
         yield from linear(f"{leaf}.out", repeat, f"{there}out_proj", H * e, width)
 
+    @abc.abstractmethod
     def projections(
         self, width: int, K: int, H: int, d: int, e: int, leaf: str, repeat: int, there: str
     ) -> Iterator[Piece]:
         """Of q, k, v, the output's gate z, the writing strengths b and the decays a."""
-        raise NotImplementedError
 
 
 class Qwen3Next(Hybrid):
