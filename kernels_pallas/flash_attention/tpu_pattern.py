@@ -88,7 +88,7 @@ class Pattern:
         cut = lambda x, size: None if x is None else lax.dynamic_slice_in_dim(x, n * size, size, x.ndim - 1)
 
         def of_term(t: Term) -> Term:
-            bounds = jnp.concatenate([jnp.clip(t.bounds[:, :, :2] - n * keys, 0, keys), t.bounds[:, :, 2:]], 2)
+            bounds = jnp.concatenate([t.bounds[:, :, :2] - n * keys, t.bounds[:, :, 2:]], 2)
             words = None if t.words is None else lax.dynamic_slice_in_dim(t.words, n * tiles, tiles, 2)
             return Term(bounds, cut(t.keys, keys), words, cut(t.local, keys))
 
