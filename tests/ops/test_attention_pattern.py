@@ -106,7 +106,7 @@ def test_equals_the_definition(name, known):
 def test_keys_in_blocks(monkeypatch):
     """More keys than fast memory holds: each block by its own lists, the same numbers."""
     monkeypatch.setattr(tuning, "resident_keys", lambda kind, each, keys, tile, rest: tile)
-    name = "key heads, union"
+    name = "query heads, blocks"
     assert_near(results(masks()[name], "flash", jnp.float32, False), exact(name, None), 2e-5)
 
 

@@ -10,10 +10,13 @@ import pytest
 from attnlab import mixers
 from attnlab.errors import ConfigError
 from attnlab.ops import Mask, attention
+from attnlab.ops.delta_rule import delta_rule
 from attnlab.ops.documents import document_index
+from attnlab.ops.dplr import dplr
 from attnlab.ops.flow_attention import flow_attention
 from attnlab.ops.flow_definition import FlowRule
 from attnlab.ops.linear_recurrence import linear_recurrence
+from attnlab.ops.value_decay import value_decay
 from attnlab.parallel import partition, sequence_parallel
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
@@ -50,6 +53,39 @@ def test_zigzag_is_as_much_causal_work_everywhere(count):
     assert seen.tolist() == [T * (T + 1) // 2 // count]
     there_and_back = lambda x: sequence_parallel.here().zigzag(sequence_parallel.here().zigzag(x), undo=True)
     np.testing.assert_array_equal(on_devices(there_and_back, position, context=count), position)
+
+
+def _recurrence(name):
+    """An op that is linear in its state, of five arrays alike, keys short enough for it to stay bounded."""
+    ops = {
+        "delta_rule": lambda q, k, v, g, b, **rest: delta_rule(q, k, v, g[..., 0], jax.nn.sigmoid(b[..., 0]), **rest),
+        "dplr": lambda q, k, v, g, b, **rest: dplr(q, k, v, g, b, k, **rest),
+        "value_decay": lambda q, k, v, g, b, *, state_BHde, **rest: value_decay(
+            q, k, v, g, state_BHdm=state_BHde, **rest
+        ),
+    }
+    return lambda q, k, v, g, b, state, documents: ops[name](
+        q, k / 3, v, -jnp.abs(g) / 4, b / 3, state_BHde=state, documents_BT=documents, chunk=3
+    )
+
+
+@pytest.mark.parametrize("name", ["delta_rule", "dplr", "value_decay"])
+def test_states_go_through_several_devices(name):
+    """Four parts of a row: a state from before, documents that cross one part and that cross three, and gradients."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        arrays = [jnp.asarray(rng.standard_normal((2, 16, 2, 3))) for _ in range(5)]
+        arrays.append(jnp.asarray(rng.standard_normal((2, 2, 3, 3))))
+        documents = jnp.asarray([[0] * 16, [0] * 2 + [1] * 3 + [2] * 11], jnp.int32)
+
+        def scalar(*arrays):
+            o, state = _recurrence(name)(*arrays, documents)
+            return jnp.sum(jnp.sin(o) * jnp.arange(16)[:, None, None]) + jnp.sum(jnp.sin(state)), (o, state)
+
+        both = jax.value_and_grad(scalar, argnums=tuple(range(6)), has_aux=True)
+        found = jax.jit(partition.traced(both, mesh(context=4, tensor=2), sharding.ACTIVATION_RULES))(*arrays)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(jax.jit(both)(*arrays)), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-11)
 
 
 def test_exclusive_scan_is_what_stands_before_each_run():
