@@ -34,6 +34,14 @@ def blocks(rng, size=64):
     return Mask(causal=True, groups=Groups(group, bits, 32, size))
 
 
+def apart(size=64):
+    """Two documents, each a tile's rows: the second sees nothing of the first tile of keys."""
+    start = np.where(np.arange(T) < 256, 0, 256)[None].astype(np.int32)
+    group = (np.arange(S, dtype=np.int32) // size)[None]
+    bits = packed_bits(np.ones((1, 1, T, -(-S // size)), bool))
+    return Mask(start, causal=True, groups=Groups(group, bits, 1, size))
+
+
 def wide(rng, heads):
     """Of an axis alone, so that tiles are full, empty and neither."""
     key = np.sort(integers(rng, 0, 40, 1, heads, S), -1)
@@ -50,6 +58,7 @@ def masks():
         "key heads, union": either(TERM(rng, K, groups=20, rows=16), Mask(causal=True, window=70)),
         "query heads, blocks": blocks(rng),
         "axis": wide(rng, K),
+        "documents": apart(),
         "two terms, two groupings": either(dataclasses.replace(runs, axes=()), TERM(rng, H, groups=32)),
         "interval": Mask(integers(rng, 0, 90, B, T), integers(rng, 80, S, B, T)),
     }
@@ -103,10 +112,10 @@ def test_equals_the_definition(name, known):
     assert_near(results(masks()[name], "flash", jnp.float32, known, cap), exact(name, cap), 2e-5)
 
 
-def test_keys_in_blocks(monkeypatch):
+@pytest.mark.parametrize("name", ["query heads, blocks", "documents"])
+def test_keys_in_blocks(name, monkeypatch):
     """More keys than fast memory holds: each block by its own lists, the same numbers."""
     monkeypatch.setattr(tuning, "resident_keys", lambda kind, each, keys, tile, rest: tile)
-    name = "query heads, blocks"
     assert_near(results(masks()[name], "flash", jnp.float32, False), exact(name, None), 2e-5)
 
 
