@@ -42,13 +42,14 @@ def test_only_what_is_computed_tells_programs_apart(source):
     for same in ({"seed": 9}, {"train__log_every": 7}, {"train__keep": 4}, {"data__source": "stdlib"}):
         assert Program.of(runs.config(source, **same)) is program
     for other in (
-        {"train__steps": 13}, {"train__z_loss": 0.1}, {"train__accumulate": 2}, {"data__length": 16},
+        {"train__z_loss": 0.1}, {"train__accumulate": 2}, {"data__length": 16},
         {"model__width": 32}, {"optimizer__learning_rate": 1.0}, {"mesh": {"data": 2}}, {"model__norm_epsilon": 1e-5},
     ):  # fmt: skip
         assert Program.of(runs.config(source, **other)) is not program
-    constant = lambda **more: Program.of(runs.config(source, optimizer__schedule="constant", **more))
-    assert constant() is constant(train__steps=13) is not constant(optimizer__warmup=0.5)
-    assert constant(optimizer__warmup=0.5) is not constant(optimizer__warmup=0.5, train__steps=24)
+    made = lambda **more: Program.of(runs.config(source, **more))
+    assert made() is made(train__steps=13) is not made(optimizer__warmup=0.5)
+    for schedule in ({"optimizer__warmup": 0.5}, {"optimizer__schedule": "cosine"}, {"optimizer__schedule": "wsd"}):
+        assert made(**schedule) is not made(**schedule, train__steps=24)
     Program.forget()
     assert Program.of(runs.config(source)) is not program
 
