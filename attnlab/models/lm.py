@@ -22,6 +22,7 @@ from attnlab.models.perplexity import Perplexity
 from attnlab.models.scores import Scores, sums_of_scores
 from attnlab.models.transformer import StackConfig, Transformer, extend
 from attnlab.ops.cross_entropy import capped, cross_entropy, likeliest
+from attnlab.ops.layout import COLUMNS, Layout
 from attnlab.ops.linear import project
 
 
@@ -84,14 +85,17 @@ class LanguageModel(Objective):
 
     @classmethod
     def batch_spec(cls, config: LanguageModelConfig, length: int) -> batch_lib.Spec:
-        """`weights` say what counts; without them everything does but padding. `slices`: see `Scores`."""
+        """`weights` say what counts; without them everything does but padding. `slices`: see `Scores`. `layout`
+        (`Layout.of_columns`) and `node` are for masks that read them."""
         plain = batch_lib.Field((length,), "int32", ("seq",))
         ids = dataclasses.replace(plain, ids=config.vocab, said="model.vocab")
         targets = dataclasses.replace(ids, about=batch_lib.NEXT)
         weights = batch_lib.Field((length,), "float32", ("seq",), optional=True)
         slices = batch_lib.Field((length, None), "int8", ("seq", None), optional=True)
+        layout = batch_lib.Field((length, COLUMNS), "int32", ("seq", None), optional=True)
         arrays = {"tokens": ids, "targets": targets, "segments": plain, "positions": plain}
-        return arrays | {"weights": weights, "slices": slices}
+        arrays |= {"weights": weights, "slices": slices, "layout": layout}
+        return arrays | {"node": dataclasses.replace(plain, optional=True)}
 
     def loss(self, batch: Batch, key: jax.Array | None, options: Mapping[str, Any]) -> Sums:
         """Cross-entropy, a mean over tokens by their weights.
@@ -146,7 +150,8 @@ class LanguageModel(Objective):
 
     def sequence(self, batch: Batch) -> mixers.Sequence:
         """Where its positions stand, and the contexts that they read."""
-        return mixers.Sequence(batch["positions"], batch["segments"])
+        layout = Layout.of_columns(batch["layout"]) if "layout" in batch else None
+        return mixers.Sequence(batch["positions"], batch["segments"], layout=layout, node=batch.get("node"))
 
     def weights(self, batch: Batch) -> jax.Array:
         """[B, T], how much each position counts."""

@@ -8,10 +8,12 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import numpy as np
 
 from attnlab.ops.masks import Array
 
 PADDING, TEXT, VISUAL, QUESTION, ANSWER = range(5)
+COLUMNS = 7  # numbers of a position, as batches have them
 
 
 @jax.tree_util.register_dataclass
@@ -30,3 +32,36 @@ class Layout:
     cell: Array
     size: Array
     span: Array
+
+    @classmethod
+    def of_columns(cls, columns: Array) -> Layout:
+        """Of int32 `[B, T, COLUMNS]`: kind, cell, size and span side by side."""
+        kind, cell, size, span = columns[..., 0], columns[..., 1:3], columns[..., 3:5], columns[..., 5:7]
+        return cls(kind.astype(np.int8), cell, size, span)
+
+
+class RowLayout:
+    """The layout of one row while it is made: text, and what is put into it.
+
+    Attributes:
+      columns: int32 `[T, COLUMNS]`, rows of `Layout.of_columns`.
+    """
+
+    def __init__(self, length: int):
+        self.columns = np.tile(np.array([TEXT, -1, -1, 0, 0, 0, 0], np.int32), (length, 1))
+
+    def image(self, start: int, size: tuple[int, int]) -> None:
+        """Cells of an image of rows and columns, row by row, from position `start` on."""
+        rows, columns = size
+        end = start + rows * columns
+        cells = np.indices(size).reshape(2, -1).T
+        facts = np.tile([rows, columns, start, end], (end - start, 1))
+        self.columns[start:end] = np.column_stack([np.full(end - start, VISUAL), cells, facts])
+
+    def question(self, start: int, end: int) -> None:
+        """The text of a question, that which opens the answer included."""
+        self.columns[start:end] = QUESTION, -1, -1, 0, 0, start, end
+
+    def answer(self, start: int, end: int) -> None:
+        """The text of an answer."""
+        self.columns[start:end] = ANSWER, -1, -1, 0, 0, 0, 0
