@@ -2,7 +2,7 @@
 
 A row is text with blocks laid into it: `images` blocks `name cells ..`, in any order, then `questions` blocks
 `ASK name symbol direction TELL answer`. An image is side x side symbols, all different, row by row, with a name of its
-own; at TELL the symbol is to be told that lies beside the one asked about, in that direction, in the image of that name.
+own; at TELL is to be told which symbol lies beside the one asked about, in that direction, in the image of that name.
 
 Ids: ASK, TELL, four directions, names, symbols, text. Batches also say where images and questions lie (`layout`), for
 masks that read it, and `node`: 0 of text, n of the n-th image.
@@ -105,7 +105,9 @@ class VisualQuestion(TokenTask):
         side, (down, right) = self.config.side, list(BESIDE.values())[direction]
         inside = lambda x: 0 <= x < side
         cells = [divmod(i, side) for i in range(side**2)]
-        return [(y * side + x, (y + down) * side + x + right) for y, x in cells if inside(y + down) and inside(x + right)]
+        return [
+            (y * side + x, (y + down) * side + x + right) for y, x in cells if inside(y + down) and inside(x + right)
+        ]
 
     def _places(self, starts: np.ndarray) -> Arrays:
         """`layout` and `node` of blocks that begin there."""
