@@ -404,8 +404,8 @@ def _reads(period: Period, what: str) -> bool:
 
 
 def _with_embedding(period: Period, x: jax.Array, seq: mixers.Sequence) -> mixers.Sequence:
-    """The sequence as mixers read it who ask for what the stack began from."""
-    return dataclasses.replace(seq, embedding=x) if _reads(period, "embedding") else seq
+    """The sequence as mixers read it who ask for what the stack began from; what is given in its place stays."""
+    return dataclasses.replace(seq, embedding=x) if seq.embedding is None and _reads(period, "embedding") else seq
 
 
 def _init_shared(period: Period, x: jax.Array) -> dict[str, jax.Array]:

@@ -19,7 +19,6 @@ from attnlab import batch as batch_lib
 from attnlab import config as config_lib
 from attnlab.config import knob
 from attnlab.data.base import Arrays
-from attnlab.ops import layout as layout_lib
 from attnlab.tasks.base import register
 from attnlab.tasks.streams import Stream
 from attnlab.tasks.tokens import Slices, TokenTask, TokenTaskConfig, buckets, other_than, place
@@ -67,7 +66,7 @@ class VisualQuestionConfig(TokenTaskConfig):
 
     def batch_spec(self) -> batch_lib.Spec:
         plain = batch_lib.Field((self.length,), "int32", ("seq",))
-        layout = batch_lib.Field((self.length, layout_lib.COLUMNS), "int32", ("seq", None))
+        layout = batch_lib.Field((self.length, batch_lib.LAYOUT), "int32", ("seq", None))
         return {**super().batch_spec(), "layout": layout, "node": plain}
 
 
@@ -112,7 +111,7 @@ class VisualQuestion(TokenTask):
     def _places(self, starts: np.ndarray) -> Arrays:
         """`layout` and `node` of blocks that begin there."""
         c, cells = self.config, self.config.side**2
-        layout = layout_lib.RowLayout(c.length)
+        layout = batch_lib.RowLayout(c.length)
         node = np.zeros(c.length, np.int32)
         for number, start in enumerate(starts[: c.images]):
             node[start + 1 : start + 1 + cells] = number + 1
