@@ -118,6 +118,10 @@ class MaskBuilder(abc.ABC):
         del keys, index
         return seq.positions
 
+    def order(self, seq: Sequence) -> np.ndarray | None:
+        """The order [T] in which `mask` has the rows and keys of whole rows; None: as they stand."""
+        return None
+
     @abc.abstractmethod
     def span(self, length: int, *, causal: bool) -> float:
         """Mean number of keys that a position of one document of `length` positions sees."""

@@ -11,11 +11,12 @@ from flax import nnx
 
 from attnlab.mixers.base import Capabilities, MixerOutput, knob, register
 from attnlab.mixers.grouped import GroupedConfig, GroupedMixer
+from attnlab.mixers.heads import Projections
 from attnlab.mixers.parts import param_dtype
 from attnlab.mixers.roles import Role, param
 from attnlab.mixers.sequence import Sequence
 from attnlab.ops.keys_values import KeysValues, KVCache, Whole, empty_cache
-from attnlab.ops.linear import linear
+from attnlab.ops.linear import per_channel
 from attnlab.ops.masks import Mask, mean_visible_keys
 
 _IMPLS = {"auto": "auto", "xla": "xla", "definition": "definition"}
@@ -30,7 +31,7 @@ class ResidualAttentionConfig(GroupedConfig):
         "weights", "what of the earlier layer is added: its weights, times the values of this one; or its logits",
         other=("logits",), choices=("weights", "logits"),
     )  # fmt: skip
-    source: str = knob(
+    earlier: str = knob(
         "previous", "whose map it is: previous, that of the layer before; first, that of the stack's first; of the "
         "layers of this kind and as many heads", other=("first",), choices=("previous", "first"),
     )  # fmt: skip
@@ -40,12 +41,12 @@ class ResidualAttentionConfig(GroupedConfig):
 
 @register("residual_attention")
 class ResidualAttention(GroupedMixer):
-    """Softmax attention with the map of an earlier layer, of queries q' and keys k', behind a gate `g = tanh(x W_g)`.
+    """Softmax attention with the map of an earlier layer, of queries q' and keys k', behind `g = tanh(a x W_g)`.
 
     weights: `softmax(q k^T / sqrt(d)) v + g softmax(q' k'^T / sqrt(d)) v`. logits: `softmax((q k^T + g q' k'^T) /
-    sqrt(d)) v`. g is a number of each head and position, W_g is 0 at first: the layer begins as softmax attention. No
-    map is stored: it is made again of q' and k', which layers hand on, after RoPE. By itself, or as the first of its
-    stack, a layer's earlier map is its own.
+    sqrt(d)) v`. g is a number of each head and position, and a one of each head that is 0 at first: the layer begins as
+    softmax attention. No map is stored: it is made again of q' and k', which layers hand on, after RoPE. By itself, or
+    as the first of its stack, a layer's earlier map is its own.
     """
 
     Config = ResidualAttentionConfig
@@ -57,19 +58,19 @@ class ResidualAttention(GroupedMixer):
         "the paper has the timestep of a flow"
     )
     implementations = ("definition", "xla")
-    variants = ({"form": "logits", "kv_heads": 2, "source": "first"},)
+    variants = ({"form": "logits", "kv_heads": 2, "earlier": "first"},)
 
     def __init__(self, config: ResidualAttentionConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         super().__init__(config, width=width, rngs=rngs, dtype=dtype)
-        closed = jnp.zeros((width, config.heads), param_dtype(dtype))
-        self.gate = param(closed, axes=("embed", "gates"), role=Role.MATRIX)
+        self.gate = Projections(config, width, rngs=rngs, dtype=dtype)(config.heads, "gates")
+        self.opening = param(jnp.zeros((config.heads,), param_dtype(dtype)), axes=("gates",), role=Role.SCALE)
 
     def heads(self, x: jax.Array, seq: Sequence, carried: tuple[KVCache, ...] | None = None) -> MixerOutput:
         """As in the contract. More positions than a cache has room for give NaN, as jit can raise nothing."""
         c, (q, k, v) = self.config, self.positioned(x, seq)
         q1, k1, shared = self._source(q, k, seq)
-        g = jnp.tanh(linear(x.astype(self.dtype), self.gate[...].astype(self.dtype)).astype(param_dtype(self.dtype)))
-        g = g[..., None].astype(q.dtype)
+        wide = param_dtype(self.dtype)
+        g = jnp.tanh(per_channel(self.opening[...].astype(wide), self.gate(x).astype(wide)))[..., None].astype(q.dtype)
         if c.form == "logits":
             together = lambda a, b: jnp.concatenate([a, b], axis=-1)
             (kv,), mask, carried = self._read([together(k, k1)], v, seq, carried)
@@ -106,7 +107,7 @@ class ResidualAttention(GroupedMixer):
             return q, k, {}
         before = seq.shared[_BEFORE]
         q1, k1 = (jnp.where(before == 0, own, seq.shared[name]) for own, name in ((q, _Q), (k, _K)))
-        handed = (q, k) if self.config.source == "previous" else (q1, k1)
+        handed = (q, k) if self.config.earlier == "previous" else (q1, k1)
         return q1, k1, {_Q: handed[0], _K: handed[1], _BEFORE: before + 1}
 
     def _read(

@@ -59,6 +59,16 @@ def test_a_row_by_hand(tmp_path):
         assert row["layout"].tolist() == [*expected, [4, -1, -1, 0, 0, 0, 0], *[[0] * 7] * 3]
 
 
+def test_a_row_that_ends_with_an_image(tmp_path):
+    """Its last cell is a target alone: no span reaches beyond what is read."""
+    task = opened(
+        tmp_path / "rows.jsonl", [{"ids": [1, 2, 3, 4, 5], "images": [[1, 2, 2]]}] * 9, heldout=0.3, loss="text"
+    )
+    (batch,) = task.heldout(batches=1)
+    assert batch["layout"][0, 1:4].tolist() == [[2, y, x, 2, 2, 1, 4] for y, x in ((0, 0), (0, 1), (1, 0))]
+    assert not batch["layout"][0, 4:].any() and not batch["weights"].any()
+
+
 def test_splits_and_batches(tmp_path):
     """Held-out rows are no training rows; the batch at a step is the same whoever reads it; an epoch has every row."""
     task = opened(tmp_path / "rows.jsonl", many(), heldout=0.2)

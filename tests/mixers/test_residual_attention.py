@@ -14,7 +14,7 @@ from tests.mixers import cases
 from tests.mixers.test_softmax import rotate
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
-ROLES = {"matrix": "q k v out gate"}
+ROLES = {"matrix": "q k v out gate", "scale": "opening"}
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,12 @@ def parts(module, x):
     q, k, v = ((x @ np.asarray(y.kernel[...])).reshape(len(x), -1, d) for y in (module.q, module.k, module.v))
     turn = lambda y: np.stack([rotate(y[:, i], np.arange(len(x)), c.rope_base, None) for i in range(y.shape[1])], 1)
     of_heads = lambda y: np.repeat(y, c.heads // c.key_heads, axis=1)
-    return turn(q), of_heads(turn(k)), of_heads(v), np.tanh(x @ np.asarray(module.gate[...]))
+    return (
+        turn(q),
+        of_heads(turn(k)),
+        of_heads(v),
+        np.tanh(x @ np.asarray(module.gate.kernel[...]) * np.asarray(module.opening[...])),
+    )
 
 
 def naive(module, x, source=None):
@@ -52,12 +57,12 @@ def naive(module, x, source=None):
     return o.reshape(len(x), -1) @ np.asarray(module.out.kernel[...])
 
 
-@pytest.mark.parametrize("source", ["previous", "first"])
+@pytest.mark.parametrize("earlier", ["previous", "first"])
 @pytest.mark.parametrize("form", ["weights", "logits"])
-def test_layers_of_a_stack_are_the_formula(form, source):
+def test_layers_of_a_stack_are_the_formula(form, earlier):
     """Three layers written out, each of which reads another's map: whole rows, and streams cut anywhere."""
     x, seq = cases.inputs(jnp.float64)
-    layers = [make(form=form, source=source, kv_heads=2)] * 3
+    layers = [make(form=form, earlier=earlier, kv_heads=2)] * 3
     inputs = [x, x[:, ::-1], 2 * x]  # as if blocks had made them
 
     def run(parts, seq, states=None, whole=True):
@@ -74,7 +79,7 @@ def test_layers_of_a_stack_are_the_formula(form, source):
         documents = [np.asarray(y)[row, first:end] for y in inputs]
         maps = [parts(layer, y) for layer, y in zip(layers, documents)]
         for i, (layer, y) in enumerate(zip(layers, documents)):
-            other = maps[0] if source == "first" else maps[max(i - 1, 0)]
+            other = maps[0] if earlier == "first" else maps[max(i - 1, 0)]
             np.testing.assert_allclose(found[i][row, first:end], naive(layer, y, other[:2]), atol=1e-12)
     states = [layer.init_state(2, cases.LENGTH, jnp.float64) for layer in layers]
     stream, streamed = mixers.Stream.start(2), []
@@ -95,10 +100,10 @@ def test_closed_gates_are_softmax_attention():
     x, seq = cases.inputs(jnp.float64)
     softmax, used = cases.module(mixers.get("softmax").Config(impl="definition"), jnp.float64), cases.SEGMENTS > 0
     blank = mixers.build({"name": "residual_attention"}, width=cases.WIDTH, rngs=cases.nnx.Rngs(0))
-    assert not np.asarray(blank.gate[...]).any()
+    assert not np.asarray(blank.opening[...]).any()
     for form in ("weights", "logits"):
         module = make(form=form, impl="definition")
-        module.gate[...] = jnp.zeros_like(module.gate[...])
+        module.opening[...] = jnp.zeros(4)
         for name in ("q", "k", "v", "out"):
             getattr(softmax, name).kernel[...] = getattr(module, name).kernel[...]
         ours, theirs = cases.output(module, x, seq), cases.output(softmax, x, seq)
@@ -112,7 +117,8 @@ def test_its_own_map_again():
     softmax = lambda module, **fields: cases.module(mixers.get("softmax").Config(**fields), jnp.float64)
     for form, scale in (("weights", {}), ("logits", {"query_scale": 1.5 / 2})):
         module = make(form=form, impl="definition")
-        module.gate[...] = jnp.zeros_like(module.gate[...]).at[0].set(np.arctanh(0.5))
+        module.gate.kernel[...] = jnp.zeros((cases.WIDTH, 4)).at[0].set(np.arctanh(0.5))
+        module.opening[...] = jnp.ones(4)
         other = softmax(module, impl="definition", **scale)
         for name in ("q", "k", "v", "out"):
             getattr(other, name).kernel[...] = getattr(module, name).kernel[...]

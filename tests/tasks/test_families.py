@@ -174,5 +174,11 @@ def test_visual_questions_say_where_images_and_questions_lie():
             own = slice(start, start + 9)
             assert layout[own].tolist() == [[2, *divmod(i, 3), 3, 3, start, start + 9] for i in range(9)]
             assert (node[own] == number + 1).all()
+        for at in np.flatnonzero(tokens == 0):
+            name, symbol, direction = tokens[at + 1 : at + 4].tolist()
+            start = np.flatnonzero(tokens == name)[0] + 1
+            y, x = divmod(tokens[start : start + 9].tolist().index(symbol), 3)
+            y, x = {2: (y, x + 1), 3: (y, x - 1), 4: (y + 1, x), 5: (y - 1, x)}[direction]
+            assert 0 <= y < 3 and 0 <= x < 3 and tokens[at + 5] == tokens[start + 3 * y + x]
         assert len(first) == 3 and (kind == 3).sum() == 10 and (kind == 4).sum() == 2
         assert (layout[kind == 1, 1:] == [-1, -1, 0, 0, 0, 0]).all() and (kind == 1).sum() == 80 - 27 - 12
