@@ -78,7 +78,7 @@ PRESETS = {
 
 def with_heads(mixer, heads):
     """A mixer's node, with the size's number of heads if it has heads, and its core as a node whose keys can be set."""
-    known = dataclasses.fields(mixers.get(mixer).Config) if mixer in mixers.names() else ()
+    known = dataclasses.fields(mixers.get(mixer).Config) if mixers.known(mixer) else ()
     fields = {field.name: field for field in known}
     node = {"name": mixer} | ({"heads": heads} if "heads" in fields else {})
     return node | ({"core": {"name": fields["core"].default}} if "core" in fields else {})
