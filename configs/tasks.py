@@ -51,6 +51,7 @@ PRESETS = {
     "test_time_regression": {"data": {"length": 128}},
     "transcribe": {"pattern": "X", "layers": 1},
     "variables": {"steps": 1500, "pattern": "WM"},
+    "visual_question": {"data": {"length": 32, "images": 1, "symbols": 16}, "steps": 1500},
 }
 
 
