@@ -1,7 +1,7 @@
 """Every causal mixer against softmax attention, on text at equal parameters and in recall (mqar).
 
-`attnlab ablate --config configs/ablations/every_mixer.py --workdir runs/every`; the tasks are quick.py's. Each mixer has
-its defaults with four heads, all have one learning rate: a table of where to look, not a ranking. Hours on a CPU:
+`attnlab ablate --config configs/ablations/every_mixer.py --workdir runs/every`; the tasks are quick.py's. Each mixer
+has its defaults with four heads, all have one learning rate: a table of where to look, not a ranking. Hours on a CPU:
 `--dry-run` tells the price, `:arms=softmax-gla-mamba2` takes some of them.
 """
 
