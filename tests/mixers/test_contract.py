@@ -306,8 +306,8 @@ def same_on_eight_devices(config):
     graphdef, params = cases.split(cases.module(config, jnp.float64))
     x, seq = cases.inputs(jnp.float64)
     (y, losses), (of_parameters, of_x) = value_and_gradients(graphdef, params, x, seq)
-    # Each row four times, each time with a quarter of its weight, in other orders on each part of the mesh; and one more
-    # position of padding, so that positions divide.
+    # Each row four times with a quarter of its weight, in another order on each part of the mesh; and one more position
+    # of padding, so that positions divide.
     rows, weights = np.array([0, 1, 1, 0, 0, 0, 1, 1]), np.pad(np.asarray(weights_of(x)) / 4, [(0, 0), (0, 1), (0, 0)])
     x, seq = cases.inputs(jnp.float64, behind=1)
     x, seq, weights = jax.tree.map(lambda a: np.asarray(a)[rows], (x, seq, weights))
