@@ -133,7 +133,7 @@ class VMoBA(GroupedMixer):
             number = jnp.asarray(found)[seq.layer % len(found)]
         if seq.documents is None:
             return number, c.blocks(T)
-        return _ranked(seq.documents * T + number), T
+        return _ranked(seq.documents, number), T
 
     def chosen(self, q: jax.Array, k: jax.Array, block: Array, blocks: int, seq: Sequence) -> jax.Array:
         """Which blocks each query head attends to at each position: bool [B, T, H, N]."""
@@ -157,27 +157,22 @@ class VMoBA(GroupedMixer):
     def _in_pools(self, scores: jax.Array, own: jax.Array, valid: jax.Array, document: jax.Array) -> jax.Array:
         """The choice, [B, H, T, N], made in each pool."""
         c, (B, H, T, N) = self.config, scores.shape
-        axes, shape = {
-            "row": ((0, 1, 2, 3), (B * H * T, N)),
-            "head": ((0, 1, 2, 3), (B * H, T * N)),
-            "all": ((0, 1, 2, 3), (B, H * T * N)),
-            "block": ((0, 3, 1, 2), (B * N, H * T)),
-        }[c.pool]
+        axes = (0, 3, 1, 2) if c.pool == "block" else (0, 1, 2, 3)
+        shape = {"row": (B * H * T, N), "head": (B * H, T * N), "all": (B, H * T * N), "block": (B * N, H * T)}[c.pool]
         within = lambda y: jnp.broadcast_to(y, scores.shape).transpose(axes).reshape(shape)
-        most = 1 + T if c.pool in ("head", "all") else 1  # documents that a pool holds
-        of = within(document[:, None, :, None]) if most > 1 else jnp.zeros(shape, jnp.int32)
+        mixed = c.pool in ("head", "all")  # whether a pool's rows may be of several documents
+        documents = 1 + T if mixed else 1
+        of = within(document[:, None, :, None]) if mixed else jnp.zeros(shape, jnp.int32)
         args = within(scores), within(own), within(valid), of
         if c.top_k is None:
-            found = by_share(*args, most, c.threshold)
+            found = by_share(*args, documents, c.threshold)
         else:
-            count = jnp.zeros((shape[0], most), jnp.int32)
-            per_row = {"row": 1, "head": 1, "all": H}[c.pool]
-            if most > 1:
-                lengths = jnp.zeros((B, most), jnp.int32).at[jnp.arange(B)[:, None], document].add(1)
-                count = jnp.repeat(lengths, shape[0] // B, axis=0)
-            found = best(*args, c.top_k * per_row * (count if most > 1 else 1 + count))
-        moved = tuple(scores.shape[a] for a in axes)
-        return found.reshape(moved).transpose(np.argsort(axes))
+            rows = jnp.ones((shape[0], 1), jnp.int32)
+            if mixed:
+                lengths = jnp.zeros((B, documents), jnp.int32).at[jnp.arange(B)[:, None], document].add(1)
+                rows = jnp.repeat(lengths, shape[0] // B, axis=0) * (H if c.pool == "all" else 1)
+            found = best(*args, c.top_k * rows)
+        return found.reshape([scores.shape[axis] for axis in axes]).transpose(np.argsort(axes))
 
     @classmethod
     def flops(cls, config: VMoBAConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:
@@ -189,11 +184,11 @@ class VMoBA(GroupedMixer):
         }, float(length)
 
 
-def _ranked(key_BT: jax.Array) -> jax.Array:
-    """How many different smaller keys a row has, int32 [B, T]."""
-    T = key_BT.shape[1]
-    order = jnp.argsort(key_BT, axis=1)
-    there = jnp.take_along_axis(key_BT, order, axis=1)
-    rank = jnp.cumsum(jnp.pad(there[:, 1:] != there[:, :-1], ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
-    rows = jnp.arange(len(key_BT))[:, None]
-    return jnp.zeros_like(rank).at[rows, jnp.broadcast_to(order, (len(key_BT), T))].set(rank)
+def _ranked(document_BT: jax.Array, number_BT: jax.Array) -> jax.Array:
+    """How many different smaller pairs of document and number a row has, int32 [B, T]."""
+    B, T = document_BT.shape
+    place = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    *keys, order = jax.lax.sort((document_BT, number_BT, place), dimension=1, num_keys=2)
+    new = sum(jnp.abs(jnp.diff(key, axis=1)) for key in keys) > 0
+    rank = jnp.cumsum(jnp.pad(new, ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
+    return jnp.zeros_like(rank).at[jnp.arange(B)[:, None], order].set(rank)
