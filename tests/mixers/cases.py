@@ -101,7 +101,8 @@ def parameters(knobs: bool = True, combinations: bool = True, often: bool = Fals
 def _values(config: Any) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """float32 parameters off their initial values, so that none is neutral, and other variables as they begin; drawn
     once for all laws and dtypes."""
-    _, params, rest = nnx.split(mixers.build(config, width=WIDTH, rngs=nnx.Rngs(0)), nnx.Param, ...)
+    with jax.ensure_compile_time_eval():  # modules are made inside of what is traced, too
+        _, params, rest = nnx.split(mixers.build(config, width=WIDTH, rngs=nnx.Rngs(0)), nnx.Param, ...)
     rng, of = np.random.default_rng(1), lambda state: [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
     return [leaf + 0.3 * rng.standard_normal(leaf.shape) for leaf in of(params)], of(rest)
 

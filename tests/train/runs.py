@@ -28,12 +28,13 @@ def corpus(directory: pathlib.Path) -> str:
 
 
 def tree(source: str, **overrides: Any) -> dict[str, Any]:
-    """A config tree of a model that compiles in a second or two; `a__b=1` sets a.b."""
+    """A config tree of a model that compiles in a second or two, into one program for all numbers of steps; `a__b=1` sets
+    a.b."""
     config: dict[str, Any] = {
         "seed": 3,
         "data": {"source": source, "length": 32, "batch": 8},
         "model": {"vocab": 260, "width": 16, "layers": 2, "mixers": {"M": {"name": "softmax", "heads": 2}}},
-        "optimizer": {"name": "adamw", "learning_rate": 1e-2, "warmup": 2},
+        "optimizer": {"name": "adamw", "learning_rate": 1e-2, "warmup": 2, "schedule": "constant"},
         "train": {"steps": 12, "log_every": 1, "eval_every": 6, "eval_batches": 2, "save_every": 4, "sample_tokens": 8},
         "mesh": {"data": 1},
     }
