@@ -413,8 +413,8 @@ def reads(period: Period, what: str) -> bool:
 
 
 def with_embedding(period: Period, x: jax.Array, seq: mixers.Sequence) -> mixers.Sequence:
-    """The sequence as mixers read it who ask for what the stack began from."""
-    return dataclasses.replace(seq, embedding=x) if reads(period, "embedding") else seq
+    """The sequence as mixers read it who ask for what the stack began from; what is given in its place stays."""
+    return dataclasses.replace(seq, embedding=x) if seq.embedding is None and reads(period, "embedding") else seq
 
 
 def first_shared(period: Period, x: jax.Array) -> dict[str, jax.Array]:
