@@ -25,7 +25,7 @@ from attnlab.interchange.families.base import Family
 from attnlab.interchange.importing import RECORD, Progress
 from attnlab.interchange.pieces import Table
 from attnlab.interchange.safetensors import DTYPES, NAMES, Made, write
-from attnlab.train import files, metadata
+from attnlab.train import files, metadata, restore
 from attnlab.train.checkpoints import Checkpoints
 from attnlab.train.config import RunConfig
 from attnlab.train.program import Program
@@ -59,7 +59,7 @@ class Exported:
 
 def run(
     path: pathlib.Path, to: pathlib.Path, *, checkpoint: str = "best", dtype: str | None = None,
-    largest: int = 5 * 10**9, overrides: Sequence[str] = (), say: Callable[[str], None],
+    largest: int = 5 * 10**9, overrides: Sequence[str] = (), ema: bool = False, say: Callable[[str], None],
 ) -> Exported:  # fmt: skip
     """Writes the folder `to`, which is there only once it is whole.
 
@@ -69,13 +69,14 @@ def run(
       dtype: of `NAMES`; None: what the model was imported in, else float32.
       largest: bytes of a file of tensors.
       overrides: of the run's config: where it is restored to.
+      ema: whether the averaged weights of `train.ema` take the place of the parameters.
 
     Raises:
       UserError: no published family has this model, and why; what `restore` raises; the folder is there.
     """
     if to.exists():
         raise UserError(f"--to {to} is there; name a new folder")
-    step, config, params = _restored(path, checkpoint, list(overrides))
+    step, config, params, notes = _restored(path, checkpoint, list(overrides), ema)
     record = _imported(path)
     family, tree = choose(config, (record or {}).get("family"))
     dtype = dtype or (record or {}).get("dtype") or "float32"
@@ -97,7 +98,7 @@ def run(
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
-    notes = [f"the code that reads it is that of {family.own_code}"] if family.own_code else []
+    notes += [f"the code that reads it is that of {family.own_code}"] if family.own_code else []
     if getattr(config.data, "tokenizer", None) is None:
         notes.append(f"data.name = {config.data.node_name!r} has no tokenizer, so there is none in the folder")
     elif not untouched:
@@ -105,8 +106,8 @@ def run(
     return Exported(to, family, step, dtype, len(made), sum(t.bytes for t in made), notes)
 
 
-def _restored(path: pathlib.Path, which: str, overrides: list[str]) -> tuple[int, RunConfig, Any]:
-    """Step, config and parameters of a checkpoint; its data is not opened."""
+def _restored(path: pathlib.Path, which: str, overrides: list[str], ema: bool) -> tuple[int, RunConfig, Any, list[str]]:
+    """Step, config and parameters of a checkpoint, and what to know of these; its data is not opened."""
     if metadata.read_config(path) is None:
         raise UserError(f"workdir {path} holds no run (no config.json)")
     checkpoints = Checkpoints(path)
@@ -115,18 +116,20 @@ def _restored(path: pathlib.Path, which: str, overrides: list[str]) -> tuple[int
         raise UserError(f"checkpoint {which!r} is not there; allowed: best, latest, {', '.join(map(str, steps))}")
     order = {"best": checkpoints.best_first, "latest": lambda: steps[::-1]}.get(which, lambda: [int(which)])()
 
-    def read(step: int) -> tuple[RunConfig, Any]:
-        tree = config_lib.apply_overrides(checkpoints.host(step).config, overrides)
-        config = config_lib.build(RunConfig, tree)
-        return config, checkpoints.restore_params(step, Program.of(config, batches=False).params)[0]
+    def read(step: int) -> tuple[RunConfig, Any, list[str]]:
+        host = checkpoints.host(step)
+        group, notes = restore.weights(path, step, host, ema)
+        config = config_lib.build(RunConfig, config_lib.apply_overrides(host.config, overrides))
+        like = Program.of(config, batches=False).params
+        return config, checkpoints.restore_params(step, like, group=group)[0], notes
 
     found = checkpoints.first_whole(order, read, log.warning, may_move=lambda: contextlib.nullcontext(False))
     if found is None:
         raise UserError(f"workdir {path} has no checkpoint yet")
-    step, (config, params) = found
+    step, (config, params, notes) = found
     if config.model.node_name != "lm":
         raise UserError(f"workdir {path} holds a model of kind {config.model.node_name!r}; allowed: a language model")
-    return step, config, params
+    return step, config, params, notes
 
 
 def _imported(path: pathlib.Path) -> dict[str, Any] | None:
