@@ -34,11 +34,10 @@ def default_blocks(d: int, e: int, pattern: bool = False) -> Blocks:
     """
     widest = max(_up(d, 64), _up(e, 64))
     if pattern:
-        forward = gpu_forward.Blocks(
-            keys=64, stages={64: 6, 128: 4}.get(max(64, _up(widest, 128)) if widest > 64 else 64, 2)
-        )
-        backward = gpu_backward.Blocks(rows=64, keys=128 if widest <= _NARROW else 64)
-        return Blocks(forward, backward, gpu_backward_rows.Blocks(keys=64))
+        narrow, keys = widest == 64, gpu_pattern.TILE[1]
+        forward = gpu_forward.Blocks(keys=keys, stages=6 if narrow else 4 if widest <= _NARROW else 2)
+        backward = gpu_backward.Blocks(rows=128 if narrow else 64, keys=keys * (2 if widest <= _NARROW else 1))
+        return Blocks(forward, backward, gpu_backward_rows.Blocks(keys=keys))
     if widest == 64:
         forward, backward = gpu_forward.Blocks(keys=128, stages=3), gpu_backward.Blocks(rows=128, keys=128)
     elif widest <= _NARROW:

@@ -321,7 +321,7 @@ class _Backward:
         keys, values = t.ks, t.vs
         if not self.wide and (t.tiles is not None or t.walk is not None):
             # The minimum is 0, which no compiler knows: it would keep every operand's address in registers otherwise.
-            part = pl.ds((t.wg + lax.min(i, 0)) * shape[0], shape[0])
+            part = pl.ds((t.wg + lax.min(i if entry is None else entry, 0)) * shape[0], shape[0])
             keys, values = t.k_s.at[part], t.v_s.at[part]
 
         def products(refs: Any) -> None:

@@ -361,7 +361,7 @@ class _Forward:
         at, before = t.slot(j), t.slot(j - 1)
         entry = None if t.walk is None else t.walk.entry(j)  # asked for here, needed after the product
         # The minimum is 0, which no compiler knows: it would keep every operand's address in registers otherwise.
-        q = t.q_s.at[t.wg + lax.min(j, 0)]
+        q = t.q_s.at[t.wg + lax.min(j if entry is None else entry, 0)]
         plgpu.barrier_wait(t.k_here.at[at])
         plgpu.barrier_wait(t.v_here.at[before])
         self.turn(t)
