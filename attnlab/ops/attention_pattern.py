@@ -27,7 +27,9 @@ def unsupported(spec: AttentionSpec, platform: str) -> str | None:
     if spec.groups == "many":
         return f"more than {_WORD} groups of keys in no promised order (Groups.size)"
     if platform == "cuda":
-        tile = _hopper_tile()
+        tile, most = _hopper()
+        if spec.axes > most:
+            return f"on GPUs it serves masks of at most {most} coordinates of keys, not {spec.axes}"
         if _list_bytes(spec.queries, spec.keys, tile, spec.pattern) > _HOPPER_LIST_BYTES:
             many = f"{spec.pattern} masks over {spec.queries} x {spec.keys}"
             return f"lists of tiles of {many} take more than {_HOPPER_LIST_BYTES >> 20} MiB"
@@ -42,16 +44,18 @@ def _list_bytes(queries: int, keys: int, tile: tuple[int, int], lists: int, most
     return 4 * lists * rows * (1 + (keys if most is None else most))
 
 
-def _hopper_tile() -> tuple[int, int]:
+def _hopper() -> tuple[tuple[int, int], int]:
+    """Rows and keys of a tile, and how many coordinates of keys the kernels take."""
     from kernels_pallas.flash_attention import gpu_pattern
 
-    return gpu_pattern.TILE
+    return gpu_pattern.TILE, gpu_pattern.MOST_AXES
 
 
 def tile_of(mask: Mask, queries: int, keys: int, platform: str = "tpu") -> tuple[tuple[int, int], Any]:
     """Rows and keys of the tiles, and the tiles' kinds."""
     if platform == "cuda":
-        return _hopper_tile(), tile_kinds(mask, queries, keys, *_hopper_tile())
+        tile, _ = _hopper()
+        return tile, tile_kinds(mask, queries, keys, *tile)
     known, best = mask.known(), None
     short = any(term.groups is not None and (term.groups.size or 512) < 512 for term in mask.terms())
     for tile in TILES if known or short else TILES[1:]:

@@ -16,6 +16,7 @@ from kernels_pallas.flash_attention.pattern import Pattern
 
 WIDEST = 256
 _NARROW = 128  # widest heads whose gradients one kernel makes
+_NUMBERS = 30  # of a mask (`gpu_pattern.numbers`) for which that kernel has shared memory, with heads of 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +87,7 @@ def backward(call: Call, q, k, v, bounds, key_bias, do, lse2, delta, heads_BN=No
     device, blocks = _prepared(call, q, v, heads_BN, pattern)
     (T, d), (S, e) = q.shape[1::2], v.shape[1::2]
     wide = max(d, e) > _NARROW
-    split = wide or call.deterministic
+    split = wide or call.deterministic or _crowded(pattern, max(d, e))
     rows = gpu_backward_rows.block_rows(wide) if split else blocks.backward.rows
     keys = max(blocks.backward.keys, blocks.rows.keys if split else 0)
     of_keys = of_rows = None
@@ -139,9 +140,19 @@ def _prepared(
     return hopper.device_of(call.interpret), blocks
 
 
+def _crowded(pattern: Pattern | None, width: int) -> bool:
+    """Whether shared memory does not hold both the mask and what adds up dq, with heads so wide."""
+    return pattern is not None and width <= 64 and gpu_pattern.numbers(pattern) > _NUMBERS
+
+
 def _check_tiles(blocks: Blocks, pattern: Pattern, *, wide: bool) -> None:
     """Raises ValueError where the tiles are not those of the pattern's lists."""
     rows, keys = gpu_pattern.TILE
+    axes = sum(term.axes for term in pattern.layout().terms)
+    if axes > gpu_pattern.MOST_AXES:
+        raise ValueError(
+            f"flash_attention on cuda: a pattern of {axes} coordinates of keys; allowed: up to {gpu_pattern.MOST_AXES}"
+        )
     own = blocks.forward.rows, blocks.forward.keys, blocks.rows.keys, blocks.backward.keys // (1 if wide else 2)
     if pattern.tile != gpu_pattern.TILE or own != (rows, keys, keys, keys) or blocks.backward.rows % rows:
         raise ValueError(

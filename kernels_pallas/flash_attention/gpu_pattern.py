@@ -29,6 +29,7 @@ from kernels_pallas.flash_attention.pattern import (
 from kernels_pallas.masks import EMPTY, FULL, PARTIAL
 
 TILE = 64, 64  # rows and keys of a tile of a pattern: those of a product, of which blocks have several
+MOST_AXES = 8  # coordinates of all terms, for which shared memory is left with heads of any width
 _HEAD_BIT = 20  # of an entry of a list of several query heads' tiles of rows, which is the head's number in its group
 
 
@@ -53,6 +54,12 @@ class Arrays:
     def copies(self) -> int:
         """Of those that belong to a tile: of keys with their coordinates, of pairs with their words."""
         return (self.keys is not None) + (self.words is not None)
+
+
+def numbers(pattern: Pattern) -> int:
+    """What shared memory holds of a mask for a tile: of each row and key, and words of a row for two tiles of keys."""
+    terms = pattern.layout().terms
+    return sum(2 + 2 * term.axes + term.axes + 3 * term.grouped for term in terms)
 
 
 def of_rows(pattern: Pattern, rows: int) -> Arrays:

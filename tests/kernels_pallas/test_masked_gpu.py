@@ -58,9 +58,9 @@ def union(rng, T, S):
 def mask_of(name):
     rng = np.random.default_rng(0)
     return {
-        "blocks": lambda: (blocks(rng, 330), 330, 330),
-        "axis": lambda: (sorted_axis(rng, K, 200, 430), 200, 430),
-        "union": lambda: (union(rng, 150, 200), 150, 200),
+        "blocks": lambda: (blocks(rng, 210), 210, 210),
+        "axis": lambda: (sorted_axis(rng, K, 130, 330), 130, 330),
+        "union": lambda: (union(rng, 130, 200), 130, 200),
         "interval": lambda: (Mask(integers(rng, 0, 90, B, 130), integers(rng, 80, 200, B, 130)), 130, 200),
     }[name]()
 

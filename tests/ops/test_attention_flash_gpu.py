@@ -117,6 +117,7 @@ def test_masks_that_it_cannot_serve(hopper):
     assert ATTENTION.pick(spec(pattern=2, queries=64)) == "tiles"
     for changes, reason in (
         ({"groups": "many"}, "32 groups of keys in no promised order"),
+        ({"axes": 9}, "masks of at most 8 coordinates of keys, not 9"),
         ({"queries": 2**20, "keys": 2**20}, "lists of tiles of 2 masks over 1048576 x 1048576 take more than 1024 MiB"),
     ):
         assert ATTENTION.pick(spec(pattern=2, **changes)) == "tiles"
