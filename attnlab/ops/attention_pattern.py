@@ -46,9 +46,9 @@ def _list_bytes(queries: int, keys: int, tile: tuple[int, int], lists: int, most
 
 def _hopper() -> tuple[tuple[int, int], int]:
     """Rows and keys of a tile, and how many coordinates of keys the kernels take."""
-    from kernels_pallas.flash_attention import gpu_pattern
+    from kernels_pallas.flash_attention import GPU_MOST_AXES, GPU_TILE
 
-    return gpu_pattern.TILE, gpu_pattern.MOST_AXES
+    return GPU_TILE, GPU_MOST_AXES
 
 
 def tile_of(mask: Mask, queries: int, keys: int, platform: str = "tpu") -> tuple[tuple[int, int], Any]:
