@@ -41,6 +41,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 jax.config.update("jax_traceback_in_locations_limit", 0)  # a tenth of lowering goes into these
+flags.share_contexts()
 gc.set_threshold(200_000, 50, 50)  # a tenth of all goes into jaxprs that are in use
 
 
@@ -59,6 +60,10 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=left_out)
     gone = set(map(id, left_out))
     items[:] = [item for item in items if id(item) not in gone]
+
+
+def pytest_collection_finish():
+    gc.freeze()  # modules and tests stay to the end
 
 
 @pytest.fixture

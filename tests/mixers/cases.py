@@ -151,13 +151,13 @@ def default_chunk(config: Any) -> int:
 
 
 def long_inputs(config: Any, dtype: Any) -> tuple[jax.Array, mixers.Sequence, list[tuple[int, int, int]]]:
-    """x [3, T, WIDTH] with T = 3/2 chunks and 3, the packed sequence, and its documents (row, first, end).
+    """x [3, T, WIDTH] with T = 2 chunks and 4, the packed sequence, and its documents (row, first, end).
 
     Row 0: a document that begins exactly at a chunk's edge. Row 1: one that begins inside a chunk and crosses its edge.
     Row 2: one document.
     """
     chunk = default_chunk(config)
-    T = chunk + chunk // 2 + 3
+    T = 2 * (chunk + 2)
     documents = [(0, 0, chunk), (0, chunk, T), (1, 0, chunk // 2), (1, chunk // 2, T), (2, 0, T)]
     segments, positions = np.zeros((3, T), np.int32), np.zeros((3, T), np.int32)
     for index, (row, first, end) in enumerate(documents):

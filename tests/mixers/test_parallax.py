@@ -13,6 +13,7 @@ from attnlab.errors import ConfigError, UserError
 from attnlab.ops import Mask, attention, blockwise, mask_from_segments
 from attnlab.ops.local_linear import local_linear
 from attnlab.ops.parallax import parallax
+from attnlab.parallel import partition
 from tests.mixers import cases
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
@@ -75,7 +76,7 @@ def test_is_the_formula(impl):
 @pytest.mark.parametrize("kind", ["packed", "window", "accelerator"])
 def test_blockwise_equals_definition(kind, small_tiles, monkeypatch):
     if kind == "accelerator":
-        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+        monkeypatch.setattr(partition, "by_platform", lambda *args, cpu, default: default(*args))
     window, causal = (9, True) if kind == "window" else (None, kind == "packed")
     mask = mask_from_segments(jnp.asarray(SEGMENTS), T, causal=causal, window=window)
     arguments = arrays(K=4 if kind == "window" else 2)
