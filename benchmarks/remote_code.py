@@ -100,9 +100,9 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def config(name: str, dtype: str = "float32") -> RunConfig:
-    """The run of a case."""
-    model = {"vocab": VOCAB, "width": 32, "layers": 2, "mlp_width": 48, "dtype": dtype} | CASES[name]
+def config(case: dict[str, Any], dtype: str = "float32") -> RunConfig:
+    """The run of a model of `CASES`."""
+    model = {"vocab": VOCAB, "width": 32, "layers": 2, "mlp_width": 48, "dtype": dtype} | case
     data = {"source": "stdlib", "length": 128, "batch": 1}
     optimizer = {"name": "adamw", "learning_rate": 1e-3}
     tree = {"data": data, "model": model, "optimizer": optimizer, "mesh": {"data": 1}, "train": {"steps": 1}}
@@ -145,7 +145,7 @@ def compared(name: str, directory: pathlib.Path) -> dict[str, Any]:
     """
     import torch
 
-    plan = config(name)
+    plan = config(CASES[name])
     params = drawn(Program.of(plan, jax.devices()[:1], batches=False))
     exporting.write_model(directory / name, plan, params, remote_code=True, say=lambda text: None)
     model, info = loaded(directory / name)
@@ -158,7 +158,7 @@ def compared(name: str, directory: pathlib.Path) -> dict[str, Any]:
         ).numpy()
     ours = logits(plan, params, tokens)
     with jax.enable_x64(True):
-        exact = logits(config(name, "float64"), jax.tree.map(np.float64, params), tokens)
+        exact = logits(config(CASES[name], "float64"), jax.tree.map(np.float64, params), tokens)
     largest = np.abs(exact).max()
     error = lambda a, b: float(np.abs(a - b).max() / largest)
     greedy = all(_follows(plan, params, row, largest) for row in written)
@@ -171,3 +171,9 @@ def _follows(plan: RunConfig, params: Any, row: np.ndarray, largest: float) -> b
     given = logits(plan, params, row[None])[0, PROMPT - 1 : -1]
     behind = given.max(-1) - np.take_along_axis(given, row[PROMPT:, None], -1)[:, 0]
     return len(behind) == WRITTEN and bool((behind <= LEAD * largest).all())
+
+
+def good(found: dict[str, Any]) -> bool:
+    """Whether the figures of a case are as they must be."""
+    near = found["exported"] <= max(BOUND, 3 * found["ours_float64"])
+    return near and found["theirs_float64"] <= BOUND and found["greedy"]
