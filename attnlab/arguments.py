@@ -363,6 +363,7 @@ def _add_interchange(verbs: Any) -> None:
     sub.add_argument("--workdir", required=True, type=_path, metavar="W", help="of the run")
     sub.add_argument("--to", required=True, type=_path, metavar="DIR", help="a new folder")
     sub.add_argument("--checkpoint", default="best", metavar="best|latest|STEP", help="which one (best)")
+    sub.add_argument("--ema", action="store_true", help=_EMA)
     sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
                      help="of the tensors; default: as it was imported, else float32")  # fmt: skip
     sub.add_argument("--shard-size", type=_size, default=5 * 10**9, metavar="SIZE",

@@ -2,10 +2,10 @@
 
     pip install -e '.[bench,lm-eval]' transformers accelerate && python -m benchmarks.interchange --harness [CASE ...]
 
-A model is exported, imported as a workdir, exported from it again, and asked two dozen requests of each kind: continuations
-(some the likeliest ones, some of contexts longer than the model reads), whole texts of lengths about its own, and
-generations with stop strings. Whole texts are read without the tokenizer's first token there, whose prefix is that
-token already.
+A model is exported, imported as a workdir, exported from it again, and asked two dozen requests of each kind:
+continuations (some the likeliest ones, some of contexts longer than the model reads), whole texts of lengths about its
+own, and generations with stop strings. Of whole texts the tokenizer's first token is left out there: the harness's
+prefix is that token already.
 """
 
 from __future__ import annotations

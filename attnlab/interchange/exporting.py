@@ -25,7 +25,7 @@ from attnlab.interchange.families.base import HOW, Family
 from attnlab.interchange.importing import RECORD, Progress
 from attnlab.interchange.pieces import Table
 from attnlab.interchange.safetensors import DTYPES, NAMES, Made, write
-from attnlab.train import files, metadata
+from attnlab.train import files, metadata, restore
 from attnlab.train.checkpoints import Checkpoints
 from attnlab.train.config import RunConfig
 from attnlab.train.program import Program
@@ -57,7 +57,8 @@ class Exported:
 
 def run(
     path: pathlib.Path, to: pathlib.Path, *, checkpoint: str = "best", dtype: str | None = None,
-    largest: int = 5 * 10**9, remote_code: bool = False, overrides: Sequence[str] = (), say: Callable[[str], None],
+    largest: int = 5 * 10**9, remote_code: bool = False, overrides: Sequence[str] = (), ema: bool = False,
+    say: Callable[[str], None],
 ) -> Exported:  # fmt: skip
     """Writes the folder `to`, which is there only once it is whole.
 
@@ -68,20 +69,22 @@ def run(
       largest: bytes of a file of tensors.
       remote_code: whether the folder may have code of its own, where transformers has no such architecture.
       overrides: of the run's config: where it is restored to.
+      ema: whether the averaged weights of `train.ema` take the place of the parameters.
 
     Raises:
       UserError: no published family has this model, and why; what `restore` raises; the folder is there.
     """
     if to.exists():
         raise UserError(f"--to {to} is there; name a new folder")
-    step, config, params = _restored(path, checkpoint, list(overrides))
+    step, config, params, notes = _restored(path, checkpoint, list(overrides), ema)
     record = _imported(path)
     untouched = record is not None and step == 0 and (path / "tokenizer" / "tokenizer.json").is_file()
-    return write_model(
+    done = write_model(
         to, config, params, step=step, dtype=dtype or (record or {}).get("dtype") or "float32", largest=largest,
         first=(record or {}).get("family"), remote_code=remote_code, say=say,
         came=(path / "tokenizer", record["config"]) if untouched else None,
     )  # fmt: skip
+    return dataclasses.replace(done, notes=notes + done.notes)
 
 
 def write_model(
@@ -138,8 +141,8 @@ def _notes(family: Family, config: RunConfig, untouched: bool) -> list[str]:
     return notes
 
 
-def _restored(path: pathlib.Path, which: str, overrides: list[str]) -> tuple[int, RunConfig, Any]:
-    """Step, config and parameters of a checkpoint; its data is not opened."""
+def _restored(path: pathlib.Path, which: str, overrides: list[str], ema: bool) -> tuple[int, RunConfig, Any, list[str]]:
+    """Step, config and parameters of a checkpoint, and what to know of these; its data is not opened."""
     if metadata.read_config(path) is None:
         raise UserError(f"workdir {path} holds no run (no config.json)")
     checkpoints = Checkpoints(path)
@@ -148,18 +151,20 @@ def _restored(path: pathlib.Path, which: str, overrides: list[str]) -> tuple[int
         raise UserError(f"checkpoint {which!r} is not there; allowed: best, latest, {', '.join(map(str, steps))}")
     order = {"best": checkpoints.best_first, "latest": lambda: steps[::-1]}.get(which, lambda: [int(which)])()
 
-    def read(step: int) -> tuple[RunConfig, Any]:
-        tree = config_lib.apply_overrides(checkpoints.host(step).config, overrides)
-        config = config_lib.build(RunConfig, tree)
-        return config, checkpoints.restore_params(step, Program.of(config, batches=False).params)[0]
+    def read(step: int) -> tuple[RunConfig, Any, list[str]]:
+        host = checkpoints.host(step)
+        group, notes = restore.weights(path, step, host, ema)
+        config = config_lib.build(RunConfig, config_lib.apply_overrides(host.config, overrides))
+        like = Program.of(config, batches=False).params
+        return config, checkpoints.restore_params(step, like, group=group)[0], notes
 
     found = checkpoints.first_whole(order, read, log.warning, may_move=lambda: contextlib.nullcontext(False))
     if found is None:
         raise UserError(f"workdir {path} has no checkpoint yet")
-    step, (config, params) = found
+    step, (config, params, notes) = found
     if config.model.node_name != "lm":
         raise UserError(f"workdir {path} holds a model of kind {config.model.node_name!r}; allowed: a language model")
-    return step, config, params
+    return step, config, params, notes
 
 
 def _imported(path: pathlib.Path) -> dict[str, Any] | None:

@@ -17,11 +17,13 @@ from attnlab import mixers
 from attnlab.mixers.parts import Linear, param_dtype
 from attnlab.mixers.roles import Role, drawn, normal
 from attnlab.models.cost import ModelCost, stack_cost
+from attnlab.models.distillation import MATCH, Matching, match_layers
 from attnlab.models.objective import Batch, Objective, Sums, register
 from attnlab.models.perplexity import Perplexity
 from attnlab.models.scores import Scores, sums_of_scores
 from attnlab.models.transformer import StackConfig, Transformer, extend
 from attnlab.ops.cross_entropy import capped, cross_entropy, likeliest
+from attnlab.ops.kl_divergence import kl_divergence
 from attnlab.ops.linear import project
 
 
@@ -64,6 +66,7 @@ class LanguageModel(Objective):
 
     Config = LanguageModelConfig
     options = ("z_loss", "loss_chunk", "loss_impl")
+    distills = MATCH
     decodes = True
 
     def __init__(self, config: LanguageModelConfig, *, rngs: nnx.Rngs):
@@ -105,6 +108,43 @@ class LanguageModel(Objective):
             losses["z_loss"] = options["z_loss"] * jnp.sum(lse * lse)
         tokens = jnp.sum(batch["segments"] > 0).astype(nll.dtype)
         return Sums.of(losses, out, weight=jnp.sum(self.weights(batch)), tokens=tokens)
+
+    def distill(
+        self, teacher: Any, batch: Batch, key: jax.Array | None, options: Mapping[str, Any], matching: Matching
+    ) -> Sums:
+        """What `Matching` says, a mean over tokens by their weights; its parts are metrics whose names begin with
+        `distill_`: each layer's error, or the divergence times T^2 and, where it counts, cross-entropy.
+
+        Options as of `loss`, without `z_loss`; `loss_impl` is of both `cross_entropy` and `kl_divergence`.
+        """
+        weights = self.weights(batch)
+        if matching.match == "layers":
+            read, seq = teacher.embedded(batch), teacher.sequence(batch)
+            errors, out = match_layers(self.transformer, teacher.transformer, read, seq, weights, matching, key)
+            parts = {f"distill_layer_{i}": error for i, error in errors.items()}
+            loss = sum(errors.values()) / len(errors)
+        else:
+            parts, out = self._match_logits(teacher, batch, weights, key, options, matching)
+            a = matching.cross_entropy
+            loss = (1 - a) * parts["distill_kl"] + (a * parts["distill_cross_entropy"] if a else 0)
+        tokens = jnp.sum(batch["segments"] > 0).astype(weights.dtype)
+        sums = Sums.of({"loss": loss}, out, weight=jnp.sum(weights), tokens=tokens)
+        return dataclasses.replace(sums, metrics=sums.metrics | parts)
+
+    def _match_logits(
+        self, teacher: Any, batch: Batch, weights: jax.Array, key: Any, options: Mapping[str, Any], matching: Matching
+    ) -> tuple[dict[str, jax.Array], mixers.MixerOutput]:
+        theirs = jax.lax.stop_gradient(teacher.encoded(teacher.embedded(batch), teacher.sequence(batch), None).y)
+        out = self.encoded(self.embedded(batch), self.sequence(batch), key)
+        T, chunk, impl = matching.temperature, options["loss_chunk"], options["loss_impl"]
+        caps = {"cap": self.config.logit_cap, "teacher_cap": teacher.config.logit_cap}
+        both = out.y, self.output_kernel(), theirs, teacher.output_kernel()
+        parts = {"distill_kl": T * T * jnp.sum(kl_divergence(*both, weights, T, chunk, impl, **caps))}
+        if matching.cross_entropy:
+            args = out.y, self.output_kernel(), batch["targets"], weights
+            nll, _ = cross_entropy(*args, chunk, impl, cap=self.config.logit_cap)
+            parts["distill_cross_entropy"] = jnp.sum(nll)
+        return parts, out
 
     def evaluate(self, batch: Batch, options: Mapping[str, Any]) -> dict[str, jax.Array]:
         """`nll` and `tokens` [T] by position in the row's document; with weights, also what `Scores` is made of."""
