@@ -63,10 +63,12 @@ class Piece:
             out = array[self._rows(index[1]), index[0]].T
         else:
             out = array[self._rows(index[1]), 0, index[0]].T
-        out = np.asarray(out, np.promote_types(dtype, np.float32))
+        out = np.asarray(out).astype(np.promote_types(dtype, np.float32))  # a copy, and the only one
         if self.shift:
-            out = out + np.asarray(self.shift, out.dtype)
-        return (out if self.factor == 1 else out * np.asarray(self.factor, out.dtype)).astype(dtype)
+            out += np.asarray(self.shift, out.dtype)
+        if self.factor != 1:
+            out *= np.asarray(self.factor, out.dtype)
+        return out.astype(dtype, copy=False)
 
     def _rows(self, columns: slice) -> Any:
         """The tensor's rows of some columns: a slice where they lie together, so that no others are read."""
