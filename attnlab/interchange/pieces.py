@@ -186,6 +186,8 @@ def read_leaf(
         if filled is not None:
             return np.full(shape, filled.value, leaf.dtype)
         out = np.empty(shape, leaf.dtype)
+        if by_repeat[index[0].indices(leaf.shape[0])[0]].form != "same":  # as tensors lie: the device's copy turns them
+            out = np.empty([shape[0], *shape[:0:-1]], leaf.dtype).swapaxes(1, 2)
         for i, layer in enumerate(range(*index[0].indices(leaf.shape[0]))):
             out[i] = one(by_repeat[layer], index[1:])
         return out
