@@ -422,7 +422,9 @@ def put(tree: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
     here = tree
     for i, name in enumerate(parents):
-        child = here.setdefault(name, {})
+        if here.get(name) is None:  # what is not there, or none, is made of its keys
+            here[name] = {}
+        child = here[name]
         if not isinstance(child, dict):
             where = ".".join(parents[: i + 1])
             raise ConfigError(f"unknown key {key!r} (value {show(value)}): {where} is a single value, {show(child)}")

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from attnlab import batch as batch_lib
+from attnlab.errors import UserError
 from attnlab.mixers import MixerOutput
 from attnlab.registry import Registry
 
@@ -97,12 +98,14 @@ class Objective(nnx.Module):
       Config: a frozen dataclass; of a stack of layers: a `StackConfig`.
       name: the registered name.
       options: fields of the config's `train` that the loss reads.
+      distills: what of a teacher it can be matched to (`attnlab.models.distillation.Matching`); nothing by default.
       decodes: whether it continues sequences of tokens (`init_state`, `extend`, `logits`).
     """
 
     Config: ClassVar[type]
     name: ClassVar[str]
     options: ClassVar[tuple[str, ...]] = ()
+    distills: ClassVar[tuple[str, ...]] = ()
     decodes: ClassVar[bool] = False
 
     @abc.abstractmethod
@@ -123,6 +126,21 @@ class Objective(nnx.Module):
           key: of what is random (dropout); None: nothing is.
           options: values of `options`.
         """
+
+    def distill(
+        self, teacher: Objective, batch: Batch, key: jax.Array | None, options: Mapping[str, Any], matching: Any
+    ) -> Sums:
+        """The loss of a student of `teacher`, a model of its own class to which no gradient goes.
+
+        Args:
+          teacher: with parameters of its own.
+          batch, key, options: as of `loss`; the key is the student's alone.
+          matching: what is matched, of `distills`, once `Matching.resolved`.
+
+        Raises:
+          UserError: it has nothing that could be matched.
+        """
+        raise UserError(f"model.name = {self.name!r} has nothing that a teacher's could be matched with")
 
     @abc.abstractmethod
     def evaluate(self, batch: Batch, options: Mapping[str, Any]) -> dict[str, jax.Array]:

@@ -138,11 +138,12 @@ class StackConfig:
                 raise ConfigError(f"in {where} (model.width = {self.width}): {error}") from None
 
     def _require_direction(self, mixer: Any, where: str) -> None:
-        if not self.causal and not mixers.get(mixer.node_name).capabilities.bidirectional:
-            able = [name for name in mixers.names() if mixers.get(name).capabilities.bidirectional]
+        able = lambda name: getattr(mixers.get(name).capabilities, "causal" if self.causal else "bidirectional")
+        if not able(mixer.node_name):
+            sees = "none after it, which" if not self.causal else "those after it, and"
             raise ConfigError(
-                f"{where}.name = {mixer.node_name!r} lets a position see none after it, which {self.described} needs; "
-                f"allowed: {', '.join(able)}"
+                f"{where}.name = {mixer.node_name!r} lets a position see {sees} {self.described} needs"
+                f"{' what does not' if self.causal else ''}; allowed: {', '.join(filter(able, mixers.names()))}"
             )
         wanted = str(self.causal).lower()
         config_lib.require(
@@ -246,6 +247,13 @@ class Sublayer(nnx.Module):
         self, x: jax.Array, seq: mixers.Sequence, state: Any = None, key: jax.Array | None = None
     ) -> mixers.MixerOutput:
         """x [B, T, D]; with a state the positions are the next ones of a stream."""
+        out = self.added(x, seq, state, key)
+        return dataclasses.replace(out, y=x + out.y)
+
+    def added(
+        self, x: jax.Array, seq: mixers.Sequence, state: Any = None, key: jax.Array | None = None
+    ) -> mixers.MixerOutput:
+        """What it adds to the stream; arguments as above."""
         h = self.norm(x)
         if not self.mixes:
             out = mixers.MixerOutput(self.branch(h))
@@ -254,7 +262,7 @@ class Sublayer(nnx.Module):
         y = out.y if self.norm_after is None else self.norm_after(out.y)
         if hasattr(self, "gate"):
             y = (jnp.tanh(self.gate[...]) * y).astype(y.dtype)
-        return dataclasses.replace(out, y=x + self._drop(y, key))
+        return dataclasses.replace(out, y=self._drop(y, key))
 
     def _drop(self, y: jax.Array, key: jax.Array | None) -> jax.Array:
         if key is None or self.dropout == 0:
@@ -333,24 +341,24 @@ class Transformer(nnx.Module):
         """
         self.config.require_contexts(seq.contexts)
         graphdef, params = nnx.split(self.periods)
-        seq, shared = _with_embedding(self.periods, x, seq.derived()), _init_shared(self.periods, x)
+        seq, shared = with_embedding(self.periods, x, seq.derived()), first_shared(self.periods, x)
         keys = None if key is None else jax.random.split(key, (self.repeats, len(self.config.blocks)))
-        numbers = jnp.arange(self.repeats, dtype=jnp.int32) if _reads(self.periods, "layer") else None
+        numbers = jnp.arange(self.repeats, dtype=jnp.int32) if reads(self.periods, "layer") else None
 
         def run(carry: tuple[jax.Array, dict[str, jax.Array]], inputs: Any) -> tuple[Any, Any]:
             (x, shared), (p, k, number) = carry, inputs
             losses, metrics = [], []
             for i, block in enumerate(nnx.merge(graphdef, p).blocks):
-                placed = _placed(seq, number, i, len(self.config.blocks), shared)
-                x, outs = block(x, placed, key=None if k is None else k[i])
+                here = placed(seq, number, i, len(self.config.blocks), shared)
+                x, outs = block(x, here, key=None if k is None else k[i])
                 shared = functools.reduce(lambda a, out: a | out.shared, outs, shared)
                 losses += [out.losses for out in outs]
                 metrics += [out.metrics for out in outs]
-            return (x, shared), (_stack_by_name(losses), _stack_by_name(metrics))
+            return (x, shared), (stack_by_name(losses), stack_by_name(metrics))
 
         if self.config.remat != "none":
             run = jax.checkpoint(run, policy=REMAT[self.config.remat], prevent_cse=False)
-        (x, _), (losses, metrics) = jax.lax.scan(run, (x, shared), (params, keys, numbers), unroll=self._unroll())
+        (x, _), (losses, metrics) = jax.lax.scan(run, (x, shared), (params, keys, numbers), unroll=self.unroll())
         return mixers.MixerOutput(x, losses=jax.tree.map(jnp.mean, losses), metrics=jax.tree.map(jnp.mean, metrics))
 
     def init_state(
@@ -372,7 +380,8 @@ class Transformer(nnx.Module):
         graphdef, params = nnx.split(self.periods)
         return [nnx.merge(graphdef, jax.tree.map(lambda p, i=i: p[i], params)) for i in range(self.repeats)]
 
-    def _unroll(self) -> int:
+    def unroll(self) -> int:
+        """Periods that one iteration of the scan over them runs."""
         if self.config.unroll:
             return min(self.config.unroll, self.repeats)
         return self.repeats if partition.platform() == "cpu" else 1
@@ -383,12 +392,12 @@ def extend(
 ) -> tuple[jax.Array, StackState]:
     """Runs the next positions, x [B, T, D], through unstacked periods; the new state."""
     seq, stream = state.stream.extend(seq)
-    seq, shared, layers = _with_embedding(periods[0], x, seq), _init_shared(periods[0], x), []
-    numbers = range(len(periods)) if _reads(periods[0], "layer") else [None] * len(periods)
+    seq, shared, layers = with_embedding(periods[0], x, seq), first_shared(periods[0], x), []
+    numbers = range(len(periods)) if reads(periods[0], "layer") else [None] * len(periods)
     for number, period, states in zip(numbers, periods, state.layers, strict=True):
         after = []
         for i, (block, s) in enumerate(zip(period.blocks, states, strict=True)):
-            x, outs = block(x, _placed(seq, number, i, len(period.blocks), shared), s)
+            x, outs = block(x, placed(seq, number, i, len(period.blocks), shared), s)
             shared = functools.reduce(lambda a, out: a | out.shared, outs, shared)
             after.append([out.state for out in outs])
         layers.append(after)
@@ -399,21 +408,22 @@ def _mixers(period: Period) -> list[mixers.Mixer]:
     return [sublayer.branch for block in period.blocks for sublayer in block.sublayers if sublayer.mixes]
 
 
-def _reads(period: Period, what: str) -> bool:
+def reads(period: Period, what: str) -> bool:
+    """Whether a mixer of the period asks for it (`Mixer.stack_reads`)."""
     return any(what in mixer.stack_reads for mixer in _mixers(period))
 
 
-def _with_embedding(period: Period, x: jax.Array, seq: mixers.Sequence) -> mixers.Sequence:
-    """The sequence as mixers read it who ask for what the stack began from."""
-    return dataclasses.replace(seq, embedding=x) if _reads(period, "embedding") else seq
+def with_embedding(period: Period, x: jax.Array, seq: mixers.Sequence) -> mixers.Sequence:
+    """The sequence as mixers read it who ask for what the stack began from; what is given in its place stays."""
+    return dataclasses.replace(seq, embedding=x) if seq.embedding is None and reads(period, "embedding") else seq
 
 
-def _init_shared(period: Period, x: jax.Array) -> dict[str, jax.Array]:
+def first_shared(period: Period, x: jax.Array) -> dict[str, jax.Array]:
     """`Sequence.shared` before the first layer."""
     return functools.reduce(lambda a, mixer: a | mixer.init_shared(*x.shape[:2]), _mixers(period), {})
 
 
-def _placed(
+def placed(
     seq: mixers.Sequence, number: jax.Array | int | None, block: int, blocks: int, shared: dict[str, jax.Array]
 ) -> mixers.Sequence:
     """The sequence as a block reads it, which is the `block`-th of period `number`."""
@@ -421,6 +431,7 @@ def _placed(
     return dataclasses.replace(seq, layer=layer, shared=shared)
 
 
-def _stack_by_name(dicts: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+def stack_by_name(dicts: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+    """Of each name the values of all that have it, along a new first axis."""
     names = functools.reduce(lambda a, b: a | b.keys(), dicts, set())
     return {name: jnp.stack([d[name] for d in dicts if name in d]) for name in sorted(names)}

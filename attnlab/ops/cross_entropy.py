@@ -95,7 +95,8 @@ class CrossEntropySpec:
         return cls(math.prod(targets.shape), *kernel.shape, str(hidden.dtype), chunk, cap)
 
 
-def _chunks(vocab: int, chunk: int) -> list[tuple[int, int]]:
+def vocabulary_chunks(vocab: int, chunk: int) -> list[tuple[int, int]]:
+    """First and last column, the last excluded, of each chunk of a vocabulary."""
     return [(lo, min(lo + chunk, vocab)) for lo in range(0, vocab, chunk)]
 
 
@@ -104,7 +105,8 @@ def capped(logits: jax.Array, cap: float | None) -> jax.Array:
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
-def _logits(hidden: jax.Array, kernel: jax.Array, cap: float | None = None) -> jax.Array:
+def vocabulary_logits(hidden: jax.Array, kernel: jax.Array, cap: float | None = None) -> jax.Array:
+    """`hidden @ kernel`, capped, in fp32 or wider."""
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
     return capped(project(hidden, kernel.astype(hidden.dtype), dtype), cap)
 
@@ -112,7 +114,7 @@ def _logits(hidden: jax.Array, kernel: jax.Array, cap: float | None = None) -> j
 def definition(hidden, kernel, targets, *, chunk: int, cap: float | None = None) -> Statistics:
     """All logits at once; `chunk` plays no part."""
     del chunk
-    logits = _logits(hidden, kernel, cap)
+    logits = vocabulary_logits(hidden, kernel, cap)
     here = jnp.arange(kernel.shape[1]) == targets[..., None]
     return jax.nn.logsumexp(logits, axis=-1), jnp.sum(jnp.where(here, logits, 0), axis=-1)
 
@@ -127,8 +129,8 @@ def _chunked_forward(hidden, kernel, targets, chunk, cap):
     peak = jnp.full(n, -jnp.inf, dtype)
     total = jnp.zeros(n, dtype)
     right = jnp.zeros(n, dtype)
-    for lo, hi in _chunks(kernel.shape[1], chunk):
-        logits = _logits(hidden, kernel[:, lo:hi], cap)
+    for lo, hi in vocabulary_chunks(kernel.shape[1], chunk):
+        logits = vocabulary_logits(hidden, kernel[:, lo:hi], cap)
         new_peak = jnp.maximum(peak, jnp.max(logits, axis=-1))
         total = total * jnp.exp(peak - new_peak) + jnp.sum(jnp.exp(logits - new_peak[..., None]), axis=-1)
         peak = new_peak
@@ -143,9 +145,9 @@ def _chunked_backward(chunk, cap, residuals, cotangents):
     d_lse, d_right = cotangents
     d_hidden = jnp.zeros(hidden.shape, lse.dtype)
     d_kernel, rows = [], tuple(range(hidden.ndim - 1))
-    for lo, hi in _chunks(kernel.shape[1], chunk):
+    for lo, hi in vocabulary_chunks(kernel.shape[1], chunk):
         columns = kernel[:, lo:hi]
-        logits = _logits(hidden, columns, cap)
+        logits = vocabulary_logits(hidden, columns, cap)
         here = jnp.arange(lo, hi) == targets[..., None]
         d_logits = d_lse[..., None] * jnp.exp(logits - lse[..., None]) + jnp.where(here, d_right[..., None], 0)
         if cap is not None:
@@ -207,8 +209,8 @@ def likeliest(hidden_ND: jax.Array, kernel_DV: jax.Array, chunk: int = 8192) -> 
     """int32 [N], the column of the largest logit of `hidden @ kernel`, the first of equal ones; arguments as above."""
     best = jnp.full(hidden_ND.shape[:-1], -jnp.inf, jnp.promote_types(hidden_ND.dtype, jnp.float32))
     column = jnp.zeros(best.shape, jnp.int32)
-    for lo, hi in _chunks(kernel_DV.shape[1], chunk):
-        logits = _logits(hidden_ND, kernel_DV[:, lo:hi])
+    for lo, hi in vocabulary_chunks(kernel_DV.shape[1], chunk):
+        logits = vocabulary_logits(hidden_ND, kernel_DV[:, lo:hi])
         highest = jnp.max(logits, axis=-1)
         column = jnp.where(highest > best, lo + jnp.argmax(logits, axis=-1).astype(jnp.int32), column)
         best = jnp.maximum(best, highest)

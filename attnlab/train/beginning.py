@@ -2,46 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from attnlab import config as config_lib
 from attnlab import storage
-from attnlab.errors import ConfigError, Damaged, UserError
+from attnlab.errors import Damaged, UserError
 from attnlab.models.initial import Entry
-from attnlab.train import files, metadata, sharding, workdir
-from attnlab.train.checkpoints import Checkpoints
-from attnlab.train.config import RunConfig
-from attnlab.train.processes import Processes
+from attnlab.train import files, sharding, workdir
 from attnlab.train.program import Program
+from attnlab.train.source import Pinned, Source, place_name
 from attnlab.train.state import Model, flat
 
 RECORD = "init_from.json"
 _SHOWN = 6
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Another run, at its newest checkpoint.
-
-    Attributes:
-      place: its workdir, as it was found.
-      path: where that can be read.
-      step: of the checkpoint.
-      model: taken apart.
-    """
-
-    place: str
-    path: pathlib.Path
-    checkpoints: Checkpoints
-    step: int
-    model: Model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,41 +127,6 @@ def _only(tree: Any, wanted: Iterable[str], path: tuple[str, ...] = ()) -> Any:
     return found
 
 
-@contextlib.contextmanager
-def opened(
-    place: pathlib.Path | storage.Url, processes: Processes | None, say: Callable[[str], None]
-) -> Iterator[Source]:
-    """The run in a workdir, local or in a bucket, at its newest checkpoint that is whole.
-
-    Raises:
-      UserError: there is none, or this version of attnlab cannot read its config.
-    """
-    with storage.opened(place) as path:
-        name = place_name(place)
-        if metadata.read_config(path) is None:
-            raise UserError(
-                f"init_from = {name} holds no run (no config.json); allowed: the workdir of a run, trained or imported"
-            )
-        checkpoints = Checkpoints(path, processes=processes)
-        free = lambda: workdir.held_if_free(path)
-        found = checkpoints.first_whole(checkpoints.steps()[::-1], checkpoints.host, say, may_move=free)
-        if found is None:
-            raise UserError(
-                f"init_from = {name} has no checkpoint yet; allowed: a run that has reached its first train.save_every"
-            )
-        step, host = found
-        try:
-            config = config_lib.build(RunConfig, host.config)
-        except ConfigError as error:
-            raise UserError(f"init_from = {name} is of another version of attnlab: {error}") from None
-        yield Source(name, path, checkpoints, step, Model.of(config.model))
-
-
-def place_name(place: pathlib.Path | storage.Url) -> str:
-    """A workdir by the one name that it has from everywhere."""
-    return str(place) if isinstance(place, storage.Url) else str(place.absolute())
-
-
 def fit(source: Source, model: Model) -> Beginning:
     """What of a source becomes what of a model. Layers are counted through the stack, whatever its pattern repeats.
 
@@ -240,7 +183,7 @@ def _listed(parts: list[_Part], among: Iterable[_Part]) -> list[str]:
     return [leaf if len(at) == count[leaf] else f"{leaf}{at}" for leaf, at in places.items()]
 
 
-def require_same(path: pathlib.Path, place: pathlib.Path | storage.Url | None, *, saved: bool) -> None:
+def require_same(path: pathlib.Path, place: pathlib.Path | storage.Url | Pinned | None, *, saved: bool) -> None:
     """Raises UserError where a workdir's run began, or is to begin, otherwise than `place` says.
 
     Args:

@@ -10,8 +10,35 @@ from attnlab import batch as batch_lib
 from attnlab import config as config_lib
 from attnlab import data as data_lib
 from attnlab import models
+from attnlab.models.distillation import Matching
 from attnlab.ops.cross_entropy import CROSS_ENTROPY
+from attnlab.ops.kl_divergence import KL_DIVERGENCE
 from attnlab.train import optimizers, trackers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillConfig(Matching):
+    """A teacher, and what of it is matched.
+
+    Attributes:
+      teacher: workdir of its run, local or in a bucket; its model is as its config.json says.
+      step: of its checkpoint; none: the newest when the run begins.
+    """
+
+    teacher: str
+    step: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        config_lib.require(bool(self.teacher), "teacher", self.teacher, "the workdir of a run")
+        config_lib.require(self.step is None or self.step >= 0, "step", self.step, "0 or more, or none")
+
+
+def _distill(tree: Any, path: str) -> DistillConfig | None:
+    text = tree.text if isinstance(tree, config_lib.Override) else tree
+    if text is None or (isinstance(text, str) and text.lower() in ("none", "null")):
+        return None
+    return tree if isinstance(tree, DistillConfig) else config_lib.build(DistillConfig, tree, path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +50,7 @@ class TrainConfig:
       accumulate: micro-batches that a step's `data.batch` sequences are processed in.
       ema: decay b of the averaged weights w <- w + (1 - min(b, (1 + t)/(10 + t))) (parameters - w) after every update,
         t the updates before it, w at first the first parameters; kept in fp32 beside them; none or 0: there are none.
+      distill: a teacher that the run learns of: see `DistillConfig`; none: it learns of the data alone.
       z_loss: of language models: coefficient of the mean squared log-partition (Chowdhery et al. 2022, PaLM,
         section 5); 0: off.
       loss_chunk: of language models: columns of the vocabulary whose logits a product makes.
@@ -45,6 +73,7 @@ class TrainConfig:
     steps: int = 1000
     accumulate: int = 1
     ema: float | None = None
+    distill: Any = config_lib.node(_distill, default=None)
     z_loss: float = 0.0
     loss_chunk: int = 8192
     loss_impl: str = "auto"
@@ -220,7 +249,19 @@ class RunConfig:
                 value,
                 f"{default} where model.name = {objective.name!r}, whose loss has no such thing",
             )
+        self._require_distillable(objective)
         self.model.require_split(self.mesh.context)
+
+    def _require_distillable(self, objective: type[models.Objective]) -> None:
+        distill, train = self.train.distill, self.train
+        if distill is None:
+            return
+        able = ", ".join(objective.distills) or f"none: model.name = {objective.name!r} has nothing to match"
+        config_lib.require(distill.match in objective.distills, "train.distill.match", distill.match, able)
+        config_lib.require(train.z_loss == 0, "train.z_loss", train.z_loss, "0 beside train.distill")
+        if distill.match == "logits":
+            able = f"{', '.join(KL_DIVERGENCE.names())} beside train.distill.match = 'logits'"
+            config_lib.require(train.loss_impl in KL_DIVERGENCE.names(), "train.loss_impl", train.loss_impl, able)
 
 
 # Fields of `train` that some models' losses read and others know nothing of.
@@ -237,6 +278,7 @@ _FREE_KEYS = (
     "train.sample_tokens",
     "train.on_config_change",
     "train.trackers",
+    "train.distill.teacher",  # what it is, its checkpoint's digest says
     *(f"cluster.{f.name}" for f in dataclasses.fields(ClusterConfig)),
 )
 

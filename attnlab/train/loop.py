@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import pathlib
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +18,8 @@ from attnlab.errors import TrainingFailed
 from attnlab.evaluate import samples
 from attnlab.evaluate.heldout import evaluate
 from attnlab.models.cost import model_cost
-from attnlab.train import beginning, goodput, metadata, optimizers, trackers, workdir
+from attnlab.train import beginning, distill, goodput, metadata, optimizers, trackers, workdir
+from attnlab.train import source as source_lib
 from attnlab.train.checkpoints import Checkpoints, Host
 from attnlab.train.config import RunConfig
 from attnlab.train.hardware import PeakBytes, peak_flops, require_memory
@@ -30,6 +29,7 @@ from attnlab.train.pieces import Layout
 from attnlab.train.processes import Processes
 from attnlab.train.program import Program, open_data
 from attnlab.train.state import TrainState
+from attnlab.train.stop_signals import StopSignals
 from attnlab.train.stragglers import Stragglers
 
 
@@ -58,7 +58,7 @@ def train(
     console: rich.console.Console | None = None,
     *,
     began: float | None = None,
-    init_from: pathlib.Path | storage.Url | None = None,
+    init_from: pathlib.Path | storage.Url | source_lib.Pinned | None = None,
 ) -> Result:
     """Trains in the workdir `path` from its newest checkpoint, or from the start, to `train.steps`.
 
@@ -70,8 +70,8 @@ def train(
       path: the workdir.
       console: where it is told what happens; None: nowhere but in the workdir's log.txt.
       began: from when on the run's time counts (`attnlab.train.goodput`), in seconds since 1970; None: now.
-      init_from: workdir of another run, whose newest checkpoint's parameters are this one's first ones; all else begins
-        anew. A run that has a checkpoint goes on from that.
+      init_from: workdir of another run, whose newest checkpoint's (or the pinned one's) parameters are this one's first
+        ones; all else begins anew. A run that has a checkpoint goes on from that.
 
     Raises:
       UserError: the config, the data or the workdir cannot be used; nothing was overwritten.
@@ -98,10 +98,12 @@ def train(
                 metadata.check_same(path, old, config, saved=last > 0)
             if last < config.train.steps:
                 clock = goodput.Clock(path if processes.first else None, began)
-                source = None
+                source = teacher = None
                 if init_from is not None and newest is None:
-                    source = stack.enter_context(beginning.opened(init_from, processes, report.say))
-                result = _Run(config, path, report, processes, checkpoints, held, clock, source).run()
+                    source = stack.enter_context(source_lib.opened(init_from, processes, report.say))
+                if config.train.distill is not None:
+                    teacher = stack.enter_context(distill.opened(config, path, processes, report.say))
+                result = _Run(config, path, report, processes, checkpoints, held, clock, source, teacher).run()
             else:
                 result = Result(last, newest[1].tokens)
                 if processes.first:
@@ -113,34 +115,6 @@ def train(
         raise
     finally:
         processes.close()
-
-
-class _StopSignals:
-    """Remembers SIGTERM, SIGINT and SIGHUP; a second SIGTERM or SIGINT acts at once.
-
-    A terminal that closes sends SIGHUP more than once. Where it is ignored (nohup) it stays so.
-    """
-
-    def __init__(self) -> None:
-        self.name: str | None = None
-        self._old: dict[int, Any] = {}
-
-    def __enter__(self) -> _StopSignals:
-        if threading.current_thread() is not threading.main_thread():
-            return self
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                self._old[number] = signal.signal(number, self._remember)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _remember(self, number: int, _: Any) -> None:
-        self.name = self.name or signal.Signals(number).name
-        if number != signal.SIGHUP:
-            signal.signal(number, self._old[number])
 
 
 class _Run:
@@ -155,7 +129,8 @@ class _Run:
         checkpoints: Checkpoints,
         held: workdir.Held | None,
         clock: goodput.Clock,
-        source: beginning.Source | None = None,
+        source: source_lib.Source | None = None,
+        teacher: distill.Teacher | None = None,
     ):
         self.config, self.path, self.processes, self.checkpoints, self.held = config, path, processes, checkpoints, held
         self._spent, self._stragglers = clock, Stragglers()
@@ -165,15 +140,17 @@ class _Run:
         self._held_at_most = PeakBytes()
         c = config
         self.data = open_data(c)
-        self.program = Program.of(c)
+        self.program = Program.of(c, teaching=None if teacher is None else teacher.teaching)
         self.mesh = self.program.mesh
         self._beginning = None if source is None else beginning.fit(source, self.program.model)
+        if teacher is not None:
+            teacher.require_fit(c, self.program.model, self.data)
         size = memory.size(self.program.state)
         saved = len(checkpoints.steps())
         if processes.first:
             kept = 0 if storage.mirrored(path) else c.train.keep + 1 - saved  # in a bucket one at a time is staged
             workdir.require_space(path, size * max(kept + 1, 1))
-        require_memory(c, memory.size(self.program.batch), size)
+        require_memory(c, memory.size(self.program.batch), size + memory.size(self.program.teacher))
 
         self.loader = self.data.training(seed=c.seed, rows=self.program.rows(c.data.batch))
         self.micro, self.heldout = self.data.resized(c.data.batch // c.train.accumulate), None
@@ -181,12 +158,7 @@ class _Run:
             count, rows = c.train.eval_batches * c.train.accumulate or None, self.program.rows(self.micro.config.batch)
             self.heldout = self.micro.heldout(batches=count, rows=rows)
         self._say(self.data.describe(self.loader.summary()))
-        warmup = optimizers.warmup_steps(c.optimizer.warmup, c.train.steps)
-        if c.optimizer.warmup >= 1 and warmup != c.optimizer.warmup:
-            self._say(
-                f"optimizer.warmup = {c.optimizer.warmup} is not below train.steps ({c.train.steps}): "
-                f"the warm-up is {warmup} steps"
-            )
+        self._say_warmup()
         processes.meet()
         self.local: LocalCheckpoints | None = None
         if c.train.local_checkpoint_every:
@@ -200,14 +172,27 @@ class _Run:
         self._serial = jax.default_backend() == "cpu" and self.mesh.size > 1
         cost = self.program.traced(model_cost)(c.model, c.data.length)
         self._flops_per_token = 3 * cost.total_flops
-        self._peak = peak_flops(self.mesh.size)
+        self._peak = peak_flops(self.mesh.size) if teacher is None else None  # whose work is not counted
         self._say(
             f"{cost.parameters:,} parameters, {self._flops_per_token / 1e6:,.1f} MFLOPs per token, "
             f"{self.mesh.size} of {jax.device_count()} x {jax.devices()[0].device_kind}, "
             f"{c.data.batch} x {c.data.length} tokens a step; everything goes to {path}"
         )
+        self._taught: tuple[Any, ...] = ()
+        if teacher is not None:
+            self._say(teacher.line())
+            with self._spent.during("restore"):
+                self._taught = (teacher.params(self.mesh),)
         self.step, self.tokens, self.state = self._start()
+        if teacher is not None and processes.first:
+            distill.write(path, teacher)
         self._describe()
+
+    def _say_warmup(self) -> None:
+        given, steps = self.config.optimizer.warmup, self.config.train.steps
+        warmup = optimizers.warmup_steps(given, steps)
+        if given >= 1 and warmup != given:
+            self._say(f"optimizer.warmup = {given} is not below train.steps ({steps}): the warm-up is {warmup} steps")
 
     def _start(self) -> tuple[int, int, TrainState]:
         """Step, tokens and state of the newest checkpoint, to whose place in the data the loader goes; or new ones."""
@@ -253,7 +238,7 @@ class _Run:
             stack.callback(self.loader.close)
             stack.callback(self._stop_profile)
             self.progress = stack.enter_context(Progress(self._report, c.steps, self.step))
-            signals = stack.enter_context(_StopSignals())
+            signals = stack.enter_context(StopSignals())
             self._clock = time.perf_counter()
             self._clock_step = self.step
             pending: tuple[int, Any] | None = None
@@ -266,7 +251,7 @@ class _Run:
                         batch = next(self.loader)
                     batch = self.program.put(batch)
                     with ops.recording() as chosen, self._spent.on_device():  # recorded is what is traced: the first
-                        self.state, metrics = self.program.train_step(self.state, batch)
+                        self.state, metrics = self.program.train_step(self.state, batch, *self._taught)
                         if self._serial:
                             jax.block_until_ready(self.state)
                     self.program.chosen = self.program.chosen or chosen.table()
@@ -385,7 +370,8 @@ class _Run:
             self.log.write(record)
         self.trackers.log(step, record)
         self._spent.write(step)
-        self.progress.update(step, record, spread.note(record["step_seconds"]) if spread else "")
+        notes = distill.note(values), spread.note(record["step_seconds"]) if spread else ""
+        self.progress.update(step, record, "  ".join(filter(None, notes)))
         return evaluation
 
     def _require_workdir(self) -> None:

@@ -20,11 +20,13 @@ from jax.sharding import Mesh
 from attnlab import data as data_lib
 from attnlab import models, ops
 from attnlab.batch import Spec, require_match
+from attnlab.errors import UserError
 from attnlab.parallel import partition
 from attnlab.train import optimizers, sharding
 from attnlab.train.config import RunConfig
 from attnlab.train.state import Model, TrainState, first_state, init_state, state_shardings
 from attnlab.train.step import make_eval_step, make_train_step
+from attnlab.train.teaching import Teaching
 
 _most = 4  # programs that are shared: each holds what was compiled for it
 
@@ -36,22 +38,38 @@ class Program:
       config: of a run; its seed, names and paths do not matter.
       devices: those to use; None: all that this program runs on.
       batches: whether batches of the config's shape will be run, which its mesh must then divide.
+      teaching: of `train.distill`, where train steps will be run.
 
     Attributes:
       chosen: the implementation of each op in the train step, once that was traced; see `attnlab.ops.recording`.
     """
 
-    def __init__(self, config: RunConfig, devices: Sequence[Any] | None = None, *, batches: bool = True):
-        self.config, self._devices, self._batches = config, devices, batches
+    def __init__(
+        self,
+        config: RunConfig,
+        devices: Sequence[Any] | None = None,
+        *,
+        batches: bool = True,
+        teaching: Teaching | None = None,
+    ):
+        self.config, self._devices, self._batches, self.teaching = config, devices, batches, teaching
         self.chosen: dict[str, Any] = {}
         self._compiled_init: Any = None
 
     @classmethod
-    def of(cls, config: RunConfig, devices: Sequence[Any] | None = None, *, batches: bool = True) -> Program:
+    def of(
+        cls,
+        config: RunConfig,
+        devices: Sequence[Any] | None = None,
+        *,
+        batches: bool = True,
+        teaching: Teaching | None = None,
+    ) -> Program:
         """The program of a config, shared with the runs of this process that compute the same; see the class."""
-        key = (_computed(config), None if devices is None else tuple(devices), batches)
+        taught = None if teaching is None else teaching.key
+        key = (_computed(config), None if devices is None else tuple(devices), batches, taught)
         if key not in _shared:
-            _shared[key] = cls(config, devices, batches=batches)
+            _shared[key] = cls(config, devices, batches=batches, teaching=teaching)
         _shared.move_to_end(key)
         while len(_shared) > _most:
             _shared.popitem(last=False)
@@ -117,6 +135,11 @@ class Program:
         """ShapeDtypeStructs of the whole state, with their shardings."""
         return _placed(self.shapes, self.shardings)
 
+    @property
+    def teacher(self) -> tuple[Any, ...]:
+        """What the train step takes after the batch: the shapes of the teacher's parameters, or nothing."""
+        return () if self.teaching is None else (self.teaching.params(self.mesh),)
+
     @functools.cached_property
     def batch_spec(self) -> Spec:
         """What the model takes."""
@@ -143,7 +166,7 @@ class Program:
             options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None  # it runs once
             with concurrent.futures.ThreadPoolExecutor(1) as pool, ops.recording() as chosen:
                 init = pool.submit(lowered.compile, options)
-                self.train_step.lower(self.state, self.batch).compile()
+                self.train_step.lower(self.state, self.batch, *self.teacher).compile()
                 self._compiled_init = init.result()
             self.chosen = chosen.table()
         return self._compiled_init(seed)
@@ -155,10 +178,18 @@ class Program:
 
     @functools.cached_property
     def train_step(self) -> Any:
-        """`train_step(state, batch) -> (state, metrics)`, jitted; the state given is donated."""
+        """`train_step(state, batch) -> (state, metrics)`, jitted; the state given is donated.
+
+        With a teacher its parameters come third. UserError if the config has one and this program was not told.
+        """
         c = self.config
+        if c.train.distill is not None and self.teaching is None:
+            raise UserError(
+                f"train.distill.teacher = {c.train.distill.teacher} is opened by `attnlab train` alone; "
+                "allowed here: train.distill = none"
+            )
         factors = optimizers.factors(c.optimizer, self.model.usages) if c.optimizer.rates else None
-        step = make_train_step(self.model, self.tx, c.train, self.rate, self.mesh, factors)
+        step = make_train_step(self.model, self.tx, c.train, self.rate, self.mesh, factors, self.teaching)
         return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
 
     @functools.cached_property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from attnlab.parallel import partition
 from attnlab.train import sharding
 from attnlab.train.config import TrainConfig
 from attnlab.train.state import Model, TrainState
+from attnlab.train.teaching import Teaching
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -35,8 +37,9 @@ def make_train_step(
     rate: optax.Schedule,
     mesh: Mesh | None = None,
     factors: Any = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The step `(state, batch) -> (state, metrics)`.
+    teaching: Teaching | None = None,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The step `(state, batch) -> (state, metrics)`; with a teacher `(state, batch, its parameters)`.
 
     The loss is the mean over the weights of the whole batch, however it is split into micro-batches or over devices. A
     step whose loss or gradients are not finite changes no parameter and no moment, and is counted.
@@ -48,24 +51,29 @@ def make_train_step(
       rate: learning rate by step, for the metrics.
       mesh: where it runs; None: on one device.
       factors: tree like the parameters; no gradient is computed where it is 0. None: all have one.
+      teaching: of what teacher the model learns; None: of the data alone.
     """
 
     options = {name: getattr(config, name) for name in model.objective.options}
 
-    def micro_loss(params: Any, micro: Batch, key: jax.Array | None) -> tuple[jax.Array, Metrics]:
+    def micro_loss(teacher: Any, params: Any, micro: Batch, key: jax.Array | None) -> tuple[jax.Array, Metrics]:
         """Loss summed over the micro-batch, and the sums of all that is logged."""
         if factors is not None:
             params = jax.tree.map(lambda f, p: p if f else jax.lax.stop_gradient(p), factors, params)
-        sums = model.merge(params).loss(micro, key, options)
+        if teaching is None:
+            sums = model.merge(params).loss(micro, key, options)
+        else:
+            other = teaching.model.merge(jax.lax.stop_gradient(teacher))
+            sums = model.merge(params).distill(other, micro, key, options, teaching.matching)
         logged = sums.losses | sums.metrics
         require_own(name for name in logged if name in _RESERVED or name.startswith("heldout_"))
         return sums.total, logged | {"weight": sums.weight, "tokens": sums.tokens}
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Batch, teacher: Any = None) -> tuple[TrainState, Metrics]:
         key = None
         if model.config.dropout:
             key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        gradient = jax.value_and_grad(micro_loss, has_aux=True)
+        gradient = jax.value_and_grad(functools.partial(micro_loss, teacher), has_aux=True)
         if config.accumulate == 1:
             (_, sums), grads = gradient(state.params, batch, key)
         else:

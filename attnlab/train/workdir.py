@@ -20,8 +20,8 @@ from attnlab.train import files
 
 # What a run writes. A file's place may hold that file and nothing else, not even a link to one: it is replaced.
 _FILES = (
-    "lock", "config.json", "init_from.json", "run.json", "metrics.jsonl", "goodput.jsonl", "trackers.json", "log.txt",
-    "samples.txt",
+    "lock", "config.json", "init_from.json", "distill.json", "run.json", "metrics.jsonl", "goodput.jsonl",
+    "trackers.json", "log.txt", "samples.txt",
 )  # fmt: skip
 _DIRECTORIES = ("checkpoints", "damaged_checkpoints", "tensorboard", "profile")
 

@@ -25,6 +25,7 @@ from attnlab.ops.dynamic_mask_attention import DYNAMIC_MASK_ATTENTION, dynamic_m
 from attnlab.ops.flow_attention import FLOW_ATTENTION, flow_attention
 from attnlab.ops.flow_definition import FlowRule
 from attnlab.ops.gathered_attention import GATHERED_ATTENTION, chosen_attention
+from attnlab.ops.kl_divergence import KL_DIVERGENCE, kl_divergence
 from attnlab.ops.linear_recurrence import LINEAR_RECURRENCE, linear_recurrence
 from attnlab.ops.local_linear import LOCAL_LINEAR, local_linear
 from attnlab.ops.log_linear import LOG_LINEAR, log_linear
@@ -113,6 +114,15 @@ def _cross_entropy(impl: str) -> tuple[Callable, list[jax.Array]]:
     weights = (jnp.arange(22.0) % 4 / 2).reshape(2, 11)
     targets = jnp.where(weights == 0, -5, targets)
     return lambda h, w: cross_entropy(h, w, targets, weights, 8, impl), [hidden, kernel]
+
+
+def _kl(impl: str) -> tuple[Callable, list[jax.Array]]:
+    """An odd vocabulary, rows that do not count, a wider teacher, capped logits."""
+    hidden, kernel = arrays(1, (2, 11, 16))[0], arrays(1, (16, 29), seed=1)[0]
+    teacher = arrays(1, (2, 11, 24), seed=2)[0], arrays(1, (24, 29), seed=3)[0]
+    weights = (jnp.arange(22.0) % 4 / 2).reshape(2, 11)
+    run = lambda h, w: kl_divergence(h, w, *teacher, weights, 2.0, 8, impl, cap=3.0, teacher_cap=5.0)
+    return run, [hidden, kernel]
 
 
 def _flow(causal: bool, impl: str) -> tuple[Callable, list[jax.Array]]:
@@ -216,6 +226,7 @@ CASES: dict[str, tuple[Op, dict[str, Callable[[str], tuple[Callable, list[jax.Ar
         },
     ),
     "cross_entropy": (CROSS_ENTROPY, {"short": _cross_entropy}),
+    "kl_divergence": (KL_DIVERGENCE, {"short": _kl}),
     "dynamic_mask_attention": (DYNAMIC_MASK_ATTENTION, {"short": _dynamic_mask}),
     "mesa": (MESA, {"short": _mesa}),
     "multi_token_attention": (MULTI_TOKEN_ATTENTION, {"short": _multi_token}),

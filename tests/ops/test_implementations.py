@@ -7,7 +7,11 @@ from tests.ops import implementations
 from tests.test_imports import trees
 
 EACH = [(op, impl) for op, (table, _) in implementations.CASES.items() for impl in implementations.names(table)]
-ALONE = {"cross_entropy", "segmented_ema"}  # the battery of mixers holds the others to their definitions
+ALONE = {
+    "cross_entropy",
+    "kl_divergence",
+    "segmented_ema",
+}  # the battery of mixers holds the others to their definitions
 
 
 @tiers.parametrize("op, impl", EACH, often=[(op, impl) for op, impl in EACH if op in ALONE and impl != "pallas"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import pytest
 from attnlab import cli
 from attnlab.errors import UserError
 from attnlab.train import beginning, loop, restore
+from attnlab.train import source as source_lib
 from attnlab.train.checkpoints import Checkpoints
 from attnlab.train.program import Program
 from attnlab.train.state import Model, flat
@@ -48,7 +50,7 @@ def begun(source, **overrides):
 
 def plan(path, model):
     """What of the run in `path` becomes what of a model, and that run's own model."""
-    with beginning.opened(path, None, print) as found:
+    with source_lib.opened(path, None, print) as found:
         return beginning.fit(found, model), found.model
 
 
@@ -92,7 +94,7 @@ def test_another_mixer_in_one_layer(source, trained):
     config = begun(source, model__pattern="MG", model__mixers={"M": {"name": "softmax", "heads": 2}, "G": GATED})
     program = Program(config)
     begin, theirs = plan(v, program.model)
-    with beginning.opened(v, None, print) as found:
+    with source_lib.opened(v, None, print) as found:
         values = beginning.fit(found, program.model).params(program, 7, print)
     values, own = (layers(program.model, arrays(tree)) for tree in (values, program.model.init(7)))
     there = layers(theirs, params)
@@ -113,7 +115,7 @@ def test_a_mixer_that_lacks_something(source, trained):
     assert set(begin.kept) >= ours - theirs.entries.keys()
     assert begin.dropped and all(leaf.startswith(branch) for leaf in (*begin.dropped, *begin.kept))
     assert set(begin.dropped) >= {leaf for leaf in theirs.entries if leaf.startswith(branch)} - ours
-    back = beginning.Source("w", v, begin.source.checkpoints, 0, model)
+    back = dataclasses.replace(begin.source, place="w", step=0, model=model)
     assert beginning.fit(back, theirs).kept == begin.dropped and beginning.fit(back, theirs).dropped == begin.kept
 
 
@@ -121,7 +123,7 @@ def test_more_layers_keep_their_own_values(source, trained):
     """A deeper stack takes V's layers as its first ones."""
     v, params = trained
     program = Program(begun(source, model__layers=3))
-    with beginning.opened(v, None, print) as found:
+    with source_lib.opened(v, None, print) as found:
         begin = beginning.fit(found, program.model)
         values = arrays(begin.params(program, 7, print))
     assert begin.kept and all(name.endswith("[2]") for name in begin.kept)

@@ -1,0 +1,433 @@
+"""A run that learns of another one: what is matched, what is not touched, what is refused."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab import config as config_lib
+from attnlab.errors import ConfigError, UserError
+from attnlab.mixers import Sequence
+from attnlab.models.distillation import Matching, relative_errors
+from attnlab.ops.kl_divergence import kl_divergence
+from attnlab.train import distill, loop, restore
+from attnlab.train import source as source_lib
+from attnlab.train.program import Program, open_data
+from attnlab.train.state import flat
+from attnlab.train.teaching import Teaching
+from tests.train import runs
+from tests.train.test_step import ragged_batch
+
+SOFTMAX = {"name": "softmax", "heads": 2}
+HYBRID = {"model__pattern": "ML", "model__mixers": {"M": SOFTMAX, "L": {"name": "lightning", "heads": 2}}}
+FROZEN = ("*=0", "transformer.periods.blocks.1.sublayers.0.*=1")
+LAYERS = {"match": "layers"}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    os.environ["ATTNLAB_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    return runs.corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def trained(source, tmp_path_factory):
+    """The workdir of a teacher."""
+    path = tmp_path_factory.mktemp("trained") / "v"
+    loop.train(
+        runs.config(source, train__steps=2, train__eval_every=0, train__sample_tokens=0, train__save_every=1), path
+    )
+    return path
+
+
+def student(source, teacher, matching, **overrides):
+    """The config of a student whose second layer is linear."""
+    given = {"seed": 5, "train__steps": 4, "train__eval_every": 0, "train__save_every": 2, "train__sample_tokens": 0,
+             "train__distill": {"teacher": str(teacher), **matching}, **HYBRID, **overrides}  # fmt: skip
+    if matching.get("match") == "layers":
+        given.setdefault("optimizer__rates", FROZEN)
+    return runs.config(source, **given)
+
+
+def arrays(tree):
+    return {name: np.asarray(leaf) for name, leaf in flat(tree).items()}
+
+
+def programs(matching=None, student_overrides=HYBRID, **overrides):
+    """Programs of a teacher and of a student of it, and parameters of both, float64 where asked for."""
+    teacher = Program.of(runs.config("stdlib", model__layers=4, **overrides))
+    given = {"model__layers": 4, **student_overrides, **overrides}
+    plain = Program.of(runs.config("stdlib", **given))
+    matched = Matching(**(matching or {})).resolved(plain.config.model, teacher.config.model)
+    return teacher, plain, matched, teacher.model.init(1), plain.model.init(2)
+
+
+# The losses against their definitions.
+
+
+def test_divergence_is_its_definition():
+    """Value and gradients in float64, by chunks and over three temperatures' worth of one, padding NaN."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        h, w, g, v = (rng.normal(size=s) for s in ((6, 5), (5, 13), (6, 7), (7, 13)))
+        weights = np.array([1, 0.5, 0, 2, 1, 1.0])
+        h[2], g[2] = np.nan, np.nan
+        T, cap = 2.5, 1.5
+
+        def made(h, w):
+            used = weights != 0
+            z, t = cap * np.tanh(h[used] @ w / cap) / T, (g[used] @ v) / T
+            log = lambda x: x - np.log(np.exp(x).sum(-1, keepdims=True))
+            p = np.exp(log(t))
+            kl = (p * (log(t) - log(z))).sum(-1)
+            slope = (np.exp(log(z)) - p) / T * weights[used][:, None] * (1 - np.tanh(h[used] @ w / cap) ** 2)
+            d_h = np.zeros_like(h)
+            d_h[used] = slope @ w.T
+            return (weights[used] * kl).sum(), d_h, h[used].T @ slope
+
+        for impl in ("definition", "chunked"):
+            run = lambda h, w, impl=impl: kl_divergence(h, w, g, v, jnp.asarray(weights), T, 4, impl, cap=cap).sum()
+            value, slopes = jax.value_and_grad(run, (0, 1))(jnp.asarray(h), jnp.asarray(w))
+            for found, wanted in zip((value, *slopes), made(h, w), strict=True):
+                np.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-12)
+        same = kl_divergence(jnp.asarray(g), v, g, v, jnp.asarray(weights), T, 4)
+        assert not np.any(same)
+        theirs = jax.grad(lambda g, v: kl_divergence(jnp.asarray(h), w, g, v, jnp.asarray(weights)).sum(), (0, 1))
+        assert not any(map(np.any, theirs(jnp.asarray(g), jnp.asarray(v))))
+
+
+def test_relative_errors_are_their_definition():
+    """Each document by itself: its weight times weighted errors over weighted sizes; no padding."""
+    with jax.enable_x64(True):
+        segments = np.array([[1, 1, 1, 2, 2, 0], [3, 3, 4, 5, 5, 5]], np.int32)
+        weights = np.array([[1, 0.5, 2, 1, 0, 0], [1, 1, 1, 3, 1, 1.0]])
+        rng = np.random.default_rng(1)
+        error, size = rng.uniform(0.1, 2, (2, 2, 6))
+        size[1, 2] = 0  # a document of one position
+        error[0, 5] = size[0, 5] = np.nan
+        seq = Sequence(jnp.zeros((2, 6), jnp.int32), jnp.asarray(segments)).derived()
+        found, slopes = jax.value_and_grad(lambda e: relative_errors(e, size, jnp.asarray(weights), seq).sum())(
+            jnp.asarray(error)
+        )
+        wanted, wanted_slopes = 0.0, np.zeros((2, 6))
+        for row in range(2):
+            for document in set(segments[row]) - {0}:
+                at = segments[row] == document
+                w, total = weights[row, at], (weights[row, at] * size[row, at]).sum()
+                scale = w.sum() / total if total else 1.0
+                wanted += scale * (w * error[row, at]).sum()
+                wanted_slopes[row, at] = scale * w
+        np.testing.assert_allclose(found, wanted, rtol=1e-12)
+        np.testing.assert_allclose(slopes, wanted_slopes, rtol=1e-12)
+
+
+def by_hand(teacher, student, batch, matching):
+    """The layers' loss written out: the teacher's stack one sublayer after the other, the student's beside it."""
+    x, seq = teacher.embedded(batch), teacher.sequence(batch).derived()
+    blocks = lambda model: [block for period in model.transformer.unstacked() for block in period.blocks]
+    total = 0.0
+    for layer, (own, other) in enumerate(zip(blocks(student), blocks(teacher), strict=True)):
+        mixed = x + (wanted := other.sublayers[0].added(x, seq).y)
+        after = mixed + other.sublayers[1].added(mixed, seq).y
+        made = own.sublayers[0].added(x, seq).y
+        if matching.at == "block":
+            made, wanted = made + own.sublayers[1].added(x + made, seq).y, after - x
+        if layer in matching.layers:
+            for row in range(x.shape[0]):
+                for document in np.unique(batch["segments"][row]):
+                    at = np.flatnonzero(batch["segments"][row] == document)
+                    if document:
+                        share = jnp.sum((made - wanted)[row, at] ** 2) / jnp.sum(wanted[row, at] ** 2)
+                        total += len(at) * share / len(matching.layers)
+        x = after
+    return total
+
+
+def packed_batch():
+    """Two rows, one of two documents and padding, one of one document."""
+    rng = np.random.default_rng(3)
+    tokens = rng.integers(0, 257, (2, 13)).astype(np.int32)
+    segments = np.array([[1] * 5 + [2] * 4 + [0] * 3, [1] * 12], np.int32)
+    positions = np.array([[*range(5), *range(4), 0, 0, 0], [*range(12)]], np.int32)
+    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segments": segments, "positions": positions}
+
+
+OPTIONS = {"z_loss": 0.0, "loss_chunk": 100, "loss_impl": "auto"}
+
+
+@pytest.mark.parametrize("chosen", [{}, {"at": "block", "layers": (0, 1, 2)}], ids=["mixer", "block"])
+def test_layers_are_fed_what_the_teachers_are(chosen):
+    """Values and gradients in float64 of stacks of other patterns, scanned together, against the loop over layers."""
+    with jax.enable_x64(True):
+        teacher, plain, matched, theirs, ours = programs({**LAYERS, **chosen}, model__dtype="float64")
+        assert matched.layers == chosen.get("layers", (1, 3))
+        batch, other = packed_batch(), teacher.model.merge(theirs)
+
+        def scanned(params):
+            sums = plain.model.merge(params).distill(other, batch, None, OPTIONS, matched)
+            return sums.total, sums
+
+        written = jax.jit(jax.value_and_grad(lambda p: by_hand(other, plain.model.merge(p), batch, matched)))
+        (value, sums), slopes = jax.jit(jax.value_and_grad(scanned, has_aux=True))(ours)
+        wanted, wanted_slopes = written(ours)
+        np.testing.assert_allclose(value, wanted, rtol=1e-10)
+        assert sums.weight == sums.tokens == 21
+        each = [sums.metrics[f"distill_layer_{i}"] for i in matched.layers]
+        np.testing.assert_allclose(np.mean(each), value, rtol=1e-12)
+        for name, slope in arrays(wanted_slopes).items():
+            np.testing.assert_allclose(arrays(slopes)[name], slope, rtol=1e-8, atol=1e-12, err_msg=name)
+
+
+@functools.cache
+def losses(kind):
+    """A jitted `(student, teacher, batch) -> loss, metrics`, and parameters of two seeds of one model."""
+    matching = {"logits": {"temperature": 2.0, "cross_entropy": 0.25}, "layers": {**LAYERS, "layers": (0, 1)}}[kind]
+    program = Program.of(runs.config("stdlib"))
+    matched = Matching(**matching).resolved(program.config.model, program.config.model)
+
+    def loss(params, theirs, batch):
+        merge = program.model.merge
+        sums = merge(params).distill(merge(theirs), batch, None, OPTIONS, matched)
+        return sums.total, sums.metrics | {"weight": sums.weight}
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True)), program.model.init(0), program.model.init(1)
+
+
+@pytest.mark.parametrize("kind", ["logits", "layers"])
+def test_a_student_that_is_its_teacher_has_no_loss(kind):
+    """Exactly 0; of another one the loss is no 0, and no gradient goes to it."""
+    run, params, others = losses(kind)
+    (_, metrics), _ = run(params, params, packed_batch())
+    parts = [value for name, value in metrics.items() if name.startswith("distill_") and "entropy" not in name]
+    assert parts and not any(map(float, parts))
+    (_, metrics), slopes = run(params, others, packed_batch())
+    assert all(float(metrics[name]) > 0.01 for name in metrics if name.startswith("distill_"))
+    assert any(map(np.any, jax.tree.leaves(slopes[0]))) and not any(map(np.any, jax.tree.leaves(slopes[1])))
+
+
+def test_logits_are_matched_at_a_temperature():
+    """(1 - a) T^2 KL + a cross-entropy over tokens, in NumPy of both models' logits."""
+    run, params, others = losses("logits")
+    batch, model = packed_batch(), Program.of(runs.config("stdlib")).model
+    used = batch["segments"] > 0
+
+    @jax.jit
+    def logits(params):
+        merged = model.merge(params)
+        return merged.logits(merged.encoded(merged.embedded(batch), merged.sequence(batch), None).y)
+
+    z, t = (np.asarray(logits(p), np.float64)[used] for p in (params, others))
+    log = lambda x: x - np.log(np.exp(x).sum(-1, keepdims=True))
+    kl = (np.exp(log(t / 2)) * (log(t / 2) - log(z / 2))).sum()
+    nll = -np.take_along_axis(log(z), batch["targets"][used][:, None], axis=-1).sum()
+    (total, metrics), _ = run(params, others, batch)
+    for found, wanted in (
+        (metrics["distill_kl"], 4 * kl), (metrics["distill_cross_entropy"], nll), (total, 0.75 * 4 * kl + 0.25 * nll),
+        (metrics["weight"], used.sum()),
+    ):  # fmt: skip
+        np.testing.assert_allclose(found, wanted, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["logits", "layers"])
+def test_documents_and_padding(kind):
+    """A packed row's loss is that of its documents in rows of their own; what stands in padding is nothing."""
+    run, params, others = losses(kind)
+    batch = packed_batch()
+    (packed, _), slopes = run(params, others, batch)
+    alone = {name: np.zeros((3, 12), np.int32) for name in batch}
+    for row, (of, at) in enumerate([(0, slice(0, 5)), (0, slice(5, 9)), (1, slice(0, 12))]):
+        for name in alone:
+            alone[name][row, : at.stop - at.start] = batch[name][of, at]
+    (apart, _), slopes_apart = run(params, others, alone)
+    np.testing.assert_allclose(packed, apart, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(slopes[0]), jax.tree.leaves(slopes_apart[0]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+    other = {name: value.copy() for name, value in batch.items()}
+    other["tokens"][0, 9:], other["targets"][0, 9:] = 7, 8
+    assert run(params, others, other)[0][0] == packed
+
+
+# Runs.
+
+
+def taught(config, teacher_model, params):
+    """Metrics of three steps of a program, and the state after them."""
+    matching = config.train.distill.resolved(config.model, teacher_model.config)
+    program = Program.of(config, teaching=Teaching(teacher_model, matching))
+    placed = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), params, program.teacher[0])
+    state, found = program.init(0), []
+    for _ in range(3):
+        state, metrics = program.train_step(state, program.put(ragged_batch()), placed)
+        found.append(jax.device_get(metrics))
+    return found, state, placed
+
+
+MESHES = ({"data": 1, "fsdp": 2, "context": 2, "tensor": 2},)
+
+
+@pytest.mark.parametrize("matching", [{"temperature": 2.0, "cross_entropy": 0.25}, LAYERS], ids=["logits", "layers"])
+def test_meshes_and_accumulation_change_nothing(matching):
+    """Three steps on eight devices, in two micro-batches, have one device's losses; the teacher is split and stays."""
+    teacher = Program.of(runs.config("stdlib"))
+    params = jax.device_get(teacher.model.init(1))
+    make = functools.partial(student, "stdlib", "v", matching, optimizer__clip=0.5)
+    whole, state, _ = taught(make(), teacher.model, params)
+    for mesh in MESHES:
+        split, _, placed = taught(make(mesh=mesh, train__accumulate=2), teacher.model, params)
+        for a, b in zip(split, whole, strict=True):
+            assert a.keys() == b.keys() and any(name.startswith("distill_") for name in a)
+            for name in a:
+                np.testing.assert_allclose(a[name], b[name], rtol=2e-4, atol=2e-5, err_msg=name)
+        assert len(placed["embedding"].sharding.device_set) == 8
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(placed), params)
+    if matching == LAYERS:
+        first, last = arrays(Program.of(make()).init(0).params), arrays(state.params)
+        moved = {name for name in first if np.any(first[name] != last[name])}
+        assert moved and all(name.startswith("transformer.periods.blocks.1.sublayers.0.") for name in moved)
+
+
+def test_a_run_goes_on_bit_for_bit(source, trained, tmp_path, monkeypatch):
+    """Broken off, it ends as an unbroken one, with its first teacher, though that trained on or has moved."""
+    config = student(source, trained, {"cross_entropy": 0.5}, train__log_every=1)
+    said = runs.run(config, tmp_path / "unbroken")
+    assert f"learns of {trained} at step 2: logits at temperature 1, and 0.5 of cross-entropy" in said
+    assert "distill" not in str(sorted(p.name for p in (tmp_path / "unbroken" / "checkpoints").rglob("*")))
+    assert all(f"{part} " in said.partition("step 1/4")[2].partition("\n")[0] for part in ("kl", "cross entropy"))
+    lines = runs.lines(tmp_path / "unbroken")
+    for line in lines:
+        np.testing.assert_allclose(
+            line["loss"], 0.5 * line["distill_kl"] + 0.5 * line["distill_cross_entropy"], rtol=1e-5
+        )
+    moved = shutil.copytree(trained, tmp_path / "moved")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        real = loop._Run._finish
+
+        def finish(self, step, *args, **kwargs):
+            if step > 2:
+                raise KeyboardInterrupt
+            return real(self, step, *args, **kwargs)
+
+        patch.setattr(loop._Run, "_finish", finish)
+        loop.train(config, tmp_path / "w")
+    known = json.loads((tmp_path / "w" / distill.RECORD).read_text())
+    assert (known["teacher"], known["step"]) == (str(trained), 2) and len(known["digest"]) == 64
+    shutil.copytree(moved / "checkpoints" / "2", moved / "checkpoints" / "3")  # a newer one, which is not looked at
+    loop.train(student(source, moved, {"cross_entropy": 0.5}, train__log_every=1), tmp_path / "w")
+    assert runs.lines(tmp_path / "w") == lines
+    found, wanted = (arrays(restore.load(tmp_path / name, "4").params) for name in ("w", "unbroken"))
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+    other = student(source, tmp_path / "unbroken", {"cross_entropy": 0.5}, train__log_every=1, train__steps=5,
+                    train__on_config_change="continue")  # fmt: skip
+    said = (
+        f"learns of {moved} at step 2 .digest {known['digest'][:12]}.; .*unbroken has another checkpoint of that step"
+    )
+    with pytest.raises(UserError, match=said):
+        loop.train(other, tmp_path / "w")
+    shutil.rmtree(moved / "checkpoints" / "2")
+    gone = student(source, moved, {"cross_entropy": 0.5}, train__steps=5, train__on_config_change="continue")
+    with pytest.raises(UserError, match="has no checkpoint of step 2; allowed: 1, 3"):
+        loop.train(gone, tmp_path / "w")
+
+
+WIDE = {"model__width": 32}
+
+
+@pytest.mark.parametrize("matching, overrides, message", [
+    ({}, {"model__vocab": 300}, r"model.vocab = 300 is not possible; allowed: the teacher's, 260 \(train.distill"),
+    (LAYERS, WIDE, r"model.width = 32 is not possible; allowed: the teacher's, 16"),
+    (LAYERS, {"model__layers": 4}, r"model.layers = 4 is not possible; allowed: the teacher's, 2"),
+    (LAYERS, {"model__pattern": "M", "model__mixers": {"M": SOFTMAX}, "optimizer__rates": ()},
+     r"model.pattern = 'M' is not possible; allowed: a model with another mixer"),
+    ({**LAYERS, "layers": (1, 2)}, {}, r"train.distill.layers = \(1, 2\) is not possible; allowed: below 2"),
+    (LAYERS, {"model__pattern": "M+LL"}, r"train.distill.at = 'mixer' .* layer 0 has 2 mixers .* the teacher's 1 "),
+    (LAYERS, {"optimizer__rates": ()}, r"gives no gradient to embedding, .* optimizer.weight_decay = 0.1 would shrink"),
+    ({}, {"data__length": 64}, r"data.length = 64 is not possible; allowed: 32 or less, the rows that"),
+    ({"step": 7}, {}, r"train.distill.teacher = .* has no checkpoint of step 7; allowed: 1, 2"),
+    ({"teacher": "nowhere"}, {}, r"train.distill.teacher = .*nowhere holds no run .*allowed: the workdir of a run"),
+])  # fmt: skip
+def test_what_does_not_fit_is_refused(source, trained, tmp_path, monkeypatch, matching, overrides, message):
+    """Before anything is compiled, naming both; no workdir is left."""
+    monkeypatch.setattr(Program, "init", None)
+    monkeypatch.setattr(Program, "train_step", None)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        loop.train(student(source, trained, matching, **overrides), tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+
+
+def test_another_tokenizer_is_refused(source, trained, tmp_path, monkeypatch):
+    """As many ids are not the same ids."""
+    monkeypatch.setattr("attnlab.data.tokenizers.BytesTokenizer.fingerprint", lambda self: "bytes-2")
+    said = (
+        "data.tokenizer = 'bytes' .fingerprint bytes-2. is not that of .*, 'bytes' .fingerprint bytes-1.; allowed: the"
+    )
+    with pytest.raises(UserError, match=said):
+        loop.train(student(source, trained, {}), tmp_path / "w")
+
+
+REGRESSION = {"name": "regression", "inputs": 5, "width": 16, "layers": 2, "mixers": {"M": SOFTMAX}}
+
+
+@pytest.mark.parametrize("matching, overrides, message", [
+    ({"match": "states"}, {}, "train.distill.match = 'states' is unknown .*; allowed: logits, layers"),
+    ({"temperature": 0}, {}, "train.distill.temperature = 0.0 is not possible; allowed: above 0"),
+    ({"cross_entropy": 1}, {}, "train.distill.cross_entropy = 1.0 is not possible; allowed: 0 or more, below 1"),
+    ({**LAYERS, "temperature": 2}, {}, "train.distill.temperature = 2.0 .* allowed: 1.0 where match = 'layers'"),
+    ({"layers": (1,)}, {}, r"train.distill.layers = \(1,\) .* allowed: none where match = 'logits'"),
+    ({**LAYERS, "layers": (1, 0)}, {}, "numbers of layers, from 0, rising"),
+    ({}, {"train__z_loss": 0.1}, "train.z_loss = 0.1 is not possible; allowed: 0 beside train.distill"),
+    ({}, {"train__loss_impl": "pallas"}, "train.loss_impl = 'pallas' .* allowed: auto, definition, chunked beside"),
+    ({}, {"model": REGRESSION, "data": {"name": "icl_regression", "d": 4, "examples": 4, "batch": 8}},
+     "train.distill.match = 'logits' .* allowed: none: model.name = 'regression' has nothing to match"),
+])  # fmt: skip
+def test_impossible_configs(matching, overrides, message):
+    """Keys that cannot be, whoever the teacher is."""
+    model = {} if "model" in overrides else HYBRID
+    with pytest.raises(ConfigError, match=message):
+        runs.config("stdlib", train__distill={"teacher": "v", **matching}, **model, **overrides)
+
+
+def test_the_stages_by_name(trained):
+    """configs/distill.py: the teacher's config but for the mixers, and nothing that learns nothing is left to decay."""
+    spec = f"{runs.ROOT}/configs/distill.py:teacher={trained},mixer=lightning,pattern=LT,share=3"
+    with source_lib.opened(trained, None, print) as found:
+        for stage, rate in (("layers", 1), ("logits", 0.25)):
+            config = config_lib.load(loop.RunConfig, f"{spec},stage={stage}")
+            theirs, mixer = found.config, config.model.mixers["L"]
+            assert (config.model.pattern, mixer.node_name, mixer.heads) == ("LM", "lightning", 2)
+            assert config.data == theirs.data and config.train.steps == 3 * theirs.train.steps
+            assert config.optimizer.learning_rate == rate * theirs.optimizer.learning_rate
+            matching = config.train.distill.resolved(config.model, theirs.model)
+            teacher = distill.Teacher(found, found.digest(), Teaching(found.model, matching))
+            teacher.require_fit(config, Program.of(config).model, open_data(config))
+            assert (matching.match, matching.layers) == (stage, (0,) if stage == "layers" else None)
+    wrong = {"teacher=": "teacher = '' is not possible", "mixer=lightening": "did you mean 'lightning'",
+             "pattern=LLT": "one whose length divides model.layers .2.", "pattern=T": "an L or more"}  # fmt: skip
+    for text, said in wrong.items():
+        key = text.partition("=")[0]
+        given = ",".join([text, *(part for part in spec.partition(":")[2].split(",") if not part.startswith(key))])
+        with pytest.raises(ConfigError, match=said):
+            config_lib.load(loop.RunConfig, f"{spec.partition(':')[0]}:{given}")
+
+
+def test_on_the_command_line():
+    """Keys below a teacher that the file does not have, and none."""
+    tree = runs.tree("stdlib", train__distill=None)
+    config_lib.apply_overrides(
+        tree, ["train.distill.teacher=v", "train.distill.match=layers", "train.distill.layers=(0,)"]
+    )
+    config = config_lib.build(loop.RunConfig, tree)
+    assert (config.train.distill.teacher, config.train.distill.layers) == ("v", (0,))
+    assert config_lib.build(loop.RunConfig, config_lib.to_dict(config)) == config
+    config_lib.apply_overrides(tree, ["train.distill=none"])
+    assert config_lib.build(loop.RunConfig, tree).train.distill is None
+    with pytest.raises(UserError, match="train.distill.teacher = v is opened by `attnlab train` alone"):
+        _ = Program(config).train_step
