@@ -368,6 +368,9 @@ def _add_interchange(verbs: Any) -> None:
                      help="of the tensors; default: as it was imported, else float32")  # fmt: skip
     sub.add_argument("--shard-size", type=_size, default=5 * 10**9, metavar="SIZE",
                      help="of a file, at most, e.g. 500MB (5GB)")  # fmt: skip
+    sub.add_argument("--remote-code", action="store_true",
+                     help="where transformers has no such architecture, write PyTorch code beside the tensors, which "
+                          "its trust_remote_code=True loads")  # fmt: skip
 
     more = (
         "\n\nNAME is one of ours over the run's held-out text (heldout, heldout_cloze, heldout_write: no network),\n"
