@@ -363,10 +363,14 @@ def _add_interchange(verbs: Any) -> None:
     sub.add_argument("--workdir", required=True, type=_path, metavar="W", help="of the run")
     sub.add_argument("--to", required=True, type=_path, metavar="DIR", help="a new folder")
     sub.add_argument("--checkpoint", default="best", metavar="best|latest|STEP", help="which one (best)")
+    sub.add_argument("--ema", action="store_true", help=_EMA)
     sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
                      help="of the tensors; default: as it was imported, else float32")  # fmt: skip
     sub.add_argument("--shard-size", type=_size, default=5 * 10**9, metavar="SIZE",
                      help="of a file, at most, e.g. 500MB (5GB)")  # fmt: skip
+    sub.add_argument("--remote-code", action="store_true",
+                     help="where transformers has no such architecture, write PyTorch code beside the tensors, which "
+                          "its trust_remote_code=True loads")  # fmt: skip
 
     more = (
         "\n\nNAME is one of ours over the run's held-out text (heldout, heldout_cloze, heldout_write: no network),\n"

@@ -1,7 +1,7 @@
 """Does a softmax model become a hybrid of linear layers by distillation, and better than by training alone?
 
-A small model of softmax attention is trained on the quickstart's data. Hybrids of it, the same but for a linear mixer in
-three layers of four (configs/distill.py), then train on one budget, a share of the teacher's tokens:
+A small model of softmax attention is trained on the quickstart's data. Hybrids of it, the same but for a linear mixer
+in three layers of four (configs/distill.py), then train on one budget, a share of the teacher's tokens:
 
 - `distilled`: first its layers by themselves, each fed what the teacher's is, then the whole by the teacher's logits
 - `logits`: by the teacher's logits alone

@@ -1,6 +1,9 @@
 """Imported and exported models against transformers': logits of tiny random checkpoints of every family, both ways.
 
     pip install -e '.[bench]' transformers && python -m benchmarks.interchange [FAMILY ...]
+    python -m benchmarks.interchange --remote-code [CASE ...]    # models with PyTorch code of their own
+    python -m benchmarks.interchange --harness [CASE ...]        # lm-evaluation-harness, also needs lm_eval, accelerate
+    python -m benchmarks.interchange --read-gib 2                # speed and memory of reading; needs nothing more
 
 A checkpoint is made by transformers, every parameter moved off its first value, and imported; its logits are compared
 at 64 positions with those of transformers' eager attention, in float32, as is what attnlab exports again. The bound is
@@ -10,11 +13,13 @@ of the delta rule random layers magnify rounding.
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import pathlib
 import sys
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -25,6 +30,7 @@ from attnlab import mixers
 from attnlab.interchange import exporting, importing
 from attnlab.train import restore
 from attnlab.train.program import Program
+from benchmarks import reading, remote_code
 
 LENGTH, BOUND = 64, 1e-5
 SIZES = {
@@ -122,8 +128,8 @@ def tokenized(folder: pathlib.Path) -> bool:
 
 
 def compared(name: str, directory: pathlib.Path) -> dict[str, float]:
-    """Differences from the logits of transformers, relative to the largest: of the import in float32 and float64, and
-    of the export, read by transformers."""
+    """Differences relative to the largest logit: of the import in float32, of its float64 and of the export, read by
+    transformers, from transformers' logits; and of the import in float32 from its float64."""
     import transformers
 
     folder, workdir, back = (directory / part for part in (f"{name}-from", f"{name}-run", f"{name}-to"))
@@ -140,19 +146,57 @@ def compared(name: str, directory: pathlib.Path) -> dict[str, float]:
     assert tokenized(back)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     error = lambda got: float(np.abs(got - wanted).max() / np.abs(wanted).max())
-    exported = error(theirs(again.eval(), tokens))
-    return {"imported": error(ours(workdir, tokens)), "float64": error(exact(folder, tokens)), "exported": exported}
+    mine, wide = ours(workdir, tokens), exact(folder, tokens)
+    own = float(np.abs(mine - wide).max() / np.abs(wide).max())
+    return {"imported": error(mine), "float64": error(wide), "ours_float64": own,
+            "exported": error(theirs(again.eval(), tokens))}  # fmt: skip
+
+
+def families(names: list[str]) -> Iterator[tuple[bool, dict[str, Any]]]:
+    """Whether each case is as good as it must be, and its figures."""
+    for name in names or CASES:
+        with tempfile.TemporaryDirectory() as directory:
+            errors = compared(name, pathlib.Path(directory))
+        good = errors["imported"] <= max(BOUND, 3 * errors["float64"]) and errors["exported"] <= BOUND
+        yield good, {"case": name, **errors}
+
+
+def own_code(names: list[str]) -> Iterator[tuple[bool, dict[str, Any]]]:
+    """As `families`, of models with PyTorch code of their own."""
+    for name in names or remote_code.CASES:
+        with tempfile.TemporaryDirectory() as directory:
+            found = remote_code.compared(name, pathlib.Path(directory))
+        yield remote_code.good(found), {"case": name, **found}
+
+
+def asked(names: list[str]) -> Iterator[tuple[bool, dict[str, Any]]]:
+    """As `families`, of lm-evaluation-harness."""
+    from benchmarks import harness
+
+    for name in names or harness.CASES:
+        with tempfile.TemporaryDirectory() as directory:
+            found = harness.compared(name, pathlib.Path(directory))
+        yield harness.good(found), {"case": name, **found}
 
 
 def main() -> int:
-    names = sys.argv[1:] or list(CASES)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--remote-code", action="store_true", help="models with PyTorch code of their own")
+    kinds.add_argument("--harness", action="store_true", help="requests of lm-evaluation-harness")
+    kinds.add_argument("--read-gib", type=float, metavar="N", help="read a checkpoint of so many GiB")
+    parser.add_argument("--dir", help="for that checkpoint, on the disk that is to be measured; default: temporary")
+    parser.add_argument("names", nargs="*", metavar="CASE", help="default: all")
+    args = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    if args.read_gib:
+        found = [(True, reading.measured(args.read_gib, args.dir))]
+    else:
+        found = (own_code if args.remote_code else asked if args.harness else families)(args.names)
     good = True
-    for name in names:
-        with tempfile.TemporaryDirectory() as directory:
-            errors = compared(name, pathlib.Path(directory))
-        good &= errors["imported"] <= max(BOUND, 3 * errors["float64"]) and errors["exported"] <= BOUND
-        print(json.dumps({"case": name, **errors}), flush=True)
+    for fine, figures in found:
+        good &= fine
+        print(json.dumps(figures), flush=True)
     return 0 if good else 1
 
 

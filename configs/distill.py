@@ -7,8 +7,8 @@
 next token. What is not said is as in the teacher's config.json: data, model, optimizer, batch.
 
 Letters of a pattern: L is the mixer, T what the teacher has in that layer. `pattern=LLLT`, the default, keeps every
-fourth layer. The mixer's heads, their width and its key/value heads are the teacher's where it has such knobs; others are
-fields of its node, `--config.model.mixers.L.FIELD`. `share` is the share of the teacher's steps that the stage does.
+fourth layer. The mixer's heads, their width and its key/value heads are the teacher's where it has such knobs; others
+are fields of its node, `--config.model.mixers.L.FIELD`. `share` says how many of the teacher's steps the stage does.
 
 Learning rates are the teacher's peak for `layers` and a quarter of it for `logits`; say others
 (`--config.optimizer.learning_rate`) where the teacher was imported.

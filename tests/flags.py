@@ -27,6 +27,8 @@ def share_contexts(programs: int = 200) -> None:
     here = threading.local()
 
     def shared():
+        if mlir.ir.Context.current is not None:  # lowered on the way, inside of another program
+            return mlir.make_ir_context()
         here.left = getattr(here, "left", 0) - 1
         if here.left < 0:  # what a context has once seen it keeps
             here.context, here.left = mlir.make_ir_context(), programs - 1

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from attnlab import config as config_lib
-from attnlab.ablation import calibrate, equal
+from attnlab.ablation import beginnings, calibrate, equal
 from attnlab.ablation import plan as plan_lib
 from attnlab.ablation.plan import Cell, PlanConfig
 from attnlab.errors import ConfigError, Damaged, UserError
@@ -47,7 +47,7 @@ class Announced:
 def load(spec: str, overrides: Sequence[str]) -> tuple[PlanConfig, list[Cell]]:
     """A plan and its cells from `PATH[:arg=value,...]` and overrides; all that needs no device is checked."""
     config = config_lib.load(PlanConfig, spec, overrides)
-    return config, plan_lib.cells(config)
+    return config, beginnings.pinned(plan_lib.cells(config))
 
 
 def announce(config: PlanConfig, cells: list[Cell], workdir: pathlib.Path, say: Callable[[str], None]) -> Announced:
@@ -76,12 +76,15 @@ def solve(config: PlanConfig, cells: list[Cell], say: Callable[[str], None]) -> 
         say(f"timing {calibrate.STEPS} steps of each arm, in turns")
         seconds = calibrate.step_seconds(cells)
     solved = equal.solve(config, cells, seconds)
+    beginnings.require_fit([s.cell for s in solved.values()])
     announcement = plan_lib.announced(config, cells)
     del announcement["cells"]
+    others = {"others": announcement.pop("others")} if "others" in announcement else {}
     held = {**equal.describe(solved), **({"step_seconds": seconds} if seconds else {})}
     return {
         "schema": plan_lib.SCHEMA,
         "plan": announcement,
+        **others,
         "solved": held,
         "cells": [dataclasses.asdict(s.cell) for s in solved.values()],
         "git": metadata.git_state(),
@@ -115,8 +118,9 @@ def read(workdir: pathlib.Path) -> Announced | None:
 def _same(there: Announced, announcement: dict[str, Any], digest: str, workdir: pathlib.Path) -> Announced:
     if there.hash == digest:
         return there
-    new = {k: v for k, v in announcement.items() if k != "cells"}
-    changed = config_lib.difference(there.tree["plan"], json.loads(json.dumps(new)))
+    new = json.loads(json.dumps({k: v for k, v in announcement.items() if k != "cells"}))
+    old = there.tree["plan"] | ({"others": there.tree["others"]} if "others" in there.tree else {})
+    changed = config_lib.difference(old, new)
     shown = "; ".join(f"{k}: {config_lib.show(a)} -> {config_lib.show(b)}" for k, a, b in changed[:6])
     raise UserError(
         f"workdir {workdir} holds another plan (hash {there.hash[:12]}, this one's is {digest[:12]}): "

@@ -127,8 +127,14 @@ def _arm(plan: Announced, arm: str, now: Schedule, workdir: pathlib.Path) -> res
             notes.append(f"edge: the best learning rate{where} is at an end of the rates that were tried")
         if i == 0 and found.complete:
             chosen, curve = found.chosen[arm], found.curves[arm]
-    path = workdir / "arms" / next(iter(cells.values())).name / f"seed{plan.config.seeds[0]}"
+    first = next(iter(cells.values()))
+    for word, other in (("begins as", first.begins), ("learns of", first.teacher)):
+        if other is not None:
+            notes.append(f"{word} {other['place']} at step {other['step']} (digest {other['digest'][:12]})")
+    path = workdir / "arms" / first.name / f"seed{plan.config.seeds[0]}"
     command = f"attnlab train --config {shlex.quote(storage.shown(str(path)))}/config.json --workdir runs/again"
+    if first.begins is not None:
+        command += f" --init-from {shlex.quote(first.begins['place'])}"
     overrides = plan.config.arms[arm]
     return results_lib.Arm(dict(overrides), differing, chosen, curve, command, notes)
 

@@ -161,7 +161,7 @@ class PlanConfig:
       question: in a sentence.
       base: the config that arms are laid over: `PATH[:arg=value,...]`, or a tree.
       arms: name to overrides `{dotted key: value}`, or a sweep; `seed_offset` among them is added to an arm's seeds,
-        which are then not paired with the others'.
+        which are then not paired with the others'; `init_from` takes the place of the plan's.
       baseline: the arm that the others are compared with; none: the first.
       tasks: name to overrides, laid over the base before an arm's; `base` among them is a task's own base. none: there
         is one. Of several, metrics are named TASK/METRIC.
@@ -169,6 +169,8 @@ class PlanConfig:
       metrics: figure of metrics.jsonl to `Metric`.
       looks: numbers of seeds after which the comparisons are made, the last of all seeds: no more are run once every
         primary one is decided. None of them: once, at the end. `statistics.stopping` says which are allowed.
+      init_from: workdir of a run as whose parameters all runs begin, as `attnlab train --init-from` takes them; its
+        checkpoint, the newest one when the plan is announced, is part of the plan. none: runs begin anew.
       equal, tuning: see their classes.
     """
 
@@ -182,6 +184,7 @@ class PlanConfig:
     equal: Equal = Equal()
     tuning: Any = config_lib.node(_optional(Tuning), default=None)
     looks: tuple[int, ...] = ()
+    init_from: str | None = None
 
     def __post_init__(self) -> None:
         need, seeds = config_lib.require, self.seeds
@@ -233,12 +236,16 @@ class Cell:
       arm, task: names; the task of a plan that has one is ''.
       tree: the whole config of its runs but for the seed.
       seed_offset: added to seeds.
+      begins: place, step and digest of the checkpoint as which its runs begin; None: they begin anew.
+      teacher: alike, of what they learn of (`train.distill`).
     """
 
     arm: str
     task: str
     tree: dict[str, Any]
     seed_offset: int = 0
+    begins: dict[str, Any] | None = None
+    teacher: dict[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -275,7 +282,12 @@ def cells(plan: PlanConfig) -> list[Cell]:
             offset = point.pop("seed_offset", 0)
             good = isinstance(offset, int) and not isinstance(offset, bool) and offset >= 0
             config_lib.require(good, f"arms.{arm}.seed_offset", offset, "an integer, 0 or more")
-            cell = _resolved(Cell(arm, task, base, offset), {**overrides, **point})
+            begins = point.pop("init_from", plan.init_from)
+            config_lib.require(
+                begins is None or isinstance(begins, str), f"arms.{arm}.init_from", begins, "a workdir, or none"
+            )
+            begins = {"place": begins} if begins else None
+            cell = _resolved(Cell(arm, task, base, offset, begins), {**overrides, **point})
             same = next((c.arm for c in made if c.task == task and _same(c, cell)), None)
             if same is not None:
                 raise ConfigError(
@@ -307,7 +319,7 @@ def _resolved(cell: Cell, values: Mapping[str, Any]) -> Cell:
 
 
 def _same(a: Cell, b: Cell) -> bool:
-    return a.tree == b.tree and a.seed_offset == b.seed_offset
+    return (a.tree, a.seed_offset, a.begins) == (b.tree, b.seed_offset, b.begins)
 
 
 def _require_metrics(plan: PlanConfig, task: str, cell: Cell) -> None:
@@ -323,7 +335,12 @@ def announced(plan: PlanConfig, made: list[Cell]) -> dict[str, Any]:
     tree = config_lib.to_dict(plan)
     del tree["base"]
     tree["baseline"] = plan.first
-    return {**tree, "cells": {cell.name: cell.tree for cell in made}}
+    if plan.init_from is None:  # what plans were before there was such a key, they are
+        del tree["init_from"]
+    others = {
+        cell.name: {"begins": cell.begins, "teacher": cell.teacher} for cell in made if cell.begins or cell.teacher
+    }
+    return {**tree, "cells": {cell.name: cell.tree for cell in made}, **({"others": others} if others else {})}
 
 
 def digest(announcement: Mapping[str, Any]) -> str:

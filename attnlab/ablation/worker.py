@@ -22,7 +22,7 @@ from typing import Any
 import jax
 
 from attnlab import storage
-from attnlab.ablation import announce, gather
+from attnlab.ablation import announce, beginnings, gather
 from attnlab.ablation.announce import Announced
 from attnlab.ablation.schedule import Run, Schedule, schedule
 from attnlab.ablation.state import Log
@@ -122,7 +122,7 @@ def _execute(run: Run, plan: Announced, workdir: pathlib.Path, log: Log) -> str 
             require_progress(run, step, log)
             log.write("started", run.name, step=step, cores=cores())
             began = time.perf_counter()
-            result = train(run.config(), path)
+            result = train(run.config(), path, init_from=beginnings.of(run.cell.begins))
             seconds = time.perf_counter() - began
             metrics = gather.final(path, run, plan.config) if result.stopped is None else {}
         if result.stopped is not None:

@@ -28,8 +28,8 @@ class Piece:
       repeat: its index in the stack of layers; None where there is no stack.
       tensor: name.
       shape: of the tensor.
-      form: same: an embedding [V, D], or a vector; transposed: a matrix, [out, in] in the tensor; taps: [channels, 1,
-        taps] in the tensor, [taps, channels] here.
+      form: same: an embedding [V, D], a vector, a number; transposed: a matrix, [out, in] in the tensor; taps:
+        [channels, 1, taps] in the tensor, [taps, channels] here.
       rows: int [n], the tensor's row for each column here (of a vector: each entry); None: all rows in order.
       shift: what is added on the way in, and taken away on the way out: 1 where the tensor holds w of a norm's `1 + w`.
       factor: what it is multiplied by on the way in; only where nothing goes out.
@@ -47,22 +47,28 @@ class Piece:
     @property
     def here(self) -> tuple[int, ...]:
         """Shape of the part of the parameter."""
+        if not self.shape:
+            return ()
         count = self.shape[0] if self.rows is None else len(self.rows)
         return {"same": (count, *self.shape[1:]), "transposed": (*self.shape[1:], count),
                 "taps": (self.shape[-1], count)}[self.form]  # fmt: skip
 
     def read(self, array: np.ndarray, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
         """The slice `index` of the part, from the tensor's array; nothing else of it is touched."""
-        if self.form == "same":
+        if not self.shape:
+            out = array
+        elif self.form == "same":
             out = array[(self._rows(index[0]), *index[1:])]
         elif self.form == "transposed":
             out = array[self._rows(index[1]), index[0]].T
         else:
             out = array[self._rows(index[1]), 0, index[0]].T
-        out = np.asarray(out, np.promote_types(dtype, np.float32))
+        out = np.asarray(out).astype(np.promote_types(dtype, np.float32))  # a copy, and the only one
         if self.shift:
-            out = out + np.asarray(self.shift, out.dtype)
-        return (out if self.factor == 1 else out * np.asarray(self.factor, out.dtype)).astype(dtype)
+            out += np.asarray(self.shift, out.dtype)
+        if self.factor != 1:
+            out *= np.asarray(self.factor, out.dtype)
+        return out.astype(dtype, copy=False)
 
     def _rows(self, columns: slice) -> Any:
         """The tensor's rows of some columns: a slice where they lie together, so that no others are read."""
@@ -77,7 +83,7 @@ class Piece:
         value = np.asarray(value)
         if self.shift:
             value = value - np.asarray(self.shift, value.dtype)
-        rows = slice(None) if self.rows is None else self.rows
+        rows = self.rows if self.rows is not None else slice(None) if self.shape else ...
         if self.form == "taps":
             array[rows, 0] = value.T
         else:
@@ -142,6 +148,8 @@ class Table:
             stack = [None] if repeats == [None] else list(range(leaves[leaf][0]))
             assert sorted(repeats, key=lambda r: -1 if r is None else r) == stack, leaf
         for name, pieces in self.parts().items():
+            if not pieces[0].shape:
+                continue
             rows = [np.arange(p.shape[0]) if p.rows is None else p.rows for p in pieces]
             assert (np.sort(np.concatenate(rows)) == np.arange(pieces[0].shape[0])).all(), name
 
@@ -178,6 +186,8 @@ def read_leaf(
         if filled is not None:
             return np.full(shape, filled.value, leaf.dtype)
         out = np.empty(shape, leaf.dtype)
+        if by_repeat[index[0].indices(leaf.shape[0])[0]].form != "same":  # as tensors lie: the device's copy turns them
+            out = np.empty([shape[0], *shape[:0:-1]], leaf.dtype).swapaxes(1, 2)
         for i, layer in enumerate(range(*index[0].indices(leaf.shape[0]))):
             out[i] = one(by_repeat[layer], index[1:])
         return out

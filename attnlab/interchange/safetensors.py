@@ -224,7 +224,7 @@ def _write_file(file: pathlib.Path, tensors: list[Made], wrote: Callable[[int], 
     with file.open("xb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
-            array = np.ascontiguousarray(tensor.make())
+            array = np.asarray(tensor.make(), order="C")
             assert array.shape == tensor.shape and array.dtype == DTYPES[tensor.dtype], tensor.name
             out.write(array.view(np.uint8).data if array.ndim else array.tobytes())
             wrote(tensor.bytes)

@@ -32,7 +32,7 @@ def _import(args: argparse.Namespace, overrides: list[str]) -> int:
 def _export(args: argparse.Namespace, overrides: list[str]) -> int:
     done = exporting.run(
         args.workdir, args.to, checkpoint=args.checkpoint, dtype=args.dtype, largest=args.shard_size,
-        overrides=overrides, say=output.note,
+        remote_code=args.remote_code, overrides=overrides, ema=args.ema, say=output.note,
     )  # fmt: skip
     said = {"folder": str(done.folder), "family": done.family.name, "step": done.step, "dtype": done.dtype,
             "tensors": done.tensors, "bytes": done.bytes, "notes": done.notes}  # fmt: skip

@@ -15,7 +15,7 @@ from attnlab.errors import Damaged, UserError
 from attnlab.models.initial import Entry
 from attnlab.train import files, sharding, workdir
 from attnlab.train.program import Program
-from attnlab.train.source import Source, place_name
+from attnlab.train.source import Pinned, Source, place_name
 from attnlab.train.state import Model, flat
 
 RECORD = "init_from.json"
@@ -183,7 +183,7 @@ def _listed(parts: list[_Part], among: Iterable[_Part]) -> list[str]:
     return [leaf if len(at) == count[leaf] else f"{leaf}{at}" for leaf, at in places.items()]
 
 
-def require_same(path: pathlib.Path, place: pathlib.Path | storage.Url | None, *, saved: bool) -> None:
+def require_same(path: pathlib.Path, place: pathlib.Path | storage.Url | Pinned | None, *, saved: bool) -> None:
     """Raises UserError where a workdir's run began, or is to begin, otherwise than `place` says.
 
     Args:

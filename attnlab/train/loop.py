@@ -58,7 +58,7 @@ def train(
     console: rich.console.Console | None = None,
     *,
     began: float | None = None,
-    init_from: pathlib.Path | storage.Url | None = None,
+    init_from: pathlib.Path | storage.Url | source_lib.Pinned | None = None,
 ) -> Result:
     """Trains in the workdir `path` from its newest checkpoint, or from the start, to `train.steps`.
 
@@ -70,8 +70,8 @@ def train(
       path: the workdir.
       console: where it is told what happens; None: nowhere but in the workdir's log.txt.
       began: from when on the run's time counts (`attnlab.train.goodput`), in seconds since 1970; None: now.
-      init_from: workdir of another run, whose newest checkpoint's parameters are this one's first ones; all else begins
-        anew. A run that has a checkpoint goes on from that.
+      init_from: workdir of another run, whose newest checkpoint's (or the pinned one's) parameters are this one's first
+        ones; all else begins anew. A run that has a checkpoint goes on from that.
 
     Raises:
       UserError: the config, the data or the workdir cannot be used; nothing was overwritten.
@@ -158,12 +158,7 @@ class _Run:
             count, rows = c.train.eval_batches * c.train.accumulate or None, self.program.rows(self.micro.config.batch)
             self.heldout = self.micro.heldout(batches=count, rows=rows)
         self._say(self.data.describe(self.loader.summary()))
-        warmup = optimizers.warmup_steps(c.optimizer.warmup, c.train.steps)
-        if c.optimizer.warmup >= 1 and warmup != c.optimizer.warmup:
-            self._say(
-                f"optimizer.warmup = {c.optimizer.warmup} is not below train.steps ({c.train.steps}): "
-                f"the warm-up is {warmup} steps"
-            )
+        self._say_warmup()
         processes.meet()
         self.local: LocalCheckpoints | None = None
         if c.train.local_checkpoint_every:
@@ -192,6 +187,12 @@ class _Run:
         if teacher is not None and processes.first:
             distill.write(path, teacher)
         self._describe()
+
+    def _say_warmup(self) -> None:
+        given, steps = self.config.optimizer.warmup, self.config.train.steps
+        warmup = optimizers.warmup_steps(given, steps)
+        if given >= 1 and warmup != given:
+            self._say(f"optimizer.warmup = {given} is not below train.steps ({steps}): the warm-up is {warmup} steps")
 
     def _start(self) -> tuple[int, int, TrainState]:
         """Step, tokens and state of the newest checkpoint, to whose place in the data the loader goes; or new ones."""

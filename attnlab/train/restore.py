@@ -15,7 +15,7 @@ from attnlab import models
 from attnlab.errors import Damaged, UserError
 from attnlab.evaluate.heldout import evaluate
 from attnlab.train import metadata, workdir
-from attnlab.train.checkpoints import Checkpoints
+from attnlab.train.checkpoints import Checkpoints, Host
 from attnlab.train.config import RunConfig
 from attnlab.train.program import Program, open_data
 
@@ -93,11 +93,7 @@ def _load(
     path: pathlib.Path, checkpoints: Checkpoints, step: int, overrides: list[str], evaluating: bool, ema: bool
 ) -> Trained:
     host = checkpoints.host(step)
-    decay = host.config["train"].get("ema")
-    if ema and not decay:
-        raise UserError(
-            f"checkpoint {step} in {path} has no averaged weights; allowed: one of a run with train.ema above 0"
-        )
+    group, said = weights(path, step, host, ema)
     old = copy.deepcopy(host.config)  # overrides are laid over the tree itself
     config = config_lib.build(RunConfig, config_lib.apply_overrides(host.config, overrides))
     if any(o.startswith("model.") for o in overrides):
@@ -107,10 +103,25 @@ def _load(
     notes = data.require_readable(host.data, f"checkpoint {step} in {path}", named=named)
 
     program = Program.of(config, batches=evaluating)
-    params, _ = checkpoints.restore_params(step, program.params, group="ema" if ema else "params")
-    notes = [*notes, f"of the averaged weights (train.ema = {decay})"] if ema else notes
+    params, _ = checkpoints.restore_params(step, program.params, group=group)
     trained_length = config_lib.build(RunConfig, old).data.length
-    return Trained(config, program, params, data, step, host.data, trained_length, named, tuple(notes))
+    return Trained(config, program, params, data, step, host.data, trained_length, named, (*notes, *said))
+
+
+def weights(path: pathlib.Path, step: int, host: Host, ema: bool) -> tuple[str, list[str]]:
+    """The group of a checkpoint's arrays that takes the parameters' place, and what to know of it.
+
+    Raises:
+      UserError: the averaged weights are asked for, and it has none.
+    """
+    decay = host.config["train"].get("ema")
+    if not ema:
+        return "params", []
+    if not decay:
+        raise UserError(
+            f"checkpoint {step} in {path} has no averaged weights; allowed: one of a run with train.ema above 0"
+        )
+    return "ema", [f"of the averaged weights (train.ema = {decay})"]
 
 
 def evaluate_heldout(trained: Trained, batches: int | None = None) -> tuple[models.Figures, list[str]]:

@@ -46,9 +46,18 @@ class Source:
         return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
+@dataclasses.dataclass(frozen=True)
+class Pinned:
+    """A checkpoint of another run, which must be the one that it was: its `Source.digest`."""
+
+    place: pathlib.Path | storage.Url
+    step: int
+    digest: str
+
+
 @contextlib.contextmanager
 def opened(
-    place: pathlib.Path | storage.Url,
+    place: pathlib.Path | storage.Url | Pinned,
     processes: Processes | None,
     say: Callable[[str], None],
     *,
@@ -58,15 +67,17 @@ def opened(
     """The run in a workdir, local or in a bucket, at a checkpoint whose files are all there.
 
     Args:
-      place: the workdir.
+      place: the workdir; with a step and a digest of its own, that checkpoint.
       processes: those of the run that reads, which all call this; None: there is one.
       say: is told of damaged checkpoints that are stepped over.
       key: what named the workdir, for messages.
       step: of the checkpoint; None: the newest.
 
     Raises:
-      UserError: there is none, or this version of attnlab cannot read its config.
+      UserError: there is none, it is another one than was pinned, or this version of attnlab cannot read its config.
     """
+    pinned = place if isinstance(place, Pinned) else None
+    place, step = (place, step) if pinned is None else (pinned.place, pinned.step)
     with storage.opened(place) as path:
         name = place_name(place)
         if metadata.read_config(path) is None:
@@ -89,9 +100,16 @@ def opened(
             config = config_lib.build(RunConfig, found[1].config)
         except ConfigError as error:
             raise UserError(f"{key} = {name} is of another version of attnlab: {error}") from None
-        yield Source(name, path, checkpoints, *found, config, Model.of(config.model))
+        source = Source(name, path, checkpoints, *found, config, Model.of(config.model))
+        if pinned is not None and source.digest() != pinned.digest:
+            raise UserError(
+                f"{key} = {name}: its checkpoint of step {step} has the digest {source.digest()[:12]}, and had "
+                f"{pinned.digest[:12]} when it was announced; restore that one"
+            )
+        yield source
 
 
-def place_name(place: pathlib.Path | storage.Url) -> str:
+def place_name(place: pathlib.Path | storage.Url | Pinned) -> str:
     """A workdir by the one name that it has from everywhere."""
+    place = place.place if isinstance(place, Pinned) else place
     return str(place) if isinstance(place, storage.Url) else str(place.absolute())

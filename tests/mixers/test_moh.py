@@ -28,7 +28,8 @@ ROLES = {
     "bias": "core.sinks",
 }
 
-CORES = [n for n in mixers.names() if issubclass(mixers.get(n), mixers.HeadMixer) and n != "moh"]
+CAUSAL = [n for n in mixers.names() if mixers.get(n).capabilities.causal]
+CORES = [n for n in CAUSAL if issubclass(mixers.get(n), mixers.HeadMixer) and n != "moh"]
 
 
 @pytest.fixture(autouse=True)

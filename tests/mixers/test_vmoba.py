@@ -104,7 +104,6 @@ def naive(module, x, cut):
         ("2d", {"pool": "all", "threshold": 0.5, "kv_heads": 2}),
         ("3d", {"pool": "block", "threshold": 0.7}),
         ("3d", {"pool": "row", "threshold": 0.6, "rope_base": None, "bias": "all"}),
-        ("1d", {"pool": "all", "top_k": 2}),
         ("3d", {"pool": "head", "top_k": 3}),
         ("1d", {"pool": "row", "top_k": 2, "line": 2}),
     ],

@@ -18,7 +18,8 @@ from attnlab.mixers import Sequence
 from attnlab.models.distillation import Matching, relative_errors
 from attnlab.ops.kl_divergence import kl_divergence
 from attnlab.train import distill, loop, restore
-from attnlab.train.program import Program
+from attnlab.train import source as source_lib
+from attnlab.train.program import Program, open_data
 from attnlab.train.state import flat
 from attnlab.train.teaching import Teaching
 from tests.train import runs
@@ -201,14 +202,37 @@ def losses(kind):
 
 @pytest.mark.parametrize("kind", ["logits", "layers"])
 def test_a_student_that_is_its_teacher_has_no_loss(kind):
-    """Exactly 0, and no gradient but cross-entropy's; of another one the loss is no 0."""
+    """Exactly 0; of another one the loss is no 0, and no gradient goes to it."""
     run, params, others = losses(kind)
     (_, metrics), _ = run(params, params, packed_batch())
     parts = [value for name, value in metrics.items() if name.startswith("distill_") and "entropy" not in name]
     assert parts and not any(map(float, parts))
     (_, metrics), slopes = run(params, others, packed_batch())
     assert all(float(metrics[name]) > 0.01 for name in metrics if name.startswith("distill_"))
-    assert any(map(np.any, jax.tree.leaves(slopes[0])))
+    assert any(map(np.any, jax.tree.leaves(slopes[0]))) and not any(map(np.any, jax.tree.leaves(slopes[1])))
+
+
+def test_logits_are_matched_at_a_temperature():
+    """(1 - a) T^2 KL + a cross-entropy over tokens, in NumPy of both models' logits."""
+    run, params, others = losses("logits")
+    batch, model = packed_batch(), Program.of(runs.config("stdlib")).model
+    used = batch["segments"] > 0
+
+    @jax.jit
+    def logits(params):
+        merged = model.merge(params)
+        return merged.logits(merged.encoded(merged.embedded(batch), merged.sequence(batch), None).y)
+
+    z, t = (np.asarray(logits(p), np.float64)[used] for p in (params, others))
+    log = lambda x: x - np.log(np.exp(x).sum(-1, keepdims=True))
+    kl = (np.exp(log(t / 2)) * (log(t / 2) - log(z / 2))).sum()
+    nll = -np.take_along_axis(log(z), batch["targets"][used][:, None], axis=-1).sum()
+    (total, metrics), _ = run(params, others, batch)
+    for found, wanted in (
+        (metrics["distill_kl"], 4 * kl), (metrics["distill_cross_entropy"], nll), (total, 0.75 * 4 * kl + 0.25 * nll),
+        (metrics["weight"], used.sum()),
+    ):  # fmt: skip
+        np.testing.assert_allclose(found, wanted, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["logits", "layers"])
@@ -369,6 +393,29 @@ def test_impossible_configs(matching, overrides, message):
     model = {} if "model" in overrides else HYBRID
     with pytest.raises(ConfigError, match=message):
         runs.config("stdlib", train__distill={"teacher": "v", **matching}, **model, **overrides)
+
+
+def test_the_stages_by_name(trained):
+    """configs/distill.py: the teacher's config but for the mixers, and nothing that learns nothing is left to decay."""
+    spec = f"{runs.ROOT}/configs/distill.py:teacher={trained},mixer=lightning,pattern=LT,share=3"
+    with source_lib.opened(trained, None, print) as found:
+        for stage, rate in (("layers", 1), ("logits", 0.25)):
+            config = config_lib.load(loop.RunConfig, f"{spec},stage={stage}")
+            theirs, mixer = found.config, config.model.mixers["L"]
+            assert (config.model.pattern, mixer.node_name, mixer.heads) == ("LM", "lightning", 2)
+            assert config.data == theirs.data and config.train.steps == 3 * theirs.train.steps
+            assert config.optimizer.learning_rate == rate * theirs.optimizer.learning_rate
+            matching = config.train.distill.resolved(config.model, theirs.model)
+            teacher = distill.Teacher(found, found.digest(), Teaching(found.model, matching))
+            teacher.require_fit(config, Program.of(config).model, open_data(config))
+            assert (matching.match, matching.layers) == (stage, (0,) if stage == "layers" else None)
+    wrong = {"teacher=": "teacher = '' is not possible", "mixer=lightening": "did you mean 'lightning'",
+             "pattern=LLT": "one whose length divides model.layers .2.", "pattern=T": "an L or more"}  # fmt: skip
+    for text, said in wrong.items():
+        key = text.partition("=")[0]
+        given = ",".join([text, *(part for part in spec.partition(":")[2].split(",") if not part.startswith(key))])
+        with pytest.raises(ConfigError, match=said):
+            config_lib.load(loop.RunConfig, f"{spec.partition(':')[0]}:{given}")
 
 
 def test_on_the_command_line():

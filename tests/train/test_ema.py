@@ -14,6 +14,7 @@ from attnlab.errors import ConfigError, UserError
 from attnlab.train import loop, restore
 from attnlab.train.program import Program
 from attnlab.train.state import flat
+from tests.interchange import checkpoints
 from tests.train import runs
 
 SMALL = {"train__ema": 0.4, "train__steps": 5, "train__eval_every": 0, "train__save_every": 2, "train__keep": 9,
@@ -99,6 +100,22 @@ def test_verbs_use_it(unbroken, capsys):
     args = ["--prompt", "def", "--tokens", "2", "--json", "--ema"]
     assert cli.main(["generate", "--workdir", str(unbroken), *args]) == 0
     assert "of the averaged weights (train.ema = 0.4)" in json.loads(capsys.readouterr().out)["notes"]
+
+
+def test_export_takes_it(source, unbroken, tmp_path, attnlab):
+    """The folder has the averages, and says so; of a run without them it is refused, and there is none."""
+    to = lambda *args: attnlab("export", "--workdir", unbroken, "--checkpoint", "4", "--json", "--to", *args)
+    found = {}
+    for flags in ((), ("--ema",)):
+        code, out, err = to(tmp_path / f"to{len(flags)}", *flags)
+        assert code == 0, err
+        noted = "of the averaged weights (train.ema = 0.4)" in json.loads(out)["notes"]
+        (scale,) = [a for f in (tmp_path / f"to{len(flags)}").glob("*.safetensors")
+                    for name, a in checkpoints.read_file(f).items() if name == "model.norm.weight"]  # fmt: skip
+        np.testing.assert_array_equal(scale, arrays(unbroken, 4, bool(flags))["norm.scale"])
+        assert noted == bool(flags)
+        found[flags] = scale
+    assert np.any(found[()] != found[("--ema",)])
 
 
 def test_without_it_there_is_none(source, unbroken, tmp_path):

@@ -16,6 +16,7 @@ import pytest
 from attnlab import data as data_lib
 from attnlab.errors import UserError
 from attnlab.launch import cluster
+from attnlab.train import loop
 from attnlab.train.config import ClusterConfig
 from attnlab.train.processes import Processes
 from attnlab.train.stragglers import Stragglers
@@ -99,6 +100,20 @@ def test_what_two_processes_saved_one_goes_on_with(whole, source, tmp_path):
     mesh = {"mesh__data": 1, "mesh__fsdp": 4, "mesh__tensor": 2}
     runs.run(runs.config(source, **{**SMALL, "train__eval_every": 6, **mesh}), workdir)
     assert_same_run(numbers(workdir), numbers(whole.workdir))
+
+
+@pytest.mark.slow
+def test_two_processes_begin_as_another_run_and_learn_of_it(source, alone, tmp_path):
+    """Parameters of a run of one process, split over two, and its logits: losses are those of one process."""
+    more = {"model__mixers": {"M": {"name": "gated", "heads": 2}}, "train__steps": 3, "train__save_every": 0, "seed": 5,
+            "train__distill": {"teacher": str(alone), "cross_entropy": 0.5}}  # fmt: skip
+    pair = Pair(tmp_path, source, **more).start(f"--init-from={alone}").ends()
+    loop.train(runs.config(source, **{**SMALL, **more}), tmp_path / "one", init_from=alone)
+    parts = "distill_kl", "distill_cross_entropy"
+    for a, b in zip(*(numbers(path, ("loss", *parts)) for path in (pair.workdir, tmp_path / "one")), strict=True):
+        assert all(abs(a[key] - b[key]) < 1e-5 for key in a) and a["distill_kl"] > 0
+    for name in ("init_from.json", "distill.json"):
+        assert (pair.workdir / name).read_text() == (tmp_path / "one" / name).read_text()
 
 
 @pytest.mark.slow

@@ -16,6 +16,8 @@ from attnlab.interchange.fields import Fields, layer_kinds, rotary, rotary_keys
 from attnlab.interchange.pieces import Piece
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+# How a model is computed or trained, not what it is: a folder says nothing of it.
+HOW = frozenset({"dtype", "remat", "unroll", "dropout", "impl", "decode_impl", "gather_impl", "chunk"})
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 LETTERS = {FULL: "S", SLIDING: "W", LINEAR: "L"}
 
@@ -26,6 +28,7 @@ class Family:
     Attributes:
       name: of the family.
       model_type, architecture: in its config.json.
+      remote_code: whether the folder has the code that reads it.
       own_code: whose repository has the code that reads it, where transformers itself does not.
       tied: what `tie_word_embeddings` is where the file does not say.
       head_dim: where the file does not say; None: width / heads.
@@ -40,6 +43,7 @@ class Family:
     """
 
     name = model_type = architecture = own_code = ""
+    remote_code = False
     tied = False
     head_dim: int | None = None
     heads_divide = False
@@ -179,6 +183,10 @@ class Family:
         kind = lambda layer: SLIDING if getattr(layer, "window", None) is not None else FULL
         kinds = [kind(layer) if layer.node_name == self.mixer else LINEAR for layer in layers]
         return {"layer_types": kinds, "sliding_window": max(windows, default=None)}
+
+    def code(self, config: Any) -> dict[str, str]:
+        """Files of code that the folder has: name to text."""
+        return {}
 
     # Tensors.
 
