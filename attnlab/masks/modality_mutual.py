@@ -41,8 +41,8 @@ class ModalityMutual(LayoutMask):
     Config = ModalityMutualConfig
     paper = "Wang et al. 2025, Seeing is Understanding: ... Modality-Mutual Attention ..., arXiv:2503.02597"
     extension = (
-        "several images before one question, which do not see each other's future; several questions: an image is given "
-        "the first, and none that an answer comes before"
+        "several images before one question, which do not see each other's future; several questions: an image is "
+        "given the first, and none that an answer comes before"
     )
     stored = 0
 

@@ -105,7 +105,7 @@ def reached(visible, layers):
 
 KNOWN_EARLY = {
     "two turns": [("image", 2, 2), ("question", 2), ("answer", 2), ("image", 1, 2), ("question", 2), ("answer", 2)],
-    "question, image, answer, question": [("question", 3), ("image", 2, 2), ("answer", 3), ("question", 2), ("answer", 2)],
+    "an answer between": [("question", 3), ("image", 2, 2), ("answer", 3), ("question", 2), ("answer", 2)],
     "caption": [("text", 1), ("image", 2, 2), ("answer", 3), ("text", 1), ("question", 2), ("answer", 2)],
     "text around": [("image", 1, 2), ("text", 2), ("image", 1, 1), ("text", 1), ("question", 2), ("text", 1),
                     ("question", 1), ("answer", 1), ("text", 2), ("image", 1, 2), ("text", 2)],
