@@ -194,7 +194,7 @@ def test_a_pool_of_equal_scores_is_chosen_whole():
         chosen = np.asarray(by_share(jnp.full((1, 7), 0.3), own, valid, jnp.asarray(document), 2, threshold))
         assert chosen.sum() == many and not (chosen & ~valid).any(), threshold
     scores = jnp.asarray(np.random.default_rng(0).standard_normal((1, 7)))
-    chosen = by_share(scores, own, valid, jnp.asarray(document), 2, 1.0 + 1e-12)
+    chosen = by_share(scores.astype(jnp.float32), own, valid, jnp.asarray(document), 2, 1.0 + 1e-12)
     np.testing.assert_array_equal(chosen, valid)
 
 
