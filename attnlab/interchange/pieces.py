@@ -63,10 +63,12 @@ class Piece:
             out = array[self._rows(index[1]), index[0]].T
         else:
             out = array[self._rows(index[1]), 0, index[0]].T
-        out = np.asarray(out, np.promote_types(dtype, np.float32))
+        out = np.asarray(out).astype(np.promote_types(dtype, np.float32))  # a copy, and the only one
         if self.shift:
-            out = out + np.asarray(self.shift, out.dtype)
-        return (out if self.factor == 1 else out * np.asarray(self.factor, out.dtype)).astype(dtype)
+            out += np.asarray(self.shift, out.dtype)
+        if self.factor != 1:
+            out *= np.asarray(self.factor, out.dtype)
+        return out.astype(dtype, copy=False)
 
     def _rows(self, columns: slice) -> Any:
         """The tensor's rows of some columns: a slice where they lie together, so that no others are read."""
@@ -184,6 +186,8 @@ def read_leaf(
         if filled is not None:
             return np.full(shape, filled.value, leaf.dtype)
         out = np.empty(shape, leaf.dtype)
+        if by_repeat[index[0].indices(leaf.shape[0])[0]].form != "same":  # as tensors lie: the device's copy turns them
+            out = np.empty([shape[0], *shape[:0:-1]], leaf.dtype).swapaxes(1, 2)
         for i, layer in enumerate(range(*index[0].indices(leaf.shape[0]))):
             out[i] = one(by_repeat[layer], index[1:])
         return out

@@ -141,12 +141,18 @@ class NSA(GroupedMixer):
 
     def summary(self, k_BMnKd: jax.Array, v_BMnKd: jax.Array) -> tuple[jax.Array, jax.Array]:
         """What the blocks are compressed to, [B, M, K, d] each; of keys and values of all branches side by side."""
-        K = self.config.key_heads
-        own = slice(K, 2 * K) if self.config.branches == "own" else slice(None)
-        k, v = (y[:, :, :, own] for y in (k_BMnKd, v_BMnKd))
         if self.config.compress == "mean":
-            return mean_of_blocks(k), mean_of_blocks(v)
-        return self.map_k(k), self.map_v(v)
+            return self._means(k_BMnKd, v_BMnKd)
+        return self.map_k(self._compressed(k_BMnKd)), self.map_v(self._compressed(v_BMnKd))
+
+    def _means(self, k_BMnKd: jax.Array, v_BMnKd: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`summary` of means; what a map makes of blocks has the same form."""
+        return mean_of_blocks(self._compressed(k_BMnKd)), mean_of_blocks(self._compressed(v_BMnKd))
+
+    def _compressed(self, x_BMnKd: jax.Array) -> jax.Array:
+        """Of keys or values of all branches side by side those of the compressed one."""
+        K = self.config.key_heads
+        return x_BMnKd[:, :, :, K : 2 * K] if self.config.branches == "own" else x_BMnKd
 
     def _projected(self, x: jax.Array, seq: Sequence) -> tuple[jax.Array, jax.Array, jax.Array]:
         """q [B, T, H, d] after RoPE; keys, after RoPE, and values: of branches of their own 3 K heads, selected,
@@ -193,7 +199,7 @@ class NSA(GroupedMixer):
     def init_carried(self, batch: int, max_length: int, dtype: Any) -> BlockCache:
         c = self.config
         kept = c.key_heads * (3 if c.branches == "own" else 1)
-        return BlockCache.empty(batch, kept, self.head_dim, max_length, c.block, dtype, self.summary)
+        return BlockCache.empty(batch, kept, self.head_dim, max_length, c.block, dtype, self._means)
 
     @classmethod
     def flops(cls, config: NSAConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:

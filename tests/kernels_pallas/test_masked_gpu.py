@@ -28,11 +28,10 @@ from tests.kernels_pallas.test_flash_attention import plain, typed
 from tests.kernels_pallas.test_flash_gpu import needs_interpreter
 from tests.ops.test_masks import integers, random_term
 
-B, H, K = 2, 4, 2
 PAIRS = gpu.Blocks(gpu_forward.Blocks(keys=64), gpu_backward.Blocks(rows=128), gpu_backward_rows.Blocks(keys=64))
 
 
-def blocks(rng, T, size=32):
+def blocks(rng, T, H, size=32):
     """Causal, and whole blocks of keys by chance, for each query head; packed documents, padding behind them."""
     group = (np.arange(T, dtype=np.int32) // size)[None]
     bits = packed_bits(rng.random((1, H, -(-T // 16), -(-T // size))) < 0.4)
@@ -42,26 +41,27 @@ def blocks(rng, T, size=32):
     return Mask(start.astype(np.int32), end.astype(np.int32), groups=Groups(group, bits, 16, size))
 
 
-def sorted_axis(rng, heads, T, S):
+def sorted_axis(rng, T, S, heads):
     """Of an axis alone, so that tiles are full, empty and neither."""
     key = np.sort(integers(rng, 0, 40, 1, heads, S), -1)
-    lo = np.sort(integers(rng, 0, 20, B, heads, T), -1)
+    lo = np.sort(integers(rng, 0, 20, 1, heads, T), -1)
     return Mask(axes=(Axis(key, lo, lo + 18),))
 
 
-def union(rng, T, S):
+def union(rng, T, S, heads):
     """Two terms, groups of each, one of key heads; rows that see nothing."""
     term = functools.partial(random_term, rng, length=T, keys=S)
-    return either(term(K, groups=20, rows=16), term(groups=32))
+    return either(term(heads, groups=20, rows=16), term(groups=32))
 
 
 def mask_of(name):
+    """The mask, and B, T, S, H, K: one of query heads, one of key heads, one of each head, one for all."""
     rng = np.random.default_rng(0)
     return {
-        "blocks": lambda: (blocks(rng, 210), 210, 210),
-        "axis": lambda: (sorted_axis(rng, K, 130, 330), 130, 330),
-        "union": lambda: (union(rng, 130, 200), 130, 200),
-        "interval": lambda: (Mask(integers(rng, 0, 90, B, 130), integers(rng, 80, 200, B, 130)), 130, 200),
+        "blocks": lambda: (blocks(rng, 210, 2), (2, 210, 210, 2, 1)),
+        "axis": lambda: (sorted_axis(rng, 130, 330, 2), (1, 130, 330, 4, 2)),
+        "union": lambda: (union(rng, 100, 200, 2), (2, 100, 200, 2, 2)),
+        "interval": lambda: (Mask(integers(rng, 0, 90, 2, 90), integers(rng, 80, 200, 2, 90)), (2, 90, 200, 2, 1)),
     }[name]()
 
 
@@ -76,9 +76,9 @@ CASES = {
 }
 
 
-def inputs(T, S, widths, features):
+def inputs(shape, widths, features):
     """What is differentiated, float32 that bfloat16 can say; and a cap."""
-    rng, (d, e) = np.random.default_rng(1), widths
+    rng, (B, T, S, H, K), (d, e) = np.random.default_rng(1), shape, widths
     normal = lambda *shape: np.asarray(jnp.asarray(rng.normal(size=shape), jnp.bfloat16).astype(jnp.float32))
     arrays = {"q": normal(B, T, H, d) * 2, "k": normal(B, S, K, d), "v": normal(B, S, K, e)}
     more = {"s": ("sinks", (H,)), "g": ("gate", (B, T, H, e)), "b": ("key_bias", (B, K, S))}
@@ -96,7 +96,7 @@ def exact(mask, q, k, v, *, sinks=None, gate=None, key_bias=None, soft_cap=None)
 
 def results(fn, arrays, cap):
     """o, lse and all gradients, for one cotangent of both; of rows that see nothing no lse."""
-    rng, (T, e) = np.random.default_rng(2), (arrays["q"].shape[1], arrays["v"].shape[3])
+    rng, (B, T, H), e = np.random.default_rng(2), arrays["q"].shape[:3], arrays["v"].shape[3]
     do, dlse = rng.normal(size=(B, T, H, e)), rng.normal(size=(B, T, H))
 
     def loss(arrays):
@@ -110,9 +110,9 @@ def results(fn, arrays, cap):
 
 
 def is_the_definition(name, **options):
-    mask, T, S = mask_of(CASES[name][0])
+    mask, (B, T, S, H, K) = mask_of(CASES[name][0])
     _, widths, features, tiles, deterministic = CASES[name]
-    arrays, cap = inputs(T, S, widths, features)
+    arrays, cap = inputs((B, T, S, H, K), widths, features)
     pattern, right = pattern_of(mask, T, S, "cuda")
     assert right is True
     with jax.enable_x64(True):
@@ -151,10 +151,10 @@ def test_no_races(name):
     """Nothing that says the mask is overwritten while it is read."""
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
-    mask, T, S = mask_of(CASES[name][0])
-    arrays, cap = inputs(T, S, *CASES[name][1:3])
+    mask, shape = mask_of(CASES[name][0])
+    arrays, cap = inputs(shape, *CASES[name][1:3])
     options = {"interpret": plgpu.InterpretGPUParams(detect_races=True), "deterministic": CASES[name][4]}
-    pattern, _ = pattern_of(mask, T, S, "cuda")
+    pattern, _ = pattern_of(mask, *shape[1:3], "cuda")
     kernel = functools.partial(flash_attention, pattern=pattern, platform="cuda", **options)
     results(kernel, typed(arrays, "bfloat16"), cap)
     assert not gpu_callbacks.get_races().races_found
@@ -164,7 +164,7 @@ def test_no_races(name):
 @pytest.mark.parametrize("rows, keys", [(64, 128), (128, 64)])
 def test_lists_hold_what_is_seen(name, rows, keys):
     """Of blocks of rows and of keys every tile with a visible pair, in order, once; full ones hide nothing."""
-    mask, T, S = mask_of(name)
+    mask, (_, T, S, H, K) = mask_of(name)
     pattern, _ = pattern_of(mask, T, S, "cuda")
     whole = T + -T % 128, S + -S % 128
     pattern = pattern.padded(*whole)

@@ -53,7 +53,7 @@ def test_laws():
         "radial",
         sees,
         {"frame": 6, "block": 2},
-        {"frame": 5, "block": 2, "near": "half", "decay": 0.3},
+        {"frame": 8, "block": 3, "near": "half", "decay": 0.3},
         {"frame": 4, "block": 3, "frames": 5, "decay": 1.0},
         {"frame": 2, "block": 1, "near": "half"},
     )

@@ -19,6 +19,7 @@ from attnlab.mixers.cross import CrossConfig
 from attnlab.mixers.grouped import GroupedConfig
 from attnlab.mixers.heads import HeadConfig, RotaryConfig
 from tests import tiers
+from tests.mixers import stated
 
 WIDTH, LENGTH = 16, 11
 CROSS = {"source", "context_width", "rope_context"}  # knobs of what reads a context: tried in test_cross.py
@@ -147,8 +148,8 @@ def split(module: mixers.Mixer) -> tuple[Any, Any]:
 
 
 def default_chunk(config: Any) -> int:
-    """Positions that the layer computes together: its knob, or the rows of a block of the attention ops."""
-    return getattr(config, "chunk", 256)
+    """Positions that the layer computes together: its knob, or the rows of a block of the ops that it calls."""
+    return config.chunk if hasattr(config, "chunk") else stated.of(config.node_name, "BLOCK", 256)
 
 
 def long_inputs(config: Any, dtype: Any) -> tuple[jax.Array, mixers.Sequence, list[tuple[int, int, int]]]:

@@ -161,7 +161,7 @@ def test_zero_projection_of_probes_is_the_softmax_layer(qk_norm):
     for name in ("q_norm", "k_norm") if qk_norm else ():
         getattr(softmax, name).scale[...] = getattr(module, name).scale[...]
     x, seq = cases.inputs(jnp.float64)
-    np.testing.assert_allclose(module(x, seq).y, softmax(x, seq).y, atol=1e-12)
+    np.testing.assert_allclose(cases.output(module, x, seq), cases.output(softmax, x, seq), atol=1e-12)
 
 
 def test_relative_positions():
@@ -170,16 +170,16 @@ def test_relative_positions():
     x, _ = cases.inputs(jnp.float64)
     seq = mixers.Sequence.whole(*x.shape[:2])
     shifted = mixers.Sequence(seq.positions + 1000)
-    np.testing.assert_allclose(module(x, shifted).y, module(x, seq).y, atol=1e-10)
+    np.testing.assert_allclose(cases.output(module, x, shifted), cases.output(module, x, seq), atol=1e-10)
 
 
 def test_size_of_normalised_probes_does_not_matter():
     """With qk_norm the probe has the length of a normalised head whatever W_R."""
     module = cases.module(mixers.get("parallax").Config(), jnp.float64)
     x, seq = cases.inputs(jnp.float64)
-    before = module(x, seq).y
+    before = cases.output(module, x, seq)
     module.r.kernel[...] = 1e3 * module.r.kernel[...]
-    np.testing.assert_allclose(module(x, seq).y, before, rtol=0, atol=1e-4 * float(jnp.abs(before).max()))
+    np.testing.assert_allclose(cases.output(module, x, seq), before, rtol=0, atol=1e-4 * float(jnp.abs(before).max()))
 
 
 def test_gradients_reach_the_probes():

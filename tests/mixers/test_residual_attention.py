@@ -57,8 +57,7 @@ def naive(module, x, source=None):
     return o.reshape(len(x), -1) @ np.asarray(module.out.kernel[...])
 
 
-@pytest.mark.parametrize("earlier", ["previous", "first"])
-@pytest.mark.parametrize("form", ["weights", "logits"])
+@pytest.mark.parametrize("form, earlier", [("weights", "previous"), ("logits", "first")])
 def test_layers_of_a_stack_are_the_formula(form, earlier):
     """Three layers written out, each of which reads another's map: whole rows, and streams cut anywhere."""
     x, seq = cases.inputs(jnp.float64)

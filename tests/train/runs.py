@@ -14,6 +14,9 @@ import rich.console
 from attnlab import config as config_lib
 from attnlab.train.config import RunConfig
 from attnlab.train.loop import train
+from attnlab.train.program import Program
+
+Program.share(12)  # of the tests of a file, which take turns
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -28,8 +31,7 @@ def corpus(directory: pathlib.Path) -> str:
 
 
 def tree(source: str, **overrides: Any) -> dict[str, Any]:
-    """A config tree of a model that compiles in a second or two, into one program for all numbers of steps; `a__b=1` sets
-    a.b."""
+    """A config tree of a model that compiles in a second or two, once for all numbers of steps; `a__b=1` sets a.b."""
     config: dict[str, Any] = {
         "seed": 3,
         "data": {"source": source, "length": 32, "batch": 8},

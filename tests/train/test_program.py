@@ -13,6 +13,7 @@ import pytest
 from attnlab import data as data_lib
 from attnlab import memory, mixers
 from attnlab.errors import Damaged, UserError
+from attnlab.evaluate import generate as generate_lib
 from attnlab.evaluate.generate import Sampling, generate
 from attnlab.train.checkpoints import Checkpoints
 from attnlab.train.loop import train
@@ -56,7 +57,10 @@ def test_only_what_is_computed_tells_programs_apart(source):
 
 def test_seeds_share_what_was_compiled(source, tmp_path, capfd, caplog):
     """Three quiet runs of one process: one compilation, results that differ by the seed and not by what ran before."""
-    results = [train(runs.config(source, **SHORT, seed=seed), tmp_path / str(i)) for i, seed in enumerate((3, 4, 3))]
+    sampled, before = SHORT | {"train__sample_tokens": 2}, generate_lib._kept_program.cache_info().misses
+    results = [train(runs.config(source, **sampled, seed=seed), tmp_path / str(i)) for i, seed in enumerate((3, 4, 3))]
+    assert generate_lib._kept_program.cache_info().misses - before <= 1
+    assert all((tmp_path / str(i) / "samples.txt").read_text() for i in range(3))
     program = Program.of(runs.config(source, **SHORT))
     for compiled in (program.train_step, program.eval_step):
         assert compiled._cache_size() == 1

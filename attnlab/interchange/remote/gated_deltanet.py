@@ -22,7 +22,7 @@ class Decay(nn.Module):
         self.a_log, self.dt_bias = nn.Parameter(torch.zeros(heads)), nn.Parameter(torch.zeros(heads))
 
     def forward(self, x):
-        return -torch.exp(self.a_log) * F.softplus(wide(self.linear(x)) + self.dt_bias)
+        return -torch.exp(wide(self.a_log)) * F.softplus(wide(self.linear(x)) + self.dt_bias)
 
 
 class Form(Heads):

@@ -62,7 +62,7 @@ def causal_conv(x, taps):
     """`y[t] = sum_i taps[K - 1 - i] * x[t - i]` of x [B, T, C], taps [K, C]: one filter per channel."""
     count = taps.shape[0]
     padded = F.pad(x, (0, 0, count - 1, 0))
-    return sum(taps[row] * padded[:, row : row + x.shape[1]] for row in range(count)).to(x.dtype)
+    return sum(wide(taps[row]) * padded[:, row : row + x.shape[1]] for row in range(count)).to(x.dtype)
 
 
 def split_heads(y, width):
