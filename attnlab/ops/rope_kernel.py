@@ -31,7 +31,7 @@ def unsupported(spec: RopeSpec) -> str | None:
 
 def worth(spec: RopeSpec) -> bool:
     """Whether "auto" takes it."""
-    return spec.norm and spec.positions >= _ROWS
+    return spec.positions >= _ROWS
 
 
 def run(
