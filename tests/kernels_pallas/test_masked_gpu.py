@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -16,10 +17,10 @@ from attnlab.ops.attention_pattern import pattern_of
 from attnlab.ops.mask_algebra import either, packed_bits
 from attnlab.ops.masks import Axis, Groups
 from kernels_pallas.flash_attention import (
+    Pattern,
+    Term,
     flash_attention,
     gpu,
-    gpu_backward,
-    gpu_backward_rows,
     gpu_forward,
     gpu_pattern,
 )
@@ -28,7 +29,10 @@ from tests.kernels_pallas.test_flash_attention import plain, typed
 from tests.kernels_pallas.test_flash_gpu import needs_interpreter
 from tests.ops.test_masks import integers, random_term
 
-PAIRS = gpu.Blocks(gpu_forward.Blocks(keys=64), gpu_backward.Blocks(rows=128), gpu_backward_rows.Blocks(keys=64))
+
+def tiles(widths):
+    """Those by default, but rings so short that they go round."""
+    return dataclasses.replace(gpu.default_blocks(*widths, pattern=True), forward=gpu_forward.Blocks(keys=64, stages=2))
 
 
 def blocks(rng, T, H, size=32):
@@ -65,14 +69,14 @@ def mask_of(name):
     }[name]()
 
 
-# The mask, widths, which features, tiles, and whether gradients are to be the same bits in every run.
+# The mask, widths, which features, and whether gradients are to be the same bits in every run.
 CASES = {
-    "blocks, dq added up": ("blocks", (64, 64), "", None, False),
-    "axis, pairs of tiles, sinks and gate": ("axis", (64, 40), "sg", PAIRS, False),
-    "union, one order, cap and bias": ("union", (128, 128), "bc", None, True),
-    "union, wide": ("union", (192, 64), "b", None, False),
-    "blocks, one order": ("blocks", (16, 128), "s", None, True),
-    "interval, all of it": ("interval", (128, 96), "sgbc", None, False),
+    "blocks, dq added up": ("blocks", (64, 64), "", False),
+    "axis, sinks and gate": ("axis", (64, 40), "sg", False),
+    "union, one order, cap and bias": ("union", (128, 128), "bc", True),
+    "union, wide": ("union", (192, 64), "b", False),
+    "blocks, one order": ("blocks", (16, 128), "s", True),
+    "interval, all of it": ("interval", (128, 96), "sgbc", False),
 }
 
 
@@ -111,7 +115,7 @@ def results(fn, arrays, cap):
 
 def is_the_definition(name, **options):
     mask, (B, T, S, H, K) = mask_of(CASES[name][0])
-    _, widths, features, tiles, deterministic = CASES[name]
+    _, widths, features, deterministic = CASES[name]
     arrays, cap = inputs((B, T, S, H, K), widths, features)
     pattern, right = pattern_of(mask, T, S, "cuda")
     assert right is True
@@ -123,7 +127,7 @@ def is_the_definition(name, **options):
     seen = np.broadcast_to(seen if seen.shape[1] == 1 else seen.repeat(H // seen.shape[1], 1), (B, H, T, S))
     xla = results(functools.partial(plain, seen=jnp.asarray(seen)), typed(arrays, "bfloat16"), cap)
     kernel = functools.partial(
-        flash_attention, pattern=pattern, platform="cuda", blocks=tiles, deterministic=deterministic, **options
+        flash_attention, pattern=pattern, platform="cuda", blocks=tiles(widths), deterministic=deterministic, **options
     )
     ours = results(kernel, typed(arrays, "bfloat16"), cap)
     assert set(ours) == set(expected)
@@ -151,11 +155,13 @@ def test_no_races(name):
     """Nothing that says the mask is overwritten while it is read."""
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
-    mask, shape = mask_of(CASES[name][0])
-    arrays, cap = inputs(shape, *CASES[name][1:3])
-    options = {"interpret": plgpu.InterpretGPUParams(detect_races=True), "deterministic": CASES[name][4]}
+    masked, widths, features, deterministic = CASES[name]
+    mask, shape = mask_of(masked)
+    arrays, cap = inputs(shape, widths, features)
+    options = {"interpret": plgpu.InterpretGPUParams(detect_races=True), "deterministic": deterministic}
     pattern, _ = pattern_of(mask, *shape[1:3], "cuda")
-    kernel = functools.partial(flash_attention, pattern=pattern, platform="cuda", **options)
+    options |= {"blocks": tiles(widths), "pattern": pattern, "platform": "cuda"}
+    kernel = functools.partial(flash_attention, **options)
     results(kernel, typed(arrays, "bfloat16"), cap)
     assert not gpu_callbacks.get_races().races_found
 
@@ -194,6 +200,27 @@ def test_lists_hold_what_is_seen(name, rows, keys):
         assert np.all(full[b, h, head[is_full], j, tile[is_full]])
         if name == "axis":
             assert count == met[b, h, :, j].sum()
+
+
+@pytest.mark.parametrize("rows, keys", [(64, 128), (128, 64), (128, 128)])
+def test_lists_of_blocks_of_several_tiles(rows, keys):
+    """A block meets what one of its tiles meets, and is full where all of them are."""
+    H, K, T, S = 4, 2, 256, 384
+    kinds = np.random.default_rng(0).choice([0, 1, 2, 2], (2, H, T // 64, S // 64)).astype(np.int8)
+    bounds = jnp.zeros((1, 1, 2, T), jnp.int32)
+    pattern = Pattern(jnp.asarray(kinds), (Term(bounds),), S // 64, gpu_pattern.TILE)
+    of_rows = np.asarray(gpu_pattern.of_rows(pattern, rows).lists)
+    of_keys = np.asarray(gpu_pattern.of_keys(pattern, keys, rows, H, K).lists)
+    tiled = lambda n, m: kinds.reshape(2, H, T // n, n // 64, S // m, m // 64)
+    every = lambda listed: [(int(x) >> 20 & 1023, int(x) & (1 << 20) - 1, int(x) >> 30) for x in listed]
+    for b, h, i in np.ndindex(2, H, T // rows):
+        own = tiled(rows, 64)[b, h, i, :, :, 0]
+        expected = [(0, j, int((own[:, j] == 2).all())) for j in range(S // 64) if own[:, j].any()]
+        assert every(of_rows[b, h, i, 1 : 1 + of_rows[b, h, i, 0]]) == expected
+    for b, k, j in np.ndindex(2, K, S // keys):
+        own = tiled(rows, keys)[b, 2 * k : 2 * k + 2, :, :, j]
+        expected = [(g, i, int((own[g, i] == 2).all())) for g, i in np.ndindex(2, T // rows) if own[g, i].any()]
+        assert every(of_keys[b, k, j, 1 : 1 + of_keys[b, k, j, 0]]) == expected
 
 
 @pytest.mark.parametrize(
