@@ -150,7 +150,9 @@ def rope(
     """
     turning = Turning(base, min(width or x_BTHd.shape[-1], x_BTHd.shape[-1]), scaling)
     options = {"turning": turning, "epsilon": epsilon}
-    if impl == "auto" and partition.platform() != "tpu":  # no kernel to choose: XLA may lay it over the mesh as it likes
+    if (
+        impl == "auto" and partition.platform() != "tpu"
+    ):  # no kernel to choose: XLA may lay it over the mesh as it likes
         return xla(x_BTHd, positions_BT, scale_d, **options)
     rows = ("batch", "seq", "heads", None)
     return ROPE(x_BTHd, positions_BT, scale_d, axes=(rows, rows[:2], (None,)), out_axes=rows, impl=impl, **options)

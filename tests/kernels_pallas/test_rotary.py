@@ -103,8 +103,8 @@ def test_declared_bytes_are_those_of_the_blocks():
 @pytest.mark.parametrize("change, says", [
     ({"x": (1, 9, 128)}, r"expected \[B, T, H, d\]"), ({"x": (1, 9, 2, 64)}, "64 wide; allowed: a multiple of 128"),
     ({"dtype": "float16"}, "not float16"), ({"cos": (1, 8, 64)}, r"cos \(1, 8, 64\); expected \[1, 9, r\]"),
-    ({"sin": (1, 9, 65)}, r"sin \(1, 9, 65\); expected \[1, 9, r\], r 1 to 64"), ({"sin": (1, 9, 32)}, "expected one shape"),
-    ({"scale": (64,)}, r"scale \(64,\); expected \[128\]"),
+    ({"sin": (1, 9, 65)}, r"sin \(1, 9, 65\); expected \[1, 9, r\], r 1 to 64"),
+    ({"sin": (1, 9, 32)}, "expected one shape"), ({"scale": (64,)}, r"scale \(64,\); expected \[128\]"),
 ])  # fmt: skip
 def test_refusals(change, says):
     """Each names the value and what is allowed."""

@@ -26,7 +26,13 @@ def test_auto():
     """The kernel where heads are as wide as registers, and positions are more than a few."""
     for kind in ("TPU v5e", "TPU v5p", "TPU v6e", "TPU7x", "TPU v99"):
         with on(kind):
-            for changes in ({}, {"norm": False}, {"dtype": "float32"}, {"heads": 25, "width": 256}, {"turned": 64, "positions": 1000}):
+            for changes in (
+                {},
+                {"norm": False},
+                {"dtype": "float32"},
+                {"heads": 25, "width": 256},
+                {"turned": 64, "positions": 1000},
+            ):
                 assert ROPE.pick(spec(**changes)) == "pallas", changes
             for changes in ({"width": 64}, {"positions": 1}, {"dtype": "float64"}):
                 assert ROPE.pick(spec(**changes)) == "xla", changes
