@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+import numpy as np
+
 from attnlab.errors import ConfigError
 
 
@@ -33,9 +35,40 @@ class Field:
 
 Spec = Mapping[str, Field]
 
+# What a position of a row of text and images is: nothing, text, a cell of an image, text of a question, of an answer.
+PADDING, TEXT, VISUAL, QUESTION, ANSWER = range(5)
+LAYOUT = 7  # numbers that `layout` has of a position
+
 # What `targets` are.
 NEXT = "what comes next"
 OWN = "the position's own class"
+
+
+class RowLayout:
+    """The layout of one row while it is made: text, and what is put into it.
+
+    Attributes:
+      columns: int32 `[T, LAYOUT]`, rows of `attnlab.ops.layout.Layout.of_columns`.
+    """
+
+    def __init__(self, length: int):
+        self.columns = np.tile(np.array([TEXT, -1, -1, 0, 0, 0, 0], np.int32), (length, 1))
+
+    def image(self, start: int, size: tuple[int, int]) -> None:
+        """Cells of an image of rows and columns, row by row, from position `start` on."""
+        rows, columns = size
+        end = start + rows * columns
+        cells = np.indices(size).reshape(2, -1).T
+        facts = np.tile([rows, columns, start, end], (end - start, 1))
+        self.columns[start:end] = np.column_stack([np.full(end - start, VISUAL), cells, facts])
+
+    def question(self, start: int, end: int) -> None:
+        """The text of a question, that which opens the answer included."""
+        self.columns[start:end] = QUESTION, -1, -1, 0, 0, start, end
+
+    def answer(self, start: int, end: int) -> None:
+        """The text of an answer."""
+        self.columns[start:end] = ANSWER, -1, -1, 0, 0, 0, 0
 
 
 def require_match(taken: Spec, yielded: Spec, taker: str, source: str) -> None:

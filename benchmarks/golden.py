@@ -48,7 +48,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory:
         home = pathlib.Path(directory)
         _write_corpus(home / "corpus.jsonl")
-        for name in args.mixers or mixers.names():
+        for name in args.mixers or [n for n in mixers.names() if mixers.get(n).capabilities.causal]:
             losses[name] = {run: _losses(home, name, run) for run in RUNS}
             for run, found in losses[name].items():
                 line = f"{name} {run}: {found[0]:.6f} to {found[-1]:.6f}"

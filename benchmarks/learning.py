@@ -32,7 +32,7 @@ def main() -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from attnlab import mixers
 
-    chosen = args.mixers or mixers.names()
+    chosen = args.mixers or [n for n in mixers.names() if mixers.get(n).capabilities.causal]
     rows: list[dict[str, Any]] = []
     bigram = None
     for name in chosen:

@@ -40,7 +40,7 @@ def main() -> int:
     from attnlab import mixers
 
     rows = []
-    for name in args.mixers or mixers.names():
+    for name in args.mixers or [n for n in mixers.names() if mixers.get(n).capabilities.causal]:
         rows.append(_compare(name))
         if not args.json:
             cells = [f"{mesh}: {rows[-1][mesh]:.1e}" for mesh in MESHES] if "failed" not in rows[-1] else ["failed"]

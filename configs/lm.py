@@ -4,6 +4,8 @@
 Letters of a pattern: M is the mixer, S softmax attention, W softmax attention over a window of 128 keys.
 `pattern=MMMS` puts softmax attention in every fourth layer.
 
+`data=spans` reads rows of ids that say where images, questions and answers lie (docs/tasks.md).
+
 Recipes: `paper` is the layer as its paper has it; `lm` adds what tells it order in language models, where nothing does.
 """
 
@@ -76,7 +78,7 @@ PRESETS = {
 
 def with_heads(mixer, heads):
     """A mixer's node, with the size's number of heads if it has heads, and its core as a node whose keys can be set."""
-    known = dataclasses.fields(mixers.get(mixer).Config) if mixer in mixers.names() else ()
+    known = dataclasses.fields(mixers.get(mixer).Config) if mixers.known(mixer) else ()
     fields = {field.name: field for field in known}
     node = {"name": mixer} | ({"heads": heads} if "heads" in fields else {})
     return node | ({"core": {"name": fields["core"].default}} if "core" in fields else {})
@@ -84,13 +86,14 @@ def with_heads(mixer, heads):
 
 def get_config(arg=None):
     plain = {"mixer": "softmax", "size": "nano", "pattern": "M", "recipe": "paper"}
-    a = config.parse_arg(arg, **plain, optimizer="adamw", preset="none")
+    a = config.parse_arg(arg, **plain, optimizer="adamw", preset="none", data="text")
+    config.require_choice("data", a.data, ["text", "spans"])
     config.require_choice("preset", a.preset, ["none", *PRESETS])
     if a.preset != "none":
         for key, value in plain.items():
             config.require(getattr(a, key) == value, key, getattr(a, key), f"{value} beside preset={a.preset}")
         size, length, model = PRESETS[a.preset]
-        return assembled(size, model, length, a.optimizer)
+        return assembled(size, model, length, a.optimizer, a.data)
     config.require_choice("size", a.size, list(SIZES))
     config.require(bool(a.pattern) and set(a.pattern) <= set("MSW"), "pattern", a.pattern, "one or more of M, S and W")
     config.require_choice("recipe", a.recipe, ["paper", "lm"])
@@ -103,10 +106,10 @@ def get_config(arg=None):
 
     model = {"layers": layers, "width": width, "pattern": a.pattern}
     model["mixers"] = {k: node for k, node in letters.items() if k in a.pattern}
-    return assembled(a.size, model, length, a.optimizer)
+    return assembled(a.size, model, length, a.optimizer, a.data)
 
 
-def assembled(size, model, length, optimizer):
+def assembled(size, model, length, optimizer, data):
     """The whole config: what `model` does not say, and all that is not of the architecture, is the size's."""
     *_, batch, rate, steps = SIZES[size]
     small = size in BYTES
@@ -114,8 +117,10 @@ def assembled(size, model, length, optimizer):
     c = ConfigDict()
     c.seed = 0
     c.data = {"source": "stdlib", "tokenizer": "bytes", "length": length, "batch": batch}
+    if data == "spans":
+        c.data = {"name": "spans", "source": "", "length": length, "batch": batch}
     c.model = {
-        "vocab": 272 if small else 32_768,
+        "vocab": 272 if small and data == "text" else 32_768,
         "dtype": "float32" if small else "bfloat16",
         "remat": "none" if small else "minimal",
         "tied": False,

@@ -51,6 +51,7 @@ PRESETS = {
     "test_time_regression": {"data": {"length": 128}},
     "transcribe": {"pattern": "X", "layers": 1},
     "variables": {"steps": 1500, "pattern": "WM"},
+    "visual_question": {"data": {"length": 32, "images": 1, "symbols": 16}, "steps": 1500},
 }
 
 
@@ -61,7 +62,7 @@ BOTH_WAYS = {"gaussian_adaptive": {"axis": "positions"}}
 def node(mixer, **more):
     """A mixer's node with those of these fields that it has."""
     more |= {} if more.get("causal", True) else BOTH_WAYS.get(mixer, {})
-    fields = {f.name for f in dataclasses.fields(mixers.get(mixer).Config)} if mixer in mixers.names() else set()
+    fields = {f.name for f in dataclasses.fields(mixers.get(mixer).Config)} if mixers.known(mixer) else set()
     return {"name": mixer} | {key: value for key, value in more.items() if key in fields}
 
 

@@ -1,6 +1,7 @@
 """Settings of the whole suite: CPU with eight devices, programs that compile fast and are kept between runs."""
 
 import gc
+import inspect
 import os
 import pathlib
 import signal
@@ -28,6 +29,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 from attnlab import cli  # noqa: E402
+from kernels_pallas import tuning  # noqa: E402
 from tests.budget import (  # noqa: E402, F401
     pytest_runtest_makereport,
     pytest_runtest_protocol,
@@ -41,6 +43,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 jax.config.update("jax_traceback_in_locations_limit", 0)  # a tenth of lowering goes into these
+flags.share_contexts()
 gc.set_threshold(200_000, 50, 50)  # a tenth of all goes into jaxprs that are in use
 
 
@@ -61,6 +64,10 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if id(item) not in gone]
 
 
+def pytest_collection_finish():
+    gc.freeze()  # modules and tests stay to the end
+
+
 @pytest.fixture
 def attnlab(capsys):
     """Runs a command in this process: exit code, stdout, stderr."""
@@ -72,16 +79,46 @@ def attnlab(capsys):
     return call
 
 
-@pytest.fixture(autouse=True)
-def unpatched_programs(request):
-    """What one test patches into the model's code is not in another's program, nor another's program in its own."""
-    forget = lambda: sys.modules["attnlab.train.program"].Program.forget()
-    patches = "monkeypatch" in request.fixturenames and "attnlab.train.program" in sys.modules
-    if patches:
-        forget()
-    yield
-    if patches:
-        forget()
+class _Patch(pytest.MonkeyPatch):
+    """Forgets programs when it patches what may be in one, and what it patched back: none is in another test's."""
+
+    _apart = (  # what no program is made of
+        "sys", "attnlab.cli", "attnlab.data", "attnlab.progress", "attnlab.train.checkpoints", "attnlab.train.digests",
+        "attnlab.train.loop",
+    )  # fmt: skip
+    _forgets = False
+
+    def setattr(self, target, *args, **kwargs):
+        of_class = target.__module__ if isinstance(target, type) else type(target).__module__
+        of_object = target.__name__ if inspect.ismodule(target) else of_class
+        origin = target if isinstance(target, str) else of_object
+        self._forget(not any(f"{origin}.".startswith(f"{name}.") for name in self._apart))
+        super().setattr(target, *args, **kwargs)
+
+    def setitem(self, *args, **kwargs):
+        self._forget(True)
+        super().setitem(*args, **kwargs)
+
+    def setenv(self, name, *args, **kwargs):
+        self._forget(name == tuning.OWN_TABLES)
+        super().setenv(name, *args, **kwargs)
+
+    def undo(self):
+        super().undo()
+        self._forget(self._forgets)
+        self._forgets = False
+
+    def _forget(self, whether):
+        if whether:
+            self._forgets = True
+            if (program := sys.modules.get("attnlab.train.program")) is not None:
+                program.Program.forget()
+
+
+@pytest.fixture
+def monkeypatch():
+    with _Patch.context() as patch:
+        yield patch
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +128,7 @@ def few_programs():
     global _tests
     _tests += 1
     maps = pathlib.Path("/proc/self/maps")
-    if _tests % 10 == 0 and maps.exists() and maps.read_bytes().count(b"\n") > 15_000:
+    if _tests % 10 == 0 and maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
         jax.clear_caches()
 
 

@@ -47,9 +47,10 @@ def test_what_a_config_names_is_all_that_is_imported():
     by none of them."""
     code = """
 import sys
-from attnlab import data, mixers
+from attnlab import config, data, mixers
 from attnlab.data.base import KINDS
 there = lambda name: f"attnlab.{name}" in sys.modules
+assert config.read_file("configs/lm.py:mixer=gated")["model"]["mixers"]["M"]["name"] == "gated"
 assert mixers.get("gated").name == "gated" and there("mixers.gated") and not there("mixers.titans")
 assert KINDS.get("text").name == "text" and not there("tasks.mqar")
 assert KINDS.get("mqar").name == "mqar" and there("tasks.mqar") and not there("tasks.words")

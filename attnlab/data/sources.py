@@ -13,6 +13,7 @@ import sysconfig
 import tokenize
 import zlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from attnlab.data.config import DataConfig
 from attnlab.data.files import File, matching_files
@@ -199,12 +200,21 @@ def _read_jsonl(file: File, field: str) -> Iterator[Document | BadRecord | None]
     if file.size == 0:
         yield BadRecord(f"{file.path} is empty.")
         return
+    for number, line in jsonl_lines(file):
+        yield _json_document(file, field, number, line)
+
+
+def jsonl_lines(file: File) -> Iterator[tuple[int, bytes]]:
+    """The lines of a plain, .gz or .zst file that are not blank, with their numbers from 1.
+
+    Raises UserError where the compressed data breaks.
+    """
     number = 0
     try:
         with _open_lines(file.path) as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield _json_document(file, field, number, line)
+                    yield number, line
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(
             f"{file.path}: after line {number} the compressed data ends or breaks ({error}): the file is"
@@ -212,8 +222,8 @@ def _read_jsonl(file: File, field: str) -> Iterator[Document | BadRecord | None]
         ) from error
 
 
-def _json_document(file: File, field: str, number: int, line: bytes) -> Document | BadRecord | None:
-    where = f"{file.path}, line {number}:"
+def json_object(where: str, line: bytes, wanted: str) -> dict[str, Any] | BadRecord:
+    """The JSON object of a line; `wanted`: what it must have, for messages."""
     try:
         record = _parse_json(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
@@ -223,7 +233,15 @@ def _json_document(file: File, field: str, number: int, line: bytes) -> Document
     except RecursionError:
         return BadRecord(f"{where} JSON nested too deep.")
     if not isinstance(record, dict):
-        return BadRecord(f"{where} a JSON {type(record).__name__}; each line must be one object with {field!r}.")
+        return BadRecord(f"{where} a JSON {type(record).__name__}; each line must be one object with {wanted}.")
+    return record
+
+
+def _json_document(file: File, field: str, number: int, line: bytes) -> Document | BadRecord | None:
+    where = f"{file.path}, line {number}:"
+    record = json_object(where, line, repr(field))
+    if isinstance(record, BadRecord):
+        return record
     if field not in record:
         keys = ", ".join(map(repr, list(record)[:6])) or "none"
         return BadRecord(f"{where} no key {field!r} (it has {keys}); data.field names the text.")

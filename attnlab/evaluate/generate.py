@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -93,12 +94,17 @@ class Generated:
 Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
+def on_one_device(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn` as it is."""
+    return fn
+
+
 def generate(
     merge: Callable[[Any], LanguageModel],
     params: Any,
     prompts: Sequence[np.ndarray],
     sampling: Sampling,
-    traced: Wrapper = lambda fn: fn,
+    traced: Wrapper = on_one_device,
 ) -> Generated:
     """Continues prompts of any lengths, as one batch.
 
@@ -124,7 +130,7 @@ def compiled(
     params: Any,
     prompts: Sequence[np.ndarray],
     sampling: Sampling,
-    traced: Wrapper = lambda fn: fn,
+    traced: Wrapper = on_one_device,
 ) -> Callable[[Any], list[np.ndarray]]:
     """What `generate` runs, from parameters to the new ids of each prompt; arguments as there."""
     if any(len(p) == 0 for p in prompts) or not prompts:
@@ -138,7 +144,10 @@ def compiled(
         f"{len(prompts)} samples of up to {length + sampling.tokens} tokens",
         "lower tokens or samples",
     )
-    executable = program(merge, sampling, traced).lower(params, tokens, segments, keys).compile()
+    made = program if traced is on_one_device else _kept_program
+    executable = (
+        made(merge, dataclasses.replace(sampling, seed=0), traced).lower(params, tokens, segments, keys).compile()
+    )
 
     def run(params: Any) -> list[np.ndarray]:
         out, counts = jax.device_get(executable(params, tokens, segments, keys))
@@ -162,13 +171,19 @@ def keys_of(seed: int, numbers: Sequence[int]) -> jax.Array:
     return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(np.asarray(numbers))
 
 
-def program(merge: Callable[[Any], LanguageModel], sampling: Sampling, traced: Wrapper = lambda fn: fn) -> Any:
-    """`decode` of (params, tokens, segments, keys), jitted; arguments as of `generate`."""
+def program(merge: Callable[[Any], LanguageModel], sampling: Sampling, traced: Wrapper = on_one_device) -> Any:
+    """`decode` of (params, tokens, segments, keys), jitted; arguments as of `generate`. The seed is in the keys."""
 
     def run(params: Any, tokens: jax.Array, segments: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
         return decode(merge(params), tokens, segments, keys, sampling)
 
     return jax.jit(traced(run))
+
+
+@functools.lru_cache(maxsize=4)
+def _kept_program(merge: Callable[[Any], LanguageModel], sampling: Sampling, traced: Wrapper) -> Any:
+    """`program`, once for all runs that share an `attnlab.train.program.Program`, of which `merge` and `traced` are."""
+    return program(merge, sampling, traced)
 
 
 def decode(

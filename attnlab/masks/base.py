@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import pathlib
 from typing import Any, ClassVar, Protocol
 
 import jax.numpy as jnp
 import numpy as np
 
 from attnlab import config as config_lib
-from attnlab.errors import UnsupportedPattern
+from attnlab.errors import ConfigError, UnsupportedPattern
 from attnlab.ops.layout import Layout
 from attnlab.ops.mask_algebra import packed_bits
-from attnlab.ops.masks import Array, Groups, Mask
+from attnlab.ops.masks import Array, Groups, Mask, numpy_if
 from attnlab.registry import Registry
 
 
@@ -117,6 +118,10 @@ class MaskBuilder(abc.ABC):
         del keys, index
         return seq.positions
 
+    def order(self, seq: Sequence) -> np.ndarray | None:
+        """The order [T] in which `mask` has the rows and keys of whole rows; None: as they stand."""
+        return None
+
     @abc.abstractmethod
     def span(self, length: int, *, causal: bool) -> float:
         """Mean number of keys that a position of one document of `length` positions sees."""
@@ -127,6 +132,54 @@ def offsets(seq: Sequence) -> Array:
     if seq.offsets is not None:
         return seq.offsets
     return np.arange(seq.positions.shape[1], dtype=np.int32)[None]
+
+
+def relation(mask: str, path: str) -> np.ndarray:
+    """The file `path` of a mask of that name: bool [n, n]; ConfigError where it is no such file."""
+    try:
+        table = np.load(pathlib.Path(path).expanduser(), allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"mask {mask}: path = {path!r} cannot be read: {error}") from None
+    if table.ndim != 2 or table.shape[0] != table.shape[1] or table.dtype != bool:
+        found = f"{table.dtype} {table.shape}"
+        raise ConfigError(f"mask {mask}: path = {path!r} holds {found}; allowed: bool [n, n]")
+    return table
+
+
+class NodeMask(MaskBuilder):
+    """Masks of what positions belong to: `Sequence.node` is a number below n, and a table says which sees which.
+
+    Positions of another number see nothing, and nobody sees them.
+    """
+
+    needs = ("node",)
+    bidirectional = True
+
+    @abc.abstractmethod
+    def table(self) -> np.ndarray:
+        """Which number (rows) sees which, bool [n, n]."""
+
+    def mask(self, seq: Sequence, *, causal: bool) -> Mask:
+        return self._narrowed(seq.mask(causal=causal), seq.node, seq.node)
+
+    def coordinates(self, seq: Sequence) -> tuple[Array, ...]:
+        return (seq.node,)
+
+    def rows(self, seq: Sequence, stored: tuple[Array, ...], interval: Mask) -> Mask:
+        return self._narrowed(interval, seq.node, stored[0])
+
+    def span(self, length: int, *, causal: bool) -> float:
+        """That of a mask that hides nothing: how many positions are of which number is not known before."""
+        return (length + 1) / 2 if causal else float(length)
+
+    def _narrowed(self, interval: Mask, rows: Array, keys: Array) -> Mask:
+        bits = packed_bits(self.table())
+        n = len(bits)
+        bits = np.concatenate([bits, np.zeros_like(bits[:1])])  # the last: of no number that there is
+        own = numpy_if(isinstance(rows, np.ndarray)).where((rows >= 0) & (rows < n), rows, n)
+        seen = bits[own] if isinstance(own, np.ndarray) else jnp.asarray(bits)[own]
+        group = numpy_if(isinstance(keys, np.ndarray)).where((keys >= 0) & (keys < n), keys, -1)
+        return dataclasses.replace(interval, groups=Groups(group, seen[:, None]), documents=False)
 
 
 class BlockMask(MaskBuilder):

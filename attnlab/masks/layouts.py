@@ -7,8 +7,8 @@ from types import ModuleType
 
 import numpy as np
 
+from attnlab.batch import VISUAL
 from attnlab.masks.base import MaskBuilder, Sequence, offsets
-from attnlab.ops.layout import VISUAL
 from attnlab.ops.masks import Array, Mask, numpy_if
 
 

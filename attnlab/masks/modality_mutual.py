@@ -8,10 +8,10 @@ from types import ModuleType
 import jax
 import numpy as np
 
+from attnlab.batch import QUESTION
 from attnlab.config import knob
 from attnlab.masks.base import MaskConfig, Sequence, register
 from attnlab.masks.layouts import LayoutMask, visual
-from attnlab.ops.layout import QUESTION
 from attnlab.ops.mask_algebra import either
 from attnlab.ops.masks import NEVER, Array, Mask
 

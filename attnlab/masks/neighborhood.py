@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -30,10 +31,16 @@ class NeighborhoodConfig(MaskConfig):
     shape: tuple[int, ...] | None = knob(
         None, "cells along each dimension, the last positions of a row; none: Sequence.grid, or a line", other=((5, 2),)
     )
+    order: str = knob(
+        "raster", "in which attention takes cells: as they stand, raster, or partition: box by box, so that a tile of "
+        "rows meets other tiles of keys; the output is the same",
+        other=("partition",), choices=("raster", "partition"),
+    )  # fmt: skip
+    tile: tuple[int, ...] = knob((8,), "cells of such a box along each dimension", other=((2,),))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("window", "stride", "dilation", "shape"):
+        for name in ("window", "stride", "dilation", "shape", "tile"):
             value = getattr(self, name)
             if value is not None:
                 good = len(value) >= 1 and all(n >= 1 for n in value)
@@ -60,6 +67,8 @@ class Neighborhood(MaskBuilder):
         shape = self.shape(length, seq.grid)
         before = length - math.prod(shape)
         cell = np.stack(np.unravel_index(np.arange(length - before), shape), -1)
+        if (order := self.order(seq)) is not None:
+            cell = cell[order[before:] - before]
         axes = []
         for i, (size, window, stride, dilation, ahead) in enumerate(self.dimensions(shape)):
             lo, hi = bounds(size, window, stride, dilation, ahead)
@@ -71,6 +80,15 @@ class Neighborhood(MaskBuilder):
         if not before:
             return boxes
         return either(boxes, Mask(None, np.full((1, length), before, np.int32)))
+
+    def order(self, seq: Sequence) -> np.ndarray | None:
+        if self.config.order == "raster":
+            return None
+        length = seq.positions.shape[1]
+        shape = self.shape(length, seq.grid)
+        tile = self._each("tile", len(shape))
+        before = length - math.prod(shape)
+        return np.concatenate([np.arange(before), before + partitioned(shape, tile)])
 
     def span(self, length: int, *, causal: bool) -> float:
         shape = self.shape(length, None)
@@ -88,14 +106,7 @@ class Neighborhood(MaskBuilder):
 
     def dimensions(self, shape: tuple[int, ...]) -> list[tuple[int, int, int, int, bool]]:
         """Of each dimension cells, window, stride, dilation, and whether it is causal."""
-        c, n = self.config, len(shape)
-
-        def each(name: str) -> tuple:
-            value = getattr(c, name)
-            if len(value) not in (1, n):
-                raise UserError(f"mask 'neighborhood': {name} = {value} for {n} dimensions; allowed: 1 value, or {n}")
-            return value * n if len(value) == 1 else value
-
+        each = functools.partial(self._each, dimensions=len(shape))
         found = list(zip(shape, each("window"), each("stride"), each("dilation"), each("causal_axes")))
         for size, window, stride, dilation, _ in found:
             if window * dilation > size or stride > window:
@@ -104,6 +115,14 @@ class Neighborhood(MaskBuilder):
                     "allowed: window * dilation <= cells, stride <= window"
                 )
         return found
+
+    def _each(self, name: str, dimensions: int) -> tuple:
+        """A knob's value for each dimension."""
+        value = getattr(self.config, name)
+        if len(value) not in (1, dimensions):
+            where = f"for {dimensions} dimensions; allowed: 1 value, or {dimensions}"
+            raise UserError(f"mask 'neighborhood': {name} = {value} {where}")
+        return value * dimensions if len(value) == 1 else value
 
 
 def bounds(size: int, window: int, stride: int, dilation: int, causal: bool) -> tuple[np.ndarray, np.ndarray]:

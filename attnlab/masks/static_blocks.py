@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 
 import numpy as np
 
 from attnlab import config as config_lib
 from attnlab.config import knob
-from attnlab.errors import ConfigError, UserError
-from attnlab.masks.base import BlockMask, MaskConfig, register
+from attnlab.errors import UserError
+from attnlab.masks.base import BlockMask, MaskConfig, register, relation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +38,7 @@ class StaticBlocks(BlockMask):
 
     def __init__(self, config: StaticBlocksConfig):
         super().__init__(config)
-        try:
-            self.sees = np.load(pathlib.Path(config.path).expanduser(), allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"mask static_blocks: path = {config.path!r} cannot be read: {error}") from None
-        if self.sees.ndim != 2 or self.sees.shape[0] != self.sees.shape[1] or self.sees.dtype != bool:
-            found = f"{self.sees.dtype} {self.sees.shape}"
-            raise ConfigError(f"mask static_blocks: path = {config.path!r} holds {found}; allowed: bool [n, n]")
+        self.sees = relation(self.name, config.path)
 
     def block(self) -> int:
         return self.config.block

@@ -10,6 +10,7 @@ from attnlab.mixers.base import (
     config_from_node,
     get,
     knob,
+    known,
     names,
     register,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "config_from_node",
     "get",
     "knob",
+    "known",
     "names",
     "register",
 ]

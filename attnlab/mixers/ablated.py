@@ -25,20 +25,22 @@ WEIGHTS = {
     "taylor": "1 + s + s^2 / 2 in place of exp(s), s = q . k / sqrt(d)",
     "key_score": "softmax of a score that a key has of its own, silu(q_s) . k_s / sqrt(d) of one position s",
     "static": "softmax attention whose queries and keys are made of what the stack began from, the token's embedding",
+    "random_stream": "softmax attention whose queries and keys are made of a second stream that begins as fixed noise",
     "none": "no mixing: a gated MLP of as many parameters",
 }
+_STREAM, _BEFORE = "ablated_stream", "ablated_layers"
 
 _ATTENTION = {"auto": "auto", "chunked": "xla", "definition": "definition"}
 
 
 @dataclasses.dataclass(frozen=True)
 class AblatedConfig(RotaryConfig):
-    """Knobs of ablated attention; RoPE is of `taylor` and `static`, the others have no use for it."""
+    """Knobs of ablated attention; RoPE is of `taylor`, `static` and `random_stream`, the others have no use for it."""
 
     weights: str = knob(
         "taylor",
         f"of a position for those before it; {'; '.join(f'{k}: {v}' for k, v in WEIGHTS.items())}",
-        other=("key_score", "static", "none"),
+        other=("key_score", "static", "random_stream", "none"),
         choices=WEIGHTS,
     )
     chunk: int = knob(64, "positions computed as one product; changes only speed and memory", other=(4,), least=1)
@@ -62,6 +64,8 @@ class Ablated(HeadMixer):
     key_score: `o_t = sum_s exp(r_s) v_s / sum_s exp(r_s)`, `r_s = silu(q_s) . k_s / sqrt(d)`: no query, no positions.
     static: `softmax(q k^T / sqrt(d)) v` after RoPE, q and k of RMSNorm(e), e `Sequence.embedding`; v is of x. By
     itself a layer is its stack's first: e is x.
+    random_stream: as static, of a stream z that such layers hand on: noise of each position of a document in the first,
+    in every later one z plus what the layer's own attention gives for values of RMSNorm(z), projected.
     none: `silu(x W_1) * (x W_2)`, projected: no mixing.
     Sums are over s <= t of the document.
     """
@@ -75,7 +79,8 @@ class Ablated(HeadMixer):
     )
     extension = (
         "weights=none: the MLP's width is a multiple of heads; weights=taylor: a state of features, not a cache; "
-        "weights=static: the embedding has an RMSNorm of the layer's own"
+        "weights=static: the embedding has an RMSNorm of the layer's own; weights=random_stream: the stream goes "
+        "through the attention of these layers alone, where the paper has it go through whole blocks"
     )
     implementations = ("definition", "chunked")
     counted = "chunked"
@@ -84,6 +89,7 @@ class Ablated(HeadMixer):
         {"weights": "taylor", "heads": 2, "chunk": 3, "rope_base": None, "head_width": 4},
         {"weights": "static", "heads": 2, "rope_base": 50.0, "head_width": 6},
         {"weights": "none", "heads": 2, "head_width": 6, "bias": "all"},
+        {"weights": "random_stream", "heads": 2, "rope_base": None, "head_width": 6},
     )
 
     def __init__(self, config: AblatedConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
@@ -95,7 +101,7 @@ class Ablated(HeadMixer):
         else:
             inner = config.heads * self.head_dim
             self.q, self.k, self.v = (make.qkv(inner) for _ in range(3))
-        if config.weights == "static":
+        if config.weights in ("static", "random_stream"):
             self.embedding_norm = RMSNorm(width, ("embed",), dtype=dtype)
         self.out = make.out(inner)
 
@@ -109,6 +115,8 @@ class Ablated(HeadMixer):
         if c.weights == "none":
             gated = jax.nn.silu(self.gate(x).astype(wide)) * self.up(x).astype(wide)
             return MixerOutput(gated.reshape(*x.shape[:2], c.heads, -1).astype(self.dtype), ())
+        if c.weights == "random_stream":
+            return self._of_stream(x, seq, carried)
         e = self._embedding(x, seq) if c.weights == "static" else x
         q, k, v = (split_heads(y(z), self.head_dim) for y, z in ((self.q, e), (self.k, e), (self.v, x)))
         if c.weights == "key_score":
@@ -135,6 +143,35 @@ class Ablated(HeadMixer):
         # One that has overflowed has done so in x, too; it is to change nothing in other documents.
         return self.embedding_norm(jnp.where(jnp.abs(e) < largest_input(e.dtype), e, 0))
 
+    def _of_stream(self, x: jax.Array, seq: Sequence, cache: KVCache | None) -> MixerOutput:
+        """One attention of two values: those of x and those of the stream, which it moves on."""
+        c, d, wide = self.config, self.head_dim, param_dtype(self.dtype)
+        found = (seq.shared or {}).get(_STREAM)
+        z = self._noise(x, seq)
+        if found is not None:
+            z = jnp.where(seq.shared[_BEFORE] == 0, z, found)
+        e = self.embedding_norm(z.astype(self.dtype))
+        q, k = (c.rotated(split_heads(y(e), d), seq.positions) for y in (self.q, self.k))
+        v = jnp.concatenate([split_heads(self.v(y), d) for y in (x, e)], axis=-1)
+        out = self._attended(q, k, v, seq, cache)
+        moved = z + self.combine(out.y[..., d:], x).astype(wide)
+        shared = {} if found is None else {_STREAM: moved, _BEFORE: seq.shared[_BEFORE] + 1}
+        return MixerOutput(out.y[..., :d], out.state, shared=shared)
+
+    def _noise(self, x: jax.Array, seq: Sequence) -> jax.Array:
+        """Standard normal numbers [B, T, D] of each position of its document, the same for all documents."""
+        offset = jnp.arange(x.shape[1], dtype=jnp.int32)[None] if seq.offsets is None else seq.offsets
+        key = jax.random.key(0)  # of no parameter: the noise is never learned, and the same in every run
+        of_position = lambda t: jax.random.normal(jax.random.fold_in(key, t), x.shape[-1:], jnp.float32)
+        noise = jax.vmap(jax.vmap(of_position))(offset)
+        return jnp.broadcast_to(noise, x.shape).astype(param_dtype(self.dtype))
+
+    def init_shared(self, batch: int, length: int) -> dict[str, jax.Array]:
+        if self.config.weights != "random_stream":
+            return {}
+        width = self.embedding_norm.scale.shape[0]
+        return {_STREAM: jnp.zeros((batch, length, width), param_dtype(self.dtype)), _BEFORE: jnp.int32(0)}
+
     def _attended(self, q: jax.Array, k: jax.Array, v: jax.Array, seq: Sequence, cache: KVCache | None) -> MixerOutput:
         """Softmax attention of whole sequences, or over the cache with these positions."""
         if cache is None:
@@ -150,6 +187,8 @@ class Ablated(HeadMixer):
             return ()
         if c.weights == "static":
             return empty_cache(batch, c.heads, d, max_length, dtype)
+        if c.weights == "random_stream":
+            return empty_cache(batch, c.heads, d, max_length, dtype, value_width=2 * d)
         if c.weights == "key_score":
             return RunningState.start(batch, c.heads, d, wide)
         return jnp.zeros((batch, c.heads, Taylor(d).count, d + 1), wide)
@@ -162,6 +201,9 @@ class Ablated(HeadMixer):
         if config.weights == "static":
             span = mean_visible_keys(length, True, None)
             return {"projections": 8.0 * width * H * d, "attention": 4.0 * H * d * span}, span
+        if config.weights == "random_stream":
+            span = mean_visible_keys(length, True, None)
+            return {"projections": 12.0 * width * H * d, "attention": 6.0 * H * d * span}, span
         if config.weights == "key_score":
             recurrence = by_key.flops_per_token(length, C, d)
         else:

@@ -211,7 +211,7 @@ class Mixer(nnx.Module):
 
 
 MIXERS: Registry[Mixer] = Registry("mixer", ["attnlab.mixers"])
-names, get = MIXERS.names, MIXERS.get
+names, get, known = MIXERS.names, MIXERS.get, MIXERS.__contains__
 
 
 def register(name: str):

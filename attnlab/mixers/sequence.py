@@ -78,7 +78,7 @@ class Sequence:
       node: [B, T] int32, a number of what a position belongs to (a subject), for masks that read it; None: not said.
       layer: int32 scalar, the number of the block in its stack, from 0; None where no mixer of the stack reads it
         (`Mixer.stack_reads`), or the mixer is by itself.
-      embedding: [B, T, D], what the stack began from; None as `layer`.
+      embedding: [B, T, D], what the stack began from, or what a model gives in its place; None as `layer`.
       shared: by name, what layers before hand to those after (`Mixer.init_shared`, `MixerOutput.shared`); None: the
         mixer is by itself.
     """

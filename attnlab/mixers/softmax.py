@@ -20,7 +20,7 @@ from attnlab.mixers.roles import Role, param
 from attnlab.mixers.sequence import Sequence
 from attnlab.ops.attention import ATTENTION
 from attnlab.ops.cached_attention import CACHED_ATTENTION
-from attnlab.ops.keys_values import Cached, KeysValues, KVCache, Whole
+from attnlab.ops.keys_values import Cached, KeysValues, KVCache, Reordered, Whole
 from attnlab.ops.masks import Mask
 
 
@@ -114,8 +114,8 @@ class Softmax(CrossAttention):
         placed = lambda *stream: dataclasses.replace(seq, positions=self.mask.positions(seq, *stream))
         if cache is None:
             q, k, v = self.positioned(x, placed())
-            kv, mask = Whole(k, v), self.mask.mask(seq, causal=self.config.causal)
-            return Reads(self.scaled(q, kv, mask), kv, mask)
+            kv, mask, order = Whole(k, v), self.mask.mask(seq, causal=self.config.causal), self.mask.order(seq)
+            return Reads(self.scaled(q, kv, mask), kv if order is None else Reordered(kv, order), mask)
         first = cache.kv.length
         put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, first, axis=1)
         stored = tuple(map(put, cache.coordinates, self.mask.coordinates(seq)))

@@ -76,7 +76,7 @@ class Matching:
             if student.vocab != teacher.vocab:
                 raise _differs("vocab", student.vocab, teacher.vocab)
             return self
-        for key in ("width", "layers", "vocab"):
+        for key in ("width", "layers", "vocab", "decoupled"):  # the student's layers read what the teacher's do
             if getattr(student, key) != getattr(teacher, key):
                 raise _differs(key, getattr(student, key), getattr(teacher, key))
         ours, theirs = (layers_of(config) for config in (student, teacher))

@@ -24,6 +24,7 @@ from attnlab.models.scores import Scores, sums_of_scores
 from attnlab.models.transformer import StackConfig, Transformer, extend
 from attnlab.ops.cross_entropy import capped, cross_entropy, likeliest
 from attnlab.ops.kl_divergence import kl_divergence
+from attnlab.ops.layout import Layout
 from attnlab.ops.linear import project
 
 
@@ -35,6 +36,8 @@ class LanguageModelConfig(StackConfig):
       vocab: rows of the embedding; at least the tokenizer's vocabulary.
       tied: whether the output projection is the embedding.
       embedding_scale: factor on what is looked up in the embedding; Gemma's is sqrt(D).
+      decoupled: whether mixers that read the embedding (`stack_reads`: ablated with weights=static) find in its place
+        what is looked up in a table of their own (Feng et al. 2024, DARE, arXiv:2410.02604, read for language models).
       logit_cap: c in `c tanh(logits / c)` of the output; none: no cap (Gemma Team 2024, Gemma 2, section 2).
     """
 
@@ -42,6 +45,7 @@ class LanguageModelConfig(StackConfig):
     tied: bool = False
     embedding_scale: float = 1.0
     logit_cap: float | None = None
+    decoupled: bool = False
 
     def __post_init__(self) -> None:
         need = config_lib.require
@@ -49,6 +53,12 @@ class LanguageModelConfig(StackConfig):
         need(self.embedding_scale > 0, "model.embedding_scale", self.embedding_scale, "above 0")
         need(self.logit_cap is None or self.logit_cap > 0, "model.logit_cap", self.logit_cap, "above 0, or none")
         super().__post_init__()
+        if self.decoupled:
+            blank = lambda mixer: mixers.build(mixer, width=self.width, rngs=nnx.Rngs(0))
+            stack = [nnx.eval_shape(lambda m=m: blank(m)) for m in self.mixers.values()]
+            read = any("embedding" in mixer.stack_reads for mixer in stack)
+            need(read, "model.decoupled", True, "false where no mixer reads the embedding, as ablated does with "
+                 "weights=static")  # fmt: skip
 
     @property
     def described(self) -> str:
@@ -73,6 +83,8 @@ class LanguageModel(Objective):
         self.config = config
         dtype = config.compute_dtype
         self.embedding = self.make_embedding(config, rngs)
+        if config.decoupled:
+            self.attention_embedding = self.make_embedding(config, rngs)
         self.transformer = Transformer(config, rngs=rngs)
         self.norm = config.make_norm()
         if not config.tied:
@@ -87,14 +99,17 @@ class LanguageModel(Objective):
 
     @classmethod
     def batch_spec(cls, config: LanguageModelConfig, length: int) -> batch_lib.Spec:
-        """`weights` say what counts; without them everything does but padding. `slices`: see `Scores`."""
+        """`weights` say what counts; without them everything does but padding. `slices`: see `Scores`. `layout`
+        (`Layout.of_columns`) and `node` are for masks that read them."""
         plain = batch_lib.Field((length,), "int32", ("seq",))
         ids = dataclasses.replace(plain, ids=config.vocab, said="model.vocab")
         targets = dataclasses.replace(ids, about=batch_lib.NEXT)
         weights = batch_lib.Field((length,), "float32", ("seq",), optional=True)
         slices = batch_lib.Field((length, None), "int8", ("seq", None), optional=True)
+        layout = batch_lib.Field((length, batch_lib.LAYOUT), "int32", ("seq", None), optional=True)
         arrays = {"tokens": ids, "targets": targets, "segments": plain, "positions": plain}
-        return arrays | {"weights": weights, "slices": slices}
+        arrays |= {"weights": weights, "slices": slices, "layout": layout}
+        return arrays | {"node": dataclasses.replace(plain, optional=True)}
 
     def loss(self, batch: Batch, key: jax.Array | None, options: Mapping[str, Any]) -> Sums:
         """Cross-entropy, a mean over tokens by their weights.
@@ -167,7 +182,8 @@ class LanguageModel(Objective):
     @classmethod
     def cost(cls, config: LanguageModelConfig, length: int) -> ModelCost:
         stack, embedding = stack_cost(config, length), config.vocab * config.width
-        parameters = stack.parameters + embedding * (1 if config.tied else 2) + config.norm_parameters
+        tables = (1 if config.tied else 2) + config.decoupled
+        parameters = stack.parameters + embedding * tables + config.norm_parameters
         flops = {"mlp": stack.flops["mlp"], "head": 2.0 * embedding} | stack.flops
         return ModelCost(parameters, embedding, flops, stack.state_bytes)
 
@@ -186,7 +202,14 @@ class LanguageModel(Objective):
 
     def sequence(self, batch: Batch) -> mixers.Sequence:
         """Where its positions stand, and the contexts that they read."""
-        return mixers.Sequence(batch["positions"], batch["segments"])
+        layout = Layout.of_columns(batch["layout"]) if "layout" in batch else None
+        seq = mixers.Sequence(batch["positions"], batch["segments"], layout=layout, node=batch.get("node"))
+        return self.decoupled(batch["tokens"], seq) if self.config.decoupled else seq
+
+    def decoupled(self, tokens_BT: jax.Array, seq: mixers.Sequence) -> mixers.Sequence:
+        """With what mixers that read the embedding find in their own table."""
+        e = jnp.take(self.attention_embedding[...], tokens_BT, axis=0).astype(self.config.compute_dtype)
+        return dataclasses.replace(seq, embedding=e)
 
     def weights(self, batch: Batch) -> jax.Array:
         """[B, T], how much each position counts."""
@@ -233,5 +256,6 @@ class LanguageModel(Objective):
         self, periods: list[Any], tokens_BT: jax.Array, seq: mixers.Sequence, state: Any
     ) -> tuple[jax.Array, Any]:
         """Hidden states [B, T, D] of the next positions and the new state; `periods` is `transformer.unstacked()`."""
+        seq = self.decoupled(tokens_BT, seq) if self.config.decoupled else seq
         x, state = extend(periods, self.embed(tokens_BT), seq, state)
         return self.norm(x), state

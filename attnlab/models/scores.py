@@ -39,8 +39,8 @@ class Scores:
 
     Attributes:
       sums: float64: `nll`, `tokens` (the weights) and `correct` [T] by position, what `sums_of_scores` gives.
-      facts: what the data knows: `chance` and `oracle` (what guessing and what knows the rule score, by metric), and
-        `slices`, the labels of the slices.
+      facts: what the data knows: `chance` and, where there is a rule to know, `oracle` (what guessing and what knows it
+        score, by metric), and `slices`, the labels of the slices.
     """
 
     sums: Mapping[str, np.ndarray]
@@ -89,7 +89,7 @@ class Scores:
 
     def summary(self) -> dict[str, Any]:
         rows = round(float(self.sums["rows"]))
-        known = {who: dict(self.facts[who]) for who in ("chance", "oracle")}
+        known = {who: dict(self.facts[who]) for who in ("chance", "oracle") if who in self.facts}
         return {**self.named(), **known, "answers": self.answers, "rows": rows, "by_slice": self.slices()}
 
     def line(self) -> str:
@@ -100,7 +100,9 @@ class Scores:
         )
 
     def lines(self) -> list[str]:
-        oracle = f"; an oracle has accuracy {self.facts['oracle']['accuracy']:.4f}"
+        oracle = ""
+        if "oracle" in self.facts:
+            oracle = f"; an oracle has accuracy {self.facts['oracle']['accuracy']:.4f}"
         return [self.line().removeprefix("held-out ") + oracle]
 
     def table(self) -> tuple[str, list[str], list[list[str]]]:

@@ -138,11 +138,12 @@ class StackConfig:
                 raise ConfigError(f"in {where} (model.width = {self.width}): {error}") from None
 
     def _require_direction(self, mixer: Any, where: str) -> None:
-        if not self.causal and not mixers.get(mixer.node_name).capabilities.bidirectional:
-            able = [name for name in mixers.names() if mixers.get(name).capabilities.bidirectional]
+        able = lambda name: getattr(mixers.get(name).capabilities, "causal" if self.causal else "bidirectional")
+        if not able(mixer.node_name):
+            sees = "none after it, which" if not self.causal else "those after it, and"
             raise ConfigError(
-                f"{where}.name = {mixer.node_name!r} lets a position see none after it, which {self.described} needs; "
-                f"allowed: {', '.join(able)}"
+                f"{where}.name = {mixer.node_name!r} lets a position see {sees} {self.described} needs"
+                f"{' what does not' if self.causal else ''}; allowed: {', '.join(filter(able, mixers.names()))}"
             )
         wanted = str(self.causal).lower()
         config_lib.require(
@@ -413,8 +414,8 @@ def reads(period: Period, what: str) -> bool:
 
 
 def with_embedding(period: Period, x: jax.Array, seq: mixers.Sequence) -> mixers.Sequence:
-    """The sequence as mixers read it who ask for what the stack began from."""
-    return dataclasses.replace(seq, embedding=x) if reads(period, "embedding") else seq
+    """The sequence as mixers read it who ask for what the stack began from; what is given in its place stays."""
+    return dataclasses.replace(seq, embedding=x) if seq.embedding is None and reads(period, "embedding") else seq
 
 
 def first_shared(period: Period, x: jax.Array) -> dict[str, jax.Array]:

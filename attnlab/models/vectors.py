@@ -30,7 +30,8 @@ class VectorModelConfig(LanguageModelConfig):
 
     def __post_init__(self) -> None:
         config_lib.require(self.inputs >= 1, "model.inputs", self.inputs, "1 or more")
-        config_lib.require(not self.tied, "model.tied", self.tied, "false where inputs are vectors")
+        for key in ("tied", "decoupled"):
+            config_lib.require(not getattr(self, key), f"model.{key}", True, "false where inputs are vectors")
         super().__post_init__()
 
     @property

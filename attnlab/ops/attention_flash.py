@@ -33,9 +33,7 @@ def unsupported(spec: AttentionSpec) -> str | None:
     if spec.query_bias and spec.sinks:
         return "a bias of queries beside sinks"
     if spec.pattern:
-        if partition.platform() == "gpu":
-            return "on GPUs it serves masks that are an interval of keys, not axes, groups or a union"
-        if reason := attention_pattern.unsupported(spec):
+        if reason := attention_pattern.unsupported(spec, kernel_platform()):
             return reason
     return unsupported_heads(spec.dtype, max(spec.width, spec.value_width))
 
@@ -66,10 +64,13 @@ def kernel_platform() -> str:
 def worth(spec: AttentionSpec) -> bool:
     """Whether "auto" takes it: not for less than a tile, nor where splash serves and is recorded to be as fast.
 
-    Not on GPUs either: there the kernels have been neither run nor timed.
+    On GPUs, where the kernels have been neither run nor timed, only for masks that are more than an interval: for those
+    there is else XLA's form by tiles, which is not made for GPUs.
     """
-    if min(spec.queries, spec.keys) < _LANES or partition.platform() == "gpu":
+    if min(spec.queries, spec.keys) < _LANES:
         return False
+    if partition.platform() == "gpu":
+        return spec.pattern > 0
     return attention_splash.unsupported(spec) is not None or faster_than_splash(partition.device_kind())
 
 
@@ -90,14 +91,12 @@ def kernel_flops(spec: AttentionSpec) -> dict[str, float]:
 
     The forward has two products a tile, the backward five: three over the width of keys, two over that of values.
     """
-    pairs = pair_flops(spec)
+    pairs, kind = pair_flops(spec), "masked" if spec.pattern else "flash"
     if partition.platform() == "gpu":
-        return {
-            name: pairs * width for name, width in _kernels().gpu_kernel_widths(spec.width, spec.value_width).items()
-        }
+        widths = _kernels().gpu_kernel_widths(spec.width, spec.value_width)
+        return {name.replace("flash", kind): pairs * width for name, width in widths.items()}
     with tuning.device_kind(partition.device_kind()):
         runs = _kernels().tpu_kernel_runs(*arrays(spec))
-    kind = "masked" if spec.pattern else "flash"
     runs = {name.replace("flash", kind): n for name, n in runs.items()}
     widths = {
         f"{kind}_forward": spec.width + spec.value_width,
@@ -186,7 +185,7 @@ def attention_with_lse(
         starts, ends = mask.bounds(T, S)
         o, lse = run(starts=starts, ends=ends, keys_seen=own_keys_seen(mask, T, S))
     else:
-        pattern, exact = attention_pattern.pattern_of(mask, T, S)
+        pattern, exact = attention_pattern.pattern_of(mask, T, S, platform)
         o, lse = attention_pattern.where_exact(exact, lambda: run(pattern=pattern), by_tiles)
     if query_bias_BTh is None:
         return o, lse

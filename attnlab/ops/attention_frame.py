@@ -50,6 +50,7 @@ class AttentionSpec:
     groups: str = ""  # of keys that it holds: few (32 at most), runs (`Groups.size`) or many
     key_bias: int = 0  # heads of it; 0: none
     query_bias: int = 0
+    axes: int = 0  # coordinates of keys that the mask's terms hold
 
     def __str__(self) -> str:
         width = str(self.width) if self.width == self.value_width else f"{self.width}/{self.value_width}"
@@ -81,6 +82,7 @@ class AttentionSpec:
             mask.dynamic(), options.get("soft_cap") is not None, any(x is not None for x in rest[:1]),
             mask.documents, 1 if exchange is None else exchange.count, masks, mask.grouping(),
             *(0 if x is None else x.shape[2] for x in (*rest[1:3], None, None)[:2]),
+            sum(len(term.axes) for term in mask.terms()),
         )  # fmt: skip
 
 

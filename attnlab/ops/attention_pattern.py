@@ -1,4 +1,4 @@
-"""Masks that are more than an interval, as our TPU kernels take them (`kernels_pallas.flash_attention.Pattern`)."""
+"""Masks that are more than an interval, as our kernels take them (`kernels_pallas.flash_attention.Pattern`)."""
 
 from __future__ import annotations
 
@@ -17,14 +17,23 @@ from attnlab.ops.masks import NEVER, Mask, by_head, numpy_if
 # first whose lists scalar memory holds, from 512 on where no runs of keys are said to be shorter.
 TILES = (256, 256), (512, 512), (1024, 512)
 _LIST_BYTES = 640 * 2**10  # of the 1 MiB of scalar memory
+_HOPPER_LIST_BYTES = 2**30  # of a kernel's lists, which stand in the GPU's memory
 _START = 80 * 2**10  # scores that a tile costs as much as besides its own: docs/kernels.md, tiles of 256 and 512
 _WORD = 32  # groups of a tile that a row's word has bits for
 
 
-def unsupported(spec: AttentionSpec) -> str | None:
-    """Why the kernels cannot serve the mask, or None."""
+def unsupported(spec: AttentionSpec, platform: str) -> str | None:
+    """Why the kernels of a platform, "tpu" or "cuda", cannot serve the mask, or None."""
     if spec.groups == "many":
         return f"more than {_WORD} groups of keys in no promised order (Groups.size)"
+    if platform == "cuda":
+        tile, most = _hopper()
+        if spec.axes > most:
+            return f"on GPUs it serves masks of at most {most} coordinates of keys, not {spec.axes}"
+        if _list_bytes(spec.queries, spec.keys, tile, spec.pattern) > _HOPPER_LIST_BYTES:
+            many = f"{spec.pattern} masks over {spec.queries} x {spec.keys}"
+            return f"lists of tiles of {many} take more than {_HOPPER_LIST_BYTES >> 20} MiB"
+        return None
     if min(_list_bytes(spec.queries, spec.keys, tile, spec.pattern) for tile in TILES) > _LIST_BYTES:
         return f"scalar memory does not hold lists of tiles of {spec.pattern} masks over {spec.queries} x {spec.keys}"
     return None
@@ -35,8 +44,18 @@ def _list_bytes(queries: int, keys: int, tile: tuple[int, int], lists: int, most
     return 4 * lists * rows * (1 + (keys if most is None else most))
 
 
-def tile_of(mask: Mask, queries: int, keys: int) -> tuple[tuple[int, int], Any]:
+def _hopper() -> tuple[tuple[int, int], int]:
+    """Rows and keys of a tile, and how many coordinates of keys the kernels take."""
+    from kernels_pallas.flash_attention import GPU_MOST_AXES, GPU_TILE
+
+    return GPU_TILE, GPU_MOST_AXES
+
+
+def tile_of(mask: Mask, queries: int, keys: int, platform: str = "tpu") -> tuple[tuple[int, int], Any]:
     """Rows and keys of the tiles, and the tiles' kinds."""
+    if platform == "cuda":
+        tile, _ = _hopper()
+        return tile, tile_kinds(mask, queries, keys, *tile)
     known, best = mask.known(), None
     short = any(term.groups is not None and (term.groups.size or 512) < 512 for term in mask.terms())
     for tile in TILES if known or short else TILES[1:]:
@@ -53,12 +72,12 @@ def tile_of(mask: Mask, queries: int, keys: int) -> tuple[tuple[int, int], Any]:
     return best[1:]
 
 
-def pattern_of(mask: Mask, queries: int, keys: int) -> tuple[Any, jax.Array | bool]:
-    """The pattern, and whether it is the mask: not where more than 32 groups of keys meet in a tile, which runs of keys
-    that documents cut short may."""
+def pattern_of(mask: Mask, queries: int, keys: int, platform: str = "tpu") -> tuple[Any, jax.Array | bool]:
+    """The pattern for the kernels of a platform, "tpu" or "cuda", and whether it is the mask: not where more than 32
+    groups of keys meet in a tile, which runs of keys that documents cut short may."""
     from kernels_pallas.flash_attention import Pattern
 
-    tile, kinds = tile_of(mask, queries, keys)
+    tile, kinds = tile_of(mask, queries, keys, platform)
     xp = numpy_if(mask.known())
     most = kinds.shape[-1] if xp is jnp else int((kinds != EMPTY).sum(-1).max(initial=1))
     terms, right = zip(*(_term(term, queries, keys, tile[1]) for term in mask.terms()))

@@ -263,7 +263,7 @@ def _over_heads(head: Callable, arrays: dict[str, Any], B: int, K: int, out: lis
         results = over(0, over(1, lambda own: head(own, most)))(jax.tree.map(jnp.asarray, arrays))
         return varying(tuple(x.astype(dtype) for x, (_, dtype) in zip(results, out, strict=True)), arrays)
 
-    return jax.lax.platform_dependent(arrays, cpu=one_by_one, default=together)
+    return partition.by_platform(arrays, cpu=one_by_one, default=together)
 
 
 # One key head.

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.ops.masks import Mask
+from attnlab.parallel import partition
 
 # Finite stand-ins for minus infinity: a hidden score, and the smallest running maximum. exp2(HIDDEN -
 # anything that can be a maximum) is exactly 0, for rows that see nothing too.
@@ -152,7 +153,7 @@ def over_heads(head, config: Config, q, k, v, rest, sinks_H, intervals, out: tup
         return varying(results, (arrays, sinks, start, end))
 
     arrays = (grouped(q, K), k, v, *rest)
-    return jax.lax.platform_dependent(arrays, sinks_KG, start, end, cpu=one_by_one, default=together)
+    return partition.by_platform(arrays, sinks_KG, start, end, cpu=one_by_one, default=together)
 
 
 def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:

@@ -21,6 +21,7 @@ from attnlab.ops.blockwise import HIDDEN, LOG2E, LOWEST, Blocks, matmul, plan_bl
 from attnlab.ops.gathered_rows import Heads, Segments, Table
 from attnlab.ops.head_subsets import spread, take_heads
 from attnlab.ops.masks import Mask
+from attnlab.parallel import partition
 
 _SEGMENT = 256  # fewest positions of a segment
 _SEGMENTS = 8  # key ranges of their own, as in the dense form
@@ -155,7 +156,7 @@ def _per_sequence(run, arrays, dtypes):
     def together(arrays):
         return tuple(map(cast, jax.vmap(run)(*arrays), dtypes))
 
-    return jax.lax.platform_dependent(arrays, cpu=lambda arrays: jax.lax.map(one, arrays), default=together)
+    return partition.by_platform(arrays, cpu=lambda arrays: jax.lax.map(one, arrays), default=together)
 
 
 def _runs(plan: _Plan):

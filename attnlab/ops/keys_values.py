@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attnlab.ops.attention import attention
 from attnlab.ops.attention_gated import gated, gated_attention
@@ -100,6 +101,40 @@ class Whole:
         """See `KeysValues`."""
         del batch
         return self.k, self.v
+
+
+@dataclasses.dataclass(frozen=True)
+class Reordered:
+    """Whole sequences under a mask that has its rows and its keys in another order: position i is what `order[i]` was.
+
+    Softmax attention is the same in any order; fewer tiles of a mask may be seen in one than in another.
+    """
+
+    kv: Whole
+    order: np.ndarray
+
+    def attend(self, q_BTHd, mask, *, gate_BTHe=None, **options) -> jax.Array:
+        """See `KeysValues`."""
+        gate_BTHe = None if gate_BTHe is None else self._taken(gate_BTHe)
+        return self._back(self._kv().attend(self._taken(q_BTHd), mask, gate_BTHe=gate_BTHe, **options))
+
+    def attend_selected(self, q_BTHd, mask, wanted_BTE, **options) -> jax.Array:
+        """See `KeysValues`."""
+        q, wanted = self._taken(q_BTHd), self._taken(wanted_BTE)
+        return self._back(self._kv().attend_selected(q, mask, wanted, **options))
+
+    def by_position(self, batch: int) -> tuple[jax.Array, jax.Array]:
+        """See `KeysValues`."""
+        return self.kv.by_position(batch)
+
+    def _kv(self) -> Whole:
+        return Whole(self._taken(self.kv.k), self._taken(self.kv.v))
+
+    def _taken(self, x: jax.Array) -> jax.Array:
+        return x[:, self.order]
+
+    def _back(self, x: jax.Array) -> jax.Array:
+        return x[:, np.argsort(self.order)]
 
 
 @dataclasses.dataclass(frozen=True)

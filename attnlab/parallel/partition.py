@@ -67,6 +67,11 @@ def platform() -> str:
     return _platform.get() or jax.default_backend()
 
 
+def by_platform(*arrays: Any, cpu: Callable[..., Any], default: Callable[..., Any]) -> Any:
+    """`cpu(*arrays)` where the program will run on CPUs, else `default(*arrays)`: what is not run is not traced."""
+    return (cpu if platform() == "cpu" else default)(*arrays)
+
+
 def device_kind() -> str:
     """What jax calls the devices that the program will run on, e.g. "TPU v5p"."""
     return _device_kind.get() or jax.devices()[0].device_kind

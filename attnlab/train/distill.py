@@ -8,7 +8,6 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from attnlab import data as data_lib
@@ -20,7 +19,7 @@ from attnlab.train import source as source_lib
 from attnlab.train.config import RunConfig
 from attnlab.train.processes import Processes
 from attnlab.train.source import Source
-from attnlab.train.state import Model
+from attnlab.train.state import Model, flat
 from attnlab.train.teaching import Teaching
 
 RECORD = "distill.json"
@@ -100,22 +99,21 @@ class Teacher:
 
 
 def _require_frozen(config: RunConfig, model: Model, matching: Matching) -> None:
-    """Weight decay would move parameters that learn nothing of the teacher."""
+    """Raises UserError where weight decay would move what learns nothing of the teacher, be it a layer of an array."""
     if not config.optimizer.weight_decay:
         return
-    factors = optimizers.factors(config.optimizer, model.usages) if config.optimizer.rates else None
-    moved = {} if factors is None else dict(zip(model.entries, jax.tree.leaves(factors), strict=True))
+    moved = flat(optimizers.factors(config.optimizer, model.usages)) if config.optimizer.rates else {}
     idle = [
         leaf
         for leaf, entries in model.entries.items()
-        if moved.get(leaf, 1) and not any(matching.learns(entry.name) for entry in entries)
+        if moved.get(leaf, 1) and not all(matching.learns(entry.name) for entry in entries)
     ]
     if idle:
         more = f"; and {len(idle) - _SHOWN} more" if len(idle) > _SHOWN else ""
         raise UserError(
-            f"train.distill.match = {matching.match!r} gives no gradient to {', '.join(idle[:_SHOWN])}{more}, which "
-            f"optimizer.weight_decay = {config.optimizer.weight_decay:g} would shrink\nallowed: optimizer.rates that "
-            "freeze them, e.g. '*=0' before 'PATTERN=1' for what learns, or no decay"
+            f"train.distill.match = {matching.match!r} gives no gradient to all of {', '.join(idle[:_SHOWN])}{more}, "
+            f"which optimizer.weight_decay = {config.optimizer.weight_decay:g} would shrink\nallowed: optimizer.rates "
+            "that freeze them, e.g. '*=0' before 'PATTERN=1' for what learns, or no decay"
         )
 
 

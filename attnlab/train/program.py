@@ -237,8 +237,11 @@ _shared: collections.OrderedDict[Any, Program] = collections.OrderedDict()
 
 def _computed(config: RunConfig) -> Any:
     """What a program depends on, hashable."""
-    t = config.train
-    train = (t.steps, t.accumulate, t.ema, *(getattr(t, name) for name in models.of(config.model).options))
+    t, c = config.train, config.optimizer
+    steps = t.steps
+    if c.schedule == "constant":  # which is told of them by its warm-up alone
+        steps = optimizers.warmup_steps(c.warmup, steps)
+    train = (steps, t.accumulate, t.ema, *(getattr(t, name) for name in models.of(config.model).options))
     arrays = tuple(sorted(config.data.batch_spec().items()))
     return config.model, config.optimizer, config.mesh, train, config.data.batch, config.data.length, arrays
 

@@ -7,16 +7,18 @@ from typing import Any
 import jax
 
 from kernels_pallas import tuning
-from kernels_pallas.flash_attention import gpu, tpu
+from kernels_pallas.flash_attention import gpu, gpu_pattern, tpu
 from kernels_pallas.flash_attention.call import Call, check_arrays, platform_of
 from kernels_pallas.flash_attention.definition import definition
 from kernels_pallas.flash_attention.gradient import KERNELS, attention
-from kernels_pallas.flash_attention.tpu_pattern import Pattern, Term
+from kernels_pallas.flash_attention.pattern import Pattern, Term
 
 __all__ = ["Pattern", "Term", "definition", "flash_attention", "gpu_kernel_widths", "tpu_kernel_runs"]
 
 PLATFORMS = tuple(KERNELS)
 GPU_WIDEST = gpu.WIDEST  # head width, of keys or values
+GPU_TILE = gpu_pattern.TILE  # rows and keys of a tile of a pattern for "cuda"
+GPU_MOST_AXES = gpu_pattern.MOST_AXES  # coordinates of keys that all its terms may have
 gpu_kernel_widths = gpu.kernel_widths
 
 
@@ -49,7 +51,8 @@ def flash_attention(
       sinks: [H], a logit per head that adds to the softmax's denominator alone.
       gate: [B, T, H, e], logits: `o` becomes `o * sigmoid(gate)`.
       key_bias: [B, S], or [B, K, S] for each key head, added to the logits (after the cap).
-      pattern: a mask that is more than an interval, which then says all of it: `starts` and `ends` are None. On TPU.
+      pattern: a mask that is more than an interval, which then says all of it: `starts` and `ends` are None.
+        For "cuda" in tiles of `GPU_TILE`, with up to `GPU_MOST_AXES` coordinates of keys.
       soft_cap: logits become `soft_cap * tanh(logits / soft_cap)`.
       scale: of the logits; `d ** -0.5` by default.
       platform: whose kernel runs, of `PLATFORMS`; by default that of jax's default device, or "tpu" if interpreted.
@@ -79,10 +82,8 @@ def flash_attention(
         platform, tuning.kind(), scale, soft_cap, interpret, blocks, deterministic,
         starts is not None, ends is not None, keys_seen,
     )  # fmt: skip
-    if pattern is not None and (platform != "tpu" or starts is not None or ends is not None):
-        raise ValueError(
-            f"flash_attention: a pattern on {platform!r}, or beside starts or ends; allowed: on 'tpu' alone"
-        )
+    if pattern is not None and (starts is not None or ends is not None):
+        raise ValueError("flash_attention: a pattern beside starts or ends; allowed: one of them")
     return attention(call, q, k, v, starts, ends, sinks, gate, key_bias, None, pattern)
 
 

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import hopper, masks
-from kernels_pallas.flash_attention import gpu_forward
+from kernels_pallas.flash_attention import gpu_forward, gpu_pattern
 from kernels_pallas.flash_attention.call import LOG2E
 from kernels_pallas.hopper import COLUMNS, ROWS, by_column, by_row
 
@@ -81,6 +81,7 @@ def backward(
     bias: jax.Array | None,
     heads_BN: jax.Array | None,
     dq: Any,
+    mask: gpu_pattern.Arrays | None = None,
     *,
     scale: float,
     soft_cap: float | None,
@@ -90,29 +91,31 @@ def backward(
     """dk, dv, and dbias [B, K, S] (None without a bias); adds to the Ref `dq`, float32, what is to be scaled.
 
     stats: from `statistics`. bias: [B, K or 1, S] float32, log2 units; its gradient
-    is that of the logit. heads_BN: see `gradient`; with it there are bounds.
+    is that of the logit. heads_BN: see `gradient`; with it there are bounds. mask: with lists of the tiles of M rows of
+    each block of keys (`gpu_pattern.lists_of_keys`); there are then no bounds.
     """
     (B, T, H, d), (S, K, e) = q.shape, v.shape[1:]
     fused, packed = dq is not None, heads_BN is not None
-    group = 1 if packed else H // K
+    listed = mask is not None and gpu_pattern.many_heads(mask.layout.heads, H, K)
+    group = 1 if packed or listed else H // K
     launch = _Backward(device, blocks, group, T, scale, soft_cap, d, e, q.dtype, fused, wide, packed)
     dbias = None if bias is None else jax.ShapeDtypeStruct((B, K, S), jnp.float32)
     options = dict(
         out_type=[*(jax.ShapeDtypeStruct(x.shape, q.dtype) for x in (k, v)), dbias],
-        scratch_types=launch.scratch(bounds is not None, bias is not None),
+        scratch_types=launch.scratch(bounds is not None, bias is not None, mask),
         grid=(S // blocks.keys, K, B),
         grid_names=("j", "h", "b"),
         num_threads=2,
         thread_name="wg",
     )
-    name = "routed_backward" if packed else "flash_backward"
+    name = gpu_forward.kernel_name("backward", packed, mask)
     if fused:
         run = device.kernel_into(dq, name, launch.body, **options)
     else:
         run = device.kernel(f"{name}_keys", launch.body, **options)
     tiles = None if bounds is None else row_ranges(bounds, blocks, S, K, heads_BN)
     intervals = None if bounds is None else jnp.stack(bounds, 1)
-    return run(q, k, v, do, stats, intervals, tiles, bias)
+    return run(q, k, v, do, stats, intervals, tiles, bias, mask)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,36 +151,44 @@ class _Backward:
         """Of dq that a warpgroup makes at once: 64 columns of all rows, or, in narrow heads, half of the rows."""
         return (self.blocks.rows, 64) if self.d >= 128 else (self.blocks.rows // 2, self.d)
 
-    def scratch(self, masked: bool, biased: bool) -> dict[str, Any]:
+    def scratch(self, masked: bool, biased: bool, mask: gpu_pattern.Arrays | None) -> dict[str, Any]:
         b, tiles, bars = self.blocks, hopper.tiles, hopper.barriers
+        bounds, copies = 2, masked
+        if mask is not None:
+            masked, bounds, copies = True, mask.bounds.shape[2], 1 + mask.copies
         return {
             "k_s": tiles((b.keys, self.d), self.dtype),
             "v_s": tiles((b.keys, self.e), self.dtype),
             "q_s": tiles((2, b.rows, self.d), self.dtype),
             "do_s": tiles((2, b.rows, self.e), self.dtype),
             "stats_s": plgpu.SMEM((2, 2, b.rows), jnp.float32),
-            "intervals_s": plgpu.SMEM((2, 2, b.rows), jnp.int32) if masked else None,
+            "intervals_s": plgpu.SMEM((2, bounds, b.rows), jnp.int32) if masked else None,
+            **gpu_pattern.scratch(mask, 2, b.keys, b.keys // gpu_pattern.TILE[1], b.rows),
             "ds_s": tiles((2, b.keys, b.rows), self.dtype) if self.fused else None,
             "dq_s": tiles((2, *self.dq_tile), jnp.float32) if self.fused else None,
             "dbias_s": plgpu.SMEM((2, self.own[0]), jnp.float32) if biased else None,
             "keys_here": bars(1 if self.wide else 2, 2),
-            "rows_here": bars(2, 3 + masked),
+            "rows_here": bars(2, 3 + copies),
             "meeting": bars(1, 2),
         }
 
-    def body(self, q, k, v, do, stats, intervals, tiles, bias, *rest: Any, **scratch: Any) -> None:
+    def body(self, q, k, v, do, stats, intervals, tiles, bias, mask, *rest: Any, **scratch: Any) -> None:
         dq, dk, dv, dbias = rest if self.fused else (None, *rest)
         j, h, b, wg = (lax.axis_index(name) for name in ("j", "h", "b", "wg"))
         shared = lambda x: b if x is None or x.shape[0] > 1 else b & 0
         first, end = 0, self.length // self.blocks.rows
         block = h * (k.shape[1] // self.blocks.keys) + j if self.packed else j
+        walk = None
+        if mask is not None:  # what goes from `first` to `end` are places in the list
+            walk = gpu_pattern.Walk(mask, b, h, k.shape[2], j)
+            first, end = h & 0, walk.count
         if tiles is not None:
             first, end = tiles[shared(tiles), block, 0], tiles[shared(tiles), block, 1]
         keys, part = self.own[0], pl.ds(wg * self.own[0], self.own[0])
         t = types.SimpleNamespace(
-            q=q, k=k, v=v, do=do, stats=stats, intervals=intervals, tiles=tiles, bias=bias, dq=dq, dk=dk, dv=dv,
-            dbias=dbias, block=block, h=h, b=b, wg=wg, first=first, end=end, row=shared(intervals), part=part,
-            first_key=j * self.blocks.keys + (0 if self.wide else wg * keys), **scratch,
+            q=q, k=k, v=v, do=do, stats=stats, intervals=intervals, tiles=tiles, bias=bias, mask=mask, dq=dq, dk=dk,
+            dv=dv, dbias=dbias, block=block, h=h, b=b, wg=wg, walk=walk, first=first, end=end, row=shared(intervals),
+            part=part, j=j, first_key=j * self.blocks.keys + (0 if self.wide else wg * keys), **scratch,
         )  # fmt: skip
         t.ks, t.vs = (t.k_s, t.v_s) if self.wide else (t.k_s.at[part], t.v_s.at[part])
         self.compute(t)
@@ -188,17 +199,27 @@ class _Backward:
 
     def fetch(self, t: Any, g: Any, i: jax.Array) -> None:
         """Copies tile i of the group's g-th head, with its statistics and intervals."""
-        at, head, rows = self.slot(t, g, i), self.query_head(t, g), pl.ds(i * self.blocks.rows, self.blocks.rows)
+        at, (number, head) = self.slot(t, g, i), self.tile_at(t, g, i)
+        rows = pl.ds(number * self.blocks.rows, self.blocks.rows)
         copy = lambda source, target: plgpu.copy_gmem_to_smem(source, target.at[at], t.rows_here.at[at])
         copy(t.q.at[t.b, rows, head], t.q_s)
         copy(t.stats.at[t.b, head, :, rows], t.stats_s)
         if t.intervals is not None:
             copy(t.intervals.at[t.row, :, rows], t.intervals_s)
+        if t.walk is not None:
+            heads, parts = t.q.shape[2], self.blocks.keys // gpu_pattern.TILE[1]
+            copy(t.mask.bounds.at[*gpu_pattern.own(t.mask.bounds, t.b, head, heads), :, rows], t.intervals_s)
+            keys, tiles = pl.ds(t.j * self.blocks.keys, self.blocks.keys), pl.ds(t.j * parts, parts)
+            gpu_pattern.fetch(t, head, heads, keys, tiles, rows, at, t.rows_here.at[at])
         copy(t.do.at[t.b, rows, head], t.do_s)
 
-    def query_head(self, t: Any, g: jax.Array) -> jax.Array:
-        """The group's g-th."""
-        return g if self.packed else t.h * self.group + g
+    def tile_at(self, t: Any, g: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The tile of rows, and the query head, that is i-th for the group's g-th head."""
+        if t.walk is None:
+            return i, g if self.packed else t.h * self.group + g
+        entry = t.walk.entry(i)
+        own = g if self.group > 1 else gpu_pattern.head_of(entry)
+        return gpu_pattern.tile_of(entry), t.h * (t.q.shape[2] // t.k.shape[2]) + own
 
     def meet(self, t: Any) -> None:
         plgpu.barrier_arrive(t.meeting)
@@ -240,8 +261,9 @@ class _Backward:
         device, at = self.device, self.slot(t, g, i)
         q, do = t.q_s.at[at], t.do_s.at[at]
         own = lambda x, width: x.at[:, pl.ds(t.wg * width, width)] if self.wide else x
+        entry = None if t.walk is None else t.walk.entry(i)
         plgpu.barrier_wait(t.rows_here.at[at])
-        dp, slope, weights = self.scores(t, i, at, q, do)
+        dp, slope, weights = self.scores(t, i, at, q, do, entry)
         device.wgmma(dv, weights, own(do, self.own[2]))
         slope = slope.astype(jnp.float32) * dp
         if dbias is not None:
@@ -259,12 +281,14 @@ class _Backward:
         following = lambda: self.fetch(t, g + last, i + 1 - last * (t.end - t.first))
         pl.when((t.wg == 0) & (g + last < self.group))(following)
         if self.fused:
-            self.add_dq(t, i, self.query_head(t, g), shared)
+            self.add_dq(t, *self.tile_at(t, g, i), shared)
         else:
             device.wgmma_wait(0)
             plgpu.commit_smem()  # orders the plain reads of statistics and intervals before the next copy over them
 
-    def scores(self, t: Any, i: jax.Array, at: jax.Array, q: Any, do: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def scores(
+        self, t: Any, i: jax.Array, at: jax.Array, q: Any, do: Any, entry: Any
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """dp less delta, by what it makes the gradient of the product `k . q` (less the scale), and the weights."""
         device, shape, cap = self.device, self.shape, self.soft_cap
         factor = self.scale * LOG2E if cap is None else 1.0
@@ -282,11 +306,22 @@ class _Backward:
                 return jnp.where((key >= low) & (key < high), start, HIDDEN)
 
             start = lax.cond((i < t.full) | (i >= t.full_end), hidden, lambda: start)
+        if t.walk is not None:
+
+            def masked() -> jax.Array:
+                key, load = device.iota(shape, 0) + t.first_key, device.load
+                part = t.wg * 0 if self.wide else t.wg
+                of_row = lambda n: by_column(load(t.intervals_s.at[at, n], COLUMNS), shape)
+                of_key = lambda n: by_row(load(t.mask_keys_s.at[at, n, pl.ds(part * shape[0], shape[0])], ROWS), shape)
+                of_word = lambda n: by_column(load(t.mask_words_s.at[at, part, n], COLUMNS), shape)
+                return jnp.where(gpu_pattern.seen(t.mask, key, of_row, of_key, of_word), start, HIDDEN)
+
+            start = lax.cond(gpu_pattern.is_full(entry), lambda: start, masked)
 
         keys, values = t.ks, t.vs
-        if not self.wide and t.tiles is not None:
+        if not self.wide and (t.tiles is not None or t.walk is not None):
             # The minimum is 0, which no compiler knows: it would keep every operand's address in registers otherwise.
-            part = pl.ds((t.wg + lax.min(i, 0)) * shape[0], shape[0])
+            part = pl.ds((t.wg + lax.min(i if entry is None else entry, 0)) * shape[0], shape[0])
             keys, values = t.k_s.at[part], t.v_s.at[part]
 
         def products(refs: Any) -> None:
@@ -301,7 +336,7 @@ class _Backward:
                 capped = jnp.tanh(s * (self.scale / cap))
                 logit = capped * (cap * LOG2E) + statistic(0)
                 p = jnp.exp2(logit if t.key_bias is None else logit + by_row(t.key_bias, shape))
-                if t.intervals is not None:
+                if t.intervals_s is not None:
                     p = jnp.where(s > HIDDEN / 2, p, 0.0)
                 found = (p * (1.0 - capped * capped)).astype(self.dtype), p.astype(self.dtype)
             slope[...], weights[...] = lax.optimization_barrier(found)

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import hopper, masks
-from kernels_pallas.flash_attention import gpu_forward
+from kernels_pallas.flash_attention import gpu_forward, gpu_pattern
 from kernels_pallas.flash_attention.call import LOG2E
 from kernels_pallas.flash_attention.gpu_backward import HIDDEN
 from kernels_pallas.hopper import COLUMNS, ROWS, by_column, by_row
@@ -50,21 +50,22 @@ def backward_rows(
     bounds: tuple[jax.Array, jax.Array] | None,
     bias: jax.Array | None,
     heads_BN: jax.Array | None,
+    mask: gpu_pattern.Arrays | None = None,
     *,
     scale: float,
     soft_cap: float | None,
     blocks: Blocks,
     wide: bool,
 ) -> jax.Array:
-    """dq. The arguments are those of `gpu_backward.backward`."""
+    """dq. The arguments are those of `gpu_backward.backward`; the lists of a mask are those of `block_rows` rows."""
     (B, T, H, d), (S, K, e) = q.shape, v.shape[1:]
     packed = heads_BN is not None
     launch = _Rows(device, blocks, H // K, S, scale, soft_cap, d, e, q.dtype, wide, packed)
     run = device.kernel(
-        "routed_backward_rows" if packed else "flash_backward_rows",
+        gpu_forward.kernel_name("backward_rows", packed, mask),
         launch.body,
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        scratch_types=launch.scratch(bias is not None),
+        scratch_types=launch.scratch(bias is not None, mask),
         grid=(H, T // block_rows(wide), B),
         grid_names=("h", "i", "b"),
         num_threads=_W + 1,
@@ -77,7 +78,7 @@ def backward_rows(
         tiles = jnp.stack([first, end, full, full_end, *own], -1).astype(jnp.int32)
     elif bounds is not None:
         tiles = gpu_forward.ranges(bounds, _ROWS, blocks.keys, heads_BN)
-    return run(q, k, v, do, stats, *(bounds or (None, None)), tiles, bias)
+    return run(q, k, v, do, stats, *(bounds or (None, None)), tiles, bias, mask)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,32 +97,41 @@ class _Rows:
     wide: bool
     packed: bool
 
-    def scratch(self, biased: bool) -> dict[str, Any]:
+    def scratch(self, biased: bool, mask: gpu_pattern.Arrays | None) -> dict[str, Any]:
         N, stages, count = self.blocks.keys, self.blocks.stages, 1 if self.wide else _W
+        of_rows = None if mask is None else plgpu.SMEM((count, mask.bounds.shape[2], _ROWS), jnp.int32)
+        of_tiles = 0 if mask is None else mask.copies
         return {
             "q_s": hopper.tiles((count, _ROWS, self.d), self.dtype),
             "do_s": hopper.tiles((count, _ROWS, self.e), self.dtype),
             "k_s": hopper.tiles((stages, N, self.d), self.dtype),
             "v_s": hopper.tiles((stages, N, self.e), self.dtype),
             "bias_s": plgpu.SMEM((stages, N), jnp.float32) if biased else None,
-            "rows_here": hopper.barriers(count, 2),
-            "k_here": hopper.barriers(stages, 1 + biased),
+            "mask_rows_s": of_rows,
+            **gpu_pattern.scratch(mask, stages, N, 1, count * _ROWS),
+            "rows_here": hopper.barriers(count, 2 + (mask is not None)),
+            "k_here": hopper.barriers(stages, 1 + biased + of_tiles),
             "v_here": hopper.barriers(stages),
             "k_free": hopper.barriers(stages, _W),
             "v_free": hopper.barriers(stages, _W),
             "meeting": hopper.barriers(1, _W) if self.wide else None,
         }
 
-    def body(self, q, k, v, do, stats, starts, ends, tiles, bias, dq, **scratch: Any) -> None:
+    def body(self, q, k, v, do, stats, starts, ends, tiles, bias, mask, dq, **scratch: Any) -> None:
         h, i, b, wg = (lax.axis_index(name) for name in ("h", "i", "b", "wg"))
         shared = lambda x: b if x is None or x.shape[0] > 1 else b & 0
         first, end = 0, self.keys // self.blocks.keys
+        walk = None
+        if mask is not None:  # what goes from `first` to `end` are places in the list
+            i = mask.lists.shape[2] - 1 - i
+            walk = gpu_pattern.Walk(mask, b, h, q.shape[2], i)
+            first, end = h & 0, walk.count
         if tiles is not None:
             i = tiles.shape[1] - 1 - i  # as in the forward
             first, end = tiles[shared(tiles), i, 0], tiles[shared(tiles), i, 1]
         t = types.SimpleNamespace(
-            q=q, k=k, v=v, do=do, stats=stats, starts=starts, ends=ends, tiles=tiles, bias=bias, dq=dq, h=h, i=i, b=b,
-            wg=wg, first=first, end=end, row=shared(starts), **scratch,
+            q=q, k=k, v=v, do=do, stats=stats, starts=starts, ends=ends, tiles=tiles, bias=bias, mask=mask, dq=dq, h=h,
+            i=i, b=b, wg=wg, walk=walk, first=first, end=end, row=shared(starts), **scratch,
         )  # fmt: skip
         t.slot = lambda j: lax.rem(j - first, self.blocks.stages)
         pl.when(wg < _W)(lambda: self.compute(t))
@@ -134,13 +144,18 @@ class _Rows:
 
         @pl.loop(t.first, t.end)
         def _(j: jax.Array) -> None:
-            at, keys = t.slot(j), pl.ds(j * N, N)
+            number = j if t.walk is None else gpu_pattern.tile_of(t.walk.entry(j))
+            at, keys = t.slot(j), pl.ds(number * N, N)
             for source, target, here, free in ((t.k, t.k_s, t.k_here, t.k_free), (t.v, t.v_s, t.v_here, t.v_free)):
                 pl.when(j - t.first >= stages)(lambda free=free: plgpu.barrier_wait(free.at[at]))
                 plgpu.copy_gmem_to_smem(source.at[t.b, keys, kh], target.at[at], here.at[at])
                 if source is t.k and t.bias is not None:
                     bias = t.bias.at[t.b, kh if t.bias.shape[1] > 1 else kh & 0, keys]
                     plgpu.copy_gmem_to_smem(bias, t.bias_s.at[at], here.at[at])
+                if source is t.k and t.walk is not None:
+                    size = _ROWS * (1 if self.wide else _W)
+                    rows = pl.ds(t.i * size, size)
+                    gpu_pattern.fetch(t, t.h, t.q.shape[2], keys, pl.ds(number, 1), rows, at, here.at[at])
 
         @pl.loop(lax.max(t.first, t.end - stages), t.end)
         def _(j: jax.Array) -> None:
@@ -159,6 +174,9 @@ class _Rows:
         def _() -> None:
             plgpu.copy_gmem_to_smem(t.q.at[t.b, mine, t.h], t.qs, here)
             plgpu.copy_gmem_to_smem(t.do.at[t.b, mine, t.h], t.dos, here)
+            if t.walk is not None:
+                bounds = t.mask.bounds.at[*gpu_pattern.own(t.mask.bounds, t.b, t.h, t.q.shape[2]), :, mine]
+                plgpu.copy_gmem_to_smem(bounds, t.mask_rows_s.at[place], here)
 
         vector = lambda ref: device.load(ref, ROWS, optimized=False)
         t.lse, t.delta = (vector(t.stats.at[t.b, t.h, x, mine]) for x in (0, 1))
@@ -189,17 +207,18 @@ class _Rows:
     def step(self, t: Any, j: jax.Array, acc: jax.Array, width: int) -> jax.Array:
         """What a tile of keys adds to dq."""
         device, at = self.device, t.slot(j)
+        entry = None if t.walk is None else t.walk.entry(j)
         plgpu.barrier_wait(t.k_here.at[at])
         plgpu.barrier_wait(t.v_here.at[at])
-        ds = self.scores(t, j, at)
+        ds = self.scores(t, j, at, entry)
         keys = t.k_s.at[at].at[:, pl.ds(t.wg * width, width)] if self.wide else t.k_s.at[at]
         acc = device.state(lambda acc: device.wgmma(acc, ds, keys))(device.start(acc))
-        if t.bias is not None:
-            plgpu.commit_smem()  # orders the plain reads of the bias before the copy that overwrites it
+        if t.bias is not None or t.walk is not None and t.mask.copies:
+            plgpu.commit_smem()  # orders the plain reads before the copy that overwrites what was read
         plgpu.barrier_arrive(t.k_free.at[at])
         return acc
 
-    def scores(self, t: Any, j: jax.Array, at: jax.Array) -> jax.Array:
+    def scores(self, t: Any, j: jax.Array, at: jax.Array, entry: Any) -> jax.Array:
         """The gradient of the product `q . k`, less the scale."""
         device, cap, N = self.device, self.soft_cap, self.blocks.keys
         shape, factor = (_ROWS, N), self.scale * LOG2E
@@ -216,6 +235,17 @@ class _Rows:
                 return jnp.where((column >= low) & (column < high), start, HIDDEN)
 
             start = lax.cond((j < t.full) | (j >= t.full_end), hidden, lambda: start)
+        if t.walk is not None:
+            place, load = t.wg * 0 if self.wide else t.wg, device.load
+
+            def masked() -> jax.Array:
+                key = device.iota(shape, 1) + gpu_pattern.tile_of(entry) * N
+                of_row = lambda n: by_row(load(t.mask_rows_s.at[place, n], ROWS), shape)
+                of_key = lambda n: by_column(load(t.mask_keys_s.at[at, n], COLUMNS), shape)
+                of_word = lambda n: by_row(load(t.mask_words_s.at[at, 0, n, pl.ds(place * _ROWS, _ROWS)], ROWS), shape)
+                return jnp.where(gpu_pattern.seen(t.mask, key, of_row, of_key, of_word), start, HIDDEN)
+
+            start = lax.cond(gpu_pattern.is_full(entry), lambda: start, masked)
 
         def products(refs: Any) -> None:
             s, dp, slope = refs

@@ -24,13 +24,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import hopper, masks
+from kernels_pallas.flash_attention import gpu_pattern
 from kernels_pallas.flash_attention.call import LOG2E
 from kernels_pallas.hopper import COLUMNS, LAYOUT, ROWS, by_column, by_row
 
 WARPGROUPS = 2
 # The first maximum of a row, in log2 units, and what a hidden score becomes: so far below that a row without keys needs
 # no guard, its weights are exp2(-3e38 + 1e30) = 0.
-_LOWEST, _HIDDEN = -1e30, -3e38
+_LOWEST, HIDDEN = -1e30, -3e38
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +47,14 @@ class Blocks:
     pingpong: bool = False
 
 
-def softmax_step(s, bias, highest, total, *, scale: float, soft_cap: float | None, keep=None):
+def softmax_step(s, bias, highest, total, *, scale: float, soft_cap: float | None, keep=None, hide=lambda s: s):
     """One tile [R, N] of scores for rows with a running maximum and sum [R], in log2 units.
 
     Args:
       s: `q . k`.
       bias: log2 units, of the shape of s, or None.
       keep: which scores are not hidden; None: all.
+      hide: puts `HIDDEN` for scores that are hidden, before they are scaled.
 
     Returns:
       weights, the new maximum and sum, and by what the old weights are to be scaled.
@@ -63,7 +65,8 @@ def softmax_step(s, bias, highest, total, *, scale: float, soft_cap: float | Non
     if bias is not None:
         s, scale = s * scale + bias, 1.0
     if keep is not None:
-        s, scale = jnp.where(keep, s * scale, _HIDDEN), 1.0
+        s, scale = jnp.where(keep, s * scale, HIDDEN), 1.0
+    s = hide(s)
     new = jnp.maximum(highest, s.max(axis=1) * scale)
     decay = jnp.exp2(highest - new)
     weights = jnp.exp2(s * scale - by_row(new, s.shape))
@@ -106,6 +109,7 @@ def forward(
     gate: jax.Array | None,
     bias: jax.Array | None,
     heads_BN: jax.Array | None,
+    mask: gpu_pattern.Arrays | None = None,
     *,
     scale: float,
     soft_cap: float | None,
@@ -115,6 +119,7 @@ def forward(
 
     bounds: starts and ends [B or 1, T]. bias: [B, K or 1, S] float32, log2 units. sinks: [H] float32, log2 units.
     heads_BN: see `gradient`; with it there are bounds, and nothing is written for blocks whose rows see nothing.
+    mask: with lists of the tiles of W R rows; there are then no bounds, and N is that of the tiles.
     """
     (B, T, H, d), (S, K, e) = q.shape, v.shape[1:]
     packed = heads_BN is not None
@@ -122,10 +127,10 @@ def forward(
     o = jax.ShapeDtypeStruct((B, T, H, e), q.dtype)
     lse = jax.ShapeDtypeStruct((B, H, T), jnp.float32)
     run = device.kernel(
-        "routed_forward" if packed else "flash_forward",
+        kernel_name("forward", packed, mask),
         launch.body,
         out_type=[o, lse],
-        scratch_types=launch.scratch(gate is not None, bias is not None),
+        scratch_types=launch.scratch(gate is not None, bias is not None, mask),
         grid=(H, T // (WARPGROUPS * blocks.rows), B),
         grid_names=("h", "i", "b"),
         num_threads=WARPGROUPS + 1,
@@ -133,7 +138,12 @@ def forward(
     )
     tiles = None if bounds is None else ranges(bounds, blocks.rows, blocks.keys, heads_BN)
     starts, ends = bounds or (None, None)
-    return run(q, k, v, starts, ends, tiles, sinks, gate, bias)
+    return run(q, k, v, starts, ends, tiles, sinks, gate, bias, mask)
+
+
+def kernel_name(part: str, packed: bool, mask: Any) -> str:
+    """What a kernel is called in programs and profiles."""
+    return f"{'routed' if packed else 'flash' if mask is None else 'masked'}_{part}"
 
 
 def key_head(t: Any, group: int, packed: bool) -> jax.Array:
@@ -167,8 +177,10 @@ class _Forward:
         """Whether the gate has memory of its own; else it takes that of the output."""
         return max(self.d, self.e) <= 128
 
-    def scratch(self, gated: bool, biased: bool) -> dict[str, Any]:
+    def scratch(self, gated: bool, biased: bool, mask: gpu_pattern.Arrays | None) -> dict[str, Any]:
         (R, N), stages, W = self.shape, self.blocks.stages, WARPGROUPS
+        of_rows = None if mask is None else plgpu.SMEM((W, mask.bounds.shape[2], R), jnp.int32)
+        of_tiles = 0 if mask is None else mask.copies
         ring = lambda arrivals=1: hopper.barriers(stages, arrivals)
         return {
             "q_s": hopper.tiles((W, R, self.d), self.dtype),
@@ -178,8 +190,10 @@ class _Forward:
             "gate_s": hopper.tiles((W, R, self.e), self.dtype) if gated and self.own_gate else None,
             "bias_s": plgpu.SMEM((stages, N), jnp.float32) if biased else None,
             "lse_s": plgpu.SMEM((W, R), jnp.float32),
-            "q_here": hopper.barriers(W),
-            "k_here": ring(1 + biased),
+            "mask_rows_s": of_rows,
+            **gpu_pattern.scratch(mask, stages, N, 1, W * R),
+            "q_here": hopper.barriers(W, 1 + (mask is not None)),
+            "k_here": ring(1 + biased + of_tiles),
             "v_here": ring(),
             "k_free": ring(W),
             "v_free": ring(W),
@@ -187,17 +201,22 @@ class _Forward:
             "turns": hopper.barriers(1, W) if self.blocks.pingpong else None,
         }
 
-    def body(self, q, k, v, starts, ends, tiles, sinks, gate, bias, o, lse, **scratch: Any) -> None:
+    def body(self, q, k, v, starts, ends, tiles, sinks, gate, bias, mask, o, lse, **scratch: Any) -> None:
         h, i, b, wg = (lax.axis_index(name) for name in ("h", "i", "b", "wg"))
         shared = lambda x, b=b: b if x is None or x.shape[0] > 1 else b & 0
-        if tiles is None:
+        walk = None
+        if mask is not None:  # what goes from `first` to `end` are places in the list
+            i = mask.lists.shape[2] - 1 - i
+            walk = gpu_pattern.Walk(mask, b, h, q.shape[2], i)
+            first, end = h & 0, walk.count
+        elif tiles is None:
             first, end = 0, self.keys // self.blocks.keys
         else:
             i = tiles.shape[1] - 1 - i  # of a causal mask the longest first, so that the last to begin end soon
             first, end = tiles[shared(tiles), i, 0], tiles[shared(tiles), i, 1]
         t = types.SimpleNamespace(
-            q=q, k=k, v=v, starts=starts, ends=ends, tiles=tiles, sinks=sinks, gate=gate, bias=bias, o=o, lse=lse,
-            h=h, i=i, b=b, wg=wg, first=first, end=end, row=shared(starts), **scratch,
+            q=q, k=k, v=v, starts=starts, ends=ends, tiles=tiles, sinks=sinks, gate=gate, bias=bias, mask=mask, o=o,
+            lse=lse, h=h, i=i, b=b, wg=wg, walk=walk, first=first, end=end, row=shared(starts), **scratch,
         )  # fmt: skip
         t.slot = lambda j: lax.rem(j - first, self.blocks.stages)
 
@@ -213,10 +232,14 @@ class _Forward:
         kh, N, stages = key_head(t, self.group, self.packed), self.blocks.keys, self.blocks.stages
 
         def tile(j: jax.Array, reused: bool) -> None:
-            at, keys = t.slot(j), pl.ds(j * N, N)
+            number = j if t.walk is None else gpu_pattern.tile_of(t.walk.entry(j))
+            at, keys = t.slot(j), pl.ds(number * N, N)
             if reused:
                 plgpu.barrier_wait(t.k_free.at[at])
             plgpu.copy_gmem_to_smem(t.k.at[t.b, keys, kh], t.k_s.at[at], t.k_here.at[at])
+            if t.walk is not None:
+                rows = pl.ds(t.i * WARPGROUPS * self.blocks.rows, WARPGROUPS * self.blocks.rows)
+                gpu_pattern.fetch(t, t.h, t.q.shape[2], keys, pl.ds(number, 1), rows, at, t.k_here.at[at])
             if t.bias is not None:
                 bias = t.bias.at[t.b, kh if t.bias.shape[1] > 1 else kh & 0, keys]
                 plgpu.copy_gmem_to_smem(bias, t.bias_s.at[at], t.k_here.at[at])
@@ -241,6 +264,9 @@ class _Forward:
         t.qs = t.q_s.at[t.wg]
         t.out = t.qs if t.o_s is None else t.o_s.at[t.wg]
         plgpu.copy_gmem_to_smem(t.q.at[t.b, t.mine, t.h], t.qs, t.q_here.at[t.wg])
+        if t.walk is not None:
+            bounds = t.mask.bounds.at[*gpu_pattern.own(t.mask.bounds, t.b, t.h, t.q.shape[2]), :, t.mine]
+            plgpu.copy_gmem_to_smem(bounds, t.mask_rows_s.at[t.wg], t.q_here.at[t.wg])
         if t.gate is not None and self.own_gate:
             plgpu.copy_gmem_to_smem(t.gate.at[t.b, t.mine, t.h], t.gate_s.at[t.wg], t.gate_here.at[t.wg])
         highest, total = device.full(R, _LOWEST), device.full(R, 0.0)
@@ -270,7 +296,9 @@ class _Forward:
             plgpu.barrier_arrive(t.turns)
             plgpu.barrier_wait(t.turns)
 
-    def softmax(self, t: Any, s: jax.Array, j: jax.Array, highest: jax.Array, total: jax.Array, masked: bool) -> Any:
+    def softmax(
+        self, t: Any, s: jax.Array, j: jax.Array, highest: jax.Array, total: jax.Array, masked: bool, entry: Any
+    ) -> Any:
         keep = bias = None
         N = self.blocks.keys
         if masked:
@@ -279,16 +307,35 @@ class _Forward:
             keep = (column >= low) & (column < high)
         if t.bias is not None:
             bias = by_column(self.device.load(t.bias_s.at[t.slot(j)], COLUMNS), self.shape)
-        return softmax_step(s, bias, highest, total, scale=self.scale, soft_cap=self.soft_cap, keep=keep)
+        hide = {} if t.walk is None else {"hide": lambda s: self.hide(t, s, j, entry)}
+        return softmax_step(s, bias, highest, total, scale=self.scale, soft_cap=self.soft_cap, keep=keep, **hide)
+
+    def hide(self, t: Any, s: jax.Array, j: jax.Array, entry: jax.Array) -> jax.Array:
+        """The scores of a tile in a list, hidden ones `HIDDEN`."""
+        at, (R, N), load = t.slot(j), self.shape, self.device.load
+
+        def masked() -> jax.Array:
+            key = self.device.iota(self.shape, 1) + gpu_pattern.tile_of(entry) * N
+            of_row = lambda n: by_row(load(t.mask_rows_s.at[t.wg, n], ROWS), self.shape)
+            of_key = lambda n: by_column(load(t.mask_keys_s.at[at, n], COLUMNS), self.shape)
+            of_word = lambda n: by_row(load(t.mask_words_s.at[at, 0, n, pl.ds(t.wg * R, R)], ROWS), self.shape)
+            return jnp.where(gpu_pattern.seen(t.mask, key, of_row, of_key, of_word), s, HIDDEN)
+
+        return lax.cond(gpu_pattern.is_full(entry), lambda: s, masked)
+
+    def late(self, t: Any) -> bool:
+        """Whether what lies with a tile's keys is read after their product."""
+        return t.bias is not None or t.walk is not None and t.mask.copies > 0
 
     def release_keys(self, t: Any, slot: jax.Array) -> None:
-        if t.bias is not None:
-            plgpu.commit_smem()  # orders the plain reads of the bias before the copy that overwrites it
+        if self.late(t):
+            plgpu.commit_smem()  # orders the plain reads before the copy that overwrites what was read
         plgpu.barrier_arrive(t.k_free.at[slot])
 
     def first_scores(self, t: Any, highest: jax.Array, total: jax.Array, masked: bool) -> Any:
         """The weights of the first tile, nothing accumulated."""
         at = t.slot(t.first)
+        entry = None if t.walk is None else t.walk.entry(t.first)
         plgpu.barrier_wait(t.k_here.at[at])
 
         if self.blocks.pingpong:
@@ -299,10 +346,10 @@ class _Forward:
             return self.device.read(s)
 
         s = self.device.scoped(product, self.shape)
-        if t.bias is None:
+        if not self.late(t):
             self.release_keys(t, at)
-        weights, highest, total, _ = self.softmax(t, s, t.first, highest, total, masked)
-        if t.bias is not None:
+        weights, highest, total, _ = self.softmax(t, s, t.first, highest, total, masked, entry)
+        if self.late(t):
             self.release_keys(t, at)
         acc = self.device.zeros(self.blocks.rows, self.e)
         return lax.optimization_barrier((acc, highest, total, weights.astype(self.dtype)))
@@ -312,8 +359,9 @@ class _Forward:
         device = self.device
         acc, highest, total, weights = carry
         at, before = t.slot(j), t.slot(j - 1)
+        entry = None if t.walk is None else t.walk.entry(j)  # asked for here, needed after the product
         # The minimum is 0, which no compiler knows: it would keep every operand's address in registers otherwise.
-        q = t.q_s.at[t.wg + lax.min(j, 0)]
+        q = t.q_s.at[t.wg + lax.min(j if entry is None else entry, 0)]
         plgpu.barrier_wait(t.k_here.at[at])
         plgpu.barrier_wait(t.v_here.at[before])
         self.turn(t)
@@ -328,12 +376,12 @@ class _Forward:
 
             s = device.scoped(issue, self.shape)
             self.turn(t)
-            if t.bias is None:
+            if not self.late(t):
                 self.release_keys(t, at)
-            found = lax.optimization_barrier(self.softmax(t, s, j, highest, total, masked))
+            found = lax.optimization_barrier(self.softmax(t, s, j, highest, total, masked, entry))
             # A store that needs every exp2 keeps ptxas from sinking them below the wait for the second product.
             t.lse_s.at[t.wg][...] = found[2]
-            if t.bias is not None:
+            if self.late(t):
                 self.release_keys(t, at)
             for ref, x in zip(new, found):
                 ref[...] = x

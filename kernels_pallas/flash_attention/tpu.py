@@ -12,7 +12,7 @@ from jax import lax
 from kernels_pallas import tuning
 from kernels_pallas.flash_attention import tpu_arrays, tpu_backward, tpu_forward
 from kernels_pallas.flash_attention.call import LOG2E, NOTHING, Call
-from kernels_pallas.flash_attention.tpu_pattern import Layout, Pattern
+from kernels_pallas.flash_attention.pattern import Layout, Pattern
 from kernels_pallas.flash_attention.tpu_plan import Plan
 
 

@@ -11,7 +11,7 @@ from jax import lax
 from kernels_pallas import tuning
 from kernels_pallas.flash_attention import tpu_forward
 from kernels_pallas.flash_attention.call import NOTHING, Call
-from kernels_pallas.flash_attention.tpu_pattern import Pattern
+from kernels_pallas.flash_attention.pattern import Pattern
 
 _WIDTH = 16  # head widths are padded to multiples of it
 

@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 
 from kernels_pallas.flash_attention import tpu_pattern
 from kernels_pallas.flash_attention.call import LOG2E
+from kernels_pallas.flash_attention.pattern import Pattern
 from kernels_pallas.flash_attention.tpu_plan import (
     HIDDEN,
     PatternWalk,
@@ -232,7 +233,7 @@ def run(
     bias_BKS: jax.Array | None,
     heads_BN: jax.Array | None = None,
     probe: Probe | None = None,
-    pattern: tpu_pattern.Pattern | None = None,
+    pattern: Pattern | None = None,
     *,
     out_dtype: Any,
     vmem: int,

@@ -26,6 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.flash_attention import tpu_pattern
 from kernels_pallas.flash_attention.call import LOG2E
+from kernels_pallas.flash_attention.pattern import Pattern
 from kernels_pallas.flash_attention.tpu_plan import (
     HIDDEN,
     LOWEST,
@@ -296,7 +297,7 @@ def run(
     bias_BKS: jax.Array | None,
     heads_BN: jax.Array | None = None,
     probe_BHTd: jax.Array | None = None,
-    pattern: tpu_pattern.Pattern | None = None,
+    pattern: Pattern | None = None,
     *,
     out_dtype: Any,
     vmem: int,

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from kernels_pallas import masks
 from kernels_pallas.flash_attention import tpu_pattern
 from kernels_pallas.flash_attention.call import LOG2E, Call
-from kernels_pallas.flash_attention.tpu_pattern import Layout, entry
+from kernels_pallas.flash_attention.pattern import Layout, Pattern, entry
 from kernels_pallas.mosaic import Slots
 
 HIDDEN = -1e30  # of a hidden logit
@@ -103,10 +103,10 @@ class PatternWalk:
         self.table, self.at, self.count = table, at + 1, table[at]
 
     def tile(self, t):
-        return entry(self.table, self.at + t)[0]
+        return entry(self.table[self.at + t])[0]
 
     def whole(self, t):
-        return entry(self.table, self.at + t)[1]
+        return entry(self.table[self.at + t])[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +160,7 @@ def tile_table(
     heads: int,
     key_heads: int,
     heads_BN: jax.Array | None,
-    pattern: tpu_pattern.Pattern | None = None,
+    pattern: Pattern | None = None,
 ) -> tuple[Tiles, jax.Array]:
     """The table for scalar memory, and what is where in it; without bounds every row sees all keys."""
     blocks = plan.blocks
@@ -186,7 +186,7 @@ def mask_inputs(
     slots: Slots,
     plan: Plan,
     bounds: tuple[jax.Array, jax.Array] | None,
-    pattern: tpu_pattern.Pattern | None,
+    pattern: Pattern | None,
     heads: int,
     at: Callable[..., tuple[Any, Any, Any]],
 ) -> None:

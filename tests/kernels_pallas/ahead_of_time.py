@@ -29,7 +29,7 @@ from kernels_pallas import hopper  # noqa: E402
 from kernels_pallas.agent_attention import gpu_agent_attention  # noqa: E402
 from kernels_pallas.cross_entropy import cross_entropy  # noqa: E402
 from kernels_pallas.delta_rule import delta_rule  # noqa: E402
-from kernels_pallas.flash_attention import flash_attention  # noqa: E402
+from kernels_pallas.flash_attention import Pattern, Term, flash_attention, gpu_pattern  # noqa: E402
 from kernels_pallas.flow_attention import Rule  # noqa: E402
 from kernels_pallas.flow_attention import gpu_backward as flow_backward  # noqa: E402
 from kernels_pallas.flow_attention import gpu_forward as flow_forward  # noqa: E402
@@ -64,6 +64,10 @@ CASES = {
     "delta 128": (128, 128, ""),
     "delta 128 ps": (128, 128, "ps"),
 }
+# Masks beyond intervals, by terms: each its coordinates, and g where it has groups. Other features as above.
+MASKED = {f"masked {d} {terms} {features}".strip(): (d, terms.split("|"), features) for d, terms, features in (
+    (64, "1", ""), (64, "g", ""), (64, "2g|1g", "scgb"), (64, "4g|4g", "sgb"), (128, "1", ""), (128, "g", ""),
+    (128, "2g|1g", "scgb"), (128, "4g|4g", "sgbd"), (256, "1", ""), (256, "2g|1g", "scgb"))}  # fmt: skip
 # Of recurrences: a decay for each position, one that is constant, packed documents, a state in.
 RECURRENCES = {
     f"recurrence {d}/{e} {features}": (d, e, features)
@@ -113,14 +117,28 @@ def captured() -> Iterator[list[str]]:
             text.append(file.read().decode(errors="replace"))
 
 
-def program(d: int, e: int, features: str, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
+def masked_program(d: int, terms: list[str], features: str, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
+    """As `program`, under a mask of each query head's own; deterministic where its features say `d`."""
+    (rows, keys), n = gpu_pattern.TILE, T
+    of = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct((B, H, *shape), dtype, sharding=placed)
+
+    def term(said: str) -> Term:
+        axes, grouped = int(said.rstrip("g") or 0), said.endswith("g")
+        bits = (of(n // keys, n), of(n)) if grouped else (None, None)
+        return Term(of(2 + 2 * axes, n), of(axes, n) if axes else None, *bits)
+
+    pattern = Pattern(of(n // rows, n // keys, dtype=jnp.int8), tuple(map(term, terms)), n // keys, gpu_pattern.TILE)
+    return program(d, d, features, placed, pattern=pattern)
+
+
+def program(d: int, e: int, features: str, placed: Any, **masked: Any) -> tuple[Callable[..., Any], list[Any]]:
     """Attention and its gradient, and the arrays that it takes."""
     of = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
     arrays = {"q": of(B, T, H, d), "k": of(B, T, K, d), "v": of(B, T, K, e)}
     more = {"s": ("sinks", of(H, dtype=jnp.float32)), "g": ("gate", of(B, T, H, e)),
             "b": ("key_bias", of(B, K, T, dtype=jnp.float32))}  # fmt: skip
     arrays |= dict(more[f] for f in features if f in more)
-    bounds = {name: of(1, T, dtype=jnp.int32) for name in ("starts", "ends") if "i" in features}
+    bounds = masked or {name: of(1, T, dtype=jnp.int32) for name in ("starts", "ends") if "i" in features}
 
     def run(arrays: dict[str, Any], bounds: dict[str, Any], do: Any, dlse: Any) -> Any:
         cap = 30.0 if "c" in features else None
@@ -275,6 +293,8 @@ def parallax_program(d: int, features: str, placed: Any) -> tuple[Callable[..., 
 
 def program_of(case: str, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
     """What a case compiles, and for what arrays."""
+    if case in MASKED:
+        return masked_program(*MASKED[case], placed)
     if case in RECURRENCES:
         return recurrence_program(*RECURRENCES[case], placed)
     if case in MEMORIES:
@@ -316,7 +336,7 @@ def kernels(case: str, placed: Any) -> Iterator[dict[str, Any]]:
 def main() -> None:
     mosaic._SMEM_SIZE_BOUND = _Limit(hopper.SMEM_BYTES)
     placed = SingleDeviceSharding(Target.of("h100:1").devices[0])
-    for case in sys.argv[1:] or CASES | RECURRENCES | FLOWS | AGENTS | MEMORIES | LOSSES | LOCAL | PARALLAX:
+    for case in sys.argv[1:] or CASES | MASKED | RECURRENCES | FLOWS | AGENTS | MEMORIES | LOSSES | LOCAL | PARALLAX:
         for found in kernels(case, placed):
             print(json.dumps(found), flush=True)
 

@@ -78,8 +78,11 @@ def inputs(case: dict) -> tuple[dict, dict]:
     return arrays, rest
 
 
-def plain(q, k, v, *, starts=None, ends=None, sinks=None, gate=None, key_bias=None, soft_cap=None):
-    """The form that one would write for XLA in the dtype of q: products of it, a softmax in float32."""
+def plain(q, k, v, *, starts=None, ends=None, sinks=None, gate=None, key_bias=None, soft_cap=None, seen=None):
+    """The form that one would write for XLA in the dtype of q: products of it, a softmax in float32.
+
+    seen: bool [B, H, T, S], where the mask is more than starts and ends.
+    """
     (T, H, d), (S, K) = q.shape[1:], k.shape[1:3]
     f32, heads = jnp.float32, lambda x: jnp.repeat(x, H // K, 2)
     logits = jnp.einsum("bthd,bshd->bhts", q, heads(k), preferred_element_type=f32, precision="highest") * d**-0.5
@@ -87,7 +90,7 @@ def plain(q, k, v, *, starts=None, ends=None, sinks=None, gate=None, key_bias=No
         logits = soft_cap * jnp.tanh(logits / soft_cap)
     if key_bias is not None:
         logits += (key_bias[:, None] if key_bias.ndim == 2 else jnp.repeat(key_bias, H // K, 1))[:, :, None]
-    seen = masks.visible(starts, ends, T, S)[:, None]
+    seen = masks.visible(starts, ends, T, S)[:, None] if seen is None else seen
     some = seen.any(-1, keepdims=True)
     logits = jnp.where(seen, logits, -1e30)
     if sinks is not None:

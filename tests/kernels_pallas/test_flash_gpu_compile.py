@@ -21,7 +21,13 @@ SPILLS = {
     ("128 iscgb", "flash_backward"): 24,
     ("256 iscgb", "flash_backward_keys"): 8,
     ("256 iscgb", "flash_backward_rows"): 24,
+    ("masked 64 2g|1g scgb", "masked_backward"): 88,
+    ("masked 128 2g|1g scgb", "masked_backward"): 28,
+    ("masked 256 2g|1g scgb", "masked_forward"): 12,
+    ("masked 256 2g|1g scgb", "masked_backward_rows"): 20,
 }
+_MASKED = ["masked_backward", "masked_forward"]
+_MASKED_APART = ["masked_backward_keys", "masked_backward_rows", "masked_forward"]
 KERNELS = {
     "64 i": ["flash_backward", "flash_forward"],
     "64 iscgb": ["flash_backward", "flash_forward"],
@@ -32,8 +38,18 @@ KERNELS = {
     "256 iscgb": ["flash_backward_keys", "flash_backward_rows", "flash_forward"],
     "128 r": ["routed_backward", "routed_forward"],
     "256 r": ["routed_backward_keys", "routed_backward_rows", "routed_forward"],
+    "masked 64 1": _MASKED,
+    "masked 64 g": _MASKED,
+    "masked 64 2g|1g scgb": _MASKED,
+    "masked 64 4g|4g sgb": _MASKED_APART,
+    "masked 128 1": _MASKED,
+    "masked 128 g": _MASKED,
+    "masked 128 2g|1g scgb": _MASKED,
+    "masked 128 4g|4g sgbd": _MASKED_APART,
+    "masked 256 1": _MASKED_APART,
+    "masked 256 2g|1g scgb": _MASKED_APART,
 }
-OFTEN = ["128 iscgb", "128 r"]
+OFTEN = ["128 iscgb", "128 r", "masked 128 g"]
 
 
 def absent() -> str | None:

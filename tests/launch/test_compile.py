@@ -312,12 +312,12 @@ def test_search_stops(monkeypatch):
 
 @needs_libtpu
 @pytest.mark.slow
-def test_command_line(tmp_path):
-    """The verb, in a process of its own."""
+def test_command_line(tmp_path, attnlab):
+    """The verb, in a process of its own; a topology that there is not, in this one."""
     path = tmp_path / "c.py"
-    path.write_text(f"def get_config(arg=None):\n    return {config_lib.to_dict(config())!r}\n")
+    path.write_text(f"def get_config(arg=None):\n    return {config_lib.to_dict(config(model__layers=1))!r}\n")
     done = runs.attnlab("compile", "--config", str(path), "--topology", "v5e:2x2", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["memory"]["fits"]
-    done = runs.attnlab("compile", "--config", str(path), "--topology", "v5e:7")
-    assert done.returncode == 2 and "v5e:16x16" in done.stderr
+    code, _, err = attnlab("compile", "--config", path, "--topology", "v5e:7")
+    assert code == 2 and "v5e:16x16" in err

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnlab import batch as kinds
 from attnlab import masks
 from attnlab.mixers.sequence import Sequence, Stream
-from attnlab.ops import layout as kinds
 from attnlab.ops.layout import Layout
 from attnlab.ops.mask_algebra import closed_cuts
 from attnlab.ops.mask_tiles import tile_kinds

@@ -49,6 +49,7 @@ def test_laws():
         {"window": (5,), "stride": (2,), "causal_axes": (True,)},
         {"shape": (4, 5), "window": (3, 2), "stride": (1, 2), "dilation": (1, 2)},
         {"shape": (2, 3, 3), "window": (2, 3, 3), "causal_axes": (True, False, False)},
+        {"shape": (4, 5), "window": (3, 2), "dilation": (1, 2), "order": "partition", "tile": (2, 3)},
     )
 
 
@@ -95,6 +96,17 @@ def test_simulated_tiles_are_those_of_the_table():
         met, of = tiles_met(builder, (16, 24), tile, tile)
         np.testing.assert_allclose(count.mean(), met)
         assert of == n // 16
+
+
+def test_an_order_that_meets_fewer_tiles():
+    """Windows of 7 by 7 on a wide map: a tile of 64 rows meets fewer tiles of keys box by box; on a small one more."""
+    met = {}
+    for side in (32, 128):
+        for order in ("raster", "partition"):
+            builder = masks.build({"name": "neighborhood", "shape": (side, side), "window": (7,), "order": order})
+            mask = builder.mask(Sequence.whole(1, side * side), causal=False)
+            met[side, order] = tile_table(mask, side * side, side * side, 64, 64).count.mean()
+    assert met[128, "partition"] < 0.7 * met[128, "raster"] and met[32, "partition"] > met[32, "raster"]
 
 
 def test_impossible_windows_are_refused():

@@ -19,6 +19,7 @@ from attnlab.mixers.cross import CrossConfig
 from attnlab.mixers.grouped import GroupedConfig
 from attnlab.mixers.heads import HeadConfig, RotaryConfig
 from tests import tiers
+from tests.mixers import stated
 
 WIDTH, LENGTH = 16, 11
 CROSS = {"source", "context_width", "rope_context"}  # knobs of what reads a context: tried in test_cross.py
@@ -101,7 +102,8 @@ def parameters(knobs: bool = True, combinations: bool = True, often: bool = Fals
 def _values(config: Any) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """float32 parameters off their initial values, so that none is neutral, and other variables as they begin; drawn
     once for all laws and dtypes."""
-    _, params, rest = nnx.split(mixers.build(config, width=WIDTH, rngs=nnx.Rngs(0)), nnx.Param, ...)
+    with jax.ensure_compile_time_eval():  # modules are made inside of what is traced, too
+        _, params, rest = nnx.split(mixers.build(config, width=WIDTH, rngs=nnx.Rngs(0)), nnx.Param, ...)
     rng, of = np.random.default_rng(1), lambda state: [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
     return [leaf + 0.3 * rng.standard_normal(leaf.shape) for leaf in of(params)], of(rest)
 
@@ -146,18 +148,18 @@ def split(module: mixers.Mixer) -> tuple[Any, Any]:
 
 
 def default_chunk(config: Any) -> int:
-    """Positions that the layer computes together: its knob, or the rows of a block of the attention ops."""
-    return getattr(config, "chunk", 256)
+    """Positions that the layer computes together: its knob, or the rows of a block of the ops that it calls."""
+    return config.chunk if hasattr(config, "chunk") else stated.of(config.node_name, "BLOCK", 256)
 
 
 def long_inputs(config: Any, dtype: Any) -> tuple[jax.Array, mixers.Sequence, list[tuple[int, int, int]]]:
-    """x [3, T, WIDTH] with T = 3/2 chunks and 3, the packed sequence, and its documents (row, first, end).
+    """x [3, T, WIDTH] with T = 2 chunks and 4, the packed sequence, and its documents (row, first, end).
 
     Row 0: a document that begins exactly at a chunk's edge. Row 1: one that begins inside a chunk and crosses its edge.
     Row 2: one document.
     """
     chunk = default_chunk(config)
-    T = chunk + chunk // 2 + 3
+    T = 2 * (chunk + 2)
     documents = [(0, 0, chunk), (0, chunk, T), (1, 0, chunk // 2), (1, chunk // 2, T), (2, 0, T)]
     segments, positions = np.zeros((3, T), np.int32), np.zeros((3, T), np.int32)
     for index, (row, first, end) in enumerate(documents):

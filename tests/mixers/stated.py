@@ -5,6 +5,7 @@ ROLES     role -> names of the parameters of all its configs; `.kernel` of matri
 FUSED     names of kernels that hold several matrices; default: none.
 BIASED    (fields, projections of queries, keys and values, of the output): which the knob `bias` gives one, in a
           config of these fields; default: [({}, "q k v", "out")].
+BLOCK     rows that its ops compute together, where the config has no `chunk`; default: 256, as attention does.
 KERNEL_TOLERANCE  how near kernels are to the definition where both round to float32; default: 2e-5.
 keys_seen(config, t)      keys that a query at position t of one document of `cases.LENGTH` sees, where they are not
           those of a window or a mask.

@@ -161,6 +161,50 @@ def test_static_weights_do_not_know_the_context():
     assert cases.module(AblatedConfig(), jnp.float64).stack_reads == ()
 
 
+def test_random_streams_know_positions_alone():
+    """Three layers of a stack written out, packed and in a stream of pieces; outputs are linear in x, and another text
+    gives the same stream."""
+    module = cases.module(AblatedConfig(weights="random_stream", heads=2, rope_base=None), jnp.float64)
+    x, seq = cases.inputs(jnp.float64)
+    inputs, used = [x, 3 * x[::-1], x**2], np.asarray(seq.segments) > 0
+
+    def run(parts, seq, states=None):
+        shared, ys, after = module.init_shared(*parts[0].shape[:2]), [], []
+        for i, y in enumerate(parts):
+            placed = dataclasses.replace(seq, shared=shared)
+            out = module(y, placed) if states is None else module.extend(y, placed, states[i])
+            shared, ys, after = shared | out.shared, [*ys, out.y], [*after, out.state]
+        return ys, shared["ablated_stream"], after
+
+    ys, z, _ = jax.jit(run)(inputs, seq)
+    other, again, _ = jax.jit(run)([-y for y in inputs], seq)
+    np.testing.assert_array_equal(z[used], again[used])
+    np.testing.assert_allclose(ys[1][used], -other[1][used], atol=1e-12)
+    noise = np.asarray(module._noise(x[:1], mixers.Sequence.whole(1, cases.LENGTH)))[0]
+    array, H = lambda linear: np.asarray(linear.kernel[...]), module.config.heads
+    for row, first, end in cases.DOCUMENTS:
+        n = end - first
+        now = noise[:n]
+        for y, got in zip(inputs, ys):
+            e = now / np.sqrt((now**2).mean(-1, keepdims=True) + 1e-6) * np.asarray(module.embedding_norm.scale[...])
+            rows = ((e, module.q), (e, module.k), (np.asarray(y)[row, first:end], module.v), (e, module.v))
+            q, k, v, own = ((a @ array(b)).reshape(n, H, -1) for a, b in rows)
+            logits = np.einsum("thd,shd->hts", q, k) / np.sqrt(q.shape[-1])
+            w = np.exp(np.where(np.tri(n, dtype=bool), logits, -np.inf))
+            w /= w.sum(-1, keepdims=True)
+            o, moved = (np.einsum("hts,she->the", w, u).reshape(n, -1) @ array(module.out) for u in (v, own))
+            np.testing.assert_allclose(got[row, first:end], o, atol=1e-11)
+            now = now + moved
+        np.testing.assert_allclose(z[row, first:end], now, atol=1e-11)
+    step, stream = jax.jit(run), mixers.Stream.start(2)
+    states, parts = [module.init_state(2, cases.LENGTH, jnp.float64) for _ in inputs], []
+    for piece in (slice(0, 6), slice(6, cases.LENGTH)):
+        part, stream = stream.extend(jax.tree.map(lambda a, at=piece: a[:, at], seq))
+        pieces, _, states = step([y[:, piece] for y in inputs], part, states)
+        parts.append(pieces[-1])
+    np.testing.assert_allclose(np.concatenate(parts, axis=1)[used], ys[-1][used], atol=1e-11)
+
+
 def test_an_embedding_that_overflows_is_kept_in_its_document():
     """With x it is NaN at one position; other documents' outputs and gradients, through both, are what they are."""
     module = cases.module(AblatedConfig(weights="static"), jnp.float64)

@@ -81,10 +81,15 @@ def test_one_row_is_the_same_for_every_query(name, fields):
     """S = 1: heads' outputs, before a gate, do not depend on the query (a gate, and a sink's share, do)."""
     module = make(name, **(fields | {"sinks": False}))
     x, seq = inputs(rows=rows(size=1))
-    reads = module.reads(x, seq)
-    o, gate = module.attend(reads.q, reads.kv, reads.mask, x).y, module.output_gate(x)
-    o = o if gate is None else o / jax.nn.sigmoid(gate)
-    np.testing.assert_allclose(o, jnp.broadcast_to(o[:, :1], o.shape), atol=1e-12)
+
+    @jax.jit
+    def before_the_gate(x, seq):
+        reads = module.reads(x, seq)
+        o, gate = module.attend(reads.q, reads.kv, reads.mask, x).y, module.output_gate(x)
+        return o if gate is None else o / jax.nn.sigmoid(gate)
+
+    o = np.asarray(before_the_gate(x, seq))
+    np.testing.assert_allclose(o, np.broadcast_to(o[:, :1], o.shape), atol=1e-12)
 
 
 @every_case
@@ -105,11 +110,16 @@ def test_a_row_that_sees_nothing_gives_zero(name, fields):
     module = make(name, **fields)
     ends = jnp.full((B, T), S).at[:, 3].set(0)
     x, seq = inputs(ends=ends)
-    heads = lambda context: module.heads(x, dataclasses.replace(seq, contexts={"image": context})).y
     context = seq.contexts["image"]
+
+    def of_row(r):
+        read = dataclasses.replace(seq, contexts={"image": dataclasses.replace(context, rows=r)})
+        o = module.heads(x, read).y[:, 3]
+        return jnp.sum(o), o
+
+    (_, o), gradient = jax.jit(jax.value_and_grad(of_row, has_aux=True))(context.rows)
     if module.config.node_name != "gated" or module.config.position != "G1":
-        np.testing.assert_array_equal(heads(context)[:, 3], 0)
-    gradient = jax.grad(lambda r: jnp.sum(heads(dataclasses.replace(context, rows=r))[:, 3]))(context.rows)
+        np.testing.assert_array_equal(o, 0)
     np.testing.assert_array_equal(gradient, 0)
 
 
@@ -133,7 +143,7 @@ def test_stream_and_packing(name, fields):
     used = np.asarray(packed.segments) > 0
     quiet = run(module, x, dataclasses.replace(seq, contexts={"image": loud}))
     np.testing.assert_array_equal(np.asarray(quiet)[used], np.asarray(y)[used])
-    state = module.init_state(B, T, jnp.float64, contexts=seq.contexts)
+    state = jax.jit(lambda contexts: module.init_state(B, T, jnp.float64, contexts=contexts))(seq.contexts)
     step = functools.partial(battery.extend, *cases.split(module))
     for cut in battery.CUTS:
         streamed, after = cases.streamed(step, state, x, packed, cut)
@@ -175,12 +185,13 @@ def test_cost(name, fields):
     cls = mixers.get(name)
     config = cls.Config(**({"source": "image", "context_width": D_C, "impl": "definition"} | fields))
     cost = cls.cost(config, cases.WIDTH, T)
-    graphdef, params = cases.split(cases.module(config, jnp.float32))
+    module = cases.module(config, jnp.float32)
+    graphdef, params = cases.split(module)
     x, seq = inputs(rows=rows(size=T))
     counted = flops.count(lambda p, x: nnx.merge(graphdef, p)(x, seq).y, params, x) / (B * T)
     assert counted == pytest.approx(cost.total_flops + cost.context_flops, rel=1e-6)
-    state = cases.module(config, jnp.float32).init_state(1, T, contexts=cls.blank_contexts(config, cases.WIDTH, T))
-    assert cost.state_bytes == sum(a.nbytes for a in jax.tree.leaves(state))
+    begin = lambda: module.init_state(1, T, contexts=cls.blank_contexts(config, cases.WIDTH, T))
+    assert cost.state_bytes == sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(jax.eval_shape(begin)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -207,7 +218,7 @@ def test_a_block_of_both():
     )
     y = jax.jit(lambda x, seq: model(x, seq).y)(x, seq)
     used, periods = np.asarray(packed.segments) > 0, model.unstacked()
-    state, parts, first = model.init_state(B, T, seq.contexts), [], 0
+    state, parts, first = jax.jit(lambda contexts: model.init_state(B, T, contexts))(seq.contexts), [], 0
     step = jax.jit(lambda x, seq, state: extend(periods, x, seq, state))
     for n in (5, 6):
         at = slice(first, first + n)
@@ -215,8 +226,9 @@ def test_a_block_of_both():
         parts, first = [*parts, part], first + n
     np.testing.assert_allclose(np.concatenate(parts, 1)[used], np.asarray(y)[used], atol=1e-11)
     closed = Transformer(stack(gated="X"), rngs=nnx.Rngs(0))
-    np.testing.assert_array_equal(closed(x, seq).y, closed(x, dataclasses.replace(
-        seq, contexts={"image": mixers.Context(rows(seed=9))})).y)  # fmt: skip
+    other = dataclasses.replace(seq, contexts={"image": dataclasses.replace(seq.contexts["image"], rows=rows(seed=9))})
+    of_closed = jax.jit(lambda x, seq: closed(x, seq).y)
+    np.testing.assert_array_equal(of_closed(x, seq), of_closed(x, other))
     with pytest.raises(UserError, match="contexts given: none; the layers read: image"):
         model(x, packed)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -16,7 +17,7 @@ from attnlab.mixers.hgrn2 import HGRN2Config
 from tests.mixers import cases
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
-ROLES = {"matrix": "q forget v out", "scale": "norm"}
+ROLES = {"matrix": "q forget v out", "scale": "norm", "bias": "bound"}
 BIASED = [({}, "q forget v", "out")]
 
 
@@ -92,7 +93,7 @@ def test_memory_is_an_average():
 def test_bound_of_decays():
     """No decay falls below b, the key is what is forgotten, and gates that saturate give finite gradients."""
     for b in (0.0, 0.5):
-        gates = make(lower_bound=b).gates
+        gates = functools.partial(make().gates, b=b)
         z = jnp.asarray([-1e3, -2.0, 0.0, 3.0, 1e3])
         log_decay, k = gates(z)
         np.testing.assert_allclose(jnp.exp(log_decay), b + (1 - b) * np.exp(-np.logaddexp(0, -z)), atol=1e-15)
@@ -101,6 +102,41 @@ def test_bound_of_decays():
         assert np.all(np.isfinite(slopes))
     with pytest.raises(ConfigError, match="lower_bound = 1"):
         HGRN2Config(lower_bound=1.0)
+    with pytest.raises(ConfigError, match="lower_bound = 0.5.*0 where bound_layers is set"):
+        HGRN2Config(lower_bound=0.5, bound_layers=3)
+
+
+def test_bounds_of_a_stack_grow():
+    """At first l / L, as of even shares; whatever is learned 0 in the first layer, then growing, below 1; and a layer
+    with a learned bound is one with that bound as a constant."""
+    x, seq = cases.inputs(jnp.float64)
+
+    def bounds(module):
+        @jax.jit
+        def run(x):
+            shared, ys, found = module.init_shared(*x.shape[:2]), [], []
+            for _ in range(4):
+                out = module(x, dataclasses.replace(seq, shared=shared))
+                shared = shared | out.shared
+                ys.append(out.y)
+                found.append(shared["hgrn2_bound"])
+            return ys, found
+
+        return run(x)
+
+    even = mixers.build({"name": "hgrn2", "bound_layers": 4}, width=cases.WIDTH, rngs=nnx.Rngs(0), dtype=jnp.float64)
+    for l, b in enumerate(bounds(even)[1]):
+        np.testing.assert_allclose(b, l / 4, atol=1e-12)
+    learned = make(bound_layers=4)
+    _, found = bounds(learned)
+    assert not np.asarray(found[0]).any() and (np.diff(np.array(found), axis=0) > 0).all() and np.max(found) < 1
+    learned.bound[...] = jnp.full_like(learned.bound[...], 0.7)
+    ys, found = bounds(learned)
+    constant, used = make(lower_bound=float(found[2][0])), np.asarray(seq.segments) > 0
+    for name in ("q", "forget", "v", "out"):
+        getattr(constant, name).kernel[...] = getattr(learned, name).kernel[...]
+    constant.norm.scale[...] = learned.norm.scale[...]
+    np.testing.assert_allclose(ys[2][used], cases.output(constant, x, seq)[used], atol=1e-11)
 
 
 def test_large_gates_keep_digits():

@@ -41,7 +41,7 @@ def test_equals_the_formula():
     """The whole layer for a packed row, query by query, each regression as one least-squares problem."""
     module = make(kv_heads=2, window=4)
     x, seq = cases.inputs(jnp.float64)
-    y = np.asarray(module(x, seq).y)[0]
+    y = cases.output(module, x, seq)[0]
     d = module.head_dim
     q, k, v = (np.asarray(a)[0] for a in (module.queries(x), *module.keys_values(x)))
     rms = lambda a, n: a / np.sqrt((a * a).mean(-1, keepdims=True) + 1e-6) * np.asarray(n.scale[...])
@@ -71,14 +71,14 @@ def test_a_large_ridge_is_the_softmax_layer():
     for name in ("q_norm", "k_norm"):
         getattr(softmax, name).scale[...] = getattr(module, name).scale[...]
     x, seq = cases.inputs(jnp.float64)
-    np.testing.assert_allclose(module(x, seq).y, softmax(x, seq).y, atol=1e-10)
+    np.testing.assert_allclose(cases.output(module, x, seq), cases.output(softmax, x, seq), atol=1e-10)
 
 
 def test_steps_equal_prefill():
     """One position at a time through the cache gives what the whole sequence gives."""
     module = make(kv_heads=1)
     x, seq = whole()
-    expected = module(x, seq).y
+    expected = cases.output(module, x, seq)
     graphdef, params = cases.split(module)
     step = jax.jit(lambda p, x, seq, state: nnx.merge(graphdef, p).extend(x, seq, state))
     state = module.init_state(2, cases.LENGTH, jnp.float64)
@@ -91,7 +91,9 @@ def test_relative_positions(blocks):
     """RoPE and an isotropic ridge: shifting all positions changes nothing, as the pairs it turns are in one block."""
     module = make(blocks=blocks)
     x, seq = whole()
-    np.testing.assert_allclose(module(x, mixers.Sequence(seq.positions + 1000)).y, module(x, seq).y, atol=1e-9)
+    np.testing.assert_allclose(
+        cases.output(module, x, mixers.Sequence(seq.positions + 1000)), cases.output(module, x, seq), atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("least", [0.01, 0.1])

@@ -116,3 +116,26 @@ def test_what_a_mask_needs_is_said():
     module.require(mixers.Sequence.whole(2, cases.LENGTH), causal=False)
     with pytest.raises(UnsupportedPattern, match="packed"):
         module.require(seq, causal=False)
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        {"name": "gated", "position": "G1", "causal": False},
+        {"name": "moh", "causal": False, "core": {"name": "softmax", "kv_heads": 2}},
+    ],
+    ids=["gated", "moh"],
+)
+def test_cells_taken_in_another_order(node):
+    """Box by box it is what it is row by row, values and gradients, with a position before the cells."""
+    x, found = jnp.asarray(np.random.default_rng(0).standard_normal((2, 13, cases.WIDTH))), []
+    for order in ("raster", "partition"):
+        mask = {"name": "neighborhood", "shape": (4, 3), "window": (3,), "order": order, "tile": (2, 2)}
+        inner = {**node, "core": {**node["core"], "mask": mask}} if "core" in node else {**node, "mask": mask}
+        graphdef, params = cases.split(cases.module(mixers.config_from_node(inner), jnp.float64))
+        seq = mixers.Sequence.whole(2, 13)
+        scalar = lambda params, x, g=graphdef: jnp.sum(jnp.cos(jnp.arange(26.0))[:, None] * nnx.merge(g, params)(
+            x, seq).y.reshape(26, -1))  # fmt: skip
+        found.append(jax.jit(jax.value_and_grad(scalar, argnums=(0, 1)))(params, x))
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-12)

@@ -17,6 +17,7 @@ from tests.mixers.test_softmax import rotate
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
 ROLES = {"matrix": "q k v out gate", "taps": "filters after", "scale": "norm mix"}
+BLOCK = 128
 
 
 @pytest.fixture(autouse=True)

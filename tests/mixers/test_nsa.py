@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,11 @@ from tests.mixers import cases
 from tests.mixers import test_contract as battery
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
-ROLES = {"matrix": "q k v gate out"}
+ROLES = {
+    "matrix": "q k v gate out compressed_k compressed_v window_k window_v "
+    "map_k.inner map_k.outer map_v.inner map_v.outer",
+    "positions": "map_k.places map_v.places",
+}
 T, D = cases.LENGTH, cases.WIDTH
 
 
@@ -48,16 +53,36 @@ def softmax(q, k, v):
     return p / p.sum(), p / p.sum() @ v
 
 
+def compressed(module):
+    """What makes one key, and one value, of a block [n, d]."""
+    if module.config.compress == "mean":
+        return [lambda block: block.mean(0)] * 2
+    normal = np.vectorize(lambda x: (1 + math.erf(x / math.sqrt(2))) / 2)
+
+    def learned(part, block):
+        inner = (block + np.asarray(part.places[...])).ravel() @ np.asarray(part.inner.kernel[...])
+        return inner * normal(inner) @ np.asarray(part.outer.kernel[...])
+
+    return [functools.partial(learned, part) for part in (module.map_k, module.map_v)]
+
+
 def naive(module, x):
     """The layer on one document, query by query, the heads of a key head together; the margin of its choices."""
     c, n, d, weight = module.config, module.config.block, module.head_dim, lambda y: np.asarray(y.kernel[...])
-    q, k, v = ((x @ weight(y)).reshape(len(x), -1, d) for y in (module.q, module.k, module.v))
-    q, k = (np.asarray(rope(jnp.asarray(y)[None], jnp.arange(len(x))[None], c.rope_base))[0] for y in (q, k))
+    turn = lambda y: np.asarray(rope(jnp.asarray(y)[None], jnp.arange(len(x))[None], c.rope_base))[0]
+    parts = lambda *names: [(x @ weight(getattr(module, y))).reshape(len(x), -1, d) for y in names]
+    q, k, v = parts("q", "k", "v")
+    q, k = turn(q), turn(k)
+    (near_k, near_v), coarse = (k, v), (k, v)
+    if c.branches == "own":
+        near_k, near_v, coarse_k, coarse_v = parts("window_k", "window_v", "compressed_k", "compressed_v")
+        near_k, coarse = turn(near_k), (turn(coarse_k), coarse_v)
     gates = 1 / (1 + np.exp(-(x @ weight(module.gate)).reshape(len(x), c.heads, 3)))
     o, gaps, G = np.zeros_like(q), [np.inf], c.heads // c.key_heads
     for t, g in np.ndindex(len(x), c.key_heads):
         own, ended, group = t // n, (t + 1) // n, range(g * G, (g + 1) * G)
-        means = [np.array([y[b * n : (b + 1) * n, g].mean(0) for b in range(ended)]).reshape(-1, d) for y in (k, v)]
+        blocks = [[y[b * n : (b + 1) * n, g] for b in range(ended)] for y in coarse]
+        means = [np.array(list(map(to_one, of))).reshape(-1, d) for to_one, of in zip(compressed(module), blocks)]
         importance = sum((softmax(q[t, h], *means)[0] for h in group), np.zeros(ended)) / G
         forced = {0, own - 1, own} & set(range(own + 1))
         others = sorted(set(range(own)) - forced, key=lambda b: -importance[b])
@@ -69,15 +94,17 @@ def naive(module, x):
         near = range(max(0, t - c.window + 1), t + 1)
         for h in group:
             branches = [softmax(q[t, h], *means)[1] if ended else np.zeros(d)]
-            branches += [softmax(q[t, h], k[seen, g], v[seen, g])[1] for seen in (chosen, list(near))]
+            branches.append(softmax(q[t, h], k[chosen, g], v[chosen, g])[1])
+            branches.append(softmax(q[t, h], near_k[near, g], near_v[near, g])[1])
             o[t, h] = gates[t, h] @ branches
     return o.reshape(len(x), -1) @ weight(module.out), min(gaps)
 
 
-def test_layer_is_the_formula():
+@pytest.mark.parametrize("fields, seed", [({}, 1), ({"compress": "mlp", "branches": "own"}, 1)], ids=str)
+def test_layer_is_the_formula(fields, seed):
     """The whole layer written out, in packed rows; and streams, which choose alike."""
-    module = make(block=1, top_k=4, kv_heads=2, window=3)
-    x, seq = cases.inputs(jnp.float64, seed=1)
+    module = make(block=1, top_k=4, kv_heads=2, window=3, **fields)
+    x, seq = cases.inputs(jnp.float64, seed=seed)
     y, state = cases.output(module, x, seq), module.init_state(2, cases.LENGTH, jnp.float64)
     extend = functools.partial(battery.extend, *cases.split(module))
     stream, _ = cases.streamed(extend, state, x, seq, battery.CUTS[1])
@@ -88,13 +115,26 @@ def test_layer_is_the_formula():
         np.testing.assert_allclose(stream[row, first:end], want, atol=1e-12)
 
 
-def test_blocks_of_two_are_the_formula():
-    """With means of more than one key, and heads that share one key head."""
-    module, (x, seq) = make(block=2, top_k=3, kv_heads=1, window=1, heads=2, impl="definition"), inputs()
+@pytest.mark.parametrize("fields", [{}, {"compress": "mlp"}], ids=str)
+def test_blocks_of_two_are_the_formula(fields):
+    """With more than one key in a block, and heads that share one key head."""
+    module, (x, seq) = make(block=2, top_k=3, kv_heads=1, window=1, heads=2, impl="definition", **fields), inputs()
     y = cases.output(module, x, seq)
     want, gap = naive(module, x[1])
     assert gap > 1e-4
     np.testing.assert_allclose(y[1], want, atol=1e-12)
+
+
+def test_branches_with_the_same_projections_are_shared_ones():
+    """What branches of their own have beside is the projections alone."""
+    x, seq = inputs()
+    shared, own = (make(block=2, top_k=3, window=4, branches=of, impl="definition") for of in ("shared", "own"))
+    for name in ("q", "k", "v", "gate", "out"):
+        kernel = getattr(shared, name).kernel[...]
+        for copy in (name, f"compressed_{name}", f"window_{name}"):
+            if hasattr(own, copy):
+                getattr(own, copy).kernel[...] = kernel
+    np.testing.assert_allclose(cases.output(own, x, seq), cases.output(shared, x, seq), atol=1e-12)
 
 
 def test_each_branch_by_its_gate():

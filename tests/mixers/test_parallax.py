@@ -13,6 +13,7 @@ from attnlab.errors import ConfigError, UserError
 from attnlab.ops import Mask, attention, blockwise, mask_from_segments
 from attnlab.ops.local_linear import local_linear
 from attnlab.ops.parallax import parallax
+from attnlab.parallel import partition
 from tests.mixers import cases
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
@@ -75,7 +76,7 @@ def test_is_the_formula(impl):
 @pytest.mark.parametrize("kind", ["packed", "window", "accelerator"])
 def test_blockwise_equals_definition(kind, small_tiles, monkeypatch):
     if kind == "accelerator":
-        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+        monkeypatch.setattr(partition, "by_platform", lambda *args, cpu, default: default(*args))
     window, causal = (9, True) if kind == "window" else (None, kind == "packed")
     mask = mask_from_segments(jnp.asarray(SEGMENTS), T, causal=causal, window=window)
     arguments = arrays(K=4 if kind == "window" else 2)
@@ -160,7 +161,7 @@ def test_zero_projection_of_probes_is_the_softmax_layer(qk_norm):
     for name in ("q_norm", "k_norm") if qk_norm else ():
         getattr(softmax, name).scale[...] = getattr(module, name).scale[...]
     x, seq = cases.inputs(jnp.float64)
-    np.testing.assert_allclose(module(x, seq).y, softmax(x, seq).y, atol=1e-12)
+    np.testing.assert_allclose(cases.output(module, x, seq), cases.output(softmax, x, seq), atol=1e-12)
 
 
 def test_relative_positions():
@@ -169,16 +170,16 @@ def test_relative_positions():
     x, _ = cases.inputs(jnp.float64)
     seq = mixers.Sequence.whole(*x.shape[:2])
     shifted = mixers.Sequence(seq.positions + 1000)
-    np.testing.assert_allclose(module(x, shifted).y, module(x, seq).y, atol=1e-10)
+    np.testing.assert_allclose(cases.output(module, x, shifted), cases.output(module, x, seq), atol=1e-10)
 
 
 def test_size_of_normalised_probes_does_not_matter():
     """With qk_norm the probe has the length of a normalised head whatever W_R."""
     module = cases.module(mixers.get("parallax").Config(), jnp.float64)
     x, seq = cases.inputs(jnp.float64)
-    before = module(x, seq).y
+    before = cases.output(module, x, seq)
     module.r.kernel[...] = 1e3 * module.r.kernel[...]
-    np.testing.assert_allclose(module(x, seq).y, before, rtol=0, atol=1e-4 * float(jnp.abs(before).max()))
+    np.testing.assert_allclose(cases.output(module, x, seq), before, rtol=0, atol=1e-4 * float(jnp.abs(before).max()))
 
 
 def test_gradients_reach_the_probes():

@@ -19,6 +19,7 @@ from tests.mixers import test_contract as battery
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
 ROLES = {"matrix": "qk v out", "tokens": "centroids"}
+BLOCK = 64
 BIASED = [({}, "qk v", "out")]
 T, D = cases.LENGTH, cases.WIDTH
 

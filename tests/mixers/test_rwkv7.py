@@ -101,16 +101,18 @@ def test_values_of_the_first_layer_are_mixed_into_those_of_later_ones():
     found = np.asarray(jax.jit(lambda x: stack(x, seq).y)(x))
     (period,) = stack.unstacked()
     softmax, *layers = (block.sublayers[0] for block in period.blocks)
-    h = np.asarray(softmax(x, seq.derived()).y)
+    h = np.asarray(jax.jit(lambda x: softmax(x, seq.derived()).y)(x))
+    rows = lambda y: np.pad(y, [(0, cases.LENGTH - len(y)), (0, 0)])  # of one length: one program
+    norms = [jax.jit(lambda y, norm=sublayer.norm: norm(y)) for sublayer in layers]
     for row, first, end in cases.DOCUMENTS:
         y, values = h[row, first:end], None
-        for sublayer in layers:
-            module, normed = sublayer.branch, np.asarray(sublayer.norm(jnp.asarray(y)))
+        for sublayer, norm in zip(layers, norms, strict=True):
+            module, normed = sublayer.branch, np.asarray(norm(rows(y)))[: len(y)]
             before = np.concatenate([np.zeros((1, cases.WIDTH)), normed[:-1]])
             own = (normed + np.asarray(module.mix[...])[3] * (before - normed)) @ weight(module.v)
             y, values = y + naive(module, normed, values), own if values is None else values
         np.testing.assert_allclose(found[row, first:end], y, atol=1e-11)
-    state, parts = stack.init_state(2, cases.LENGTH), []
+    state, parts = jax.jit(lambda: stack.init_state(2, cases.LENGTH))(), []
     for piece in (slice(0, 6), slice(6, cases.LENGTH)):
         part = mixers.Sequence(seq.positions[:, piece], seq.segments[:, piece])
         step = jax.jit(lambda x, part, state: extend(stack.unstacked(), x, part, state))

@@ -98,7 +98,7 @@ def test_equals_the_formula(name):
     config, _ = cases.configs("softmax")[name]
     module = cases.module(config, jnp.float64)
     x, seq = cases.inputs(jnp.float64)
-    y = np.asarray(module(x, seq).y)
+    y = cases.output(module, x, seq)
     for row in range(2):
         expected = layer(module, np.asarray(x[row]), cases.POSITIONS[row], cases.SEGMENTS[row])
         np.testing.assert_allclose(y[row], expected, atol=1e-10)
@@ -109,7 +109,7 @@ def test_window_counts_itself():
     module = cases.module(mixers.get("softmax").Config(window=3), jnp.float64)
     x, _ = cases.inputs(jnp.float64)
     seq = mixers.Sequence.whole(*x.shape[:2])
-    moved = np.abs(module(x.at[:, 4].add(1.0), seq).y - module(x, seq).y).max((0, 2)) > 0
+    moved = np.abs(cases.output(module, x.at[:, 4].add(1.0), seq) - cases.output(module, x, seq)).max((0, 2)) > 0
     assert np.flatnonzero(moved).tolist() == [4, 5, 6]
 
 
@@ -119,7 +119,7 @@ def test_relative_positions():
     x, _ = cases.inputs(jnp.float64)
     seq = mixers.Sequence.whole(*x.shape[:2])
     shifted = mixers.Sequence(seq.positions + 1000)
-    np.testing.assert_allclose(module(x, shifted).y, module(x, seq).y, atol=1e-10)
+    np.testing.assert_allclose(cases.output(module, x, shifted), cases.output(module, x, seq), atol=1e-10)
 
 
 def test_biases_of_keys_cancel_and_those_of_values_are_added():
@@ -134,7 +134,7 @@ def test_biases_of_keys_cancel_and_those_of_values_are_added():
     seq = mixers.Sequence.whole(*x.shape[:2])
     added = full.v.bias[...] @ full.out.kernel[...] + full.out.bias[...]
     assert np.abs(full.k.bias[...]).min() > 1e-3 and np.abs(added).max() > 0.1
-    np.testing.assert_allclose(full(x, seq).y, plain(x, seq).y + added, atol=1e-12)
+    np.testing.assert_allclose(cases.output(full, x, seq), cases.output(plain, x, seq) + added, atol=1e-12)
     graphdef, params = cases.split(full)
     gradient = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(nnx.merge(graphdef, p)(x, seq).y))))(params)
     np.testing.assert_allclose(gradient["k"]["bias"][...], 0, atol=1e-12)
@@ -145,10 +145,10 @@ def test_cosine_attention_does_not_see_the_length_of_keys():
     """Scaling W_k and W_q changes nothing but through the epsilon of 1e-6; the first temperature is 1 / 0.24."""
     module = cases.module(mixers.get("softmax").Config(qk_norm="cosine"), jnp.float64)
     x, seq = cases.inputs(jnp.float64)
-    first = module(1e3 * x, seq).y
+    first = cases.output(module, 1e3 * x, seq)
     for name in ("q", "k"):
         getattr(module, name).kernel[...] = 7 * getattr(module, name).kernel[...]
-    np.testing.assert_allclose(module(1e3 * x, seq).y, first, atol=1e-7)
+    np.testing.assert_allclose(cases.output(module, 1e3 * x, seq), first, atol=1e-7)
     fresh = mixers.build({"name": "softmax", "qk_norm": "cosine"}, width=16, rngs=nnx.Rngs(0), dtype=jnp.float64)
     np.testing.assert_allclose(jax.nn.softplus(fresh.temperature[...]), np.full(4, 1 / 0.24), rtol=1e-12)
 

@@ -40,7 +40,7 @@ def test_equals_the_formula(fields):
     """The whole layer for a packed row, query by query, pair by pair."""
     module = make(heads=2, **fields)
     x, seq = cases.inputs(jnp.float64)
-    y, c, d = np.asarray(module(x, seq).y)[0], module.config, module.head_dim
+    y, c, d = cases.output(module, x, seq)[0], module.config, module.head_dim
     project = lambda name: (np.asarray(x)[0] @ np.asarray(getattr(module, name).kernel[...])).reshape(-1, 2, d)
     q, k1, k2, v1, v2 = map(project, ("q", "k1", "k2", "v1", "v2"))
     if c.qk_norm:
@@ -71,14 +71,16 @@ def test_an_offset_alone_is_the_softmax_layer():
         linear.kernel[...] = jnp.zeros_like(linear.kernel[...])
     x, seq = cases.inputs(jnp.float64)
     used = np.asarray(seq.segments) > 0
-    np.testing.assert_allclose(module(x, seq).y[used], softmax(x, seq).y[used], atol=1e-10)
+    np.testing.assert_allclose(cases.output(module, x, seq)[used], cases.output(softmax, x, seq)[used], atol=1e-10)
 
 
 def test_permuting_positions_permutes_outputs():
     """Both ways it knows no order."""
     module, order = make(causal=False), np.random.default_rng(0).permutation(cases.LENGTH)
     x, seq = cases.inputs(jnp.float64)[0], mixers.Sequence.whole(2, cases.LENGTH)
-    np.testing.assert_allclose(module(x[:, order], seq).y, module(x, seq).y[:, order], atol=1e-12)
+    np.testing.assert_allclose(
+        cases.output(module, x[:, order], seq), cases.output(module, x, seq)[:, order], atol=1e-12
+    )
 
 
 def test_windowed_state_does_not_grow():

@@ -284,3 +284,47 @@ def test_bfloat16_model_keeps_fp32_parameters():
         assert a.dtype == jnp.float32
         assert abs(float(a.sum() - b.sum())) < 0.02 * float(b.sum())
         assert low.hidden(batch()["tokens"], mixers.Sequence(batch()["positions"])).y.dtype == jnp.bfloat16
+
+
+def test_decoupled_embeddings():
+    """With the table of the embedding it is the model without it; values give the attention's table no gradient, and
+    where weights are even, nothing does; a stream is the whole; a table that nobody would read is refused."""
+    table = mixer_table({"A": {"name": "ablated", "weights": "static", "heads": 2}}, "m")
+    own = config(mixers=table, pattern="A", layers=2, decoupled=True)
+    graphdef, params = nnx.split(LanguageModel(own, rngs=nnx.Rngs(0)), nnx.Param)
+    plain = LanguageModel(config(mixers=table, pattern="A", layers=2), rngs=nnx.Rngs(0))
+    count = lambda state: sum(x.size for x in jax.tree.leaves(state))
+    assert (
+        count(params) - count(nnx.state(plain, nnx.Param))
+        == 23 * 8
+        == model_cost(own, 11).parameters - model_cost(plain.config, 11).parameters
+    )
+    seq = lambda: mixers.Sequence(batch()["positions"], batch()["segments"])
+
+    @jax.jit
+    def run(params):
+        model = nnx.merge(graphdef, params)
+        value = lambda params: jnp.sum(nnx.merge(graphdef, params).token_losses(batch())[0])
+        return model.token_losses(batch())[0], jax.grad(value)(params)["attention_embedding"][...]
+
+    losses, slopes = run(params)
+    tied = jax.tree.map(jnp.copy, params)
+    tied["attention_embedding"][...] = tied["embedding"][...]
+    same, _ = run(tied)
+    nnx.update(plain, {k: v for k, v in tied.items() if k != "attention_embedding"})
+    want = jax.jit(lambda: plain.token_losses(batch())[0])()
+    np.testing.assert_allclose(same, want, atol=1e-12)
+    assert np.abs(losses - want).max() > 1e-3 and np.abs(slopes).max() > 1e-6
+    tied["transformer"]["periods"]["blocks"][0]["sublayers"][0]["branch"]["q"]["kernel"][...] *= 0.0
+    assert not np.asarray(run(tied)[1]).any()  # even weights, whatever keys are: all that is left are values
+    model = nnx.merge(graphdef, params)
+    whole = jax.jit(lambda: model.encoded(model.embed(batch()["tokens"]), model.sequence(batch()), None).y)()
+    state, parts, periods = model.init_state(2, 11), [], model.transformer.unstacked()
+    for first in (0, 6):
+        cut = lambda x: x[:, first : first + 6]
+        y, state = model.extend(periods, cut(batch()["tokens"]), jax.tree.map(cut, seq()), state)
+        parts.append(y)
+    used = SEGMENTS > 0
+    np.testing.assert_allclose(np.concatenate(parts, axis=1)[used], np.asarray(whole)[used], atol=1e-12)
+    with pytest.raises(ConfigError, match="model.decoupled = True.*false where no mixer reads the embedding"):
+        config(decoupled=True)

@@ -13,6 +13,7 @@ from attnlab import ops
 from attnlab.errors import UserError
 from attnlab.ops import Mask, attention, blockwise, dispatch, mask_for_extension, mask_from_segments
 from attnlab.ops.attention import ATTENTION
+from attnlab.parallel import partition
 from tests import tiers
 
 T = 61
@@ -55,7 +56,7 @@ def form(request, monkeypatch):
 
 def force_form(monkeypatch, form):
     if form == "accelerator":
-        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+        monkeypatch.setattr(partition, "by_platform", lambda *args, cpu, default: default(*args))
 
 
 def arrays(B=2, T=T, S=None, H=4, K=4, d=8, e=8, dtype=jnp.float64, seed=0):

@@ -1,17 +1,22 @@
-"""Our kernels in attention's table on a GPU: asked for they are the program's, auto never takes them untimed."""
+"""Our kernels in attention's table on a GPU: asked for they are the program's; untimed, auto takes them only for masks
+that are more than intervals."""
 
 from __future__ import annotations
 
+import functools
 import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from attnlab.ops import Mask, attention, attention_cudnn, attention_flash, dispatch, mask_from_segments
 from attnlab.ops.attention import ATTENTION, ATTENTION_WITH_LSE, attention_with_lse
 from attnlab.ops.attention_frame import AttentionSpec
+from attnlab.ops.mask_algebra import packed_bits
+from attnlab.ops.masks import Groups
 from attnlab.parallel import partition
 from tests import tiers
 
@@ -80,6 +85,43 @@ def test_auto_does_not_take_it(hopper):
     for changes in ({"sinks": True}, {"soft_cap": True}, {"intervals": True, "documents": True}):
         assert attention_flash.unsupported(spec(**changes)) is None
         assert ATTENTION.pick(spec(**changes)) == "xla" == ATTENTION_WITH_LSE.pick(spec(**changes))
+
+
+def far(length):
+    """Causal, and of blocks of 32 keys those an even number of blocks away: more than an interval."""
+    block = np.arange(length, dtype=np.int32) // 32
+    bits = packed_bits((block[:, None] - np.arange(block[-1] + 1)) % 2 == 0)[None, None]
+    return Mask(causal=True, groups=Groups(block[None], bits, size=32))
+
+
+def test_auto_takes_it_for_masks_beyond_intervals(hopper):
+    """Nothing else that is made for GPUs serves them: forward and backward are its kernels."""
+    q, k = (jax.ShapeDtypeStruct((1, 250, heads, 64), jnp.bfloat16) for heads in (H, K))
+
+    def run(q, k, v, mask):
+        out, vjp = jax.vjp(lambda *a: attention_with_lse(*a, mask), q, k, v)
+        return out, vjp(jax.tree.map(jnp.ones_like, out))
+
+    with dispatch.recording() as chosen, use_abstract_mesh(H100):
+        lowered = jax.jit(functools.partial(run, mask=far(250))).trace(q, k, k).lower(lowering_platforms=("cuda",))
+        text = lowered.as_text(debug_info=True)
+    assert [c.implementation for c in chosen.choices] == ["flash"]
+    assert set(re.findall(r"\bmasked_((?:forward|backward)\w*)", text)) == {"backward", "forward"}
+    assert "mosaic_gpu" in text and "x250x250x" not in text
+    assert chosen.kernel_flops({"masked_forward": 1}) == pytest.approx(2 * H * 250 * 251 / 2 * 128)
+
+
+def test_masks_that_it_cannot_serve(hopper):
+    """Few rows, groups in no order, lists that are too long: XLA's form by tiles; asked for, the reason."""
+    assert ATTENTION.pick(spec(pattern=2)) == "flash"
+    assert ATTENTION.pick(spec(pattern=2, queries=64)) == "tiles"
+    for changes, reason in (
+        ({"groups": "many"}, "32 groups of keys in no promised order"),
+        ({"axes": 9}, "masks of at most 8 coordinates of keys, not 9"),
+        ({"queries": 2**20, "keys": 2**20}, "lists of tiles of 2 masks over 1048576 x 1048576 take more than 1024 MiB"),
+    ):
+        assert ATTENTION.pick(spec(pattern=2, **changes)) == "tiles"
+        assert reason in attention_flash.unsupported(spec(pattern=2, **changes))
 
 
 def test_it_says_what_it_was_asked_for(hopper):

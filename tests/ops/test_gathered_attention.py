@@ -50,11 +50,11 @@ def small_segments(monkeypatch):
 @pytest.fixture(params=["cpu", "accelerator"])
 def form(request, monkeypatch):
     if request.param == "accelerator":
-        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+        monkeypatch.setattr(partition, "by_platform", lambda *args, cpu, default: default(*args))
 
 
 def cpu_form(monkeypatch):
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: cpu(*args))
+    monkeypatch.setattr(partition, "by_platform", lambda *args, cpu, default: cpu(*args))
 
 
 CASES = {

@@ -11,6 +11,7 @@ import pytest
 from attnlab.errors import UserError
 from attnlab.ops import Mask, attention, blockwise, mask_for_extension, mask_from_segments
 from attnlab.ops.local_linear import local_linear
+from attnlab.parallel import partition
 from tests import tiers
 
 T = 45
@@ -195,7 +196,7 @@ def test_custom_vjp_equals_autodiff_through_cholesky(name, K, small_tiles):
 
 
 def test_accelerator_form_equals_definition(small_tiles, monkeypatch):
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+    monkeypatch.setattr(partition, "by_platform", lambda *args, cpu, default: default(*args))
     q, k, v, ridge = arrays()
     mask = MASKS["packed window"]()
     assert_close(value_and_grads("cg", q, k, v, ridge, mask), value_and_grads("definition", q, k, v, ridge, mask))

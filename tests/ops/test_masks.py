@@ -207,7 +207,7 @@ def assert_close(found, expected):
 @pytest.mark.parametrize("name, form", [(n, "cpu") for n in masks()] + [("query heads, many groups", "accelerator")])
 def test_tiles_equal_the_definition(name, form, small, monkeypatch):
     if form == "accelerator":
-        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+        monkeypatch.setattr(partition, "by_platform", lambda *args, cpu, default: default(*args))
     cap = None if name == "one head" else 3.0
     assert_close(value_and_gradients(masks()[name], "tiles", cap), defined(name, cap))
 

@@ -11,6 +11,7 @@ from attnlab.errors import UserError
 from attnlab.ops import Mask, attention, mask_for_extension, mask_from_segments, tensor_attention_xla
 from attnlab.ops.masks import mean_visible_pairs
 from attnlab.ops.tensor_attention import tensor_attention
+from attnlab.parallel import partition
 
 T, D, E = 21, 4, 3
 SEGMENTS = jnp.asarray([[1] * 6 + [2] * 2 + [3] * 9 + [0] * 4, [0] * 2 + [4] * 9 + [5] * 10])
@@ -75,7 +76,7 @@ def test_tiles_equal_the_definition(kind, serial, monkeypatch):
     """Values and gradients, where rows and pairs do not divide into tiles, as CPUs and as accelerators run it."""
     monkeypatch.setattr(tensor_attention_xla, "ROWS", 20)  # 4 first keys a group, beside 5 rows
     if not serial:
-        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+        monkeypatch.setattr(partition, "by_platform", lambda *args, cpu, default: default(*args))
     mask, reach, queries = MASKS[kind]()
     inputs = arrays(queries)
 

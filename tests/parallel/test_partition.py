@@ -1,5 +1,7 @@
 """Laying activations over a mesh: the same numbers, on the devices that the rules say."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +22,17 @@ def test_outside_a_mesh_nothing_is_laid_out():
     x = jnp.ones((2, 3))
     assert partition.constrain(x, "batch", None) is x
     assert partition.platform() == jax.default_backend() and partition.ways("heads") == 1
+
+
+def test_one_platforms_form_alone_is_traced():
+    """Of the devices of the mesh; without one, of jax's."""
+    tpu = types.SimpleNamespace(platform="tpu", device_kind="TPU v6e")
+    elsewhere = types.SimpleNamespace(size=1, devices=np.array([tpu], object))
+    form = lambda: partition.by_platform(2, 3, cpu=lambda a, b: a + b, default=lambda a, b: a * b)
+    assert form() == 5
+    with partition.use(elsewhere, {}):
+        assert form() == 6
+    assert form() == 5
 
 
 def test_constrain_follows_the_rules():

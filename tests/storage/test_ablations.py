@@ -27,9 +27,9 @@ RUNS = [f"arms/{arm}/seed{seed}" for seed in (0, 1) for arm in ("plain", "gate")
 
 @pytest.fixture
 def plan(tmp_path):
-    """A plan of four runs of eight steps."""
+    """A plan of four runs of eight steps, each saved twice."""
     tree = plans.tree(runs.corpus(tmp_path / "text"))
-    tree["base"]["train"] |= {"steps": 8, "save_every": 2, "eval_every": 4, "keep": 1}
+    tree["base"]["train"] |= {"steps": 8, "save_every": 4, "eval_every": 4, "keep": 1}
     tree["base"]["optimizer"]["schedule"] = "constant"
     return plans.write(tmp_path / "plan.py", tree)
 
@@ -39,8 +39,8 @@ def ablate(plan, place, processes):
 
 
 def stuck(method, path):
-    """Nobody's third checkpoint comes to be."""
-    return Answer(503, {}, b"") if method == "PUT" and path.endswith("checkpoints/6/digests.json") else None
+    """Nobody's second checkpoint comes to be."""
+    return Answer(503, {}, b"") if method == "PUT" and path.endswith("checkpoints/8/digests.json") else None
 
 
 def events(bucket, kind):

@@ -61,6 +61,7 @@ def broken_off(config, place, step):
         runs.run(config, place)
 
 
+@tiers.parametrize("store", ["gs", "s3"], often=["s3"], indirect=True)
 def test_a_run(place, source, alone, attnlab, tmp_path):
     """It leaves what it would on a disk, bit for bit, whatever broke it off; every verb reads it there."""
     config, url = runs.config(source, **SMALL), Url(place)

@@ -62,10 +62,10 @@ def pair(directory, source, workdir, **more):
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    """The corpus, and the metrics of a run on a disk."""
+    """The corpus, and the metrics of a run on a disk, of one process on as many devices."""
     home = tmp_path_factory.mktemp("unbroken")
     source = runs.corpus(home / "corpus")
-    pair(home, source, home / "disk")
+    runs.run(runs.config(source, **SMALL), home / "disk")
     return source, runs.lines(home / "disk")
 
 

@@ -154,3 +154,31 @@ def test_label_sets_of_held_out_rows():
     share = np.bincount(task.slices(new)["set"][1], minlength=4) / 400
     assert (abs(share - 0.25) < 0.09).all()
     assert set(task.slices(task.rows("train", range(50)))["set"][1]) == {0}
+
+
+def test_visual_questions_say_where_images_and_questions_lie():
+    """The layout of rows, told anew from their ids: cells row by row, questions up to what opens the answer."""
+    task, found = rows("visual_question", 20, images=3, symbols=16, length=80)
+    c = task.config
+    for tokens, targets, layout, node in zip(*(found[key] for key in ("tokens", "targets", "layout", "node"))):
+        kind, span = layout[:, 0], layout[:, 5:]
+        image = (tokens >= c.first_symbol) & (tokens < c.first_text)
+        for at in np.flatnonzero(tokens == 0):  # a question's own symbol is no cell, nor is the answer
+            image[at : at + 6] = False
+            assert (kind[at : at + 5] == 3).all() and (span[at : at + 5] == [at, at + 5]).all() and kind[at + 5] == 4
+            assert tokens[at + 4] == 1 and targets[at + 4] == tokens[at + 5]
+        np.testing.assert_array_equal(kind == 2, image)
+        np.testing.assert_array_equal(node > 0, image)
+        first = np.flatnonzero(image)[::9]
+        for number, start in enumerate(first.tolist()):
+            own = slice(start, start + 9)
+            assert layout[own].tolist() == [[2, *divmod(i, 3), 3, 3, start, start + 9] for i in range(9)]
+            assert (node[own] == number + 1).all()
+        for at in np.flatnonzero(tokens == 0):
+            name, symbol, direction = tokens[at + 1 : at + 4].tolist()
+            start = np.flatnonzero(tokens == name)[0] + 1
+            y, x = divmod(tokens[start : start + 9].tolist().index(symbol), 3)
+            y, x = {2: (y, x + 1), 3: (y, x - 1), 4: (y + 1, x), 5: (y - 1, x)}[direction]
+            assert 0 <= y < 3 and 0 <= x < 3 and tokens[at + 5] == tokens[start + 3 * y + x]
+        assert len(first) == 3 and (kind == 3).sum() == 10 and (kind == 4).sum() == 2
+        assert (layout[kind == 1, 1:] == [-1, -1, 0, 0, 0, 0]).all() and (kind == 1).sum() == 80 - 27 - 12

@@ -14,6 +14,9 @@ import rich.console
 from attnlab import config as config_lib
 from attnlab.train.config import RunConfig
 from attnlab.train.loop import train
+from attnlab.train.program import Program
+
+Program.share(12)  # of the tests of a file, which take turns
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -28,12 +31,12 @@ def corpus(directory: pathlib.Path) -> str:
 
 
 def tree(source: str, **overrides: Any) -> dict[str, Any]:
-    """A config tree of a model that compiles in a second or two; `a__b=1` sets a.b."""
+    """A config tree of a model that compiles in a second or two, once for all numbers of steps; `a__b=1` sets a.b."""
     config: dict[str, Any] = {
         "seed": 3,
         "data": {"source": source, "length": 32, "batch": 8},
         "model": {"vocab": 260, "width": 16, "layers": 2, "mixers": {"M": {"name": "softmax", "heads": 2}}},
-        "optimizer": {"name": "adamw", "learning_rate": 1e-2, "warmup": 2},
+        "optimizer": {"name": "adamw", "learning_rate": 1e-2, "warmup": 2, "schedule": "constant"},
         "train": {"steps": 12, "log_every": 1, "eval_every": 6, "eval_batches": 2, "save_every": 4, "sample_tokens": 8},
         "mesh": {"data": 1},
     }

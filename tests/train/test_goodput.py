@@ -130,12 +130,13 @@ def test_three_restarts(tmp_path, monkeypatch):
         assert attempt["seconds"]["start_up"] < attempt["to_first_step"] < sum(attempt["seconds"].values())
 
 
-def test_a_killed_run(tmp_path, monkeypatch):
+def test_a_killed_run(tmp_path, monkeypatch, attnlab):
     """Of a run that was killed and went on: its steps again are lost, and its time alone is idle; all kinds add up.
     What was compiled is in the workdir."""
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     source = runs.corpus(tmp_path / "corpus")
-    config = runs.write_config(tmp_path / "c.py", source, train__steps=60, train__save_every=20, train__eval_every=20)
+    each = {"train__save_every": 20, "train__eval_every": 20, "train__sample_tokens": 0}
+    config = runs.write_config(tmp_path / "c.py", source, train__steps=60, **each)
     command = ["train", "--config", config, "--workdir", str(tmp_path / "w")]
     log = tmp_path / "w" / "metrics.jsonl"
     settings = {"cwd": runs.ROOT, "env": environment(), "stdout": subprocess.DEVNULL}
@@ -148,12 +149,11 @@ def test_a_killed_run(tmp_path, monkeypatch):
     compiled = lambda: {path.name for path in (tmp_path / "w" / "compiled").rglob("*train_step*-cache")}
     before = compiled()
     assert before and runs.attnlab(*command, env=environment()).returncode == 0 and compiled() == before
-    said = runs.attnlab("goodput", "--workdir", str(tmp_path / "w"), "--json")
-    found = json.loads(said.stdout)
+    found = json.loads(attnlab("goodput", "--workdir", tmp_path / "w", "--json")[1])
     first, second = found["attempts"]
     assert second["last_step"] == 60 and second["first_step"] <= first["last_step"] + 1
     assert second["seconds"]["start_up"] > 0.5 and second["seconds"]["compile"] > 0.1
     assert second["seconds"]["evaluation"] > 0 and second["seconds"]["save"] > 0
     assert abs(sum(found["seconds"].values()) - found["wall"]) < 0.1 and min(found["seconds"].values()) > -0.05
     last = json.loads(log.read_text().splitlines()[-1])
-    assert 0 < last["goodput"] < 1 and "goodput " in runs.attnlab("goodput", "--workdir", str(tmp_path / "w")).stdout
+    assert 0 < last["goodput"] < 1 and "goodput " in attnlab("goodput", "--workdir", tmp_path / "w")[1]

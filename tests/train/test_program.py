@@ -13,6 +13,7 @@ import pytest
 from attnlab import data as data_lib
 from attnlab import memory, mixers
 from attnlab.errors import Damaged, UserError
+from attnlab.evaluate import generate as generate_lib
 from attnlab.evaluate.generate import Sampling, generate
 from attnlab.train.checkpoints import Checkpoints
 from attnlab.train.loop import train
@@ -36,22 +37,30 @@ def trained(source, tmp_path_factory):
 
 
 def test_only_what_is_computed_tells_programs_apart(source):
-    """Seeds, names, paths and how often is logged do not; sizes, the optimizer and the mesh do."""
+    """Seeds, names, paths and how often is logged do not; sizes, the optimizer and the mesh do; the number of steps
+    where the rate depends on it."""
     program = Program.of(runs.config(source))
     for same in ({"seed": 9}, {"train__log_every": 7}, {"train__keep": 4}, {"data__source": "stdlib"}):
         assert Program.of(runs.config(source, **same)) is program
     for other in (
-        {"train__steps": 13}, {"train__z_loss": 0.1}, {"train__accumulate": 2}, {"data__length": 16},
+        {"train__z_loss": 0.1}, {"train__accumulate": 2}, {"data__length": 16},
         {"model__width": 32}, {"optimizer__learning_rate": 1.0}, {"mesh": {"data": 2}}, {"model__norm_epsilon": 1e-5},
     ):  # fmt: skip
         assert Program.of(runs.config(source, **other)) is not program
+    made = lambda **more: Program.of(runs.config(source, **more))
+    assert made() is made(train__steps=13) is not made(optimizer__warmup=0.5)
+    for schedule in ({"optimizer__warmup": 0.5}, {"optimizer__schedule": "cosine"}, {"optimizer__schedule": "wsd"}):
+        assert made(**schedule) is not made(**schedule, train__steps=24)
     Program.forget()
     assert Program.of(runs.config(source)) is not program
 
 
 def test_seeds_share_what_was_compiled(source, tmp_path, capfd, caplog):
     """Three quiet runs of one process: one compilation, results that differ by the seed and not by what ran before."""
-    results = [train(runs.config(source, **SHORT, seed=seed), tmp_path / str(i)) for i, seed in enumerate((3, 4, 3))]
+    sampled, before = SHORT | {"train__sample_tokens": 2}, generate_lib._kept_program.cache_info().misses
+    results = [train(runs.config(source, **sampled, seed=seed), tmp_path / str(i)) for i, seed in enumerate((3, 4, 3))]
+    assert generate_lib._kept_program.cache_info().misses - before <= 1
+    assert all((tmp_path / str(i) / "samples.txt").read_text() for i in range(3))
     program = Program.of(runs.config(source, **SHORT))
     for compiled in (program.train_step, program.eval_step):
         assert compiled._cache_size() == 1

@@ -47,8 +47,8 @@ def params_and_losses():
     """Fresh parameters, and the losses by token of these: nll and log-partitions [8, 32]."""
     program = make()
     params = program.init(0).params
-    nll, lse, _ = program.model.merge(params).token_losses(ragged_batch())
-    return params, nll, lse
+    run = jax.jit(lambda params: program.model.merge(params).token_losses(ragged_batch())[:2])
+    return params, *map(np.asarray, run(params))
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ MESHES = (
 )
 
 
-@tiers.parametrize("mesh", MESHES, often=MESHES[2:], ids=str)
+@tiers.parametrize("mesh", MESHES, often=MESHES[3:], ids=str)
 def test_meshes_change_nothing(whole, mesh):
     """Law 6 for the whole step: losses of three steps on 8 devices are those of one."""
     program = make(mesh=mesh)
@@ -174,7 +174,7 @@ def test_eval_step_sums_by_position():
     """Sums by position add up to the batch's."""
     params, nll, _ = params_and_losses()
     program = make()
-    sums = program.eval_step(params, program.put(ragged_batch()))
+    sums = jax.device_get(program.eval_step(params, program.put(ragged_batch())))
     b = ragged_batch()
     np.testing.assert_allclose(sums["nll"].sum(), nll.sum(), rtol=1e-5)
     np.testing.assert_allclose(sums["nll"][0], nll[:, 0].sum(), rtol=1e-5)

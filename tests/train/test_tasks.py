@@ -20,9 +20,12 @@ from tests.train import runs
 PRESETS = runpy.run_path(str(runs.ROOT / "configs/tasks.py"))["PRESETS"]
 
 
-def config(**overrides):
+GROUP = {"name": "group", "group": "S3", "length": 8, "shortest": 3, "batch": 8, "heldout": 20}
+
+
+def config(data=GROUP, **overrides):
     tree = {
-        "data": {"name": "group", "group": "S3", "length": 8, "shortest": 3, "batch": 8, "heldout": 20},
+        "data": dict(data),
         "model": {"name": "lm", "vocab": 6, "width": 16, "layers": 1, "mixers": {"M": {"name": "softmax", "heads": 2}}},
         "optimizer": {"name": "adamw", "learning_rate": 1e-2, "warmup": 2},
         "train": {"steps": 4, "log_every": 1, "eval_every": 2, "save_every": 4},
@@ -72,6 +75,23 @@ def test_meshes_and_micro_batches_change_nothing():
     assert sums.keys() == again.keys() >= {"exact", "rows", "correct", "slice_correct"}
     for name in sums:
         np.testing.assert_allclose(sums[name], again[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+IMAGES = {"name": "visual_question", "length": 24, "images": 1, "symbols": 10, "questions": 1, "side": 2, "batch": 8}
+
+
+@pytest.mark.parametrize("mask", ["modality_mutual", "isolation"])
+def test_masks_of_layouts_train(mask):
+    """Rows say where images lie: what the mask shows changes the loss, a mesh that splits positions nothing."""
+    masked = {"data": IMAGES, "model__vocab": 25, "model__layers": 2, "model__mixers__M__mask__name": mask}
+    if mask == "isolation":
+        masked["model__mixers__M__mask__background"] = False
+    ours, sums = one_step(Program.of(config(**masked)))
+    others, again = one_step(Program(config(**masked, mesh__data=2, mesh__context=2)))
+    np.testing.assert_allclose(ours, others, rtol=2e-5)
+    np.testing.assert_allclose(sums["nll"], again["nll"], rtol=1e-4, atol=1e-5)
+    plain, _ = one_step(Program.of(config(data=IMAGES, model__vocab=25, model__layers=2)))
+    assert np.isfinite(ours).all() and abs(plain[0] - ours[0]) > 1e-4
 
 
 def test_eval_tells_accuracy_beside_chance(attnlab, finished):

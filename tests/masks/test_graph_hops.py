@@ -1,0 +1,65 @@
+"""Windows of hops in a graph, by a search written anew."""
+
+import numpy as np
+import pytest
+
+from attnlab import masks
+from attnlab.errors import ConfigError
+from tests.masks.nodes import held_to_the_laws
+
+NODES = 40  # more than 32: several words of bits
+
+
+@pytest.fixture
+def path(tmp_path):
+    """A directed ring with some chords."""
+    table = np.zeros((NODES, NODES), bool)
+    for i in range(NODES):
+        table[i, (i + 1) % NODES] = True
+    table[3, 20] = table[20, 31] = True
+    np.save(tmp_path / "graph.npy", table)
+    return str(tmp_path / "graph.npy")
+
+
+def distance(table, first):
+    """Edges from a node to each other one, by breadth."""
+    found, now = {first: 0}, [first]
+    while now:
+        nearer, now = now, []
+        for i in nearer:
+            for j in np.flatnonzero(table[i]).tolist():
+                if j not in found:
+                    found[j] = found[i] + 1
+                    now.append(j)
+    return found
+
+
+def sees(config, q, k):
+    if not (0 <= q <= NODES and 0 <= k <= NODES):
+        return False
+    return 0 in (q, k) or distance(np.load(config.path), q - 1).get(k - 1, NODES) <= config.hops
+
+
+@pytest.mark.parametrize("hops", [0, 2, 7])
+def test_laws(path, hops):
+    held_to_the_laws("graph_hops", sees, {"path": path, "hops": hops}, NODES + 1)
+
+
+def test_its_limits(path, tmp_path):
+    """No hop is the own node; as many as the graph is wide are all; without directions the mask has none."""
+    of = lambda hops, path=path: masks.build({"name": "graph_hops", "path": path, "hops": hops}).table()[1:, 1:]
+    np.testing.assert_array_equal(of(0), np.eye(NODES, dtype=bool))
+    widest = max(max(distance(np.load(path), i).values()) for i in range(NODES))
+    assert of(widest).all() and not of(widest - 1).all()
+    np.save(tmp_path / "both.npy", np.load(path) | np.load(path).T)
+    both = of(3, str(tmp_path / "both.npy"))
+    np.testing.assert_array_equal(both, both.T)
+    assert not np.array_equal(of(3), of(3).T)
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(ConfigError, match="graph_hops: path = 'none.npy' cannot be read"):
+        masks.build({"name": "graph_hops", "path": "none.npy"})
+    np.save(tmp_path / "wrong.npy", np.ones((2, 2)))
+    with pytest.raises(ConfigError, match=r"float64 \(2, 2\); allowed: bool \[n, n\]"):
+        masks.build({"name": "graph_hops", "path": str(tmp_path / "wrong.npy")})

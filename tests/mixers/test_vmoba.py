@@ -1,0 +1,191 @@
+"""The identities of VMoBA (Wu et al. 2025), in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab import mixers
+from attnlab.errors import ConfigError
+from attnlab.ops.share_choice import by_share
+from tests.mixers import cases
+from tests.mixers.test_softmax import rotate
+
+# What the laws are told of this mixer: tests/mixers/stated.py.
+ROLES = {"matrix": "q k v out"}
+FRAME = {"frame": (2, 2), "line": 3, "area": (1, 2), "volume": (1, 2, 1)}
+
+
+@pytest.fixture(autouse=True)
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def make(**fields):
+    return cases.module(mixers.get("vmoba").Config(**fields), jnp.float64)
+
+
+def block_of(config, cut, t):
+    """A position's block, by the cell that it is."""
+    (rows, columns), (a, b), (f, c, d) = config.frame, config.area, config.volume
+    time, cell = divmod(t, rows * columns)
+    y, x = divmod(cell, columns)
+    return {"1d": t // config.line, "2d": (y // a, x // b), "3d": (time // f, y // c, x // d)}[cut]
+
+
+def choice(config, scores, own):
+    """Of one document's scores [H, n, N]: what each pool chooses, entry by entry; the margins of its choices."""
+    chosen, gaps = own.copy(), [np.inf]
+    for pool in pools(config.pool, scores.shape):
+        s = np.array([scores[e] for e in pool])
+        others = sorted((i for i, e in enumerate(pool) if not own[e]), key=lambda i: -s[i])
+        if config.top_k is not None:
+            n, H = scores.shape[1], scores.shape[0]
+            room = config.top_k * {"row": 1, "head": n, "all": n * H}[config.pool] - sum(own[e] for e in pool)
+            taken = others[: max(room, 0)]
+        else:
+            shared = (s - s.min()) / (s.max() - s.min() if s.max() - s.min() > 1e-6 else 1)
+            rest = max(0, config.threshold * shared.sum() - sum(shared[i] for i, e in enumerate(pool) if own[e]))
+            taken, reached = [], 0.0
+            for i in others:
+                if taken:
+                    gaps.append(abs(reached - rest))
+                    if reached >= rest:
+                        break
+                taken.append(i)
+                reached += shared[i]
+        for i in taken:
+            chosen[pool[i]] = True
+        if len(taken) < len(others):
+            gaps.append(s[others[len(taken) - 1]] - s[others[len(taken)]] if taken else np.inf)
+    return chosen, min(gaps)
+
+
+def pools(kind, shape):
+    """Entries (head, row, block) that compete."""
+    entries = list(np.ndindex(*shape))
+    key = {"row": lambda e: e[:2], "head": lambda e: e[0], "block": lambda e: e[2], "all": lambda e: 0}[kind]
+    return [[e for e in entries if key(e) == one] for one in dict.fromkeys(map(key, entries))]
+
+
+def naive(module, x, cut):
+    """The layer on one document; the margin by which each choice is one."""
+    c, d = module.config, module.head_dim
+    linear = lambda m, y: y @ np.asarray(m.kernel[...]) + (0 if m.bias is None else np.asarray(m.bias[...]))
+    q, k, v = (linear(y, x).reshape(len(x), -1, d) for y in (module.q, module.k, module.v))
+    if c.rope_base is not None:
+        turn = lambda y: rotate(y, np.arange(len(x)), c.rope_base, None)
+        q, k = (np.stack([turn(y[:, i]) for i in range(y.shape[1])], 1) for y in (q, k))
+    k, v = (np.repeat(y, c.heads // c.key_heads, axis=1) for y in (k, v))
+    names = [block_of(c, cut, t) for t in range(len(x))]
+    kinds = sorted(set(names))
+    number = np.array([kinds.index(name) for name in names])
+    means = np.stack([k[number == b].mean(0) for b in range(len(kinds))])
+    scores = np.einsum("thd,bhd->htb", q, means)
+    own = np.broadcast_to(number[:, None] == np.arange(len(kinds)), scores.shape)
+    chosen, gap = choice(c, scores, own)
+    o = np.zeros_like(q)
+    for t, h in np.ndindex(*q.shape[:2]):
+        seen = chosen[h, t][number]
+        p = np.exp(k[seen, h] @ q[t, h] / np.sqrt(d))
+        o[t, h] = p / p.sum() @ v[seen, h]
+    return linear(module.out, o.reshape(len(x), -1)), gap
+
+
+@pytest.mark.parametrize(
+    "cut, fields",
+    [
+        ("1d", {"pool": "head", "line": 2, "area": (1, 1)}),
+        ("2d", {"pool": "all", "threshold": 0.5, "kv_heads": 2}),
+        ("3d", {"pool": "block", "threshold": 0.7}),
+        ("3d", {"pool": "row", "threshold": 0.6, "rope_base": None, "bias": "all"}),
+        ("3d", {"pool": "head", "top_k": 3}),
+        ("1d", {"pool": "row", "top_k": 2, "line": 2}),
+    ],
+    ids=str,
+)
+def test_layer_is_the_formula(cut, fields):
+    """The whole layer written out, in packed rows."""
+    module, (x, seq) = make(**{**FRAME, "cut": cut, "impl": "definition", **fields}), cases.inputs(jnp.float64)
+    y = cases.output(module, x, seq)
+    for row, first, end in cases.DOCUMENTS:
+        want, gap = naive(module, np.asarray(x)[row, first:end], cut)
+        assert gap > 1e-6
+        np.testing.assert_allclose(y[row, first:end], want, atol=1e-12)
+
+
+def test_cuts_by_layer():
+    """1d, 2d and 3d in turn, of rows of one document and of packed ones; by itself a layer is the first."""
+    cycle, (x, packed) = make(**FRAME, impl="definition"), cases.inputs(jnp.float64)
+    assert mixers.get("vmoba").stack_reads == ("layer",)
+    for seq in (mixers.Sequence.whole(*x.shape[:2]), packed):
+        run = jax.jit(lambda n, seq=seq: cycle(x, dataclasses.replace(seq, layer=n)).y)
+        found, used = [run(jnp.int32(n)) for n in range(4)], np.asarray(packed.segments) > 0
+        for n, cut in enumerate(("1d", "2d", "3d", "1d")):
+            want = cases.output(make(**FRAME, cut=cut, impl="definition"), x, seq)
+            np.testing.assert_allclose(found[n][used], want[used], atol=1e-12)
+        np.testing.assert_allclose(cases.output(cycle, x, seq)[used], found[0][used], atol=1e-12)
+        assert np.abs(found[0] - found[1])[used].max() > 1e-3
+
+
+def test_all_blocks_are_full_attention():
+    """A share above 1, in any cut and pool; and one block that holds all."""
+    x, seq = cases.inputs(jnp.float64)
+    full, used = cases.module(mixers.get("softmax").Config(causal=False, impl="definition"), jnp.float64), None
+    for fields in ({"cut": "3d", "pool": "head"}, {"cut": "2d", "pool": "all"}, {"cut": "1d", "line": 50}):
+        module = make(**{**FRAME, "threshold": 1.01, "impl": "definition", **fields})
+        for name in ("q", "k", "v", "out"):
+            getattr(full, name).kernel[...] = getattr(module, name).kernel[...]
+        used = np.asarray(seq.segments) > 0
+        ours, theirs = cases.output(module, x, seq), cases.output(full, x, seq)
+        np.testing.assert_allclose(ours[used], theirs[used], atol=1e-12)
+
+
+def test_a_constant_in_all_keys_changes_nothing_in_pools_of_rows():
+    """It shifts all scores and logits of a row alike; where rows compete with each other it changes the choice."""
+    x, seq = cases.inputs(jnp.float64)
+    used, differ = np.asarray(seq.segments) > 0, {}
+    for pool in ("row", "head"):
+        module = make(**FRAME, cut="1d", pool=pool, threshold=0.6, rope_base=None, bias="qkv", impl="definition")
+        y = cases.output(module, x, seq)
+        module.k.bias[...] = module.k.bias[...] + 5 * jnp.asarray(np.random.default_rng(0).standard_normal(cases.WIDTH))
+        differ[pool] = np.abs(cases.output(module, x, seq) - y)[used].max()
+    assert differ["row"] < 1e-12 and differ["head"] > 1e-3
+
+
+def test_what_is_chosen_reaches_the_share():
+    """With the own entries, of the sum of each document of each pool, and without the last one chosen not."""
+    rng = np.random.default_rng(1)
+    L, M, D = 4, 30, 3
+    scores, document = rng.standard_normal((L, M)), rng.integers(0, D, (L, M))
+    valid = rng.random((L, M)) < 0.8
+    own = valid & (rng.random((L, M)) < 0.2)
+    for threshold in (0.0, 0.3, 0.8, 1.5):
+        chosen = np.asarray(by_share(jnp.asarray(scores), own, valid, jnp.asarray(document), D, threshold))
+        assert not (chosen & ~valid).any() and (chosen | ~own).all()
+        for l, d in np.ndindex(L, D):
+            here = valid[l] & (document[l] == d)
+            shared = (scores[l] - scores[l][here].min()) / np.ptp(scores[l][here])
+            total, got = shared[here].sum(), shared[here & chosen[l]].sum()
+            others = here & ~own[l]
+            taken = np.flatnonzero(others & chosen[l])
+            assert got >= threshold * total or (chosen[l] | ~here).all()
+            if len(taken) > 1:
+                assert got - shared[taken].min() < threshold * total
+            assert len(taken) >= 1 and (
+                len(taken) == others.sum() or shared[taken].min() > shared[others & ~chosen[l]].max()
+            )
+
+
+def test_impossible_fields():
+    for fields, allowed in (
+        ({"frame": (2,)}, "2 numbers"),
+        ({"pool": "block", "top_k": 2}, "none where pool is block"),
+    ):
+        with pytest.raises(ConfigError, match=allowed):
+            mixers.get("vmoba").Config(**fields)
