@@ -7,6 +7,10 @@ A line of a JSON Lines file (plain, .gz, .zst) is one row:
 
 `first` and `end` count ids from 0, `end` is one past the last. An image is rows * columns ids, row by row; a question
 ends with what opens its answer. Spans do not overlap; ids in none of them are text. All but `ids` may be left out.
+
+What counts never stands between an image and the end of its question, which is the next one where no answer comes
+before it: the mask `modality_mutual` lets an image see its question, so that what lies there is known early. Only
+`loss=all` counts every id, and is for masks under which no position sees a later one.
 """
 
 from __future__ import annotations
@@ -34,8 +38,9 @@ from attnlab.errors import UserError
 _KINDS = "images", "questions", "answers"
 _LOSSES = {
     "answers": "ids of answers",
-    "text": "ids of text and of answers; with modality_mutual a question knows what comes, and is not counted",
-    "all": "every id",
+    "text": "ids of text and of answers, but for text between an image and its question, which modality_mutual makes "
+    "known early",
+    "all": "every id, for masks under which no position sees a later one",
 }
 _WORDS = {
     "seed": "the seed",
@@ -175,7 +180,8 @@ class Rows:
             layout.answer(first, end)
         kind, used, places = layout.columns[:, 0], len(ids) - 1, layout.columns[:-1].copy()
         places[:, 5:] = np.minimum(places[:, 5:], used)  # the last id is a target alone
-        left_out = {"answers": kind != ANSWER, "text": (kind == VISUAL) | (kind == QUESTION), "all": kind < 0}
+        of_text = (kind == VISUAL) | (kind == QUESTION) | _asked_about(kind)
+        left_out = {"answers": kind != ANSWER, "text": of_text, "all": kind < 0}
         row = {
             "tokens": ids[:-1],
             "targets": ids[1:],
@@ -230,8 +236,21 @@ def read(config: SpansConfig, progress: ProgressFn | None = None) -> Records:
         progress(done, sum(f.size for f in files))
     if not rows:
         raise UserError(f"data.source = {config.source!r}: no row in {len(files)} file(s)")
-    ends = np.cumsum([len(ids) for ids in rows])
-    return Records(np.concatenate(rows), ends, spans, np.array(keys, np.uint64), digest.hexdigest())
+    ends, keys = np.cumsum([len(ids) for ids in rows]), np.array(keys, np.uint64)
+    digest.update(ends.tobytes() + keys.tobytes())  # keys say which rows are held out
+    return Records(np.concatenate(rows), ends, spans, keys, digest.hexdigest())
+
+
+def _asked_about(kind: np.ndarray) -> np.ndarray:
+    """Which ids lie between an image and its question, the first one behind it that no answer comes before, bool [n].
+
+    Ids of images and questions may be among them or not.
+    """
+    place, n = np.arange(len(kind)), len(kind)
+    last = lambda which: np.maximum.accumulate(np.where(which, place, -1))
+    following = lambda which: np.minimum.accumulate(np.where(which, place, n)[::-1])[::-1]
+    question, answer = kind == QUESTION, kind == ANSWER
+    return (last(kind == VISUAL) > last(question | answer)) & (following(question) < following(answer))
 
 
 def _parsed(

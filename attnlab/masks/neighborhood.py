@@ -36,7 +36,7 @@ class NeighborhoodConfig(MaskConfig):
         "rows meets other tiles of keys; the output is the same",
         other=("partition",), choices=("raster", "partition"),
     )  # fmt: skip
-    tile: tuple[int, ...] = knob((8,), "cells of such a box along each dimension", other=((2,),))
+    tile: tuple[int, ...] = knob((8,), "cells of such a box along each dimension, of partition", other=((2,),))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,6 +46,9 @@ class NeighborhoodConfig(MaskConfig):
                 good = len(value) >= 1 and all(n >= 1 for n in value)
                 config_lib.require(good, name, value, "one number or more, each 1 or more")
         config_lib.require(len(self.causal_axes) >= 1, "causal_axes", self.causal_axes, "one truth value or more")
+        default = type(self).tile
+        boxes = self.order == "partition" or self.tile == default
+        config_lib.require(boxes, "tile", self.tile, f"{default}, the default, where order is raster")
 
 
 @register("neighborhood")

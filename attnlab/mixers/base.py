@@ -162,9 +162,13 @@ class Mixer(nnx.Module):
     def init_shared(self, batch: int, length: int) -> dict[str, jax.Array]:
         """What `Sequence.shared` holds before the first layer, of shapes [batch, length, ...]; default: nothing.
 
-        Mixers of one stack that share a name share its array.
+        Mixers of one stack that share a name share its array: what their arrays' shapes and meaning depend on is part
+        of the name.
         """
         return {}
+
+    def require_stack(self, layers: int) -> None:
+        """Raises ConfigError where a stack cannot have so many layers that share the names of `init_shared`."""
 
     @classmethod
     @abc.abstractmethod

@@ -17,8 +17,6 @@ from attnlab.mixers.roles import Role, param
 from attnlab.mixers.sequence import Sequence
 from attnlab.ops.linear_recurrence import LINEAR_RECURRENCE, flops_per_token, linear_recurrence
 
-_BOUND, _BEFORE = "hgrn2_bound", "hgrn2_layers"
-
 
 @dataclasses.dataclass(frozen=True)
 class HGRN2Config(HeadConfig):
@@ -35,8 +33,8 @@ class HGRN2Config(HeadConfig):
         below=1,
     )
     bound_layers: int | None = knob(
-        None, "layers of this kind in the stack, L: each learns its own b for every channel, 0 in the first, growing "
-        "from layer to layer; none: b is lower_bound", other=(3,), least=2,
+        None, "layers of this kind, with as many and as wide keys, in the stack, L: each learns its own b for every "
+        "channel, 0 in the first, growing from layer to layer; none: b is lower_bound", other=(3,), least=2,
     )  # fmt: skip
     chunk: int = knob(64, "positions computed as one product; changes only speed and memory", other=(4,), least=1)
     impl: str = impl_knob(LINEAR_RECURRENCE)
@@ -107,21 +105,34 @@ class HGRN2(HeadMixer):
     def init_shared(self, batch: int, length: int) -> dict[str, jax.Array]:
         if not self.config.bound_layers:
             return {}
-        return {_BOUND: jnp.zeros_like(self.bound[...]), _BEFORE: jnp.int32(0)}
+        bound, layers = self._names()
+        wide = jnp.zeros((self.config.heads * self.key_dim,), param_dtype(self.dtype))
+        return {bound: wide, layers: jnp.int32(0)}
+
+    def require_stack(self, layers: int) -> None:
+        config_lib.require(
+            self.config.bound_layers == layers, "bound_layers", self.config.bound_layers,
+            f"{layers}, the layers of this kind in the stack, or none",
+        )  # fmt: skip
+
+    def _names(self) -> tuple[str, str]:
+        """Of bounds and the number of layers so far, among layers whose bounds go on from each other's."""
+        of = f"hgrn2_{self.config.heads}_{self.key_dim}_{self.config.bound_layers}"
+        return f"{of}_bound", f"{of}_layers"
 
     def _bound(self, seq: Sequence) -> tuple[jax.Array | float, dict[str, jax.Array]]:
         """b, a number or [H, d], and what later layers find of it."""
-        c = self.config
+        c, (bound, layers) = self.config, self._names()
         if not c.bound_layers:
             return c.lower_bound, {}
-        stacked = _BOUND in (seq.shared or {})
-        number = seq.shared[_BEFORE] if stacked else jnp.int32(1)
+        stacked = bound in (seq.shared or {})
+        number = seq.shared[layers] if stacked else jnp.int32(1)
         left = jnp.maximum(c.bound_layers - number + 1, 2).astype(self.bound.dtype)
         b = jax.nn.sigmoid(self.bound[...] - jnp.log(left - 1))  # 1 / left at first
         if stacked:
-            before = seq.shared[_BOUND]
+            before = seq.shared[bound]
             b = jnp.where(number == 0, 0, before + (1 - before) * b)
-        return b.reshape(c.heads, -1), {_BOUND: b, _BEFORE: number + 1} if stacked else {}
+        return b.reshape(c.heads, -1), {bound: b, layers: number + 1} if stacked else {}
 
     def init_carried(self, batch: int, max_length: int, dtype: Any) -> jax.Array:
         return jnp.zeros((batch, self.config.heads, self.key_dim, self.head_dim), param_dtype(self.dtype))

@@ -20,7 +20,6 @@ from attnlab.ops.linear import per_channel
 from attnlab.ops.masks import Mask, mean_visible_keys
 
 _IMPLS = {"auto": "auto", "xla": "xla", "definition": "definition"}
-_Q, _K, _BEFORE = "residual_attention_queries", "residual_attention_keys", "residual_attention_layers"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +32,8 @@ class ResidualAttentionConfig(GroupedConfig):
     )  # fmt: skip
     earlier: str = knob(
         "previous", "whose map it is: previous, that of the layer before; first, that of the stack's first; of the "
-        "layers of this kind and as many heads", other=("first",), choices=("previous", "first"),
+        "layers of this kind with as many heads, as wide, and of the same earlier",
+        other=("first",), choices=("previous", "first"),
     )  # fmt: skip
     impl: str = knob("auto", "of attention: auto, xla (blocks of queries), definition (all pairs)",
                      other=("definition",), choices=tuple(_IMPLS))  # fmt: skip
@@ -83,7 +83,7 @@ class ResidualAttention(GroupedMixer):
     def init_shared(self, batch: int, length: int) -> dict[str, jax.Array]:
         c, d = self.config, self.head_dim
         blank = lambda heads: jnp.zeros((batch, length, heads, d), self.dtype)
-        return {_Q: blank(c.heads), _K: blank(c.key_heads), _BEFORE: jnp.int32(0)}
+        return dict(zip(self._names(), (blank(c.heads), blank(c.key_heads), jnp.int32(0)), strict=True))
 
     def init_carried(self, batch: int, max_length: int, dtype: Any) -> tuple[KVCache, ...]:
         c, d = self.config, self.head_dim
@@ -101,14 +101,21 @@ class ResidualAttention(GroupedMixer):
 
     # Inside.
 
+    def _names(self) -> tuple[str, str, str]:
+        """Of queries, keys and the number of layers so far, among layers that can read each other's maps."""
+        c = self.config
+        of = f"residual_attention_{c.earlier}_{c.heads}_{c.key_heads}_{self.head_dim}"
+        return f"{of}_queries", f"{of}_keys", f"{of}_layers"
+
     def _source(self, q: jax.Array, k: jax.Array, seq: Sequence) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
         """q' and k', and what later layers find."""
-        if seq.shared is None or _Q not in seq.shared:
+        queries, keys, layers = self._names()
+        if queries not in (seq.shared or {}):
             return q, k, {}
-        before = seq.shared[_BEFORE]
-        q1, k1 = (jnp.where(before == 0, own, seq.shared[name]) for own, name in ((q, _Q), (k, _K)))
+        before = seq.shared[layers]
+        q1, k1 = (jnp.where(before == 0, own, seq.shared[name]) for own, name in ((q, queries), (k, keys)))
         handed = (q, k) if self.config.earlier == "previous" else (q1, k1)
-        return q1, k1, {_Q: handed[0], _K: handed[1], _BEFORE: before + 1}
+        return q1, k1, {queries: handed[0], keys: handed[1], layers: before + 1}
 
     def _read(
         self, keys: list[jax.Array], v: jax.Array, seq: Sequence, caches: tuple[KVCache, ...] | None

@@ -165,18 +165,24 @@ class RWKV7(HeadMixer):
         """
         if not self.config.value_residual:
             return v_BTHd, {}
-        found, first = (seq.shared or {}).get("rwkv7_values"), v_BTHd
+        values, layers = self._names()
+        found, first = (seq.shared or {}).get(values), v_BTHd
         if found is not None:
-            first = jnp.where(seq.shared["rwkv7_layers"] == 0, v_BTHd, found)
+            first = jnp.where(seq.shared[layers] == 0, v_BTHd, found)
         share = jax.nn.sigmoid(self.share(x).astype(v_BTHd.dtype) + self.share_bias[...])
         v = v_BTHd + (first - v_BTHd) * split_heads(share, self.head_dim)
-        return v, {} if found is None else {"rwkv7_values": first, "rwkv7_layers": seq.shared["rwkv7_layers"] + 1}
+        return v, {} if found is None else {values: first, layers: seq.shared[layers] + 1}
 
     def init_shared(self, batch: int, length: int) -> dict[str, jax.Array]:
         if not self.config.value_residual:
             return {}
         values = jnp.zeros((batch, length, self.config.heads, self.head_dim), param_dtype(self.dtype))
-        return {"rwkv7_values": values, "rwkv7_layers": jnp.int32(0)}
+        return dict(zip(self._names(), (values, jnp.int32(0)), strict=True))
+
+    def _names(self) -> tuple[str, str]:
+        """Of values and the number of layers so far, among layers with as many heads, as wide."""
+        of = f"rwkv7_{self.config.heads}_{self.head_dim}"
+        return f"{of}_values", f"{of}_layers"
 
     def _before(self, x: jax.Array, seq: Sequence, tail: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """The input one position earlier, 0 at a document's first, and the last input."""

@@ -19,6 +19,7 @@ from attnlab.ops.masks import Array, Groups, numpy_if
 from attnlab.ops.share_choice import best, by_share
 
 _IMPLS = "definition", "tiles"
+_BEFORE = "vmoba_layers"
 _CUTS = "1d", "2d", "3d"
 POOLS = {
     "head": "all rows and blocks of a head",
@@ -42,7 +43,8 @@ class VMoBAConfig(GroupedConfig):
     area: tuple[int, ...] = knob((8, 8), "rows and columns of a block of the cut 2d, in all frames", other=((1, 1),))
     volume: tuple[int, ...] = knob((4, 8, 8), "frames, rows and columns of a block of the cut 3d", other=((2, 1, 1),))
     cut: str = knob(
-        "cycle", "how positions are cut into blocks: 1d, 2d, 3d, or cycle: these one after the other by layer",
+        "cycle", "how positions are cut into blocks: 1d, 2d, 3d, or cycle: these one after the other, in the layers "
+        "of a stack that cycle",
         other=_CUTS, choices=("cycle", *_CUTS),
     )  # fmt: skip
     pool: str = knob(
@@ -50,8 +52,9 @@ class VMoBAConfig(GroupedConfig):
         other=("row", "block", "all"), choices=POOLS,
     )  # fmt: skip
     threshold: float = knob(
-        0.25, "share of a pool's scores that is to be chosen; above 1: everything", other=(0.6,), least=0
-    )
+        0.25, "share of a pool's scores that is to be chosen; above 1: everything; as it is where top_k is set",
+        other=(0.6,), least=0,
+    )  # fmt: skip
     top_k: int | None = knob(
         None, "blocks per row of a head that a pool has, on average, in place of a share; none: by share", other=(2,),
         least=1,
@@ -68,6 +71,9 @@ class VMoBAConfig(GroupedConfig):
             good = len(value) == count and all(n >= 1 for n in value)
             config_lib.require(good, key, value, f"{count} numbers, each 1 or more")
         config_lib.require(self.top_k is None or self.pool != "block", "top_k", self.top_k, "none where pool is block")
+        default = type(self).threshold
+        given = self.top_k is None or self.threshold == default
+        config_lib.require(given, "threshold", self.threshold, f"{default}, the default, where top_k is set")
 
     @property
     def cuts(self) -> tuple[str, ...]:
@@ -97,14 +103,13 @@ class VMoBA(GroupedMixer):
     A score is `q . mean of the block's keys`, both after RoPE, in fp32. Scores of a pool become numbers from 0 to 1,
     `(s - min) / (max - min)`; chosen are the own blocks and, of the others, the best ones until all chosen make up
     `threshold` of the pool's sum, one at least. With `top_k` it is a number of blocks in place of a share. Pools are of
-    one document. Blocks are runs of positions (1d), areas of all frames (2d) or boxes (3d), in turn by the layer's
-    number; by itself a layer is its stack's first. Neither scores nor means have a gradient.
+    one document. Blocks are runs of positions (1d), areas of all frames (2d) or boxes (3d), in turn over the layers
+    of the stack that cycle; by itself a layer is the first of these. Neither scores nor means have a gradient.
     """
 
     Config = VMoBAConfig
     capabilities = Capabilities(causal=False, bidirectional=True, streaming=False)
     sequence_parallel = "keys, values and scores are gathered, queries stay where they are"
-    stack_reads = ("layer",)
     paper = "Wu et al. 2025, VMoBA: Mixture-of-Block Attention for Video Diffusion Models, arXiv:2506.23858"
     extension = "frames that blocks do not divide; several documents in a row; of equal scores the first"
     implementations = {name: ATTENTION.table[name] for name in _IMPLS}
@@ -120,7 +125,12 @@ class VMoBA(GroupedMixer):
         bits = packed_bits(self.chosen(q, k, block, blocks, seq))
         groups = Groups(block, jnp.moveaxis(bits, 2, 1), chosen=True)
         mask = dataclasses.replace(seq.mask(causal=False), groups=groups, documents=False)
-        return MixerOutput(attention(q, k, v, mask, impl=c.impl), None)
+        number = (seq.shared or {}).get(_BEFORE)
+        shared = {} if number is None or c.cut != "cycle" else {_BEFORE: number + 1}
+        return MixerOutput(attention(q, k, v, mask, impl=c.impl), None, shared=shared)
+
+    def init_shared(self, batch: int, length: int) -> dict[str, jax.Array]:
+        return {_BEFORE: jnp.int32(0)} if self.config.cut == "cycle" else {}
 
     def places(self, seq: Sequence) -> tuple[Array, int]:
         """The number of each position's block among those of its row, int32 [B or 1, T], and how many there may be."""
@@ -129,8 +139,8 @@ class VMoBA(GroupedMixer):
         offset = np.arange(T, dtype=np.int32)[None] if seq.offsets is None else seq.offsets
         found = xp.stack([c.block_of(cut, offset) for cut in c.cuts]).astype(xp.int32)
         number = found[0]
-        if len(found) > 1 and seq.layer is not None:
-            number = jnp.asarray(found)[seq.layer % len(found)]
+        if len(found) > 1 and _BEFORE in (seq.shared or {}):
+            number = jnp.asarray(found)[seq.shared[_BEFORE] % len(found)]
         if seq.documents is None:
             return number, c.blocks(T)
         return _ranked(seq.documents, number), T

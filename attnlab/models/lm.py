@@ -193,7 +193,7 @@ class LanguageModel(Objective):
 
     def hidden(self, tokens_BT: jax.Array, seq: mixers.Sequence, key: jax.Array | None = None) -> mixers.MixerOutput:
         """Normalised final hidden states [B, T, D] of whole sequences; `key` turns dropout on."""
-        return self.encoded(self.embed(tokens_BT), seq, key)
+        return self.encoded(self.embed(tokens_BT), self.decoupled(tokens_BT, seq), key)
 
     def encoded(self, x: jax.Array, seq: mixers.Sequence, key: jax.Array | None) -> mixers.MixerOutput:
         """`hidden` of what goes into the stack, x [B, T, D]."""
@@ -208,10 +208,12 @@ class LanguageModel(Objective):
         """Where its positions stand, and the contexts that they read."""
         layout = Layout.of_columns(batch["layout"]) if "layout" in batch else None
         seq = mixers.Sequence(batch["positions"], batch["segments"], layout=layout, node=batch.get("node"))
-        return self.decoupled(batch["tokens"], seq) if self.config.decoupled else seq
+        return self.decoupled(batch["tokens"], seq)
 
     def decoupled(self, tokens_BT: jax.Array, seq: mixers.Sequence) -> mixers.Sequence:
-        """With what mixers that read the embedding find in their own table."""
+        """With what mixers that read the embedding find in their own table, where they have one."""
+        if not self.config.decoupled:
+            return seq
         e = jnp.take(self.attention_embedding[...], tokens_BT, axis=0).astype(self.config.compute_dtype)
         return dataclasses.replace(seq, embedding=e)
 
@@ -260,6 +262,5 @@ class LanguageModel(Objective):
         self, periods: list[Any], tokens_BT: jax.Array, seq: mixers.Sequence, state: Any
     ) -> tuple[jax.Array, Any]:
         """Hidden states [B, T, D] of the next positions and the new state; `periods` is `transformer.unstacked()`."""
-        seq = self.decoupled(tokens_BT, seq) if self.config.decoupled else seq
-        x, state = extend(periods, self.embed(tokens_BT), seq, state)
+        x, state = extend(periods, self.embed(tokens_BT), self.decoupled(tokens_BT, seq), state)
         return self.norm(x), state

@@ -126,6 +126,7 @@ class StackConfig:
         choice("model.norm", self.norm, NORMS)
         need(self.norm != "none" or not self.norm_after, "model.norm_after", True, "false where model.norm is none")
         need(self.norm_epsilon > 0, "model.norm_epsilon", self.norm_epsilon, "above 0")
+        made = {}
         for letter, mixer in self.mixers.items():
             where = f"model.mixers.{letter}"
             self._require_direction(mixer, where)
@@ -133,9 +134,22 @@ class StackConfig:
             allowed = f"{given}, or none" if given else f"none: {self.described} has no contexts"
             need(source is None or source in self.context_names, f"{where}.source", source, allowed)
             try:  # what only mixer and width together can tell, before any compile
-                nnx.eval_shape(lambda m=mixer: mixers.build(m, width=self.width, rngs=nnx.Rngs(0)))
+                made[letter] = nnx.eval_shape(lambda m=mixer: mixers.build(m, width=self.width, rngs=nnx.Rngs(0)))
             except ConfigError as error:
                 raise ConfigError(f"in {where} (model.width = {self.width}): {error}") from None
+        self._require_layers(made)
+
+    def _require_layers(self, made: Mapping[str, mixers.Mixer]) -> None:
+        """Asks mixers that hand on to each other whether there may be so many of them."""
+        shared = {letter: jax.eval_shape(lambda m=mixer: m.init_shared(1, 1)).keys() for letter, mixer in made.items()}
+        repeats, letters = self.layers // len(self.blocks), "".join(self.blocks)
+        for letter, mixer in made.items():
+            if shared[letter]:
+                layers = repeats * sum(shared[other] == shared[letter] for other in letters)
+                try:
+                    mixer.require_stack(layers)
+                except ConfigError as error:
+                    raise ConfigError(f"in model.mixers.{letter} ({layers} layers of model.layers): {error}") from None
 
     def _require_direction(self, mixer: Any, where: str) -> None:
         able = lambda name: getattr(mixers.get(name).capabilities, "causal" if self.causal else "bidirectional")

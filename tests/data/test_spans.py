@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
+import math
 
 import numpy as np
 import pytest
 
 from attnlab import config as config_lib
 from attnlab import data as data_lib
+from attnlab import masks
+from attnlab.data.spans import read
 from attnlab.errors import ConfigError, UserError
+from attnlab.masks.layouts import LayoutMask
+from attnlab.mixers.sequence import Sequence
+from attnlab.ops.layout import Layout
 from attnlab.train.config import RunConfig
 from tests.train import runs
 
@@ -40,7 +47,7 @@ def many(count=40):
 
 def test_a_row_by_hand(tmp_path):
     """Inputs are all ids but the last, which an answer's span then ends before; what counts is by targets."""
-    counted = {"answers": [0, 0, 0, 0, 0, 0, 0, 1, 1], "text": [0, 0, 0, 0, 1, 0, 0, 1, 1], "all": [1] * 9}
+    counted = {"answers": [0, 0, 0, 0, 0, 0, 0, 1, 1], "text": [0, 0, 0, 0, 0, 0, 0, 1, 1], "all": [1] * 9}
     for loss, weights in counted.items():
         task = opened(tmp_path / "rows.jsonl", [ROW] * 9, loss=loss, heldout=0.3)
         (batch,) = task.heldout(batches=1)
@@ -90,14 +97,83 @@ def test_splits_and_batches(tmp_path):
     assert task.heldout().facts()["chance"]["accuracy"] == np.bincount(targets).max() / len(targets)
 
 
-def test_compressed_files_are_the_same_rows(tmp_path):
-    task = opened(tmp_path / "rows.jsonl", many())
-    with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as out:
-        out.write((tmp_path / "rows.jsonl").read_text())
-    other = data_lib.open_data(
-        data_lib.config_from_node({"name": "spans", "source": str(tmp_path / "*.gz"), "ids": 50, "length": 12}, "data")
-    )
-    assert task.training(seed=0).summary()["digest"] == other.training(seed=0).summary()["digest"]
+def reached(visible, layers):
+    """Which positions can know which after so many layers with residual streams."""
+    once = visible | np.eye(len(visible), dtype=bool)
+    return np.linalg.matrix_power(once.astype(np.float64), layers) > 0
+
+
+KNOWN_EARLY = {
+    "two turns": [("image", 2, 2), ("question", 2), ("answer", 2), ("image", 1, 2), ("question", 2), ("answer", 2)],
+    "an answer between": [("question", 3), ("image", 2, 2), ("answer", 3), ("question", 2), ("answer", 2)],
+    "caption": [("text", 1), ("image", 2, 2), ("answer", 3), ("text", 1), ("question", 2), ("answer", 2)],
+    "text around": [("image", 1, 2), ("text", 2), ("image", 1, 1), ("text", 1), ("question", 2), ("text", 1),
+                    ("question", 1), ("answer", 1), ("text", 2), ("image", 1, 2), ("text", 2)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("parts", KNOWN_EARLY.values(), ids=KNOWN_EARLY)
+def test_what_counts_is_not_known_early(tmp_path, parts):
+    """Through any number of layers of any mask that reads images, no position reaches a target that counts."""
+    row, n = {"images": [], "questions": [], "answers": []}, 0
+    for kind, *size in parts:
+        if kind != "text":
+            row[kind + "s"].append([n, *size] if kind == "image" else [n, n + size[0]])
+        n += math.prod(size)
+    task = {loss: opened(tmp_path / "rows.jsonl", [dict(row, ids=[1] * n)] * 9, loss=loss, heldout=0.3, length=n - 1)
+            for loss in ("answers", "text")}  # fmt: skip
+    batch = {loss: next(iter(of.heldout(batches=1))) for loss, of in task.items()}
+    layout = Layout.of_columns(batch["text"]["layout"][:1])
+    assert batch["answers"]["weights"][0].sum() == sum(end - first for first, end in row["answers"])
+    seq = Sequence(np.arange(n - 1, dtype=np.int32)[None], layout=layout)
+    images = [node for node in masks.names() if issubclass(masks.get(node), LayoutMask)]
+    assert "modality_mutual" in images
+    for node in (*({"name": name} for name in images), {"name": "modality_mutual", "begin": "image"}):
+        visible = masks.build(node).mask(seq, causal=True).visible(n - 1, n - 1)[0, 0]
+        for loss, layers in itertools.product(batch, (1, 2, 3, n)):
+            known = np.pad(reached(visible, layers), ((0, 0), (0, 1)))
+            for t in np.flatnonzero(batch[loss]["weights"][0]):
+                assert not known[: t + 1, t + 1 :].any(), (node, loss, layers, t)
+
+
+def test_text_between_an_image_and_its_question_does_not_count(tmp_path):
+    """Elsewhere it does: before images, behind a question, and where an answer comes first."""
+    row = {
+        "ids": list(range(16)),
+        "images": [[1, 1, 2], [9, 1, 1]],
+        "questions": [[4, 6], [12, 13]],
+        "answers": [[7, 8], [11, 12]],
+    }
+    (batch,) = opened(tmp_path / "rows.jsonl", [row] * 9, loss="text", heldout=0.3, length=15).heldout(batches=1)
+    assert batch["targets"][0][batch["weights"][0] > 0].tolist() == [6, 7, 8, 10, 11, 13, 14, 15]
+
+
+def test_digest_is_of_rows_and_of_what_says_which_are_held_out(tmp_path):
+    """Compressed or in another directory they are the same rows; under another name others of them are held out, which
+    a run that goes on refuses."""
+    made = {}
+    for name in ("a/rows.jsonl", "b/rows.jsonl", "b/renamed.jsonl", "b/rows.jsonl.gz"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        with (gzip.open if path.suffix == ".gz" else open)(path, "wt") as out:
+            out.write("".join(json.dumps(row) + "\n" for row in many()))
+        node = {"name": "spans", "source": str(path), "ids": 50, "length": 12, "batch": 2, "heldout": 0.2}
+        made[name] = data_lib.open_data(data_lib.config_from_node(node, "data"))
+    first = made.pop("a/rows.jsonl")
+    loader, held = first.training(seed=0), [b["tokens"] for b in first.heldout()]
+    for name, other in made.items():
+        same = name == "b/rows.jsonl"
+        assert (other.training(seed=0).summary()["digest"] == loader.summary()["digest"]) == same
+        ours = [b["tokens"] for b in other.heldout()]
+        assert (len(ours) == len(held) and all(map(np.array_equal, ours, held))) == same
+        if same:
+            other.training(seed=0).set_state(loader.get_state())
+        else:
+            with pytest.raises(UserError, match="the rows of data.source"):
+                other.training(seed=0).set_state(loader.get_state())
+    rows = [read(task.config) for task in (first, made["b/rows.jsonl.gz"])]
+    np.testing.assert_array_equal(rows[0].ids, rows[1].ids)
+    assert rows[0].spans == rows[1].spans
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from attnlab import masks
-from attnlab.errors import UserError
+from attnlab.errors import ConfigError, UserError
 from attnlab.masks.neighborhood import bounds, partitioned, tiles_met
 from attnlab.mixers.sequence import Sequence
 from attnlab.ops.mask_algebra import permuted
@@ -80,6 +80,11 @@ def test_its_limits():
         first = np.clip(np.arange(12) - half, 0, 12 - (2 * half + 1))[:, None]
         inward = (np.arange(12) >= first) & (np.arange(12) <= first + 2 * half)
         np.testing.assert_array_equal(seen_of(12, window=(2 * half + 1,)), inward)
+
+
+def test_a_tile_without_its_order_is_refused():
+    with pytest.raises(ConfigError, match=r"tile = .*8.*, the default, where order is raster"):
+        masks.build({"name": "neighborhood", "tile": (4,)})
 
 
 def test_simulated_tiles_are_those_of_the_table():

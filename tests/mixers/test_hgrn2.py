@@ -14,6 +14,7 @@ from flax import nnx
 from attnlab import mixers
 from attnlab.errors import ConfigError
 from attnlab.mixers.hgrn2 import HGRN2Config
+from attnlab.models.lm import LanguageModelConfig
 from tests.mixers import cases
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
@@ -119,7 +120,7 @@ def test_bounds_of_a_stack_grow():
                 out = module(x, dataclasses.replace(seq, shared=shared))
                 shared = shared | out.shared
                 ys.append(out.y)
-                found.append(shared["hgrn2_bound"])
+                found.append(shared[f"hgrn2_4_{module.key_dim}_4_bound"])
             return ys, found
 
         return run(x)
@@ -137,6 +138,26 @@ def test_bounds_of_a_stack_grow():
         getattr(constant, name).kernel[...] = getattr(learned, name).kernel[...]
     constant.norm.scale[...] = learned.norm.scale[...]
     np.testing.assert_allclose(ys[2][used], cases.output(constant, x, seq)[used], atol=1e-11)
+
+
+def test_bounds_are_of_as_many_layers_as_there_are():
+    """Fewer would make the bounds of the last ones 1; layers with other keys have bounds of their own."""
+
+    def stack(layers, pattern, **fields):
+        table = {letter: {"name": "hgrn2", "heads": 2} | own for letter, own in fields.items()}
+        LanguageModelConfig(vocab=5, width=8, layers=layers, pattern=pattern, mlp_width=0, mixers=table)
+
+    stack(3, "M", M={"bound_layers": 3})
+    stack(4, "AB", A={"bound_layers": 2}, B={"bound_layers": 2, "key_width": 3})
+    stack(4, "AABB", A={"bound_layers": 4}, B={"bound_layers": 4, "chunk": 8})
+    stack(4, "AB", A={"bound_layers": 2}, B={})
+    for layers, bound in ((30, 2), (3, 4)):
+        with pytest.raises(
+            ConfigError, match=rf"model.mixers.M.*bound_layers = {bound} .*allowed: {layers}, .*or none"
+        ):
+            stack(layers, "M", M={"bound_layers": bound})
+    with pytest.raises(ConfigError, match="model.mixers.A.*bound_layers = 4 .*allowed: 2, "):
+        stack(4, "AB", A={"bound_layers": 4}, B={"bound_layers": 2})
 
 
 def test_large_gates_keep_digits():

@@ -11,7 +11,7 @@ import pytest
 
 from attnlab import mixers
 from attnlab.errors import ConfigError
-from attnlab.ops.share_choice import by_share
+from attnlab.ops.share_choice import _before, _digits, _float, _sums, by_share
 from tests.mixers import cases
 from tests.mixers.test_softmax import rotate
 
@@ -120,17 +120,21 @@ def test_layer_is_the_formula(cut, fields):
 
 
 def test_cuts_by_layer():
-    """1d, 2d and 3d in turn, of rows of one document and of packed ones; by itself a layer is the first."""
+    """1d, 2d and 3d in turn over the layers that cycle, whatever their numbers in the stack, of rows of one document
+    and of packed ones; by itself a layer is the first, and one that does not cycle is not counted."""
     cycle, (x, packed) = make(**FRAME, impl="definition"), cases.inputs(jnp.float64)
-    assert mixers.get("vmoba").stack_reads == ("layer",)
+    used = np.asarray(packed.segments) > 0
+    assert make(**FRAME, cut="2d").init_shared(1, 1) == {} and "layer" not in cycle.stack_reads
     for seq in (mixers.Sequence.whole(*x.shape[:2]), packed):
-        run = jax.jit(lambda n, seq=seq: cycle(x, dataclasses.replace(seq, layer=n)).y)
-        found, used = [run(jnp.int32(n)) for n in range(4)], np.asarray(packed.segments) > 0
-        for n, cut in enumerate(("1d", "2d", "3d", "1d")):
-            want = cases.output(make(**FRAME, cut=cut, impl="definition"), x, seq)
-            np.testing.assert_allclose(found[n][used], want[used], atol=1e-12)
-        np.testing.assert_allclose(cases.output(cycle, x, seq)[used], found[0][used], atol=1e-12)
-        assert np.abs(found[0] - found[1])[used].max() > 1e-3
+        run = jax.jit(lambda shared, seq=seq: cycle(x, dataclasses.replace(seq, layer=jnp.int32(3), shared=shared)))
+        shared = cycle.init_shared(*x.shape[:2])
+        want = [cases.output(make(**FRAME, cut=cut, impl="definition"), x, seq)[used] for cut in ("1d", "2d", "3d")]
+        for n in range(4):
+            out = run(shared)
+            shared = out.shared
+            np.testing.assert_allclose(out.y[used], want[n % 3], atol=1e-12)
+        np.testing.assert_allclose(cases.output(cycle, x, seq)[used], want[0], atol=1e-12)
+        assert np.abs(want[0] - want[1]).max() > 1e-3
 
 
 def test_all_blocks_are_full_attention():
@@ -182,10 +186,57 @@ def test_what_is_chosen_reaches_the_share():
             )
 
 
+def test_a_pool_of_equal_scores_is_chosen_whole():
+    """Its shares are 0: none reaches any threshold but 0, at which one is taken beside the own ones."""
+    own, valid = np.array([[1, 0, 0, 0, 0, 0, 0]], bool), np.array([[1, 1, 1, 1, 1, 1, 0]], bool)
+    document = np.array([[0, 0, 0, 0, 1, 1, 1]])
+    for threshold, many in ((0.0, 3), (0.25, 6), (1.0, 6), (1.5, 6)):
+        chosen = np.asarray(by_share(jnp.full((1, 7), 0.3), own, valid, jnp.asarray(document), 2, threshold))
+        assert chosen.sum() == many and not (chosen & ~valid).any(), threshold
+    scores = jnp.asarray(np.random.default_rng(0).standard_normal((1, 7)))
+    chosen = by_share(scores, own, valid, jnp.asarray(document), 2, 1.0 + 1e-12)
+    np.testing.assert_array_equal(chosen, valid)
+
+
+def test_a_short_document_chooses_the_same_behind_long_ones():
+    """To the last bit, in float32, whatever the scores of those before it: their sums do not come in."""
+    with jax.enable_x64(False):
+        rng = np.random.default_rng(0)
+        long, short, count = 50_000, 40, 300
+        scores = rng.random((1, long + short * count), np.float32)
+        document = np.concatenate([np.zeros(long, np.int32), np.repeat(np.arange(1, count + 1, dtype=np.int32), short)])
+        own = rng.random(scores.shape) < 0.05
+        choose = jax.jit(lambda *args, documents: by_share(*args, documents, 0.4), static_argnames="documents")
+        packed = choose(scores, own, np.ones_like(own), document[None], documents=count + 1)
+        rows = lambda y: y[0, long:].reshape(count, short)
+        alone = choose(
+            rows(scores), rows(own), np.ones((count, short), bool), np.zeros((count, short), np.int32), documents=1
+        )
+        np.testing.assert_array_equal(rows(np.asarray(packed)), alone)
+
+
+def test_sums_are_exact():
+    """As integers, of shares near 1 and of many entries, by document; the digits of a share are the share."""
+    rng = np.random.default_rng(0)
+    for count in (3, 5000):
+        shared, document = 1 - rng.random((2, count)) / 1000, np.sort(rng.integers(0, 5, (2, count)), axis=1)
+        shared[0, :2] = 0, 1
+        digits, bits = _digits(jnp.asarray(shared))
+        exact = lambda of, bits=bits: sum(np.asarray(x).astype(object) * 2 ** (bits * i) for i, x in enumerate(of))
+        number = exact(digits)
+        np.testing.assert_array_equal(number, np.round(shared * 2**31).astype(np.int64))
+        before, total = exact(_before(digits, jnp.asarray(document))), exact(_sums(digits, jnp.asarray(document), 5))
+        for l, t in [(l, t) for l in range(2) for t in {0, 1, 2, count // 2, count - 1}]:
+            same = document[l] == document[l, t]
+            assert total[l, document[l, t]] == number[l][same].sum() and before[l, t] == number[l, :t][same[:t]].sum()
+        np.testing.assert_allclose(_float(digits, bits, jnp.float64), shared, atol=2.0**-32)
+
+
 def test_impossible_fields():
     for fields, allowed in (
         ({"frame": (2,)}, "2 numbers"),
         ({"pool": "block", "top_k": 2}, "none where pool is block"),
+        ({"threshold": 0.5, "top_k": 2}, "0.25, the default, where top_k is set"),
     ):
         with pytest.raises(ConfigError, match=allowed):
             mixers.get("vmoba").Config(**fields)

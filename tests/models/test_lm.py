@@ -318,7 +318,13 @@ def test_decoupled_embeddings():
     tied["transformer"]["periods"]["blocks"][0]["sublayers"][0]["branch"]["q"]["kernel"][...] *= 0.0
     assert not np.asarray(run(tied)[1]).any()  # even weights, whatever keys are: all that is left are values
     model = nnx.merge(graphdef, params)
-    whole = jax.jit(lambda: model.encoded(model.embed(batch()["tokens"]), model.sequence(batch()), None).y)()
+    whole, hidden = jax.jit(
+        lambda: (
+            model.encoded(model.embed(batch()["tokens"]), model.sequence(batch()), None).y,
+            model.hidden(batch()["tokens"], seq()).y,
+        )
+    )()
+    np.testing.assert_array_equal(hidden, whole)
     state, parts, periods = model.init_state(2, 11), [], model.transformer.unstacked()
     for first in (0, 6):
         cut = lambda x: x[:, first : first + 6]

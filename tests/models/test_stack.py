@@ -113,3 +113,28 @@ def test_layers_that_read_nothing_are_told_nothing(told):
     finally:
         type(sublayer.branch).__call__ = kept
     assert seen and all(seq.layer is None and seq.embedding is None and not seq.shared for seq in seen)
+
+
+@pytest.mark.parametrize(
+    "name, one, other",
+    [
+        ("residual_attention", {"heads": 4}, {"heads": 2}),
+        ("residual_attention", {"heads": 4, "kv_heads": 2}, {"heads": 4, "kv_heads": 1}),
+        ("residual_attention", {"head_width": 4}, {"head_width": 2}),
+        ("residual_attention", {}, {"earlier": "first"}),
+        ("rwkv7", {"heads": 4}, {"heads": 2}),
+        ("hgrn2", {"bound_layers": 3}, {"bound_layers": 3, "key_width": 3}),
+        ("hgrn2", {"bound_layers": 3, "heads": 4}, {"bound_layers": 3, "heads": 2, "key_width": 4}),
+    ],
+    ids=str,
+)
+def test_layers_that_differ_hand_nothing_to_each_other(name, one, other):
+    """Two letters of one kind that differ in what is handed on: the stack is traced, and names are of each alone."""
+    table = mixer_table({"A": {"name": name} | one, "B": {"name": name} | other}, "m")
+    both = StackConfig(width=WIDTH, layers=LAYERS, mixers=table, pattern="AB", mlp_width=0)
+    stack = nnx.eval_shape(lambda: Transformer(both, rngs=nnx.Rngs(0)))
+    graphdef, params = nnx.split(stack)
+    run = lambda params, x: nnx.merge(graphdef, params)(x, mixers.Sequence.whole(1, 4)).y
+    assert jax.eval_shape(run, params, jnp.zeros((1, 4, WIDTH))).shape == (1, 4, WIDTH)
+    a, b = (block.sublayers[0].branch for block in stack.periods.blocks)
+    assert a.init_shared(1, 4) and not a.init_shared(1, 4).keys() & b.init_shared(1, 4).keys()
