@@ -64,8 +64,9 @@ def arrays(tree):
 
 def programs(matching=None, student_overrides=HYBRID, **overrides):
     """Programs of a teacher and of a student of it, and parameters of both, float64 where asked for."""
-    teacher = Program.of(runs.config("stdlib", model__layers=4, **overrides))
-    given = {"model__layers": 4, **student_overrides, **overrides}
+    overrides = {"model__layers": 4, **overrides}
+    teacher = Program.of(runs.config("stdlib", **overrides))
+    given = {**student_overrides, **overrides}
     plain = Program.of(runs.config("stdlib", **given))
     matched = Matching(**(matching or {})).resolved(plain.config.model, teacher.config.model)
     return teacher, plain, matched, teacher.model.init(1), plain.model.init(2)
@@ -200,7 +201,7 @@ MOH = {"name": "moh", "core": {"name": "softmax", "heads": 4}}
 )
 def test_what_is_not_matched_learns_nothing(mixer, layers):
     """No gradient is where `learns` says none, neither by losses of a mixer's own nor by what layers hand on."""
-    model = {"model__layers": 2, "model__mixers": {"M": mixer}}
+    model = {"model__layers": 2, "model__mlp_width": 0, "model__mixers": {"M": mixer}}
     teacher, plain, matched, theirs, ours = programs({**LAYERS, "layers": layers}, {}, **model)
     merge, batch = plain.model.merge, packed_batch()
 
@@ -421,7 +422,7 @@ WIDE = {"model__width": 32}
      r"model.pattern = 'M' is not possible; allowed: a model with another mixer"),
     ({**LAYERS, "layers": (1, 2)}, {}, r"train.distill.layers = \(1, 2\) is not possible; allowed: below 2"),
     (LAYERS, {"model__pattern": "M+LL"}, r"train.distill.at = 'mixer' .* layer 0 has 2 mixers .* the teacher's 1 "),
-    (LAYERS, {"optimizer__rates": ()}, r"to all of transformer.periods.\S+, .* weight_decay = 0.1 would shrink"),
+    (LAYERS, {"optimizer__rates": ()}, r"to all of transformer.periods.\S+, .*weight_decay = 0.1 would shrink"),
     ({**LAYERS, "layers": (1,)}, {"model__pattern": "L", "model__mixers": {"L": HYBRID["model__mixers"]["L"]},
                                   "optimizer__rates": ("*=0", "*.blocks.0.sublayers.0.*=1")},
      r"(?s)to all of transformer.periods.blocks.0.sublayers.0.\S+, .* or no decay"),
