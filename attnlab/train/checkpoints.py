@@ -237,6 +237,10 @@ class Checkpoints:
         except TypeError as error:
             raise UserError(f"{directory} is of another version of attnlab: {error}") from None
 
+    def agreed_host(self, step: int) -> Host:
+        """`host`; Damaged in every process where it is raised in one. All call it together."""
+        return self._agreed(lambda: self.host(step))
+
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, Host]:
         """The state of a step and what lives on the host. The content of all files is checked meanwhile.
 
@@ -332,7 +336,7 @@ class Checkpoints:
         """
 
         def load(step: int) -> Host:
-            host = self._agreed(lambda: self.host(step))
+            host = self.agreed_host(step)
             if step >= last:
                 if self._remote is not None:
                     self._agreed(lambda: self._remote.fetch(step))

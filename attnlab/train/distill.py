@@ -64,8 +64,8 @@ class Teacher:
         if self.matching.match == "logits":
             return ""
         return (
-            "train.distill.match = 'layers' without --init-from: all but the matched layers learns nothing and keeps "
-            "its own first values; --init-from the teacher's workdir begins as the teacher"
+            "train.distill.match = 'layers' without init_from: all but the matched layers learns nothing and keeps its "
+            "own first values; with init_from = the teacher's workdir those are the teacher's"
         )
 
     def params(self, mesh: Mesh) -> Any:
