@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import json
 import math
 import os
 import pathlib
@@ -94,6 +95,12 @@ class Checkpoints:
         except OSError as error:
             raise UserError(f"{self.directory} cannot be read: {error.strerror}; use another workdir") from None
         return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]{0,17}", name))
+
+    def agreed_steps(self) -> list[int]:
+        """`steps` as the first process sees them, in every one: another run may write here. All call it together."""
+        if self._processes is None:
+            return self.steps()
+        return json.loads(self._processes.gather(json.dumps(self.steps() if self._first else []))[0])
 
     # Writing.
 

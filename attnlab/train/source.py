@@ -85,17 +85,12 @@ def opened(
                 f"{key} = {name} holds no run (no config.json); allowed: the workdir of a run, trained or imported"
             )
         checkpoints = Checkpoints(path, processes=processes)
-        there = checkpoints.steps()
-        if step is not None and step not in there:
-            shown = ", ".join(map(str, there)) or "it has none"
-            raise UserError(f"{key} = {name} has no checkpoint of step {step}; allowed: {shown}")
-        free = lambda: workdir.held_if_free(path)
-        wanted = there[::-1] if step is None else [step]
-        found = checkpoints.first_whole(wanted, checkpoints.host, say, may_move=free)
-        if found is None:
-            raise UserError(
-                f"{key} = {name} has no checkpoint yet; allowed: a run that has reached its first train.save_every"
-            )
+        found = None
+        if processes is None or processes.first:
+            found = _found(checkpoints, step, say, f"{key} = {name}")
+        if processes is not None:  # that run may train on, and each would see another newest one
+            told = int(processes.gather("" if found is None else str(found[0]))[0])
+            found = found or checkpoints.first_whole([told], checkpoints.host, say)
         try:
             config = config_lib.build(RunConfig, found[1].config)
         except ConfigError as error:
@@ -107,6 +102,20 @@ def opened(
                 f"{pinned.digest[:12]} when it was announced; restore that one"
             )
         yield source
+
+
+def _found(checkpoints: Checkpoints, step: int | None, say: Callable[[str], None], named: str) -> tuple[int, Host]:
+    """The checkpoint of a step, or the newest that is whole, and what it holds besides arrays."""
+    there = checkpoints.steps()
+    if step is not None and step not in there:
+        shown = ", ".join(map(str, there)) or "it has none"
+        raise UserError(f"{named} has no checkpoint of step {step}; allowed: {shown}")
+    free = lambda: workdir.held_if_free(checkpoints.directory.parent)
+    wanted = there[::-1] if step is None else [step]
+    found = checkpoints.first_whole(wanted, checkpoints.host, say, may_move=free)
+    if found is None:
+        raise UserError(f"{named} has no checkpoint yet; allowed: a run that has reached its first train.save_every")
+    return found
 
 
 def place_name(place: pathlib.Path | storage.Url | Pinned) -> str:
