@@ -13,6 +13,7 @@ from attnlab.mixers.base import (
     known,
     names,
     register,
+    require_layers,
 )
 from attnlab.mixers.heads import HeadMixer
 from attnlab.mixers.sequence import Context, Sequence, Stream
@@ -34,4 +35,5 @@ __all__ = [
     "known",
     "names",
     "register",
+    "require_layers",
 ]

@@ -22,7 +22,7 @@ from flax import nnx
 
 from attnlab import config as config_lib
 from attnlab.config import knob
-from attnlab.errors import UnsupportedPattern
+from attnlab.errors import ConfigError, UnsupportedPattern
 from attnlab.mixers import roles
 from attnlab.mixers.sequence import Context, Sequence
 from attnlab.ops.dispatch import Op
@@ -245,3 +245,20 @@ def build(node: Any, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32) ->
     mixer = get(config.node_name)(config, width=width, rngs=rngs, dtype=dtype)
     roles.usages(nnx.state(mixer, nnx.Param))
     return mixer
+
+
+def require_layers(made: Mapping[str, Mixer], layers: Mapping[str, int]) -> None:
+    """Raises ConfigError unless mixers that hand on to each other allow as many of them as a stack has.
+
+    Args:
+      made: by letter, abstract.
+      layers: how many there are of each letter.
+    """
+    shared = {letter: jax.eval_shape(lambda m=mixer: m.init_shared(1, 1)).keys() for letter, mixer in made.items()}
+    for letter, mixer in made.items():
+        together = sum(layers[other] for other in made if shared[other] == shared[letter])
+        try:
+            if shared[letter]:
+                mixer.require_stack(together)
+        except ConfigError as error:
+            raise ConfigError(f"in model.mixers.{letter}, of which kind are {together} layers: {error}") from None

@@ -137,19 +137,8 @@ class StackConfig:
                 made[letter] = nnx.eval_shape(lambda m=mixer: mixers.build(m, width=self.width, rngs=nnx.Rngs(0)))
             except ConfigError as error:
                 raise ConfigError(f"in {where} (model.width = {self.width}): {error}") from None
-        self._require_layers(made)
-
-    def _require_layers(self, made: Mapping[str, mixers.Mixer]) -> None:
-        """Asks mixers that hand on to each other whether there may be so many of them."""
-        shared = {letter: jax.eval_shape(lambda m=mixer: m.init_shared(1, 1)).keys() for letter, mixer in made.items()}
-        repeats, letters = self.layers // len(self.blocks), "".join(self.blocks)
-        for letter, mixer in made.items():
-            if shared[letter]:
-                layers = repeats * sum(shared[other] == shared[letter] for other in letters)
-                try:
-                    mixer.require_stack(layers)
-                except ConfigError as error:
-                    raise ConfigError(f"in model.mixers.{letter} ({layers} layers of model.layers): {error}") from None
+        letters = self.layers // count * "".join(self.blocks)
+        mixers.require_layers(made, {letter: letters.count(letter) for letter in made})
 
     def _require_direction(self, mixer: Any, where: str) -> None:
         able = lambda name: getattr(mixers.get(name).capabilities, "causal" if self.causal else "bidirectional")

@@ -24,10 +24,11 @@ ROWS = (
     (
         [("text", 1), ("image", (2, 3)), ("text", 1), ("question", 3), ("answer", 2)],
         [("image", (1, 2)), ("text", 2), ("image", (3, 3)), ("question", 2), ("answer", 3)],
+        [("image", (1, 2)), ("answer", 1), ("question", 2)],
         [("padding", 3)],
     ),
     (
-        [("padding", 2)],
+        [("padding", 7)],
         [("text", 4), ("image", (4, 4)), ("answer", 4)],
         [("question", 2), ("image", (2, 2)), ("text", 2)],
     ),

@@ -15,6 +15,7 @@ from attnlab import mixers
 from attnlab.errors import ConfigError
 from attnlab.mixers.hgrn2 import HGRN2Config
 from attnlab.models.lm import LanguageModelConfig
+from attnlab.models.transformer import mixer_table
 from tests.mixers import cases
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
@@ -144,7 +145,9 @@ def test_bounds_are_of_as_many_layers_as_there_are():
     """Fewer would make the bounds of the last ones 1; layers with other keys have bounds of their own."""
 
     def stack(layers, pattern, **fields):
-        table = {letter: {"name": "hgrn2", "heads": 2} | own for letter, own in fields.items()}
+        table = mixer_table(
+            {letter: {"name": "hgrn2", "heads": 2} | own for letter, own in fields.items()}, "model.mixers"
+        )
         LanguageModelConfig(vocab=5, width=8, layers=layers, pattern=pattern, mlp_width=0, mixers=table)
 
     stack(3, "M", M={"bound_layers": 3})
