@@ -7,6 +7,7 @@ in three layers of four (configs/distill.py), then train on one budget, a share 
 - `logits`: by the teacher's logits alone
 - `no teacher`: from the same beginning, the teacher's parameters, by cross-entropy alone
 - `drawn`: from drawn parameters, by cross-entropy alone
+- `no teacher full rate`, `drawn full rate`: the same at the teacher's peak learning rate, not a quarter of it
 
 A row tells the held-out loss, and how much of the gap to the teacher's it closes: from the hybrid before anything is
 trained, which has the teacher's parameters where they fit, and from a drawn one. The command fails where `distilled`
@@ -30,7 +31,7 @@ from typing import Any
 from benchmarks import harness
 
 HELDOUT_BATCHES = 16  # what the trainer evaluates
-ARMS = ("distilled", "logits", "no teacher", "drawn")
+ARMS = ("distilled", "logits", "no teacher", "drawn", "no teacher full rate", "drawn full rate")
 
 
 def main() -> int:
@@ -42,11 +43,6 @@ def main() -> int:
     teacher = runs.train("teacher", f"configs/lm.py:mixer=softmax,size={args.size}", [f"train.steps={args.steps}"])
     hybrid = f"configs/distill.py:teacher={teacher},mixer={args.mixer},pattern={args.pattern}"
     first, rest = f"{args.budget * args.layers_share:g}", f"{args.budget * (1 - args.layers_share):g}"
-    plain = [
-        f"stage=logits,share={args.budget:g}",
-        "train.distill=none",
-        f"optimizer.learning_rate={runs.rate(teacher)}",
-    ]
     layers = f"{hybrid},stage=layers,share={first}"
     rows = [runs.row("teacher", teacher), *runs.untrained(layers, teacher)]
     for arm in args.arms:
@@ -56,8 +52,11 @@ def main() -> int:
         elif arm == "logits":
             made = [runs.train(arm, f"{hybrid},stage=logits,share={args.budget:g}", [], teacher)]
         else:
-            begun = teacher if arm == "no teacher" else None
-            made = [runs.train(arm.replace(" ", "_"), f"{hybrid},{plain[0]}", plain[1:], begun)]
+            rate = runs.rate(teacher) / (1 if arm.endswith("full rate") else 4)
+            values = ["train.distill=none", f"optimizer.learning_rate={rate}"]
+            begun = teacher if arm.startswith("no teacher") else None
+            name = arm.replace(" ", "_")
+            made = [runs.train(name, f"{hybrid},stage=logits,share={args.budget:g}", values, begun)]
         rows.append(runs.row(arm, *made))
         if not args.json:
             print(f"{arm}: held-out loss {rows[-1]['loss']:.4f}", flush=True)
@@ -98,8 +97,8 @@ class _Runs:
         return workdir
 
     def rate(self, workdir: pathlib.Path) -> float:
-        """Peak learning rate of a run, over a quarter: what configs/distill.py gives the whole model."""
-        return json.loads((workdir / "config.json").read_text())["config"]["optimizer"]["learning_rate"] / 4
+        """Peak learning rate of a run; configs/distill.py gives the whole model a quarter of it."""
+        return json.loads((workdir / "config.json").read_text())["config"]["optimizer"]["learning_rate"]
 
     def row(self, arm: str, *workdirs: pathlib.Path) -> dict[str, Any]:
         """Held-out loss of the last of an arm's runs, and what all of them took."""
@@ -151,6 +150,12 @@ def _print(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     print(", ".join(f"{k} {v}" for k, v in harness.machine().items()))
 
 
+def _arms(text: str) -> list[str]:
+    if unknown := set(text.split(",")) - set(ARMS):
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))} is no arm; allowed: {', '.join(ARMS)}")
+    return text.split(",")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.distillation",
@@ -166,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--layers-share", type=share, default=0.5, help="of them, on layers by themselves (default: 0.5)"
     )
-    parser.add_argument("--arms", type=lambda text: text.split(","), default=ARMS, help=f"of {', '.join(ARMS)}")
+    parser.add_argument("--arms", type=_arms, default=ARMS, help=f"of {', '.join(ARMS)}")
     parser.add_argument("--bar", type=share, default=0.8, help="what `distilled` must close (default: 0.8)")
     parser.add_argument(
         "--workdir", type=pathlib.Path, default=pathlib.Path("runs/distillation"), help="keeps the runs"

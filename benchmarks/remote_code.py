@@ -68,7 +68,7 @@ CASES: dict[str, dict[str, Any]] = {
     "lightning": {
         "mixers": {
             "A": {"name": "lightning", "heads": 4, "norm": "layernorm", "norm_over": "head", "decay_scale": 0.5},
-            "B": {"name": "lightning", "heads": 3, "head_width": 10, "slopes": "interleaved", "norm": "rmsnorm",
+            "B": {"name": "lightning", "heads": 7, "head_width": 6, "slopes": "interleaved", "norm": "rmsnorm",
                   "gate_rank": 5, "norm_epsilon": 1e-3},
             "C": {"name": "lightning", "heads": 4, "activation": "identity", "decay_scale": 0.0, "bias": "all"},
         },

@@ -29,6 +29,7 @@ from attnlab.launch import (
     schedules_linear_recurrence,
     schedules_local_linear,
     schedules_neural_memory,
+    schedules_rotary,
 )
 from attnlab.launch.schedules import TOPOLOGIES, Case, Reading, Shape
 
@@ -44,6 +45,7 @@ FAMILIES = (
     schedules_agent,
     schedules_local_linear,
     schedules_cross_entropy,
+    schedules_rotary,
 )
 RECURRENCES = {f"{m.NAME}: {case}": (m, case) for m in FAMILIES for case in m.CASES}
 Fact = tuple[str, str, dict[str, Any]]

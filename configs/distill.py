@@ -4,7 +4,9 @@
     attnlab train --config configs/distill.py:teacher=V,mixer=gla,stage=logits --workdir W2 --init-from W1
 
 `layers`: the new mixers alone, each fed what the teacher's is. `logits`: the whole model, by the distribution of the
-next token. What is not said is as in the teacher's config.json: data, model, optimizer, batch.
+next token. What is not said is as in the teacher's config.json: data, model, optimizer, batch. Not taken over is what a
+stage cannot have (`train.z_loss`, `train.loss_impl`), what was said of the teacher's parameters (`optimizer.rates`) and
+of its one run (`train.profile`, `train.on_config_change`, `cluster`).
 
 Letters of a pattern: L is the mixer, T what the teacher has in that layer. `pattern=LLLT`, the default, keeps every
 fourth layer. The mixer's heads, their width and its key/value heads are the teacher's where it has such knobs; others
@@ -21,6 +23,8 @@ from attnlab import config, mixers
 from attnlab.models import config_from_node
 
 STAGES = {"layers": ("layers", 1.0), "logits": ("logits", 0.25)}  # what is matched, and the rate against the teacher's
+
+NOT_TAKEN = ("z_loss", "loss_impl", "profile", "on_config_change")  # of the teacher's `train`
 
 
 def get_config(arg=None):
@@ -42,6 +46,9 @@ def get_config(arg=None):
         train[key] = min(train[key], train["steps"])
     optimizer["learning_rate"] = rate * optimizer["learning_rate"]
     optimizer["warmup"] = 0.1
+    for node, keys in ((optimizer, ("rates",)), (train, NOT_TAKEN), (c, ("cluster",))):
+        for key in keys:
+            node.pop(key, None)
     if a.stage == "layers":  # all but the new mixers stays as it is
         learns = [f"transformer.periods.blocks.{i}.sublayers.0.*=1" for i, letter in enumerate(new) if letter == "L"]
         optimizer["rates"] = ["*=0", *learns]
@@ -62,10 +69,15 @@ def swapped(model, pattern, mixer):
     config.require(
         all(len(block) == 1 for block in blocks), "pattern", kept.pattern, "a teacher with one mixer a block"
     )
-    first = kept.blocks[[i for i, block in enumerate(blocks) if block == "L"][0] % len(kept.blocks)][0]
+    gone = [kept.blocks[i % len(kept.blocks)][0] for i, block in enumerate(blocks) if block == "L"]
+    first, gated = gone[0], {letter in kept.gated for letter in gone}
+    allowed = "one that replaces only gated mixers, or only others (model.gated)"
+    config.require(len(gated) == 1, "pattern", pattern, allowed)
     replaced, known = model["mixers"][first], {field.name for field in dataclasses.fields(mixers.get(mixer).Config)}
     own = {key: replaced[key] for key in ("heads", "kv_heads", "head_width") if key in known and key in replaced}
     table = {names.get(letter, letter): node for letter, node in model["mixers"].items()}
     model["mixers"] = {letter: node for letter, node in table.items() if letter in blocks}
     model["mixers"]["L"] = {"name": mixer, **own}
+    still = [names.get(letter, letter) for letter in kept.gated if names.get(letter, letter) in blocks]
+    model["gated"] = "".join(still) + ("L" if gated == {True} else "")  # the gate of a block's MLP stays where it was
     return "".join(blocks)

@@ -128,7 +128,7 @@ def few_programs():
     global _tests
     _tests += 1
     maps = pathlib.Path("/proc/self/maps")
-    if _tests % 10 == 0 and maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+    if _tests % 10 == 0 and maps.exists() and maps.read_bytes().count(b"\n") > 25_000:
         jax.clear_caches()
 
 

@@ -35,6 +35,7 @@ def blocks():
 def test_every_command_of_the_page(tmp_path, monkeypatch, capsys):
     """Three imports are one function, the plan ends in verdicts, each arm is evaluated, and goes out as it must."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setenv("ATTNLAB_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     source = runs.corpus(tmp_path / "text")

@@ -35,6 +35,7 @@ TUNING = tuple(
         "schedules_linear_recurrence",
         "schedules_local_linear",
         "schedules_neural_memory",
+        "schedules_rotary",
         "tune",
     )
 )

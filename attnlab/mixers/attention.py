@@ -119,12 +119,12 @@ class Attention(HeadMixer):
 
     def placed(self, y: jax.Array, positions: jax.Array | None, name: str) -> jax.Array:
         """Queries (`name` q) or keys (k) after QK-norm, and RoPE where positions are given."""
-        c = self.config
+        c, norm = self.config, None
         if c.qk_norm == "cosine":
             y = unit(y, *([] if c.qk_epsilon is None else [c.qk_epsilon])).astype(y.dtype)
         elif c.qk_norm:
-            y = (self.q_norm if name == "q" else self.k_norm)(y)
-        return y if positions is None else c.rotated(y, positions)
+            norm = self.q_norm if name == "q" else self.k_norm
+        return c.rotated(y, positions, norm)
 
     @abc.abstractmethod
     def attend(self, q: jax.Array, kv: KeysValues, mask: Mask, x: jax.Array) -> MixerOutput:

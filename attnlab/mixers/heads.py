@@ -15,7 +15,7 @@ from flax import nnx
 from attnlab import config as config_lib
 from attnlab.errors import ConfigError, UnsupportedPattern
 from attnlab.mixers.base import Mixer, MixerConfig, MixerOutput, State, knob
-from attnlab.mixers.parts import Linear, param_dtype
+from attnlab.mixers.parts import LayerNorm, Linear, RMSNorm, param_dtype
 from attnlab.mixers.roles import Role, drawn
 from attnlab.mixers.sequence import Context, Sequence
 from attnlab.ops.causal_conv import causal_conv
@@ -101,11 +101,19 @@ class RotaryConfig(HeadConfig):
         config_lib.require((self.rope_width or 0) <= d, "rope_width", self.rope_width, f"{d}, a head's width, or less")
         return d
 
-    def rotated(self, x_BTHd: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        """Queries or keys after RoPE."""
-        if self.rope_base is None:
+    def rotated(
+        self, x_BTHd: jax.Array, positions_BT: jax.Array | None, norm: RMSNorm | LayerNorm | None = None
+    ) -> jax.Array:
+        """Queries or keys after a norm of heads, if there is one, and RoPE, if there are positions."""
+        turned = self.rope_base is not None and positions_BT is not None
+        options: dict[str, Any] = {}
+        if turned and isinstance(norm, RMSNorm):  # one op
+            options = {"scale_d": norm.scale[...], "epsilon": norm.epsilon}
+        elif norm is not None:
+            x_BTHd = norm(x_BTHd)
+        if not turned:
             return x_BTHd
-        return rope(x_BTHd, positions_BT, self.rope_base, self.rope_width, self.rope_scaling)
+        return rope(x_BTHd, positions_BT, self.rope_base, self.rope_width, self.rope_scaling, **options)
 
 
 @jax.tree_util.register_dataclass

@@ -60,9 +60,8 @@ class Parallax(Attention):
         """Queries with their probes behind them, [B, T, H, 2 d], keys and values."""
         q, k, v = super().positioned(x, seq)
         r = self.r(x).reshape(q.shape)
-        if self.config.qk_norm:
-            r = self.r_norm(r)
-        return jnp.concatenate([q, self.config.rotated(r, seq.positions)], axis=-1), k, v
+        norm = self.r_norm if self.config.qk_norm else None
+        return jnp.concatenate([q, self.config.rotated(r, seq.positions, norm)], axis=-1), k, v
 
     def attend(self, q: jax.Array, kv: KeysValues, mask: Mask, x: jax.Array) -> MixerOutput:
         q, r = jnp.split(q, 2, axis=-1)

@@ -150,25 +150,30 @@ def match_layers(
         teacher.
       x: [B, T, D], what goes into the teacher.
       seq: its positions, of packed documents.
-      weights: [B, T].
+      weights: [B, T], 0 on padding.
       matching: resolved.
       key: turns the student's dropout on.
 
     Returns:
-      Of every matched layer, by its number, the sum of `relative_errors`; and losses and metrics of the student's
-      layers, means over those that ran.
+      Of every matched layer, by its number, the sum of `relative_errors`; and losses and metrics of these layers,
+      means over them. No gradient goes to others, which run where matched ones need what they hand on
+      (`Sequence.shared`).
     """
     walk = _Walk(student, teacher, weights, matching)
     return walk(jax.lax.stop_gradient(x), seq.derived(), key)
 
 
 class _Walk:
-    """Both stacks side by side, scanned over the shortest stretch of layers that is whole periods of both."""
+    """Both stacks side by side, scanned over the shortest stretch of layers that is whole periods of both.
+
+    It is also one of which the same places are matched every time.
+    """
 
     def __init__(self, student: Transformer, teacher: Transformer, weights: jax.Array, matching: Matching):
         self.student, self.weights, self.matching = student, weights, matching
         sizes = [len(stack.config.blocks) for stack in (student, teacher)]
-        self.stretch = math.lcm(*sizes)
+        self.stretch = stretch_of(math.lcm(*sizes), student.config.layers, matching.layers)
+        self.matched = {i % self.stretch for i in matching.layers}
         self.repeats = student.config.layers // self.stretch
         split = [nnx.split(stack.periods) for stack in (student, teacher)]
         self.graphdefs = [graphdef for graphdef, _ in split]
@@ -179,6 +184,7 @@ class _Walk:
         self.params[1] = jax.lax.stop_gradient(self.params[1])
         self.periods = student.periods, teacher.periods
         self.dtypes = [stack.config.compute_dtype for stack in (student, teacher)]
+        self.unroll = max(1, student.unroll() * self.repeats // student.repeats)
 
     def __call__(
         self, x: jax.Array, seq: mixers.Sequence, key: jax.Array | None
@@ -190,10 +196,9 @@ class _Walk:
         keys = None if key is None else jax.random.split(key, (self.repeats, self.stretch))
         numbers = jnp.arange(self.repeats, dtype=jnp.int32)
         run = functools.partial(self._stretch, seqs)
-        remat, unroll = self.student.config.remat, max(1, self.student.unroll() * self.repeats // self.student.repeats)
-        if remat != "none":
-            run = jax.checkpoint(run, policy=REMAT[remat], prevent_cse=False)
-        _, (errors, losses, metrics) = jax.lax.scan(run, (x, *shared), (*self.params, keys, numbers), unroll=unroll)
+        _, (errors, losses, metrics) = jax.lax.scan(
+            run, (x, *shared), (*self.params, keys, numbers), unroll=self.unroll
+        )
         found = {str(i): errors[i % self.stretch][i // self.stretch] for i in self.matching.layers}
         return found, mixers.MixerOutput(x, None, jax.tree.map(jnp.mean, losses), jax.tree.map(jnp.mean, metrics))
 
@@ -203,15 +208,16 @@ class _Walk:
         errors, losses, metrics = {}, [], []
         for j, (block, teacher) in enumerate(zip(ours, theirs, strict=True)):
             own, other = (transformer.placed(s, number, j, self.stretch, h) for s, h in zip(seqs, shared, strict=True))
-            read, added, handed = _recorded(teacher, x, other, self.matching.at)
-            if self.all_run or any(i % self.stretch == j for i in self.matching.layers):
+            read, added, outs, x = _recorded(teacher, x, other, self.matching.at, self.weights.dtype)
+            shared[1] = functools.reduce(lambda a, out: a | out.shared, outs, shared[1])
+            if j in self.matched or self.all_run:
                 key = None if keys is None else keys[j]
-                made, outs = self._beside(block, read, own, key)
-                errors[j] = sum(self._error(a, b, own) for a, b in zip(made, added, strict=True))
+                error, outs = self._beside(block, j in self.matched, read, added, own, key)
                 shared[0] = functools.reduce(lambda a, out: a | out.shared, outs, shared[0])
+            if j in self.matched:
+                errors[j] = error
                 losses += [out.losses for out in outs]
                 metrics += [out.metrics for out in outs]
-            x, shared[1] = handed[0], shared[1] | handed[1]
         return (x, *shared), (errors, transformer.stack_by_name(losses), transformer.stack_by_name(metrics))
 
     def _blocks(self, graphdef: Any, params: Any) -> list[Block]:
@@ -220,16 +226,44 @@ class _Walk:
         return [block for period in periods for block in period.blocks]
 
     def _beside(
+        self,
+        block: Block,
+        matched: bool,
+        read: list[jax.Array],
+        wanted: list[jax.Array],
+        seq: mixers.Sequence,
+        key: jax.Array | None,
+    ) -> tuple[jax.Array, list[mixers.MixerOutput]]:
+        """The error of the student's block where it reads what the teacher's did, and what its mixers returned.
+
+        Backward keeps of it what the student's `remat` says: each layer is one by itself, however long the stretch.
+        """
+        graphdef, params = nnx.split(block)
+        if not matched:  # what it hands on may be learned through, not by it
+            params = jax.lax.stop_gradient(params)
+
+        def run(params: Any, read: Any, wanted: Any, shared: Any, key: Any) -> tuple[jax.Array, Any]:
+            here = dataclasses.replace(seq, shared=shared)
+            made, outs = self._made(nnx.merge(graphdef, params), read, here, key)
+            error = sum(self._error(a, b, here) for a, b in zip(made, wanted, strict=True))
+            return error, [(out.losses, out.metrics, out.shared) for out in outs]
+
+        remat = self.student.config.remat
+        if remat != "none":  # a scan that is unrolled is no loop, which would keep what runs twice apart
+            run = jax.checkpoint(run, policy=REMAT[remat], prevent_cse=self.unroll >= self.repeats)
+        error, outs = run(params, read, wanted, seq.shared, key)
+        return error, [mixers.MixerOutput(read[0], losses=a, metrics=b, shared=c) for a, b, c in outs]
+
+    def _made(
         self, block: Block, read: list[jax.Array], seq: mixers.Sequence, key: jax.Array | None
     ) -> tuple[list[jax.Array], list[mixers.MixerOutput]]:
-        """What the student's block adds where it reads what the teacher's did, and what its mixers returned."""
+        """What the student's block adds, and what its mixers returned."""
         read = [x.astype(self.dtypes[0]) for x in read]
         if self.matching.at == "block":
-            y, outs = block(read[0], seq, key=key)
-            return [y - read[0]], outs
+            _, added, outs, _ = _recorded(block, read[0], seq, "block", self.weights.dtype, key)
+            return added, outs
         mixing = [sublayer for sublayer in block.sublayers if sublayer.mixes]
-        keys = [None] * len(block.sublayers) if key is None else jax.random.split(key, len(block.sublayers))
-        outs = [sublayer.added(x, seq, key=k) for sublayer, x, k in zip(mixing, read, keys)]
+        outs = [sublayer.added(x, seq, key=k) for sublayer, x, k in zip(mixing, read, _keys(block, key))]
         return [out.y for out in outs], outs
 
     def _error(self, made: jax.Array, wanted: jax.Array, seq: mixers.Sequence) -> jax.Array:
@@ -239,17 +273,35 @@ class _Walk:
         return jnp.sum(relative_errors(square(made - wanted), square(wanted), self.weights, seq))
 
 
+def stretch_of(period: int, layers: int, matched: tuple[int, ...]) -> int:
+    """Layers of the shortest stretch that is whole periods, of which a stack is whole ones, all matched alike."""
+
+    def alike(stretch: int) -> bool:
+        places = {i % stretch for i in matched}
+        return layers % stretch == 0 and {i for i in range(layers) if i % stretch in places} == set(matched)
+
+    return next(stretch for stretch in range(period, layers + 1, period) if alike(stretch))
+
+
+def _keys(block: Block, key: jax.Array | None) -> Any:
+    return [None] * len(block.sublayers) if key is None else jax.random.split(key, len(block.sublayers))
+
+
 def _recorded(
-    block: Block, x: jax.Array, seq: mixers.Sequence, at: str
-) -> tuple[list[jax.Array], list[jax.Array], tuple[jax.Array, dict[str, jax.Array]]]:
-    """What the teacher's mixers (or its whole block) read and add; the stream after it, and what it hands on."""
+    block: Block, x: jax.Array, seq: mixers.Sequence, at: str, wide: Any, key: jax.Array | None = None
+) -> tuple[list[jax.Array], list[jax.Array], list[mixers.MixerOutput], jax.Array]:
+    """What a block's mixers (or the whole of it) read and add; what its mixers returned, and the stream after it.
+
+    What the whole adds is summed in the type `wide`, not told from the stream, which may be large and is rounded.
+    """
     x = first = partition.constrain(x, "batch", "seq", None)
-    read, added, shared = [], [], {}
-    for sublayer in block.sublayers:
-        out = sublayer.added(x, seq)
+    read, added, outs = [], [], []
+    for sublayer, k in zip(block.sublayers, _keys(block, key), strict=True):
+        out = sublayer.added(x, seq, key=k)
         if sublayer.mixes:
             read.append(x)
+            outs.append(out)
+        if sublayer.mixes or at == "block":
             added.append(out.y)
-            shared |= out.shared
         x = x + out.y
-    return ([first], [x - first], (x, shared)) if at == "block" else (read, added, (x, shared))
+    return ([first], [sum(y.astype(wide) for y in added)], outs, x) if at == "block" else (read, added, outs, x)

@@ -127,13 +127,17 @@ class LanguageModel(Objective):
     def distill(
         self, teacher: Any, batch: Batch, key: jax.Array | None, options: Mapping[str, Any], matching: Matching
     ) -> Sums:
-        """What `Matching` says, a mean over tokens by their weights; its parts are metrics whose names begin with
-        `distill_`: each layer's error, or the divergence times T^2 and, where it counts, cross-entropy.
+        """What `Matching` says; its parts are metrics whose names begin with `distill_`: each layer's error, or the
+        divergence times T^2 and, where it counts, cross-entropy.
+
+        Of logits it is a mean over tokens by their weights, of layers over all that are not padding: what a position
+        writes others read, be its own prediction counted or not.
 
         Options as of `loss`, without `z_loss`; `loss_impl` is of both `cross_entropy` and `kl_divergence`.
         """
         weights = self.weights(batch)
         if matching.match == "layers":
+            weights = (batch["segments"] > 0).astype(weights.dtype)
             read, seq = teacher.embedded(batch), teacher.sequence(batch)
             errors, out = match_layers(self.transformer, teacher.transformer, read, seq, weights, matching, key)
             parts = {f"distill_layer_{i}": error for i, error in errors.items()}

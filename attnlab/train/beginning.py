@@ -81,7 +81,7 @@ class Beginning:
         placed = sharding.parameter_shardings(program.mesh, axes, shapes)
         like = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, placed)
         found = checkpoints.first_whole(
-            [step for step in checkpoints.steps()[::-1] if step <= last],
+            [step for step in checkpoints.agreed_steps()[::-1] if step <= last],
             lambda step: checkpoints.restore_params(step, like, part=True)[0],
             say,
             may_move=lambda: workdir.held_if_free(self.source.path),

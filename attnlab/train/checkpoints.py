@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import json
 import math
 import os
 import pathlib
@@ -94,6 +95,12 @@ class Checkpoints:
         except OSError as error:
             raise UserError(f"{self.directory} cannot be read: {error.strerror}; use another workdir") from None
         return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]{0,17}", name))
+
+    def agreed_steps(self) -> list[int]:
+        """`steps` as the first process sees them, in every one: another run may write here. All call it together."""
+        if self._processes is None:
+            return self.steps()
+        return json.loads(self._processes.gather(json.dumps(self.steps() if self._first else []))[0])
 
     # Writing.
 
@@ -230,6 +237,10 @@ class Checkpoints:
         except TypeError as error:
             raise UserError(f"{directory} is of another version of attnlab: {error}") from None
 
+    def agreed_host(self, step: int) -> Host:
+        """`host`; Damaged in every process where it is raised in one. All call it together."""
+        return self._agreed(lambda: self.host(step))
+
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, Host]:
         """The state of a step and what lives on the host. The content of all files is checked meanwhile.
 
@@ -325,7 +336,7 @@ class Checkpoints:
         """
 
         def load(step: int) -> Host:
-            host = self._agreed(lambda: self.host(step))
+            host = self.agreed_host(step)
             if step >= last:
                 if self._remote is not None:
                     self._agreed(lambda: self._remote.fetch(step))

@@ -59,6 +59,15 @@ class Teacher:
             what = f"logits at temperature {m.temperature:g}{mixed}"
         return f"learns of {self.source.place} at step {self.source.step}: {what}"
 
+    def drawn(self) -> str:
+        """For people, what a run that begins as no other one keeps as it was drawn; empty: nothing."""
+        if self.matching.match == "logits":
+            return ""
+        return (
+            "train.distill.match = 'layers' without init_from: all but the matched layers learns nothing and keeps its "
+            "own first values; with init_from = the teacher's workdir those are the teacher's"
+        )
+
     def params(self, mesh: Mesh) -> Any:
         """Its parameters, a pure dict, split over a mesh.
 
@@ -103,10 +112,11 @@ def _require_frozen(config: RunConfig, model: Model, matching: Matching) -> None
     if not config.optimizer.weight_decay:
         return
     moved = flat(optimizers.factors(config.optimizer, model.usages)) if config.optimizer.rates else {}
+    entries = model.entries
     idle = [
         leaf
-        for leaf, entries in model.entries.items()
-        if moved.get(leaf, 1) and not all(matching.learns(entry.name) for entry in entries)
+        for leaf, usage in flat(model.usages).items()
+        if usage.role.decayed and moved.get(leaf, 1) and not all(matching.learns(e.name) for e in entries[leaf])
     ]
     if idle:
         more = f"; and {len(idle) - _SHOWN} more" if len(idle) > _SHOWN else ""
@@ -119,16 +129,30 @@ def _require_frozen(config: RunConfig, model: Model, matching: Matching) -> None
 
 @contextlib.contextmanager
 def opened(
-    config: RunConfig, workdir: pathlib.Path, processes: Processes | None, say: Callable[[str], None]
+    config: RunConfig,
+    workdir: pathlib.Path,
+    processes: Processes | None,
+    say: Callable[[str], None],
+    *,
+    before: dict[str, Any] | None = None,
 ) -> Iterator[Teacher]:
     """The teacher that a run's config names: the one that it began with, where it has begun.
 
+    Args:
+      config: of the run.
+      workdir: of the run.
+      processes: those of the run, which all call this; None: there is one.
+      say: is told of damaged checkpoints that are stepped over.
+      before: the config, as a tree, under which what the run goes on from was saved; None: it begins.
+
     Raises:
-      UserError: there is none, it is another one than the run began with, or the student's model does not fit it.
+      UserError: there is none, it is another one than the run began with or none says which that was, or the student's
+        model does not fit it.
     """
     wanted, text = config.train.distill, config.train.distill.teacher
     place = storage.Url(text) if storage.is_url(text) else pathlib.Path(paths.expand(text))
     known = _known(workdir)
+    _require_step(workdir, wanted.step, known, before)
     step = wanted.step if known is None else known["step"]
     with source_lib.opened(place, processes, say, key=_KEY, step=step) as source:
         digest = source.digest()
@@ -143,6 +167,26 @@ def opened(
         except ConfigError as error:
             raise ConfigError(f"{error} ({_KEY} = {source.place})") from None
         yield Teacher(source, digest, Teaching(source.model, matching))
+
+
+def _require_step(
+    workdir: pathlib.Path, wanted: int | None, known: dict[str, Any] | None, before: dict[str, Any] | None
+) -> None:
+    """Raises UserError where another checkpoint is asked for than the run learns of, or nothing says which that is."""
+    if known is not None:
+        if wanted is not None and wanted != known["step"]:
+            raise UserError(
+                f"train.distill.step = {wanted} is not possible: workdir {workdir} holds a run that learns of "
+                f"{known['teacher']} at step {known['step']}; allowed: {known['step']}, none, or another workdir"
+            )
+        return
+    taught = ((before or {}).get("train") or {}).get("distill")
+    if taught and wanted is None:
+        raise UserError(
+            f"workdir {workdir} holds a run that learns of {taught.get('teacher')}, and {RECORD}, which says at which "
+            "step, is lost; allowed: that file restored, train.distill.step = the step that its log.txt says, or "
+            "another workdir"
+        )
 
 
 def _known(workdir: pathlib.Path) -> dict[str, Any] | None:

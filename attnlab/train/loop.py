@@ -102,7 +102,8 @@ def train(
                 if init_from is not None and newest is None:
                     source = stack.enter_context(source_lib.opened(init_from, processes, report.say))
                 if config.train.distill is not None:
-                    teacher = stack.enter_context(distill.opened(config, path, processes, report.say))
+                    before = newest[1].config if newest else None
+                    teacher = stack.enter_context(distill.opened(config, path, processes, report.say, before=before))
                 result = _Run(config, path, report, processes, checkpoints, held, clock, source, teacher).run()
             else:
                 result = Result(last, newest[1].tokens)
@@ -143,6 +144,7 @@ class _Run:
         self.program = Program.of(c, teaching=None if teacher is None else teacher.teaching)
         self.mesh = self.program.mesh
         self._beginning = None if source is None else beginning.fit(source, self.program.model)
+        self._teacher = teacher
         if teacher is not None:
             teacher.require_fit(c, self.program.model, self.data)
         size = memory.size(self.program.state)
@@ -184,9 +186,12 @@ class _Run:
             with self._spent.during("restore"):
                 self._taught = (teacher.params(self.mesh),)
         self.step, self.tokens, self.state = self._start()
-        if teacher is not None and processes.first:
-            distill.write(path, teacher)
+        self._write_teacher()
         self._describe()
+
+    def _write_teacher(self) -> None:
+        if self._teacher is not None and self.processes.first:
+            distill.write(self.path, self._teacher)
 
     def _say_warmup(self) -> None:
         given, steps = self.config.optimizer.warmup, self.config.train.steps
@@ -208,6 +213,8 @@ class _Run:
     def _first(self) -> TrainState:
         """The state before the first step. One that begins as another run's is saved, so that it is needed only now."""
         if self._beginning is None:
+            if self._teacher is not None and (drawn := self._teacher.drawn()):
+                self._say(drawn)
             return self.program.first_state(self.config.seed)
         for line in self._beginning.lines():
             self._say(line)
@@ -216,6 +223,7 @@ class _Run:
             state = self.program.begin(params, self.config.seed)
         if self.processes.first:
             metadata.write_json(self.path / beginning.RECORD, self._beginning.record())
+        self._write_teacher()  # no checkpoint is without it
         with self._spent.during("save"):
             self.checkpoints.save(0, state, Host(0, self.loader.get_state(), config_lib.to_dict(self.config)))
             self.checkpoints.wait()

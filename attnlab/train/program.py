@@ -66,7 +66,8 @@ class Program:
         teaching: Teaching | None = None,
     ) -> Program:
         """The program of a config, shared with the runs of this process that compute the same; see the class."""
-        taught = None if teaching is None else teaching.key
+        # Without the teacher's model there is no train step, and what says so names the teacher.
+        taught = config.train.distill if teaching is None else teaching.key
         key = (_computed(config), None if devices is None else tuple(devices), batches, taught)
         if key not in _shared:
             _shared[key] = cls(config, devices, batches=batches, teaching=teaching)

@@ -85,13 +85,13 @@ def opened(
                 f"{key} = {name} holds no run (no config.json); allowed: the workdir of a run, trained or imported"
             )
         checkpoints = Checkpoints(path, processes=processes)
-        there = checkpoints.steps()
+        there = checkpoints.agreed_steps()
         if step is not None and step not in there:
             shown = ", ".join(map(str, there)) or "it has none"
             raise UserError(f"{key} = {name} has no checkpoint of step {step}; allowed: {shown}")
         free = lambda: workdir.held_if_free(path)
         wanted = there[::-1] if step is None else [step]
-        found = checkpoints.first_whole(wanted, checkpoints.host, say, may_move=free)
+        found = checkpoints.first_whole(wanted, checkpoints.agreed_host, say, may_move=free)
         if found is None:
             raise UserError(
                 f"{key} = {name} has no checkpoint yet; allowed: a run that has reached its first train.save_every"

@@ -66,8 +66,8 @@ CASES = {
 }
 # Masks beyond intervals, by terms: each its coordinates, and g where it has groups. Other features as above.
 MASKED = {f"masked {d} {terms} {features}".strip(): (d, terms.split("|"), features) for d, terms, features in (
-    (64, "1", ""), (64, "g", ""), (64, "2g|1g", "scgb"), (128, "1", ""), (128, "g", ""), (128, "2g|1g", "scgb"),
-    (128, "4g|4g", "sgbd"), (256, "1", ""), (256, "2g|1g", "scgb"))}  # fmt: skip
+    (64, "1", ""), (64, "g", ""), (64, "2g|1g", "scgb"), (64, "4g|4g", "sgb"), (128, "1", ""), (128, "g", ""),
+    (128, "2g|1g", "scgb"), (128, "4g|4g", "sgbd"), (256, "1", ""), (256, "2g|1g", "scgb"))}  # fmt: skip
 # Of recurrences: a decay for each position, one that is constant, packed documents, a state in.
 RECURRENCES = {
     f"recurrence {d}/{e} {features}": (d, e, features)

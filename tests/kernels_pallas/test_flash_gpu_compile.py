@@ -41,6 +41,7 @@ KERNELS = {
     "masked 64 1": _MASKED,
     "masked 64 g": _MASKED,
     "masked 64 2g|1g scgb": _MASKED,
+    "masked 64 4g|4g sgb": _MASKED_APART,
     "masked 128 1": _MASKED,
     "masked 128 g": _MASKED,
     "masked 128 2g|1g scgb": _MASKED,

@@ -35,6 +35,7 @@ from attnlab.ops.multi_token_attention import MULTI_TOKEN_ATTENTION, multi_token
 from attnlab.ops.neural_memory import NEURAL_MEMORY, neural_memory
 from attnlab.ops.parallax import PARALLAX, parallax
 from attnlab.ops.path_attention import PATH_ATTENTION, path_attention
+from attnlab.ops.rope import ROPE, rope
 from attnlab.ops.segmented_ema import SEGMENTED_EMA, segmented_ema
 from attnlab.ops.stick_breaking import STICK_BREAKING, stick_breaking
 from attnlab.ops.tensor_attention import TENSOR_ATTENTION, tensor_attention
@@ -137,6 +138,13 @@ def _agents(refreshed: bool, impl: str) -> tuple[Callable, list[jax.Array]]:
     return run, inputs
 
 
+def _rope(impl: str) -> tuple[Callable, list[jax.Array]]:
+    """A part of the channels turned, behind the norm."""
+    positions = jnp.asarray([[3, 4, 5, 0, 1, 2, 3, 4, 0], list(range(9))])
+    run = lambda x, scale: rope(x, positions, 50.0, 64, scale_d=scale, impl=impl)
+    return run, [*arrays(1, (2, 9, 2, 128)), *arrays(1, (128,), seed=1)]
+
+
 def _tensor(impl: str) -> tuple[Callable, list[jax.Array]]:
     """Documents in a window, in several tiles of rows."""
     mask = mask_from_segments(segments(SHORT), SHORT[1], causal=True, window=4)
@@ -225,6 +233,7 @@ CASES: dict[str, tuple[Op, dict[str, Callable[[str], tuple[Callable, list[jax.Ar
             )
         },
     ),
+    "rope": (ROPE, {"norm": _rope}),
     "cross_entropy": (CROSS_ENTROPY, {"short": _cross_entropy}),
     "kl_divergence": (KL_DIVERGENCE, {"short": _kl}),
     "dynamic_mask_attention": (DYNAMIC_MASK_ATTENTION, {"short": _dynamic_mask}),

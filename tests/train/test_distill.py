@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rich.console
 
 from attnlab import config as config_lib
 from attnlab.errors import ConfigError, UserError
@@ -62,8 +64,9 @@ def arrays(tree):
 
 def programs(matching=None, student_overrides=HYBRID, **overrides):
     """Programs of a teacher and of a student of it, and parameters of both, float64 where asked for."""
-    teacher = Program.of(runs.config("stdlib", model__layers=4, **overrides))
-    given = {"model__layers": 4, **student_overrides, **overrides}
+    overrides = {"model__layers": 4, **overrides}
+    teacher = Program.of(runs.config("stdlib", **overrides))
+    given = {**student_overrides, **overrides}
     plain = Program.of(runs.config("stdlib", **given))
     matched = Matching(**(matching or {})).resolved(plain.config.model, teacher.config.model)
     return teacher, plain, matched, teacher.model.init(1), plain.model.init(2)
@@ -164,11 +167,14 @@ OPTIONS = {"z_loss": 0.0, "loss_chunk": 100, "loss_impl": "auto"}
 
 @pytest.mark.parametrize("chosen", [{}, {"at": "block", "layers": (0, 1, 2)}], ids=["mixer", "block"])
 def test_layers_are_fed_what_the_teachers_are(chosen):
-    """Values and gradients in float64 of stacks of other patterns, scanned together, against the loop over layers."""
+    """Values and gradients in float64 of stacks of other patterns, scanned together, against the loop over layers: at
+    every position of a document, whatever its own prediction weighs. Backward runs each layer by itself again."""
     with jax.enable_x64(True):
-        teacher, plain, matched, theirs, ours = programs({**LAYERS, **chosen}, model__dtype="float64")
+        remat = {"model__remat": "full"} if chosen else {}
+        teacher, plain, matched, theirs, ours = programs({**LAYERS, **chosen}, model__dtype="float64", **remat)
         assert matched.layers == chosen.get("layers", (1, 3))
         batch, other = packed_batch(), teacher.model.merge(theirs)
+        batch["weights"] = np.eye(2, 12, dtype=np.float32)
 
         def scanned(params):
             sums = plain.model.merge(params).distill(other, batch, None, OPTIONS, matched)
@@ -176,6 +182,8 @@ def test_layers_are_fed_what_the_teachers_are(chosen):
 
         written = jax.jit(jax.value_and_grad(lambda p: by_hand(other, plain.model.merge(p), batch, matched)))
         (value, sums), slopes = jax.jit(jax.value_and_grad(scanned, has_aux=True))(ours)
+        if remat:
+            assert str(jax.make_jaxpr(scanned)(ours)).count("prevent_cse=") == len(matched.layers)
         wanted, wanted_slopes = written(ours)
         np.testing.assert_allclose(value, wanted, rtol=1e-10)
         assert sums.weight == sums.tokens == 21
@@ -183,6 +191,46 @@ def test_layers_are_fed_what_the_teachers_are(chosen):
         np.testing.assert_allclose(np.mean(each), value, rtol=1e-12)
         for name, slope in arrays(wanted_slopes).items():
             np.testing.assert_allclose(arrays(slopes)[name], slope, rtol=1e-8, atol=1e-12, err_msg=name)
+
+
+MOH = {"name": "moh", "core": {"name": "softmax", "heads": 4}}
+
+
+@pytest.mark.parametrize(
+    "mixer, layers", [(MOH, (0,)), ({"name": "rwkv7", "heads": 2}, (1,))], ids=["own loss", "handed on"]
+)
+def test_what_is_not_matched_learns_nothing(mixer, layers):
+    """No gradient is where `learns` says none, neither by losses of a mixer's own nor by what layers hand on."""
+    model = {"model__layers": 2, "model__mlp_width": 0, "model__mixers": {"M": mixer}}
+    teacher, plain, matched, theirs, ours = programs({**LAYERS, "layers": layers}, {}, **model)
+    merge, batch = plain.model.merge, packed_batch()
+
+    def run(params):
+        sums = merge(params).distill(merge(theirs), batch, None, OPTIONS, matched)
+        return sums.total, sums.losses
+
+    slopes, found = jax.jit(jax.grad(run, has_aux=True))(ours)
+    assert (len(found) > 1) == (mixer is MOH)
+    moved = set()
+    for leaf, entries in plain.model.entries.items():
+        rows = arrays(slopes)[leaf] if len(entries) > 1 else arrays(slopes)[leaf][None]
+        moved |= {entry.name for entry, row in zip(entries, rows, strict=True) if np.any(row)}
+    assert moved and all(map(matched.learns, moved)), sorted(name for name in moved if not matched.learns(name))
+
+
+def test_what_a_block_adds_is_not_rounded_away():
+    """Where the stream is so large that bfloat16 has no room for what is added, the loss is still that of float32."""
+    made = {}
+    for dtype in ("bfloat16", "float32"):
+        scaled = {"model__layers": 2, "model__embedding_scale": 1e5, "model__dtype": dtype}
+        _, plain, matched, theirs, ours = programs({**LAYERS, "at": "block", "layers": (0,)}, {}, **scaled)
+        merge = plain.model.merge
+        run = lambda p, q, merge=merge, matched=matched: merge(p).distill(
+            merge(q), packed_batch(), None, OPTIONS, matched
+        )
+        made[dtype] = float(jax.jit(lambda p, q, run=run: run(p, q).total)(ours, theirs))
+    assert made["float32"] > 1
+    np.testing.assert_allclose(made["bfloat16"], made["float32"], rtol=0.05)
 
 
 @functools.cache
@@ -293,12 +341,25 @@ def test_meshes_and_accumulation_change_nothing(matching):
         assert moved and all(name.startswith("transformer.periods.blocks.1.sublayers.0.") for name in moved)
 
 
+def saved(workdir, step):
+    """Names and shapes of all arrays in a checkpoint."""
+    tree = json.loads((workdir / "checkpoints" / str(step) / "state" / "_METADATA").read_text())["tree_metadata"]
+    known = {tuple(part["key"] for part in x["key_metadata"]): x["value_metadata"] for x in tree.values()}
+    return {".".join(path): tuple(x["write_shape"]) for path, x in known.items() if x["value_type"] == "jax.Array"}
+
+
+def shapes(config):
+    """Names and shapes of the arrays of a run that has no teacher."""
+    leaves = jax.tree_util.tree_leaves_with_path(Program(config).shapes)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in leaves}
+
+
 def test_a_run_goes_on_bit_for_bit(source, trained, tmp_path, monkeypatch):
     """Broken off, it ends as an unbroken one, with its first teacher, though that trained on or has moved."""
     config = student(source, trained, {"cross_entropy": 0.5}, train__log_every=1)
     said = runs.run(config, tmp_path / "unbroken")
     assert f"learns of {trained} at step 2: logits at temperature 1, and 0.5 of cross-entropy" in said
-    assert "distill" not in str(sorted(p.name for p in (tmp_path / "unbroken" / "checkpoints").rglob("*")))
+    assert saved(tmp_path / "unbroken", 4) == shapes(config)
     assert all(f"{part} " in said.partition("step 1/4")[2].partition("\n")[0] for part in ("kl", "cross entropy"))
     lines = runs.lines(tmp_path / "unbroken")
     for line in lines:
@@ -331,6 +392,19 @@ def test_a_run_goes_on_bit_for_bit(source, trained, tmp_path, monkeypatch):
     )
     with pytest.raises(UserError, match=said):
         loop.train(other, tmp_path / "w")
+    more = {"train__steps": 5, "train__on_config_change": "continue"}
+    said = r"train.distill.step = 1 is not possible: .* learns of \S+ at step 2; allowed: 2, none, or another"
+    with pytest.raises(UserError, match=said):
+        loop.train(student(source, moved, {"cross_entropy": 0.5, "step": 1}, **more), tmp_path / "w")
+    record = tmp_path / "w" / distill.RECORD
+    record.rename(tmp_path / "kept.json")
+    with pytest.raises(UserError, match="distill.json, which says at which step, is lost; allowed: that file restored"):
+        loop.train(student(source, moved, {"cross_entropy": 0.5}, **more), tmp_path / "w")
+    known_again = student(source, moved, {"cross_entropy": 0.5, "step": 2}, **more)
+    before = config_lib.to_dict(config)
+    with distill.opened(known_again, tmp_path / "w", None, print, before=before) as teacher:
+        assert teacher.digest == known["digest"]
+    (tmp_path / "kept.json").rename(record)
     shutil.rmtree(moved / "checkpoints" / "2")
     gone = student(source, moved, {"cross_entropy": 0.5}, train__steps=5, train__on_config_change="continue")
     with pytest.raises(UserError, match="has no checkpoint of step 2; allowed: 1, 3"):
@@ -348,7 +422,7 @@ WIDE = {"model__width": 32}
      r"model.pattern = 'M' is not possible; allowed: a model with another mixer"),
     ({**LAYERS, "layers": (1, 2)}, {}, r"train.distill.layers = \(1, 2\) is not possible; allowed: below 2"),
     (LAYERS, {"model__pattern": "M+LL"}, r"train.distill.at = 'mixer' .* layer 0 has 2 mixers .* the teacher's 1 "),
-    (LAYERS, {"optimizer__rates": ()}, r"to all of embedding, .* optimizer.weight_decay = 0.1 would shrink"),
+    (LAYERS, {"optimizer__rates": ()}, r"to all of transformer.periods.\S+, .*weight_decay = 0.1 would shrink"),
     ({**LAYERS, "layers": (1,)}, {"model__pattern": "L", "model__mixers": {"L": HYBRID["model__mixers"]["L"]},
                                   "optimizer__rates": ("*=0", "*.blocks.0.sublayers.0.*=1")},
      r"(?s)to all of transformer.periods.blocks.0.sublayers.0.\S+, .* or no decay"),
@@ -364,6 +438,36 @@ def test_what_does_not_fit_is_refused(source, trained, tmp_path, monkeypatch, ma
     with pytest.raises(UserError, match=message):
         loop.train(student(source, trained, matching, **overrides), tmp_path / "w")
     assert not (tmp_path / "w").exists()
+
+
+def test_what_is_not_decayed_may_move():
+    """Norms of other layers get no gradient and no decay, so that nothing moves them."""
+    config = student("stdlib", "v", LAYERS, optimizer__rates=(*FROZEN, "*norm*=1"))
+    distill._require_frozen(config, Program.of(config).model, Matching(**LAYERS, layers=(1,)))
+
+
+class Second:
+    """The second of two processes, of which the first one saw step 1, and nothing that is damaged."""
+
+    first, index, count = False, 1, 2
+    barrier = staticmethod(lambda: None)
+    gather = staticmethod(lambda value: ["[1]" if value == "[]" else "", value])
+
+
+def test_one_process_says_which_checkpoint_it_is(trained):
+    """A teacher that trains on has a newer one for who looks later."""
+    for processes, step in ((None, 2), (Second(), 1)):
+        with source_lib.opened(trained, processes, print) as found:
+            assert found.step == step and found.host.tokens
+
+
+def test_layers_that_stay_as_they_are_drawn_are_named(source, trained, tmp_path, monkeypatch):
+    """Layers are matched one by one in a run that begins as no other: what lies between them is told."""
+    monkeypatch.setattr(Program, "first_state", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    said = io.StringIO()
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(student(source, trained, LAYERS), tmp_path / "w", rich.console.Console(file=said, width=300))
+    assert "without init_from: all but the matched layers learns nothing" in said.getvalue()
 
 
 def test_another_tokenizer_is_refused(source, trained, tmp_path, monkeypatch):
@@ -398,7 +502,7 @@ def test_impossible_configs(matching, overrides, message):
         runs.config("stdlib", train__distill={"teacher": "v", **matching}, **model, **overrides)
 
 
-def test_the_stages_by_name(trained):
+def test_the_stages_by_name(trained, tmp_path):
     """configs/distill.py: the teacher's config but for the mixers, and nothing that learns nothing is left to decay."""
     spec = f"{runs.ROOT}/configs/distill.py:teacher={trained},mixer=lightning,pattern=LT,share=3"
     with source_lib.opened(trained, None, print) as found:
@@ -412,6 +516,19 @@ def test_the_stages_by_name(trained):
             teacher = distill.Teacher(found, found.digest(), Teaching(found.model, matching))
             teacher.require_fit(config, Program.of(config).model, open_data(config))
             assert (matching.match, matching.layers) == (stage, (0,) if stage == "layers" else None)
+    theirs = tmp_path / "config.json"
+    tree = runs.tree("stdlib", model__layers=4, model__pattern="ML", model__gated="L", train__z_loss=1e-4,
+                     model__mixers={"M": SOFTMAX, "L": SOFTMAX | {"window": 8}}, optimizer__rates=["*=1"],
+                     train__profile="9:12", train__loss_impl="pallas", train__on_config_change="continue")  # fmt: skip
+    theirs.write_text(json.dumps({"config": config_lib.to_dict(config_lib.build(loop.RunConfig, tree))}))
+    for pattern, gated in (("LT", "K"), ("TL", "L"), ("TTLT", "K")):
+        for stage in ("layers", "logits"):
+            given = f"teacher={tmp_path},mixer=lightning,pattern={pattern},share=0.25,stage={stage}"
+            config = config_lib.load(loop.RunConfig, f"{runs.ROOT}/configs/distill.py:{given}")
+            assert config.model.gated == gated and config.train.on_config_change == "stop"
+            assert bool(config.optimizer.rates) == (stage == "layers") and "*=1" not in config.optimizer.rates
+    with pytest.raises(ConfigError, match="only gated mixers, or only others"):
+        config_lib.load(loop.RunConfig, f"{runs.ROOT}/configs/distill.py:teacher={tmp_path},pattern=LLLT")
     wrong = {"teacher=": "teacher = '' is not possible", "mixer=lightening": "did you mean 'lightning'",
              "pattern=LLT": "one whose length divides model.layers .2.", "pattern=T": "an L or more"}  # fmt: skip
     for text, said in wrong.items():

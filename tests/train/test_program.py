@@ -37,14 +37,15 @@ def trained(source, tmp_path_factory):
 
 
 def test_only_what_is_computed_tells_programs_apart(source):
-    """Seeds, names, paths and how often is logged do not; sizes, the optimizer and the mesh do; the number of steps
-    where the rate depends on it."""
+    """Seeds, names, paths and how often is logged do not; sizes, the optimizer, the mesh and whether there is a
+    teacher do; the number of steps where the rate depends on it."""
     program = Program.of(runs.config(source))
     for same in ({"seed": 9}, {"train__log_every": 7}, {"train__keep": 4}, {"data__source": "stdlib"}):
         assert Program.of(runs.config(source, **same)) is program
     for other in (
         {"train__z_loss": 0.1}, {"train__accumulate": 2}, {"data__length": 16},
         {"model__width": 32}, {"optimizer__learning_rate": 1.0}, {"mesh": {"data": 2}}, {"model__norm_epsilon": 1e-5},
+        {"train__distill": {"teacher": "v"}},
     ):  # fmt: skip
         assert Program.of(runs.config(source, **other)) is not program
     made = lambda **more: Program.of(runs.config(source, **more))
