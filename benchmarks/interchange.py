@@ -171,12 +171,12 @@ def own_code(names: list[str]) -> Iterator[tuple[bool, dict[str, Any]]]:
 
 def asked(names: list[str]) -> Iterator[tuple[bool, dict[str, Any]]]:
     """As `families`, of lm-evaluation-harness."""
-    from benchmarks import harness
+    from benchmarks import harness_requests
 
-    for name in names or harness.CASES:
+    for name in names or harness_requests.CASES:
         with tempfile.TemporaryDirectory() as directory:
-            found = harness.compared(name, pathlib.Path(directory))
-        yield harness.good(found), {"case": name, **found}
+            found = harness_requests.compared(name, pathlib.Path(directory))
+        yield harness_requests.good(found), {"case": name, **found}
 
 
 def main() -> int:
