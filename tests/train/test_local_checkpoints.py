@@ -202,7 +202,7 @@ def test_a_host_that_lost_its_disk(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.glob("disk0/*/process0/*")) == ["6", "8"]
 
     monkeypatch.setenv("TROUBLE", json.dumps({"late": list(range(9, 25)), "hangs": 25}))
-    pair.start(disk, "--config.cluster.step_timeout=12")
+    pair.start(disk, "--config.cluster.step_timeout=20")
     began = time.monotonic()
     assert 0 not in pair.wait(200) and time.monotonic() - began < 120
     said = pair.output(0)
@@ -216,4 +216,4 @@ def test_a_host_that_lost_its_disk(tmp_path, monkeypatch):
     assert "process 1 on" in said and "s a step behind" in said
     for index in range(2):
         last = pair.output(index).splitlines()[-1]
-        assert "no step for 12 s; the last at step 24: process 1 on" in last and "at attnlab/train/loop.py:" in last
+        assert "no step for 20 s; the last at step 24: process 1 on" in last and "at attnlab/train/loop.py:" in last
