@@ -95,6 +95,10 @@ class Data:
     def heldout(self, *, batches: int | None = None, rows: Sequence[int] | None = None) -> Heldout:
         """The held-out batches of one process: all, or the first `batches`."""
 
+    def ids_stand_for(self) -> str | None:
+        """A digest of what token ids mean, equal where they mean the same; None where they are of no text."""
+        return None if self.tokenizer is None else self.tokenizer.fingerprint()
+
     def references(self) -> dict[str, float]:
         """Figures that no model changes (what guessing scores), which metrics.jsonl has once, at step 1."""
         return {}

@@ -254,5 +254,5 @@ def test_families_are_all_tried():
         claimed = [family.name for family in families() if family.claims(checkpoints.config(case))]
         assert len(claimed) == 1
         names |= set(claimed)
-    assert names == {family.name for family in families()}
+    assert names == {family.name for family in families()} - {"attnlab"}  # that one is test_remote_code's
     assert set(DTYPES) == {"F64", "F32", "BF16", "F16"}

@@ -50,7 +50,7 @@ def test_input_conv_is_a_convolution_of_the_input(name):
         battery.assert_close(y, expected, 1e-12)
         battery.test_split_anywhere(config, None)
         battery.test_packing(config, None)
-    battery.test_overflow(config)
+        battery.test_overflow(config, None)
     battery.test_sums_are_wide(config)
 
 

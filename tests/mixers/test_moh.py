@@ -388,7 +388,7 @@ def test_what_cannot_be_gathered_keeps_the_laws(fields):
     )
     battery.assert_close(other, expected, 1e-10)
     battery.test_split_anywhere(config, None)
-    battery.test_causality(config)
+    battery.test_causality(config, None)
     battery.test_cost(config)
 
 

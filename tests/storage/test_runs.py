@@ -216,12 +216,13 @@ def test_killed_five_times(place, source, tmp_path):
 def test_a_run_begins_as_one_in_a_bucket(place, source, alone):
     """Read from the bucket, the parameters are those that the same run has on a disk, and the record says the URL."""
     from attnlab.train import beginning, restore
+    from attnlab.train import source as source_lib
     from attnlab.train.program import Program
     from attnlab.train.state import flat
 
     runs.run(runs.config(source, **SMALL), Url(place))
     program = Program.of(runs.config(source, **SMALL))
-    with beginning.opened(Url(place), None, print) as found:
+    with source_lib.opened(Url(place), None, print) as found:
         begin = beginning.fit(found, program.model)
         values = flat(begin.params(program, 0, print))
     assert begin.record()["source"] == place and begin.record()["step"] == 12
