@@ -121,6 +121,15 @@ def monkeypatch():
         yield patch
 
 
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """`data.source` of a small corpus, whose tokens are kept for the module alone."""
+    from tests.train import runs
+
+    os.environ["ATTNLAB_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    return runs.corpus(tmp_path_factory.mktemp("corpus"))
+
+
 @pytest.fixture(autouse=True)
 def few_programs():
     """Drops compiled programs before they are too many: each is memory maps, and Linux ends a process at 65,530."""

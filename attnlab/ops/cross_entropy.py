@@ -169,6 +169,12 @@ def chunked(hidden, kernel, targets, *, chunk: int, cap: float | None = None) ->
     return lse.reshape(rows), right.reshape(rows)
 
 
+def log_partition(lse: jax.Array, split: partition.Split) -> jax.Array:
+    """Of all columns of the vocabulary, from that of a device's own."""
+    peak = jax.lax.pmax(jax.lax.stop_gradient(lse), split.names)
+    return peak + jnp.log(jax.lax.psum(jnp.exp(lse - peak), split.names))
+
+
 def _of_all_columns(run: Callable[..., Statistics]) -> Callable[..., Statistics]:
     """`run` on a device's columns of the vocabulary, and what all devices' columns together say."""
 
@@ -178,9 +184,7 @@ def _of_all_columns(run: Callable[..., Statistics]) -> Callable[..., Statistics]
         if split is None:
             return run(hidden, kernel, targets, **options)
         lse, right = run(hidden, kernel, targets - jax.lax.axis_index(split.names) * kernel.shape[1], **options)
-        peak = jax.lax.pmax(jax.lax.stop_gradient(lse), split.names)
-        total = jax.lax.psum(jnp.exp(lse - peak), split.names)
-        return peak + jnp.log(total), jax.lax.psum(right, split.names)
+        return log_partition(lse, split), jax.lax.psum(right, split.names)
 
     return whole
 

@@ -13,7 +13,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from attnlab.ops.cross_entropy import vocabulary_chunks, vocabulary_logits
+from attnlab.ops.cross_entropy import log_partition, vocabulary_chunks, vocabulary_logits
 from attnlab.ops.dispatch import Implementation, Op
 from attnlab.parallel import partition
 from attnlab.parallel.sequence_parallel import SequenceParallel
@@ -179,9 +179,7 @@ def _of_all_columns(run):
         split = partition.here("vocab")
         if split is None:
             return teacher_lse, lse, gap
-        both = jnp.stack([teacher_lse, lse])
-        peak = jax.lax.pmax(jax.lax.stop_gradient(both), split.names)
-        all_teacher, all_lse = peak + jnp.log(jax.lax.psum(jnp.exp(both - peak), split.names))
+        all_teacher, all_lse = log_partition(jnp.stack([teacher_lse, lse]), split)
         share = jax.lax.stop_gradient(jnp.exp(teacher_lse - all_teacher))
         return all_teacher, all_lse, jax.lax.psum(share * gap, split.names)
 

@@ -44,6 +44,6 @@ def run(
     interpret: bool = False,
 ) -> jax.Array:
     """See `attnlab.ops.rope.rope`; `interpret` runs it as plain XLA, on any platform. It rounds once."""
-    cos, sin = turning.cosines_and_sines(positions, jnp.float32)
+    cos, sin = turning.cosines_and_sines(jnp.broadcast_to(positions, x.shape[:2]), jnp.float32)
     with tuning.device_kind(partition.device_kind()):
         return _kernels().rotary(x, cos, sin, scale=scale, epsilon=epsilon, interpret=interpret)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 
 import numpy as np
@@ -18,12 +17,6 @@ from attnlab.train import loop, restore
 from attnlab.train.state import flat
 from tests.ablation import plans
 from tests.train import runs
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    os.environ["ATTNLAB_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    return runs.corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")

@@ -24,12 +24,7 @@ from attnlab.train.checkpoints import Checkpoints
 from tests import tiers
 from tests.ablation import plans
 from tests.flags import environment
-from tests.train.runs import ROOT, corpus
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return corpus(tmp_path_factory.mktemp("text") / "text")
+from tests.train.runs import ROOT
 
 
 def names(found, event):

@@ -2,14 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
+import unittest.mock
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+
+from attnlab import mixers
+from attnlab.parallel import partition
+from tests.mixers import cases
 
 _SUMS = ("reduce_sum", "reduce_prod", "cumsum", "cumprod", "cumlogsumexp", "add_any", "exp", "exp2", "log", "log1p")
 _MOVES = ("dynamic_update_slice", "scatter", "concatenate", "slice", "dynamic_slice", "gather", "reshape", "transpose")
+
+
+@contextlib.contextmanager
+def on_every_platform():
+    """What is traced inside has the forms of CPUs and those of accelerators in it, whichever runs; gives a mock that
+    counts where there are two."""
+    with unittest.mock.patch.object(partition, "by_platform", side_effect=jax.lax.platform_dependent) as both:
+        yield both
+
+
+def traced(module, dtype):
+    """`__call__` as a function of arrays, and `extend` where it streams, each with its arguments."""
+    graphdef, params = cases.split(module)
+    x, seq = cases.inputs(dtype)
+
+    def call_all(params, x):
+        out = nnx.merge(graphdef, params)(x, seq)
+        return out.y, out.losses, out.metrics
+
+    functions = [(call_all, (params, x))]
+    if module.config.causal and module.capabilities.streaming:
+        state = jax.eval_shape(lambda: module.init_state(*x.shape[:2], dtype))
+        placed, _ = cases.placed(mixers.Stream.start(len(x)), seq)
+        extend = lambda params, x, state: nnx.merge(graphdef, params).extend(x, placed, state)
+        functions.append((lambda *args: (extend(*args).y, extend(*args).state), (params, x, state)))
+    return functions
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:

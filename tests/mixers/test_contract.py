@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import itertools
 import re
-import unittest.mock
 
 import jax
 import jax.numpy as jnp
@@ -348,39 +346,13 @@ def test_bfloat16(config):
         assert np.all(np.isfinite(np.asarray(leaf, np.float32)))
 
 
-@contextlib.contextmanager
-def on_every_platform():
-    """What is traced inside has the forms of CPUs and those of accelerators in it, whichever runs; gives a mock that
-    counts where there are two."""
-    with unittest.mock.patch.object(partition, "by_platform", side_effect=jax.lax.platform_dependent) as both:
-        yield both
-
-
-def traced(module, dtype):
-    """`__call__` as a function of arrays, and `extend` where it streams, each with its arguments."""
-    graphdef, params = cases.split(module)
-    x, seq = cases.inputs(dtype)
-
-    def call_all(params, x):
-        out = nnx.merge(graphdef, params)(x, seq)
-        return out.y, out.losses, out.metrics
-
-    functions = [(call_all, (params, x))]
-    if module.config.causal and module.capabilities.streaming:
-        state = jax.eval_shape(lambda: module.init_state(*x.shape[:2], dtype))
-        placed, _ = cases.placed(mixers.Stream.start(len(x)), seq)
-        extend = lambda params, x, state: nnx.merge(graphdef, params).extend(x, placed, state)
-        functions.append((lambda *args: (extend(*args).y, extend(*args).state), (params, x, state)))
-    return functions
-
-
 @some_configs
 def test_sums_are_wide(config):
     """Law 8: in bf16 sums over positions, exponentials and what a state adds up are fp32; of every implementation."""
     for impl in forced.implementations(config):
-        functions = traced(cases.blank(dataclasses.replace(config, impl=impl), jnp.bfloat16), jnp.bfloat16)
+        functions = precision.traced(cases.blank(dataclasses.replace(config, impl=impl), jnp.bfloat16), jnp.bfloat16)
         for fn, args in functions:
-            with on_every_platform():
+            with precision.on_every_platform():
                 assert precision.narrow_sums(fn, *args) == []
         for fn, args in functions[1:]:
             after = jax.eval_shape(fn, *args)[1]
@@ -393,9 +365,9 @@ def test_sums_are_wide(config):
 @some_configs
 def test_float64_throughout(config, x64):
     """Law 11: in a float64 model whatever is floating is float64: y, losses, metrics, states, and all between."""
-    with on_every_platform() as two_forms:
+    with precision.on_every_platform() as two_forms:
         for impl in forced.implementations(config):
-            functions = traced(cases.blank(dataclasses.replace(config, impl=impl), jnp.float64), jnp.float64)
+            functions = precision.traced(cases.blank(dataclasses.replace(config, impl=impl), jnp.float64), jnp.float64)
             for fn, args in functions:
                 assert precision.narrow_results(fn, *args, dtype=jnp.float64) == []
         x, seq = cases.inputs(jnp.float64)

@@ -24,11 +24,6 @@ LONG = {**SMALL, "train__steps": 400}
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return runs.corpus(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(scope="module")
 def alone(source, tmp_path_factory):
     """The workdir of an unbroken run on a disk."""
     path = tmp_path_factory.mktemp("alone") / "run"

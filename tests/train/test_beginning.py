@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 
 import jax
@@ -21,12 +20,6 @@ from attnlab.train.state import Model, flat
 from tests.train import runs
 
 GATED = {"name": "gated", "heads": 2}
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    os.environ["ATTNLAB_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    return runs.corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")

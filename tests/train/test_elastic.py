@@ -60,11 +60,6 @@ def go(monkeypatch, config, workdir, to=STEPS):
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return runs.corpus(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(scope="module")
 def whole(source, tmp_path_factory):
     """A run on eight devices that nothing stops: its workdir, and the batches that it read."""
     workdir = tmp_path_factory.mktemp("whole")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 
 import jax
 import numpy as np
@@ -19,12 +18,6 @@ from tests.train import runs
 
 SMALL = {"train__ema": 0.4, "train__steps": 5, "train__eval_every": 0, "train__save_every": 2, "train__keep": 9,
          "train__sample_tokens": 0, "optimizer__schedule": "constant"}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    os.environ["ATTNLAB_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    return runs.corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")

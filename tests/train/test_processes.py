@@ -28,11 +28,6 @@ pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return runs.corpus(tmp_path_factory.mktemp("corpus") / "files")
-
-
-@pytest.fixture(scope="module")
 def whole(source, tmp_path_factory):
     """A run of two processes that nothing disturbs, and evaluates and samples."""
     return Pair(tmp_path_factory.mktemp("whole"), source, train__eval_every=6).start().ends()

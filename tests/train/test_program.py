@@ -25,11 +25,6 @@ SHORT = {"train__steps": 3, "train__eval_every": 3, "train__save_every": 0, "tra
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return runs.corpus(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(scope="module")
 def trained(source, tmp_path_factory):
     """A workdir, and what its training came to."""
     workdir = tmp_path_factory.mktemp("run")

@@ -34,12 +34,6 @@ def unpatched_programs():
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    os.environ["ATTNLAB_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    return runs.corpus(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(scope="module")
 def finished(source, tmp_path_factory):
     """An uninterrupted run: workdir and output."""
     workdir = tmp_path_factory.mktemp("finished")

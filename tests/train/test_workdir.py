@@ -22,12 +22,6 @@ SMALL = {"model__width": 8, "model__layers": 1, "data__batch": 2, "train__eval_e
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    os.environ["ATTNLAB_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    return runs.corpus(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(scope="module")
 def finished(source, tmp_path_factory):
     path = tmp_path_factory.mktemp("finished")
     runs.run(runs.config(source, **SMALL, train__steps=4, train__save_every=2), path)
