@@ -42,7 +42,7 @@ def test_auto():
 
 
 def test_positions_split_over_devices():
-    """Each of four devices has a quarter of the positions, which both rows share, and half of the heads; gradients, too."""
+    """Each of four devices has a quarter of the positions, which rows share, and half of the heads; gradients, too."""
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 32, 2, 128)), jnp.float32)
     scale, positions = jnp.linspace(0.5, 2.0, 128), jnp.arange(32)[None]
 
