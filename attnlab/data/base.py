@@ -95,7 +95,7 @@ class Data:
     def heldout(self, *, batches: int | None = None, rows: Sequence[int] | None = None) -> Heldout:
         """The held-out batches of one process: all, or the first `batches`."""
 
-    def ids_stand_for(self) -> str | None:
+    def vocabulary_fingerprint(self) -> str | None:
         """A digest of what token ids mean, equal where they mean the same; None where they are of no text."""
         return None if self.tokenizer is None else self.tokenizer.fingerprint()
 

@@ -28,11 +28,10 @@ from attnlab.batch import ANSWER, LAYOUT, QUESTION, VISUAL, RowLayout
 from attnlab.config import knob
 from attnlab.data.base import Arrays, Data, register
 from attnlab.data.files import matching_files, split_globs
-from attnlab.data.loader import Batches, HeldoutLoader, Loader, entries_of
+from attnlab.data.loader import Batches, HeldoutLoader, Loader, entries_of, require_held_out
 from attnlab.data.packing import split_documents
 from attnlab.data.progress import ProgressFn, stderr_progress
 from attnlab.data.sources import BadRecord, json_object, jsonl_lines, stable_key
-from attnlab.data.text import require_held_out
 from attnlab.errors import UserError
 
 _KINDS = "images", "questions", "answers"

@@ -58,24 +58,4 @@ class Text(Data):
     def require_heldout(
         self, heldout: loader.HeldoutLoader, trained_on: Mapping[str, Any], who: str, *, named: bool
     ) -> list[str]:
-        return require_held_out(self.config, heldout.summary()["digest"], trained_on, who, named=named)
-
-
-def require_held_out(config: Any, digest: str, trained_on: Mapping[str, Any], who: str, *, named: bool) -> list[str]:
-    """`Data.require_heldout` of a source with a digest, of which `config.heldout` is held out."""
-    before = trained_on["data"]
-    if digest == before:
-        if config.heldout != trained_on["heldout"]:
-            raise UserError(
-                f"data.heldout = {config.heldout} holds out text that {who} was trained on, with "
-                f"{trained_on['heldout']}; allowed: {trained_on['heldout']}, or other data with "
-                "data.source"
-            )
-        return []
-    if not named:
-        raise UserError(
-            f"the text of data.source = {config.source!r} is not what {who} was trained on (digest "
-            f"{digest[:12]}, was {before[:12]}): what is held out of it may have been trained on\n"
-            "restore it, or say that it is other data with data.source"
-        )
-    return [f"on other data than it was trained on ({config.source})"]
+        return loader.require_held_out(self.config, heldout.summary()["digest"], trained_on, who, named=named)

@@ -96,7 +96,7 @@ class Teacher:
                 f"data.length = {config.data.length} is not possible; allowed: {theirs.data.length} or less, the rows "
                 f"that {_KEY} = {place} was trained on"
             )
-        ours = data.ids_stand_for()
+        ours = data.vocabulary_fingerprint()
         known = self.source.host.data.get("tokenizer")
         if ours != known:
             shown = lambda config, mark: f"{getattr(config.data, 'tokenizer', 'none')!r} (fingerprint {str(mark)[:12]})"
