@@ -176,4 +176,5 @@ def _follows(plan: RunConfig, params: Any, row: np.ndarray, largest: float) -> b
 def good(found: dict[str, Any]) -> bool:
     """Whether the figures of a case are as they must be."""
     near = found["exported"] <= max(BOUND, 3 * found["ours_float64"])
-    return near and found["theirs_float64"] <= BOUND and found["greedy"]
+    right = found["theirs_float64"] <= max(BOUND, 2 * found["ours_float64"])
+    return near and right and found["greedy"]

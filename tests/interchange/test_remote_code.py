@@ -109,13 +109,15 @@ def test_it_is_the_last_resort():
         exporting.choose(runs.config("stdlib", model__mixers={"M": {"name": "gla", "heads": 2}}))
 
 
-@pytest.fixture
-def torch(tmp_path, monkeypatch):
-    """The library, with transformers; code that it loads is kept here alone."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    transformers = pytest.importorskip("transformers")
-    transformers.dynamic_module_utils.HF_MODULES_CACHE = os.fspath(tmp_path / "modules")
-    return pytest.importorskip("torch")
+@pytest.fixture(scope="module")
+def torch(tmp_path_factory):
+    """The library, with transformers; code that it loads is kept in one place, as Python finds it in no second one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        transformers = pytest.importorskip("transformers")
+        kept = os.fspath(tmp_path_factory.mktemp("modules"))
+        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", kept)
+        yield pytest.importorskip("torch")
 
 
 @pytest.mark.parametrize("name", remote_code.CASES)
