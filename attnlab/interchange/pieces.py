@@ -199,7 +199,7 @@ def read_leaf(
             wanted = [(by_repeat[None], index, out)]
         else:
             layers = range(*index[0].indices(leaf.shape[0]))
-            wanted = [(by_repeat[layer], index[1:], part) for layer, part in zip(layers, out, strict=True)]
+            wanted = [(by_repeat[layer], index[1:], out[i, ...]) for i, layer in enumerate(layers)]
         for piece, at, part in wanted:
             array = tensors[piece.tensor].mapped()
             for count in threads.map(lambda task: task(), piece.reading(array, at, part)):
