@@ -27,6 +27,8 @@ class Context:
         padding, which nobody sees. In a stream they are those given to `init_state`.
       positions: [B, S] int32, for mixers that rotate them too; None: 0 to S - 1.
       starts, ends: [B, T] int32 or None: query t sees rows s with `starts[t] <= s < ends[t]`.
+      node: [B, S] int32, a number of what a row belongs to (a region), for masks that read it; None: not said. In a
+        stream it is that given to `init_state`.
     """
 
     rows: jax.Array | None = None
@@ -34,6 +36,7 @@ class Context:
     positions: jax.Array | None = None
     starts: jax.Array | None = None
     ends: jax.Array | None = None
+    node: jax.Array | None = None
 
     @classmethod
     def aligned(cls, rows: jax.Array, length: int) -> Context:
