@@ -208,9 +208,9 @@ class LanguageModel(Objective):
         """Where its positions stand, and the contexts that they read."""
         layout = Layout.of_columns(batch["layout"]) if "layout" in batch else None
         seq = mixers.Sequence(batch["positions"], batch["segments"], layout=layout, node=batch.get("node"))
-        return self.decoupled(batch["tokens"], seq)
+        return self.decoupled(batch.get("tokens"), seq)
 
-    def decoupled(self, tokens_BT: jax.Array, seq: mixers.Sequence) -> mixers.Sequence:
+    def decoupled(self, tokens_BT: jax.Array | None, seq: mixers.Sequence) -> mixers.Sequence:
         """With what mixers that read the embedding find in their own table, where they have one."""
         if not self.config.decoupled:
             return seq

@@ -171,6 +171,18 @@ def test_presets_fit(preset):
     assert c.model.node_name == c.data.fitting()["name"]
 
 
+@pytest.mark.parametrize("preset", ["bags", "icl_classes", "icl_regression", "mad_compress", "match2", "retrieve"])
+def test_every_kind_of_model_takes_its_batches(preset):
+    """The loss and the evaluation can be traced on the arrays that the task yields."""
+    c = config_lib.load(RunConfig, f"configs/tasks.py:task={preset}")
+    program = Program.of(c)
+    batch = {name: jax.ShapeDtypeStruct((2, *field.shape), field.dtype) for name, field in c.data.batch_spec().items()}
+    state = jax.eval_shape(lambda: program.init(0))
+    _, metrics = jax.eval_shape(program.train_step, state, batch)
+    assert metrics["loss"].shape == ()
+    assert jax.eval_shape(program.eval_step, state.params, batch)
+
+
 @pytest.mark.parametrize("mixer", mixers.names())
 def test_every_mixer_is_tried_or_says_why_not(mixer):
     """In the four patterns of attention: a mixer runs the task of a pattern, or its config says who can."""
