@@ -3,6 +3,8 @@
 `attnlab list tasks` says what each tests, docs/tasks.md what to expect. A preset is a task with the sizes that two CPU
 cores train in minutes; `match2`, `parity`, `s3`, `gcog_cross` and the like are tasks with other fields.
 
+`bags` pools instances as they are; with a mixer or a pattern they go through one layer of it before.
+
 Letters of a pattern: M is the mixer, S softmax attention, W softmax attention over a window of 4 keys, X the mixer
 reading the context, where the task has one. Without a pattern it is the preset's. In recall tasks every mixer gets a W
 before it, which can look one token back: else the task measures who can shift a sequence.
@@ -20,6 +22,7 @@ WIDTH, HEADS, BATCH, RATE, STEPS = 64, 4, 32, 4e-3, 1000
 # mlp (None: the usual width; 0: blocks have none).
 RECALL = {"pattern": "WM", "mlp": 0}
 PRESETS = {
+    "bags": {"layers": 0, "steps": 500},
     "common_words": {"steps": 1500},
     "copy": {"data": {"length": 64}, "steps": 1500},
     "frequent_words": {"steps": 1500},
@@ -67,20 +70,23 @@ def node(mixer, **more):
 
 
 def get_config(arg=None):
-    a = config.parse_arg(arg, task="icl_regression", mixer="softmax", pattern="")
+    a = config.parse_arg(arg, task="icl_regression", mixer="", pattern="")
     config.require_choice("task", a.task, list(PRESETS))
     preset = {"data": {}, "pattern": "M", "layers": 2, "batch": BATCH, "rate": RATE, "steps": STEPS, "mlp": None}
     preset |= PRESETS[a.task]
-    pattern = a.pattern or preset["pattern"]
+    pattern, mixer = a.pattern or preset["pattern"], a.mixer or "softmax"
+    layers = len(pattern) * max(1, preset["layers"] // len(pattern))
+    if preset["layers"] == 0 and not (a.mixer or a.pattern):
+        pattern, layers = "", 0
     config.require(set(pattern) <= set("MSWX"), "pattern", a.pattern, "one or more of M, S, W and X")
     made = data.config_from_node({"name": a.task, **preset["data"]}, "data")
     fitting = made.fitting()
-    causal = fitting["name"] != "classifier"
+    causal = fitting["name"] not in ("classifier", "bags")
     letters = {
-        "M": node(a.mixer, heads=HEADS, causal=causal),
+        "M": node(mixer, heads=HEADS, causal=causal),
         "S": node("softmax", heads=HEADS, causal=causal),
         "W": node("softmax", heads=HEADS, window=4),
-        "X": node(a.mixer, heads=HEADS, source="context", rope_context=a.task == "transcribe"),
+        "X": node(mixer, heads=HEADS, source="context", rope_context=a.task == "transcribe"),
     }
 
     c = ConfigDict()
@@ -88,8 +94,8 @@ def get_config(arg=None):
     c.data = {"name": a.task, **preset["data"], "batch": preset["batch"]}
     c.model = fitting | {
         "width": WIDTH,
-        "layers": len(pattern) * max(1, preset["layers"] // len(pattern)),
-        "pattern": pattern,
+        "layers": layers,
+        "pattern": pattern or "M",
         "mixers": {k: node for k, node in letters.items() if k in pattern},
         "mlp_width": preset["mlp"],
     }

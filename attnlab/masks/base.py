@@ -58,6 +58,7 @@ class MaskBuilder(abc.ABC):
       paper: title, authors' year and identifier of the source; extension: what here is ours, or empty.
       needs: fields of `Sequence` that it reads; one that is None is refused.
       causal, bidirectional: the directions of a mixer that it goes with.
+      cross: whether it is of attention to a context, and of nothing else: see `ContextMask`.
       packed: whether rows may hold several documents or padding.
       streaming: "any": a stream may be cut anywhere; "closed": only where no position before the cut sees one after it
         (`attnlab.ops.mask_algebra.closed_cuts`); "no".
@@ -71,6 +72,7 @@ class MaskBuilder(abc.ABC):
     needs: ClassVar[tuple[str, ...]] = ()
     causal: ClassVar[bool] = True
     bidirectional: ClassVar[bool] = False
+    cross: ClassVar[bool] = False
     packed: ClassVar[bool] = True
     streaming: ClassVar[str] = "any"
     stored: ClassVar[int] = 1
@@ -85,6 +87,9 @@ class MaskBuilder(abc.ABC):
             raise UnsupportedPattern(f"mask {self.name!r} does not go with {direction} mixing (causal={causal})")
         if seq.segments is not None and not self.packed:
             raise UnsupportedPattern(f"mask {self.name!r} does not support packed documents or padding")
+        self._require_needs(seq)
+
+    def _require_needs(self, seq: Sequence) -> None:
         for field in self.needs:
             if getattr(seq, field) is None:
                 raise UnsupportedPattern(f"mask {self.name!r} reads Sequence.{field}, which is not given")
@@ -121,6 +126,16 @@ class MaskBuilder(abc.ABC):
     def order(self, seq: Sequence) -> np.ndarray | None:
         """The order [T] in which `mask` has the rows and keys of whole rows; None: as they stand."""
         return None
+
+    def of_context(self, seq: Sequence, node: Array | None, interval: Mask) -> Mask:
+        """Of positions, of whole rows or of a stream, over the rows of a context.
+
+        Args:
+          seq: those positions.
+          node: int32 [B, S], `Context.node`; None: it is not given.
+          interval: which rows they see by segments and intervals.
+        """
+        raise UnsupportedPattern(f"mask {self.name!r} is not of attention to a context")
 
     @abc.abstractmethod
     def span(self, length: int, *, causal: bool) -> float:
@@ -180,6 +195,32 @@ class NodeMask(MaskBuilder):
         seen = bits[own] if isinstance(own, np.ndarray) else jnp.asarray(bits)[own]
         group = numpy_if(isinstance(keys, np.ndarray)).where((keys >= 0) & (keys < n), keys, -1)
         return dataclasses.replace(interval, groups=Groups(group, seen[:, None]), documents=False)
+
+
+class ContextMask(MaskBuilder):
+    """Masks of what a context's rows (`Context.node`) and positions (`Sequence.node`) belong to."""
+
+    needs = ("node",)
+    causal, cross = False, True
+
+    @abc.abstractmethod
+    def groups(self, own: Array, rows: Array) -> Groups:
+        """Which row is of which group, and which groups a position sees, of `Sequence.node` and `Context.node`."""
+
+    def require(self, seq: Sequence, *, causal: bool) -> None:
+        self._require_needs(seq)  # who reads a context sees all of it, whatever `causal` says
+
+    def mask(self, seq: Sequence, *, causal: bool) -> Mask:
+        raise UnsupportedPattern(f"mask {self.name!r} is of attention to a context, and of nothing else")
+
+    def of_context(self, seq: Sequence, node: Array | None, interval: Mask) -> Mask:
+        if node is None:
+            raise UnsupportedPattern(f"mask {self.name!r} reads Context.node, which is not given")
+        return dataclasses.replace(interval, groups=self.groups(seq.node, node))
+
+    def span(self, length: int, *, causal: bool) -> float:
+        """That of a mask that hides nothing, of a context as long as the sequence."""
+        return float(length)
 
 
 class BlockMask(MaskBuilder):

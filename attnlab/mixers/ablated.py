@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from attnlab import config as config_lib
+from attnlab.errors import UnsupportedPattern
 from attnlab.mixers.base import Capabilities, MixerOutput, State, knob, register
 from attnlab.mixers.heads import HeadMixer, Projections, RotaryConfig, split_heads
 from attnlab.mixers.parts import RMSNorm, param_dtype
@@ -26,22 +28,28 @@ WEIGHTS = {
     "key_score": "softmax of a score that a key has of its own, silu(q_s) . k_s / sqrt(d) of one position s",
     "static": "softmax attention whose queries and keys are made of what the stack began from, the token's embedding",
     "random_stream": "softmax attention whose queries and keys are made of a second stream that begins as fixed noise",
+    "text_stream": "the same with a stream that begins as the embeddings of one fixed text",
     "none": "no mixing: a gated MLP of as many parameters",
 }
-_STREAM, _BEFORE = "ablated_stream", "ablated_layers"
+_STREAMS = "random_stream", "text_stream"
 
 _ATTENTION = {"auto": "auto", "chunked": "xla", "definition": "definition"}
 
 
 @dataclasses.dataclass(frozen=True)
 class AblatedConfig(RotaryConfig):
-    """Knobs of ablated attention; RoPE is of `taylor`, `static` and `random_stream`, the others have no use for it."""
+    """Knobs of ablated attention; RoPE is of `taylor`, `static` and the streams, the others have no use for it."""
 
     weights: str = knob(
         "taylor",
         f"of a position for those before it; {'; '.join(f'{k}: {v}' for k, v in WEIGHTS.items())}",
         other=("key_score", "static", "random_stream", "none"),
         choices=WEIGHTS,
+    )
+    text: str | None = knob(
+        None,
+        "of text_stream: a .npy file of the text's ids, int [n]; documents have n positions at most",
+        other=("text.npy",),
     )
     chunk: int = knob(64, "positions computed as one product; changes only speed and memory", other=(4,), least=1)
     impl: str = knob(
@@ -50,6 +58,12 @@ class AblatedConfig(RotaryConfig):
         other=("definition",),
         choices=("auto", "chunked", "definition"),
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = self.weights == "text_stream"
+        allowed = f"{'a .npy file' if given else 'none'} where weights is {self.weights}"
+        config_lib.require(bool(self.text) == given, "text", self.text, allowed)
 
     def mlp_width(self, width: int) -> int:
         """Hidden width of a head's share of the MLP: three matrices have the parameters of attention's four."""
@@ -66,6 +80,8 @@ class Ablated(HeadMixer):
     itself a layer is its stack's first: e is x.
     random_stream: as static, of a stream z that such layers hand on: noise of each position of a document in the first,
     in every later one z plus what the layer's own attention gives for values of RMSNorm(z), projected.
+    text_stream: the same, but z begins as `Sequence.text`, the embeddings of the fixed text; positions behind its end
+    give NaN, as jit can raise nothing.
     none: `silu(x W_1) * (x W_2)`, projected: no mixing.
     Sums are over s <= t of the document.
     """
@@ -79,8 +95,9 @@ class Ablated(HeadMixer):
     )
     extension = (
         "weights=none: the MLP's width is a multiple of heads; weights=taylor: a state of features, not a cache; "
-        "weights=static: the embedding has an RMSNorm of the layer's own; weights=random_stream: the stream goes "
-        "through the attention of these layers alone, where the paper has it go through whole blocks"
+        "weights=static: the embedding has an RMSNorm of the layer's own; weights=random_stream and "
+        "text_stream: the stream goes through the attention of these layers alone, where the paper has it go through "
+        "whole blocks"
     )
     implementations = ("definition", "chunked")
     counted = "chunked"
@@ -101,7 +118,7 @@ class Ablated(HeadMixer):
         else:
             inner = config.heads * self.head_dim
             self.q, self.k, self.v = (make.qkv(inner) for _ in range(3))
-        if config.weights in ("static", "random_stream"):
+        if config.weights in ("static", *_STREAMS):
             self.embedding_norm = RMSNorm(width, ("embed",), dtype=dtype)
         self.out = make.out(inner)
 
@@ -115,7 +132,7 @@ class Ablated(HeadMixer):
         if c.weights == "none":
             gated = jax.nn.silu(self.gate(x).astype(wide)) * self.up(x).astype(wide)
             return MixerOutput(gated.reshape(*x.shape[:2], c.heads, -1).astype(self.dtype), ())
-        if c.weights == "random_stream":
+        if c.weights in _STREAMS:
             return self._of_stream(x, seq, carried)
         e = self._embedding(x, seq) if c.weights == "static" else x
         q, k, v = (split_heads(y(z), self.head_dim) for y, z in ((self.q, e), (self.k, e), (self.v, x)))
@@ -146,31 +163,47 @@ class Ablated(HeadMixer):
     def _of_stream(self, x: jax.Array, seq: Sequence, cache: KVCache | None) -> MixerOutput:
         """One attention of two values: those of x and those of the stream, which it moves on."""
         c, d, wide = self.config, self.head_dim, param_dtype(self.dtype)
-        found = (seq.shared or {}).get(_STREAM)
-        z = self._noise(x, seq)
+        stream, before = self._shared
+        found = (seq.shared or {}).get(stream)
+        z = self._first(x, seq)
         if found is not None:
-            z = jnp.where(seq.shared[_BEFORE] == 0, z, found)
+            z = jnp.where(seq.shared[before] == 0, z, found)
         e = self.embedding_norm(z.astype(self.dtype))
         q, k = (c.rotated(split_heads(y(e), d), seq.positions) for y in (self.q, self.k))
         v = jnp.concatenate([split_heads(self.v(y), d) for y in (x, e)], axis=-1)
         out = self._attended(q, k, v, seq, cache)
         moved = z + self.combine(out.y[..., d:], x).astype(wide)
-        shared = {} if found is None else {_STREAM: moved, _BEFORE: seq.shared[_BEFORE] + 1}
-        return MixerOutput(out.y[..., :d], out.state, shared=shared)
+        shared = {} if found is None else {stream: moved, before: seq.shared[before] + 1}
+        o = out.y[..., :d]
+        if c.weights == "text_stream":
+            o = jnp.where((_places(x, seq) < len(seq.text))[..., None, None], o, jnp.nan)
+        return MixerOutput(o, out.state, shared=shared)
 
-    def _noise(self, x: jax.Array, seq: Sequence) -> jax.Array:
-        """Standard normal numbers [B, T, D] of each position of its document, the same for all documents."""
-        offset = jnp.arange(x.shape[1], dtype=jnp.int32)[None] if seq.offsets is None else seq.offsets
+    def _first(self, x: jax.Array, seq: Sequence) -> jax.Array:
+        """What the stream begins as, [B, T, D]: the text's embeddings, or standard normal numbers, of each position of
+        its document, the same for all documents."""
+        offset = _places(x, seq)
+        if self.config.weights == "text_stream":
+            if seq.text is None:
+                raise UnsupportedPattern(f"mixer {self.name!r} with weights=text_stream reads Sequence.text, the "
+                                         "embeddings of a fixed text, which is not given")  # fmt: skip
+            text = seq.text.astype(param_dtype(self.dtype))
+            return jnp.broadcast_to(text[jnp.minimum(offset, len(text) - 1)], x.shape)
         key = jax.random.key(0)  # of no parameter: the noise is never learned, and the same in every run
         of_position = lambda t: jax.random.normal(jax.random.fold_in(key, t), x.shape[-1:], jnp.float32)
         noise = jax.vmap(jax.vmap(of_position))(offset)
         return jnp.broadcast_to(noise, x.shape).astype(param_dtype(self.dtype))
 
     def init_shared(self, batch: int, length: int) -> dict[str, jax.Array]:
-        if self.config.weights != "random_stream":
+        if self.config.weights not in _STREAMS:
             return {}
-        width = self.embedding_norm.scale.shape[0]
-        return {_STREAM: jnp.zeros((batch, length, width), param_dtype(self.dtype)), _BEFORE: jnp.int32(0)}
+        (stream, before), width = self._shared, self.embedding_norm.scale.shape[-1]  # a stack has all layers' in one
+        return {stream: jnp.zeros((batch, length, width), param_dtype(self.dtype)), before: jnp.int32(0)}
+
+    @property
+    def _shared(self) -> tuple[str, str]:
+        """Names of what layers of one kind of stream hand on: the stream, and how many have moved it."""
+        return f"ablated_{self.config.weights}", f"ablated_{self.config.weights}_layers"
 
     def _attended(self, q: jax.Array, k: jax.Array, v: jax.Array, seq: Sequence, cache: KVCache | None) -> MixerOutput:
         """Softmax attention of whole sequences, or over the cache with these positions."""
@@ -187,7 +220,7 @@ class Ablated(HeadMixer):
             return ()
         if c.weights == "static":
             return empty_cache(batch, c.heads, d, max_length, dtype)
-        if c.weights == "random_stream":
+        if c.weights in _STREAMS:
             return empty_cache(batch, c.heads, d, max_length, dtype, value_width=2 * d)
         if c.weights == "key_score":
             return RunningState.start(batch, c.heads, d, wide)
@@ -201,7 +234,7 @@ class Ablated(HeadMixer):
         if config.weights == "static":
             span = mean_visible_keys(length, True, None)
             return {"projections": 8.0 * width * H * d, "attention": 4.0 * H * d * span}, span
-        if config.weights == "random_stream":
+        if config.weights in _STREAMS:
             span = mean_visible_keys(length, True, None)
             return {"projections": 12.0 * width * H * d, "attention": 6.0 * H * d * span}, span
         if config.weights == "key_score":
@@ -209,6 +242,11 @@ class Ablated(HeadMixer):
         else:
             recurrence = flops_per_token(length, C, Taylor(d).count, d + 1)
         return {"projections": 8.0 * width * H * d, "recurrence": H * recurrence}, None
+
+
+def _places(x: jax.Array, seq: Sequence) -> jax.Array:
+    """Positions of its document before each, [B or 1, T]."""
+    return jnp.arange(x.shape[1], dtype=jnp.int32)[None] if seq.offsets is None else seq.offsets
 
 
 def _taylor_pairs(q: jax.Array, k: jax.Array, v: jax.Array, documents: jax.Array | None) -> jax.Array:

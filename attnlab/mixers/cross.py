@@ -16,6 +16,7 @@ from attnlab.mixers.base import Capabilities, knob
 from attnlab.mixers.heads import HeadState
 from attnlab.mixers.sequence import Context, Sequence
 from attnlab.ops.keys_values import Cached, KVCache, RollingCache, Whole, cache_rows
+from attnlab.ops.masks import Mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +48,12 @@ class CrossConfig(AttentionConfig):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ContextCache:
-    """Keys and values of a context, made once: k, v [B * K, S, d] as in `KVCache`, segments [B, S] or None."""
+    """Keys and values of a context, made once: k, v [B * K, S, d] as in `KVCache`, segments and node [B, S] or None."""
 
     k: jax.Array
     v: jax.Array
     segments: jax.Array | None
+    node: jax.Array | None
 
 
 class CrossAttention(Attention):
@@ -70,14 +72,11 @@ class CrossAttention(Attention):
         context = self._context(seq.contexts, optional=cache is not None)
         if cache is None:
             k, v = self._keys_values(context)
-            kv, segments, size = Whole(k, v), context.segments, k.shape[1]
+            kv, segments, node, size = Whole(k, v), context.segments, context.node, k.shape[1]
         else:
-            kv, segments, size = (
-                Cached(cache.k.astype(q.dtype), cache.v.astype(q.dtype)),
-                cache.segments,
-                cache.k.shape[1],
-            )
-        mask = context.mask(seq, segments, size)
+            kv = Cached(cache.k.astype(q.dtype), cache.v.astype(q.dtype))
+            segments, node, size = cache.segments, cache.node, cache.k.shape[1]
+        mask = self.narrowed(context.mask(seq, segments, size), seq, node)
         return Reads(self.scaled(q, kv, mask), kv, mask, cache)
 
     def init_state(
@@ -87,7 +86,11 @@ class CrossAttention(Attention):
             return super().init_state(batch, max_length, dtype)
         context = self._context(contexts)
         k, v = (cache_rows(y, dtype) for y in self._keys_values(context))
-        return HeadState(ContextCache(k, v, context.segments), jnp.zeros((batch,), bool))
+        return HeadState(ContextCache(k, v, context.segments, context.node), jnp.zeros((batch,), bool))
+
+    def narrowed(self, interval: Mask, seq: Sequence, node: jax.Array | None) -> Mask:
+        """The mask of a context's rows, of numbers `node` [B, S], of which `interval` is what `Context` shows."""
+        return interval
 
     @classmethod
     def flops(cls, config: CrossConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:

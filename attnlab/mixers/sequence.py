@@ -27,6 +27,8 @@ class Context:
         padding, which nobody sees. In a stream they are those given to `init_state`.
       positions: [B, S] int32, for mixers that rotate them too; None: 0 to S - 1.
       starts, ends: [B, T] int32 or None: query t sees rows s with `starts[t] <= s < ends[t]`.
+      node: [B, S] int32, a number of what a row belongs to (a region), for masks that read it; None: not said. In a
+        stream it is that given to `init_state`.
     """
 
     rows: jax.Array | None = None
@@ -34,6 +36,7 @@ class Context:
     positions: jax.Array | None = None
     starts: jax.Array | None = None
     ends: jax.Array | None = None
+    node: jax.Array | None = None
 
     @classmethod
     def aligned(cls, rows: jax.Array, length: int) -> Context:
@@ -76,6 +79,8 @@ class Sequence:
         batch; those before them (a class token) are not of the image. None where there is no image.
       layout: where images and questions lie in rows of text, for masks that read it; None: not said.
       node: [B, T] int32, a number of what a position belongs to (a subject), for masks that read it; None: not said.
+      text: [n, D], the embeddings of a fixed text, n positions from where a document begins, for mixers that read it;
+        None: not given.
       layer: int32 scalar, the number of the block in its stack, from 0; None where no mixer of the stack reads it
         (`Mixer.stack_reads`), or the mixer is by itself.
       embedding: [B, T, D], what the stack began from, or what a model gives in its place; None as `layer`.
@@ -91,6 +96,7 @@ class Sequence:
     grid: tuple[int, int] | None = dataclasses.field(default=None, metadata={"static": True})
     layout: Layout | None = None
     node: jax.Array | None = None
+    text: jax.Array | None = None
     layer: jax.Array | None = None
     embedding: jax.Array | None = None
     shared: Mapping[str, jax.Array] | None = None

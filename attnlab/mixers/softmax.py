@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from attnlab.mixers.base import MixerOutput, impl_knob, knob, register
 from attnlab.mixers.cross import CrossAttention, CrossConfig
 from attnlab.mixers.parts import param_dtype
 from attnlab.mixers.roles import Role, param
-from attnlab.mixers.sequence import Sequence
+from attnlab.mixers.sequence import Context, Sequence
 from attnlab.ops.attention import ATTENTION
 from attnlab.ops.cached_attention import CACHED_ATTENTION
 from attnlab.ops.keys_values import Cached, KeysValues, KVCache, Reordered, Whole
@@ -50,15 +51,16 @@ class SoftmaxConfig(CrossConfig):
         if self.mask is None:
             return
         need, name, where = config_lib.require, self.mask.node_name, "where mask is set"
-        for field, allowed in (("window", None), ("source", None)):
-            value = getattr(self, field)
-            need(value is allowed, field, value, f"none {where}")
+        cross = masks.get(name).cross
+        need(self.window is None, "window", self.window, f"none {where}")
+        allowed = f"a context, which mask {name} is of" if cross else f"none {where}"
+        need((self.source is not None) == cross, "source", self.source, allowed)
         need(
             self.qk_norm != "cosine", "qk_norm", self.qk_norm, f"another {where}: cosine counts the keys of an interval"
         )
         direction = "causal" if self.causal else "bidirectional"
         allowed = f"{not self.causal}: mask {name} does not go with {direction} mixing".lower()
-        need(getattr(masks.get(name), direction), "causal", self.causal, allowed)
+        need(cross or getattr(masks.get(name), direction), "causal", self.causal, allowed)
         for field, impls in (("impl", ("auto", "flash", "tiles", "definition")), ("decode_impl", _DECODE_IMPLS)):
             value = getattr(self, field)
             need(value in impls, field, value, f"{', '.join(impls)} {where}")
@@ -108,8 +110,11 @@ class Softmax(CrossAttention):
         if self.mask is not None:
             self.mask.require(seq, causal=causal)
 
+    def narrowed(self, interval: Mask, seq: Sequence, node: jax.Array | None) -> Mask:
+        return interval if self.mask is None else self.mask.of_context(seq, node, interval)
+
     def reads(self, x: jax.Array, seq: Sequence, cache: Any = None) -> Reads:
-        if self.mask is None:
+        if self.mask is None or self.mask.cross:
             return super().reads(x, seq, cache)
         placed = lambda *stream: dataclasses.replace(seq, positions=self.mask.positions(seq, *stream))
         if cache is None:
@@ -132,7 +137,7 @@ class Softmax(CrossAttention):
 
     def init_carried(self, batch: int, max_length: int, dtype: Any) -> Any:
         cache = super().init_carried(batch, max_length, dtype)
-        if self.mask is None:
+        if self.mask is None or self.mask.cross:
             return cache
         if self.mask.streaming == "no":
             raise UnsupportedPattern(f"mask {self.mask.name!r} does not stream")
@@ -146,6 +151,14 @@ class Softmax(CrossAttention):
             span = masks.build(config.mask).span(length, causal=config.causal)
             flops["attention"] = 4.0 * config.heads * config.head_dim(width) * span
         return flops, span
+
+    @classmethod
+    def blank_contexts(cls, config: SoftmaxConfig, width: int, rows: int) -> Mapping[str, Context] | None:
+        blank = super().blank_contexts(config, width, rows)
+        if blank is None or config.mask is None:
+            return blank
+        node = jnp.zeros((1, rows), jnp.int32)
+        return {name: dataclasses.replace(context, node=node) for name, context in blank.items()}
 
     def output_gate(self, x: jax.Array) -> jax.Array | None:
         """Logits [B, T, H, d] of a gate that attention multiplies its output by, made of x [B, T, D]; None: no gate."""

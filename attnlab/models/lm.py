@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +16,7 @@ from flax import nnx
 from attnlab import batch as batch_lib
 from attnlab import config as config_lib
 from attnlab import mixers
+from attnlab.errors import ConfigError, UserError
 from attnlab.mixers.parts import Linear, param_dtype
 from attnlab.mixers.roles import Role, drawn, normal
 from attnlab.models.cost import ModelCost, stack_cost
@@ -53,6 +56,13 @@ class LanguageModelConfig(StackConfig):
         need(self.embedding_scale > 0, "model.embedding_scale", self.embedding_scale, "above 0")
         need(self.logit_cap is None or self.logit_cap > 0, "model.logit_cap", self.logit_cap, "above 0, or none")
         super().__post_init__()
+        if (ids := self.fixed_text) is not None:
+            need(
+                ids.max() < self.vocab,
+                "model.vocab",
+                self.vocab,
+                f"{ids.max() + 1} or more, for the ids of a mixer's text",
+            )
         if self.decoupled:
             blank = lambda mixer: mixers.build(mixer, width=self.width, rngs=nnx.Rngs(0))
             stack = [nnx.eval_shape(lambda m=m: blank(m)) for m in self.mixers.values()]
@@ -61,8 +71,27 @@ class LanguageModelConfig(StackConfig):
                  "weights=static")  # fmt: skip
 
     @property
+    def fixed_text(self) -> np.ndarray | None:
+        """Ids [n] of the text whose embeddings mixers find in `Sequence.text`; None: no mixer reads one."""
+        paths = {str(path) for mixer in self.mixers.values() if (path := getattr(mixer, "text", None))}
+        config_lib.require(len(paths) < 2, "model.mixers", sorted(paths), "one text for all mixers that read one")
+        return _ids_of(paths.pop()) if paths else None
+
+    @property
     def described(self) -> str:
         return "a language model"
+
+
+@functools.cache
+def _ids_of(path: str) -> np.ndarray:
+    """The ids of a fixed text, int32 [n]; read once, so that a run has one whatever happens to the file."""
+    try:
+        ids = np.load(pathlib.Path(path).expanduser(), allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"text = {path!r} of a mixer cannot be read: {error}") from None
+    if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu" or ids.min() < 0:
+        raise ConfigError(f"text = {path!r} of a mixer holds {ids.dtype} {ids.shape}; allowed: ids, int [n], 0 or more")
+    return ids.astype(np.int32)
 
 
 @register("lm")
@@ -101,6 +130,10 @@ class LanguageModel(Objective):
     def batch_spec(cls, config: LanguageModelConfig, length: int) -> batch_lib.Spec:
         """`weights` say what counts; without them everything does but padding. `slices`: see `Scores`. `layout`
         (`Layout.of_columns`) and `node` are for masks that read them."""
+        if (ids := config.fixed_text) is not None:
+            config_lib.require(
+                length <= len(ids), "data.length", length, f"at most {len(ids)}, the ids of a mixer's text"
+            )
         plain = batch_lib.Field((length,), "int32", ("seq",))
         ids = dataclasses.replace(plain, ids=config.vocab, said="model.vocab")
         targets = dataclasses.replace(ids, about=batch_lib.NEXT)
@@ -208,10 +241,12 @@ class LanguageModel(Objective):
         """Where its positions stand, and the contexts that they read."""
         layout = Layout.of_columns(batch["layout"]) if "layout" in batch else None
         seq = mixers.Sequence(batch["positions"], batch["segments"], layout=layout, node=batch.get("node"))
-        return self.decoupled(batch["tokens"], seq)
+        return self.decoupled(batch.get("tokens"), seq)
 
-    def decoupled(self, tokens_BT: jax.Array, seq: mixers.Sequence) -> mixers.Sequence:
-        """With what mixers that read the embedding find in their own table, where they have one."""
+    def decoupled(self, tokens_BT: jax.Array | None, seq: mixers.Sequence) -> mixers.Sequence:
+        """With what mixers that read the embedding find in their own table, where they have one, and a fixed text's."""
+        if (ids := self.config.fixed_text) is not None:
+            seq = dataclasses.replace(seq, text=self.embed(jnp.asarray(ids)))
         if not self.config.decoupled:
             return seq
         e = jnp.take(self.attention_embedding[...], tokens_BT, axis=0).astype(self.config.compute_dtype)
@@ -255,7 +290,9 @@ class LanguageModel(Objective):
         return self.embedding[...].T if self.config.tied else self.head.kernel[...]
 
     def init_state(self, batch: int, max_length: int) -> Any:
-        """Streaming state with room for `max_length` positions."""
+        """Streaming state with room for `max_length` positions; UserError where a text that mixers read is shorter."""
+        if (ids := self.config.fixed_text) is not None and max_length > len(ids):
+            raise UserError(f"{max_length} positions; allowed: at most {len(ids)}, the ids of a mixer's text")
         return self.transformer.init_state(batch, max_length)
 
     def extend(

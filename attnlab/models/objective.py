@@ -123,7 +123,7 @@ class Objective(nnx.Module):
 
         Args:
           batch: arrays of `batch_spec`.
-          key: of what is random (dropout); None: nothing is.
+          key: of what is random (dropout), where the config `draws`; None: nothing is.
           options: values of `options`.
         """
 

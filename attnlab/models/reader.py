@@ -39,7 +39,10 @@ class ReaderConfig(LanguageModelConfig):
 
 @register("reader")
 class Reader(LanguageModel):
-    """A language model whose batches have a `context`, int32 [B, S, C]: S items of C ids, embedded as their sum."""
+    """A language model whose batches have a `context`, int32 [B, S, C]: S items of C ids, embedded as their sum.
+
+    `context_node` [B, S], where it is there, says what items belong to, for masks that read it.
+    """
 
     Config = ReaderConfig
     decodes = False
@@ -47,8 +50,10 @@ class Reader(LanguageModel):
     @classmethod
     def batch_spec(cls, config: ReaderConfig, length: int) -> Mapping[str, Any]:
         items = batch_lib.Field((None, None), "int32", (None, None), ids=config.vocab, said="model.vocab")
-        return {**super().batch_spec(config, length), CONTEXT: items}
+        node = batch_lib.Field((None,), "int32", (None,), optional=True)
+        return {**super().batch_spec(config, length), CONTEXT: items, f"{CONTEXT}_node": node}
 
     def sequence(self, batch: Batch) -> mixers.Sequence:
         rows = jnp.sum(self.embed(batch[CONTEXT]), axis=2)
-        return dataclasses.replace(super().sequence(batch), contexts={CONTEXT: mixers.Context(rows)})
+        context = mixers.Context(rows, node=batch.get(f"{CONTEXT}_node"))
+        return dataclasses.replace(super().sequence(batch), contexts={CONTEXT: context})

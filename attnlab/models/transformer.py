@@ -93,9 +93,8 @@ class StackConfig:
     norm_epsilon: float = 1e-6
 
     def __post_init__(self) -> None:
-        need, choice = config_lib.require, config_lib.require_choice
-        for key in ("width", "layers"):
-            need(getattr(self, key) >= 1, f"model.{key}", getattr(self, key), "1 or more")
+        need = config_lib.require
+        need(self.layers >= 1, "model.layers", self.layers, "1 or more")
         known = ", ".join(self.mixers)
         form = re.fullmatch(r"([^+](\+[^+])*)+", self.pattern)
         need(form is not None, "model.pattern", self.pattern, f"letters of model.mixers ({known}), + between two")
@@ -114,18 +113,7 @@ class StackConfig:
         count = len(self.blocks)
         allowed = f"multiples of the blocks of model.pattern {self.pattern!r} ({count})"
         need(self.layers % count == 0, "model.layers", self.layers, allowed)
-        need(self.mlp_width is None or self.mlp_width >= 0, "model.mlp_width", self.mlp_width, "0 or more, or none")
-        choice("model.mlp_gate", self.mlp_gate, list(GLUS))
-        for key, given in (("mlp_gate", self.mlp_gate != "silu"), ("mlp_bias", self.mlp_bias)):
-            allowed = f"{StackConfig.__dataclass_fields__[key].default} where model.mlp_width is 0".lower()
-            need(not given or self.hidden > 0, f"model.{key}", getattr(self, key), allowed)
-        choice("model.dtype", self.dtype, list(DTYPES))
-        choice("model.remat", self.remat, list(REMAT))
-        need(self.unroll >= 0, "model.unroll", self.unroll, "0 or more")
-        need(0 <= self.dropout < 1, "model.dropout", self.dropout, "0 or more, below 1")
-        choice("model.norm", self.norm, NORMS)
-        need(self.norm != "none" or not self.norm_after, "model.norm_after", True, "false where model.norm is none")
-        need(self.norm_epsilon > 0, "model.norm_epsilon", self.norm_epsilon, "above 0")
+        self._require_numbers()
         made = {}
         for letter, mixer in self.mixers.items():
             where = f"model.mixers.{letter}"
@@ -139,6 +127,23 @@ class StackConfig:
                 raise ConfigError(f"in {where} (model.width = {self.width}): {error}") from None
         letters = self.layers // count * "".join(self.blocks)
         mixers.require_layers(made, {letter: letters.count(letter) for letter in made})
+
+    def _require_numbers(self) -> None:
+        """Raises ConfigError unless what hangs on no mixer is possible."""
+        need, choice = config_lib.require, config_lib.require_choice
+        need(self.width >= 1, "model.width", self.width, "1 or more")
+        need(self.mlp_width is None or self.mlp_width >= 0, "model.mlp_width", self.mlp_width, "0 or more, or none")
+        choice("model.mlp_gate", self.mlp_gate, list(GLUS))
+        for key, given in (("mlp_gate", self.mlp_gate != "silu"), ("mlp_bias", self.mlp_bias)):
+            allowed = f"{StackConfig.__dataclass_fields__[key].default} where model.mlp_width is 0".lower()
+            need(not given or self.hidden > 0, f"model.{key}", getattr(self, key), allowed)
+        choice("model.dtype", self.dtype, list(DTYPES))
+        choice("model.remat", self.remat, list(REMAT))
+        need(self.unroll >= 0, "model.unroll", self.unroll, "0 or more")
+        need(0 <= self.dropout < 1, "model.dropout", self.dropout, "0 or more, below 1")
+        choice("model.norm", self.norm, NORMS)
+        need(self.norm != "none" or not self.norm_after, "model.norm_after", True, "false where model.norm is none")
+        need(self.norm_epsilon > 0, "model.norm_epsilon", self.norm_epsilon, "above 0")
 
     def _require_direction(self, mixer: Any, where: str) -> None:
         able = lambda name: getattr(mixers.get(name).capabilities, "causal" if self.causal else "bidirectional")
@@ -178,6 +183,11 @@ class StackConfig:
                     f"mesh.context = {context}: model.mixers.{letter} ({mixer.node_name}, as configured) "
                     "cannot split its positions over devices; allowed: 1, as a number"
                 )
+
+    @property
+    def draws(self) -> bool:
+        """Whether its loss is random in training, and takes a key."""
+        return self.dropout > 0
 
     @property
     def stream_bytes(self) -> int:

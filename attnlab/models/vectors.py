@@ -33,6 +33,10 @@ class VectorModelConfig(LanguageModelConfig):
         for key in ("tied", "decoupled"):
             config_lib.require(not getattr(self, key), f"model.{key}", True, "false where inputs are vectors")
         super().__post_init__()
+        no_text = self.fixed_text is None
+        config_lib.require(
+            no_text, "model.mixers", "a mixer with a text", "none that reads one, where inputs are vectors"
+        )
 
     @property
     def described(self) -> str:

@@ -71,7 +71,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch, teacher: Any = None) -> tuple[TrainState, Metrics]:
         key = None
-        if model.config.dropout:
+        if model.config.draws:
             key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         gradient = jax.value_and_grad(functools.partial(micro_loss, teacher), has_aux=True)
         if config.accumulate == 1:

@@ -22,7 +22,8 @@ from tests import tiers
 from tests.mixers import stated
 
 WIDTH, LENGTH = 16, 11
-CROSS = {"source", "context_width", "rope_context"}  # knobs of what reads a context: tried in test_cross.py
+# Knobs of what reads a context, tried in test_cross.py, and of what reads a fixed text, tried in test_ablated.py.
+CROSS = {"source", "context_width", "rope_context", "text"}
 BESIDE = {"qk_epsilon": {"qk_norm": True}}  # knobs that are refused where others are not set, and these
 
 # Row 0: two documents and padding behind. Row 1: padding in front, one document, which is cut by the padding's end.

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from attnlab import mixers
-from attnlab.errors import ConfigError, UserError
+from attnlab.errors import ConfigError, UnsupportedPattern, UserError
 from attnlab.mixers.ablated import AblatedConfig
 from attnlab.ops.running_softmax import running_softmax
 from tests.mixers import cases
@@ -161,30 +161,35 @@ def test_static_weights_do_not_know_the_context():
     assert cases.module(AblatedConfig(), jnp.float64).stack_reads == ()
 
 
-def test_random_streams_know_positions_alone():
+@pytest.mark.parametrize("weights", ["random_stream", "text_stream"])
+def test_streams_know_positions_alone(weights):
     """Three layers of a stack written out, packed and in a stream of pieces; outputs are linear in x, and another text
-    gives the same stream."""
-    module = cases.module(AblatedConfig(weights="random_stream", heads=2, rope_base=None), jnp.float64)
+    gives the same stream, which begins as noise or as a fixed text."""
+    given = {"text": "text.npy"} if weights == "text_stream" else {}
+    module = cases.module(AblatedConfig(weights=weights, heads=2, rope_base=None, **given), jnp.float64)
     x, seq = cases.inputs(jnp.float64)
+    text = jnp.asarray(np.random.default_rng(7).standard_normal((9, cases.WIDTH))) if given else None
     inputs, used = [x, 3 * x[::-1], x**2], np.asarray(seq.segments) > 0
 
     def run(parts, seq, states=None):
         shared, ys, after = module.init_shared(*parts[0].shape[:2]), [], []
         for i, y in enumerate(parts):
-            placed = dataclasses.replace(seq, shared=shared)
+            placed = dataclasses.replace(seq, shared=shared, text=text)
             out = module(y, placed) if states is None else module.extend(y, placed, states[i])
             shared, ys, after = shared | out.shared, [*ys, out.y], [*after, out.state]
-        return ys, shared["ablated_stream"], after
+        return ys, shared[f"ablated_{weights}"], after
 
     ys, z, _ = jax.jit(run)(inputs, seq)
     other, again, _ = jax.jit(run)([-y for y in inputs], seq)
     np.testing.assert_array_equal(z[used], again[used])
     np.testing.assert_allclose(ys[1][used], -other[1][used], atol=1e-12)
-    noise = np.asarray(module._noise(x[:1], mixers.Sequence.whole(1, cases.LENGTH)))[0]
+    noise = text
+    if not given:
+        noise = np.asarray(module._first(x[:1], mixers.Sequence.whole(1, cases.LENGTH)))[0]
     array, H = lambda linear: np.asarray(linear.kernel[...]), module.config.heads
     for row, first, end in cases.DOCUMENTS:
         n = end - first
-        now = noise[:n]
+        now = np.asarray(noise[:n])
         for y, got in zip(inputs, ys):
             e = now / np.sqrt((now**2).mean(-1, keepdims=True) + 1e-6) * np.asarray(module.embedding_norm.scale[...])
             rows = ((e, module.q), (e, module.k), (np.asarray(y)[row, first:end], module.v), (e, module.v))
@@ -203,6 +208,29 @@ def test_random_streams_know_positions_alone():
         pieces, _, states = step([y[:, piece] for y in inputs], part, states)
         parts.append(pieces[-1])
     np.testing.assert_allclose(np.concatenate(parts, axis=1)[used], ys[-1][used], atol=1e-11)
+
+
+def test_a_text_has_an_end():
+    """Positions of a document behind it give NaN, whole and in a stream, and those before what they give without; there
+    is none unless it is given, and only what reads it may name one."""
+    module = cases.module(AblatedConfig(weights="text_stream", text="text.npy"), jnp.float64)
+    x, seq = cases.inputs(jnp.float64)
+    text = jnp.asarray(np.random.default_rng(7).standard_normal((9, cases.WIDTH)))
+    run = jax.jit(lambda text: module(x, dataclasses.replace(seq, text=text)).y)
+    y, short, behind = run(text), run(text[:6]), np.asarray(seq.positions) >= 6
+    assert np.isnan(short[behind]).all() and np.isfinite(y).all()
+    np.testing.assert_allclose(short[~behind], y[~behind], atol=1e-12)
+    part, _ = mixers.Stream.start(2).extend(dataclasses.replace(seq, text=text[:6]))
+    state = module.init_state(2, cases.LENGTH, jnp.float64)
+    streamed = jax.jit(lambda: module.extend(x, part, state).y)()
+    np.testing.assert_array_equal(np.isnan(streamed), np.isnan(short))
+    random = cases.blank(AblatedConfig(weights="random_stream"), jnp.float64)
+    assert not module.init_shared(1, 1).keys() & random.init_shared(1, 1).keys()  # streams of their own
+    with pytest.raises(UnsupportedPattern, match="Sequence.text"):
+        module(x, seq)
+    for fields in ({"weights": "text_stream"}, {"weights": "static", "text": "text.npy"}):
+        with pytest.raises(ConfigError, match="text = .*where weights is"):
+            AblatedConfig(**fields)
 
 
 def test_an_embedding_that_overflows_is_kept_in_its_document():

@@ -9,10 +9,11 @@ import pytest
 from flax import nnx
 
 from attnlab import mixers
-from attnlab.errors import ConfigError
+from attnlab.errors import ConfigError, UserError
 from attnlab.models.cost import model_cost
 from attnlab.models.lm import LanguageModel, LanguageModelConfig
 from attnlab.models.transformer import REMAT, Block, StackConfig, Transformer, mixer_table
+from attnlab.models.vectors import VectorModelConfig
 from attnlab.ops.cross_entropy import cross_entropy
 from tests import tiers
 from tests.mixers import precision
@@ -284,6 +285,46 @@ def test_bfloat16_model_keeps_fp32_parameters():
         assert a.dtype == jnp.float32
         assert abs(float(a.sum() - b.sum())) < 0.02 * float(b.sum())
         assert low.hidden(batch()["tokens"], mixers.Sequence(batch()["positions"])).y.dtype == jnp.bfloat16
+
+
+def test_a_fixed_text(tmp_path):
+    """Layers find its embeddings, to which gradients go; a stream is the whole. What does not fit is refused: ids,
+    lengths, files, two texts."""
+    ids, other = tmp_path / "ids.npy", tmp_path / "other.npy"
+    np.save(ids, np.array([20, 21, 20, *range(9), 3], np.uint8)), np.save(other, np.arange(12))
+    table = lambda *paths: mixer_table(
+        {x: {"name": "ablated", "weights": "text_stream", "text": str(p), "heads": 2} for x, p in zip("AB", paths)}, "m"
+    )
+    model = LanguageModel(config(mixers=table(ids), pattern="A", layers=2), rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(model, nnx.Param)
+    small = batch() | {"tokens": batch()["tokens"] % 20}  # of a text's ids 20 and 21 the text alone has some
+    np.testing.assert_array_equal(model.sequence(small).text, model.embedding[...][np.load(ids)])
+    value = lambda params: jnp.sum(nnx.merge(graphdef, params).token_losses(small)[0])
+    slopes = np.abs(jax.jit(jax.grad(value))(params)["embedding"][...]).max(-1)
+    assert (slopes[20:22] > 1e-9).all() and slopes[22] == 0
+    whole = jax.jit(lambda: model.encoded(model.embed(small["tokens"]), model.sequence(small), None).y)()
+    state, parts, periods = model.init_state(2, 11), [], model.transformer.unstacked()
+    step = jax.jit(lambda tokens, seq, state: model.extend(periods, tokens, seq, state))
+    for first in (0, 6):
+        cut = lambda x: x[:, first : first + 6]
+        seq = jax.tree.map(cut, mixers.Sequence(small["positions"], small["segments"]))
+        y, state = step(cut(small["tokens"]), seq, state)
+        parts.append(y)
+    np.testing.assert_allclose(np.concatenate(parts, axis=1)[SEGMENTS > 0], np.asarray(whole)[SEGMENTS > 0], atol=1e-12)
+    with pytest.raises(UserError, match="14 positions; allowed: at most 13"):
+        model.init_state(2, 14)
+    with pytest.raises(ConfigError, match="data.length = 14.*at most 13"):
+        LanguageModel.batch_spec(model.config, 14)
+    np.save(tmp_path / "large.npy", np.array([23])), np.save(tmp_path / "real.npy", np.ones(3))
+    for paths, message in (
+        ((ids, other), "model.mixers.*one text for all"), ((tmp_path / "large.npy",), "model.vocab = 23.*24 or more"),
+        ((tmp_path / "real.npy",), "float64.*ids, int"), ((tmp_path / "none.npy",), "none.npy.* cannot be read"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=message):
+            config(mixers=table(*paths), pattern="AB"[: len(paths)], layers=2)
+    with pytest.raises(ConfigError, match="where inputs are vectors"):
+        options = {"width": 8, "layers": 1, "vocab": 23, "inputs": 4, "pattern": "A"}
+        VectorModelConfig(mixers=table(ids), **options)
 
 
 def test_decoupled_embeddings():

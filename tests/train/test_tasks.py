@@ -23,10 +23,13 @@ PRESETS = runpy.run_path(str(runs.ROOT / "configs/tasks.py"))["PRESETS"]
 GROUP = {"name": "group", "group": "S3", "length": 8, "shortest": 3, "batch": 8, "heldout": 20}
 
 
-def config(data=GROUP, **overrides):
+LM = {"name": "lm", "vocab": 6, "width": 16, "layers": 1, "mixers": {"M": {"name": "softmax", "heads": 2}}}
+
+
+def config(data=GROUP, model=LM, **overrides):
     tree = {
         "data": dict(data),
-        "model": {"name": "lm", "vocab": 6, "width": 16, "layers": 1, "mixers": {"M": {"name": "softmax", "heads": 2}}},
+        "model": dict(model),
         "optimizer": {"name": "adamw", "learning_rate": 1e-2, "warmup": 2},
         "train": {"steps": 4, "log_every": 1, "eval_every": 2, "save_every": 4},
         "mesh": {"data": 1},
@@ -75,6 +78,26 @@ def test_meshes_and_micro_batches_change_nothing():
     assert sums.keys() == again.keys() >= {"exact", "rows", "correct", "slice_correct"}
     for name in sums:
         np.testing.assert_allclose(sums[name], again[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+BAGS = {"name": "bags", "length": 16, "shortest": 8, "batch": 8, "heldout": 20}
+
+
+def test_bags_train():
+    """What training hides is the same on every mesh; scores are of one answer a bag. A mixer named goes before."""
+    bags = {"data": BAGS, "model": {"name": "bags", "inputs": 32, "classes": 4, "width": 16, "gate_width": 8}}
+    (ours, sums), (others, again) = (
+        one_step(Program.of(config(**bags))),
+        one_step(Program(config(**bags, mesh__data=2, mesh__context=2, mesh__tensor=2))),
+    )
+    np.testing.assert_allclose(ours, others, rtol=2e-5)
+    assert sums["tokens"] == sums["rows"] == 8 and sums["slice_tokens"].sum() == 16
+    for name in sums:
+        np.testing.assert_allclose(sums[name], again[name], rtol=1e-4, atol=1e-5, err_msg=name)
+    unmasked, _ = one_step(Program.of(config(**bags, model__mask_top=0)))
+    assert abs(unmasked[0] - ours[0]) > 1e-6
+    model = lambda more: config_lib.load(RunConfig, f"configs/tasks.py:task=bags{more}").model
+    assert (model("").layers, model(",mixer=agent").layers, model(",pattern=SM").layers) == (0, 1, 2)
 
 
 IMAGES = {"name": "visual_question", "length": 24, "images": 1, "symbols": 10, "questions": 1, "side": 2, "batch": 8}
@@ -146,6 +169,18 @@ def test_presets_fit(preset):
     c = config_lib.load(RunConfig, f"configs/tasks.py:task={preset}")
     assert set(tasks.names()) <= PRESETS.keys()
     assert c.model.node_name == c.data.fitting()["name"]
+
+
+@pytest.mark.parametrize("preset", ["bags", "icl_classes", "icl_regression", "mad_compress", "match2", "retrieve"])
+def test_every_kind_of_model_takes_its_batches(preset):
+    """The loss and the evaluation can be traced on the arrays that the task yields."""
+    c = config_lib.load(RunConfig, f"configs/tasks.py:task={preset}")
+    program = Program.of(c)
+    batch = {name: jax.ShapeDtypeStruct((2, *field.shape), field.dtype) for name, field in c.data.batch_spec().items()}
+    state = jax.eval_shape(lambda: program.init(0))
+    _, metrics = jax.eval_shape(program.train_step, state, batch)
+    assert metrics["loss"].shape == ()
+    assert jax.eval_shape(program.eval_step, state.params, batch)
 
 
 @pytest.mark.parametrize("mixer", mixers.names())
