@@ -14,6 +14,7 @@ import pytest
 from attnlab import cli
 from attnlab.data.tokenizers import load_tokenizer
 from attnlab.interchange import tokens
+from tests import tiers
 from tests.interchange import test_verbs
 from tests.train import runs
 
@@ -31,6 +32,7 @@ def blocks():
         yield name or language, text
 
 
+@tiers.exhaustive
 @pytest.mark.slow
 def test_every_command_of_the_page(tmp_path, monkeypatch, capsys):
     """Three imports are one function, the plan ends in verdicts, each arm is evaluated, and goes out as it must."""

@@ -1,5 +1,6 @@
 """What every run of the suite tries, and what only `--exhaustive` does."""
 
+import pathlib
 import types
 
 import pytest
@@ -12,7 +13,11 @@ def collected(*arguments, exhaustive=False):
     mark = tiers.parametrize("n", [1, 2, 3], often=[2])
     marks = [bool(getattr(case, "marks", ())) for case in mark.args[1]]
     items = [
-        types.SimpleNamespace(nodeid=f"tests/a.py::test[{n}]", get_closest_marker=lambda name, marked=marked: marked)
+        types.SimpleNamespace(
+            nodeid=f"tests/a.py::test[{n}]",
+            path=pathlib.Path("tests/a.py"),
+            get_closest_marker=lambda name, marked=marked: marked and name == "exhaustive",
+        )
         for n, marked in zip((1, 2, 3), marks, strict=True)
     ]
     left_out = []
@@ -35,3 +40,15 @@ def test_a_case_that_is_named_runs():
 def test_what_is_no_case_is_refused():
     with pytest.raises(ValueError, match=r"\[4\] are none of the cases"):
         tiers.parametrize("n", [1, 2, 3], often=[4])
+
+
+def test_cases_are_named_by_their_ids():
+    """Of two tests one has a case that is often tried; a name that no case has, any more, is an error."""
+    mark = tiers.often("2", "b-1").mark
+    of = lambda marked: lambda name: mark if marked and name == "often" else None
+    item = lambda id, marked: types.SimpleNamespace(nodeid=f"tests/a.py::{id}", get_closest_marker=of(marked))
+    items = [item("test[1]", True), item("test[2]", True), item("test[b-1]", True), item("other[1]", False)]
+    assert tiers.left_out(items, whole=True) == items[:1]
+    with pytest.raises(pytest.UsageError, match=r"no cases: \[\('tests/a.py::test', 'b-1'\)\]"):
+        tiers.left_out(items[:2], whole=True)
+    assert tiers.left_out(items[:1], whole=False) == items[:1]

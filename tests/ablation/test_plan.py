@@ -118,6 +118,7 @@ def test_the_plan_of_the_docs(tmp_path):
 CLAIMS = sorted((ROOT / "configs/ablations/claims").glob("*.py"))
 
 
+@tiers.exhaustive
 @tiers.parametrize("path", CLAIMS, often=CLAIMS[:1], ids=lambda path: path.stem)
 def test_a_claim_has_a_rule_and_a_price(path, tmp_path, monkeypatch):
     """Every plan in claims says when its claim is supported and when refuted; its figures are there, what it solves for

@@ -16,6 +16,7 @@ from attnlab.mixers.agent import resize
 from attnlab.ops import agent_attention as ops
 from attnlab.ops import agent_causal as causal
 from attnlab.ops import agent_refreshed
+from tests import tiers
 from tests.mixers import cases
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
@@ -174,6 +175,7 @@ def test_resize_of_a_table_to_its_own_size_is_the_identity():
         np.testing.assert_allclose(resize(table, shape), expected, atol=1e-12)
 
 
+@tiers.often("grid1")
 @pytest.mark.parametrize("grid", [pytest.param((2, 3), marks=pytest.mark.slow), (3, 4)])
 def test_image_by_the_formula(grid):
     """Pooled agents, all biases (of another grid than the tables' too), class tokens and the convolution, in NumPy; the

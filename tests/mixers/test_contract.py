@@ -102,7 +102,7 @@ def test_definition(config, x64):
 INTERPRETED = [name for name in mixers.names() if forced.kernels(mixers.get(name))]
 
 
-@tiers.parametrize("name", INTERPRETED, often=["gated_deltanet", "lightning", "softmax"])
+@tiers.parametrize("name", INTERPRETED, often=["lightning", "softmax"])
 def test_kernels(name):
     """Law 7: kernels, interpreted, equal the definition at a size that they serve: value and gradients, packed rows."""
     if not forced.kernels(mixers.get(name)):
@@ -380,7 +380,7 @@ def test_float64_throughout(config, x64):
             assert precision.narrow_in(program.trace(graphdef, *given).jaxpr.jaxpr, jnp.float64) == []
 
 
-@pytest.mark.parametrize("config", cases.parameters(often=True))
+@pytest.mark.parametrize("config", cases.parameters(turned=True))
 def test_cost(config):
     """Law 9: declared FLOPs are those of the program traced, parameters and state bytes those of the arrays."""
     cls = mixers.get(config.node_name)

@@ -16,6 +16,7 @@ from attnlab.errors import ConfigError, UserError
 from attnlab.ops.documents import document_index
 from attnlab.ops.flow_attention import flow_attention
 from attnlab.ops.flow_definition import FlowOutput, FlowRule, FlowState, empty_state
+from tests import tiers
 from tests.mixers import cases
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
@@ -180,6 +181,7 @@ RULES = {
 }
 
 
+@tiers.often("no clip, averages", "competition only")
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_step_chunk_and_parallel_agree(rule):
     """Chunks of any size, one position at a time and the definition give the same outputs and the same state."""

@@ -154,6 +154,7 @@ def test_permuting_routed_heads_changes_nothing():
     assert_used_close(run(module, x, seq).y, before, seq)
 
 
+@tiers.often("core1")
 @pytest.mark.parametrize("core", [{"name": "softmax"}, {"name": "gated", "kv_heads": 2, "operation": "additive"}])
 def test_gather_is_dense(core):
     """Also where every token takes the same heads: nothing overflows."""
@@ -184,6 +185,7 @@ def test_head_that_no_token_takes_has_no_gradient(impl):
     assert np.all(np.abs(np.delete(rows, off, axis=0)).max(-1) > 1e-3)
 
 
+@tiers.often("norm_hard-gather", "norm-dense", "norm_dense-dense")
 @pytest.mark.parametrize("router, impl", [
     ("norm", "gather"), ("norm", "dense"), ("norm_dense", "dense"), ("norm_hard", "gather"), ("norm_hard", "dense"),
 ])  # fmt: skip
@@ -355,6 +357,7 @@ def test_a_config_names_the_kernel():
     assert found == {"moh": {"gather"}, "attention": {"definition"}, "gathered_attention": {"routed"}}
 
 
+@tiers.often("lightning")
 @tiers.parametrize("core", CORES, often=["softmax", "lightning"])
 def test_any_core_is_weighted_head_by_head(core):
     """y = sum of weight times head, whatever the heads are; and a stream of it equals the whole."""
@@ -373,6 +376,7 @@ def test_any_core_is_weighted_head_by_head(core):
     assert_used_close(streamed, y, seq, atol=1e-10)
 
 
+@tiers.often("fields0")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "fields", [{"gate_norm": "paper", "core": {"name": "lightning", "norm_over": "head", "chunk": 4}},

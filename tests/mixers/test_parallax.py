@@ -14,6 +14,7 @@ from attnlab.ops import Mask, attention, blockwise, mask_from_segments
 from attnlab.ops.local_linear import local_linear
 from attnlab.ops.parallax import parallax
 from attnlab.parallel import partition
+from tests import tiers
 from tests.mixers import cases
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
@@ -73,6 +74,7 @@ def test_is_the_formula(impl):
         np.testing.assert_allclose(o[0, t, h], expected, atol=1e-12)
 
 
+@tiers.often("packed", "accelerator")
 @pytest.mark.parametrize("kind", ["packed", "window", "accelerator"])
 def test_blockwise_equals_definition(kind, small_tiles, monkeypatch):
     if kind == "accelerator":

@@ -174,6 +174,7 @@ def value_and_gradients(impl, *arrays, wrap=lambda f: f):
     return jax.value_and_grad(loss, has_aux=True)(arrays)
 
 
+@tiers.exhaustive
 def test_streams():
     """Averages before and after, one agent's of nothing, are those of XLA's form; gradients through both, too."""
     q, k, v, agents = arrays()

@@ -159,6 +159,7 @@ def test_half_the_heads_cost_at_most_0_6(length, chosen, active, monkeypatch):
     assert flops.count(gradients(gathered), x, x, x) <= 0.6 * flops.count(gradients(dense), x, x, x)
 
 
+@tiers.often("accelerator-bfloat16")
 @tiers.parametrize("dtype", [jnp.bfloat16, jnp.float32], often=[jnp.bfloat16])
 def test_low_precision(dtype, small_segments, form):
     """fp32 statistics in low precision, the dtype of q kept."""

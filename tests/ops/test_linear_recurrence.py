@@ -225,6 +225,7 @@ def test_refused():
         linear_recurrence(q, k[:, :3], u)
 
 
+@tiers.often("chunked")
 @pytest.mark.parametrize("impl", ["definition", "chunked"])
 def test_strong_decays_of_other_documents(impl):
     """Decays of one document change no bit of another's outputs, and leave all gradients finite, however strong."""

@@ -123,6 +123,7 @@ def of_blocks(blocks):
     return regression
 
 
+@tiers.often("2")
 @pytest.mark.parametrize("blocks", [1, 2, 6])
 def test_blocks_keep_their_own_second_moments(blocks):
     """Written out; one block is the regression itself, as many as channels a matrix of variances."""
@@ -202,6 +203,7 @@ def test_accelerator_form_equals_definition(small_tiles, monkeypatch):
     assert_close(value_and_grads("cg", q, k, v, ridge, mask), value_and_grads("definition", q, k, v, ridge, mask))
 
 
+@tiers.exhaustive
 def test_fixed_number_of_iterations_equals_definition(small_tiles):
     q, k, v, ridge = arrays()
     mask = MASKS["packed"]()
@@ -223,6 +225,7 @@ def test_the_gradient_of_the_ridge_is_the_finite_difference():
     np.testing.assert_allclose((jax.grad(total)(ridge) * direction).sum(), difference, rtol=1e-6)
 
 
+@tiers.exhaustive
 def test_conjugate_gradients_of_d_iterations_are_direct():
     q, k, v, ridge = arrays(d=5)
     mask = Mask(causal=True)
@@ -310,6 +313,7 @@ def test_first_output_is_the_first_value_exactly(dtype):
     np.testing.assert_array_equal(o[:, 0], v[:, 0])
 
 
+@tiers.exhaustive
 def test_translation_of_queries_and_keys_changes_nothing():
     """Along a direction in which all keys stand alike, so that a row's logits move by one number."""
     q, k, v, ridge = arrays()

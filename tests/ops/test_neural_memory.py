@@ -181,6 +181,7 @@ def test_dual_form_is_explicit_weights_per_position():
         close(y[:, t], read(tuple(w), q[:, t, :, None])[..., 0, :])
 
 
+@tiers.often("options2-2")
 @tiers.parametrize("depth", [1, 2, 4], often=[2])
 @pytest.mark.parametrize("options", [
     {"residual_norm": False},

@@ -97,6 +97,7 @@ def test_what_two_processes_saved_one_goes_on_with(whole, source, tmp_path):
     assert_same_run(numbers(workdir), numbers(whole.workdir))
 
 
+@tiers.exhaustive
 @pytest.mark.slow
 def test_two_processes_begin_as_another_run_and_learn_of_it(source, alone, tmp_path):
     """Parameters of a run of one process, split over two, and its logits: losses are those of one process."""
@@ -155,6 +156,7 @@ def test_a_lost_process_ends_the_other_and_is_named(whole, source, tmp_path, los
         assert numbers(pair.workdir) == numbers(whole.workdir)
 
 
+@tiers.exhaustive
 @pytest.mark.slow
 @tiers.parametrize("hung", [0, 1], often=[0])
 def test_a_process_that_hangs_ends_the_other_and_is_named(source, tmp_path, hung):

@@ -15,6 +15,7 @@ from attnlab import mixers, tasks
 from attnlab.errors import ConfigError
 from attnlab.train.config import RunConfig
 from attnlab.train.program import Program
+from tests import tiers
 from tests.train import runs
 
 PRESETS = runpy.run_path(str(runs.ROOT / "configs/tasks.py"))["PRESETS"]
@@ -80,6 +81,7 @@ def test_meshes_and_micro_batches_change_nothing():
 IMAGES = {"name": "visual_question", "length": 24, "images": 1, "symbols": 10, "questions": 1, "side": 2, "batch": 8}
 
 
+@tiers.often("isolation")
 @pytest.mark.parametrize("mask", ["modality_mutual", "isolation"])
 def test_masks_of_layouts_train(mask):
     """Rows say where images lie: what the mask shows changes the loss, a mesh that splits positions nothing."""
