@@ -155,6 +155,7 @@ def test_gpus_by_host(name, hosts, each):
     assert {d.platform for d in target.devices} == {"gpu"}
 
 
+@tiers.exhaustive
 @needs_cuda
 def test_report_for_gpus():
     """The same fields as for a TPU; what hosts exchange has a floor of its own."""

@@ -22,6 +22,7 @@ from tests import tiers
 from tests.mixers import stated
 
 WIDTH, LENGTH = 16, 11
+EVERYDAY = "gated", "gated_deltanet", "lightning", "softmax"  # the mixers that `-m "not slow"` tries
 CROSS = {"source", "context_width", "rope_context"}  # knobs of what reads a context: tried in test_cross.py
 BESIDE = {"qk_epsilon": {"qk_norm": True}}  # knobs that are refused where others are not set, and these
 
@@ -96,7 +97,8 @@ def parameters(knobs: bool = True, combinations: bool = True, turned: bool = Fal
         first = next((label for label, (config, _) in tried.items() if of_knobs(config)), None)
         for label, (config, everyday) in tried.items():
             if knobs or everyday or (not of_knobs(config) and (combinations or label.startswith("causal="))):
-                marks = () if everyday or (turned and label == first) else tiers.exhaustive
+                marks = [] if everyday or (turned and label == first) else [tiers.exhaustive]
+                marks += [] if name in EVERYDAY else [pytest.mark.slow]
                 found.append(pytest.param(config, id=f"{name}-{label}", marks=marks))
     return found
 

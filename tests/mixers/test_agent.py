@@ -87,6 +87,7 @@ def test_permuting_tokens_permutes_outputs():
     np.testing.assert_allclose(permuted, expected, atol=1e-13)
 
 
+@tiers.exhaustive
 @pytest.mark.parametrize("form", FORMS)
 def test_one_agent_is_one_average_for_all_queries(form):
     """m = 1: a position's output is the agent's average over the keys it sees, whatever the query; pooled causal agents
@@ -104,6 +105,7 @@ def test_one_agent_is_one_average_for_all_queries(form):
     np.testing.assert_allclose(mix(form, -3 * q, k, v, agents), o, atol=1e-12)
 
 
+@tiers.exhaustive
 @pytest.mark.parametrize("form", ["learned", "pooled"])
 def test_step_is_chunk_is_naive(form):
     """One position at a time, the chunked form and the definition agree; the chunk does not divide the length."""
@@ -136,6 +138,7 @@ def test_learned_agents_are_gated_slots():
         np.testing.assert_allclose(o[:, t], expected, atol=1e-12)
 
 
+@tiers.often("pooled")
 @pytest.mark.parametrize("form", ["learned", "pooled"])
 def test_causality(form):
     """The gradient of the outputs up to t for any later input is exactly zero, and for t's own it is not."""

@@ -109,6 +109,7 @@ def test_layer_is_the_formula(form):
             np.testing.assert_allclose(y[row, first:end], want, atol=1e-12)
 
 
+@tiers.exhaustive
 def test_without_strength_it_is_softmax_attention_to_the_first_keys():
     """All scores are equal: with room for all it is softmax attention of normed heads, with less the oldest stay."""
     x, seq = cases.inputs(jnp.float64)[0], mixers.Sequence.whole(2, T)

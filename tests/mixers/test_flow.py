@@ -91,6 +91,7 @@ def test_causal_competition_conserves_only_nearly():
     assert 1e-3 < np.abs(rows - 1).max() < 0.5
 
 
+@tiers.often("False")
 @pytest.mark.parametrize("causal", [False, True])
 def test_linear_attention_is_a_setting(causal):
     """feature=elu without competition and allocation: Katharopoulos et al. 2020, eq. 4 and 7, phi(x) = elu(x) + 1."""
@@ -204,6 +205,7 @@ def test_step_chunk_and_parallel_agree(rule):
         jax.tree.map(close, unscaled(out), unscaled(expected))
 
 
+@tiers.exhaustive
 def test_causality():
     """A later position changes nothing before it: derivatives by later inputs are 0, by earlier ones not."""
     q, k, v = features(7)

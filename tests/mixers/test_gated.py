@@ -99,6 +99,7 @@ def test_constant_gate_on_outputs_is_the_same_on_values(granularity):
     np.testing.assert_allclose(values(x, seq).y, outputs(x, seq).y, atol=1e-12)
 
 
+@tiers.exhaustive
 def test_one_token_sees_only_itself():
     """On a sequence of one token query and key token coincide: G1 = G2."""
     outputs, values = make(), make(position="G2")
@@ -129,6 +130,7 @@ def test_additive_identity_is_linear_on_top_of_softmax():
     np.testing.assert_allclose(gated(x, seq).y, plain(gated)(x, seq).y + linear, atol=1e-12)
 
 
+@tiers.often("elementwise")
 @pytest.mark.parametrize("granularity", ["elementwise", "headwise"])
 def test_shared_scores_are_the_mean_over_heads(granularity):
     gated = make(sharing="shared", granularity=granularity)

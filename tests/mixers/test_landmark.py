@@ -110,6 +110,7 @@ def test_uniform_scores():
     np.testing.assert_allclose(cases.output(module, x, seq)[0, 10], want, atol=1e-12)
 
 
+@tiers.exhaustive
 def test_retrieving_all_blocks_is_the_whole_form():
     """And one block is another thing."""
     x, seq = inputs()

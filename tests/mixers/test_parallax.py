@@ -102,6 +102,7 @@ def test_is_softmax_attention_less_its_derivative_along_the_probe():
     assert_close([parallax(q, r, k, v, mask, scale=scale)], [value - slope])
 
 
+@tiers.exhaustive
 def test_solved_probe_is_local_linear_attention():
     """r = -A^-1 (q - mean key) gives local linear attention, which solves for what Parallax projects."""
     q, _, k, v = arrays(K=4)

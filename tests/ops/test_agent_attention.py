@@ -193,6 +193,7 @@ def test_extreme_logits_in_fp32():
         assert np.all(np.isfinite(leaf))
 
 
+@tiers.often("True")
 @pytest.mark.parametrize("refreshed", [False, True])
 def test_nothing_later_and_no_other_document_is_felt(refreshed):
     """Huge logits and values behind a position, or in the document before, change no bit, in the same chunk too."""

@@ -97,6 +97,7 @@ def test_auto_on_gpus():
     assert found == each * (6 * m * d + 5 * m * C + 4 * m * d + 2 * C * d)
 
 
+@tiers.exhaustive
 def test_on_hopper_it_is_the_program():
     """In this jax, under a scan and rematerialisation, documents, agents that are learned."""
     of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)

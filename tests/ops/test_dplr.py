@@ -77,6 +77,7 @@ def test_chunks_equal_the_recurrence(packed):
         np.testing.assert_allclose(got, want, atol=1e-10 * max(1, np.abs(want).max()))
 
 
+@tiers.exhaustive
 def test_limits():
     """a = 0: a decay for each channel alone. g = 0, a = -k, b = beta k: the delta rule."""
     r, k, v, log_decay, a, b, state = arrays()

@@ -99,6 +99,7 @@ def both(case, skewed):
     return jax.jit(lambda: (run(gathered), run(expected)))()
 
 
+@tiers.often("cpu-groups")
 @tiers.parametrize("case", CASES, often=["groups"])
 def test_equals_definition(case, x64, small_segments, form):
     for a, b in zip(*both(case, skewed=False), strict=True):

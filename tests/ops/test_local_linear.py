@@ -216,6 +216,7 @@ def test_queries_appended_to_a_cache():
     assert_close(value_and_grads("cg", q, k, v, ridge, mask), value_and_grads("definition", q, k, v, ridge, mask))
 
 
+@tiers.exhaustive
 def test_the_gradient_of_the_ridge_is_the_finite_difference():
     q, k, v, ridge = arrays(B=1, T=8)
     mask, step = Mask(causal=True), 1e-6
@@ -295,6 +296,7 @@ def test_constant_values_are_reproduced():
     assert_close([o], [np.broadcast_to([1.0, -2.0, 0.5], o.shape)], 1e-12)
 
 
+@tiers.exhaustive
 @pytest.mark.parametrize("iterations", [1, 16])
 def test_weights_sum_to_one_and_may_be_negative(iterations):
     """Also where the solver was cut short."""
@@ -306,6 +308,7 @@ def test_weights_sum_to_one_and_may_be_negative(iterations):
     assert not np.any(np.triu(np.asarray(weights).transpose(0, 2, 1, 3), 1))
 
 
+@tiers.often("float32")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_first_output_is_the_first_value_exactly(dtype):
     q, k, v, ridge = (x.astype(dtype) for x in arrays(K=4))

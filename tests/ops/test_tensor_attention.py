@@ -64,6 +64,7 @@ def test_limits(impl):
     np.testing.assert_allclose(alone, v1 * v2, atol=1e-12)
 
 
+@tiers.often("definition")
 @pytest.mark.parametrize("impl", ["definition", "chunked"])
 def test_is_attention_to_kronecker_keys(impl):
     """S^2 keys k1_j * k2_l with values v1_j * v2_l, in ordinary attention."""

@@ -139,6 +139,7 @@ def test_a_signal_to_one_saves_on_all(alone, source, tmp_path, told, mesh, parts
         assert shares(source, part, 5, saved, parts) <= read and not shares(source, part, 1, 4, parts) & read
 
 
+@tiers.exhaustive
 @pytest.mark.slow
 @tiers.parametrize("lost", [0, 1], often=[0])
 def test_a_lost_process_ends_the_other_and_is_named(whole, source, tmp_path, lost):
