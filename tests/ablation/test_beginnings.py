@@ -43,7 +43,7 @@ def test_arms_begin_as_weights(source, trained, tmp_path):
     """The plan's run or the arm's own, by step and digest; what fits is taken; a newer checkpoint is not looked at."""
     v = shutil.copytree(trained, tmp_path / "v")
     arms = {"plain": {}, "gate": {"model.mixers.M": "gated"}, "drawn": {"init_from": None}}
-    config, made = resolved(source, arms=arms, init_from=str(v), seeds=[1])
+    config, made = resolved(source, arms=arms, init_from=str(v))
     known = {"place": str(v), "step": 2, "digest": made[0].begins["digest"]}
     assert [cell.begins for cell in made] == [known, known, None]
     work = tmp_path / "plan"
@@ -52,7 +52,7 @@ def test_arms_begin_as_weights(source, trained, tmp_path):
     assert tree["others"]["gate"]["begins"] == known and first.cells == made
     shutil.copytree(v / "checkpoints" / "2", v / "checkpoints" / "3")
     worker.work(worker.Part(str(work)))
-    assert all(Log(work).read().status(f"arms/{arm}/seed{seed}") == "done" for arm in arms for seed in (1,))
+    assert all(Log(work).read().status(f"arms/{arm}/seed{seed}") == "done" for arm in arms for seed in (0, 1))
     wanted = params(trained, 2)
     for arm in ("plain", "gate"):
         begun = json.loads((work / "arms" / arm / "seed1" / "init_from.json").read_text())
@@ -61,7 +61,7 @@ def test_arms_begin_as_weights(source, trained, tmp_path):
         assert found.keys() >= wanted.keys()
         for name, value in wanted.items():
             np.testing.assert_array_equal(found[name], value, err_msg=name)
-    assert not (work / "arms/drawn/seed1/init_from.json").exists()
+    assert not (work / "arms/drawn/seed0/init_from.json").exists()
     results = gather.collect(announce.read(work), work)
     assert any(f"begins as {v} at step 2" in note for note in results.plan.arms["gate"].notes)
     assert results.plan.arms["plain"].command.endswith(f" --init-from {v}")

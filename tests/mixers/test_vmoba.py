@@ -98,6 +98,11 @@ def naive(module, x, cut):
     return linear(module.out, o.reshape(len(x), -1)), gap
 
 
+@tiers.often(
+    "3d-{'pool': 'block', 'threshold': 0.7}",
+    "1d-{'pool': 'head', 'line': 2, 'area': (1, 1)}",
+    "2d-{'pool': 'all', 'threshold': 0.5, 'kv_heads': 2}",
+)
 @pytest.mark.parametrize(
     "cut, fields",
     [

@@ -70,6 +70,7 @@ def shares(source, index, first, last, parts=2):
         return {tuple(row((step - 1) * batch + i) for i in part) for step in range(first, last + 1)}
 
 
+@tiers.exhaustive
 @pytest.mark.slow
 def test_two_processes_are_one_run(whole, alone):
     """Losses are those of one process on one device; one process writes, and what it writes is whole."""
@@ -78,6 +79,7 @@ def test_two_processes_are_one_run(whole, alone):
     assert "continuation" in (whole.workdir / "samples.txt").read_text()
 
 
+@tiers.exhaustive
 @pytest.mark.slow
 def test_each_host_reads_its_share(whole, source):
     """Of every batch, of training and held-out data, each process reads one half, and the prompts of samples whole."""
@@ -88,6 +90,7 @@ def test_each_host_reads_its_share(whole, source):
         assert heldout | prompts <= read <= heldout | prompts | shares(source, index, 1, 12 + ahead)
 
 
+@tiers.exhaustive
 @pytest.mark.slow
 def test_what_two_processes_saved_one_goes_on_with(whole, source, tmp_path):
     """Other host counts, down: from step 8 of the two to the end by one process, on its own mesh."""
