@@ -32,6 +32,21 @@ def blocks():
         yield name or language, text
 
 
+def test_every_command_is_understood(monkeypatch, capsys):
+    """Its verbs and flags are there, its plan and its Python are Python: nothing is run."""
+    seen = []
+    for verb in list(cli._VERBS):
+        monkeypatch.setitem(cli._VERBS, verb, lambda args, overrides: seen.append(args.verb))
+    for kind, text in blocks():
+        if kind != "bash":
+            compile(text, str(PAGE), "exec")
+            continue
+        for line in text.splitlines():
+            program, *args = shlex.split(line)
+            assert program == "attnlab" and cli.main(args) == 0, (line, capsys.readouterr().err)
+    assert {"import", "eval", "generate", "ablate", "lm-eval", "export"} <= set(seen)
+
+
 @tiers.exhaustive
 @pytest.mark.slow
 def test_every_command_of_the_page(tmp_path, monkeypatch, capsys):
