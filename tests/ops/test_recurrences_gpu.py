@@ -18,6 +18,7 @@ from attnlab.ops.flow_definition import FlowRule
 from attnlab.ops.linear_recurrence import LINEAR_RECURRENCE, RecurrenceSpec, linear_recurrence
 from attnlab.ops.memory_frame import MemorySpec, NeuralMemorySpec, initial_state
 from attnlab.ops.neural_memory import NEURAL_MEMORY, neural_memory
+from tests import tiers
 from tests.ops.devices import on
 from tests.ops.test_attention_flash_gpu import H100, KIND
 from tests.ops.test_flow_kernel import SPEC as FLOW
@@ -88,6 +89,7 @@ def test_the_recurrence_is_the_program():
     assert flops == {f"linear_recurrence_{name}": each for name in SWEEPS}
 
 
+@tiers.exhaustive
 def test_the_memory_is_the_program():
     """Documents, a state in and out, at a length that fills no group: its kernels, and no other form."""
     of = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
