@@ -115,6 +115,19 @@ CASES: dict[str, dict[str, Any]] = {
         },
         "pattern": "ABC", "layers": 3,
     },
+    "titans": {
+        "mixers": {
+            "A": {"name": "titans", "heads": 4, "chunk": 8, "window": 24, "persistent": 3, "bias": "all"},
+            "B": {"name": "titans", "heads": 2, "variant": "mal", "depth": 1, "chunk": 16, "window": 20, "conv": 0},
+            "C": {"name": "titans", "heads": 4, "variant": "mac", "chunk": 8, "window": 24, "persistent": 2},
+            "D": {"name": "titans", "heads": 2, "variant": "lmm", "depth": 3, "expansion": 2, "activation": "gelu",
+                  "grad_at": "decayed", "read_after_write": False, "norm_scale": True, "norm_epsilon": 1e-3,
+                  "theta_max": 0.5},
+            "E": {"name": "titans", "heads": 4, "variant": "lmm", "depth": 1, "momentum": False, "forgetting": False,
+                  "residual_norm": True, "rope_base": None},
+        },
+        "pattern": "ABCDE", "layers": 5,
+    },
     "hybrid": {
         "mixers": {
             "M": {**DELTA}, "S": {"name": "moh", "heads": 4, "core": {"name": "gated", "kv_heads": 2}},
