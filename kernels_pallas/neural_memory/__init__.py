@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from kernels_pallas import tuning
 from kernels_pallas.flash_attention.call import platform_of
-from kernels_pallas.neural_memory import cost, gpu, tpu_backward, tpu_forward
+from kernels_pallas.neural_memory import cost, gpu, gpu_deep, tpu_backward, tpu_forward
 from kernels_pallas.neural_memory.call import Call, group_of, segment_of
 from kernels_pallas.neural_memory.gradient import memory
 
@@ -117,11 +117,18 @@ def _on_hopper(
         raise ValueError(f"neural_memory on cuda: {reason}")
     if group is not None:
         raise ValueError(f"neural_memory on cuda: group={group}; allowed: None")
-    states = lambda weights, momentum: jnp.stack([weights[0], momentum[0]], axis=2)
-    call = gpu.Call(chunk, rates[0], epsilon if residual_norm else None, read_after_write, decayed, interpret, packed)
-    carries = None if carried is None else states(*carried)
-    y, end, before = gpu.memory(call, q, k, v, gates, states(weights, momentum), carries, positions, first)
-    return y, (end[:, :, 0],), (end[:, :, 1],), (before,)
+    options = chunk, 1.0, epsilon if residual_norm else None, read_after_write, decayed, interpret, packed
+    arrays = q, k, v, gates
+    if len(weights) == 1:
+        states = lambda weights, momentum: jnp.stack([weights[0], momentum[0]], axis=2)
+        call = gpu.Call(chunk, rates[0], *options[2:])
+        carries = None if carried is None else states(*carried)
+        y, end, before = gpu.memory(call, *arrays, states(weights, momentum), carries, positions, first)
+        return y, (end[:, :, 0],), (end[:, :, 1],), (before,)
+    carries = None if carried is None else gpu_deep.joined(*carried)
+    call = gpu_deep.Call(*options, rates=tuple(rates))
+    y, end, before = gpu_deep.memory(call, *arrays, gpu_deep.joined(weights, momentum), carries, positions, first)
+    return y, *gpu_deep.parted(end), gpu_deep.parted(before)[0]
 
 
 def _joined(weights: Layers, momentum: Layers) -> Layers:
