@@ -73,7 +73,8 @@ def _memory_backward(call: Call, residuals, cotangents):
     rows = lambda *x: jnp.where(here, sum(y[:, :T].astype(jnp.float32) for y in x), 0).astype(q.dtype)
     residual = shape.normed  # of the memory around its layers, which add what comes in
     dq = rows(found["dq"], dy_) if residual else rows(found["dq"])
-    dk = rows(found["dk"], found["dmisses"]) if residual else rows(found["dk"])
+    of_keys = [found[name] for name in ("dk_after", "dk_read", "dk")]
+    dk = rows(*of_keys, found["dmisses"]) if residual else rows(*of_keys)
     d_initial = found["dinitial"]
     d_initial = d_initial.sum(0, keepdims=True) if initial.shape[0] == 1 else d_initial
     return dq, dk, rows(-found["dmisses"]), d_gates, d_initial, found["dcarried"] if is_carried else None, None, None

@@ -11,6 +11,7 @@ The backward runs it again (`again`), each segment by itself from the state that
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 from typing import Any
 
@@ -26,13 +27,14 @@ from kernels_pallas.neural_memory import gpu_norm, gpu_numbers
 from kernels_pallas.neural_memory.gpu_deep_group import (
     F32,
     SQUARE,
-    W1,
     DeepShape,
     far,
     fill,
     gelu,
     gelu_slope,
     keep,
+    placed,
+    renewed,
     replace,
 )
 from kernels_pallas.neural_memory.gpu_group import PAIRS, SLOTS, E, Group, load, numbers_memory
@@ -53,6 +55,7 @@ from kernels_pallas.neural_memory.gpu_numbers import (
     THETA,
 )
 
+_TILES = "moved_s", "near_s", "inputs_s", "first_s", "second_s"  # behind the state's copy
 NAME, AGAIN = "neural_memory_deep_forward", "neural_memory_deep_again"
 
 
@@ -102,9 +105,8 @@ class _Forward:
         shape = self.shape
         scratch = {
             "q_s": shape.tile(SLOTS), "k_s": shape.tile(SLOTS), "v_s": shape.tile(SLOTS),
-            "numbers_s": numbers_memory(SLOTS), "master_s": shape.masters(), "state_s": shape.tile(4),
-            "moved_s": shape.tile(), "near_s": shape.tile(), "inputs_s": shape.tile(), "steps_s": shape.tile(2),
-            "out_s": plgpu.SMEM((ROWS, E), shape.dtype), "here": barriers(SLOTS, 4), "state_here": barriers(1, 4),
+            "numbers_s": numbers_memory(SLOTS), "master_s": shape.masters(), "tiles_s": shape.tile(4 + len(_TILES)),
+            "out_s": plgpu.SMEM((1, ROWS, E), shape.dtype), "here": barriers(SLOTS, 4), "state_here": barriers(1, 4),
         }  # fmt: skip
         if self.again and shape.normed:
             scratch["inverse_s"] = plgpu.SMEM((2, ROWS), F32)
@@ -117,7 +119,7 @@ class _Forward:
     def body(self, names, q, k, v, numbers, table, bounds, initial, start, zero, *out: Any, **scratch: Any) -> None:
         segment, h, b = (lax.axis_index(name) for name in ("j", "h", "b"))
         t = types.SimpleNamespace(
-            q=q, k=k, v=v, numbers=numbers, table=table, h=h, b=b, zero=zero[0], count=bounds[b, bounds.shape[1] - 1],
+            q=q, k=k, v=v, numbers=numbers, table=table, h=h, b=b, zero=zero[0], z=0, count=bounds[b, bounds.shape[1] - 1],
             initial=initial, out=types.SimpleNamespace(**dict(zip(names, out))), **scratch,
         )  # fmt: skip
         low, high = (bounds[b, segment], bounds[b, segment + 1]) if self.again else (jnp.int32(0), t.count)
@@ -145,17 +147,17 @@ class _Forward:
         """The initial state among those of groups."""
         self.begin(t)
         self.copy(t)
-        keep(t.state_s, t.out.states, (t.b, t.h, t.out.states.shape[2] - 3))
+        keep(t.tiles_s, t.out.states, (t.b, t.h, t.out.states.shape[2] - 3))
 
     def copy(self, t: Any) -> None:
         """The state in the dtype of products."""
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         for which in range(4):
-            t.state_s.at[which][...] = self.master(t, which).astype(self.shape.dtype)
+            t.tiles_s.at[t.z + which][...] = self.master(t, which).astype(self.shape.dtype)
         plgpu.commit_smem()
 
     def master(self, t: Any, which: int) -> jax.Array:
-        return self.shape.device.load(t.master_s.at[which], hopper.LAYOUT)
+        return self.shape.device.load(t.master_s.at[t.z + which], hopper.LAYOUT)
 
     def fetch(self, t: Any, n: jax.Array) -> None:
         at = n & (SLOTS - 1)
@@ -167,27 +169,33 @@ class _Forward:
 
     def group(self, t: Any, n: jax.Array, high: jax.Array) -> None:
         """Outputs of a group, and W and S after it."""
-        at, z = n & (SLOTS - 1), lax.min(n, t.zero)
+        at = n & (SLOTS - 1)
         plgpu.barrier_wait(t.here.at[at])
-        group = Group(self.shape, t.table, t.b, n, t.numbers_s.at[at], z)
+        group = Group(self.shape, t.table, t.b, n, t.numbers_s.at[at], lax.min(n, t.zero))
+        rings, t = t, placed(t, t.tiles_s, ("",) * 4 + _TILES, group)
+        t.n, t.q_s, t.k_s, t.v_s = n, *(x.at[at] for x in (t.q_s, t.k_s, t.v_s))
         pl.when(group.of(FRESH) > 0)(lambda: self.begin(t))
         self.copy(t)
         self.keep_states(t, n, group)
-        q, k, v = (x.at[at] for x in (t.q_s, t.k_s, t.v_s))
         put(t.moved_s, group.moved())
         if self.shape.several:
-            put(t.near_s, self.near(t, group, 0, product(self.shape.device, k, k.T, PAIRS), early=True))
-        self.learn(t, n, group, k, v)
-        self.read(t, n, group, q, k)
+            near = self.near(t, renewed(t), 0, product(self.shape.device, t.k_s, t.k_s.T, PAIRS), early=True)
+            for memory, x in ((t.near_s, near), (t.first_s, 0 * near), (t.second_s, 0 * near)):
+                memory[...] = x
+            plgpu.commit_smem()
+            pl.loop(0, self.shape.chunks)(lambda i: self.learn(t, i))
+        else:
+            self.learn(t, 0)
+        self.read(t)
         if self.again and self.shape.normed:
             plgpu.copy_smem_to_gmem(t.inverse_s, t.out.inverses.at[t.b, t.h, n])
-        self.update(t, group, k)
-        pl.when(n + SLOTS < high)(lambda: self.fetch(t, n + SLOTS))
+        self.update(t)
+        pl.when(n + SLOTS < high)(lambda: self.fetch(rings, n + SLOTS))
 
     def keep_states(self, t: Any, n: jax.Array, group: Group) -> None:
         """What is asked for of the state before the group."""
         if self.again:
-            pl.when(group.of(FRESH) == 0)(lambda: keep(t.state_s, t.out.states, (t.b, t.h, group.of(BEFORE))))
+            pl.when(group.of(FRESH) == 0)(lambda: keep(t.tiles_s, t.out.states, (t.b, t.h, group.of(BEFORE))))
             return
         pl.when(n == t.count - 1)(lambda: keep(t.master_s, t.out.before, (t.b, t.h)))
         if self.saves:
@@ -197,33 +205,36 @@ class _Forward:
     def near(self, t: Any, group: Group, layer: int, scored: jax.Array, *, early: bool) -> jax.Array:
         return group.near(t.moved_s, self.shape.rates[layer] * scored, early=early)
 
-    def learn(self, t: Any, n: jax.Array, group: Group, k: Any, v: Any) -> None:
-        """Leaves what comes into the second layer, and the steps of both."""
-        device, shape, none = self.shape.device, self.shape, self.shape.device.zeros(*SQUARE)
-        a, (first, second), ways = t.inputs_s, (t.steps_s.at[i] for i in range(2)), (EARLY, RHO_EARLY)
-        start = added(device, none, *far(group, load(shape, k), *ways, t.state_s, 0))
-        for i in range(shape.chunks):
-            z = start if i == 0 else added(device, start, (t.near_s, first))
-            replace(a, group.masked(gelu(z)))
-            factors = far(group, load(shape, a), *ways, t.state_s, 1)
-            if i:
-                factors.append((self.near(t, group, 1, product(device, a, a.T, PAIRS), early=True), second))
-            said = added(device, none, *factors)
-            error, *about = self.error(said, k, v)
-            replace(second, group.masked(error * group.per_row(THETA)))
-            factors = far(group, load(shape, second), *ways, t.state_s, 1, back=True)
-            if i:
-                scored = product(device, second, second.T, PAIRS)
-                factors.append((self.near(t, group, 1, scored, early=True), a))
-            back = added(device, none, *factors)
-            replace(first, group.masked(gelu_slope(z) * back))
-        if not self.again:
-            return
-        found = {"said": z, "backs": back, "errors": error} | dict(zip(("misses", "normed"), about))
-        for name, x in found.items():
-            self.store(t, group, x, getattr(t.out, name))
-        if shape.normed:
+    def learn(self, t: Any, i: jax.Array) -> None:
+        """Leaves what comes into the second layer, and the steps of both; those of one more chunk are right."""
+        device, shape, none, ways = self.shape.device, self.shape, self.shape.device.zeros(*SQUARE), (EARLY, RHO_EARLY)
+        a, first, second, several = t.inputs_s, t.first_s, t.second_s, self.shape.several
+        scored = lambda x: self.near(t, renewed(t, i), 1, product(device, x, x.T, PAIRS), early=True)
+        near = [(t.near_s, first)] if several else []
+        z = added(device, none, *far(renewed(t, i), load(shape, t.k_s), *ways, t.tiles_s, 0), *near)
+        replace(a, renewed(t, i).masked(gelu(z)))
+        near = [(scored(a), second)] if several else []
+        said = added(device, none, *far(renewed(t, i), load(shape, a), *ways, t.tiles_s, 1), *near)
+        error, *about = self.error(said, t.k_s, t.v_s)
+        group = renewed(t, i)
+        replace(second, group.masked(error * group.per_row(THETA)))
+        stores = functools.partial(self.leave, t, i)
+        stores("errors", error)
+        if shape.normed and self.again:
+            stores("misses", about[0])
+            stores("normed", about[1])
             t.inverse_s.at[0][...] = about[2]
+        near = [(scored(second), a)] if several else []
+        back = added(device, none, *far(renewed(t, i), load(shape, second), *ways, t.tiles_s, 1, back=True), *near)
+        replace(first, renewed(t, i).masked(gelu_slope(z) * back))
+        stores("said", z)
+        stores("backs", back)
+
+    def leave(self, t: Any, i: Any, name: str, x: jax.Array) -> None:
+        """Stores what the backward reads, the last time."""
+        if self.again:
+            store = lambda: self.store(t, x, getattr(t.out, name))
+            pl.when(i == self.shape.chunks - 1)(store) if self.shape.several else store()
 
     def error(self, said: jax.Array, k: Any, v: Any) -> tuple[jax.Array, ...]:
         """The loss' gradient at what the layers say of keys; with a norm also e, x and `inverse`."""
@@ -233,46 +244,45 @@ class _Forward:
         e = load(self.shape, k) + x - load(self.shape, v)
         return gpu_norm.pulled(x, inverse, e), e, x, inverse
 
-    def read(self, t: Any, n: jax.Array, group: Group, q: Any, k: Any) -> None:
+    def read(self, t: Any) -> None:
         """Stores what the group's queries read."""
         device, shape, ways, none = self.shape.device, self.shape, (READ, RHO_READ), self.shape.device.zeros(*SQUARE)
-        near = self.near(t, group, 0, product(device, q, k.T, PAIRS), early=False)
-        z = added(device, none, *far(group, load(shape, q), *ways, t.state_s, 0), (near, t.steps_s.at[0]))
+        near = self.near(t, renewed(t), 0, product(device, t.q_s, t.k_s.T, PAIRS), early=False)
+        z = added(device, none, *far(renewed(t), load(shape, t.q_s), *ways, t.tiles_s, 0), (near, t.first_s))
         if self.again:
-            self.store(t, group, z, t.out.said_read)
+            self.store(t, z, t.out.said_read)
             if not shape.normed:
                 return
         g = gelu(z)
-        near = self.near(t, group, 1, product(device, g.astype(shape.dtype), t.inputs_s.T, PAIRS), early=False)
-        said = added(device, none, *far(group, g, *ways, t.state_s, 1), (near, t.steps_s.at[1]))
+        near = self.near(t, renewed(t), 1, product(device, g.astype(shape.dtype), t.inputs_s.T, PAIRS), early=False)
+        said = added(device, none, *far(renewed(t), g, *ways, t.tiles_s, 1), (near, t.second_s))
         if not shape.normed:
-            self.store(t, group, said, t.out.y)
+            self.store(t, said, t.out.y)
             return
         x, inverse = gpu_norm.normalized(said, shape.epsilon)
         if self.again:
             t.inverse_s.at[1][...] = inverse
-            self.store(t, group, x, t.out.normed_read)
+            self.store(t, x, t.out.normed_read)
         else:
-            self.store(t, group, load(shape, q) + x, t.out.y)
+            self.store(t, load(shape, t.q_s) + x, t.out.y)
 
-    def store(self, t: Any, group: Group, x: jax.Array, target: Any) -> None:
+    def store(self, t: Any, x: jax.Array, target: Any) -> None:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        put(t.out_s, x)
-        group.store(t.out_s, target.at[t.b, :, t.h])
+        put(t.out_s.at[t.z], x)
+        t.group.store(t.out_s.at[t.z], target.at[t.b, :, t.h])
 
-    def update(self, t: Any, group: Group, k: Any) -> None:
+    def update(self, t: Any) -> None:
         """W and S after the group."""
         device = self.shape.device
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # copies of the state are read
-        beta, h = jnp.exp2(group.of_last(KEPT)), jnp.exp2(group.of_last(MOVED))
-        for layer, inputs in enumerate((k, t.inputs_s)):
-            steps, rate = t.steps_s.at[layer], self.shape.rates[layer]
+        for layer, (inputs, steps) in enumerate(((t.k_s, t.first_s), (t.inputs_s, t.second_s))):
+            rate, group = self.shape.rates[layer], renewed(t)
+            beta, h = jnp.exp2(group.of_last(KEPT)), jnp.exp2(group.of_last(MOVED))
             step = load(self.shape, steps)
             replace(t.near_s, step * (-rate * group.per_row(LAST_KAPPA)))
             put(steps, step * (-rate * group.per_row(LAST_MOVED)))
-            w, s = (self.master(t, W1 + 2 * layer + i) for i in range(2))
-            w = added(device, beta * w + group.of_last(RHO) * s, (inputs.T, t.near_s))
-            s = added(device, h * s, (inputs.T, steps))
-            for i, x in enumerate((w, s)):
-                t.master_s.at[W1 + 2 * layer + i][...] = x
+            w, s = (self.master(t, 2 * layer + i) for i in range(2))
+            starts = beta * w + group.of_last(RHO) * s, h * s
+            for i, (start, given) in enumerate(zip(starts, (t.near_s, steps))):
+                t.master_s.at[t.z + 2 * layer + i][...] = added(device, start, (inputs.T, given))
         plgpu.commit_smem()  # orders what was read, and the states, before copies

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import hopper
@@ -35,6 +37,19 @@ class DeepShape(Shape):
     def masters(self) -> Any:
         """Memory for W and S of both layers, float32."""
         return hopper.tiles((4, *SQUARE), F32)
+
+
+def placed(t: Any, memory: Any, names: tuple[str, ...], group: Group) -> Any:
+    """`t` for a group, with names for tiles of one memory: a thread has the same addresses in all of these."""
+    tiles = {name: memory.at[group.zero + i] for i, name in enumerate(names) if name}
+    return types.SimpleNamespace(**vars(t) | tiles | {"group": group, "z": group.zero, "phase": 0})
+
+
+def renewed(t: Any, step: Any = 0) -> Group:
+    """The group for one step more: nothing that the compiler made of it before lives on in registers."""
+    t.phase += 1
+    zero = lax.min(t.n + step + t.phase, t.zero)
+    return Group(t.group.shape, t.table, t.b, t.n, t.group.numbers, zero, zero)
 
 
 def replace(memory: Any, x: jax.Array) -> None:
@@ -68,7 +83,7 @@ def scaled(group: Group, x: jax.Array, kept: int, moved: int) -> list[jax.Array]
 
 def far(group: Group, x: jax.Array, kept: int, moved: int, state: Any, layer: int, *, back: bool = False) -> list:
     """Factors whose products add up to what rows x read of a layer, or give back through it."""
-    squares = (state.at[(W1, W2)[layer]], state.at[(S1, S2)[layer]])
+    squares = [state.at[group.zero + 2 * layer + i] for i in range(2)]
     return [(a, b.T if back else b) for a, b in zip(scaled(group, x, kept, moved), squares)]
 
 
