@@ -1,8 +1,9 @@
 """The neural memory on NVIDIA's Hopper: what its kernels are given, and the gradient around them.
 
-The memory is a matrix. The forward (`gpu_forward`) saves W and S about every 512 positions. The backward makes the
-states before all groups again from these, segments side by side; takes the gradient of W and S through the groups in
-reverse (`gpu_backward`); and makes all other gradients of all groups at once (`gpu_backward_groups`).
+The memory is a matrix (of two layers: `gpu_deep`). The forward (`gpu_forward`) saves W and S about every 512 positions.
+The backward makes the states before all groups again from these, segments side by side; takes the gradient of W and S
+through the groups in reverse (`gpu_backward`); and makes all other gradients of all groups at once
+(`gpu_backward_groups`).
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ def _too_wide(widths: tuple[int, ...]) -> str:
     """Why a block of threads cannot have two such layers."""
     kib = 4 * 2 * 2 * widths[0] * widths[1] // 1024
     layers = "x".join(map(str, widths))
-    return f"on GPUs two layers have {E} hidden units: W and S of layers {layers} take {kib} KiB in float32, beside what is computed with them in {hopper.SMEM_BYTES // 1024} KiB of shared memory"
+    room = f"beside what is computed with them in {hopper.SMEM_BYTES // 1024} KiB of shared memory"
+    return f"on GPUs two layers have {E} hidden units: W and S of layers {layers} take {kib} KiB in float32, {room}"
 
 
 def kernel_widths(d: int, chunk: int, normed: bool) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The gradient around the Hopper kernels of a memory of two layers: as `gpu`, with one kernel for all of the backward."""
+"""The gradient around the Hopper kernels of a memory of two layers: `gpu`, with one kernel for what is in reverse."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import hopper
-from kernels_pallas.neural_memory import gpu, gpu_deep_backward, gpu_deep_forward
+from kernels_pallas.neural_memory import gpu, gpu_deep_backward, gpu_deep_forward, gpu_numbers
 from kernels_pallas.neural_memory.gpu_deep_group import DeepShape
 
 
@@ -24,6 +24,20 @@ class Call(gpu.Call):
         return DeepShape(
             device, q.shape[3], self.chunk, 1.0, self.read_after_write, self.epsilon, q.dtype, self.rates
         )  # fmt: skip
+
+
+def kernel_widths(chunk: int, normed: bool) -> dict[str, int]:
+    """As `gpu.kernel_widths`: how many products of squares a group takes, times what each is of a position."""
+    rows = gpu_numbers.ROWS
+    chunks, several = rows // chunk, int(chunk < rows)
+    learn, update = 2 * several + chunks * (3 + 10 * several), 4
+    queries, keys = 40, 9 + 33 * several + 31 * (chunks - 1)
+    found = {
+        gpu_deep_forward.NAME: learn + 10 + update,
+        gpu_deep_forward.AGAIN: learn + (10 if normed else 5) + update,
+        gpu_deep_backward.NAME: queries + keys,
+    }
+    return {name: n * rows * rows for name, n in found.items()}
 
 
 def joined(weights: tuple[jax.Array, ...], momentum: tuple[jax.Array, ...]) -> jax.Array:
@@ -47,10 +61,8 @@ def memory(call: Call, q, k, v, gates, initial, carried, position_BT, first_B):
 
 def _run(call, q, k, v, gates, initial, carried, position_BT, first_B, *, save):
     T, at = q.shape[1], gpu.layout_of(call, position_BT, first_B)
-    found = gpu_deep_forward.forward(
-        call.shape(q), *map(gpu.filled, (q, k, v)), gpu.numbers_of(call, at, gates), at.table, at.bounds, initial, carried,
-        save=save,
-    )  # fmt: skip
+    rows, places = map(gpu.filled, (q, k, v)), (gpu.numbers_of(call, at, gates), at.table, at.bounds)
+    found = gpu_deep_forward.forward(call.shape(q), *rows, *places, initial, carried, save=save)
     return (found["y"][:, :T], found["end"], found["before"]), found.get("saved")
 
 

@@ -24,7 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas import hopper
 from kernels_pallas.hopper import COLUMNS, LAYOUT, added, barriers, product, put
 from kernels_pallas.neural_memory import gpu_backward_groups as names
-from kernels_pallas.neural_memory import gpu_norm, gpu_numbers
+from kernels_pallas.neural_memory import gpu_norm
 from kernels_pallas.neural_memory.gpu_deep_group import (
     F32,
     SQUARE,
@@ -72,9 +72,10 @@ _READ, _LEARN = (READ, RHO_READ), (EARLY, RHO_EARLY)
 def backward(
     shape: DeepShape, q, k, dy, numbers, table, bounds, d_end, d_before, left: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
-    """dq, and three parts of dk [B, T, H, d], without what a norm's residual adds; `dmisses`, the gradient of what the memory says of keys,
-    so minus that of the values; `found` [B, H, N, 13, 64] float32 of groups, by the names of `gpu_backward_groups`; the
-    gradients of the initial states of each row and of the state before the first position [B, H, 4, d, d].
+    """dq, and three parts of dk [B, T, H, d], without what a norm's residual adds; `dmisses`, the gradient of what the
+    memory says of keys, so minus that of the values; `found` [B, H, N, 13, 64] float32 of groups, by the names of
+    `gpu_backward_groups`; the gradients of the initial states of each row, and of the state before the first position
+    [B, H, 4, d, d].
 
     Args: as of `gpu_deep_forward.forward`; d_end, d_before [B, H, 4, d, d]; left: what `gpu_deep_forward.again` left.
     """

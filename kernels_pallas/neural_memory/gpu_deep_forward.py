@@ -77,9 +77,9 @@ def forward(shape: DeepShape, q, k, v, numbers, table, bounds, initial, carried,
 
 
 def again(shape: DeepShape, q, k, v, numbers, table, bounds, initial, saved) -> dict[str, jax.Array]:
-    """What the backward reads of the groups, in the dtype of k: the states before them, `states` [B, H, slots, 4, d, d];
-    `said`, what the first layer says of keys, `said_read` of queries, `backs`, the gradient at its activations, and
-    `errors`, that at the outputs [B, T, H, d].
+    """What the backward reads of the groups, in the dtype of k: the states before them, `states`
+    [B, H, slots, 4, d, d]; what the first layer says of keys, `said`, and of queries, `said_read`, the gradient at its
+    activations, `backs`, and that at the outputs, `errors` [B, T, H, d].
 
     With a norm also `misses`, `normed`, `normed_read` and `inverses`, as `gpu_forward.again`.
     """
@@ -119,8 +119,8 @@ class _Forward:
     def body(self, names, q, k, v, numbers, table, bounds, initial, start, zero, *out: Any, **scratch: Any) -> None:
         segment, h, b = (lax.axis_index(name) for name in ("j", "h", "b"))
         t = types.SimpleNamespace(
-            q=q, k=k, v=v, numbers=numbers, table=table, h=h, b=b, zero=zero[0], z=0, count=bounds[b, bounds.shape[1] - 1],
-            initial=initial, out=types.SimpleNamespace(**dict(zip(names, out))), **scratch,
+            q=q, k=k, v=v, numbers=numbers, table=table, h=h, b=b, zero=zero[0], z=0, initial=initial,
+            count=bounds[b, bounds.shape[1] - 1], out=types.SimpleNamespace(**dict(zip(names, out))), **scratch,
         )  # fmt: skip
         low, high = (bounds[b, segment], bounds[b, segment + 1]) if self.again else (jnp.int32(0), t.count)
         for i in range(SLOTS):

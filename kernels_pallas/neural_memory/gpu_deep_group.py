@@ -105,4 +105,3 @@ def gelu_bend(z: jax.Array) -> jax.Array:
     t = jnp.tanh(z * (_GELU + _GELU * _CUBIC * square_))
     inner = _GELU + 3 * _GELU * _CUBIC * square_
     return (1 - t * t) * (inner + z * (3 * _GELU * _CUBIC * z - t * inner * inner))
-

@@ -218,7 +218,9 @@ def flow_program(d: int, e: int, features: str, placed: Any) -> tuple[Callable[.
     return run, [arrays, limits, (vectors, of(B, H), pairs), of(B, H, N, 4, d)]
 
 
-def memory_program(widths: tuple[int, ...], chunk: int, normed: bool, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
+def memory_program(
+    widths: tuple[int, ...], chunk: int, normed: bool, placed: Any
+) -> tuple[Callable[..., Any], list[Any]]:
     """As `program`, of the neural memory, documents and a state."""
     of = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
     rows, gate = of(B, T, H, widths[0], dtype=jnp.bfloat16), of(B, T, H)
