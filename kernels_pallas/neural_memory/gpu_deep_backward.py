@@ -197,7 +197,10 @@ class _Backward:
 
     def find(self, t: Any, which: int, x: jax.Array, *, first: bool, layout: Any = hopper.ROWS) -> None:
         memory = t.found_s.at[which]
-        memory[...] = x if first else x + self.shape.device.load(memory, layout)
+        if not first:
+            x += self.shape.device.load(memory, layout)
+            plgpu.commit_smem()  # several threads have the same number: all read before any writes
+        memory[...] = x
 
     def after(self, t: Any, layer: int, of_steps: Any, *, first: bool) -> list[tuple[jax.Array, Any]]:
         """Adds, in memory, what the state after the group asks of a layer's steps; and that is asked of the state
