@@ -77,7 +77,11 @@ def pytest_collection_modifyitems(config, items):
     if config.getoption("--exhaustive"):
         return
     named = {argument.replace(os.sep, "/") for argument in config.args if "[" in argument}
-    left_out = [item for item in tiers.left_out(items, not named) if item.nodeid not in named]
+    left_out = [
+        item
+        for item in tiers.left_out(items, not named and not config.getoption("lf", False))
+        if item.nodeid not in named
+    ]
     config.hook.pytest_deselected(items=left_out)
     gone = set(map(id, left_out))
     items[:] = [item for item in items if id(item) not in gone]

@@ -23,7 +23,8 @@ def collected(*arguments, exhaustive=False):
     ]
     left_out = []
     hook = types.SimpleNamespace(pytest_deselected=lambda items: left_out.extend(items))
-    config = types.SimpleNamespace(args=list(arguments), hook=hook, getoption=lambda name: exhaustive)
+    option = lambda name, default=None: exhaustive if name == "--exhaustive" else default
+    config = types.SimpleNamespace(args=list(arguments), hook=hook, getoption=option)
     everything = list(items)
     conftest.pytest_collection_modifyitems(config, items)
     assert [item for item in everything if item not in items] == left_out

@@ -72,7 +72,7 @@ CASES = [
     (7, 2, 5, 17, "channels", False, True, "float32", None),
     (70, 3, 64, 64, "channels", True, True, "float32", Sizes(32, 2, 2, 3)),
     (256, 1, 16, 16, "channels", False, False, "bfloat16", None),
-    (70, 2, 24, 33, "channels", True, True, "float32", Sizes(32, 2, 1, 2)),
+    (70, 2, 24, 33, "channels", True, True, "float32", Sizes(32, 2, 2, 2)),
 ]
 OFTEN = [CASES[i] for i in (1, 3, 8, 12)]
 
@@ -160,11 +160,10 @@ RACES = [
     ("data", True, 2, 16, 33, Sizes(16, 2, 2, 2)),
     ("constant", True, 3, 64, 64, Sizes(16, 2, 2, 2)),  # the last group of heads is not whole
     ("channels", True, 3, 64, 64, Sizes(16, 2, 2, 2)),
-    ("channels", True, 3, 16, 16, Sizes(16, 2, 2, 1)),
 ]
 
 
-@tiers.parametrize("decay, packed, heads, d, e, sizes", RACES, often=RACES[4:])
+@tiers.parametrize("decay, packed, heads, d, e, sizes", RACES, often=RACES[1:2])
 def test_no_races(decay, packed, heads, d, e, sizes, capfd):
     """Forward and backward on a simulated TPU whose two cores share heads, with NaN in what was never written and
     behind the ends of arrays, of positions and of heads: what the definition gives."""

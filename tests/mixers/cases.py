@@ -34,6 +34,7 @@ DOCUMENTS = [(0, 0, 4), (0, 4, 9), (1, 2, 11)]  # row, first, end
 ALONE = (DOCUMENTS[:2], DOCUMENTS[2:])  # in batches of two rows that hold one each
 
 
+@functools.cache
 def configs(name: str) -> dict[str, tuple[Any, bool]]:
     """Every config to try, by a readable id, and whether it belongs to the everyday tests.
 

@@ -29,6 +29,7 @@ from tests.mixers import cases, flops, forced, precision, stated, uses
 every_config = pytest.mark.parametrize("config", cases.parameters())
 some_configs = pytest.mark.parametrize("config", cases.parameters(knobs=False))
 few_configs = pytest.mark.parametrize("config", cases.parameters(knobs=False, combinations=False))
+WAYS = {mixers.get(n).sequence_parallel_of(mixers.get(n).Config()): n for n in reversed(mixers.names())}  # the first
 KEPT_AS_GIVEN = {"k", "v", "keys", "values", "cache", "tail"}  # parts of states that hold inputs, not sums
 call = cases.call
 CUTS = ([1] * cases.LENGTH, [3, 3, 1, 3, 1])  # few lengths: each is compiled once; pieces that documents begin in
@@ -294,12 +295,23 @@ def test_every_knob_turns(name):
 
 @few_configs
 def test_sharding(config, x64):
-    """Law 6: the same numbers on 1 and 8 devices, split over rows, parameters, heads and, where possible, positions."""
-    same_on_eight_devices(config)
+    """Law 6: the same numbers on 1 and 8 devices, split over rows, parameters, heads and, where possible, positions.
+
+    Gradients of one mixer for each way of splitting positions: of the others those of their ops are, too.
+    """
+    same_on_eight_devices(config, gradients=config.node_name in WAYS.values())
 
 
-def same_on_eight_devices(config):
-    """Values, losses and gradients."""
+@tiers.exhaustive
+@few_configs
+def test_gradients_on_eight_devices(config, x64):
+    """Law 6, gradients of those whose way another mixer shares."""
+    if config.node_name not in WAYS.values():
+        same_on_eight_devices(config)
+
+
+def same_on_eight_devices(config, gradients=True):
+    """Values and losses, and gradients."""
     assert jax.device_count() == 8
     graphdef, params = cases.split(cases.module(config, jnp.float64))
     x, seq = cases.inputs(jnp.float64)
@@ -319,12 +331,21 @@ def same_on_eight_devices(config):
     values = jax.tree.map(np.asarray, nnx.to_pure_dict(params))  # of a device's arrays parts are compiled
     nnx.replace_by_pure_dict(split_params, jax.device_put(values, shardings))
     # Traced anew: what jit keeps of one device knows nothing of the mesh.
-    run = partition.traced(program.__wrapped__, mesh, sharding.ACTIVATION_RULES)
+    run = partition.traced(program.__wrapped__ if gradients else forward, mesh, sharding.ACTIVATION_RULES)
     x, seq, weights = jax.device_put((x, seq, weights), sharding.batch_sharding(mesh))
-    (y, losses), (of_parameters, of_x) = jax.jit(run, static_argnums=0)(graphdef, split_params, x, seq, 1.0, weights)
+    (y, losses), found = jax.jit(run, static_argnums=0)(graphdef, split_params, x, seq, 1.0, weights)
     zero_at_padding(config, y, np.asarray(seq.segments) > 0)
-    assert not np.any(np.asarray(of_x)[:, -1])
-    assert_close(((y[:, :-1], losses), (of_parameters, of_x[:, :-1])), expected, 1e-10)
+    assert_close((y[:, :-1], losses), expected[0], 1e-10)
+    if gradients:
+        of_parameters, of_x = found
+        assert not np.any(np.asarray(of_x)[:, -1])
+        assert_close((of_parameters, of_x[:, :-1]), expected[1], 1e-10)
+
+
+def forward(graphdef, params, x, seq, share, weights):
+    """As `program`, without gradients."""
+    out = nnx.merge(graphdef, params)(x, seq)
+    return (out.y, out.losses), None
 
 
 @few_configs
