@@ -75,10 +75,11 @@ def compared(name: str, directory: pathlib.Path) -> dict[str, Any]:
     adapter = harness.Adapter(scorer, trained.data.tokenizer, 0, print)
     folder = directory / f"{name}-to"
     model, _ = remote_code.loaded(folder)
+    # Its config is read again, code and all: asked of nobody, as a terminal would be.
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     theirs = HFLM(
-        pretrained=model, tokenizer=transformers.AutoTokenizer.from_pretrained(folder), max_length=LENGTH,
-        backend="causal", batch_size=3, add_bos_token=True,
-    )  # fmt: skip
+        pretrained=model, tokenizer=tokenizer, max_length=LENGTH, backend="causal", batch_size=3, add_bos_token=True
+    )
     found: dict[str, Any] = {}
     for kind, arguments in asked(scorer).items():
         requests = [Instance(kind, {}, args, i) for i, args in enumerate(arguments)]

@@ -89,6 +89,45 @@ CASES: dict[str, dict[str, Any]] = {
         },
         "pattern": "ABC", "layers": 3,
     },
+    "flow": {
+        "mixers": {
+            "A": {"name": "flow", "heads": 4, "bias": "all", "chunk": 16},
+            "B": {"name": "flow", "heads": 4, "feature": "elu", "clip": None, "form": "averages"},
+            "C": {"name": "flow", "heads": 4, "feature": "relu", "competition": False, "input_conv": 3},
+            "D": {"name": "flow", "heads": 4, "allocation": False, "clip": 1.0, "epsilon": 1e-2},
+        },
+        "pattern": "ABCD", "layers": 4,
+    },
+    "agent": {
+        "mixers": {
+            "A": {"name": "agent", "heads": 4, "agents": 5, "bias": "all", "chunk": 16},
+            "B": {"name": "agent", "heads": 2, "agents": 16, "conv": False, "head_width": 12},
+        },
+        "pattern": "AB",
+    },
+    "local_linear": {
+        "mixers": {
+            "A": {"name": "local_linear", "heads": 4, "kv_heads": 2, "max_iterations": 64, "tolerance": 1e-7},
+            "B": {"name": "local_linear", "heads": 2, "ridge": 0.3, "blocks": 2, "window": 20, "qk_norm": "layer",
+                  "max_iterations": 64, "tolerance": 1e-7},
+            "C": {"name": "local_linear", "heads": 4, "qk_norm": False, "rope_width": 2, "ridge_min": 0.1,
+                  "max_iterations": 64, "tolerance": 1e-7},
+        },
+        "pattern": "ABC", "layers": 3,
+    },
+    "titans": {
+        "mixers": {
+            "A": {"name": "titans", "heads": 4, "chunk": 8, "window": 24, "persistent": 3, "bias": "all"},
+            "B": {"name": "titans", "heads": 2, "variant": "mal", "depth": 1, "chunk": 16, "window": 20, "conv": 0},
+            "C": {"name": "titans", "heads": 4, "variant": "mac", "chunk": 8, "window": 24, "persistent": 2},
+            "D": {"name": "titans", "heads": 2, "variant": "lmm", "depth": 3, "expansion": 2, "activation": "gelu",
+                  "grad_at": "decayed", "read_after_write": False, "norm_scale": True, "norm_epsilon": 1e-3,
+                  "theta_max": 0.5},
+            "E": {"name": "titans", "heads": 4, "variant": "lmm", "depth": 1, "momentum": False, "forgetting": False,
+                  "residual_norm": True, "rope_base": None},
+        },
+        "pattern": "ABCDE", "layers": 5,
+    },
     "hybrid": {
         "mixers": {
             "M": {**DELTA}, "S": {"name": "moh", "heads": 4, "core": {"name": "gated", "kv_heads": 2}},

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs the tests in a virtual environment of their own. Arguments go to pytest: `-m "not slow"` leaves out what takes long;
-# `--exhaustive` tries more cases of each law, which is for what you change: `--exhaustive tests/kernels_pallas -k flow`.
+# Runs the tests in a virtual environment of their own: docs/testing.md. Arguments go to pytest: `-m "not slow"` leaves out
+# what takes long; `--exhaustive` tries every case, which is for what you change: `--exhaustive tests/kernels_pallas -k flow`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/venv.sh

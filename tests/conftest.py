@@ -30,6 +30,7 @@ import pytest  # noqa: E402
 
 from attnlab import cli  # noqa: E402
 from kernels_pallas import tuning  # noqa: E402
+from tests import costs, tiers  # noqa: E402
 from tests.budget import (  # noqa: E402, F401
     pytest_runtest_makereport,
     pytest_runtest_protocol,
@@ -51,14 +52,36 @@ def pytest_addoption(parser):
     parser.addoption(
         "--exhaustive", action="store_true", help="run what is marked `exhaustive`, too: see tests/tiers.py"
     )
+    parser.addoption("--costs", metavar="FILE", help="append each test's CPU seconds to FILE: see tests/costs.py")
+
+
+def pytest_configure(config):
+    if config.getoption("--costs"):
+        config.pluginmanager.register(costs.Costs(config.getoption("--costs")))
+
+
+def _params(item):
+    return item.callspec.params if hasattr(item, "callspec") else {}
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves the exhaustive part out; not of what is named to the letter of its case."""
+    """Leaves the exhaustive part out; not of what is named to the letter of its case. Laws of one mixer's config stand
+    together, so that one process compiles the program that they share."""
+    battery = [i for i, item in enumerate(items) if item.path.name == "test_contract.py" and "config" in _params(item)]
+    for at, item in zip(battery, sorted((items[i] for i in battery), key=lambda item: item.callspec.id)):
+        items[at] = item
+    slow = costs.slow()
+    for item in items:
+        if item.nodeid.partition("[")[0] in slow:
+            item.add_marker("slow")
     if config.getoption("--exhaustive"):
         return
     named = {argument.replace(os.sep, "/") for argument in config.args if "[" in argument}
-    left_out = [i for i in items if i.get_closest_marker("exhaustive") and i.nodeid not in named]
+    left_out = [
+        item
+        for item in tiers.left_out(items, not named and not config.getoption("lf", False))
+        if item.nodeid not in named
+    ]
     config.hook.pytest_deselected(items=left_out)
     gone = set(map(id, left_out))
     items[:] = [item for item in items if id(item) not in gone]

@@ -7,6 +7,7 @@ import os
 import threading
 
 UNOPTIMISED = " --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+UNOPTIMISED += " --xla_llvm_disable_expensive_passes=true"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones do not know it
     UNOPTIMISED += " --xla_cpu_use_fusion_emitters=false"
 

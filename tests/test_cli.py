@@ -14,6 +14,7 @@ import pytest
 
 from attnlab import arguments, cli, memory, output
 from attnlab.train import workdir as workdir_lib
+from tests import tiers
 from tests.flags import environment
 from tests.train import runs
 
@@ -422,6 +423,7 @@ def test_help_and_errors_come_without_jax(tmp_path):
     assert process.stderr.read() == b"" and process.wait(timeout=60) == 0
 
 
+@tiers.exhaustive
 @pytest.mark.slow
 def test_a_run_outlives_the_reader_of_its_output(config, tmp_path):
     """`attnlab train | head -1` trains to the end."""

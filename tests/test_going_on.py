@@ -14,6 +14,7 @@ import pytest
 from attnlab import cli
 from attnlab.data.tokenizers import load_tokenizer
 from attnlab.interchange import tokens
+from tests import tiers
 from tests.interchange import test_verbs
 from tests.train import runs
 
@@ -31,6 +32,22 @@ def blocks():
         yield name or language, text
 
 
+def test_every_command_is_understood(monkeypatch, capsys):
+    """Its verbs and flags are there, its plan and its Python are Python: nothing is run."""
+    seen = []
+    for verb in list(cli._VERBS):
+        monkeypatch.setitem(cli._VERBS, verb, lambda args, overrides: seen.append(args.verb))
+    for kind, text in blocks():
+        if kind != "bash":
+            compile(text, str(PAGE), "exec")
+            continue
+        for line in text.splitlines():
+            program, *args = shlex.split(line)
+            assert program == "attnlab" and cli.main(args) == 0, (line, capsys.readouterr().err)
+    assert {"import", "eval", "generate", "ablate", "lm-eval", "export"} <= set(seen)
+
+
+@tiers.exhaustive
 @pytest.mark.slow
 def test_every_command_of_the_page(tmp_path, monkeypatch, capsys):
     """Three imports are one function, the plan ends in verdicts, each arm is evaluated, and goes out as it must."""

@@ -35,11 +35,13 @@ def example(tmp_path_factory):
 
 
 def laws():
+    """The battery's, those that only `--exhaustive` tries marked as there."""
     tests = inspect.getmembers(test_contract, lambda f: inspect.isfunction(f) and f.__name__.startswith("test_"))
-    return [test for _, test in tests]
+    marks = lambda law: [mark for mark in getattr(law, "pytestmark", []) if mark.name == "exhaustive"]
+    return [pytest.param(law, marks=marks(law), id=law.__name__) for _, law in tests]
 
 
-@pytest.mark.parametrize("law", laws(), ids=lambda law: law.__name__)
+@pytest.mark.parametrize("law", laws())
 def test_example_passes_the_battery(example, law):
     """Every law, in every config that the example's knobs name."""
     wanted = inspect.signature(law).parameters

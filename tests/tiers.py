@@ -14,6 +14,35 @@ import pytest
 exhaustive = pytest.mark.exhaustive
 
 
+def often(*ids: str) -> pytest.MarkDecorator:
+    """Of a test's cases every run tries those with these ids, as they stand in brackets; the others are exhaustive."""
+    return pytest.mark.often(*ids)
+
+
+def left_out(items: Iterable[pytest.Item], whole: bool) -> list[pytest.Item]:
+    """What of the collected tests is exhaustive.
+
+    Args:
+      items: tests as pytest collected them.
+      whole: whether all cases of each test are among them.
+
+    Raises:
+      pytest.UsageError: `often` names what is no case.
+    """
+    items, seen, named = list(items), set(), set()
+    left = []
+    for item in items:
+        test, _, case = item.nodeid.partition("[")
+        mark, case = item.get_closest_marker("often"), case.removesuffix("]")
+        seen.add((test, case))
+        named |= {(test, id) for id in mark.args} if mark else set()
+        if item.get_closest_marker("exhaustive") or (mark and case not in mark.args):
+            left.append(item)
+    if whole and (unknown := sorted(named - seen)):
+        raise pytest.UsageError(f"tests that are tried often are no cases: {unknown}")
+    return left
+
+
 def parametrize(names: str, cases: Iterable[Any], often: Iterable[Any], ids: Any = None, indirect: bool = False) -> Any:
     """`pytest.mark.parametrize` of all cases; those not in `often` are exhaustive.
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import logging
+import os
 import pathlib
 import re
 import time
@@ -270,9 +272,11 @@ def parameters(plan: Plan, program: Program, read: Callable[[int], None]) -> Any
         pieces.setdefault(piece.leaf, []).append(piece)
     filled = {f.leaf: f for f in plan.table.filled}
     named = flat(program.params)
-    leaves = {
-        name: read_leaf(leaf, pieces.get(name, []), filled.get(name), tensors, read) for name, leaf in named.items()
-    }
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+        leaves = {
+            name: read_leaf(leaf, pieces.get(name, []), filled.get(name), tensors, read, threads)
+            for name, leaf in named.items()
+        }
     return jax.tree.unflatten(jax.tree.structure(program.params), list(leaves.values()))
 
 

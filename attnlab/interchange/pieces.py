@@ -6,17 +6,22 @@ tensor per layer, [out, in]. Some publish several matrices in one tensor, whose 
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from attnlab.errors import UserError
+from attnlab.interchange import copies
 from attnlab.interchange.safetensors import Tensor
 
 FORMS = ("same", "transposed", "taps")
+_TASK = 2**20  # numbers that a thread copies at once
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,30 +58,41 @@ class Piece:
         return {"same": (count, *self.shape[1:]), "transposed": (*self.shape[1:], count),
                 "taps": (self.shape[-1], count)}[self.form]  # fmt: skip
 
-    def read(self, array: np.ndarray, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
-        """The slice `index` of the part, from the tensor's array; nothing else of it is touched."""
-        if not self.shape:
-            out = array
-        elif self.form == "same":
-            out = array[(self._rows(index[0]), *index[1:])]
-        elif self.form == "transposed":
-            out = array[self._rows(index[1]), index[0]].T
-        else:
-            out = array[self._rows(index[1]), 0, index[0]].T
-        out = np.asarray(out).astype(np.promote_types(dtype, np.float32))  # a copy, and the only one
-        if self.shift:
-            out += np.asarray(self.shift, out.dtype)
-        if self.factor != 1:
-            out *= np.asarray(self.factor, out.dtype)
-        return out.astype(dtype, copy=False)
+    def reading(self, array: np.ndarray, index: tuple[slice, ...], out: np.ndarray) -> Iterator[Callable[[], int]]:
+        """Tasks, for threads in any order, that copy the slice `index` of the part from the tensor's array.
 
-    def _rows(self, columns: slice) -> Any:
-        """The tensor's rows of some columns: a slice where they lie together, so that no others are read."""
+        Nothing else of it is touched. A task returns how many numbers it read.
+
+        Args:
+          out: of the slice's shape.
+        """
+        if not self.shape:
+            yield lambda: self._copied(array, out)
+            return
+        if self.form == "same":
+            taken, rest, out_rows = index[0], index[1:], out
+        else:
+            taken, rest, out_rows = index[1], (index[0],), out.T
+        if self.form == "taps":
+            rest = (0, *rest)
+        rows = self._rows(taken)
+        step = max(1, _TASK // max(1, math.prod(out_rows.shape[1:])))
+        for first in range(0, len(rows), step):
+            some = rows[first : first + step]
+            which = slice(some.start, some.stop) if isinstance(some, range) else some
+            yield functools.partial(self._copied, array, out_rows[first : first + step], (which, *rest))
+
+    def _copied(self, array: np.ndarray, out: np.ndarray, index: tuple[Any, ...] = ()) -> int:
+        copies.copy(array[index], out, self.shift, self.factor)
+        return out.size
+
+    def _rows(self, columns: slice) -> range | np.ndarray:
+        """The tensor's rows of some columns: a range where they lie together, so that no others are read."""
         if self.rows is None:
-            return columns
+            return range(*columns.indices(self.shape[0]))
         rows = self.rows[columns]
         together = len(rows) > 0 and (np.diff(rows) == 1).all()
-        return slice(int(rows[0]), int(rows[-1]) + 1) if together else rows
+        return range(int(rows[0]), int(rows[-1]) + 1) if together else rows
 
     def write(self, value: np.ndarray, array: np.ndarray) -> None:
         """Puts the part into the tensor's array, which is of the type that is wanted."""
@@ -160,7 +176,7 @@ def _shown(shape: Any) -> str:
 
 def read_leaf(
     leaf: jax.ShapeDtypeStruct, pieces: list[Piece], filled: Filled | None, tensors: Mapping[str, Tensor],
-    read: Callable[[int], None],
+    read: Callable[[int], None], threads: concurrent.futures.Executor,
 ) -> jax.Array:  # fmt: skip
     """A parameter, each device's shard from the bytes of its own slice.
 
@@ -170,26 +186,24 @@ def read_leaf(
       filled: what it is where it has no pieces.
       tensors: of the folder, by the names in the pieces.
       read: told the bytes of each slice.
+      threads: that copy.
     """
     by_repeat = {piece.repeat: piece for piece in pieces}
 
-    def one(piece: Piece, index: tuple[slice, ...]) -> np.ndarray:
-        array = tensors[piece.tensor].mapped()
-        out = piece.read(array, index, leaf.dtype)
-        read(out.size * array.dtype.itemsize)
-        return out
-
     def shard(index: tuple[slice, ...]) -> np.ndarray:
-        if None in by_repeat:
-            return one(by_repeat[None], index)
-        shape = [len(range(*s.indices(n))) for s, n in zip(index, leaf.shape)]
+        shape = tuple(len(range(*s.indices(n))) for s, n in zip(index, leaf.shape, strict=True))
         if filled is not None:
             return np.full(shape, filled.value, leaf.dtype)
-        out = np.empty(shape, leaf.dtype)
-        if by_repeat[index[0].indices(leaf.shape[0])[0]].form != "same":  # as tensors lie: the device's copy turns them
-            out = np.empty([shape[0], *shape[:0:-1]], leaf.dtype).swapaxes(1, 2)
-        for i, layer in enumerate(range(*index[0].indices(leaf.shape[0]))):
-            out[i] = one(by_repeat[layer], index[1:])
+        out = copies.empty(shape, leaf.dtype)
+        if None in by_repeat:
+            wanted = [(by_repeat[None], index, out)]
+        else:
+            layers = range(*index[0].indices(leaf.shape[0]))
+            wanted = [(by_repeat[layer], index[1:], out[i, ...]) for i, layer in enumerate(layers)]
+        for piece, at, part in wanted:
+            array = tensors[piece.tensor].mapped()
+            for count in threads.map(lambda task: task(), piece.reading(array, at, part)):
+                read(count * array.dtype.itemsize)
         return out
 
     # One shard at a time is held here, and read once for all devices that hold it.

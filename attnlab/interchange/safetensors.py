@@ -63,7 +63,7 @@ class Tensor:
 
 @functools.lru_cache(maxsize=256)
 def _map(file: pathlib.Path) -> np.ndarray:
-    return np.memmap(file, np.uint8, "r")
+    return np.asarray(np.memmap(file, np.uint8, "r"))
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

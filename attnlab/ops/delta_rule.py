@@ -27,6 +27,7 @@ from attnlab.errors import UserError
 from attnlab.ops import delta_kernel
 from attnlab.ops.channel_decay import decayed_products, products_flops
 from attnlab.ops.dispatch import Implementation, Op
+from attnlab.ops.position_decay import decays_between
 from attnlab.parallel.sequence_parallel import SequenceParallel
 
 _BASE = 8  # triangular blocks of this size are inverted by a power series, larger ones from their quarters
@@ -147,9 +148,7 @@ def chunked(q_BTHd, k_BTHd, v_BTHe, log_decay, beta_BTH, documents_BT, state_BHd
 
 def _by_position(q, k, log_decay, seen):
     """What passes of one decay a position: `q k^T` and `k k^T` of pairs, of the state before, in the state after."""
-    # Sums begin anew with a document, whose bits no other then changes.
-    total = jnp.sum(jnp.where(seen, log_decay[..., None, :], 0), axis=-1)
-    decay = jnp.where(seen, jnp.exp(jnp.where(seen, total[..., :, None] - total[..., None, :], 0)), 0)
+    total, decay = decays_between(log_decay, seen)
     products = jnp.concatenate([q, k], axis=-2) @ jnp.swapaxes(k, -1, -2)
     C = q.shape[-2]
     of_pairs = products[..., :C, :] * decay, products[..., C:, :] * decay

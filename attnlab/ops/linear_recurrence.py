@@ -21,6 +21,7 @@ from attnlab.ops import recurrence_kernel
 from attnlab.ops.channel_decay import decayed_products, products_flops
 from attnlab.ops.dispatch import Implementation, Op
 from attnlab.ops.feature_maps import Taylor
+from attnlab.ops.position_decay import decays_between
 from attnlab.parallel.sequence_parallel import SequenceParallel
 
 
@@ -337,8 +338,7 @@ def chunk_weights(
     elif log_decay is not None:
         if documents_B1NC is not None:
             seen &= documents_B1NC[..., None] == documents_B1NC[..., None, :]
-        total = _sums(log_decay, seen)
-        pairs = jnp.where(seen, jnp.exp(jnp.where(seen, total[..., None] - total[..., None, :], 0)), 0)
+        total, pairs = decays_between(log_decay, seen)
         read, write, carry = jnp.exp(total), pairs[..., -1, :], jnp.exp(total[..., -1])
     if documents_B1NC is not None:
         last = documents_B1NC[..., -1]
@@ -349,13 +349,6 @@ def chunk_weights(
         write = kept(documents_B1NC == last[..., None], write)
         carry = kept(last == before, carry)
     return Weights(pairs, read, write, carry)
-
-
-def _sums(log_decay: jax.Array, seen_CC: jax.Array) -> jax.Array:
-    """Of log decays [..., C] up to each position. They begin anew with a document, whose bits no other then changes."""
-    return (
-        jnp.cumsum(log_decay, axis=-1) if seen_CC.ndim == 2 else jnp.where(seen_CC, log_decay[..., None, :], 0).sum(-1)
-    )
 
 
 def in_chunks(x_BTHw: jax.Array, chunk: int, mode: str = "constant") -> jax.Array:

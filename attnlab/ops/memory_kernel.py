@@ -28,21 +28,29 @@ def _kernels() -> Any:
 
 def unsupported(spec: NeuralMemorySpec) -> str | None:
     """Why the kernels cannot serve, or None."""
-    memory, deep = spec.memory, len(spec.widths) > 2
+    memory = spec.memory
     if partition.platform() == "gpu":
         reason = _kernels().gpu_unsupported(spec.widths, memory.chunk, spec.dtype, memory.residual_norm)
-        reason = reason or ("norm_scale=True; allowed: False" if memory.norm_scale else None)
+        reason = reason or _other(spec)
         return reason or attention_flash.unsupported_heads(spec.dtype, spec.widths[0])
     reasons = (
         (spec.dtype not in ("bfloat16", "float32"), f"it computes bfloat16 and float32, not {spec.dtype}"),
         (memory.chunk % _CHUNKS != 0, f"chunk={memory.chunk}; allowed: multiples of {_CHUNKS}"),
-        (memory.norm_scale, "norm_scale=True; allowed: False"),
-        (deep and memory.activation != "gelu_tanh", f"activation={memory.activation}; allowed: gelu_tanh"),
     )
-    if reason := next((reason for fails, reason in reasons if fails), None):
+    if reason := next((reason for fails, reason in reasons if fails), _other(spec)):
         return reason
     with tuning.device_kind(partition.device_kind()):
         return _kernels().does_not_fit(spec.widths, memory.chunk, spec.dtype, spec.positions)
+
+
+def _other(spec: NeuralMemorySpec) -> str | None:
+    """What of the memory no kernel has, or None."""
+    memory = spec.memory
+    if memory.norm_scale:
+        return "norm_scale=True; allowed: False"
+    if len(spec.widths) > 2 and memory.activation != "gelu_tanh":
+        return f"activation={memory.activation}; allowed: gelu_tanh"
+    return None
 
 
 def worth(spec: NeuralMemorySpec) -> bool:
@@ -57,7 +65,7 @@ def kernel_flops(spec: NeuralMemorySpec) -> dict[str, float]:
     """FLOPs of one run of each kernel, all pairs of a group of chunks counted."""
     if partition.platform() == "gpu":
         size = spec.batch * spec.positions * spec.heads
-        return _kernels().gpu_kernel_flops(size, spec.widths[0], spec.memory.chunk, spec.memory.residual_norm)
+        return _kernels().gpu_kernel_flops(size, spec.widths, spec.memory.chunk, spec.memory.residual_norm)
     with tuning.device_kind(partition.device_kind()):
         shape = spec.batch, spec.positions, spec.heads, spec.widths, spec.dtype
         return _kernels().kernel_flops(*shape, spec.memory.chunk)

@@ -183,8 +183,8 @@ def neural_memory(
       documents_BT: of `attnlab.ops.documents.document_index`; None: every row is one document.
       state: after the positions before, where they are of document 0; None: there are none.
       impl: "definition": one position after another, the inner gradient by `jax.grad`; "chunked": in matrix products
-        over chunks, exact; "pallas": so on TPU and (a matrix, bfloat16) Hopper, in products of the dtype of q, with the
-        weights in fast memory; "auto".
+        over chunks, exact; "pallas": so on TPU and (bfloat16; a matrix, or two layers 64 wide) Hopper, in products of
+        the dtype of q, with the weights in fast memory; "auto".
 
     Returns:
       y_BTHd and the state after the last position, both in float32 (float64 where q is): all of it is computed there.

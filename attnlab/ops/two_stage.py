@@ -7,7 +7,7 @@ is linear in the inputs g and in what came in, so that any number of steps is
     W_t = beta_t W_0 + rho_t S_0 + sum_{i <= t} kappa_{t,i} g_i        S_t = h_t S_0 + sum_{i <= t} H_{t,i} g_i
 
 with H_{t,i} = eta_{i+1} ... eta_t, L_{t,i} = keep_{i+1} ... keep_t and kappa = L H: scalars, whatever the shape of W.
-Products are differences of cumulative logarithms, so that nothing is divided by a product that has vanished.
+Products are made of sums of logarithms, so that nothing is divided by a product that has vanished.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+
+from attnlab.ops.position_decay import decays_between
 
 # Gates below exp(LOG_FLOOR) count as that: a gate of exactly 0 has no logarithm.
 LOG_FLOOR = -30.0
@@ -53,10 +55,10 @@ def two_stage(log_keep_C: jax.Array, log_eta_C: jax.Array | None, seen_CC: jax.A
     Source: the closed form of Behrouz et al. 2025, arXiv:2501.00663, section 3.2, with the momentum of eq. 10 and the
     forgetting of eq. 13, derived for gates that depend on the step.
     """
-    log_keep_C, keep_CC = _products(log_keep_C, seen_CC)
+    log_keep_C, keep_CC = decays_between(log_keep_C, seen_CC)
     if log_eta_C is None:
         return TwoStage(log_keep_C, jnp.exp(log_keep_C), keep_CC)
-    log_h_C, momentum_CC = _products(log_eta_C, seen_CC)
+    log_h_C, momentum_CC = decays_between(log_eta_C, seen_CC)
     h_C = jnp.exp(log_h_C)
     return TwoStage(
         log_keep_C=log_keep_C,
@@ -87,11 +89,3 @@ def before(stage: TwoStage, seen_CC: jax.Array) -> TwoStage:
 def log_gate(logits: jax.Array) -> jax.Array:
     """log(sigmoid(logits)), not below LOG_FLOOR."""
     return jnp.maximum(jax.nn.log_sigmoid(logits), LOG_FLOOR)
-
-
-def _products(log_C: jax.Array, seen_CC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cumulative logs, and P_{t,i} = exp(log_{i+1} + ... + log_t) where i is seen from t, else 0."""
-    total_C = jnp.sum(jnp.where(seen_CC, log_C[..., None, :], 0), axis=-1)
-    between_CC = total_C[..., :, None] - total_C[..., None, :]
-    # What is not seen is replaced before exp too: exp of a large difference would be inf, and its gradient NaN.
-    return total_C, jnp.where(seen_CC, jnp.exp(jnp.where(seen_CC, between_CC, 0)), 0)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from kernels_pallas import tuning
 from kernels_pallas.flash_attention.call import platform_of
-from kernels_pallas.neural_memory import cost, gpu, tpu_backward, tpu_forward
+from kernels_pallas.neural_memory import cost, gpu, gpu_deep, tpu_backward, tpu_forward
 from kernels_pallas.neural_memory.call import Call, group_of, segment_of
 from kernels_pallas.neural_memory.gradient import memory
 
@@ -63,8 +63,8 @@ def neural_memory(
       first: int32 [B]: the kernel begins at this position, which is the beginning of a chunk; y before it may be
         anything. None: 0.
       group: chunks that are taken at once, 2 or more; it changes rounding alone. None: as many as are fast; Hopper: 64.
-      platform: whose kernels, "tpu" or "cuda" (Hopper; bfloat16, one layer, heads of 64 with a norm:
-        `gpu.unsupported`).
+      platform: whose kernels, "tpu" or "cuda" (Hopper; bfloat16, one layer, or two with 64 hidden units, heads of 64
+        with a norm: `gpu.unsupported`).
       interpret: runs it as plain XLA operations on any platform, or as the interpreter's parameters say
         (`jax.experimental.pallas.tpu.InterpretParams`). Hopper's run on a CPU, by jax's interpreter of GPU kernels.
 
@@ -83,7 +83,7 @@ def neural_memory(
     positions = jnp.broadcast_to(jnp.arange(T), (B, T)) if positions is None else positions.astype(jnp.int32)
     first = jnp.zeros((B,), jnp.int32) if first is None else first
     if platform_of("neural_memory", platform, interpret, ("tpu", "cuda")) == "cuda":
-        options = chunk, rates, epsilon, read_after_write, decayed, residual_norm, group, interpret, packed
+        options = chunk, tuple(rates), epsilon, read_after_write, decayed, residual_norm, group, interpret, packed
         return _on_hopper(q, k, v, gates, weights, momentum, carried, positions, first, *options)
     options = dict(
         chunk=chunk, residual_norm=residual_norm, rates=tuple(rates), epsilon=epsilon,
@@ -117,10 +117,14 @@ def _on_hopper(
         raise ValueError(f"neural_memory on cuda: {reason}")
     if group is not None:
         raise ValueError(f"neural_memory on cuda: group={group}; allowed: None")
-    states = lambda weights, momentum: jnp.stack([weights[0], momentum[0]], axis=2)
-    call = gpu.Call(chunk, rates[0], epsilon if residual_norm else None, read_after_write, decayed, interpret, packed)
+    epsilon, arrays, deep = epsilon if residual_norm else None, (q, k, v, gates), len(weights) > 1
+    rules = read_after_write, decayed, interpret, packed
+    kernels, states = (gpu_deep, gpu_deep.joined) if deep else (gpu, lambda *x: jnp.stack([y[0] for y in x], axis=2))
+    call = gpu_deep.Call(chunk, 1.0, epsilon, *rules, rates) if deep else gpu.Call(chunk, rates[0], epsilon, *rules)
     carries = None if carried is None else states(*carried)
-    y, end, before = gpu.memory(call, q, k, v, gates, states(weights, momentum), carries, positions, first)
+    y, end, before = kernels.memory(call, *arrays, states(weights, momentum), carries, positions, first)
+    if deep:
+        return y, *gpu_deep.parted(end), gpu_deep.parted(before)[0]
     return y, (end[:, :, 0],), (end[:, :, 1],), (before,)
 
 
@@ -156,9 +160,11 @@ def kernel_flops(
     return {tpu_forward.NAME: flops, tpu_backward.NAME: 4 * flops}
 
 
-def gpu_kernel_flops(count: int, width: int, chunk: int, normed: bool) -> dict[str, float]:
-    """As `kernel_flops`, of Hopper's, for so many positions of heads so wide."""
-    return {name: 2.0 * count * n for name, n in gpu.kernel_widths(width, chunk, normed).items()}
+def gpu_kernel_flops(count: int, widths: tuple[int, ...], chunk: int, normed: bool) -> dict[str, float]:
+    """As `kernel_flops`, of Hopper's, for so many positions."""
+    deep = len(widths) > 2
+    each = gpu_deep.kernel_widths(chunk, normed) if deep else gpu.kernel_widths(widths[0], chunk, normed)
+    return {name: 2.0 * count * n for name, n in each.items()}
 
 
 def steps(length: int, heads: int, widths: tuple[int, ...], dtype: str, chunk: int) -> dict[str, dict[str, int]]:

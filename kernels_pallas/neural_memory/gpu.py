@@ -1,8 +1,9 @@
 """The neural memory on NVIDIA's Hopper: what its kernels are given, and the gradient around them.
 
-The memory is a matrix. The forward (`gpu_forward`) saves W and S about every 512 positions. The backward makes the
-states before all groups again from these, segments side by side; takes the gradient of W and S through the groups in
-reverse (`gpu_backward`); and makes all other gradients of all groups at once (`gpu_backward_groups`).
+The memory is a matrix (of two layers: `gpu_deep`). The forward (`gpu_forward`) saves W and S about every 512 positions.
+The backward makes the states before all groups again from these, segments side by side; takes the gradient of W and S
+through the groups in reverse (`gpu_backward`); and makes all other gradients of all groups at once
+(`gpu_backward_groups`).
 """
 
 from __future__ import annotations
@@ -50,12 +51,22 @@ def unsupported(widths: tuple[int, ...], chunk: int, dtype: str, residual_norm: 
     """Why the kernels cannot serve, or None."""
     reasons = (
         (dtype != "bfloat16", f"on GPUs it computes bfloat16, not {dtype}"),
-        (len(widths) > 2, f"on GPUs the memory is a matrix, depth 1, not layers {'x'.join(map(str, widths))}"),
+        (len(widths) > 3, f"on GPUs the memory has one layer or two, not {len(widths) - 1}"),
+        (len(widths) == 3 and widths[0] != E, f"on GPUs heads of two layers are {E} wide, not {widths[0]}"),
+        (len(widths) == 3 and widths[1] != E, _too_wide(widths)),
         (residual_norm and widths[0] != E, f"on GPUs heads with a norm are {E} wide, not {widths[0]}"),
         (widths[0] not in WIDTHS, f"on GPUs heads are {' or '.join(map(str, WIDTHS))} wide, not {widths[0]}"),
         (chunk not in CHUNKS, f"on GPUs chunk is {', '.join(map(str, CHUNKS))}, not {chunk}"),
     )
     return next((reason for fails, reason in reasons if fails), None)
+
+
+def _too_wide(widths: tuple[int, ...]) -> str:
+    """Why a block of threads cannot have two such layers."""
+    kib = 4 * 2 * 2 * widths[0] * widths[1] // 1024
+    layers = "x".join(map(str, widths))
+    room = f"beside what is computed with them in {hopper.SMEM_BYTES // 1024} KiB of shared memory"
+    return f"on GPUs two layers have {E} hidden units: W and S of layers {layers} take {kib} KiB in float32, {room}"
 
 
 def kernel_widths(d: int, chunk: int, normed: bool) -> dict[str, int]:
@@ -88,8 +99,8 @@ def memory(call: Call, q, k, v, gates, initial, carried, position_BT, first_B):
 
 def _run(call, q, k, v, gates, initial, carried, position_BT, first_B, *, save):
     T = q.shape[1]
-    at = _layout(call, position_BT, first_B)
-    numbers = _numbers(call, at, gates)
+    at = layout_of(call, position_BT, first_B)
+    numbers = numbers_of(call, at, gates)
     found = gpu_forward.forward(
         call.shape(q), *map(filled, (q, k, v)), numbers, at.table, at.bounds, initial, carried, save=save
     )
@@ -104,8 +115,8 @@ def _memory_forward(call: Call, q, k, v, gates, initial, carried, position_BT, f
 def _memory_backward(call: Call, residuals, cotangents):
     q, k, v, gates, initial, is_carried, position_BT, first_B, saved = residuals
     dy, d_end, d_before = cotangents
-    T, shape, at = q.shape[1], call.shape(q), _layout(call, position_BT, first_B)
-    numbers, pull = jax.vjp(functools.partial(_numbers, call, at), gates)
+    T, shape, at = q.shape[1], call.shape(q), layout_of(call, position_BT, first_B)
+    numbers, pull = jax.vjp(functools.partial(numbers_of, call, at), gates)
     q_, k_, v_, dy_ = map(filled, (q, k, v, dy))
     places = numbers, at.table, at.bounds
     found = gpu_forward.again(shape, q_, k_, v_, *places, initial, saved)
@@ -115,7 +126,7 @@ def _memory_backward(call: Call, residuals, cotangents):
     dq, dk, of_groups = gpu_backward_groups.backward_groups(
         shape, q_, k_, found["dread"] if shape.normed else dy_, *places, *left
     )
-    (d_gates,) = pull(_of_numbers(at, numbers, of_groups))
+    (d_gates,) = pull(of_numbers(at, numbers, of_groups))
     here = (at.group >= 0)[..., None, None]
     rows = lambda x: jnp.where(here, x[:, :T], 0).astype(q.dtype)
     dv = rows(-gates[2][..., None] * found["dsteps"][:, :T])
@@ -131,7 +142,7 @@ def _memory_backward(call: Call, residuals, cotangents):
 memory.defvjp(_memory_forward, _memory_backward)
 
 
-def _of_numbers(at: gpu_numbers.Layout, numbers: jax.Array, of_groups: jax.Array) -> jax.Array:
+def of_numbers(at: gpu_numbers.Layout, numbers: jax.Array, of_groups: jax.Array) -> jax.Array:
     """Gradients of `numbers`, of what `gpu_backward_groups` found."""
     names, log2 = gpu_backward_groups, math.log(2)
     count = names.BETA
@@ -163,12 +174,12 @@ def _of_numbers(at: gpu_numbers.Layout, numbers: jax.Array, of_groups: jax.Array
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, numbers.shape[3] - T)))
 
 
-def _layout(call: Call, position_BT: jax.Array, first_B: jax.Array) -> gpu_numbers.Layout:
+def layout_of(call: Call, position_BT: jax.Array, first_B: jax.Array) -> gpu_numbers.Layout:
     segment = segment_of(position_BT.shape[1], gpu_numbers.ROWS)
     return gpu_numbers.layout(position_BT, first_B, call.chunk, segment, packed=call.packed)
 
 
-def _numbers(call: Call, at: gpu_numbers.Layout, gates: tuple[jax.Array, ...]) -> jax.Array:
+def numbers_of(call: Call, at: gpu_numbers.Layout, gates: tuple[jax.Array, ...]) -> jax.Array:
     log_keep, log_eta, theta = gates
     return gpu_numbers.numbers(call.rules, at, log_keep * LOG2E, log_eta * LOG2E, theta)
 

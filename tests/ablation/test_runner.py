@@ -234,6 +234,7 @@ def wait_for(condition, seconds):
         time.sleep(0.02)
 
 
+@tiers.exhaustive
 @pytest.mark.slow
 def test_self_test(tmp_path, attnlab, monkeypatch):
     """Arms that are the same but for their seeds are compared by Welch's test, and both rates decide (1: not held)."""

@@ -11,6 +11,7 @@ from scipy import stats
 
 from attnlab.ablation import compare, statistics, synthetic
 from attnlab.errors import UserError
+from tests import tiers
 
 D = [0.02, 0.01, 0.03, 0.015, 0.02]
 
@@ -236,6 +237,7 @@ def test_level_of_looks(looks, at_most):
     assert np.mean((p < 0.05).any(0)) > at_most + 0.005
 
 
+@tiers.exhaustive
 @pytest.mark.slow
 def test_level_of_many_null_plans():
     """10,000 plans: 4.5 to 5.5 %; and 20 plans of identical arms have more than three rejections 1.6 % of the time."""

@@ -16,6 +16,7 @@ from benchmarks import kernels, kernels_jax
 from benchmarks.kernels_cases import PARITY, TIMED, Case
 from benchmarks.kernels_recurrences import Recurrence
 from kernels_pallas.flash_attention import definition
+from tests import tiers
 
 
 def test_it_needs_a_gpu(tmp_path):
@@ -25,6 +26,7 @@ def test_it_needs_a_gpu(tmp_path):
     assert done.returncode == 2 and "jax sees none here; --dry-run" in done.stderr and not done.stdout
 
 
+@tiers.exhaustive
 @pytest.mark.slow
 def test_a_dry_run(tmp_path):
     """Every part runs in small or is lowered at full size; the file names who is absent; nothing in it is a figure."""

@@ -166,6 +166,7 @@ def test_an_iteration_is_its_loop_over_tiles():
     assert facts["causal_cycles"] == {"384": total}
 
 
+@tiers.exhaustive
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @tiers.parametrize(
     "cases", CHECKED := ["causal", "linear_recurrence: constant", "flow_attention: documents"], CHECKED[1:2]

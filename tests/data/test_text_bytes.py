@@ -15,6 +15,7 @@ from attnlab.data import sources
 from attnlab.data.loader import open_store
 from attnlab.data.packing import split_documents
 from attnlab.data.tokenizers import HuggingFaceTokenizer
+from tests import tiers
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog.",
@@ -155,6 +156,9 @@ def check_every_cut(config, tokenizer, expected):
         assert all(isinstance(number, int) for number in told)
 
 
+@tiers.often(
+    "bytes", "byte-level with a prefix space", "byte fallback", "WordPiece", "Unigram", "added tokens that strip"
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_bytes_are_those_of_the_text(texts, tokenizer_files, tmp_path, kind):
     """Of all that is held out, and of every part that is scored; tokenised now or ahead of time."""

@@ -71,7 +71,10 @@ def test_the_folder_names_its_code(tmp_path):
 @pytest.mark.parametrize(
     ("mixer", "said"),
     [
-        ({"name": "rat"}, "model.mixers.M is rat, which has no PyTorch code yet; those that have: gated, gated_delta"),
+        (
+            {"name": "rat"},
+            "model.mixers.M is rat, which has no PyTorch code yet; those that have: agent, flow, gated, ",
+        ),
         ({"name": "moh", "core": "diff"}, "model.mixers.M.core is diff, which has no PyTorch code"),
         ({"name": "softmax", "mask": {"name": "power_blocks", "block": 2}}, "model.mixers.M.mask = .*has only None"),
         ({"name": "moh", "core": {"name": "softmax", "mask": {"name": "power_blocks"}}}, "model.mixers.M.core.mask = "),

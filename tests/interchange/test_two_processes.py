@@ -16,6 +16,7 @@ from attnlab.interchange import importing
 from attnlab.train import restore
 from attnlab.train.program import Program
 from attnlab.train.state import flat
+from tests import tiers
 from tests.flags import UNOPTIMISED
 from tests.interchange import checkpoints
 from tests.train import runs
@@ -23,6 +24,7 @@ from tests.train import runs
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
+@tiers.exhaustive
 def test_each_process_reads_its_own_bytes(tmp_path):
     source = runs.corpus(tmp_path / "text")
     folder = checkpoints.write(tmp_path / "from", "qwen3", files=2)

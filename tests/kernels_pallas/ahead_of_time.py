@@ -80,9 +80,11 @@ FLOWS = {f"flow {d}/{e} {features}": (d, e, features) for d, e, features in (
 AGENTS = {f"agent {d}/{e} {features}": (d, e, features) for d, e, features in (
     (64, 64, "ps"), (128, 64, "k"), (64, 128, "k"), (128, 128, ""), (128, 128, "kps"))}  # fmt: skip
 
-# Of a memory that is a matrix: width, chunk, and whether it has the norm.
-MEMORIES = {f"memory {d} chunk {chunk}": (d, chunk, False) for d in (64, 128) for chunk in (16, 64)}
-MEMORIES |= {f"memory 64 chunk {chunk} norm": (64, chunk, True) for chunk in (16, 64)}
+# Of a memory: widths of its layers, chunk, and whether it has the norm.
+MEMORIES = {f"memory {d} chunk {chunk}": ((d, d), chunk, False) for d in (64, 128) for chunk in (16, 64)}
+MEMORIES |= {f"memory 64 chunk {chunk} norm": ((64, 64), chunk, True) for chunk in (16, 64)}
+MEMORIES |= {f"memory 64/64 chunk {chunk}{' norm' * normed}": ((64,) * 3, chunk, normed)
+             for chunk in (16, 64) for normed in (False, True)}  # fmt: skip
 
 LOCAL = {f"local {d} {features}".strip(): (d, features) for d in (64, 128) for features in ("", "i")}
 PARALLAX = {f"parallax {d} {features}".strip(): (d, features) for d in (64, 128) for features in ("", "i")}
@@ -216,21 +218,25 @@ def flow_program(d: int, e: int, features: str, placed: Any) -> tuple[Callable[.
     return run, [arrays, limits, (vectors, of(B, H), pairs), of(B, H, N, 4, d)]
 
 
-def memory_program(d: int, chunk: int, normed: bool, placed: Any) -> tuple[Callable[..., Any], list[Any]]:
+def memory_program(
+    widths: tuple[int, ...], chunk: int, normed: bool, placed: Any
+) -> tuple[Callable[..., Any], list[Any]]:
     """As `program`, of the neural memory, documents and a state."""
     of = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
-    rows, gate, states = of(B, T, H, d, dtype=jnp.bfloat16), of(B, T, H), (of(B, H, d, d),)
+    rows, gate = of(B, T, H, widths[0], dtype=jnp.bfloat16), of(B, T, H)
+    layers = lambda n: tuple(of(n, H, *pair) for pair in zip(widths, widths[1:]))
 
     def run(arrays: Any, positions: Any, initial: Any, carried: Any, cotangents: Any) -> Any:
         learn = lambda arrays, initial, carried: neural_memory(
-            *arrays, weights=initial, momentum=initial, chunk=chunk, residual_norm=normed, rates=(1.0,),
+            *arrays, weights=initial, momentum=initial, chunk=chunk, residual_norm=normed, rates=(1.0,) * len(initial),
             positions=positions, carried=carried, platform="cuda",
         )  # fmt: skip
         out, vjp = jax.vjp(learn, arrays, initial, carried)
         return out, vjp(cotangents)
 
+    states = layers(B)
     cotangents = rows, states, states, states
-    return run, [(rows,) * 3 + (gate,) * 3, of(B, T, dtype=jnp.int32), (of(1, H, d, d),), (states, states), cotangents]
+    return run, [(rows,) * 3 + (gate,) * 3, of(B, T, dtype=jnp.int32), layers(1), (states, states), cotangents]
 
 
 def agent_program(d: int, e: int, features: str, placed: Any) -> tuple[Callable[..., Any], list[Any]]:

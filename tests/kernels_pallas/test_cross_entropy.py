@@ -12,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import tuning
 from kernels_pallas.cross_entropy import Sizes, cross_entropy, default_sizes
+from tests import tiers
 from tests.kernels_pallas.recurrences import bytes_of_blocks, calls
 from tests.mixers import precision
 
@@ -66,6 +67,7 @@ CASES = [
 ]
 
 
+@tiers.often("300-40-301-float32-sizes0", "520-128-640-bfloat16-sizes3", "7-128-130-float32-None")
 @pytest.mark.parametrize(("N", "D", "V", "dtype", "sizes"), CASES)
 def test_is_log_softmax(N, D, V, dtype, sizes):
     """Log-partitions, targets' logits (0 without a target) and the gradients that follow from any two cotangents."""

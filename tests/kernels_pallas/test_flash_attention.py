@@ -132,7 +132,7 @@ def typed(arrays: dict, dtype: str) -> dict:
 @tiers.parametrize(
     "case",
     CASES,
-    often=[*pairwise.values(AXES), HALVED, APART],
+    often=pairwise.values(AXES),
     ids=lambda c: "-".join(str(x) for x in c.values()).replace(" ", ""),
 )
 def test_equals_the_definition(case, monkeypatch):

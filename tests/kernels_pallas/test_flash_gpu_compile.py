@@ -63,6 +63,7 @@ def absent() -> str | None:
     return None
 
 
+@tiers.exhaustive
 @pytest.mark.skipif(absent() is not None, reason=str(absent()))
 @tiers.parametrize(
     "cases", [OFTEN, [case for case in KERNELS if case not in OFTEN]], often=[OFTEN], ids=["often", "rest"]

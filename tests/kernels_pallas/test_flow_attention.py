@@ -31,7 +31,7 @@ CASES = {
     "allocation": {"length": 40, "rule": FlowRule(competition=False), "starts": ((9, 33),)},
     "bfloat16": {"length": 256, "blocks": Blocks(128, 1), "dtype": "bfloat16", "widths": (128, 128)},
 }  # fmt: skip
-OFTEN = "documents, state", "two heads in lockstep", "7", "bfloat16"
+OFTEN = "documents, state", "bfloat16"
 
 
 def documents_of(starts, length: int) -> np.ndarray:
@@ -133,6 +133,7 @@ def test_equals_the_definition(case):
         assert error < allowed, f"{jax.tree_util.keystr(path)} {error:.1e}"
 
 
+@tiers.exhaustive
 def test_parts_composed_are_the_whole():
     """The sums after a part, given to the next, give the outputs and the sums of one pass, across a document's end."""
     arrays, documents = inputs(60, ((7, 45), (30,)))

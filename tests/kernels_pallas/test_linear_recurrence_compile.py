@@ -32,7 +32,7 @@ CASES = {
               (1, 256, 1, 128, 128, "none", {"dtype": "float32"}, Sizes(128, 1, 1, 1))],
 }  # fmt: skip
 EACH = [(chip, case) for chip, cases in CASES.items() for case in cases]
-OFTEN = [EACH[i] for i in (0, 3, 4)]
+OFTEN = [EACH[i] for i in (0, 4)]
 
 
 @tiers.parametrize("chip, case", EACH, often=OFTEN)

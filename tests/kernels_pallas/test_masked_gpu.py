@@ -25,6 +25,7 @@ from kernels_pallas.flash_attention import (
     gpu_pattern,
 )
 from kernels_pallas.flash_attention.pattern import entry
+from tests import tiers
 from tests.kernels_pallas.test_flash_attention import plain, typed
 from tests.kernels_pallas.test_flash_gpu import needs_interpreter
 from tests.ops.test_masks import integers, random_term
@@ -166,6 +167,7 @@ def test_no_races(name):
     assert not gpu_callbacks.get_races().races_found
 
 
+@tiers.often("64-128-union", "128-64-blocks", "128-64-axis")
 @pytest.mark.parametrize("name", ["blocks", "axis", "union"])
 @pytest.mark.parametrize("rows, keys", [(64, 128), (128, 64)])
 def test_lists_hold_what_is_seen(name, rows, keys):
@@ -202,6 +204,7 @@ def test_lists_hold_what_is_seen(name, rows, keys):
             assert count == met[b, h, :, j].sum()
 
 
+@tiers.often("64-128")
 @pytest.mark.parametrize("rows, keys", [(64, 128), (128, 64), (128, 128)])
 def test_lists_of_blocks_of_several_tiles(rows, keys):
     """A block meets what one of its tiles meets, and is full where all of them are."""

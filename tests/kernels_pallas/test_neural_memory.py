@@ -134,6 +134,7 @@ def test_lengths(length):
     close(of_kernels(make, weights, inputs), defined(make, weights, inputs), 1e-5)
 
 
+@tiers.exhaustive
 def test_groups_change_rounding_alone():
     """Any number of chunks at once, in any number of segments, gives the same; bfloat16 errs as its rounding does."""
     inputs, weights = data(150, 1, 2)
@@ -156,6 +157,7 @@ def test_groups_change_rounding_alone():
     assert 1e-4 < error(rough, rounded) < 2 * error(rounded, two)
 
 
+@tiers.exhaustive
 def test_pieces_are_the_whole():
     """Any cutting of packed rows with the state handed on gives the outputs and the end of the whole."""
     inputs, weights = data(130, 1, 1, batch=2)

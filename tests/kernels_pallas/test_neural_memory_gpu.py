@@ -19,13 +19,14 @@ from tests import tiers
 from tests.kernels_pallas.test_flash_gpu import needs_interpreter
 from tests.kernels_pallas.test_neural_memory import SEGMENTS, unit
 
-NAMES = "q", "k", "v", "log_keep", "log_eta", "theta", "weights", "momentum"
+INPUTS = "q", "k", "v", "log_keep", "log_eta", "theta"
 RATE, SEEN = 0.5, 128
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Rows of the documents of `SEGMENTS`; `carried`: the first goes on, from a state after `SEEN` positions."""
+    """Rows of the documents of `SEGMENTS`; `carried`: the first goes on, from a state after `SEEN` positions; `deep`:
+    the memory has two layers; `exact`: products are in float32, which the kernels do not serve."""
 
     length: int
     chunk: int
@@ -34,10 +35,26 @@ class Case:
     grad_at: str = "prev"
     width: int = 64
     norm: bool = False
+    deep: bool = False
+    exact: bool = False
 
     @property
     def spec(self):
-        return MemorySpec(self.chunk, self.norm, (RATE,), read_after_write=self.read_after_write, grad_at=self.grad_at)
+        return MemorySpec(
+            self.chunk, self.norm, self.rates, read_after_write=self.read_after_write, grad_at=self.grad_at
+        )
+
+    @property
+    def rates(self):
+        return (RATE, RATE / 2)[: 1 + self.deep]
+
+    @property
+    def tolerance(self):
+        """Of the largest number; two layers round more often."""
+        return 1e-4 if self.exact else 0.03 if self.deep else 0.015
+
+    def layers(self, normal):
+        return tuple(normal(1, 1, self.width, self.width) * self.width**-0.5 for _ in self.rates)
 
     def documents(self):
         return jnp.asarray(SEGMENTS[:1, : self.length] + (not self.carried), jnp.int32)
@@ -51,7 +68,12 @@ CASES = [
     Case(130, 64, carried=True, read_after_write=False, grad_at="decayed", width=128),
     Case(100, 16),
     Case(130, 64, carried=True, norm=True),
+    Case(100, 32, carried=True, norm=True, deep=True, exact=True),
+    Case(130, 16, read_after_write=False, grad_at="decayed", deep=True, exact=True),
+    Case(100, 16, carried=True, read_after_write=False, grad_at="decayed", norm=True, deep=True),
+    Case(130, 64, deep=True),
 ]
+OFTEN = CASES[0], CASES[1], CASES[4]
 
 
 @pytest.fixture(autouse=True)
@@ -61,24 +83,24 @@ def short_segments(monkeypatch):
 
 
 def inputs(case, seed=0):
-    """By `NAMES`, one row of one head, float64; q, k and v are bfloat16 numbers."""
+    """`INPUTS` of one row of one head, and weights and momentum of each layer, float64; q, k, v: bfloat16 numbers."""
     rng, d = np.random.default_rng(seed), case.width
     normal = lambda *shape: rng.standard_normal(shape)
     rows = (1, case.length, 1)
     narrow = lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
     q, k, v = narrow(unit(normal(*rows, d))), narrow(unit(normal(*rows, d))), narrow(normal(*rows, d))
     keep, eta = (-rng.exponential(scale, rows) for scale in (0.05, 0.5))
-    weights, momentum = (normal(1, 1, d, d) * d**-0.5 for _ in range(2))
-    return q, k, v, keep, eta, rng.uniform(0, 0.1, rows), weights, momentum
+    return q, k, v, keep, eta, rng.uniform(0, 0.1, rows), *case.layers(normal), *case.layers(normal)
 
 
 def cotangents(case):
     rng, d = np.random.default_rng(1), case.width
-    return [rng.standard_normal(shape) for shape in ((1, case.length, 1, d), (1, 1, d, d), (1, 1, d, d))]
+    shapes = (1, case.length, 1, d), *[(1, 1, d, d)] * (2 * len(case.rates))
+    return [rng.standard_normal(shape) for shape in shapes]
 
 
 def with_gradients(run, case, args, dtypes):
-    """y, W and S after the last position, and gradients by name."""
+    """y, W and S of layers after the last position, and gradients, by name; the layers of W come first."""
     weights = [jnp.asarray(x) for x in cotangents(case)]
 
     def loss(*args):
@@ -87,20 +109,28 @@ def with_gradients(run, case, args, dtypes):
 
     args = [jnp.asarray(x, dtype) for x, dtype in zip(args, dtypes)]
     grads, out = jax.jit(jax.grad(loss, tuple(range(len(args))), has_aux=True))(*args)
-    found = dict(zip(("y", "W", "S"), out)) | dict(zip(NAMES, grads))
+    layers = [f"{name} {n}" for name in ("weights", "momentum") for n in range(len(case.rates))]
+    found = dict(zip(("y", *layers), out)) | {f"d {name}": x for name, x in zip((*INPUTS, *layers), grads)}
     return {name: np.asarray(x, np.float64) for name, x in found.items()}
+
+
+def of_layers(layers):
+    """Weights, momentum."""
+    half = len(layers) // 2
+    return tuple(layers[:half]), tuple(layers[half:])
 
 
 def carried_from(weights, momentum):
     """W and S that a row goes on from; others than the initial ones."""
-    return (0.5 * weights,), (-momentum,)
+    return tuple(0.5 * w for w in weights), tuple(-s for s in momentum)
 
 
 def defined(case, args):
     """By the op's definition in float64."""
 
-    def run(q, k, v, keep, eta, theta, weights, momentum):
-        start = dataclasses.replace(initial_state((weights[0],), 1, True), momentum=(momentum,))
+    def run(q, k, v, keep, eta, theta, *layers):
+        weights, momentum = of_layers(layers)
+        start = dataclasses.replace(initial_state(tuple(w[0] for w in weights), 1, True), momentum=momentum)
         carried, position = carried_from(weights, momentum), jnp.full(1, SEEN, jnp.int32)
         state = dataclasses.replace(
             start, weights=carried[0], momentum=carried[1], start=carried[0], position_B=position
@@ -109,37 +139,43 @@ def defined(case, args):
             q, k, v, keep, eta, theta, start, case.spec, documents_BT=case.documents(),
             state=state if case.carried else None, impl="definition",
         )  # fmt: skip
-        return y, end.weights[0], end.momentum[0]
+        return y, *end.weights, *end.momentum
 
     with jax.enable_x64(True):
-        return with_gradients(run, case, args, [jnp.float64] * 8)
+        return with_gradients(run, case, args, [jnp.float64] * len(args))
 
 
 def by_kernels(case, args, interpret):
-    def run(q, k, v, keep, eta, theta, weights, momentum):
+    def run(q, k, v, keep, eta, theta, *layers):
+        weights, momentum = of_layers(layers)
         carried = carried_from(weights, momentum) if case.carried else None
         y, w, s, _ = kernel(
-            q, k, v, keep, eta, theta, weights=(weights,), momentum=(momentum,), chunk=case.chunk,
-            residual_norm=case.norm, rates=(RATE,), read_after_write=case.read_after_write,
+            q, k, v, keep, eta, theta, weights=weights, momentum=momentum, chunk=case.chunk,
+            residual_norm=case.norm, rates=case.rates, read_after_write=case.read_after_write,
             decayed=case.grad_at == "decayed", positions=case.positions(), carried=carried, platform="cuda",
             interpret=interpret,
         )  # fmt: skip
-        return y, w[0], s[0]
+        return y, *w, *s
 
-    return with_gradients(run, case, args, [jnp.bfloat16] * 3 + [jnp.float32] * 5)
+    narrow = jnp.float32 if case.exact else jnp.bfloat16
+    return with_gradients(run, case, args, [narrow] * 3 + [jnp.float32] * (len(args) - 3))
 
 
 @needs_interpreter
-@tiers.parametrize("case", CASES, often=CASES[:2], ids=lambda case: f"chunk{case.chunk}{' norm' * case.norm}")
-def test_equals_the_definition(case):
+@tiers.parametrize(
+    "case", CASES, often=OFTEN, ids=lambda case: f"chunk{case.chunk}{' norm' * case.norm}{' deep' * case.deep}"
+)
+def test_equals_the_definition(monkeypatch, case):
     """Values, states and every gradient of packed rows, whose documents begin inside chunks and at their edges; nothing
     is read or written that barriers do not put in order."""
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
+    if case.exact:
+        monkeypatch.setattr(gpu, "unsupported", lambda *_: None)
     args = inputs(case)
     found = by_kernels(case, args, plgpu.InterpretGPUParams(detect_races=True))
     for name, expected in defined(case, args).items():
-        tolerance = 0.015 * np.abs(expected).max()
+        tolerance = case.tolerance * np.abs(expected).max()
         np.testing.assert_allclose(found[name], expected, rtol=0, atol=tolerance, err_msg=name)
     assert not gpu_callbacks.get_races().races_found
 
@@ -186,7 +222,9 @@ def test_numbers_of_positions(chunk, read_after_write, decayed):
 @pytest.mark.parametrize(
     "widths, chunk, dtype, norm, says",
     [
-        ((64, 256, 64), 16, "bfloat16", False, "a matrix, depth 1, not layers 64x256x64"),
+        ((64, 256, 64), 16, "bfloat16", True, "64 hidden units: W and S of layers 64x256x64 take 256 KiB in float32"),
+        ((128, 64, 128), 16, "bfloat16", False, "heads of two layers are 64 wide, not 128"),
+        ((64, 64, 64, 64), 16, "bfloat16", False, "one layer or two, not 3"),
         ((64, 64), 16, "float32", False, "bfloat16, not float32"),
         ((128, 128), 16, "bfloat16", True, "heads with a norm are 64 wide, not 128"),
         ((96, 96), 16, "bfloat16", False, "64 or 128 wide, not 96"),

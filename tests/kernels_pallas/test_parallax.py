@@ -74,7 +74,7 @@ def plain(q, probe, k, v, *, starts=None, ends=None):
     return of("bhts,bshe->bthe", weights.astype(q.dtype), v).astype(q.dtype)
 
 
-@tiers.parametrize("case", CASES, often=["halved", "documents", "any intervals"])
+@tiers.parametrize("case", CASES, often=["halved", "documents"])
 def test_equals_the_definition(case, monkeypatch):
     """Values and gradients: of float32 by rounding, of bfloat16 at most twice as far as XLA's form of it."""
     *shape, dtype, tiles, by_blocks = CASES[case]
@@ -93,6 +93,7 @@ def test_equals_the_definition(case, monkeypatch):
         assert off.max() <= 3 * xla_off.max() + 4 * slack, f"{name}: {off.max()}, XLA {xla_off.max()}"
 
 
+@tiers.exhaustive
 def test_no_probe_is_flash_attention():
     """The same output and gradients of q, k and v."""
     (q, _, k, v), bounds = inputs("causal", 130, (1, 2, 1), (32, 32), "float32")
@@ -103,6 +104,7 @@ def test_no_probe_is_flash_attention():
         np.testing.assert_allclose(ours[name], theirs[name], atol=1e-5)
 
 
+@tiers.exhaustive
 def test_what_nothing_sees_changes_nothing():
     """NaN in keys and values that no row sees, and in rows that see none: no other bit changes; there all is 0."""
     arrays, bounds = inputs("packed", 200, (1, 2, 1), (32, 32), "float32")

@@ -29,6 +29,7 @@ KERNELS = {
 SPILLS = {"local 128 i": 80, "agent 128/128 kps": 12, "flow 128/128 ps": 16}  # bytes
 
 
+@tiers.exhaustive
 @pytest.mark.skipif(absent() is not None, reason=str(absent()))
 @tiers.parametrize("case", KERNELS, often=["recurrence 128/128 aps"])
 def test_compiles_without_spills(case):

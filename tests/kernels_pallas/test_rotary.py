@@ -18,6 +18,7 @@ from attnlab.ops.rope import ROPE, Turning
 from attnlab.ops.rope_scaling import Yarn
 from kernels_pallas import tuning
 from kernels_pallas.rotary import plan, rotary
+from tests import tiers
 from tests.kernels_pallas.recurrences import assert_close, bytes_of_blocks, calls
 
 BASE = 50.0
@@ -80,6 +81,7 @@ def test_equals_the_definition(shape, width, norm, dtype, rows, scaling, monkeyp
     assert_close(results(run, arrays, positions), wanted, 2e-6 if dtype == "float32" else 0.01)
 
 
+@tiers.exhaustive
 def test_no_races(monkeypatch, capfd):
     """On a simulated TPU whose two cores share the steps, with NaN behind the ends of arrays: the same."""
     monkeypatch.setattr(plan, "_ROWS", (16,))
@@ -115,6 +117,7 @@ def test_refusals(change, says):
         rotary(x, cos, sin, scale=scale, interpret=True)
 
 
+@tiers.often("v6e-shape2-64-False-bfloat16", "v5p-shape1-100-True-float32")
 @pytest.mark.filterwarnings("ignore:Error reading persistent")
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize("chip, shape, width, norm, dtype", [

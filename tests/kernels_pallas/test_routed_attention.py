@@ -12,6 +12,7 @@ import pytest
 from kernels_pallas import tuning
 from kernels_pallas.routed_attention import pack_rows, routed_attention, row_tile, unpack_rows
 from kernels_pallas.tuning import BackwardBlocks, Blocks, ForwardBlocks
+from tests import tiers
 
 B, K, S, d, e, TILE = 2, 4, 300, 16, 24, 128
 TILES = np.array([[0, 0, 2, 2, 3], [1, 1, 1, 3, 3]])  # key heads; nobody's: 1 and 0, 2
@@ -67,6 +68,7 @@ kernel = functools.partial(routed_attention, interpret=True, blocks=BLOCKS)
 as_type = lambda arrays, dtype: {name: jnp.asarray(x, dtype) for name, x in arrays.items()}
 
 
+@tiers.often("bfloat16-2.0-True")
 @pytest.mark.parametrize("dtype, cap, parts", [("float32", None, False), ("bfloat16", 2.0, True)])
 def test_equals_the_definition(dtype, cap, parts, monkeypatch):
     """Values and gradients; with all keys in fast memory and with one tile of them; a head that no tile reads."""
@@ -97,6 +99,7 @@ def is_the_definition(kernel, dtype, cap, arrays, starts, ends):
         np.testing.assert_allclose(ours[name][finite], value[finite], atol=tolerance * scale, err_msg=name)
 
 
+@tiers.exhaustive
 def test_what_no_row_sees_changes_nothing():
     """NaN in such keys and values, and in the queries of rows that see nothing: all results keep their bits."""
     arrays, starts, ends = inputs()
@@ -109,6 +112,7 @@ def test_what_no_row_sees_changes_nothing():
         np.testing.assert_array_equal(a, b)
 
 
+@tiers.often("bfloat16")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rows_are_moved_exactly(dtype):
     """To tiles and back, as indexing does; each one's gradient is the other."""

@@ -155,6 +155,7 @@ def test_gpus_by_host(name, hosts, each):
     assert {d.platform for d in target.devices} == {"gpu"}
 
 
+@tiers.exhaustive
 @needs_cuda
 def test_report_for_gpus():
     """The same fields as for a TPU; what hosts exchange has a floor of its own."""
@@ -223,6 +224,7 @@ def test_figures_of_a_device_that_is_half_a_chip():
     assert len(target.devices) == 8 and target.chip.peak == CHIPS["tpu7x"].peak / 2
 
 
+@tiers.often("False")
 @needs_libtpu
 @pytest.mark.parametrize("documents", [False, True])
 def test_splash_compiles_for_a_tpu(target, documents):
@@ -310,6 +312,7 @@ def test_search_stops(monkeypatch):
     assert not tried and not reports and "stopped after 0" in lines[-1]
 
 
+@tiers.exhaustive
 @needs_libtpu
 @pytest.mark.slow
 def test_command_line(tmp_path, attnlab):

@@ -1,5 +1,7 @@
 """Radial attention, written out position by position and shrunk to blocks."""
 
+import functools
+
 import numpy as np
 
 from attnlab import masks
@@ -20,6 +22,7 @@ def band(config, i, j):
     return distance <= max(block, length * config.decay)
 
 
+@functools.cache
 def blocks(config, n):
     """The table of blocks of documents of n positions, the last block filled up."""
     s, size = config.frame, config.block

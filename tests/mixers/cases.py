@@ -22,6 +22,7 @@ from tests import tiers
 from tests.mixers import stated
 
 WIDTH, LENGTH = 16, 11
+EVERYDAY = "gated", "gated_deltanet", "lightning", "softmax"  # the mixers that `-m "not slow"` tries
 # Knobs of what reads a context, tried in test_cross.py, and of what reads a fixed text, tried in test_ablated.py.
 CROSS = {"source", "context_width", "rope_context", "text"}
 BESIDE = {"qk_epsilon": {"qk_norm": True}}  # knobs that are refused where others are not set, and these
@@ -33,6 +34,7 @@ DOCUMENTS = [(0, 0, 4), (0, 4, 9), (1, 2, 11)]  # row, first, end
 ALONE = (DOCUMENTS[:2], DOCUMENTS[2:])  # in batches of two rows that hold one each
 
 
+@functools.cache
 def configs(name: str) -> dict[str, tuple[Any, bool]]:
     """Every config to try, by a readable id, and whether it belongs to the everyday tests.
 
@@ -82,21 +84,25 @@ def of_knobs(config: Any) -> bool:
     return config not in named and config.causal == named[0].causal
 
 
-def parameters(knobs: bool = True, combinations: bool = True, often: bool = False) -> list[Any]:
+def parameters(knobs: bool = True, combinations: bool = True, turned: bool = False) -> list[Any]:
     """pytest parameters `config` for all mixers: each mixer's default, and the others, which are exhaustive.
 
     Args:
       knobs: whether other values of knobs are tried, too, or only the default, the combinations that the mixer names,
         and the other direction.
       combinations: whether these combinations are tried.
-      often: whether every run tries the others, too.
+      turned: whether every run tries one of the others, too: the first with as many knobs turned as go together.
     """
-    return [
-        pytest.param(config, id=f"{name}-{label}", marks=() if everyday or often else tiers.exhaustive)
-        for name in mixers.names()
-        for label, (config, everyday) in configs(name).items()
-        if knobs or everyday or (not of_knobs(config) and (combinations or label.startswith("causal=")))
-    ]
+    found = []
+    for name in mixers.names():
+        tried = configs(name)
+        first = next((label for label, (config, _) in tried.items() if of_knobs(config)), None)
+        for label, (config, everyday) in tried.items():
+            if knobs or everyday or (not of_knobs(config) and (combinations or label.startswith("causal="))):
+                marks = [] if everyday or (turned and label == first) else [tiers.exhaustive]
+                marks += [] if name in EVERYDAY else [pytest.mark.slow]
+                found.append(pytest.param(config, id=f"{name}-{label}", marks=marks))
+    return found
 
 
 @functools.lru_cache(maxsize=32)

@@ -16,6 +16,7 @@ from attnlab.mixers.agent import resize
 from attnlab.ops import agent_attention as ops
 from attnlab.ops import agent_causal as causal
 from attnlab.ops import agent_refreshed
+from tests import tiers
 from tests.mixers import cases
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
@@ -86,6 +87,7 @@ def test_permuting_tokens_permutes_outputs():
     np.testing.assert_allclose(permuted, expected, atol=1e-13)
 
 
+@tiers.exhaustive
 @pytest.mark.parametrize("form", FORMS)
 def test_one_agent_is_one_average_for_all_queries(form):
     """m = 1: a position's output is the agent's average over the keys it sees, whatever the query; pooled causal agents
@@ -103,6 +105,7 @@ def test_one_agent_is_one_average_for_all_queries(form):
     np.testing.assert_allclose(mix(form, -3 * q, k, v, agents), o, atol=1e-12)
 
 
+@tiers.exhaustive
 @pytest.mark.parametrize("form", ["learned", "pooled"])
 def test_step_is_chunk_is_naive(form):
     """One position at a time, the chunked form and the definition agree; the chunk does not divide the length."""
@@ -135,6 +138,7 @@ def test_learned_agents_are_gated_slots():
         np.testing.assert_allclose(o[:, t], expected, atol=1e-12)
 
 
+@tiers.often("pooled")
 @pytest.mark.parametrize("form", ["learned", "pooled"])
 def test_causality(form):
     """The gradient of the outputs up to t for any later input is exactly zero, and for t's own it is not."""
@@ -174,6 +178,7 @@ def test_resize_of_a_table_to_its_own_size_is_the_identity():
         np.testing.assert_allclose(resize(table, shape), expected, atol=1e-12)
 
 
+@tiers.often("grid1")
 @pytest.mark.parametrize("grid", [pytest.param((2, 3), marks=pytest.mark.slow), (3, 4)])
 def test_image_by_the_formula(grid):
     """Pooled agents, all biases (of another grid than the tables' too), class tokens and the convolution, in NumPy; the

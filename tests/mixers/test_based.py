@@ -13,6 +13,7 @@ from flax import nnx
 from attnlab import mixers
 from attnlab.errors import ConfigError
 from attnlab.ops.feature_maps import Taylor
+from tests import tiers
 from tests.mixers import cases
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
@@ -42,6 +43,7 @@ def weights(module, x):
     return np.tril(1 + z + z**2 / 2)
 
 
+@tiers.often("5-True", "16-False")
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("f", [1, 2, 3, 5, 16])
 def test_features_make_the_taylor_kernel(symmetric, f):

@@ -29,6 +29,7 @@ from tests.mixers import cases, flops, forced, precision, stated, uses
 every_config = pytest.mark.parametrize("config", cases.parameters())
 some_configs = pytest.mark.parametrize("config", cases.parameters(knobs=False))
 few_configs = pytest.mark.parametrize("config", cases.parameters(knobs=False, combinations=False))
+WAYS = {mixers.get(n).sequence_parallel_of(mixers.get(n).Config()): n for n in reversed(mixers.names())}  # the first
 KEPT_AS_GIVEN = {"k", "v", "keys", "values", "cache", "tail"}  # parts of states that hold inputs, not sums
 call = cases.call
 CUTS = ([1] * cases.LENGTH, [3, 3, 1, 3, 1])  # few lengths: each is compiled once; pieces that documents begin in
@@ -102,7 +103,7 @@ def test_definition(config, x64):
 INTERPRETED = [name for name in mixers.names() if forced.kernels(mixers.get(name))]
 
 
-@tiers.parametrize("name", INTERPRETED, often=["gated_deltanet", "lightning", "softmax"])
+@tiers.parametrize("name", INTERPRETED, often=["lightning", "softmax"])
 def test_kernels(name):
     """Law 7: kernels, interpreted, equal the definition at a size that they serve: value and gradients, packed rows."""
     if not forced.kernels(mixers.get(name)):
@@ -294,12 +295,23 @@ def test_every_knob_turns(name):
 
 @few_configs
 def test_sharding(config, x64):
-    """Law 6: the same numbers on 1 and 8 devices, split over rows, parameters, heads and, where possible, positions."""
-    same_on_eight_devices(config)
+    """Law 6: the same numbers on 1 and 8 devices, split over rows, parameters, heads and, where possible, positions.
+
+    Gradients of one mixer for each way of splitting positions: of the others those of their ops are, too.
+    """
+    same_on_eight_devices(config, gradients=config.node_name in WAYS.values())
 
 
-def same_on_eight_devices(config):
-    """Values, losses and gradients."""
+@tiers.exhaustive
+@few_configs
+def test_gradients_on_eight_devices(config, x64):
+    """Law 6, gradients of those whose way another mixer shares."""
+    if config.node_name not in WAYS.values():
+        same_on_eight_devices(config)
+
+
+def same_on_eight_devices(config, gradients=True):
+    """Values and losses, and gradients."""
     assert jax.device_count() == 8
     graphdef, params = cases.split(cases.module(config, jnp.float64))
     x, seq = cases.inputs(jnp.float64)
@@ -319,12 +331,21 @@ def same_on_eight_devices(config):
     values = jax.tree.map(np.asarray, nnx.to_pure_dict(params))  # of a device's arrays parts are compiled
     nnx.replace_by_pure_dict(split_params, jax.device_put(values, shardings))
     # Traced anew: what jit keeps of one device knows nothing of the mesh.
-    run = partition.traced(program.__wrapped__, mesh, sharding.ACTIVATION_RULES)
+    run = partition.traced(program.__wrapped__ if gradients else forward, mesh, sharding.ACTIVATION_RULES)
     x, seq, weights = jax.device_put((x, seq, weights), sharding.batch_sharding(mesh))
-    (y, losses), (of_parameters, of_x) = jax.jit(run, static_argnums=0)(graphdef, split_params, x, seq, 1.0, weights)
+    (y, losses), found = jax.jit(run, static_argnums=0)(graphdef, split_params, x, seq, 1.0, weights)
     zero_at_padding(config, y, np.asarray(seq.segments) > 0)
-    assert not np.any(np.asarray(of_x)[:, -1])
-    assert_close(((y[:, :-1], losses), (of_parameters, of_x[:, :-1])), expected, 1e-10)
+    assert_close((y[:, :-1], losses), expected[0], 1e-10)
+    if gradients:
+        of_parameters, of_x = found
+        assert not np.any(np.asarray(of_x)[:, -1])
+        assert_close((of_parameters, of_x[:, :-1]), expected[1], 1e-10)
+
+
+def forward(graphdef, params, x, seq, share, weights):
+    """As `program`, without gradients."""
+    out = nnx.merge(graphdef, params)(x, seq)
+    return (out.y, out.losses), None
 
 
 @few_configs
@@ -348,39 +369,58 @@ def test_bfloat16(config):
 
 @some_configs
 def test_sums_are_wide(config):
-    """Law 8: in bf16 sums over positions, exponentials and what a state adds up are fp32; of every implementation."""
-    for impl in forced.implementations(config):
-        functions = precision.traced(cases.blank(dataclasses.replace(config, impl=impl), jnp.bfloat16), jnp.bfloat16)
-        for fn, args in functions:
-            with precision.on_every_platform():
-                assert precision.narrow_sums(fn, *args) == []
-        for fn, args in functions[1:]:
-            after = jax.eval_shape(fn, *args)[1]
-            assert jax.tree.map(lambda a: a.dtype, after) == jax.tree.map(lambda a: a.dtype, args[2])
-            for path, leaf in jax.tree.leaves_with_path(after):
-                if precision.narrower(leaf, jnp.float32):
-                    assert KEPT_AS_GIVEN & set(re.findall(r"\w+", jax.tree_util.keystr(path))), path
+    """Law 8: in bf16 sums over positions, exponentials and what a state adds up are fp32."""
+    held_to_wide_sums(config)
+
+
+@tiers.exhaustive
+@some_configs
+def test_sums_are_wide_in_every_implementation(config):
+    """Law 8, each implementation by its name."""
+    for impl in forced.implementations(config)[1:]:
+        held_to_wide_sums(dataclasses.replace(config, impl=impl))
+
+
+def held_to_wide_sums(config):
+    functions = precision.traced(cases.blank(config, jnp.bfloat16), jnp.bfloat16)
+    for fn, args in functions:
+        with precision.on_every_platform():
+            assert precision.narrow_sums(fn, *args) == []
+    for fn, args in functions[1:]:
+        after = jax.eval_shape(fn, *args)[1]
+        assert jax.tree.map(lambda a: a.dtype, after) == jax.tree.map(lambda a: a.dtype, args[2])
+        for path, leaf in jax.tree.leaves_with_path(after):
+            if precision.narrower(leaf, jnp.float32):
+                assert KEPT_AS_GIVEN & set(re.findall(r"\w+", jax.tree_util.keystr(path))), path
 
 
 @some_configs
 def test_float64_throughout(config, x64):
     """Law 11: in a float64 model whatever is floating is float64: y, losses, metrics, states, and all between."""
-    with precision.on_every_platform() as two_forms:
-        for impl in forced.implementations(config):
-            functions = precision.traced(cases.blank(dataclasses.replace(config, impl=impl), jnp.float64), jnp.float64)
-            for fn, args in functions:
-                assert precision.narrow_results(fn, *args, dtype=jnp.float64) == []
-        x, seq = cases.inputs(jnp.float64)
-        graphdef, params = cases.split(cases.blank(config, jnp.float64))
-        given = params, x, seq, 1.0, weights_of(x)
-        if two_forms.called:  # what jit has traced has one
-            gradients = functools.partial(program.__wrapped__, graphdef)
-            assert precision.narrow_results(gradients, *given, dtype=jnp.float64) == []
-        else:
-            assert precision.narrow_in(program.trace(graphdef, *given).jaxpr.jaxpr, jnp.float64) == []
+    held_to_float64(config)
 
 
-@pytest.mark.parametrize("config", cases.parameters(often=True))
+@tiers.exhaustive
+@some_configs
+def test_float64_in_every_implementation(config, x64):
+    """Law 11, each implementation by its name, and the gradients of the first."""
+    for impl in forced.implementations(config)[1:]:
+        held_to_float64(dataclasses.replace(config, impl=impl))
+    x, seq = cases.inputs(jnp.float64)
+    graphdef, params = cases.split(cases.blank(config, jnp.float64))
+    given = params, x, seq, 1.0, weights_of(x)
+    with precision.on_every_platform():
+        gradients = functools.partial(program.__wrapped__, graphdef)
+        assert precision.narrow_results(gradients, *given, dtype=jnp.float64) == []
+
+
+def held_to_float64(config):
+    with precision.on_every_platform():
+        for fn, args in precision.traced(cases.blank(config, jnp.float64), jnp.float64):
+            assert precision.narrow_results(fn, *args, dtype=jnp.float64) == []
+
+
+@pytest.mark.parametrize("config", cases.parameters(turned=True))
 def test_cost(config):
     """Law 9: declared FLOPs are those of the program traced, parameters and state bytes those of the arrays."""
     cls = mixers.get(config.node_name)
@@ -406,33 +446,21 @@ def test_cost(config):
         assert not cls.capabilities.fixed_state or longer == cost.state_bytes
 
 
-@pytest.mark.parametrize("name", mixers.names())
-def test_roles(name):
-    """Law 12: a parameter is called a matrix where the program multiplies activations by it, and does nothing else.
-
-    Of the configs that have the same parameters, one is traced.
-    """
-    seen = set()
-    for label, (config, _) in cases.configs(name).items():
-        module = nnx.eval_shape(lambda c=config: mixers.build(c, width=cases.WIDTH, rngs=nnx.Rngs(0)))
-        graphdef, params = cases.split(module)
-        stated = jax.tree_util.tree_leaves_with_path(roles.usages(params))
-        shapes = (
-            str([(jax.tree_util.keystr(path), usage) for path, usage in stated]),
-            str(jax.tree.map(jnp.shape, params)),
-        )
-        if shapes in seen:
-            continue
-        seen.add(shapes)
-        leaves, treedef = jax.tree.flatten(params)
-        run = lambda leaves, x, seq: nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))(x, seq)
-        x, seq = cases.inputs(jnp.float32)
-        if getattr(config, "grid", None):  # tables of positions are read where there is an image
-            seq = dataclasses.replace(mixers.Sequence.whole(*x.shape[:2]), grid=config.grid)
-        found = uses.of(lambda leaves, x: run(leaves, x, seq).y, leaves, x)
-        for (path, usage), used in zip(stated, found, strict=True):
-            assert used, f"{label}: {jax.tree_util.keystr(path)} is not used"
-            assert (usage.role is roles.Role.MATRIX) == (used == {uses.PRODUCT}), (label, path, usage, used)
+@pytest.mark.parametrize("config", cases.parameters(turned=True))
+def test_roles(config):
+    """Law 12: a parameter is called a matrix where the program multiplies activations by it, and does nothing else."""
+    module = nnx.eval_shape(lambda: mixers.build(config, width=cases.WIDTH, rngs=nnx.Rngs(0)))
+    graphdef, params = cases.split(module)
+    stated = jax.tree_util.tree_leaves_with_path(roles.usages(params))
+    leaves, treedef = jax.tree.flatten(params)
+    run = lambda leaves, x, seq: nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))(x, seq)
+    x, seq = cases.inputs(jnp.float32)
+    if getattr(config, "grid", None):  # tables of positions are read where there is an image
+        seq = dataclasses.replace(mixers.Sequence.whole(*x.shape[:2]), grid=config.grid)
+    found = uses.of(lambda leaves, x: run(leaves, x, seq).y, leaves, x)
+    for (path, usage), used in zip(stated, found, strict=True):
+        assert used, f"{jax.tree_util.keystr(path)} is not used"
+        assert (usage.role is roles.Role.MATRIX) == (used == {uses.PRODUCT}), (path, usage, used)
 
 
 @pytest.mark.parametrize("name", mixers.names())

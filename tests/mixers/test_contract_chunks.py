@@ -20,41 +20,23 @@ from tests import tiers
 from tests.mixers import cases
 from tests.mixers import test_contract as battery
 
+# Those whose blocks are softmax attention's, whose chunks another mixer's, or that their own tests cut at each size.
+APART = (
+    "core_context", "delta_net", "diff", "dma", "dsa", "fox", "gated", "landmark", "local_linear", "mamba2", "mla",
+    "moba", "moh", "nsa", "parallax", "rattention", "residual_attention", "routing", "vmoba",
+)  # fmt: skip
 
-def apart(*names):
-    """Few configs of all mixers; those of mixers whose names are given are exhaustive."""
-    mark = lambda p: tiers.exhaustive if p.id.split("-")[0] in names else p.marks
+
+def of(often):
+    """Few configs of all mixers; those of mixers that are not often tried are exhaustive."""
+    mark = lambda p: p.marks if p.id.split("-")[0] in often else tiers.exhaustive
     tried = cases.parameters(knobs=False, combinations=False)
     return pytest.mark.parametrize("config", [pytest.param(*p.values, id=p.id, marks=mark(p)) for p in tried])
 
 
-own_chunks = apart(
-    "gated", "parallax", "moba", "nsa", "dma", "core_context", "landmark", "dsa", "delta_net", "diff"
-)  # whose blocks and caches are softmax attention's, whose chunks another mixer's, or tried by their own tests
-ordered = apart(
-    "gated",
-    "parallax",
-    "diff",
-    "mla",
-    "fox",
-    "moba",
-    "nsa",
-    "dma",
-    "core_context",
-    "landmark",
-    "dsa",
-    "routing",
-    "moh",
-    "agent",
-    "kda",
-    "lightning",
-    "rat",
-    "flow",
-    "local_linear",
-    "delta_net",
-    "hgrn2",
-    "mamba2",
-)  # whose ops are others', too
+own_chunks = {name for name in mixers.names() if name not in APART} | {"softmax"}
+# The suite holds causality bitwise in programs of its own: here a form of each kind is optimised.
+ordered = "based", "gated_deltanet", "gla", "hebbian", "softmax", "stick_breaking"
 
 # The suite compiles without optimisations (tests/conftest.py): what users run fuses more, and sums in other orders.
 OPTIMISED = {"xla_backend_optimization_level": 3}
@@ -68,7 +50,7 @@ def x64():
         yield
 
 
-@own_chunks
+@of(own_chunks)
 def test_definition_and_packing(config, x64):
     """Laws 1 and 4: the default implementation equals the definition, and documents are what they are alone."""
     x, seq, documents = cases.long_inputs(config, jnp.float64)
@@ -84,7 +66,7 @@ def test_definition_and_packing(config, x64):
         battery.assert_close(y[row, first:end], alone[i, : end - first], 1e-10)
 
 
-@own_chunks
+@of(own_chunks - {"log_linear"})  # whose own tests cut it
 def test_split_anywhere(config, x64):
     """Law 2: a stream that crosses a chunk's edge from its beginning on, and one that is under way."""
     module = cases.module(config, jnp.float64)
@@ -99,7 +81,7 @@ def test_split_anywhere(config, x64):
     battery.assert_close(y, whole, 1e-10)
 
 
-@ordered
+@of(ordered)
 def test_causality_as_users_compile_it(config):
     """Law 3 in a program that is optimised as a user's: bitwise, before, at and behind a chunk's edge."""
     if not config.causal:

@@ -12,6 +12,7 @@ import pytest
 from attnlab import mixers
 from attnlab.mixers import core_context
 from attnlab.ops.rope import rope
+from tests import tiers
 from tests.mixers import cases
 from tests.mixers import test_contract as battery
 
@@ -82,6 +83,7 @@ def test_layer_is_the_formula():
         np.testing.assert_allclose(stream[row, first:end], want, atol=1e-12)
 
 
+@tiers.often("kv_heads")
 @pytest.mark.parametrize("cores", ["query_heads", "kv_heads"])
 def test_windows_that_groups_do_not_divide(cores):
     """Groups of 3 and a window of 2, both kinds of cores of one key head."""

@@ -13,6 +13,7 @@ from flax import nnx
 from attnlab import mixers
 from attnlab.errors import ConfigError
 from attnlab.mixers.diff import DiffConfig, lambda_init
+from tests import tiers
 from tests.mixers import cases
 from tests.mixers.test_softmax import rotate
 
@@ -106,6 +107,7 @@ def test_without_a_share_version_2_is_softmax_attention():
     np.testing.assert_allclose(ours[used], theirs[used], atol=1e-12)
 
 
+@tiers.exhaustive
 def test_equal_pairs_are_one_softmax_less_its_share():
     """q1 = q2 and k1 = k2: 1 - lambda of one softmax, which the norm then takes out; 0.8 v where v alone is seen."""
     module = cases.module(DiffConfig(rope_base=None), jnp.float64)

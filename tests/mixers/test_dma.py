@@ -14,6 +14,7 @@ from attnlab.ops.dynamic_mask_attention import dynamic_mask_attention
 from attnlab.ops.masks import NEVER
 from attnlab.ops.rope import rope
 from attnlab.ops.running_topw import running_topw
+from tests import tiers
 from tests.mixers import cases
 from tests.mixers import test_contract as battery
 
@@ -43,6 +44,7 @@ def live_by_prefix(scores, documents, w):
         yield sorted(sorted(own, key=lambda s: (-scores[s], s))[:w])
 
 
+@tiers.often("5-2", "3-4")
 @pytest.mark.parametrize("w, chunk", [(3, 4), (5, 2), (1, 7), (30, 8)])
 def test_running_top_is_that_of_each_prefix(w, chunk):
     """Deaths, who is live before each chunk and after the last position; with ties, over documents, in two pieces."""
@@ -107,6 +109,7 @@ def test_layer_is_the_formula(form):
             np.testing.assert_allclose(y[row, first:end], want, atol=1e-12)
 
 
+@tiers.exhaustive
 def test_without_strength_it_is_softmax_attention_to_the_first_keys():
     """All scores are equal: with room for all it is softmax attention of normed heads, with less the oldest stay."""
     x, seq = cases.inputs(jnp.float64)[0], mixers.Sequence.whole(2, T)

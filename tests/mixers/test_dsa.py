@@ -11,6 +11,7 @@ import pytest
 
 from attnlab.mixers.dsa import DSAConfig
 from attnlab.mixers.mla import MLAConfig
+from tests import tiers
 from tests.mixers import cases
 from tests.mixers import test_contract as battery
 from tests.mixers.test_softmax import rms, rotate
@@ -71,6 +72,7 @@ def naive(module, x):
     return o.reshape(len(x), -1) @ weight(module.out), min(gaps), divergence
 
 
+@tiers.often("{'top_k': 2, 'query_rank': 6, 'index_heads': 6}")
 @pytest.mark.parametrize("fields", [{"top_k": 3}, {"top_k": 2, "query_rank": 6, "index_heads": 6}], ids=str)
 def test_layer_is_the_formula(fields):
     """The whole layer written out, in packed rows, with its loss; and streams."""
@@ -92,6 +94,7 @@ def test_layer_is_the_formula(fields):
     np.testing.assert_allclose(losses["indexer"], 0.5 * total / positions, rtol=1e-10)
 
 
+@tiers.exhaustive
 def test_room_for_all_is_latent_attention():
     """Both implementations, whatever the indexer says."""
     x, seq = cases.inputs(jnp.float64)

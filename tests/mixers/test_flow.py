@@ -16,6 +16,7 @@ from attnlab.errors import ConfigError, UserError
 from attnlab.ops.documents import document_index
 from attnlab.ops.flow_attention import flow_attention
 from attnlab.ops.flow_definition import FlowOutput, FlowRule, FlowState, empty_state
+from tests import tiers
 from tests.mixers import cases
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
@@ -90,6 +91,7 @@ def test_causal_competition_conserves_only_nearly():
     assert 1e-3 < np.abs(rows - 1).max() < 0.5
 
 
+@tiers.often("False")
 @pytest.mark.parametrize("causal", [False, True])
 def test_linear_attention_is_a_setting(causal):
     """feature=elu without competition and allocation: Katharopoulos et al. 2020, eq. 4 and 7, phi(x) = elu(x) + 1."""
@@ -180,6 +182,7 @@ RULES = {
 }
 
 
+@tiers.often("no clip, averages", "competition only")
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_step_chunk_and_parallel_agree(rule):
     """Chunks of any size, one position at a time and the definition give the same outputs and the same state."""
@@ -202,6 +205,7 @@ def test_step_chunk_and_parallel_agree(rule):
         jax.tree.map(close, unscaled(out), unscaled(expected))
 
 
+@tiers.exhaustive
 def test_causality():
     """A later position changes nothing before it: derivatives by later inputs are 0, by earlier ones not."""
     q, k, v = features(7)

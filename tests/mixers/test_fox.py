@@ -11,6 +11,7 @@ from flax import nnx
 from attnlab import mixers
 from attnlab.errors import ConfigError
 from attnlab.mixers.fox import FoxConfig, spread_logits
+from tests import tiers
 from tests.mixers import cases
 from tests.mixers.test_softmax import rms, rotate
 
@@ -66,6 +67,7 @@ def layer(module, x, positions, segments):
     return o @ np.asarray(module.out.kernel[...]) + (0 if module.out.bias is None else np.asarray(module.out.bias[...]))
 
 
+@tiers.often("pro", "windowed")
 @pytest.mark.parametrize(
     "fields",
     [PRO, {"kv_heads": 2, "window": 4, "rope_base": 100.0, "forget": "constant", "bias": "all"}, {"forget": "fixed"}],
@@ -82,6 +84,7 @@ def test_equals_the_formula(fields):
         np.testing.assert_allclose(y[row][used], expected[used], atol=1e-10)
 
 
+@tiers.exhaustive
 def test_limits_of_the_gate():
     """f = 1 is softmax attention without positions; f = 0 sees the position alone, so that o_t = v_t."""
     module = cases.module(FoxConfig(), jnp.float64)

@@ -12,6 +12,7 @@ from attnlab import mixers
 from attnlab.errors import ConfigError
 from attnlab.mixers.sequence import Sequence
 from attnlab.ops import recording
+from tests import tiers
 from tests.mixers import cases
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
@@ -54,6 +55,7 @@ def set_theta(gated, value):
     gated.gate.theta[...] = jnp.broadcast_to(jnp.asarray(value), gated.gate.theta.shape)
 
 
+@tiers.often("None-G1", "2-G2", "None-G5")
 @pytest.mark.parametrize("position", ["G1", "G2", "G3", "G4", "G5"])
 @pytest.mark.parametrize("kv_heads", [None, 2])
 def test_gate_of_one_is_softmax(position, kv_heads):
@@ -72,6 +74,7 @@ def test_zero_weights_halve_exactly():
     np.testing.assert_array_equal(heads(gated, x, seq), 0.5 * heads(plain(gated), x, seq))
 
 
+@tiers.often("multiplicative-G1", "additive-G3")
 @pytest.mark.parametrize("position", ["G1", "G2", "G3", "G4"])
 @pytest.mark.parametrize("operation", ["multiplicative", "additive"])
 def test_headwise_is_elementwise_with_repeated_columns(position, operation):
@@ -96,6 +99,7 @@ def test_constant_gate_on_outputs_is_the_same_on_values(granularity):
     np.testing.assert_allclose(values(x, seq).y, outputs(x, seq).y, atol=1e-12)
 
 
+@tiers.exhaustive
 def test_one_token_sees_only_itself():
     """On a sequence of one token query and key token coincide: G1 = G2."""
     outputs, values = make(), make(position="G2")
@@ -126,6 +130,7 @@ def test_additive_identity_is_linear_on_top_of_softmax():
     np.testing.assert_allclose(gated(x, seq).y, plain(gated)(x, seq).y + linear, atol=1e-12)
 
 
+@tiers.often("elementwise")
 @pytest.mark.parametrize("granularity", ["elementwise", "headwise"])
 def test_shared_scores_are_the_mean_over_heads(granularity):
     gated = make(sharing="shared", granularity=granularity)
@@ -135,6 +140,7 @@ def test_shared_scores_are_the_mean_over_heads(granularity):
     np.testing.assert_allclose(heads(gated, x, seq), (before * scores).reshape(*x.shape), atol=1e-12)
 
 
+@tiers.often("ns_sigmoid-<lambda>", "silu-<lambda>")
 @pytest.mark.parametrize(
     "activation, function",
     [

@@ -17,6 +17,7 @@ from attnlab.mixers.gated_deltanet import GatedDeltaNetConfig
 from attnlab.ops.delta_rule import delta_rule
 from attnlab.ops.norm import unit
 from attnlab.train import config as run_config
+from tests import tiers
 from tests.mixers import cases
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
@@ -156,6 +157,7 @@ def naive(module, x):
     return (o * gate).reshape(length, -1) @ weight(module.out)
 
 
+@tiers.often("chunked-shared0", "chunked-shared2", "definition-shared1")
 @pytest.mark.parametrize("shared", [{}, {"key_heads": 2, "query_scale": None}, {"key_heads": 1, "query_scale": 0.01}])
 @pytest.mark.parametrize("impl", ["definition", "chunked"])
 def test_layer_is_the_formula(impl, shared):
@@ -168,6 +170,7 @@ def test_layer_is_the_formula(impl, shared):
         np.testing.assert_allclose(y[row], naive(module, np.asarray(x[row])), atol=1e-12)
 
 
+@tiers.exhaustive
 def test_shared_keys_are_repeated_ones():
     """Two key heads for four heads are four with pairs of equal projections and filters: values, and the gradients for
     x and for the shared queries' kernel, which is the sum of the two."""
@@ -194,6 +197,7 @@ def test_shared_keys_are_repeated_ones():
     np.testing.assert_allclose(of_q, wide.reshape(-1, 2, 2, d).sum(2).reshape(of_q.shape), atol=1e-12)
 
 
+@tiers.exhaustive
 @pytest.mark.parametrize("chunk", [3, 64])
 def test_chunk_and_step_agree(chunk):
     """The training form equals one position at a time, the memory after it too."""
@@ -209,6 +213,7 @@ def test_chunk_and_step_agree(chunk):
         np.testing.assert_allclose(a, b, atol=1e-11)
 
 
+@tiers.exhaustive
 def test_padded_batch_is_unpadded():
     """Padding before or behind a document leaves its outputs as they are: it does not enter the memory."""
     module = make(chunk=4)

@@ -11,6 +11,7 @@ from flax import nnx
 from attnlab import mixers
 from attnlab.errors import ConfigError
 from attnlab.mixers.heads import HeadConfig
+from tests import tiers
 from tests.mixers import cases, stated
 from tests.mixers import test_contract as battery
 
@@ -31,6 +32,7 @@ def test_projections_that_have_a_bias(name):
             assert new == {f"{p}.bias": shapes["none"][f"{p}.kernel"][1:] for p in biased.split()}
 
 
+@tiers.often("softmax")
 @pytest.mark.parametrize("name", ["flow", "softmax"])
 def test_input_conv_is_a_convolution_of_the_input(name):
     """The layer of x plus its convolution, document by document; streams, packing, overflow and bf16 by the battery."""

@@ -13,6 +13,7 @@ from attnlab.errors import ConfigError
 from attnlab.mixers.kda import KDAConfig
 from attnlab.ops.delta_rule import delta_rule
 from attnlab.ops.norm import unit
+from tests import tiers
 from tests.mixers import cases
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
@@ -33,6 +34,7 @@ def x64():
         yield
 
 
+@tiers.exhaustive
 @pytest.mark.parametrize("impl", ["definition", "chunked"])
 def test_equal_channels_are_the_gated_delta_rule(impl):
     """Where all channels decay alike; and without strength each row of the memory only decays, at its own rate."""

@@ -12,6 +12,7 @@ import pytest
 from attnlab import mixers
 from attnlab.mixers import landmark
 from attnlab.ops.rope import rope
+from tests import tiers
 from tests.mixers import cases
 from tests.mixers import test_contract as battery
 
@@ -71,6 +72,7 @@ def naive(module, x):
     return o.reshape(len(x), -1) @ weight(module.out), min(gaps)
 
 
+@tiers.often("{'block': 1, 'kv_heads': 2}")
 @pytest.mark.parametrize("fields", [{"block": 1, "kv_heads": 2}, {"block": 1, "top_k": 2}], ids=str)
 def test_layer_is_the_formula(fields):
     """The whole layer written out, in packed rows; both implementations; and streams."""
@@ -108,6 +110,7 @@ def test_uniform_scores():
     np.testing.assert_allclose(cases.output(module, x, seq)[0, 10], want, atol=1e-12)
 
 
+@tiers.exhaustive
 def test_retrieving_all_blocks_is_the_whole_form():
     """And one block is another thing."""
     x, seq = inputs()

@@ -11,6 +11,7 @@ from attnlab import mixers
 from attnlab.errors import ConfigError
 from attnlab.mixers.lightning import slopes
 from attnlab.ops.linear_recurrence import linear_recurrence
+from tests import tiers
 from tests.mixers import cases
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
@@ -124,6 +125,7 @@ def test_instant_decay_leaves_the_token_itself():
     np.testing.assert_allclose(cases.output(module, x, seq), finished(module, o, gate, x), atol=1e-12)
 
 
+@tiers.exhaustive
 def test_is_retention_without_rotation():
     """The sums are RetNet's parallel form (Q K^T * D) V, D_ts = gamma^(t - s), with gamma = exp(-slope)."""
     x, _ = whole()
@@ -163,6 +165,7 @@ def test_norms():
             np.testing.assert_allclose(module.normed(jnp.asarray(o)), expected, atol=1e-12)
 
 
+@tiers.exhaustive
 def test_combine_is_linear():
     """The output is the sum over heads of what each gives alone."""
     module = make()

@@ -13,6 +13,7 @@ from attnlab import mixers
 from attnlab.errors import ConfigError, UnsupportedPattern
 from attnlab.ops import attention_tiles
 from attnlab.ops.dispatch import recording
+from tests import tiers
 from tests.masks.rows import ROWS, layout_of, places
 from tests.mixers import cases
 
@@ -27,6 +28,7 @@ def small(monkeypatch):
         yield
 
 
+@tiers.often("moh")
 @pytest.mark.parametrize(
     "node, implementations, cuts",
     [

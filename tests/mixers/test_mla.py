@@ -12,6 +12,7 @@ from attnlab import mixers
 from attnlab.errors import ConfigError
 from attnlab.mixers.mla import MLAConfig
 from attnlab.ops.keys_values import Cached
+from tests import tiers
 from tests.mixers import cases
 from tests.mixers.test_softmax import rms, rotate
 
@@ -52,6 +53,7 @@ def layer(module, x, positions, segments):
     return linear(module.out, o.reshape(len(x), -1))
 
 
+@tiers.often("{'rank': 5}", "{'causal': False, 'rotary_width': 0}")
 @pytest.mark.parametrize(
     "fields",
     [

@@ -82,6 +82,7 @@ def assert_used_close(a, b, seq, atol=1e-12):
     np.testing.assert_allclose(np.asarray(a)[used], np.asarray(b)[used], atol=atol)
 
 
+@tiers.exhaustive
 @pytest.mark.parametrize("shared", [0, 1, 4])
 def test_neutral_router_with_all_heads_on_is_the_core(shared):
     """W = 0 and K = E: every weight is 1."""
@@ -91,6 +92,7 @@ def test_neutral_router_with_all_heads_on_is_the_core(shared):
     assert_used_close(run(module, x, seq).y, run(module.core, x, seq).y, seq, atol=1e-13)
 
 
+@tiers.often("1-2")
 @pytest.mark.parametrize("shared, active", [(2, 1), (1, 2), (0, 3)])
 def test_sums_and_zeros_of_the_weights(shared, active):
     """sum of weights = h_s a_1 + K a_2; h_s + K are not 0, and the others are 0 exactly."""
@@ -136,6 +138,7 @@ def test_no_routed_heads_is_a_weighted_sum():
     assert not out.losses and not out.metrics
 
 
+@tiers.exhaustive
 def test_permuting_routed_heads_changes_nothing():
     """Their weights and the router's columns permuted together leave y."""
     module = make(shared=1, active=2)
@@ -154,6 +157,7 @@ def test_permuting_routed_heads_changes_nothing():
     assert_used_close(run(module, x, seq).y, before, seq)
 
 
+@tiers.often("core1")
 @pytest.mark.parametrize("core", [{"name": "softmax"}, {"name": "gated", "kv_heads": 2, "operation": "additive"}])
 def test_gather_is_dense(core):
     """Also where every token takes the same heads: nothing overflows."""
@@ -168,6 +172,7 @@ def test_gather_is_dense(core):
         assert_used_close(run(gather, inputs, seq).y, run(dense, inputs, seq).y, seq)
 
 
+@tiers.often("gather")
 @pytest.mark.parametrize("impl", ["dense", "gather"])
 def test_head_that_no_token_takes_has_no_gradient(impl):
     """Rows of W_O of a head that is off are exactly 0 in the gradient, and those of the others are not."""
@@ -184,6 +189,7 @@ def test_head_that_no_token_takes_has_no_gradient(impl):
     assert np.all(np.abs(np.delete(rows, off, axis=0)).max(-1) > 1e-3)
 
 
+@tiers.often("norm_hard-gather", "norm-dense", "norm_dense-dense")
 @pytest.mark.parametrize("router, impl", [
     ("norm", "gather"), ("norm", "dense"), ("norm_dense", "dense"), ("norm_hard", "gather"), ("norm_hard", "dense"),
 ])  # fmt: skip
@@ -355,6 +361,7 @@ def test_a_config_names_the_kernel():
     assert found == {"moh": {"gather"}, "attention": {"definition"}, "gathered_attention": {"routed"}}
 
 
+@tiers.often("lightning")
 @tiers.parametrize("core", CORES, often=["softmax", "lightning"])
 def test_any_core_is_weighted_head_by_head(core):
     """y = sum of weight times head, whatever the heads are; and a stream of it equals the whole."""
@@ -373,6 +380,7 @@ def test_any_core_is_weighted_head_by_head(core):
     assert_used_close(streamed, y, seq, atol=1e-10)
 
 
+@tiers.often("fields0")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "fields", [{"gate_norm": "paper", "core": {"name": "lightning", "norm_over": "head", "chunk": 4}},

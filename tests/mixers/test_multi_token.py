@@ -12,6 +12,7 @@ from attnlab import mixers
 from attnlab.errors import ConfigError, UserError
 from attnlab.mixers.multi_token import MultiTokenConfig
 from attnlab.ops.multi_token_attention import multi_token_attention
+from tests import tiers
 from tests.mixers import cases
 from tests.mixers.test_softmax import rotate
 
@@ -86,6 +87,7 @@ def test_equals_the_formula(fields):
         np.testing.assert_allclose(y[row][used > 0], expected[used > 0], atol=1e-10)
 
 
+@tiers.exhaustive
 def test_at_first_it_is_softmax_attention():
     """Filters and mixes that change nothing, without norm and gate."""
     knobs = {"norm": False, "gate": False, "after": True, "head_mix": 2}

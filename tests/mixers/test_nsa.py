@@ -13,6 +13,7 @@ import pytest
 from attnlab import mixers
 from attnlab.mixers import nsa
 from attnlab.ops.rope import rope
+from tests import tiers
 from tests.mixers import cases
 from tests.mixers import test_contract as battery
 
@@ -100,6 +101,7 @@ def naive(module, x):
     return o.reshape(len(x), -1) @ weight(module.out), min(gaps)
 
 
+@tiers.often("{'compress': 'mlp', 'branches': 'own'}-1")
 @pytest.mark.parametrize("fields, seed", [({}, 1), ({"compress": "mlp", "branches": "own"}, 1)], ids=str)
 def test_layer_is_the_formula(fields, seed):
     """The whole layer written out, in packed rows; and streams, which choose alike."""

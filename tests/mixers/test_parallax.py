@@ -14,6 +14,7 @@ from attnlab.ops import Mask, attention, blockwise, mask_from_segments
 from attnlab.ops.local_linear import local_linear
 from attnlab.ops.parallax import parallax
 from attnlab.parallel import partition
+from tests import tiers
 from tests.mixers import cases
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
@@ -73,6 +74,7 @@ def test_is_the_formula(impl):
         np.testing.assert_allclose(o[0, t, h], expected, atol=1e-12)
 
 
+@tiers.often("packed", "accelerator")
 @pytest.mark.parametrize("kind", ["packed", "window", "accelerator"])
 def test_blockwise_equals_definition(kind, small_tiles, monkeypatch):
     if kind == "accelerator":
@@ -100,6 +102,7 @@ def test_is_softmax_attention_less_its_derivative_along_the_probe():
     assert_close([parallax(q, r, k, v, mask, scale=scale)], [value - slope])
 
 
+@tiers.exhaustive
 def test_solved_probe_is_local_linear_attention():
     """r = -A^-1 (q - mean key) gives local linear attention, which solves for what Parallax projects."""
     q, _, k, v = arrays(K=4)

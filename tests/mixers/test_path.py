@@ -13,6 +13,7 @@ from attnlab.mixers.path import PathConfig
 from attnlab.ops.attention import attention
 from attnlab.ops.masks import Mask
 from attnlab.ops.path_attention import path_attention
+from tests import tiers
 from tests.mixers import cases
 from tests.mixers.test_softmax import rms
 
@@ -81,6 +82,7 @@ def test_equals_the_formula(fields):
         )
 
 
+@tiers.exhaustive
 def test_limits_of_the_matrices():
     """beta = 0 is softmax attention without positions; with beta = 2 and one w two steps cancel, so that only whether a
     distance is odd is told."""

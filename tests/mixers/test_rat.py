@@ -16,6 +16,7 @@ from attnlab.mixers.rat import RATConfig
 from attnlab.ops.attention import attention
 from attnlab.ops.masks import Mask
 from attnlab.ops.rope import rope
+from tests import tiers
 from tests.mixers import cases
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
@@ -106,6 +107,7 @@ def test_one_chunk_is_a_gated_linear_rnn(impl):
     np.testing.assert_allclose(call(module, x, mixers.Sequence.whole(2, T)), want, atol=1e-12)
 
 
+@tiers.exhaustive
 @pytest.mark.parametrize("groups", [2, 4])
 def test_chunks_of_one_are_softmax_attention(groups):
     """L = 1: causal softmax attention over (1 - g) k and (1 - g) v, queries and keys shared; over k and v if g = 0."""
@@ -158,6 +160,7 @@ def test_step_equals_parallel():
     assert np.all(np.isnan(y[:, -1])), "chunks beyond the room of the state must show"
 
 
+@tiers.often("chunked")
 @pytest.mark.parametrize("impl", ["definition", "chunked"])
 def test_chunks_begin_with_each_document(impl):
     """Packed documents give what each gives alone, whatever `positions` says and wherever they begin in the row."""

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from attnlab import mixers
+from tests import tiers
 from tests.mixers import cases
 from tests.mixers.test_softmax import rotate
 
@@ -57,6 +58,7 @@ def naive(module, x, source=None):
     return o.reshape(len(x), -1) @ np.asarray(module.out.kernel[...])
 
 
+@tiers.often("weights-previous")
 @pytest.mark.parametrize("form, earlier", [("weights", "previous"), ("logits", "first")])
 def test_layers_of_a_stack_are_the_formula(form, earlier):
     """Three layers written out, each of which reads another's map: whole rows, and streams cut anywhere."""

@@ -14,6 +14,7 @@ from attnlab.mixers.heads import split_heads
 from attnlab.mixers.routing import normed
 from attnlab.ops.attention import attention
 from attnlab.ops.masks import Mask
+from tests import tiers
 from tests.mixers import cases
 from tests.mixers import test_contract as battery
 
@@ -62,6 +63,7 @@ def naive(module, x):
     return o.reshape(len(x), -1) @ weight(module.out), gap, distance
 
 
+@tiers.often("{'clusters': 2, 'window': 2, 'scale': 'one'}")
 @pytest.mark.parametrize(
     "fields", [{"clusters": 2, "window": 2, "scale": "one"}, {"clusters": 3, "window": 3}], ids=str
 )

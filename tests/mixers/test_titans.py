@@ -14,6 +14,7 @@ from attnlab import mixers
 from attnlab.errors import ConfigError
 from attnlab.ops.documents import document_index
 from attnlab.ops.two_stage import two_stage
+from tests import tiers
 from tests.mixers import cases
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
@@ -136,6 +137,7 @@ def segment_by_segment(mixed, x, positions):
     return np.array(ys), np.array(ms)
 
 
+@tiers.often("chunked")
 @pytest.mark.parametrize("impl", ["chunked", "definition"])
 def test_mac_is_its_formula(impl):
     """Both implementations against a loop over positions in NumPy, over three segments."""
@@ -187,6 +189,7 @@ def test_state_does_not_grow(fields):
     assert sizes(before) == sizes(after)
 
 
+@tiers.exhaustive
 def test_memory_that_learns_nothing_reads_its_parameters():
     """theta and alpha 0: `q + (1 + g) LN(W2 gelu(W1 q))` with the layer's own W1, W2, g, GELU and epsilon."""
     module = make(variant="lmm", activation="gelu", norm_scale=True, norm_epsilon=0.1, forgetting=False, momentum=False)

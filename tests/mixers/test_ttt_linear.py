@@ -14,6 +14,7 @@ from attnlab.mixers.ttt_linear import TTTLinearConfig
 from attnlab.ops.memory_frame import MemorySpec, initial_state
 from attnlab.ops.neural_memory import neural_memory
 from attnlab.ops.ttt_linear import Affine, Learned, ttt_linear
+from tests import tiers
 from tests.mixers import cases
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
@@ -58,6 +59,7 @@ def test_without_a_rate_it_is_a_fixed_map():
     np.testing.assert_allclose(o, want, atol=1e-12)
 
 
+@tiers.exhaustive
 def test_equal_rows_and_a_plain_norm_are_the_neural_memory():
     """tau = 1, gain 1, no shift: a Titans memory x + LN(x W) without momentum, at positions where the bias is 0.
 

@@ -12,6 +12,7 @@ import pytest
 from attnlab import mixers
 from attnlab.errors import ConfigError
 from attnlab.ops.share_choice import _before, _digits, _float, _sums, by_share
+from tests import tiers
 from tests.mixers import cases
 from tests.mixers.test_softmax import rotate
 
@@ -97,6 +98,11 @@ def naive(module, x, cut):
     return linear(module.out, o.reshape(len(x), -1)), gap
 
 
+@tiers.often(
+    "3d-{'pool': 'block', 'threshold': 0.7}",
+    "1d-{'pool': 'head', 'line': 2, 'area': (1, 1)}",
+    "2d-{'pool': 'all', 'threshold': 0.5, 'kv_heads': 2}",
+)
 @pytest.mark.parametrize(
     "cut, fields",
     [
@@ -137,6 +143,7 @@ def test_cuts_by_layer():
         assert np.abs(want[0] - want[1]).max() > 1e-3
 
 
+@tiers.exhaustive
 def test_all_blocks_are_full_attention():
     """A share above 1, in any cut and pool; and one block that holds all."""
     x, seq = cases.inputs(jnp.float64)
@@ -150,6 +157,7 @@ def test_all_blocks_are_full_attention():
         np.testing.assert_allclose(ours[used], theirs[used], atol=1e-12)
 
 
+@tiers.exhaustive
 def test_a_constant_in_all_keys_changes_nothing_in_pools_of_rows():
     """It shifts all scores and logits of a row alike; where rows compete with each other it changes the choice."""
     x, seq = cases.inputs(jnp.float64)

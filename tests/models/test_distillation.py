@@ -14,6 +14,7 @@ from attnlab.models.distillation import Matching, relative_errors
 from attnlab.ops.kl_divergence import kl_divergence
 from attnlab.train.program import Program
 from attnlab.train.state import flat
+from tests import tiers
 from tests.train import runs
 
 SOFTMAX = {"name": "softmax", "heads": 2}
@@ -125,6 +126,7 @@ def packed_batch():
 OPTIONS = {"z_loss": 0.0, "loss_chunk": 100, "loss_impl": "auto"}
 
 
+@tiers.often("mixer")
 @pytest.mark.parametrize("chosen", [{}, {"at": "block", "layers": (0, 1, 2)}], ids=["mixer", "block"])
 def test_layers_are_fed_what_the_teachers_are(chosen):
     """Values and gradients in float64 of stacks of other patterns, scanned together, against the loop over layers: at
@@ -208,6 +210,7 @@ def losses(kind):
     return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True)), program.model.init(0), program.model.init(1)
 
 
+@tiers.often("logits")
 @pytest.mark.parametrize("kind", ["logits", "layers"])
 def test_a_student_that_is_its_teacher_has_no_loss(kind):
     """Exactly 0; of another one the loss is no 0, and no gradient goes to it."""
@@ -243,6 +246,7 @@ def test_logits_are_matched_at_a_temperature():
         np.testing.assert_allclose(found, wanted, rtol=1e-4)
 
 
+@tiers.often("logits")
 @pytest.mark.parametrize("kind", ["logits", "layers"])
 def test_documents_and_padding(kind):
     """A packed row's loss is that of its documents in rows of their own; what stands in padding is nothing."""

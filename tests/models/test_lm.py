@@ -99,6 +99,7 @@ def test_cross_entropy_holds_no_whole_logits():
 CHANGES = [*({"remat": name} for name in REMAT), {"unroll": 0}, {"unroll": 2}]
 
 
+@tiers.often("change0")
 @tiers.parametrize("change", CHANGES, often=[CHANGES[0], CHANGES[-1]])
 def test_remat_and_unroll_change_no_number(reference, change):
     """Every remat policy and every unrolling gives the same loss and gradients."""
@@ -193,6 +194,7 @@ def test_dropout_is_a_function_of_the_key():
     assert half(None) == none(None) == none(0)
 
 
+@tiers.often("mlp")
 @pytest.mark.parametrize("silent", ["mixer", "mlp"])
 def test_dropout_keeps_the_expectation(silent):
     """What mixer and MLP add is kept with 1 - p, each entry by itself, and is then 1 / (1 - p) of what it was."""

@@ -133,6 +133,7 @@ def test_fixed_agents_in_more_chunks(chunk, packed):
     assert_same(o, causal_definition(q, k, v, agents_of(3), documents))
 
 
+@tiers.often("True-4-2")
 @pytest.mark.parametrize("packed, chunk, agents", [(True, 4, 2), (False, 6, 3)])
 def test_refreshed_agents_in_chunks(packed, chunk, agents):
     """Chunks that count from each document's start, by slots, equal the definition; so without documents."""
@@ -192,6 +193,7 @@ def test_extreme_logits_in_fp32():
         assert np.all(np.isfinite(leaf))
 
 
+@tiers.often("True")
 @pytest.mark.parametrize("refreshed", [False, True])
 def test_nothing_later_and_no_other_document_is_felt(refreshed):
     """Huge logits and values behind a position, or in the document before, change no bit, in the same chunk too."""

@@ -97,6 +97,7 @@ def test_auto_on_gpus():
     assert found == each * (6 * m * d + 5 * m * C + 4 * m * d + 2 * C * d)
 
 
+@tiers.exhaustive
 def test_on_hopper_it_is_the_program():
     """In this jax, under a scan and rematerialisation, documents, agents that are learned."""
     of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
@@ -174,6 +175,7 @@ def value_and_gradients(impl, *arrays, wrap=lambda f: f):
     return jax.value_and_grad(loss, has_aux=True)(arrays)
 
 
+@tiers.exhaustive
 def test_streams():
     """Averages before and after, one agent's of nothing, are those of XLA's form; gradients through both, too."""
     q, k, v, agents = arrays()

@@ -111,7 +111,7 @@ def test_definition_is_the_formula():
     [(name, "grouped") for name in MASKS]
     + [("causal", "plain"), ("packed", "plain")]
     + [("window", "one kv head"), ("packed both ways", "one kv head")],
-    often=[("packed window", "grouped"), ("causal", "plain"), ("packed both ways", "one kv head")],
+    often=[("packed window", "grouped"), ("causal", "plain")],
 )
 def test_cpu_form_equals_definition(name, kind, small_tiles):
     check_against_definition(name, kind)
@@ -178,6 +178,7 @@ def test_plan_covers_every_row_once_and_every_visible_key():
 # Identities.
 
 
+@tiers.often("False-xla")
 @tiers.parametrize("impl", EVERYWHERE, often=["xla"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_window_is_exact(impl, causal, small_tiles):
@@ -218,6 +219,7 @@ def test_same_id_twice_is_two_documents():
     np.testing.assert_array_equal(end, [[2, 2, 3, 4, 5, 6]])
 
 
+@tiers.often("False-xla")
 @tiers.parametrize("impl", EVERYWHERE, often=["xla"])
 @pytest.mark.parametrize("with_sinks", [True, False])
 def test_rows_that_see_nothing_are_zero_with_zero_gradients(impl, with_sinks, small_tiles):
@@ -266,6 +268,7 @@ def test_few_queries_have_gradients(small_tiles):
     assert_close(actual, value_and_grads("definition", q, k, v, mask, sinks, soft_cap=3.0))
 
 
+@tiers.often("cpu-packed window", "accelerator-causal")
 @tiers.parametrize("name", ["causal", "causal window", "packed", "packed window"], often=["causal", "packed window"])
 def test_the_past_is_bitwise_the_same_whatever_the_future(name, form):
     length = 545
@@ -324,6 +327,7 @@ def sizes(jaxpr):
                 yield from sizes(inner)
 
 
+@tiers.often("cpu-packed", "accelerator-causal")
 @pytest.mark.parametrize("name", ["full", "causal", "packed"])
 def test_no_array_of_queries_by_keys(name, form):
     length = 2048

@@ -41,6 +41,7 @@ def spec(**changes):
     return AttentionSpec(**(facts | changes))
 
 
+@tiers.often("64-kernels0-attention_with_lse")
 @tiers.parametrize("op", [attention, attention_with_lse], often=[attention_with_lse])
 @pytest.mark.parametrize("width, kernels", [(64, ["backward", "forward"]), (192, ["backward_keys", "backward_rows",
                                                                                   "forward"])])  # fmt: skip

@@ -13,6 +13,7 @@ from attnlab.ops.masks import Axis, Mask, mask_for_extension
 from tests import tiers
 
 
+@tiers.often("extras1-2-4-2-3", "extras1-1-3-1-1", "extras0-2-4-2-1")
 @pytest.mark.parametrize("queries", [1, 3])
 @tiers.parametrize("batch, heads, kv_heads", [(1, 3, 3), (2, 4, 2), (1, 3, 1)], often=[(2, 4, 2), (1, 3, 1)])
 @pytest.mark.parametrize("extras", [{}, {"soft_cap": 2.0, "sinks": True, "scale": 0.3}])
@@ -43,6 +44,7 @@ def test_equals_the_definition(batch, heads, kv_heads, queries, extras):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), *both)
 
 
+@tiers.often("3-auto", "1-one_query")
 @pytest.mark.parametrize("queries, impl", [(1, "one_query"), (1, "tiles"), (3, "auto")])
 def test_biases(queries, impl):
     """Of keys by query heads and of queries by key heads, beside sinks, values and gradients; none is left out."""

@@ -61,6 +61,7 @@ def test_definition_is_the_formula(channels):
 CHUNKS = [(chunk, packed, False) for chunk in (1, 4, 5, 64) for packed in (True, False)]
 
 
+@tiers.often("5-True-True", "64-False-False")
 @tiers.parametrize(
     "chunk, packed, channels",
     [*CHUNKS, (5, True, True), (64, False, True)],
@@ -83,6 +84,7 @@ def test_chunks_equal_the_recurrence(chunk, packed, channels):
         np.testing.assert_allclose(got, want, atol=1e-11)
 
 
+@tiers.often("True")
 @pytest.mark.parametrize("channels", [False, True])
 def test_a_chunk_longer_than_one_base_block(channels):
     """Chunks of 20 and 40 positions: inverses, and pairs whose channels decay, joined from blocks twice."""
@@ -123,6 +125,7 @@ def test_declared_products(chunk, length):
         assert counted == B * H * chunked_flops(chunk, length, D, E, channels)
 
 
+@tiers.often("False-0.002")
 @pytest.mark.parametrize("channels, atol", [(False, 2e-3), (True, 1e-5)])
 def test_strong_decay_and_long_documents_stay_finite(channels, atol):
     """In fp32, where quotients of decays would be 0 / 0: log decays of -80 and 0, side by side, over 200 positions. Of

@@ -13,6 +13,7 @@ from attnlab.errors import UserError
 from attnlab.ops.delta_rule import delta_rule
 from attnlab.ops.dplr import chunked_flops, dplr
 from attnlab.ops.linear_recurrence import linear_recurrence
+from tests import tiers
 from tests.mixers import flops
 
 B, T, H, D, E = 2, 23, 2, 3, 5
@@ -62,6 +63,7 @@ def both(chunk, impl, inputs, documents):
     return jax.value_and_grad(scalar, argnums=tuple(range(7)), has_aux=True)(*inputs)
 
 
+@tiers.often("True")
 @pytest.mark.parametrize("packed", [False, True])
 def test_chunks_equal_the_recurrence(packed):
     """The definition is the equation in NumPy; chunks that divide nothing, and the whole as one, are it, too."""
@@ -75,6 +77,7 @@ def test_chunks_equal_the_recurrence(packed):
         np.testing.assert_allclose(got, want, atol=1e-10 * max(1, np.abs(want).max()))
 
 
+@tiers.exhaustive
 def test_limits():
     """a = 0: a decay for each channel alone. g = 0, a = -k, b = beta k: the delta rule."""
     r, k, v, log_decay, a, b, state = arrays()

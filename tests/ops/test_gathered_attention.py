@@ -99,6 +99,7 @@ def both(case, skewed):
     return jax.jit(lambda: (run(gathered), run(expected)))()
 
 
+@tiers.often("cpu-groups")
 @tiers.parametrize("case", CASES, often=["groups"])
 def test_equals_definition(case, x64, small_segments, form):
     for a, b in zip(*both(case, skewed=False), strict=True):
@@ -159,6 +160,7 @@ def test_half_the_heads_cost_at_most_0_6(length, chosen, active, monkeypatch):
     assert flops.count(gradients(gathered), x, x, x) <= 0.6 * flops.count(gradients(dense), x, x, x)
 
 
+@tiers.often("accelerator-bfloat16")
 @tiers.parametrize("dtype", [jnp.bfloat16, jnp.float32], often=[jnp.bfloat16])
 def test_low_precision(dtype, small_segments, form):
     """fp32 statistics in low precision, the dtype of q kept."""

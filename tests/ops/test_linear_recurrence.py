@@ -78,6 +78,7 @@ def assert_close(a, b, atol=1e-12):
         np.testing.assert_allclose(p, q, rtol=0, atol=atol)
 
 
+@tiers.often("channels-True")
 @tiers.parametrize("packed", [False, True], often=[True])
 @tiers.parametrize("decay", DECAYS, often=["data", "channels"])
 def test_definition_is_the_recurrence(decay, packed):
@@ -110,6 +111,7 @@ def test_no_state_is_a_state_of_zeros():
         assert_close(gradients[:4], by_zeros[:4])
 
 
+@tiers.often("data")
 @tiers.parametrize("decay", DECAYS, often=["data", "channels"])
 def test_cut_anywhere(decay):
     """Any pieces, each from the state after the one before, give the whole."""
@@ -189,6 +191,7 @@ def test_bonus(decay):
         assert_close(run("chunked", documents), stepwise(*arrays, state, documents, bonus))
 
 
+@tiers.exhaustive
 @pytest.mark.parametrize("decay", ["data", "channels"])
 def test_one_position_is_a_step(decay):
     *arrays, state = inputs(decay, length=1)
@@ -225,6 +228,7 @@ def test_refused():
         linear_recurrence(q, k[:, :3], u)
 
 
+@tiers.often("chunked")
 @pytest.mark.parametrize("impl", ["definition", "chunked"])
 def test_strong_decays_of_other_documents(impl):
     """Decays of one document change no bit of another's outputs, and leave all gradients finite, however strong."""

@@ -123,6 +123,7 @@ def of_blocks(blocks):
     return regression
 
 
+@tiers.often("2")
 @pytest.mark.parametrize("blocks", [1, 2, 6])
 def test_blocks_keep_their_own_second_moments(blocks):
     """Written out; one block is the regression itself, as many as channels a matrix of variances."""
@@ -202,6 +203,7 @@ def test_accelerator_form_equals_definition(small_tiles, monkeypatch):
     assert_close(value_and_grads("cg", q, k, v, ridge, mask), value_and_grads("definition", q, k, v, ridge, mask))
 
 
+@tiers.exhaustive
 def test_fixed_number_of_iterations_equals_definition(small_tiles):
     q, k, v, ridge = arrays()
     mask = MASKS["packed"]()
@@ -214,6 +216,7 @@ def test_queries_appended_to_a_cache():
     assert_close(value_and_grads("cg", q, k, v, ridge, mask), value_and_grads("definition", q, k, v, ridge, mask))
 
 
+@tiers.exhaustive
 def test_the_gradient_of_the_ridge_is_the_finite_difference():
     q, k, v, ridge = arrays(B=1, T=8)
     mask, step = Mask(causal=True), 1e-6
@@ -223,6 +226,7 @@ def test_the_gradient_of_the_ridge_is_the_finite_difference():
     np.testing.assert_allclose((jax.grad(total)(ridge) * direction).sum(), difference, rtol=1e-6)
 
 
+@tiers.exhaustive
 def test_conjugate_gradients_of_d_iterations_are_direct():
     q, k, v, ridge = arrays(d=5)
     mask = Mask(causal=True)
@@ -292,6 +296,7 @@ def test_constant_values_are_reproduced():
     assert_close([o], [np.broadcast_to([1.0, -2.0, 0.5], o.shape)], 1e-12)
 
 
+@tiers.exhaustive
 @pytest.mark.parametrize("iterations", [1, 16])
 def test_weights_sum_to_one_and_may_be_negative(iterations):
     """Also where the solver was cut short."""
@@ -303,6 +308,7 @@ def test_weights_sum_to_one_and_may_be_negative(iterations):
     assert not np.any(np.triu(np.asarray(weights).transpose(0, 2, 1, 3), 1))
 
 
+@tiers.often("float32")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_first_output_is_the_first_value_exactly(dtype):
     q, k, v, ridge = (x.astype(dtype) for x in arrays(K=4))
@@ -310,6 +316,7 @@ def test_first_output_is_the_first_value_exactly(dtype):
     np.testing.assert_array_equal(o[:, 0], v[:, 0])
 
 
+@tiers.exhaustive
 def test_translation_of_queries_and_keys_changes_nothing():
     """Along a direction in which all keys stand alike, so that a row's logits move by one number."""
     q, k, v, ridge = arrays()

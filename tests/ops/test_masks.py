@@ -22,6 +22,7 @@ from attnlab.ops.parallax import parallax
 from attnlab.parallel import partition
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
+from tests import tiers
 from tests.masks.laws import sound
 
 B, T, S, H, K = 2, 37, 45, 4, 2
@@ -204,6 +205,7 @@ def assert_close(found, expected):
         np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
 
 
+@tiers.often("key heads, ordered-cpu", "query heads, many groups-accelerator")
 @pytest.mark.parametrize("name, form", [(n, "cpu") for n in masks()] + [("query heads, many groups", "accelerator")])
 def test_tiles_equal_the_definition(name, form, small, monkeypatch):
     if form == "accelerator":

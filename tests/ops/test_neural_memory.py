@@ -96,6 +96,7 @@ def test_networks_and_their_gradients_are_those_of_the_recurrence(spec):
     close(*results, atol=1e-9)
 
 
+@tiers.exhaustive
 def test_chunk_of_one_is_the_delta_rule():
     """Linear, chunk 1, no momentum: without forgetting DeltaNet; with it Gated DeltaNet, when the gradient is taken at
     the decayed weights, and only then."""
@@ -121,6 +122,7 @@ def test_chunk_of_one_is_the_delta_rule():
     assert np.abs(memory(weights, without(inputs, eta=True), one)[0] - gated).max() > 1e-2
 
 
+@tiers.exhaustive
 def test_one_chunk_is_linear_attention():
     """Linear, chunk = T, W_0 = 0: `y_t = sum_i theta_i (q_t . k_i) v_i`, decayed by the forgetting between them."""
     inputs = data()
@@ -135,6 +137,7 @@ def test_one_chunk_is_linear_attention():
         close(memory(weights, without(inputs, keep=not forgets, eta=True), spec)[0], expected)
 
 
+@tiers.exhaustive
 def test_no_step_leaves_the_initial_memory():
     """theta = 0: `M_{beta W_0}(q)`, the initial weights times what forgetting leaves."""
     q, k, v, log_keep, log_eta, theta = data()
@@ -163,6 +166,7 @@ def test_limits_of_the_momentum():
     close(y, jnp.einsum("btsh,bshd->bthd", jnp.einsum("bthd,bshd->btsh", q, k) * theta[:, None] * times, v))
 
 
+@tiers.exhaustive
 def test_dual_form_is_explicit_weights_per_position():
     """The MLP read through a chunk's steps equals M with every W_t built from the closed form's gradients."""
     q, k, v, log_keep, log_eta, theta = inputs = data()
@@ -181,6 +185,7 @@ def test_dual_form_is_explicit_weights_per_position():
         close(y[:, t], read(tuple(w), q[:, t, :, None])[..., 0, :])
 
 
+@tiers.often("options2-2")
 @tiers.parametrize("depth", [1, 2, 4], often=[2])
 @pytest.mark.parametrize("options", [
     {"residual_norm": False},
@@ -220,6 +225,7 @@ def test_memory_written_out():
     close(forward(spec, tuple(map(jnp.asarray, (first, second, g))), jnp.asarray(x)), x + (1 + g) * normed)
 
 
+@tiers.exhaustive
 def test_scale_that_does_not_learn_is_none():
     """g = 0 at a rate of 0 is the norm without a scale; at another rate it is not."""
     weights = layers(d, 6, d)
@@ -244,6 +250,7 @@ def test_a_pair_is_stored_exactly(read_after_write):
     assert first == 0 or np.abs(y[:, 0] - v[:, 0]).max() > 1e-2
 
 
+@tiers.exhaustive
 @tiers.parametrize("cut", [[1] * T, [3, 1, 7, 2]], often=[[3, 1, 7, 2]])
 def test_steps_are_chunks(cut):
     """Any cutting of packed rows with the state handed on gives the outputs and the state of the whole; sizes of the

@@ -18,6 +18,7 @@ from attnlab.ops.flow_definition import FlowRule
 from attnlab.ops.linear_recurrence import LINEAR_RECURRENCE, RecurrenceSpec, linear_recurrence
 from attnlab.ops.memory_frame import MemorySpec, NeuralMemorySpec, initial_state
 from attnlab.ops.neural_memory import NEURAL_MEMORY, neural_memory
+from tests import tiers
 from tests.ops.devices import on
 from tests.ops.test_attention_flash_gpu import H100, KIND
 from tests.ops.test_flow_kernel import SPEC as FLOW
@@ -30,9 +31,14 @@ LEARNS = MemorySpec(16, False, (1.0,))
 MEMORY = NeuralMemorySpec(2, 4096, 8, (D, D), "bfloat16", True, LEARNS)
 NORM = dataclasses.replace(LEARNS, residual_norm=True)
 NO_MEMORY = {
-    "depth 1, not layers 64x256x64": {"widths": (64, 256, 64)},
+    "64 hidden units: W and S of layers 64x256x64 take 256 KiB": {"widths": (64, 256, 64)},
     "a norm are 64 wide, not 128": {"widths": (128, 128), "memory": NORM},
     "norm_scale=True; allowed: False": {"memory": dataclasses.replace(NORM, norm_scale=True)},
+}
+DEEP = MemorySpec(16, True, (1.0, 1.0))
+NO_DEEP_MEMORY = {
+    "one layer or two, not 3": {"widths": (D,) * 4},
+    "activation=gelu; allowed: gelu_tanh": {"memory": dataclasses.replace(DEEP, activation="gelu")},
 }
 
 
@@ -43,8 +49,9 @@ NO_MEMORY = {
         (FLOW_ATTENTION, FLOW, {"at most 128, not 192": {"width": 192}, "causal=False is not": {"causal": False}}),
         (NEURAL_MEMORY, MEMORY, NO_MEMORY),
         (NEURAL_MEMORY, dataclasses.replace(MEMORY, memory=NORM), {}),
+        (NEURAL_MEMORY, dataclasses.replace(MEMORY, memory=DEEP, widths=(D,) * 3), NO_DEEP_MEMORY),
     ],
-    ids=["recurrence", "flow", "memory", "memory with a norm"],
+    ids=["recurrence", "flow", "memory", "memory with a norm", "memory of two layers"],
 )
 def test_auto(op, spec, refused):
     """On Hopper the kernel; XLA's form takes short rows, float32, what is too wide, other GPUs, each for a reason."""
@@ -88,6 +95,7 @@ def test_the_recurrence_is_the_program():
     assert flops == {f"linear_recurrence_{name}": each for name in SWEEPS}
 
 
+@tiers.exhaustive
 def test_the_memory_is_the_program():
     """Documents, a state in and out, at a length that fills no group: its kernels, and no other form."""
     of = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)

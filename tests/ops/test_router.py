@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from attnlab.ops import router
+from tests import tiers
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +86,7 @@ def test_norm_logits_formula():
     np.testing.assert_allclose(router.norm_logits(q), norm / norm.std(-1, ddof=1, keepdims=True), rtol=1e-10)
 
 
+@tiers.often("q1", "q2")
 @pytest.mark.parametrize("q", [np.zeros((3, 4)), np.ones((3, 4)), np.array([[0.0] * 4, [1.0] * 4, [2.0] * 4])])
 def test_equal_norms_and_zero_queries_are_finite(q):
     """No deviation to divide by, or no direction to move in: neither gives NaN."""

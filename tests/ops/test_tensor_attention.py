@@ -12,6 +12,7 @@ from attnlab.ops import Mask, attention, mask_for_extension, mask_from_segments,
 from attnlab.ops.masks import mean_visible_pairs
 from attnlab.ops.tensor_attention import tensor_attention
 from attnlab.parallel import partition
+from tests import tiers
 
 T, D, E = 21, 4, 3
 SEGMENTS = jnp.asarray([[1] * 6 + [2] * 2 + [3] * 9 + [0] * 4, [0] * 2 + [4] * 9 + [5] * 10])
@@ -49,6 +50,7 @@ def run(q, k1, k2, v1, v2, mask=None, **options):
     return tensor_attention(q, *pairs, Mask(causal=True) if mask is None else mask, **options)
 
 
+@tiers.often("chunked")
 @pytest.mark.parametrize("impl", ["definition", "chunked"])
 def test_limits(impl):
     """Second keys and values of 1: softmax attention of scale 1 / d. The two of a pair change places: nothing changes.
@@ -62,6 +64,7 @@ def test_limits(impl):
     np.testing.assert_allclose(alone, v1 * v2, atol=1e-12)
 
 
+@tiers.often("definition")
 @pytest.mark.parametrize("impl", ["definition", "chunked"])
 def test_is_attention_to_kronecker_keys(impl):
     """S^2 keys k1_j * k2_l with values v1_j * v2_l, in ordinary attention."""
@@ -71,6 +74,7 @@ def test_is_attention_to_kronecker_keys(impl):
     np.testing.assert_allclose(run(q, k1, k2, v1, v2, Mask(), scale=0.7, impl=impl), expected, atol=1e-12)
 
 
+@tiers.often("packed window-False", "packed-True", "stream in a window-True")
 @pytest.mark.parametrize("kind, serial", [*((kind, True) for kind in MASKS), ("packed window", False)])
 def test_tiles_equal_the_definition(kind, serial, monkeypatch):
     """Values and gradients, where rows and pairs do not divide into tiles, as CPUs and as accelerators run it."""

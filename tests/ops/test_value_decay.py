@@ -11,6 +11,7 @@ import pytest
 
 from attnlab.errors import UserError
 from attnlab.ops.value_decay import flops_per_token, value_decay
+from tests import tiers
 from tests.mixers import flops
 
 B, T, H, D, M = 2, 37, 2, 3, 5
@@ -63,6 +64,7 @@ def both(chunk, impl, inputs, documents):
     return jax.value_and_grad(scalar, argnums=(0, 1, 2, 3, 4), has_aux=True)(*inputs)
 
 
+@tiers.often("True")
 @pytest.mark.parametrize("packed", [False, True])
 def test_chunks_equal_the_recurrence(packed):
     """The definition is the recurrence in NumPy; chunks that are sub-blocks, joined ones and the whole are it, too."""

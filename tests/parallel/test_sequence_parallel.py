@@ -157,6 +157,7 @@ def test_attention_gathers_keys_and_values_only():
     assert "reduce-scatter" in text
 
 
+@tiers.often("False")
 @pytest.mark.parametrize("packed", [False, True])
 def test_bidirectional_flow_adds_up_what_devices_hold(packed):
     """Sums over all positions, and the softmax over all sources, are of the whole row: values and gradients."""
@@ -204,6 +205,7 @@ VARIANTS = (
 )
 
 
+@tiers.exhaustive
 @tiers.parametrize("name, fields", VARIANTS, often=VARIANTS[1:2], ids=[f"{n}-{i}" for i, (n, _) in enumerate(VARIANTS)])
 def test_variants_that_split_otherwise(name, fields):
     """Law 6 where the default says nothing: other states are handed on, other sums exchanged."""

@@ -17,7 +17,7 @@ from attnlab.ablation import announce, worker
 from attnlab.ablation.state import Log
 from attnlab.errors import TrainingFailed
 from attnlab.storage.bucket import Bucket, Url
-from tests import flags
+from tests import flags, tiers
 from tests.ablation import plans
 from tests.storage.servers import Answer, only
 from tests.train import runs
@@ -64,6 +64,7 @@ def started(plan, place, directory):
         process.wait()
 
 
+@tiers.exhaustive
 @pytest.mark.timeout(1800)
 @only("s3")
 def test_killed(place, store, plan, attnlab, patch, tmp_path):

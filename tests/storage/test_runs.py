@@ -169,6 +169,7 @@ def wait_until(process, condition, seconds=120):
         time.sleep(0.1)
 
 
+@tiers.exhaustive
 @only("gs")
 def test_killed(place, source, tmp_path):
     """SIGKILL at a random time; another run is refused while it lives; then the losses are as if it never had been."""

@@ -131,6 +131,7 @@ def right(finished, tmp_path_factory):
     return outcomes
 
 
+@tiers.exhaustive
 @pytest.mark.parametrize("verb", VERBS)
 @tiers.parametrize("kind", DAMAGE, often=["flipped"])
 def test_damage(finished, right, tmp_path, capsys, verb, kind):

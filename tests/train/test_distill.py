@@ -20,6 +20,7 @@ from attnlab.train import source as source_lib
 from attnlab.train.program import Program, open_data
 from attnlab.train.state import flat
 from attnlab.train.teaching import Teaching
+from tests import tiers
 from tests.train import runs
 from tests.train.test_step import ragged_batch
 
@@ -67,6 +68,7 @@ def taught(config, teacher_model, params):
 MESHES = ({"data": 1, "fsdp": 2, "context": 2, "tensor": 2},)
 
 
+@tiers.often("logits")
 @pytest.mark.parametrize("matching", [{"temperature": 2.0, "cross_entropy": 0.25}, LAYERS], ids=["logits", "layers"])
 def test_meshes_and_accumulation_change_nothing(matching):
     """Three steps on eight devices, in two micro-batches, have one device's losses; the teacher is split and stays."""

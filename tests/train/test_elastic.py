@@ -114,6 +114,7 @@ def test_the_state_is_the_same_on_every_mesh(source, tmp_path, optimizer):
                 np.testing.assert_array_equal(a, b)
 
 
+@tiers.exhaustive
 @tiers.parametrize("mesh", ["fsdp=4", "fsdp=2 x context=2 x tensor=2", "one device"], often=["fsdp=4"])
 def test_a_run_of_eight_devices_goes_on(whole, source, tmp_path, monkeypatch, mesh):
     """Stopped after step 3 and moved to another mesh, with no word but the mesh."""

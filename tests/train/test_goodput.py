@@ -15,6 +15,7 @@ import pytest
 from attnlab.errors import UserError
 from attnlab.train import goodput
 from attnlab.train.processes import Processes
+from tests import tiers
 from tests.flags import environment
 from tests.train import runs
 
@@ -130,6 +131,7 @@ def test_three_restarts(tmp_path, monkeypatch):
         assert attempt["seconds"]["start_up"] < attempt["to_first_step"] < sum(attempt["seconds"].values())
 
 
+@tiers.exhaustive
 def test_a_killed_run(tmp_path, monkeypatch, attnlab):
     """Of a run that was killed and went on: its steps again are lost, and its time alone is idle; all kinds add up.
     What was compiled is in the workdir."""

@@ -105,6 +105,7 @@ def steps(program, count=3):
     return losses, state.params
 
 
+@tiers.exhaustive
 @tiers.parametrize(
     "more",
     MORE := [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 import time
 
 import jax
@@ -20,6 +21,7 @@ from attnlab.train.local_checkpoints import LocalCheckpoints, newest_of_both
 from attnlab.train.pieces import Layout
 from attnlab.train.processes import Processes
 from attnlab.train.state import TrainState
+from tests import tiers
 from tests.train import runs
 from tests.train.pair import SMALL, Pair
 
@@ -185,32 +187,61 @@ def test_mistakes_are_told(tmp_path):
         Layout(uneven, {})
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_host_that_lost_its_disk(tmp_path, monkeypatch):
-    """Arrays split over two processes; one dies after local checkpoint 8 and its disk is empty: it takes its pieces
-    from the other, and the next losses are those of a run that was never stopped. Then it is late, and named; then it
-    hangs, and both end with its name and where it is."""
-    source = runs.corpus(tmp_path / "corpus")
-    runs.run(runs.config(source, **SMALL), tmp_path / "alone")
-    every = {"train__save_every": 6, "train__local_checkpoint_every": 2, "train__steps": 60}
-    pair = Pair(tmp_path, source, TROUBLED, **{"mesh__data": 1, "mesh__fsdp": 8, **every})
+def without_its_disk(tmp_path, source, monkeypatch, steps):
+    """Two processes with arrays split over them, of which one died before step 10, and its disk with it; and where the
+    others are."""
+    every = {"train__save_every": 6, "train__local_checkpoint_every": 2, "train__steps": steps}
+    pair = Pair(tmp_path, source, TROUBLED, **{"mesh__data": 1, "mesh__fsdp": 8, "train__sample_tokens": 0, **every})
     disk = f"--config.train.local_checkpoint_dir={tmp_path}/disk{{}}"
     monkeypatch.setenv("TROUBLE", json.dumps({"dies": 10}))
-    assert 0 not in pair.start(disk).wait(200)
+    codes = pair.start(disk).wait(200)
+    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None)
+    assert "attnlab: process 1 of 2" in pair.output(0).splitlines()[-1]
     (tmp_path / "disk1").rename(tmp_path / "gone")
     assert sorted(p.name for p in tmp_path.glob("disk0/*/process0/*")) == ["6", "8"]
+    return pair, disk
 
+
+def went_on(pair, alone, steps):
+    """Its lines are those of a run that was never stopped."""
+    said = pair.output(0)
+    assert "local checkpoint 8 is the newest; process 1 takes pieces from 0" in said
+    assert f"resuming {pair.workdir} at step 8" in said
+    lines = runs.lines(pair.workdir)
+    assert [line["step"] for line in lines[:steps]] == list(range(1, steps + 1))
+    assert all(abs(a["loss"] - b["loss"]) < 1e-5 for a, b in zip(lines, alone))
+
+
+@pytest.fixture(scope="module")
+def alone(source, tmp_path_factory):
+    """The lines of a run of one process."""
+    workdir = tmp_path_factory.mktemp("alone")
+    runs.run(runs.config(source, **{**SMALL, "train__sample_tokens": 0}), workdir)
+    return runs.lines(workdir)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_host_that_lost_its_disk(tmp_path, source, alone, monkeypatch):
+    """One of two dies after local checkpoint 8, which ends the other with its name, and its disk is empty: it takes its
+    pieces from the other, and the next losses are those of a run that was never stopped."""
+    pair, disk = without_its_disk(tmp_path, source, monkeypatch, 12)
+    monkeypatch.setenv("TROUBLE", "{}")
+    pair.start(disk).ends()
+    went_on(pair, alone, 12)
+
+
+@tiers.exhaustive
+@pytest.mark.timeout(600)
+def test_a_host_that_is_late_and_hangs(tmp_path, source, alone, monkeypatch):
+    """When it goes on it is late, and named; then it hangs, and both end with its name and where it is."""
+    pair, disk = without_its_disk(tmp_path, source, monkeypatch, 60)
     monkeypatch.setenv("TROUBLE", json.dumps({"late": list(range(9, 25)), "hangs": 25}))
     pair.start(disk, "--config.cluster.step_timeout=20")
     began = time.monotonic()
     assert 0 not in pair.wait(200) and time.monotonic() - began < 120
+    went_on(pair, alone, 24)
     said = pair.output(0)
-    assert "local checkpoint 8 is the newest; process 1 takes pieces from 0" in said
-    assert f"resuming {pair.workdir} at step 8" in said
-    lines, alone = runs.lines(pair.workdir), runs.lines(tmp_path / "alone")
-    assert [line["step"] for line in lines[:24]] == list(range(1, 25))
-    assert all(abs(a["loss"] - b["loss"]) < 1e-5 for a, b in zip(lines, alone))
     late = json.loads((pair.workdir / "metrics.jsonl").read_text().splitlines()[22])
     assert late["slowest_process"] == 1 and late["host_seconds_max"] > 0.2 > late["host_seconds_min"]
     assert "process 1 on" in said and "s a step behind" in said

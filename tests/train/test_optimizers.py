@@ -167,6 +167,7 @@ MODELS = {  # between them, every role and every layout of a fused kernel
 }
 
 
+@tiers.often("muon-memory")
 @pytest.mark.parametrize("mixers", MODELS)
 @tiers.parametrize("name", optimizers.CONFIGS, often=["muon"])
 def test_whole_models(name, mixers):

@@ -70,6 +70,7 @@ def shares(source, index, first, last, parts=2):
         return {tuple(row((step - 1) * batch + i) for i in part) for step in range(first, last + 1)}
 
 
+@tiers.exhaustive
 @pytest.mark.slow
 def test_two_processes_are_one_run(whole, alone):
     """Losses are those of one process on one device; one process writes, and what it writes is whole."""
@@ -78,6 +79,7 @@ def test_two_processes_are_one_run(whole, alone):
     assert "continuation" in (whole.workdir / "samples.txt").read_text()
 
 
+@tiers.exhaustive
 @pytest.mark.slow
 def test_each_host_reads_its_share(whole, source):
     """Of every batch, of training and held-out data, each process reads one half, and the prompts of samples whole."""
@@ -88,6 +90,7 @@ def test_each_host_reads_its_share(whole, source):
         assert heldout | prompts <= read <= heldout | prompts | shares(source, index, 1, 12 + ahead)
 
 
+@tiers.exhaustive
 @pytest.mark.slow
 def test_what_two_processes_saved_one_goes_on_with(whole, source, tmp_path):
     """Other host counts, down: from step 8 of the two to the end by one process, on its own mesh."""
@@ -97,6 +100,7 @@ def test_what_two_processes_saved_one_goes_on_with(whole, source, tmp_path):
     assert_same_run(numbers(workdir), numbers(whole.workdir))
 
 
+@tiers.exhaustive
 @pytest.mark.slow
 def test_two_processes_begin_as_another_run_and_learn_of_it(source, alone, tmp_path):
     """Parameters of a run of one process, split over two, and its logits: losses are those of one process."""
@@ -138,6 +142,7 @@ def test_a_signal_to_one_saves_on_all(alone, source, tmp_path, told, mesh, parts
         assert shares(source, part, 5, saved, parts) <= read and not shares(source, part, 1, 4, parts) & read
 
 
+@tiers.exhaustive
 @pytest.mark.slow
 @tiers.parametrize("lost", [0, 1], often=[0])
 def test_a_lost_process_ends_the_other_and_is_named(whole, source, tmp_path, lost):
@@ -155,6 +160,7 @@ def test_a_lost_process_ends_the_other_and_is_named(whole, source, tmp_path, los
         assert numbers(pair.workdir) == numbers(whole.workdir)
 
 
+@tiers.exhaustive
 @pytest.mark.slow
 @tiers.parametrize("hung", [0, 1], often=[0])
 def test_a_process_that_hangs_ends_the_other_and_is_named(source, tmp_path, hung):

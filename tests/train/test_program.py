@@ -135,6 +135,7 @@ def test_parameters_that_do_not_fit_are_refused(source, trained, tmp_path, how):
 STREAMING = [name for name in mixers.names() if mixers.get(name).capabilities.streaming]
 
 
+@tiers.often("softmax")
 @tiers.parametrize("name", STREAMING, often=["softmax", "gated_deltanet"])
 def test_generation_is_that_of_one_device(source, name):
     """Traced under the rules of a mesh of eight devices, every axis split, tokens are those of one."""

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -184,12 +185,12 @@ def test_other_code_moves_no_checkpoint(source, tmp_path, monkeypatch):
     Program.forget()
 
 
-def test_reading_disturbs_no_writer(source, tmp_path):
+def test_reading_disturbs_no_writer(finished, tmp_path):
     """Evaluating a run that is saving leaves its unfinished checkpoint alone."""
-    runs.run(runs.config(source, train__steps=4), tmp_path)
-    unfinished = tmp_path / "checkpoints" / "8.orbax-checkpoint-tmp"
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    unfinished = workdir / "checkpoints" / "16.orbax-checkpoint-tmp"
     unfinished.mkdir()
-    restore.load(tmp_path)
+    restore.load(workdir)
     assert unfinished.is_dir()
 
 

@@ -15,6 +15,7 @@ from attnlab import mixers, tasks
 from attnlab.errors import ConfigError
 from attnlab.train.config import RunConfig
 from attnlab.train.program import Program
+from tests import tiers
 from tests.train import runs
 
 PRESETS = runpy.run_path(str(runs.ROOT / "configs/tasks.py"))["PRESETS"]
@@ -103,17 +104,18 @@ def test_bags_train():
 IMAGES = {"name": "visual_question", "length": 24, "images": 1, "symbols": 10, "questions": 1, "side": 2, "batch": 8}
 
 
+@tiers.often("isolation")
 @pytest.mark.parametrize("mask", ["modality_mutual", "isolation"])
 def test_masks_of_layouts_train(mask):
     """Rows say where images lie: what the mask shows changes the loss, a mesh that splits positions nothing."""
-    masked = {"data": IMAGES, "model__vocab": 25, "model__layers": 2, "model__mixers__M__mask__name": mask}
+    masked = {"data": IMAGES, "model__vocab": 25, "model__layers": 1, "model__mixers__M__mask__name": mask}
     if mask == "isolation":
         masked["model__mixers__M__mask__background"] = False
     ours, sums = one_step(Program.of(config(**masked)))
     others, again = one_step(Program(config(**masked, mesh__data=2, mesh__context=2)))
     np.testing.assert_allclose(ours, others, rtol=2e-5)
     np.testing.assert_allclose(sums["nll"], again["nll"], rtol=1e-4, atol=1e-5)
-    plain, _ = one_step(Program.of(config(data=IMAGES, model__vocab=25, model__layers=2)))
+    plain, _ = one_step(Program.of(config(data=IMAGES, model__vocab=25, model__layers=1)))
     assert np.isfinite(ours).all() and abs(plain[0] - ours[0]) > 1e-4
 
 
