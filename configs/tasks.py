@@ -48,6 +48,7 @@ PRESETS = {
     "parity": {"data": {"name": "group", "group": "Z2", "length": 64, "shortest": 2}, "steps": 1500},
     "periodic_recall": {"data": {"length": 256}, "batch": 16, **RECALL},
     "pixels": {"steps": 1500},
+    "regions": {"pattern": "X", "layers": 1},
     "retrieve": {"pattern": "X", "layers": 1},
     "s3": {"data": {"name": "group", "group": "S3", "length": 24}, "steps": 2000},
     "selective_copy": {"data": {"length": 128}, "steps": 1500},
@@ -82,11 +83,12 @@ def get_config(arg=None):
     made = data.config_from_node({"name": a.task, **preset["data"]}, "data")
     fitting = made.fitting()
     causal = fitting["name"] not in ("classifier", "bags")
+    mask = {"mask": {"name": "region_cross", "regions": made.regions}} if a.task == "regions" else {}
     letters = {
         "M": node(mixer, heads=HEADS, causal=causal),
         "S": node("softmax", heads=HEADS, causal=causal),
         "W": node("softmax", heads=HEADS, window=4),
-        "X": node(mixer, heads=HEADS, source="context", rope_context=a.task == "transcribe"),
+        "X": node(mixer, heads=HEADS, source="context", rope_context=a.task == "transcribe", **mask),
     }
 
     c = ConfigDict()

@@ -173,7 +173,7 @@ def test_presets_fit(preset):
     assert c.model.node_name == c.data.fitting()["name"]
 
 
-@pytest.mark.parametrize("preset", ["bags", "icl_classes", "icl_regression", "mad_compress", "match2", "retrieve"])
+@pytest.mark.parametrize("preset", ["bags", "icl_classes", "icl_regression", "mad_compress", "match2", "regions"])
 def test_every_kind_of_model_takes_its_batches(preset):
     """The loss and the evaluation can be traced on the arrays that the task yields."""
     c = config_lib.load(RunConfig, f"configs/tasks.py:task={preset}")
