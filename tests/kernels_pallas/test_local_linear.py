@@ -159,7 +159,6 @@ def test_the_bound_and_the_residual():
     np.testing.assert_allclose(found["residual"][0], facts.residual_BTH[0, :, 0], rtol=1e-2, atol=1e-5)
 
 
-@tiers.exhaustive
 def test_what_nothing_sees_changes_nothing():
     """NaN in keys and values that no row sees, and in rows that see none: no other bit changes; there all is 0."""
     arrays, bounds = inputs(130, ("packed",), (2, 1), (16, 16), "float32")
