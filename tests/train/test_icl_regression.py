@@ -178,9 +178,9 @@ def test_cost_and_tokenizer(attnlab, tmp_path):
         ({"train__z_loss": 0.1}, "train.z_loss = 0.1 .*allowed: 0.0 where model.name = 'regression'"),
         (
             {"model__name": "regresion"},
-            "model.name = 'regresion' is unknown .*'regression'.*allowed: classifier, .*regression",
+            "model.name = 'regresion' is unknown .*'regression'.*allowed: .*classifier, .*regression",
         ),
-        ({"data__name": "icl"}, "data.name = 'icl' is unknown.* allowed: common_words, .*text"),
+        ({"data__name": "icl"}, "data.name = 'icl' is unknown.* allowed: .*common_words, .*text"),
         ({"data__nose": 1}, "unknown key 'data.nose'.*'noise'"),
         ({"mesh__context": 3, "model__mixers": {"M": {"name": "agent", "form": "pooled"}}}, "mesh.context = 3"),
     ],

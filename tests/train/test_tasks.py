@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import runpy
 
@@ -30,7 +31,7 @@ LM = {"name": "lm", "vocab": 6, "width": 16, "layers": 1, "mixers": {"M": {"name
 def config(data=GROUP, model=LM, **overrides):
     tree = {
         "data": dict(data),
-        "model": dict(model),
+        "model": copy.deepcopy(model),
         "optimizer": {"name": "adamw", "learning_rate": 1e-2, "warmup": 2},
         "train": {"steps": 4, "log_every": 1, "eval_every": 2, "save_every": 4},
         "mesh": {"data": 1},
@@ -108,14 +109,14 @@ IMAGES = {"name": "visual_question", "length": 24, "images": 1, "symbols": 10, "
 @pytest.mark.parametrize("mask", ["modality_mutual", "isolation"])
 def test_masks_of_layouts_train(mask):
     """Rows say where images lie: what the mask shows changes the loss, a mesh that splits positions nothing."""
-    masked = {"data": IMAGES, "model__vocab": 25, "model__layers": 1, "model__mixers__M__mask__name": mask}
+    masked = {"data": IMAGES, "model__vocab": 25, "model__layers": 2, "model__mixers__M__mask__name": mask}
     if mask == "isolation":
         masked["model__mixers__M__mask__background"] = False
     ours, sums = one_step(Program.of(config(**masked)))
     others, again = one_step(Program(config(**masked, mesh__data=2, mesh__context=2)))
     np.testing.assert_allclose(ours, others, rtol=2e-5)
     np.testing.assert_allclose(sums["nll"], again["nll"], rtol=1e-4, atol=1e-5)
-    plain, _ = one_step(Program.of(config(data=IMAGES, model__vocab=25, model__layers=1)))
+    plain, _ = one_step(Program.of(config(data=IMAGES, model__vocab=25, model__layers=2)))
     assert np.isfinite(ours).all() and abs(plain[0] - ours[0]) > 1e-4
 
 
