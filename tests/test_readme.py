@@ -15,7 +15,7 @@ import pytest
 
 from attnlab import mixers
 from attnlab.mixers import base
-from tests.mixers import cases, test_contract
+from tests.mixers import cases, test_contract, test_contract_declared
 
 README = pathlib.Path(__file__).resolve().parents[1] / "README.md"
 
@@ -36,7 +36,8 @@ def example(tmp_path_factory):
 
 def laws():
     """The battery's, those that only `--exhaustive` tries marked as there."""
-    tests = inspect.getmembers(test_contract, lambda f: inspect.isfunction(f) and f.__name__.startswith("test_"))
+    is_law = lambda f: inspect.isfunction(f) and f.__name__.startswith("test_")
+    tests = [law for module in (test_contract, test_contract_declared) for law in inspect.getmembers(module, is_law)]
     marks = lambda law: [mark for mark in getattr(law, "pytestmark", []) if mark.name == "exhaustive"]
     return [pytest.param(law, marks=marks(law), id=law.__name__) for _, law in tests]
 

@@ -1,7 +1,7 @@
 """The contract of a mixer: what goes in, what comes out, what it must declare.
 
 A mixer mixes information across positions. Adding one is one file in this package: a `Config`, a `Mixer` under
-`@register(name)`, its streaming state and its FLOPs; `tests/mixers/test_contract.py` then holds it to every law.
+`@register(name)`, its streaming state and its FLOPs; `tests/mixers/test_contract*.py` then hold it to every law.
 
 Parameters are made by `parts.Linear` and `roles.param`, which say what each is: optimizers decide by it. A kernel whose
 output is cut into parts says which (`roles.Fused`).

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from flax.core import FrozenDict
 
@@ -23,6 +24,7 @@ from attnlab.models.scores import Scores, sums_of_scores
 from attnlab.models.transformer import StackConfig, Transformer, mixer_table
 from attnlab.ops.bag_pooling import likeness, pooled, some_of_the_strongest
 
+_nll = optax.softmax_cross_entropy_with_integer_labels
 _OF_A_STACK = (
     "mixers", "pattern", "gated", "mlp_width", "mlp_gate", "mlp_bias", "dropout", "norm", "norm_after", "norm_epsilon",
 )  # fmt: skip
@@ -209,8 +211,3 @@ class Bags(Objective):
         flops = {"embedding": 2.0 * embedding, "pooling": 2.0 * (maps + M * D)}
         flops["head"] = 2.0 * heads * D * config.classes / length
         return ModelCost(parameters, embedding, flops | stack.flops, stack.state_bytes)
-
-
-def _nll(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Of the right class, nats."""
-    return -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]

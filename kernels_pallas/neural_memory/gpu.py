@@ -94,21 +94,19 @@ def memory(call: Call, q, k, v, gates, initial, carried, position_BT, first_B):
       initial, carried: W and S [1 or B, H, 2, d, d], [B, H, 2, d, d] or None.
       position_BT, first_B: as in `plan.groups`.
     """
-    return _run(call, q, k, v, gates, initial, carried, position_BT, first_B, save=False)[0]
+    return run(gpu_forward.forward, call, q, k, v, gates, initial, carried, position_BT, first_B, save=False)[0]
 
 
-def _run(call, q, k, v, gates, initial, carried, position_BT, first_B, *, save):
-    T = q.shape[1]
-    at = layout_of(call, position_BT, first_B)
-    numbers = numbers_of(call, at, gates)
-    found = gpu_forward.forward(
-        call.shape(q), *map(filled, (q, k, v)), numbers, at.table, at.bounds, initial, carried, save=save
-    )
+def run(forward, call, q, k, v, gates, initial, carried, position_BT, first_B, *, save):
+    """What `memory` gives by a kernel `forward`, and the states that it saved, None without `save`."""
+    T, at = q.shape[1], layout_of(call, position_BT, first_B)
+    places = numbers_of(call, at, gates), at.table, at.bounds
+    found = forward(call.shape(q), *map(filled, (q, k, v)), *places, initial, carried, save=save)
     return (found["y"][:, :T], found["end"], found["before"]), found.get("saved")
 
 
 def _memory_forward(call: Call, q, k, v, gates, initial, carried, position_BT, first_B):
-    out, saved = _run(call, q, k, v, gates, initial, carried, position_BT, first_B, save=True)
+    out, saved = run(gpu_forward.forward, call, q, k, v, gates, initial, carried, position_BT, first_B, save=True)
     return out, (q, k, v, gates, initial, carried is not None, position_BT, first_B, saved)
 
 

@@ -50,6 +50,9 @@ def parted(states: jax.Array) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, .
     return tuple(states[:, :, i] for i in (0, 2)), tuple(states[:, :, i] for i in (1, 3))
 
 
+_run = functools.partial(gpu.run, gpu_deep_forward.forward)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def memory(call: Call, q, k, v, gates, initial, carried, position_BT, first_B):
     """y [B, T, H, d], and W and S of both layers after the last position and before the last group [B, H, 4, d, d].
@@ -57,13 +60,6 @@ def memory(call: Call, q, k, v, gates, initial, carried, position_BT, first_B):
     Args: as of `gpu.memory`; states [..., 4, d, d] (`joined`).
     """
     return _run(call, q, k, v, gates, initial, carried, position_BT, first_B, save=False)[0]
-
-
-def _run(call, q, k, v, gates, initial, carried, position_BT, first_B, *, save):
-    T, at = q.shape[1], gpu.layout_of(call, position_BT, first_B)
-    rows, places = map(gpu.filled, (q, k, v)), (gpu.numbers_of(call, at, gates), at.table, at.bounds)
-    found = gpu_deep_forward.forward(call.shape(q), *rows, *places, initial, carried, save=save)
-    return (found["y"][:, :T], found["end"], found["before"]), found.get("saved")
 
 
 def _memory_forward(call: Call, q, k, v, gates, initial, carried, position_BT, first_B):

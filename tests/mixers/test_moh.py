@@ -19,7 +19,7 @@ from attnlab.ops import dispatch
 from attnlab.ops import router as route
 from attnlab.parallel import partition
 from tests import tiers
-from tests.mixers import cases
+from tests.mixers import cases, test_contract_declared
 from tests.mixers import test_contract as battery
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
@@ -397,7 +397,7 @@ def test_what_cannot_be_gathered_keeps_the_laws(fields):
     battery.assert_close(other, expected, 1e-10)
     battery.test_split_anywhere(config, None)
     battery.test_causality(config, None)
-    battery.test_cost(config)
+    test_contract_declared.test_cost(config)
 
 
 def test_core_from_nodes_and_the_command_line():

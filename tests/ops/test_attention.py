@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnlab import ops
 from attnlab.errors import UserError
-from attnlab.ops import Mask, attention, blockwise, dispatch, mask_for_extension, mask_from_segments
+from attnlab.ops import Mask, attention, blockwise, mask_for_extension, mask_from_segments
 from attnlab.ops.attention import ATTENTION
 from attnlab.parallel import partition
 from tests import tiers
@@ -407,29 +406,7 @@ def test_few_queries_under_a_static_mask():
         assert_close(value_and_grads("xla", q, k, v, mask), value_and_grads("definition", q, k, v, mask))
 
 
-# The choice of implementation, and messages.
-
-
-def test_choices_are_recorded():
-    q, k, v = arrays(T=5)
-    with ops.recording() as chosen:
-        attention(q, k, v, Mask(causal=True, window=3))
-        attention(q, k, v, Mask(), impl="definition")
-    assert chosen.table() == {
-        "attention": {
-            "B2 T5 S5 H4 K4 d8 float64 causal window=3": "xla",
-            "B2 T5 S5 H4 K4 d8 float64": "definition",
-        }
-    }
-
-
-def test_a_named_implementation_that_cannot_serve_raises(monkeypatch):
-    q, k, v = arrays(T=5)
-    picky = dispatch.Implementation(lambda q, *a, **kw: q, lambda spec: "soft_cap" if spec.soft_cap else None)
-    monkeypatch.setitem(ATTENTION.table, "picky", picky)
-    assert attention(q, k, v, Mask(), impl="picky") is not None
-    with pytest.raises(UserError, match="impl='picky' cannot serve .*: soft_cap"):
-        attention(q, k, v, Mask(), soft_cap=1.0, impl="picky")
+# Messages.
 
 
 @pytest.mark.parametrize(

@@ -161,3 +161,25 @@ def test_one_query_over_a_cache_has_a_knob_of_its_own():
         cases.module(dataclasses.replace(config, decode_impl="auto"), jnp.float32).extend(x[:, :1], one, state)
     assert set(chosen.table()["attention"].values()) == {"definition"}
     assert [c.implementation for c in chosen.choices if c.op == "cached_attention"] == ["xla", "one_query"]
+
+
+def test_choices_are_recorded():
+    q = jnp.ones((2, 5, 4, 8))
+    with ops.recording() as chosen:
+        attention(q, q, q, Mask(causal=True, window=3))
+        attention(q, q, q, Mask(), impl="definition")
+    assert chosen.table() == {
+        "attention": {
+            "B2 T5 S5 H4 K4 d8 float32 causal window=3": "xla",
+            "B2 T5 S5 H4 K4 d8 float32": "definition",
+        }
+    }
+
+
+def test_a_named_implementation_that_cannot_serve_raises(monkeypatch):
+    q = jnp.ones((2, 5, 4, 8))
+    picky = Implementation(lambda q, *a, **kw: q, lambda spec: "soft_cap" if spec.soft_cap else None)
+    monkeypatch.setitem(ATTENTION.table, "picky", picky)
+    assert attention(q, q, q, Mask(), impl="picky") is not None
+    with pytest.raises(UserError, match="impl='picky' cannot serve .*: soft_cap"):
+        attention(q, q, q, Mask(), soft_cap=1.0, impl="picky")

@@ -26,8 +26,6 @@ class Form(Heads):
 
     def __init__(self, c, width, build):
         super().__init__(c, width, build)
-        if not c.causal:
-            raise ValueError("causal = False is no language model's; allowed: True")
         inner = c.heads * self.head_dim
         self.q, self.k, self.v = (self.qkv(inner) for _ in range(3))
         self.out = self.make_out(inner)

@@ -128,6 +128,8 @@ class Heads(nn.Module, abc.ABC):
 
     def __init__(self, c, width, build):
         super().__init__()
+        if not getattr(c, "causal", True):
+            raise ValueError("causal = False is no language model's; allowed: True")
         self.c, self.width = c, width
         self.head_dim = c.head_width or width // c.heads
         if c.input_conv > 1:
