@@ -149,8 +149,9 @@ def source(tmp_path_factory):
     """`data.source` of a small corpus, whose tokens are kept for the module alone."""
     from tests.train import runs
 
-    os.environ["ATTNLAB_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    return runs.corpus(tmp_path_factory.mktemp("corpus"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATTNLAB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield runs.corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(autouse=True)
