@@ -119,7 +119,7 @@ def plain(q, k, v, *, starts=None, ends=None, sinks=None, gate=None, key_bias=No
 
 @functools.lru_cache
 def program(fn, soft_cap, key_blocks):
-    """One for all arrays of the same shapes, whatever is in them. key_blocks: whether fast memory is patched to be so."""
+    """One for all arrays of the same shapes, whatever they hold. key_blocks: whether fast memory is patched."""
 
     def loss(arrays, bounds, do, dlse):
         o, lse = fn(**arrays, **bounds, soft_cap=soft_cap)
