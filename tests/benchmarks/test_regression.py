@@ -32,7 +32,7 @@ def test_a_stream_is_linear_in_each_segment_and_noisy(segments):
 def test_a_prediction_sees_only_earlier_pairs(name):
     predictor = regression.PREDICTORS[name][0]
     keys, values, _ = map(np.array, regression.streams(0, 1, 2, 16, 4))
-    run = jax.jit(predictor)
+    run = jax.jit(predictor, static_argnums=(2, 3))
     before = np.asarray(run(keys, values, 4.0, 0.01))
     keys[:, 8:] *= 0.5
     values[:, 7:] *= -1

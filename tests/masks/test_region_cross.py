@@ -88,12 +88,17 @@ def test_in_a_layer():
         np.testing.assert_array_equal(abs(np.asarray(d_rows)).max(-1) > 0, seen.any(1))
         state = jax.jit(lambda contexts: module.init_state(B, T, jnp.float64, contexts=contexts))(seq.contexts)
         x_, seq_ = jax.tree.map(np.asarray, (x, seq))
-        step, parts, stream = functools.partial(battery.extend, *cases.split(module)), [], mixers.Stream.start(B)
+
+        @jax.jit
+        def step(x, part, stream, state):
+            part, stream = stream.extend(part)
+            return battery.extend(*cases.split(module), x, part, state), stream
+
+        parts, stream = [], mixers.Stream.start(B)
         for first, end in ((0, 5), (5, 10), (10, T)):
             at = lambda y: y[:, first:end]
             part = mixers.Sequence(at(seq_.positions), at(seq_.segments), node=at(seq_.node))
-            part, stream = stream.extend(part)
-            out = step(at(x_), part, state)
+            out, stream = step(at(x_), part, stream, state)
             parts, state = [*parts, out.y], out.state
         used = np.asarray(seq.segments) > 0
         np.testing.assert_allclose(np.concatenate(parts, axis=1)[used], np.asarray(call(x, seq))[used], atol=1e-12)

@@ -6,11 +6,14 @@ import jax
 import numpy as np
 
 
-def attention(q, k, v, mask, do, *, sinks=None, scale=None, soft_cap=None, dlse=None):
-    """o, the gradients of q, k and v, and that of sinks where they are given; with the lse behind them where `dlse`
-    says its cotangent.
+def attention(
+    q, k, v, mask, do, *, sinks=None, key_bias=None, query_bias=None, scale=None, soft_cap=None, dlse=None
+):  # fmt: skip
+    """o, the gradients of q, k and v, and those of sinks and biases where they are given; with the lse behind them
+    where `dlse` says its cotangent.
 
-    Args: as of the op; q [B, T, H, d], k [B, S, K, d], v [B, S, K, e], do [B, T, H, e], dlse [B, T, H].
+    Args: as of the op; q [B, T, H, d], k [B, S, K, d], v [B, S, K, e], do [B, T, H, e], dlse [B, T, H], biases
+      [B or 1, S or T, heads].
     """
     q, k, v, do = (np.asarray(x, np.float64) for x in (q, k, v, do))
     (B, T, H, d), (S, K) = q.shape, k.shape[1:3]
@@ -24,6 +27,12 @@ def attention(q, k, v, mask, do, *, sinks=None, scale=None, soft_cap=None, dlse=
     if soft_cap is not None:
         s = soft_cap * np.tanh(s / soft_cap)
         slope = scale * (1 - (s / soft_cap) ** 2)
+    by_heads = lambda x: np.moveaxis(np.broadcast_to(x, (B, *x.shape[1:])), 2, 1)
+    for bias, axis in ((key_bias, -2), (query_bias, -1)):
+        if bias is not None:
+            bias = np.asarray(bias, np.float64)
+            bias = by_heads(bias.repeat(H // bias.shape[2], 2)).reshape(B, K, H // K, -1)
+            s = s + np.expand_dims(bias, axis)
     s = np.where(seen, s, -np.inf)
     sink = -np.inf if sinks is None else np.asarray(sinks, np.float64).reshape(K, H // K, 1)
     high = np.maximum(s.max(-1), sink)
@@ -35,13 +44,19 @@ def attention(q, k, v, mask, do, *, sinks=None, scale=None, soft_cap=None, dlse=
     dp = np.einsum("btkge,bske->bkgts", grouped(do), v)
     mean = (p * dp).sum(-1)
     by_lse = 0 if dlse is None else np.moveaxis(np.asarray(dlse, np.float64).reshape(B, T, K, H // K), 1, 3)
-    ds = p * (dp + (by_lse - mean)[..., None]) * slope
+    of_logits = p * (dp + (by_lse - mean)[..., None])
+    ds = of_logits * slope
     o = np.einsum("bkgts,bske->btkge", p, v).reshape(do.shape)
     dq = np.einsum("bkgts,bskd->btkgd", ds, k).reshape(q.shape)
     dk, dv = np.einsum("bkgts,btkgd->bskd", ds, grouped(q)), np.einsum("bkgts,btkge->bske", p, grouped(do))
     found = [o, dq, dk, dv]
     if sinks is not None:
         found.append((of_sink * (by_lse - mean)).sum((0, 3)).reshape(H))
+    for bias, axis in ((key_bias, -2), (query_bias, -1)):
+        if bias is not None:
+            each = np.moveaxis(of_logits.sum(axis).reshape(B, H, -1), 1, 2)
+            each = each.reshape(B, each.shape[1], bias.shape[2], -1).sum(3)
+            found.append(each if bias.shape[0] == B else each.sum(0, keepdims=True))
     if dlse is not None:
         with np.errstate(divide="ignore"):
             lse = np.moveaxis(high + np.log(total), 3, 1).reshape(B, T, H)

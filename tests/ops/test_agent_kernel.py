@@ -121,7 +121,7 @@ def test_around_the_kernel_for_gpus(monkeypatch, exact):
     """What it finds is the result where it is exact, else XLA's form; so is the gradient, through the state before and
     after, too."""
     q, k, v, agents = arrays()
-    _, before = fixed_agent_attention(k, q, v, agents[None])
+    _, before = jax.jit(fixed_agent_attention)(k, q, v, agents[None])
 
     class Fake:
         @staticmethod
