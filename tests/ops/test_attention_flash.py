@@ -79,7 +79,7 @@ def test_queries_split_over_devices(packed):
     rng = np.random.default_rng(0)
     q, do = (rng.normal(size=(1, T, 2, 64)).astype(np.float32) for _ in range(2))
     k, v = (rng.normal(size=(1, T, 1, 64)).astype(np.float32) for _ in range(2))
-    segments = np.asarray([[1] * 100 + [2] * 130 + [0] * 26])
+    segments = np.asarray([[1] * 100 + [2] * 130 + [0] * 26], np.int32)
     mask = mask_from_segments(segments, T, causal=True) if packed else Mask(causal=True)
 
     def run(impl):
