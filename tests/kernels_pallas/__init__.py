@@ -1,0 +1,3 @@
+from tests import flags
+
+flags.read_what_is_asked()

@@ -20,6 +20,7 @@ TILES = {
     "rows in parts": Blocks(ForwardBlocks(256, 128, 128, 128, False), BackwardBlocks(128, 256, 128, 128)),
     "default": None,
 }
+KERNELS = {name: functools.partial(flash_attention, interpret=True, blocks=blocks) for name, blocks in TILES.items()}
 AXES = {
     "mask": ["all", "causal", "window", "packed", "anything"],
     "length": [256, 130, 64, 7, 1],
@@ -39,7 +40,16 @@ HALVED = dict(mask="causal", length=400, widths=(64, 40), heads=(1, 2, 1), dtype
 # A row tile in which some rows see all of a block of keys, and others, of the next document, nothing of it.
 APART = dict(mask="packed", length=400, widths=(64, 40), heads=(1, 2, 1), dtype="float32", tiles="keys in parts",
              key_blocks=True, sinks=False, gate=False, bias=None, cap=None)  # fmt: skip
-CASES = [*pairwise.cases(AXES), HALVED, APART]
+# Every value of every axis; the laws below are tried with the second, of whose program they are.
+OFTEN = [dict(zip(AXES, values)) for values in (
+    ("all", 130, (96, 96), (3, 3, 1), "bfloat16", "rows in parts", True, True, True, "keys", 2.0),
+    ("packed", 256, (64, 40), (1, 2, 2), "float32", "keys in parts", False, False, True, "keys of heads", None),
+    ("causal", 64, (192, 128), (2, 6, 3), "float32", "default", True, False, True, None, 90.0),
+    ("window", 1, (128, 128), (3, 3, 1), "float32", "default", False, False, False, None, 2.0),
+    ("anything", 7, (256, 256), (1, 2, 2), "float32", "keys in parts", False, True, False, "keys", None),
+)]  # fmt: skip
+CASES = pairwise.cases(AXES)
+CASES += [case for case in (*OFTEN, HALVED, APART) if case not in CASES]
 KEYS = 300  # of masks whose queries are not the keys
 
 
@@ -56,6 +66,7 @@ def intervals(mask: str, batch: int, T: int) -> dict[str, np.ndarray]:
         start = np.where(t < cut, 0, cut)
         return {"starts": np.where(t < T - T // 5, start, t + 1), "ends": np.minimum(t + 1, T - T // 5)}
     starts, ends = np.sort(rng.integers(0, KEYS + 1, (2, batch, T)), 0)
+    ends[:, 0] = starts[:, 0]  # the first row sees nothing
     return {"starts": starts, "ends": ends}
 
 
@@ -106,20 +117,26 @@ def plain(q, k, v, *, starts=None, ends=None, sinks=None, gate=None, key_bias=No
     return o.astype(q.dtype), lse
 
 
-def results(fn, arrays: dict, rest: dict) -> dict[str, np.ndarray]:
-    """o, lse and all gradients, for one cotangent of both."""
-    rng = np.random.default_rng(1)
-    (B, T, H), e = arrays["q"].shape[:3], arrays["v"].shape[3]
-    do, dlse = rng.normal(size=(B, T, H, e)), rng.normal(size=(B, T, H))
-    bounds = {name: x for name, x in rest.items() if name in ("starts", "ends")}
-    static = {name: x for name, x in rest.items() if name not in bounds}
+@functools.lru_cache
+def program(fn, soft_cap, key_blocks):
+    """One for all arrays of the same shapes, whatever they hold. key_blocks: whether fast memory is patched."""
 
-    def loss(arrays, bounds):
-        o, lse = fn(**arrays, **bounds, **static)
+    def loss(arrays, bounds, do, dlse):
+        o, lse = fn(**arrays, **bounds, soft_cap=soft_cap)
         finite = jnp.where(jnp.isfinite(lse), lse, 0)
         return jnp.sum(o.astype(lse.dtype) * do) + jnp.sum(finite * dlse), {"o": o, "lse": lse}
 
-    grads, out = jax.jit(jax.grad(loss, has_aux=True))(arrays, bounds)
+    return jax.jit(jax.grad(loss, has_aux=True))
+
+
+def results(fn, arrays: dict, rest: dict, until: int = 10**6, key_blocks: bool = False) -> dict[str, np.ndarray]:
+    """o, lse and all gradients, for one cotangent of both, which is 0 from a position on."""
+    rng = np.random.default_rng(1)
+    (B, T, H), e = arrays["q"].shape[:3], arrays["v"].shape[3]
+    do, dlse = rng.normal(size=(B, T, H, e)), rng.normal(size=(B, T, H))
+    do[:, until:], dlse[:, until:] = 0, 0
+    bounds = {name: x for name, x in rest.items() if name in ("starts", "ends")}
+    grads, out = program(fn, rest.get("soft_cap"), key_blocks)(arrays, bounds, do, dlse)
     found = out | {f"d{name}": x for name, x in grads.items()}
     return {name: np.asarray(x.astype(jnp.promote_types(x.dtype, jnp.float32))) for name, x in found.items()}
 
@@ -132,7 +149,7 @@ def typed(arrays: dict, dtype: str) -> dict:
 @tiers.parametrize(
     "case",
     CASES,
-    often=pairwise.values(AXES),
+    often=OFTEN,
     ids=lambda c: "-".join(str(x) for x in c.values()).replace(" ", ""),
 )
 def test_equals_the_definition(case, monkeypatch):
@@ -147,8 +164,7 @@ def test_equals_the_definition(case, monkeypatch):
         wide = {name: jnp.asarray(x, jnp.float64) for name, x in arrays.items()}
         exact = results(definition, wide, rest)
     xla = results(plain, typed(arrays, case["dtype"]), rest)
-    kernel = functools.partial(flash_attention, interpret=True, blocks=TILES[case["tiles"]])
-    ours = results(kernel, typed(arrays, case["dtype"]), rest)
+    ours = results(KERNELS[case["tiles"]], typed(arrays, case["dtype"]), rest, key_blocks=case["key_blocks"])
     assert set(ours) == set(exact)
     eps = float(jnp.finfo(case["dtype"]).eps)
     for name, value in exact.items():
@@ -165,7 +181,8 @@ def test_equals_the_definition(case, monkeypatch):
 
 
 def test_cases_are_pairwise():
-    """Any two values of two axes meet in a case."""
+    """Any two values of two axes meet in a case, and every value is tried often."""
+    assert all(value in [case[name] for case in OFTEN] for name, every in AXES.items() for value in every)
     for a in AXES:
         for b in AXES:
             assert a == b or {(str(c[a]), str(c[b])) for c in CASES} >= {
@@ -173,30 +190,29 @@ def test_cases_are_pairwise():
             }
 
 
-SMALL = dict(mask="causal", length=256, widths=(64, 64), heads=(1, 3, 1), dtype="float32", sinks=True, gate=True,
-             bias="keys", cap=None)  # fmt: skip
-SMALLEST = Blocks(ForwardBlocks(256, 128, 128, 128, True), BackwardBlocks(128, 128, 128, 128))
-kernel = functools.partial(flash_attention, interpret=True, blocks=SMALLEST)
+LAWS, T = OFTEN[1], OFTEN[1]["length"]
+kernel = KERNELS[LAWS["tiles"]]
 
 
 def test_what_no_row_sees_changes_nothing():
     """NaN there, of keys, values and biases: results keep their bits; its gradients are 0."""
-    arrays, rest = inputs(SMALL | {"mask": "packed"})
-    hidden = ~np.asarray(masks.visible(rest["starts"], rest["ends"], 256, 256)).any(1)
+    arrays, rest = inputs(LAWS)
+    hidden = ~np.asarray(masks.visible(rest["starts"], rest["ends"], T, T)).any(1)
     assert hidden.sum() > 50
     poisoned = dict(arrays)
     for name in ("k", "v", "key_bias"):
         poisoned[name] = arrays[name].copy()
-        poisoned[name][hidden] = np.nan
+        np.moveaxis(poisoned[name], -1 if name == "key_bias" else 1, 1)[hidden] = np.nan
     for a, b in zip(*(results(kernel, typed(x, "float32"), rest).items() for x in (arrays, poisoned)), strict=True):
         np.testing.assert_array_equal(a[1], b[1])
         if a[0] in ("dk", "dv", "dkey_bias"):
-            assert not np.any(b[1][hidden]) and np.any(b[1][~hidden])
+            of_keys = np.moveaxis(b[1], -1 if a[0] == "dkey_bias" else 1, 1)
+            assert not np.any(of_keys[hidden]) and np.any(of_keys[~hidden])
 
 
 def test_keys_are_replaced_once():
     """Those that no row sees, for both directions; and not at all where every key is known to be seen."""
-    arrays, rest = inputs(SMALL | {"mask": "packed", "sinks": False, "gate": False, "bias": None})
+    arrays, rest = inputs(LAWS | {"heads": (1, 3, 1), "widths": (64, 64), "gate": False, "bias": None})
     shape = arrays["k"].shape
 
     def replaced(**known):
@@ -211,7 +227,7 @@ def test_keys_are_replaced_once():
 
 def test_rows_that_see_nothing():
     """0, an lse of -inf, and no gradient, though their queries are NaN."""
-    arrays, rest = inputs(SMALL | {"mask": "packed", "sinks": False})
+    arrays, rest = inputs(LAWS)
     nothing = rest["starts"] >= rest["ends"]
     assert nothing.any()
     arrays["q"][nothing] = np.nan
@@ -224,25 +240,20 @@ def test_rows_that_see_nothing():
 
 def test_causality():
     """Changing what comes after a position changes no bit up to it, nor takes it a gradient."""
-    arrays, rest = inputs(SMALL)
-    arrays, cut = typed(arrays, "float32"), 131
+    arrays, rest = inputs(LAWS)
+    cut = 131
 
-    @jax.jit
-    def run(arrays):
-        def before(arrays):
-            o, lse = kernel(**arrays, **{name: jnp.asarray(x) for name, x in rest.items()})
-            return jnp.sum(jnp.sin(o[:, :cut])) + jnp.sum(jnp.sin(lse[:, :cut])), (o[:, :cut], lse[:, :cut])
+    def later(name, x):
+        at = np.moveaxis(x.copy(), -1 if name == "key_bias" else 1, 1)
+        at[:, cut:] *= -3
+        return np.moveaxis(at, 1, -1 if name == "key_bias" else 1)
 
-        grads, out = jax.grad(before, has_aux=True)(arrays)
-        return out, grads
-
-    later = {n: x if n == "sinks" else x.at[:, cut:].multiply(-3.0) for n, x in arrays.items()}
-    (out, grads), (changed, changed_grads) = run(arrays), run(later)
-    jax.tree.map(np.testing.assert_array_equal, out, changed)
-    for name, x in grads.items():
-        if name != "sinks":
-            np.testing.assert_array_equal(x[:, :cut], changed_grads[name][:, :cut])
-            assert not np.any(x[:, cut:])
+    changed = {name: later(name, x) for name, x in arrays.items()}
+    before, after = (results(kernel, typed(x, "float32"), rest, until=cut) for x in (arrays, changed))
+    for name in before:
+        a, b = (np.moveaxis(x[name], -1 if name == "dkey_bias" else 1, 1) for x in (before, after))
+        np.testing.assert_array_equal(a[:, :cut], b[:, :cut])
+        assert np.any(a[:, :cut]) and (name in ("o", "lse") or not np.any(a[:, cut:]))
 
 
 @pytest.mark.parametrize("change, says", [
