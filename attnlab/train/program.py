@@ -10,6 +10,7 @@ import collections
 import concurrent.futures
 import functools
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ from attnlab.train.step import make_eval_step, make_train_step
 from attnlab.train.teaching import Teaching
 
 _most = 4  # programs that are shared: each holds what was compiled for it
+_LEVEL = "xla_backend_optimization_level"
 
 
 class Program:
@@ -75,6 +77,8 @@ class Program:
         while len(_shared) > _most:
             _shared.popitem(last=False)
         return _shared[key]
+
+    once: dict[str, Any] | None = {_LEVEL: 1}  # what XLA is told of a program that runs once, on a CPU
 
     @staticmethod
     def share(count: int) -> None:
@@ -161,10 +165,12 @@ class Program:
         return jax.jit(lambda seed: self._traced_init(seed), out_shardings=self.shardings)
 
     def first_state(self, seed: int) -> TrainState:
-        """`init(seed)`, compiled beside the train step that comes next: either keeps a core busy."""
+        """`init(seed)`, compiled beside the train step that comes next: either keeps a core busy. On a CPU it is
+        compiled at a low level, as it runs once, unless XLA_FLAGS say at which."""
         if self._compiled_init is None:
             lowered = self.init.lower(seed)
-            options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None  # it runs once
+            told = _LEVEL in os.environ.get("XLA_FLAGS", "")  # by the user, for all programs
+            options = self.once if jax.default_backend() == "cpu" and not told else None
             with concurrent.futures.ThreadPoolExecutor(1) as pool, ops.recording() as chosen:
                 init = pool.submit(lowered.compile, options)
                 self.train_step.lower(self.state, self.batch, *self.teacher).compile()
