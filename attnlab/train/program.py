@@ -10,6 +10,7 @@ import collections
 import concurrent.futures
 import functools
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ from attnlab.train.step import make_eval_step, make_train_step
 from attnlab.train.teaching import Teaching
 
 _most = 4  # programs that are shared: each holds what was compiled for it
+_LEVEL = "xla_backend_optimization_level"
 
 
 class Program:
@@ -76,6 +78,8 @@ class Program:
         while len(_shared) > _most:
             _shared.popitem(last=False)
         return _shared[key]
+
+    once: dict[str, Any] | None = {_LEVEL: 1}  # what XLA is told of a program that runs once, on a CPU
 
     @staticmethod
     def share(count: int) -> None:
@@ -203,8 +207,8 @@ class Program:
             self._step, self.chosen = kept
 
     def _compile_init(self, lowered: Any) -> Any:
-        options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None  # it runs once
-        compiled = lowered.compile(options)
+        told = _LEVEL in os.environ.get("XLA_FLAGS", "")  # by the user, for all programs
+        compiled = lowered.compile(self.once if jax.default_backend() == "cpu" and not told else None)
         self._executables.made("init", compiled)
         return compiled
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import pathlib
@@ -9,14 +10,19 @@ import subprocess
 import sys
 from typing import Any
 
+import jax
+import numpy as np
 import rich.console
 
 from attnlab import config as config_lib
+from attnlab.mixers.roles import Role
 from attnlab.train.config import RunConfig
 from attnlab.train.loop import train
 from attnlab.train.program import Program
+from attnlab.train.state import Model, TrainState
 
 Program.share(12)  # of the tests of a file, which take turns
+Program.once = None  # the level of all other programs is lower still (tests/flags.py)
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -51,6 +57,21 @@ def tree(source: str, **overrides: Any) -> dict[str, Any]:
 
 def config(source: str, **overrides: Any) -> RunConfig:
     return config_lib.build(RunConfig, tree(source, **overrides))
+
+
+def drawn(model: Model, seed: int = 0) -> Any:
+    """Parameters of a model, a pure dict of NumPy arrays: nothing is compiled to draw them."""
+    rng = np.random.default_rng(seed)
+    one = lambda usage, x: (rng.normal(size=x.shape) * 0.2 + (usage.role is Role.SCALE)).astype(x.dtype)
+    return jax.tree.map(one, model.usages, model.pure_shapes)
+
+
+def first(program: Program, seed: int = 0) -> TrainState:
+    """A state of no steps and `drawn` parameters, on the program's mesh: what AdamW begins with, and nothing compiled
+    for it. That `Program.init` is the same on every mesh, tests/models/test_initial.py holds."""
+    zero = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), program.shapes)
+    state = dataclasses.replace(zero, params=drawn(program.model, seed), key=np.array([seed, 1], np.uint32))
+    return jax.device_put(state, program.shardings)
 
 
 def run(config: RunConfig, workdir: pathlib.Path) -> str:
