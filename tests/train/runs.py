@@ -15,11 +15,11 @@ import numpy as np
 import rich.console
 
 from attnlab import config as config_lib
-from attnlab.mixers.roles import Role
 from attnlab.train.config import RunConfig
 from attnlab.train.loop import train
 from attnlab.train.program import Program
 from attnlab.train.state import Model, TrainState
+from tests.models import drawn as drawn_lib
 
 Program.share(12)  # of the tests of a file, which take turns
 Program.once = None  # the level of all other programs is lower still (tests/flags.py)
@@ -61,9 +61,7 @@ def config(source: str, **overrides: Any) -> RunConfig:
 
 def drawn(model: Model, seed: int = 0) -> Any:
     """Parameters of a model, a pure dict of NumPy arrays: nothing is compiled to draw them."""
-    rng = np.random.default_rng(seed)
-    one = lambda usage, x: (rng.normal(size=x.shape) * 0.2 + (usage.role is Role.SCALE)).astype(x.dtype)
-    return jax.tree.map(one, model.usages, model.pure_shapes)
+    return drawn_lib.values(model.usages, model.pure_shapes, seed)
 
 
 def first(program: Program, seed: int = 0) -> TrainState:
