@@ -31,17 +31,26 @@ def starts_of(documents):
     return np.maximum.accumulate(np.where(first, np.arange(documents.shape[1]), -1), axis=1)
 
 
-def results(fn, arrays):
-    """o, the state after, and gradients by name, for one cotangent of both."""
+def results(fn, arrays, starts=None, documents=None, **options):
+    """o, the state after, and gradients by name, for one cotangent of both.
 
-    def loss(arrays):
-        o, end = fn(**arrays)
+    fn: a function of the arrays and options, and of starts or documents where they are given; programs of the same
+    options and shapes are one.
+    """
+    rest = {n: jnp.asarray(x) for n, x in (("starts", starts), ("documents", documents)) if x is not None}
+    grads, (o, end) = _program(fn, tuple(options.items()))(arrays, rest)
+    found = {"o": o, "end": end, **{f"d{name}": x for name, x in grads.items()}}
+    return {name: np.asarray(x.astype(jnp.promote_types(x.dtype, jnp.float32))) for name, x in found.items()}
+
+
+@functools.lru_cache
+def _program(fn, options):
+    def loss(arrays, rest):
+        o, end = fn(**arrays, **rest, **dict(options))
         weigh = lambda y, by: jnp.sum(y.astype(end.dtype) * by(jnp.arange(y.size)).reshape(y.shape).astype(end.dtype))
         return weigh(o, jnp.cos) + weigh(end, jnp.sin), (o, end)
 
-    grads, (o, end) = jax.jit(jax.grad(loss, has_aux=True))(arrays)
-    found = {"o": o, "end": end, **{f"d{name}": x for name, x in grads.items()}}
-    return {name: np.asarray(x.astype(jnp.promote_types(x.dtype, jnp.float32))) for name, x in found.items()}
+    return jax.jit(jax.grad(loss, has_aux=True))
 
 
 def rounded(arrays, dtype):

@@ -25,7 +25,7 @@ pytestmark = [
 CASES = {
     "v5e": (1, 300, 2, 128, 128, "bfloat16", True, Sizes(128, 1, 2, 1)),
     "v5p": (1, 256, 2, 64, 128, "bfloat16", True, Sizes(64, 2, 2, 2)),
-    "v6e": (2, 40, 3, 20, 17, "float32", False, None),
+    "v6e": (2, 40, 1, 20, 17, "float32", False, None),
     "tpu7x": (1, 256, 1, 128, 256, "bfloat16", False, Sizes(128, 2, 1, 1)),
 }
 

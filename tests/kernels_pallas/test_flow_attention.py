@@ -48,7 +48,7 @@ def inputs(length, starts=None, given=False, heads=1, widths=(6, 5), dtype="floa
     rng = np.random.default_rng(seed)
     B, H, (d, e) = len(starts or "ab"), heads, widths
     feature = lambda *shape: 1 / (1 + np.exp(-rng.standard_normal(shape)))
-    round_ = lambda x: np.asarray(jnp.asarray(x, dtype).astype(jnp.float32))
+    round_ = lambda x: x.astype(jnp.dtype(dtype)).astype(np.float32)
     q, k, v = map(round_, (*(feature(B, length, H, d) for _ in "qk"), rng.standard_normal((B, length, H, e))))
     arrays = {"q": q, "k": k, "v": v}
     if given:

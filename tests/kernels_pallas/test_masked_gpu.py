@@ -84,7 +84,7 @@ CASES = {
 def inputs(shape, widths, features):
     """What is differentiated, float32 that bfloat16 can say; and a cap."""
     rng, (B, T, S, H, K), (d, e) = np.random.default_rng(1), shape, widths
-    normal = lambda *shape: np.asarray(jnp.asarray(rng.normal(size=shape), jnp.bfloat16).astype(jnp.float32))
+    normal = lambda *shape: rng.normal(size=shape).astype(jnp.bfloat16).astype(np.float32)
     arrays = {"q": normal(B, T, H, d) * 2, "k": normal(B, S, K, d), "v": normal(B, S, K, e)}
     more = {"s": ("sinks", (H,)), "g": ("gate", (B, T, H, e)), "b": ("key_bias", (B, K, S))}
     arrays |= {more[f][0]: normal(*more[f][1]) for f in features if f in more}
@@ -175,28 +175,30 @@ def test_lists_hold_what_is_seen(name, rows, keys):
     mask, (_, T, S, H, K) = mask_of(name)
     pattern, _ = pattern_of(mask, T, S, "cuda")
     whole = T + -T % 128, S + -S % 128
-    pattern = pattern.padded(*whole)
-    seen = np.asarray(mask.visible(T, S))
+
+    @jax.jit
+    def listed():
+        padded = pattern.padded(*whole)
+        lists = gpu_pattern.of_rows(padded, rows).lists, gpu_pattern.of_keys(padded, keys, rows, H, K).lists
+        return mask.visible(T, S), *lists
+
+    seen, of_rows, of_keys = map(np.asarray, listed())
     seen = np.pad(seen, ((0, 0), (0, 0), (0, whole[0] - T), (0, whole[1] - S)))
     tiled = lambda n, m: seen.reshape(*seen.shape[:2], whole[0] // n, n, whole[1] // m, m)
-    of_rows = np.asarray(gpu_pattern.of_rows(pattern, rows).lists)
     met, full = (f(tiled(rows, 64), (3, 5)) for f in (np.any, np.all))
     for at in np.ndindex(*met.shape[:3]):
         count, listed = of_rows[at][0], of_rows[at][1:]
-        number, is_full = (np.asarray(x)[:count] for x in entry(listed))
+        number, is_full = (x[:count] for x in entry(listed))
         assert count >= 1 and np.all(np.diff(number) > 0)
         assert set(np.flatnonzero(met[at])) <= set(number) and np.all(full[at][number[is_full]])
         if name == "axis":  # where one coordinate says all, nothing is listed in vain
             assert count == max(1, met[at].sum())
-    of_keys = np.asarray(gpu_pattern.of_keys(pattern, keys, rows, H, K).lists)
     met, full = (np.moveaxis(f(tiled(rows, keys), (3, 5)), 2, 3) for f in (np.any, np.all))
     group = H // K if met.shape[1] == H else 1
     met, full = (x.reshape(x.shape[0], -1, group, *x.shape[2:]) for x in (met, full))
     for b, h, j in np.ndindex(met.shape[0], met.shape[1], met.shape[3]):
-        count, listed = of_keys[b, h, j, 0], jnp.asarray(of_keys[b, h, j, 1:][: of_keys[b, h, j, 0]])
-        tile, head, is_full = (
-            np.asarray(f(listed)) for f in (gpu_pattern.tile_of, gpu_pattern.head_of, gpu_pattern.is_full)
-        )
+        count, listed = of_keys[b, h, j, 0], of_keys[b, h, j, 1:][: of_keys[b, h, j, 0]]
+        tile, head, is_full = (f(listed) for f in (gpu_pattern.tile_of, gpu_pattern.head_of, gpu_pattern.is_full))
         found = list(zip(head, tile))
         assert found == sorted(set(found)) and set(found) >= set(zip(*np.nonzero(met[b, h, :, j])))
         assert np.all(full[b, h, head[is_full], j, tile[is_full]])
@@ -212,8 +214,8 @@ def test_lists_of_blocks_of_several_tiles(rows, keys):
     kinds = np.random.default_rng(0).choice([0, 1, 2, 2], (2, H, T // 64, S // 64)).astype(np.int8)
     bounds = jnp.zeros((1, 1, 2, T), jnp.int32)
     pattern = Pattern(jnp.asarray(kinds), (Term(bounds),), S // 64, gpu_pattern.TILE)
-    of_rows = np.asarray(gpu_pattern.of_rows(pattern, rows).lists)
-    of_keys = np.asarray(gpu_pattern.of_keys(pattern, keys, rows, H, K).lists)
+    both = lambda: (gpu_pattern.of_rows(pattern, rows).lists, gpu_pattern.of_keys(pattern, keys, rows, H, K).lists)
+    of_rows, of_keys = map(np.asarray, jax.jit(both)())
     tiled = lambda n, m: kinds.reshape(2, H, T // n, n // 64, S // m, m // 64)
     every = lambda listed: [(int(x) >> 20 & 1023, int(x) & (1 << 20) - 1, int(x) >> 30) for x in listed]
     for b, h, i in np.ndindex(2, H, T // rows):

@@ -1,9 +1,6 @@
 """Tiles of a mask against the mask written out."""
 
-import functools
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -25,23 +22,24 @@ CASES = {
 HALVED = ("causal", "window", "two documents and padding", "anything")
 
 
+@jax.jit  # intervals may be traced
+def tiles(starts, ends):
+    bounds = masks.intervals(starts, ends, T, S)
+    ranges = masks.tile_ranges(*bounds, ROWS, KEYS)
+    halved = masks.halved(ranges, bounds, ROWS, KEYS)
+    any_row = masks.seen_keys(*bounds, S, low=starts is not None, high=ends is not None)
+    return masks.visible(starts, ends, T, S), bounds, ranges, masks.tile_kinds(ranges, S // KEYS), any_row, halved
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_tiles_are_those_of_the_mask_written_out(name):
     """No visible pair is outside; starts hide nothing from `full` on, ends nothing before `full_end`; halves."""
-    starts, ends = (None if x is None else jnp.asarray(x, jnp.int32) for x in CASES[name])
-    seen = np.asarray(masks.visible(starts, ends, T, S))
-
-    given = {"low": starts is not None, "high": ends is not None}
-    seen_keys = functools.partial(masks.seen_keys, **given)
-
-    @jax.jit  # intervals may be traced
-    def tiles(starts, ends):
-        bounds = masks.intervals(starts, ends, T, S)
-        ranges = masks.tile_ranges(*bounds, ROWS, KEYS)
-        halved = masks.halved(ranges, bounds, ROWS, KEYS)
-        return bounds, ranges, masks.tile_kinds(ranges, S // KEYS), seen_keys(*bounds, S), halved
-
-    bounds, ranges, kinds, any_row, halved = tiles(starts, ends)
+    starts, ends = (None if x is None else np.broadcast_to(x, (3, T)).astype(np.int32) for x in CASES[name])
+    visible, bounds, ranges, kinds, any_row, halved = map(jax.device_get, tiles(starts, ends))
+    seen = np.ones((3, T, S), bool)
+    seen &= True if starts is None else np.arange(S) >= starts[..., None]
+    seen &= True if ends is None else np.arange(S) < ends[..., None]
+    np.testing.assert_array_equal(visible, seen)
     np.testing.assert_array_equal(any_row, seen.any(1))
     for b, n in np.ndindex(*halved.shape):
         first, last = ranges[b, n, 0], ranges[b, n, 3] - 1
@@ -61,8 +59,8 @@ def test_tiles_are_those_of_the_mask_written_out(name):
         if kinds[b, n, j] == masks.FULL:
             assert tile[some[b, rows]].all()
         elif first <= j < end:
-            begun = key >= np.asarray(bounds[0])[b, rows, None]
-            not_ended = key < np.asarray(bounds[1])[b, rows, None]
+            begun = key >= bounds[0][b, rows, None]
+            not_ended = key < bounds[1][b, rows, None]
             assert j < full or begun[some[b, rows]].all()
             assert j >= full_end or not_ended[some[b, rows]].all()
 
@@ -70,8 +68,12 @@ def test_tiles_are_those_of_the_mask_written_out(name):
 def test_tiles_are_few():
     """Of a causal mask half, of a window its own, none where rows see nothing."""
     n = 64 * 8
-    t = jnp.arange(n)[None]
-    kinds = lambda starts, ends: masks.tile_kinds(masks.tile_ranges(*masks.intervals(starts, ends, n, n), 64, 64), 8)
+    t = np.arange(n)[None]
+
+    @jax.jit
+    def kinds(starts, ends):
+        return masks.tile_kinds(masks.tile_ranges(*masks.intervals(starts, ends, n, n), 64, 64), 8)
+
     causal = np.asarray(kinds(None, t + 1)[0])
     np.testing.assert_array_equal(causal, np.tril(np.full((8, 8), masks.FULL), -1) + np.eye(8) * masks.PARTIAL)
     assert (np.asarray(kinds(t - 63, t + 1)) > 0).sum() == 15

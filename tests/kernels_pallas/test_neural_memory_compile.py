@@ -24,7 +24,7 @@ pytestmark = [
 CASES = {
     "v5e": (2, (64, 128, 64), "bfloat16", 100, False),
     "v5p": (1, (128, 128), "float32", 64, True),
-    "v6e": (2, (128, 256, 128), "bfloat16", 128, True),
+    "v6e": (1, (128, 256, 128), "bfloat16", 64, True),
     "tpu7x": (3, (96, 96), "bfloat16", 70, False),
 }
 

@@ -38,23 +38,40 @@ def inputs(mask, length, heads, widths, dtype) -> tuple[list[np.ndarray], dict]:
     rng = np.random.default_rng(0)
     (B, H, K), (d, e) = heads, widths
     S = KEYS if mask in ("all", "anything") else length
-    normal = lambda *shape: np.array(jnp.asarray(rng.normal(size=shape), dtype).astype(jnp.float32))
+    normal = lambda *shape: rng.normal(size=shape).astype(jnp.dtype(dtype)).astype(np.float32)
     arrays = [2 * normal(B, length, H, d), normal(B, length, H, d), normal(B, S, K, d), normal(B, S, K, e)]
     return arrays, intervals(mask, B, length)
 
 
-def results(fn, arrays, bounds, dtype) -> dict[str, np.ndarray]:
-    """o, and the gradients of its product with one cotangent."""
-    do = jnp.asarray(np.random.default_rng(1).normal(size=(*arrays[0].shape[:3], arrays[3].shape[3])))
-
-    @jax.jit
-    def run(arrays, bounds):
+@functools.lru_cache
+def program(fn):
+    def run(arrays, bounds, do):
         o, vjp = jax.vjp(lambda *arrays: fn(*arrays, **bounds), *arrays)
         return o, *vjp(do.astype(o.dtype))
 
-    found = run([jnp.asarray(x, dtype) for x in arrays], {name: jnp.asarray(x) for name, x in bounds.items()})
-    found = [np.asarray(x.astype(jnp.promote_types(x.dtype, jnp.float32))) for x in found]
+    return jax.jit(run)
+
+
+def results(fn, arrays, bounds, dtype) -> dict[str, np.ndarray]:
+    """o, and the gradients of its product with one cotangent."""
+    do = np.random.default_rng(1).normal(size=(*arrays[0].shape[:3], arrays[3].shape[3]))
+    found = program(fn)([x.astype(jnp.dtype(dtype)) for x in arrays], bounds, do)
+    found = [np.asarray(x).astype(jnp.promote_types(x.dtype, jnp.float32)) for x in found]
     return dict(zip(("o", *(f"d{name}" for name in NAMES)), found, strict=True))
+
+
+@functools.lru_cache
+def kernel(tiles, by_blocks=False):
+    """by_blocks: whether fast memory is patched to hold one tile of keys at a time."""
+    return functools.partial(parallax_attention, interpret=True, blocks=tiles)
+
+
+def documents(monkeypatch):
+    """Arrays, bounds and results of one of the cases, for laws whose programs are the same."""
+    *shape, dtype, tiles, _ = CASES["documents"]
+    monkeypatch.setattr(tuning, "resident_keys", lambda kind, each, keys, tile, rest: tile)
+    arrays, bounds = inputs(*shape, dtype)
+    return arrays, bounds, lambda *arrays: results(kernel(tiles, True), arrays, bounds, dtype)
 
 
 def exact(arrays, bounds) -> dict[str, np.ndarray]:
@@ -82,7 +99,7 @@ def test_equals_the_definition(case, monkeypatch):
         monkeypatch.setattr(tuning, "resident_keys", lambda kind, each, keys, tile, rest: tile)
     arrays, bounds = inputs(*shape, dtype)
     expected = exact(arrays, bounds)
-    ours = results(functools.partial(parallax_attention, interpret=True, blocks=tiles), arrays, bounds, dtype)
+    ours = results(kernel(tiles, by_blocks), arrays, bounds, dtype)
     xla = results(plain, arrays, bounds, dtype) if dtype == "bfloat16" else expected
     eps = float(jnp.finfo(dtype).eps)
     for name, value in expected.items():
@@ -98,57 +115,44 @@ def test_no_probe_is_flash_attention():
     """The same output and gradients of q, k and v."""
     (q, _, k, v), bounds = inputs("causal", 130, (1, 2, 1), (32, 32), "float32")
     flash = lambda q, _, k, v, **bounds: flash_attention(q, k, v, **bounds, interpret=True, blocks=SMALLEST)[0]
-    kernel = functools.partial(parallax_attention, interpret=True, blocks=SMALLEST)
-    ours, theirs = (results(fn, [q, 0 * q, k, v], bounds, "float32") for fn in (kernel, flash))
+    ours, theirs = (results(fn, [q, 0 * q, k, v], bounds, "float32") for fn in (kernel(SMALLEST), flash))
     for name in ("o", "dq", "dk", "dv"):
         np.testing.assert_allclose(ours[name], theirs[name], atol=1e-5)
 
 
-def test_what_nothing_sees_changes_nothing():
+def test_what_nothing_sees_changes_nothing(monkeypatch):
     """NaN in keys and values that no row sees, and in rows that see none: no other bit changes; there all is 0."""
-    arrays, bounds = inputs("packed", 200, (1, 2, 1), (32, 32), "float32")
-    hidden = ~np.asarray(masks.visible(bounds["starts"], bounds["ends"], 200, 200)).any(1)[0]
-    blind = (bounds["starts"] >= bounds["ends"])[0]
+    arrays, bounds, run = documents(monkeypatch)
+    T = arrays[0].shape[1]
+    hidden = ~np.asarray(masks.visible(bounds["starts"], bounds["ends"], T, T)).any(1)
+    blind = bounds["starts"] >= bounds["ends"]
     assert hidden.sum() > 30 and blind.sum() > 30
-
-    @jax.jit
-    def run(arrays):
-        o, vjp = jax.vjp(lambda *a: parallax_attention(*a, **bounds, interpret=True, blocks=SMALLEST), *arrays)
-        return o, *vjp(jnp.ones_like(o))
-
     poisoned = [x.copy() for x in arrays]
     for x, where in zip(poisoned, (blind, blind, hidden, hidden)):
-        x[:, where] = np.nan
-    for a, b, where in zip(run(arrays), run(poisoned), (blind, blind, blind, hidden, hidden), strict=True):
-        np.testing.assert_array_equal(a, b)
-        assert not np.any(b[:, where]) and np.any(b[:, ~where])
+        x[where] = np.nan
+    before, after = run(*arrays), run(*poisoned)
+    for name, where in zip(before, (blind, blind, blind, hidden, hidden), strict=True):
+        np.testing.assert_array_equal(before[name], after[name])
+        assert not np.any(after[name][where]) and np.any(after[name][~where])
 
 
-@functools.cache
-def causal_kernel():
-    """Arrays and the kernel, one compile for the tests of its forward."""
-    arrays, bounds = inputs("causal", 130, (1, 2, 1), (32, 32), "bfloat16")
-    kernel = jax.jit(functools.partial(parallax_attention, interpret=True, blocks=SMALLEST, **bounds))
-    return arrays, bounds, lambda *arrays: np.asarray(kernel(*(jnp.asarray(x, "bfloat16") for x in arrays)), np.float64)
-
-
-def test_what_keys_have_in_common_does_not_round_off():
+def test_what_keys_have_in_common_does_not_round_off(monkeypatch):
     """A channel of keys that is 0, or 64: the same function, and in bfloat16 as near to it."""
-    (q, probe, k, v), bounds, kernel = causal_kernel()
+    (q, probe, k, v), bounds, run = documents(monkeypatch)
     q, k, far = q.copy(), k.copy(), k.copy()
     q[..., 0], k[..., 0], far[..., 0] = 0, 0, 64
-    true = definition(q, probe, k, v, **bounds)
-    off = lambda k: np.sqrt(np.mean(np.square(kernel(q, probe, k, v) - true)))
+    true = exact([q, probe, k, v], bounds)["o"]
+    off = lambda k: np.sqrt(np.mean(np.square(run(q, probe, k, v)["o"] - true)))
     assert off(far) <= 1.5 * off(k)
 
 
-def test_causality():
+def test_causality(monkeypatch):
     """Changing what comes after a position changes no bit up to it."""
-    (*arrays, k, v), _, kernel = causal_kernel()
+    (*arrays, k, v), _, run = documents(monkeypatch)
     later = [x.copy() for x in (k, v)]
     for x in later:
         x[:, 65:] *= -3
-    a, b = kernel(*arrays, k, v), kernel(*arrays, *later)
+    a, b = run(*arrays, k, v)["o"], run(*arrays, *later)["o"]
     np.testing.assert_array_equal(a[:, :65], b[:, :65])
     assert np.any(a[:, 65:] != b[:, 65:])
 

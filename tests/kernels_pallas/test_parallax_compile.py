@@ -25,8 +25,8 @@ SMALL = Blocks(ForwardBlocks(128, 128, 128, 128), BackwardBlocks(128, 128, 128, 
 # Per generation: B, T, S, H, K, d, e, dtype, bounds, and in how many parts keys come.
 CASES = {
     "v5e": ((1, 300, 300, 2, 1, 128, 128), "bfloat16", ("ends",), 1),
-    "v5p": ((3, 7, 500, 3, 3, 96, 40), "bfloat16", ("starts", "ends"), 1),
-    "v6e": ((2, 130, 256, 4, 2, 64, 64), "float32", ("starts",), 2),
+    "v5p": ((3, 7, 500, 3, 3, 96, 40), "float32", ("starts", "ends"), 1),
+    "v6e": ((2, 130, 256, 4, 2, 64, 64), "bfloat16", ("starts",), 2),
     "tpu7x": ((1, 130, 256, 2, 2, 192, 128), "bfloat16", (), 1),
 }
 

@@ -50,22 +50,32 @@ def inputs(d=d, e=e):
     return arrays, np.where(nothing, 0, starts), np.where(nothing, 0, ends)
 
 
-def results(fn, arrays, starts, ends, **options):
+@functools.lru_cache
+def program(fn, options, parts):
+    """parts: whether fast memory is patched to hold one tile of keys."""
+
+    def loss(arrays, starts, ends, do, dlse):
+        o, lse = fn(**arrays, starts=starts, ends=ends, tile_heads=jnp.asarray(TILES, jnp.int32), **dict(options))
+        return jnp.sum(o.astype(lse.dtype) * do) + jnp.sum(jnp.where(jnp.isfinite(lse), lse, 0) * dlse), (o, lse)
+
+    return jax.jit(jax.grad(loss, has_aux=True))
+
+
+def results(fn, arrays, starts, ends, parts=False, **options):
     """o, lse and gradients, for one cotangent of both."""
     rng = np.random.default_rng(1)
     do, dlse = rng.normal(size=(B, ROWS, arrays["v"].shape[3])), rng.normal(size=(B, ROWS))
-
-    def loss(arrays):
-        o, lse = fn(**arrays, starts=starts, ends=ends, tile_heads=jnp.asarray(TILES, jnp.int32), **options)
-        return jnp.sum(o.astype(lse.dtype) * do) + jnp.sum(jnp.where(jnp.isfinite(lse), lse, 0) * dlse), (o, lse)
-
-    grads, (o, lse) = jax.jit(jax.grad(loss, has_aux=True))(arrays)
+    grads, (o, lse) = program(fn, tuple(options.items()), parts)(arrays, starts, ends, do, dlse)
     found = {"o": o, "lse": lse, **{f"d{name}": x for name, x in grads.items()}}
     return {name: np.asarray(x.astype(jnp.promote_types(x.dtype, jnp.float32))) for name, x in found.items()}
 
 
 kernel = functools.partial(routed_attention, interpret=True, blocks=BLOCKS)
-as_type = lambda arrays, dtype: {name: jnp.asarray(x, dtype) for name, x in arrays.items()}
+as_type = lambda arrays, dtype: {name: x.astype(jnp.dtype(dtype)) for name, x in arrays.items()}
+
+
+def one_tile(monkeypatch):
+    monkeypatch.setattr(tuning, "resident_keys", lambda kind, each, keys, tile, rest: tile)
 
 
 @tiers.often("bfloat16-2.0-True")
@@ -73,16 +83,15 @@ as_type = lambda arrays, dtype: {name: jnp.asarray(x, dtype) for name, x in arra
 def test_equals_the_definition(dtype, cap, parts, monkeypatch):
     """Values and gradients; with all keys in fast memory and with one tile of them; a head that no tile reads."""
     if parts:
-        monkeypatch.setattr(tuning, "resident_keys", lambda kind, each, keys, tile, rest: tile)
-    is_the_definition(kernel, dtype, cap, *inputs())
+        one_tile(monkeypatch)
+    is_the_definition(kernel, dtype, cap, *inputs(), parts)
 
 
-def is_the_definition(kernel, dtype, cap, arrays, starts, ends):
+def is_the_definition(kernel, dtype, cap, arrays, starts, ends, parts=False):
     """Values and gradients; what sees nothing, and key heads that nobody reads."""
-    rounded = {name: np.asarray(x.astype(jnp.float32)) for name, x in as_type(arrays, dtype).items()}
     with jax.enable_x64(True):
-        exact = results(definition, as_type(rounded, jnp.float64), starts, ends, soft_cap=cap)
-    ours = results(kernel, as_type(arrays, dtype), starts, ends, soft_cap=cap)
+        exact = results(definition, as_type(as_type(arrays, dtype), "float64"), starts, ends, soft_cap=cap)
+    ours = results(kernel, as_type(arrays, dtype), starts, ends, parts, soft_cap=cap)
     nothing = starts >= ends
     assert nothing.sum() > 300 and np.all(ours["lse"][nothing] == -np.inf)
     for name in ("o", "dq"):
@@ -99,14 +108,15 @@ def is_the_definition(kernel, dtype, cap, arrays, starts, ends):
         np.testing.assert_allclose(ours[name][finite], value[finite], atol=tolerance * scale, err_msg=name)
 
 
-def test_what_no_row_sees_changes_nothing():
+def test_what_no_row_sees_changes_nothing(monkeypatch):
     """NaN in such keys and values, and in the queries of rows that see nothing: all results keep their bits."""
+    one_tile(monkeypatch)
     arrays, starts, ends = inputs()
     poisoned = {name: x.copy() for name, x in arrays.items()}
     for name in ("k", "v"):
         poisoned[name][:, S - 20 :] = np.nan
     poisoned["q"][starts >= ends] = np.nan
-    found = (results(kernel, as_type(x, "float32"), starts, ends) for x in (arrays, poisoned))
+    found = (results(kernel, as_type(x, "bfloat16"), starts, ends, True, soft_cap=2.0) for x in (arrays, poisoned))
     for a, b in zip(*(x.values() for x in found), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -122,21 +132,28 @@ def test_rows_are_moved_exactly(dtype):
             tiles = np.flatnonzero(TILES[b] == head)
             chosen = np.sort(rng.choice(L, len(tiles) * tile - 20, replace=False))
             place[b, head, chosen] = tiles[0] * tile + np.arange(len(chosen))
-    x, rows = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((B, K, L, d), (B, ROWS, e)))
+    normal = lambda *shape: rng.normal(size=shape).astype(jnp.dtype(dtype))
     of = {"place": jnp.asarray(place, jnp.int32), "tile_heads": jnp.asarray(TILES, jnp.int32), "tile": tile}
     at = (np.arange(B)[:, None, None], np.maximum(place, 0))
     on = (place >= 0)[..., None]
-    to_elements = lambda rows: jnp.where(on, rows[at], 0)
-    to_rows = lambda x: jnp.zeros((B, ROWS, x.shape[-1]), x.dtype).at[at].add(jnp.where(on, x, 0))
-    for ours, plain, array in (pack_rows, to_rows, x), (unpack_rows, to_elements, rows):
-        run = lambda f, array=array: jax.vjp(f, array)
-        (y, back), (want, want_back) = (
-            jax.jit(run, static_argnums=0)(f) for f in (functools.partial(ours, interpret=True, **of), plain)
-        )
-        do = jnp.asarray(rng.normal(size=y.shape), dtype)
-        np.testing.assert_array_equal(y.astype(jnp.float32), want.astype(jnp.float32))
-        for a, b in zip(back(do), want_back(do), strict=True):
-            np.testing.assert_array_equal(a.astype(jnp.float32), b.astype(jnp.float32))
+    to_elements = lambda rows: np.where(on, rows[at], 0)
+
+    def to_rows(x):
+        rows = np.zeros((B, ROWS, x.shape[-1]), x.dtype)
+        b, head, element = np.nonzero(place >= 0)
+        rows[b, place[b, head, element]] = x[b, head, element]
+        return rows
+
+    @jax.jit
+    def run(x, of_rows, rows, of_x):
+        packed, to_x = jax.vjp(functools.partial(pack_rows, interpret=True, **of), x)
+        unpacked, to_its_rows = jax.vjp(functools.partial(unpack_rows, interpret=True, **of), rows)
+        return packed, *to_x(of_rows), unpacked, *to_its_rows(of_x)
+
+    arrays = [normal(*shape) for shape in ((B, K, L, d), (B, ROWS, d), (B, ROWS, e), (B, K, L, e))]
+    expected = (f(x) for f, x in zip((to_rows, to_elements, to_elements, to_rows), arrays))
+    for found, want in zip(run(*arrays), expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(found).astype(np.float32), want.astype(np.float32))
 
 
 def test_tiles_are_long_where_rows_are_many():
