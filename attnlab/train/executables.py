@@ -114,14 +114,15 @@ class Executables:
 
         for name, (compiled, notes) in made.items():
             path = self._path(name)
+            new = path.with_suffix(f".{os.getpid()}")
             try:
                 content = pickle.dumps((serialize_executable.serialize(compiled), notes))
                 path.parent.mkdir(parents=True, exist_ok=True)
-                new = path.with_suffix(f".{os.getpid()}")
                 new.write_bytes(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
                 new.replace(path)
             except Exception as error:  # a full disk, or a program that cannot be written: the run goes on without
                 logger.warning("%s of this run is not kept for later ones: %s", name, str(error).partition("\n")[0])
+                new.unlink(missing_ok=True)
         self._forget_oldest()
 
     def _forget_oldest(self) -> None:
