@@ -28,7 +28,7 @@ def arrays(tree):
 
 def programs(matching=None, student_overrides=HYBRID, **overrides):
     """Programs of a teacher and of a student of it, and parameters of both, float64 where asked for."""
-    overrides = {"model__layers": 4, **overrides}
+    overrides = {"model__layers": 4, "model__mlp_width": 64, **overrides}
     teacher = Program.of(runs.config("stdlib", **overrides))
     given = {**student_overrides, **overrides}
     plain = Program.of(runs.config("stdlib", **given))
@@ -203,7 +203,7 @@ def test_what_a_block_adds_is_not_rounded_away():
 def losses(kind):
     """A jitted `(student, teacher, batch) -> loss, metrics`, and parameters of two seeds of one model."""
     matching = {"logits": {"temperature": 2.0, "cross_entropy": 0.25}, "layers": {**LAYERS, "layers": (0, 1)}}[kind]
-    program = Program.of(runs.config("stdlib"))
+    program = Program.of(runs.config("stdlib", model__mlp_width=64))
     matched = Matching(**matching).resolved(program.config.model, program.config.model)
 
     def loss(params, theirs, batch):
@@ -230,7 +230,7 @@ def test_a_student_that_is_its_teacher_has_no_loss(kind):
 def test_logits_are_matched_at_a_temperature():
     """(1 - a) T^2 KL + a cross-entropy over tokens, in NumPy of both models' logits."""
     run, params, others = losses("logits")
-    batch, model = packed_batch(1), Program.of(runs.config("stdlib")).model
+    batch, model = packed_batch(1), Program.of(runs.config("stdlib", model__mlp_width=64)).model
     used = batch["segments"] > 0
 
     @jax.jit

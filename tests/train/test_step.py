@@ -20,7 +20,7 @@ from tests.train import runs
 
 
 def make(**overrides):
-    return Program.of(runs.config("stdlib", **{"optimizer__clip": 0.5, **overrides}))
+    return Program.of(runs.config("stdlib", **{"optimizer__clip": 0.5, "model__mlp_width": 64, **overrides}))
 
 
 def ragged_batch():
