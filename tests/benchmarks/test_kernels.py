@@ -19,11 +19,14 @@ from kernels_pallas.flash_attention import definition
 from tests import tiers
 
 
-def test_it_needs_a_gpu(tmp_path):
+def test_it_needs_a_gpu(tmp_path, monkeypatch, capsys):
     """Exit code 2, and the way out, before anything is computed."""
-    command = [sys.executable, "-m", "benchmarks.kernels", "--json", str(tmp_path / "k.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "jax sees none here; --dry-run" in done.stderr and not done.stdout
+    here = lambda worker, seconds, do: getattr(kernels_jax.Jax(dry=False), do)()
+    monkeypatch.setattr(kernels.Worker, "ask", here)
+    monkeypatch.setattr(sys, "argv", ["kernels", "--json", str(tmp_path / "k.json")])
+    assert kernels.main() == 2
+    said = capsys.readouterr()
+    assert "jax sees none here; --dry-run" in said.err and not said.out and not list(tmp_path.iterdir())
 
 
 @tiers.exhaustive

@@ -31,9 +31,12 @@ def test_a_stream_is_linear_in_each_segment_and_noisy(segments):
 @pytest.mark.parametrize("name", regression.PREDICTORS)
 def test_a_prediction_sees_only_earlier_pairs(name):
     predictor = regression.PREDICTORS[name][0]
-    keys, values, _ = regression.streams(0, 1, 2, 16, 4)
-    before = predictor(keys, values, 4.0, 0.01)
-    after = predictor(keys.at[:, 8:].multiply(0.5), values.at[:, 7:].multiply(-1.0), 4.0, 0.01)
+    keys, values, _ = map(np.array, regression.streams(0, 1, 2, 16, 4))
+    run = jax.jit(predictor, static_argnums=(2, 3))
+    before = np.asarray(run(keys, values, 4.0, 0.01))
+    keys[:, 8:] *= 0.5
+    values[:, 7:] *= -1
+    after = np.asarray(run(keys, values, 4.0, 0.01))
     np.testing.assert_array_equal(before[:, :7], after[:, :7])  # entry t - 1 predicts value t
     assert not np.allclose(before[:, 7:], after[:, 7:])
 

@@ -87,6 +87,7 @@ def test_nothing_is_saved(monkeypatch):
         [(2, 256, 3, 128), (2, 3, 128, 128)], *[[(2, 256, 3, 128)]] * 3]  # fmt: skip
 
 
+@tiers.exhaustive
 def test_lowers_for_a_gpu():
     """In this jax, under jit, a scan and rematerialisation; a constant decay that has no gradient is not asked for."""
     of = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)

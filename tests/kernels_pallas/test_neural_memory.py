@@ -210,15 +210,20 @@ def test_groups_of_random_packings(rows):
     """Every position from the first on is in one group, within its bounds; groups begin with chunks, and are of one
     document or of several short ones, whole; a last chunk that is not complete is a group; the bound holds."""
     rng, C, T, B = np.random.default_rng(rows), 16, 150, 16
+
+    @jax.jit
+    def grouped(documents, seen, first):
+        position = positions_in_documents(documents, seen)
+        found = plan.groups(position, first, C, rows)
+        return position, found, plan.by_segment(found[0], 64, 3, of_ends=True)
+
     for share in (0.01, 0.1, 0.5, 1.0):
         documents = np.cumsum(rng.random((B, T)) < share, axis=1).astype(np.int32)
         seen, own = rng.integers(0, 40, B), np.sum(documents == 0, axis=1)
         first = np.where((seen % C > 0) & (own > 0), np.minimum(C - seen % C, own), 0).astype(np.int32)
-        position = positions_in_documents(jnp.asarray(documents), jnp.asarray(seen, jnp.int32))
-        found = [np.asarray(x) for x in plan.groups(position, jnp.asarray(first), C, rows)]
-        ends = np.asarray(plan.by_segment(jnp.asarray(found[0]), 64, 3, of_ends=True))
+        position, found, ends = jax.device_get(grouped(documents, seen.astype(np.int32), first))
         for b in range(B):
-            starts, position_T, document = found[0][b], np.asarray(position)[b], documents[b]
+            starts, position_T, document = found[0][b], position[b], documents[b]
             assert starts[0] == first[b] and starts[-1] == T
             assert np.all(np.diff(starts) >= 0) and np.all(np.diff(starts) <= rows)
             real = [(s, e, kind) for s, e, kind in zip(starts, starts[1:], found[1][b]) if s < e]

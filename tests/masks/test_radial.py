@@ -30,16 +30,14 @@ def blocks(config, n):
     frames = -(-count * size // s)
     frames = frames if config.frames is None else min(frames, config.frames)
     out = np.zeros((count, count), bool)
-    room = (-(-frames * s // size) + 1) * size
+    room = max(-(-frames * s // size) + 1, count) * size
     for i in range(frames):
         for j in range(frames):
             pairs = np.zeros((room, room), bool)
             pairs[i * s : (i + 1) * s, j * s : (j + 1) * s] = band(config, i, j)
-            for r, c in np.ndindex(count, count):
-                tile = pairs[r * size : (r + 1) * size, c * size : (c + 1) * size]
-                share = tile.sum(0) / size
-                if (share > 0).any():
-                    out[r, c] |= (share > 1 / 3).sum() / (share > 0).sum() > 0.6
+            share = pairs.reshape(-1, size, room // size, size)[:count, :, :count].sum(1) / size  # of columns of tiles
+            some, many = (share > 0).sum(-1), (share > 1 / 3).sum(-1)
+            out |= (some > 0) & (many / np.maximum(some, 1) > 0.6)
     if config.frames is not None:
         border = config.frames * s // size
         out[border:], out[:, border:] = True, True

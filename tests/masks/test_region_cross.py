@@ -54,10 +54,10 @@ def make(dtype, **fields):
 
 def inputs(dtype=jnp.float64):
     x, seq = cases.inputs(dtype)
-    rows = jnp.asarray(np.random.default_rng(5).standard_normal((B, S, cases.WIDTH)), dtype)
-    segments = jnp.asarray([[2, 2, 2, 1, 1, 0, 0], [0, 3, 3, 3, 3, 3, 3]], jnp.int32)
-    context = mixers.Context(rows, segments, node=jnp.asarray(WORDS))
-    return x, dataclasses.replace(seq, contexts={"text": context}, node=jnp.asarray(PIXELS))
+    rows = np.random.default_rng(5).standard_normal((B, S, cases.WIDTH)).astype(dtype)
+    segments = np.asarray([[2, 2, 2, 1, 1, 0, 0], [0, 3, 3, 3, 3, 3, 3]], np.int32)
+    context = mixers.Context(rows, segments, node=WORDS)
+    return x, dataclasses.replace(seq, contexts={"text": context}, node=PIXELS)
 
 
 def test_in_a_layer():
@@ -77,22 +77,28 @@ def test_in_a_layer():
             reads = module.reads(x, dataclasses.replace(seq, contexts=other).derived())
             return module.attended(reads, x).y, (reads.q, reads.kv.k, reads.kv.v)
 
-        heads, qkv = jax.jit(read)(context.rows)
+        scalar = lambda rows: (lambda heads, qkv: (jnp.sum(jnp.sin(heads)), (heads, qkv)))(*read(rows))
+        d_rows, (heads, qkv) = jax.jit(jax.grad(scalar, has_aux=True))(context.rows)
         q, k, v = map(np.asarray, qkv)
         k, v = (np.repeat(y, 2, axis=2) for y in (k, v))
         weights = np.exp(np.einsum("bthd,bshd->bhts", q, k) / q.shape[-1] ** 0.5) * seen[:, None]
         weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
         np.testing.assert_allclose(heads, np.einsum("bhts,bshd->bthd", weights, v), atol=1e-12)
         np.testing.assert_array_equal(abs(np.asarray(heads)).max((2, 3)) > 0, seen.any(-1))
-        d_rows = jax.jit(jax.grad(lambda rows: jnp.sum(jnp.sin(read(rows)[0]))))(context.rows)
         np.testing.assert_array_equal(abs(np.asarray(d_rows)).max(-1) > 0, seen.any(1))
-        state = module.init_state(B, T, jnp.float64, contexts=seq.contexts)
-        step, parts, stream = functools.partial(battery.extend, *cases.split(module)), [], mixers.Stream.start(B)
+        state = jax.jit(lambda contexts: module.init_state(B, T, jnp.float64, contexts=contexts))(seq.contexts)
+        x_, seq_ = jax.tree.map(np.asarray, (x, seq))
+
+        @jax.jit
+        def step(x, part, stream, state):
+            part, stream = stream.extend(part)
+            return battery.extend(*cases.split(module), x, part, state), stream
+
+        parts, stream = [], mixers.Stream.start(B)
         for first, end in ((0, 5), (5, 10), (10, T)):
             at = lambda y: y[:, first:end]
-            part = mixers.Sequence(at(seq.positions), at(seq.segments), node=at(seq.node))
-            part, stream = stream.extend(part)
-            out = step(at(x), part, state)
+            part = mixers.Sequence(at(seq_.positions), at(seq_.segments), node=at(seq_.node))
+            out, stream = step(at(x_), part, stream, state)
             parts, state = [*parts, out.y], out.state
         used = np.asarray(seq.segments) > 0
         np.testing.assert_allclose(np.concatenate(parts, axis=1)[used], np.asarray(call(x, seq))[used], atol=1e-12)
@@ -103,7 +109,7 @@ def test_sharding_and_cost():
     with jax.enable_x64(True):
         module, (x, seq) = make(jnp.float64, kv_heads=2), inputs()
         graphdef, params = cases.split(module)
-        x, seq = jax.tree.map(lambda a: jnp.concatenate([a[:, :10] if a.shape[1] == T else a] * 4), (x, seq))
+        x, seq = jax.tree.map(lambda a: np.concatenate([a[:, :10] if a.shape[1] == T else a] * 4), (x, seq))
         forward = lambda params, x, seq: nnx.merge(graphdef, params)(x, seq).y
         expected = jax.jit(forward)(params, x, seq)
         mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, context=2, tensor=2), 8, length=10)

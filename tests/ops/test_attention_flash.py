@@ -77,9 +77,9 @@ def test_queries_split_over_devices(packed):
     """The same where each device has a quarter of the queries, those of causal attention dealt out; lse too."""
     T = 256
     rng = np.random.default_rng(0)
-    q, do = (jnp.asarray(rng.normal(size=(1, T, 2, 64)), jnp.float32) for _ in range(2))
-    k, v = (jnp.asarray(rng.normal(size=(1, T, 1, 64)), jnp.float32) for _ in range(2))
-    segments = jnp.asarray([[1] * 100 + [2] * 130 + [0] * 26])
+    q, do = (rng.normal(size=(1, T, 2, 64)).astype(np.float32) for _ in range(2))
+    k, v = (rng.normal(size=(1, T, 1, 64)).astype(np.float32) for _ in range(2))
+    segments = np.asarray([[1] * 100 + [2] * 130 + [0] * 26])
     mask = mask_from_segments(segments, T, causal=True) if packed else Mask(causal=True)
 
     def run(impl):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
 from attnlab.ops.attention import attention_with_lse
 from attnlab.ops.masks import Mask
@@ -13,6 +14,7 @@ from attnlab.parallel import partition
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
 from tests import tiers
+from tests.ops import reference
 
 B, T, S, H, K, D, E = 2, 7, 9, 4, 2, 4, 3
 
@@ -25,9 +27,9 @@ def x64():
 
 def arrays():
     rng = np.random.default_rng(0)
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape))
-    start = jnp.asarray([[0, 0, 1, 3, 3, 8, 9], [0, 1, 1, 1, 2, 2, 2]])
-    mask = Mask(start, jnp.asarray([[1, 9, 4, 7, 9, 9, 9], [0, 2, 5, 5, 6, 7, 9]]))  # one row of each sees nothing
+    normal = lambda *shape: rng.standard_normal(shape)
+    start = np.asarray([[0, 0, 1, 3, 3, 8, 9], [0, 1, 1, 1, 2, 2, 2]])
+    mask = Mask(start, np.asarray([[1, 9, 4, 7, 9, 9, 9], [0, 2, 5, 5, 6, 7, 9]]))  # one row of each sees nothing
     return normal(B, T, H, D), normal(B, S, K, D), normal(B, S, K, E), normal(H), mask
 
 
@@ -36,27 +38,21 @@ def arrays():
 def test_value_and_gradients(impl, soft_cap, sinks):
     """lse and o, and the gradients of both in q, k, v and sinks, are those of the formula written out."""
     q, k, v, sink, mask = arrays()
+    sink = sink if sinks else None
+    waves = lambda *shape: np.cos(np.arange(np.prod(shape))).reshape(shape)
+    do, dlse = waves(B, T, H, E), waves(B, T, H)
 
-    def formula(q, k, v, sink):
-        logits = jnp.einsum("bthd,bshd->bths", q, jnp.repeat(k, H // K, 2)) * D**-0.5
-        logits = logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
-        weights = jnp.where(mask.visible(T, S)[:, 0, :, None], jnp.exp(logits), 0)
-        total = weights.sum(-1) + (jnp.exp(sink) if sinks else 0)
-        some = total > 0
-        o = jnp.einsum("bths,bshe->bthe", weights, jnp.repeat(v, H // K, 2)) / jnp.where(some, total, 1)[..., None]
-        return o, jnp.where(some, jnp.log(jnp.where(some, total, 1)), 0)
+    @jax.jit
+    def run(q, k, v, sink):
+        def op(q, k, v, sink):
+            o, lse = attention_with_lse(q, k, v, mask, soft_cap=soft_cap, sinks_H=sink, impl=impl)
+            return o, jnp.where(lse > -1e19, lse, 0)
 
-    def op(q, k, v, sink):
-        sinks_H = sink if sinks else None
-        o, lse = attention_with_lse(q, k, v, mask, soft_cap=soft_cap, sinks_H=sinks_H, impl=impl)
-        return o, jnp.where(lse > -1e19, lse, 0)
+        (o, lse), vjp = jax.vjp(op, q, k, v, sink)
+        return [o, *jax.tree.leaves(vjp((jnp.asarray(do), jnp.asarray(dlse)))), lse]
 
-    def run(f):
-        scalar = lambda *xs: sum(jnp.sum(y * jnp.cos(jnp.arange(y.size).reshape(y.shape))) for y in f(*xs))
-        both = lambda *xs: (*f(*xs), *jax.grad(scalar, argnums=(0, 1, 2, 3))(*xs))
-        return jax.jit(both)(q, k, v, sink)
-
-    for got, want in zip(run(op), run(formula), strict=True):
+    *expected, lse = reference.attention(q, k, v, mask, do, sinks=sink, soft_cap=soft_cap, dlse=dlse)
+    for got, want in zip(run(q, k, v, sink), [*expected, np.where(lse > -np.inf, lse, 0)], strict=True):
         np.testing.assert_allclose(got, want, atol=1e-12)
 
 
@@ -65,16 +61,20 @@ def test_two_sets_of_keys_merge_to_one(impl):
     """Weighed by sigmoid(lse_2 - lse_1), attention over two parts is attention over all, where a part is empty too."""
     q, k, v, _, mask = arrays()
     cut = 4
-    whole, lse = attention_with_lse(q, k, v, mask, impl=impl)
-    first = Mask(mask.k_start, jnp.minimum(mask.k_end, cut))
-    second = Mask(jnp.maximum(mask.k_start - cut, 0), mask.k_end - cut)
-    a, lse_a = attention_with_lse(q, k[:, :cut], v[:, :cut], first, impl=impl)
-    b, lse_b = attention_with_lse(q, k[:, cut:], v[:, cut:], second, impl=impl)
-    weight = jax.nn.sigmoid(lse_b - lse_a)[..., None]
+    first = Mask(mask.k_start, np.minimum(mask.k_end, cut))
+    second = Mask(np.maximum(mask.k_start - cut, 0), mask.k_end - cut)
+
+    @jax.jit
+    def every(q, k, v):
+        run = lambda k, v, mask: attention_with_lse(q, k, v, mask, impl=impl)
+        return run(k, v, mask), run(k[:, :cut], v[:, :cut], first), run(k[:, cut:], v[:, cut:], second)
+
+    (whole, lse), (a, lse_a), (b, lse_b) = jax.device_get(every(q, k, v))
+    weight = scipy.special.expit(lse_b - lse_a)[..., None]
     np.testing.assert_allclose((1 - weight) * a + weight * b, whole, atol=1e-12)
-    some = np.asarray(lse) > -1e19
+    some = lse > -1e19
     assert some.any() and not some.all() and np.all(np.isfinite(lse))
-    np.testing.assert_allclose(jnp.logaddexp(lse_a, lse_b)[some], lse[some], atol=1e-12)
+    np.testing.assert_allclose(np.logaddexp(lse_a, lse_b)[some], lse[some], atol=1e-12)
 
 
 def test_it_runs_on_each_devices_part():
@@ -83,5 +83,5 @@ def test_it_runs_on_each_devices_part():
     devices = sharding.make_mesh(MeshConfig(data=2, fsdp=1, tensor=2), 2)
     run = lambda q, k, v: attention_with_lse(q, k, v, mask)
     split = jax.jit(partition.traced(run, devices, sharding.ACTIVATION_RULES))
-    for a, b in zip(split(q, k, v), run(q, k, v), strict=True):
+    for a, b in zip(split(q, k, v), jax.jit(run)(q, k, v), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)

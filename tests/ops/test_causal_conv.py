@@ -1,7 +1,6 @@
 """The causal convolution against its formula, in float64, packed and cut anywhere."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -22,6 +21,11 @@ def inputs(taps):
     return rng.standard_normal((2, 9, 3)), rng.standard_normal((taps, 3))
 
 
+@jax.jit
+def run(x, kernel, segments, before, tail):
+    return causal_conv(x, kernel, None if segments is None else document_index(segments, before), tail)
+
+
 def written_out(x, kernel, segments):
     y = np.zeros_like(x)
     for b, t in np.ndindex(x.shape[:2]):
@@ -35,9 +39,9 @@ def written_out(x, kernel, segments):
 def test_formula(taps):
     """Each position sums the positions before it in its document."""
     x, kernel = inputs(taps)
-    y, _ = causal_conv(jnp.asarray(x), jnp.asarray(kernel), document_index(jnp.asarray(SEGMENTS)))
+    y, _ = run(x, kernel, SEGMENTS, None, None)
     np.testing.assert_allclose(y, written_out(x, kernel, SEGMENTS), atol=1e-13)
-    y, _ = causal_conv(jnp.asarray(x), jnp.asarray(kernel))
+    y, _ = run(x, kernel, None, None, None)
     np.testing.assert_allclose(y, written_out(x, kernel, np.ones_like(SEGMENTS)), atol=1e-13)
 
 
@@ -45,12 +49,10 @@ def test_formula(taps):
 def test_cut_anywhere(cut):
     """The tail carries what the next piece needs, and nothing of another document."""
     x, kernel = inputs(4)
-    tail, before, first, parts = None, jnp.full((2,), -1), 0, []
+    tail, before, first, parts = None, np.full((2,), -1), 0, []
     for n in cut:
-        segments = jnp.asarray(SEGMENTS[:, first : first + n])
-        part, tail = causal_conv(
-            jnp.asarray(x[:, first : first + n]), jnp.asarray(kernel), document_index(segments, before), tail
-        )
+        segments = SEGMENTS[:, first : first + n]
+        part, tail = run(x[:, first : first + n], kernel, segments, before, tail)
         before, first = segments[:, -1], first + n
         parts.append(part)
     np.testing.assert_allclose(np.concatenate(parts, axis=1), written_out(x, kernel, SEGMENTS), atol=1e-13)
@@ -58,6 +60,6 @@ def test_cut_anywhere(cut):
 
 def test_document_index():
     """0 goes on with what came before; every change of the id begins another."""
-    segments = jnp.asarray([[5, 5, 0, 7]])
-    np.testing.assert_array_equal(document_index(segments, jnp.asarray([5])), [[0, 0, 1, 2]])
-    np.testing.assert_array_equal(document_index(segments), [[1, 1, 2, 3]])
+    index, segments = jax.jit(document_index), np.asarray([[5, 5, 0, 7]])
+    np.testing.assert_array_equal(index(segments, np.asarray([5])), [[0, 0, 1, 2]])
+    np.testing.assert_array_equal(index(segments), [[1, 1, 2, 3]])

@@ -92,10 +92,12 @@ def value_and_gradients(impl, hidden, kernel, targets, weights):
 def test_rows_and_vocabulary_split_over_devices(mesh):
     """Each device has its rows and its columns; the same, by chunks and by the kernels."""
     rng = np.random.default_rng(0)
-    hidden, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 6, 8), (8, 40)))
-    targets = jnp.asarray(rng.integers(0, 40, (2, 6)), jnp.int32)
-    weights = jnp.asarray([[1, 0.5, 0, 1, 2, 1], [0, 1, 1, 0, 1, 1]], jnp.float32)
-    inputs = hidden.at[0, 2].set(jnp.nan), kernel, jnp.where(weights == 0, 99, targets), weights
+    hidden, kernel = (rng.normal(size=s).astype(np.float32) for s in ((2, 6, 8), (8, 40)))
+    targets = rng.integers(0, 40, (2, 6)).astype(np.int32)
+    weights = np.asarray([[1, 0.5, 0, 1, 2, 1], [0, 1, 1, 0, 1, 1]], np.float32)
+    poisoned = hidden.copy()
+    poisoned[0, 2] = np.nan
+    inputs = poisoned, kernel, np.where(weights == 0, 99, targets).astype(np.int32), weights
     expected = jax.jit(lambda: value_and_gradients("definition", hidden, kernel, targets, weights))()
     devices = sharding.make_mesh(MeshConfig(**mesh), 2, length=6)
     for impl in ("chunked", "pallas"):

@@ -18,7 +18,7 @@ from tests import tiers
 from tests.mixers import flops
 
 B, T, H, D, E = 2, 13, 2, 3, 5
-DOCUMENTS = jnp.asarray([[0, 0, 0, 1, 1, 1, 1, 1, 1, 2, 3, 3, 3], [1] * 6 + [2] * 7], jnp.int32)
+DOCUMENTS = np.asarray([[0, 0, 0, 1, 1, 1, 1, 1, 1, 2, 3, 3, 3], [1] * 6 + [2] * 7], np.int32)
 
 
 @pytest.fixture(autouse=True)
@@ -30,11 +30,12 @@ def x64():
 def arrays(seed=0, length=T, channels=False):
     """q, k, v, log_decay, of channels if asked, beta and an incoming state; one decay is nearly 0."""
     rng = np.random.default_rng(seed)
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape))
-    log_decay = -jnp.abs(normal(*(B, length, H, D)[: 4 if channels else 3]).at[:, 4].set(40.0))
-    beta = jax.nn.sigmoid(normal(B, length, H))
+    normal = lambda *shape: rng.standard_normal(shape)
+    log_decay = -np.abs(normal(*(B, length, H, D)[: 4 if channels else 3]))
+    log_decay[:, 4] = -40
+    beta = 1 / (1 + np.exp(normal(B, length, H)))
     q, k, v = normal(B, length, H, D), normal(B, length, H, D), normal(B, length, H, E)
-    return (q, k / jnp.linalg.norm(k, axis=-1, keepdims=True), v, log_decay, beta), normal(B, H, D, E)
+    return (q, k / np.linalg.norm(k, axis=-1, keepdims=True), v, log_decay, beta), normal(B, H, D, E)
 
 
 def formula(q, k, v, log_decay, beta, documents, state):
@@ -51,9 +52,10 @@ def formula(q, k, v, log_decay, beta, documents, state):
 @pytest.mark.parametrize("channels", [False, True])
 def test_definition_is_the_formula(channels):
     inputs, state = arrays(channels=channels)
-    o, end = delta_rule(*inputs, documents_BT=DOCUMENTS, state_BHde=state, impl="definition")
+    run = jax.jit(lambda *inputs: delta_rule(*inputs, documents_BT=DOCUMENTS, state_BHde=state, impl="definition"))
+    o, end = map(np.asarray, run(*inputs))
     for b, h in itertools.product(range(B), range(H)):
-        want, want_end = formula(*(np.asarray(x[b, :, h]) for x in inputs), np.asarray(DOCUMENTS[b]), state[b, h])
+        want, want_end = formula(*(x[b, :, h] for x in inputs), DOCUMENTS[b], state[b, h])
         np.testing.assert_allclose(o[b, :, h], want, atol=1e-12)
         np.testing.assert_allclose(end[b, h], want_end, atol=1e-12)
 
@@ -98,13 +100,19 @@ def test_a_chunk_longer_than_one_base_block(channels):
 
 @tiers.parametrize("size", [1, 7, 8, 9, 33], often=[1, 33])
 def test_inverse_and_its_gradient(size):
-    lower = jnp.asarray(np.tril(np.random.default_rng(0).standard_normal((3, size, size)), -1)) / 2
+    lower = np.tril(np.random.default_rng(0).standard_normal((3, size, size)), -1) / 2
     eye = np.eye(size)
-    inverse = invert_unit_triangular(lower)
+
+    @jax.jit
+    def run(lower):
+        scalar = lambda inverse: (jnp.sum(jnp.cos(inverse)), inverse)
+        return jax.grad(lambda x: scalar(invert_unit_triangular(jnp.tril(x, -1))), has_aux=True)(lower)
+
+    gradient, inverse = map(np.asarray, run(lower))
     np.testing.assert_allclose(inverse @ (eye + lower), np.broadcast_to(eye, lower.shape), atol=1e-10)
-    scalar = lambda f: lambda x: jnp.sum(jnp.cos(f(jnp.tril(x, -1))))
-    want = jax.grad(scalar(lambda x: jnp.linalg.inv(eye + x)))(lower)
-    np.testing.assert_allclose(jax.grad(scalar(invert_unit_triangular))(lower), want, rtol=1e-9, atol=1e-10)
+    right = np.linalg.inv(eye + lower)
+    turned = right.swapaxes(1, 2)
+    np.testing.assert_allclose(gradient, np.tril(turned @ np.sin(right) @ turned, -1), rtol=1e-9, atol=1e-10)
 
 
 def test_one_position_takes_no_chunk():
@@ -112,7 +120,7 @@ def test_one_position_takes_no_chunk():
     (q, k, v, log_decay, beta), state = arrays()
     inputs = [x[:, :1] for x in (q, k, v, log_decay, beta)]
     run = lambda impl: delta_rule(*inputs, documents_BT=DOCUMENTS[:, :1], state_BHde=state, impl=impl)
-    for a, b in zip(run("chunked"), run("definition"), strict=True):
+    for a, b in zip(*jax.jit(lambda: (run("chunked"), run("definition")))(), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-13)
     assert flops.count(lambda: run("chunked")) == B * H * chunked_flops(64, 1, D, E) == B * H * 4 * D * E
 
@@ -132,10 +140,10 @@ def test_strong_decay_and_long_documents_stay_finite(channels, atol):
     channels no sum is taken from another: nothing is lost."""
     rng = np.random.default_rng(0)
     k = rng.standard_normal((1, 200, 1, 8))
-    k = jnp.asarray(k / np.linalg.norm(k, axis=-1, keepdims=True), jnp.float32)
+    k = np.float32(k / np.linalg.norm(k, axis=-1, keepdims=True))
     shape = (1, 200, 1, 8)[: 4 if channels else 3]
-    log_decay = jnp.asarray(np.where(rng.random(shape) < 0.5, -80.0, 0.0), jnp.float32)
-    beta = jnp.full((1, 200, 1), 0.9, jnp.float32)
+    log_decay = np.float32(np.where(rng.random(shape) < 0.5, -80.0, 0.0))
+    beta = np.full((1, 200, 1), 0.9, np.float32)
 
     def scalar(k, log_decay, impl):
         o, _ = delta_rule(k, k, 2 * k, log_decay, beta, impl=impl)
@@ -167,11 +175,11 @@ def test_it_runs_on_each_devices_part(heads):
     """Over a mesh: values and gradients of one device; heads that the mesh does not divide stay together."""
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), 8)
     rng = np.random.default_rng(0)
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape))
+    normal = lambda *shape: rng.standard_normal(shape)
     k = normal(8, 5, heads, D)
-    inputs = (normal(8, 5, heads, D), k / jnp.linalg.norm(k, axis=-1, keepdims=True), normal(8, 5, heads, E))
-    gates = -jnp.abs(normal(8, 5, heads)), jax.nn.sigmoid(normal(8, 5, heads))
-    documents = jnp.broadcast_to(jnp.asarray([1, 1, 2, 2, 2]), (8, 5))
+    inputs = (normal(8, 5, heads, D), k / np.linalg.norm(k, axis=-1, keepdims=True), normal(8, 5, heads, E))
+    gates = -np.abs(normal(8, 5, heads)), 1 / (1 + np.exp(normal(8, 5, heads)))
+    documents = np.broadcast_to(np.asarray([1, 1, 2, 2, 2]), (8, 5))
 
     def scalar(*xs):
         o, state = delta_rule(*xs, documents_BT=documents, chunk=2)

@@ -1,6 +1,7 @@
 """Ops: what a choice sees, that a toy implementation is one function and one line, and the record of choices."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from attnlab.parallel import partition
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
 from tests.mixers import cases, forced, test_contract
-from tests.ops import implementations
+from tests.ops import implementations, reference
 
 
 def mesh(**sizes):
@@ -91,7 +92,7 @@ def test_a_toy_implementation_is_one_function_and_one_line(monkeypatch):
     graphdef, params = cases.split(cases.module(config, jnp.float32))
     x, seq = cases.inputs(jnp.float32)
     with ops.recording() as chosen:
-        found = test_contract.call.__wrapped__(graphdef, params, x, seq)
+        found = jax.jit(functools.partial(test_contract.call.__wrapped__, graphdef))(params, x, seq)
     assert list(chosen.table()["attention"].values()) == ["toy"]
     assert chosen.kernel_flops({"toy_kernel.1": 3, "other": 9}) == 3 * 2.0 * cases.LENGTH
     graphdef, params = cases.split(cases.module(dataclasses.replace(config, impl="definition"), jnp.float32))
@@ -101,10 +102,10 @@ def test_a_toy_implementation_is_one_function_and_one_line(monkeypatch):
 def test_a_toy_runs_where_positions_are_split(monkeypatch):
     """Attention gathers keys for whatever implementation; an op without a way of its own gathers all positions."""
     monkeypatch.setitem(ATTENTION.table, "toy", Implementation(toy))
-    q = jnp.asarray(np.random.default_rng(0).standard_normal((8, 64, 4, 8)), jnp.float32)
+    q = np.random.default_rng(0).standard_normal((8, 64, 4, 8)).astype(np.float32)
     run = lambda q: attention(q, q, q, Mask(causal=True), impl="toy")
     result = jax.jit(partition.traced(run, mesh(context=4, tensor=2), sharding.ACTIVATION_RULES))(q)
-    np.testing.assert_allclose(result, attention(q, q, q, Mask(causal=True), impl="definition"), atol=1e-6)
+    np.testing.assert_allclose(result, reference.attention(q, q, q, Mask(causal=True), q)[0], atol=1e-6)
 
     reverse = dispatch.Op("reverse", lambda exchange, x: x.shape, {"definition": Implementation(lambda x: x[:, ::-1])},
                           ("definition",))  # fmt: skip
@@ -152,22 +153,26 @@ def test_a_kernel_of_another_platform_is_a_config_and_refused_where_it_cannot_ru
 def test_one_query_over_a_cache_has_a_knob_of_its_own():
     """`decode_impl` chooses for a stream, `impl` for whole sequences; neither touches the other."""
     config = mixers.config_from_node({"name": "softmax", "impl": "definition", "decode_impl": "xla"})
-    layer = cases.module(config, jnp.float32)
     x, seq = cases.inputs(jnp.float32)
-    state, (one, _) = layer.init_state(2, 4), mixers.Stream.start(2).extend(mixers.Sequence(seq.positions[:, :1]))
-    with ops.recording() as chosen:
+
+    def run(x, seq):
+        layer = cases.module(config, jnp.float32)
+        state, (one, _) = layer.init_state(2, 4), mixers.Stream.start(2).extend(mixers.Sequence(seq.positions[:, :1]))
         layer(x, seq)
         layer.extend(x[:, :1], one, state)
         cases.module(dataclasses.replace(config, decode_impl="auto"), jnp.float32).extend(x[:, :1], one, state)
+
+    with ops.recording() as chosen:
+        jax.eval_shape(run, x, seq)
     assert set(chosen.table()["attention"].values()) == {"definition"}
     assert [c.implementation for c in chosen.choices if c.op == "cached_attention"] == ["xla", "one_query"]
 
 
 def test_choices_are_recorded():
-    q = jnp.ones((2, 5, 4, 8))
+    q = jax.ShapeDtypeStruct((2, 5, 4, 8), jnp.float32)
     with ops.recording() as chosen:
-        attention(q, q, q, Mask(causal=True, window=3))
-        attention(q, q, q, Mask(), impl="definition")
+        jax.eval_shape(lambda q: attention(q, q, q, Mask(causal=True, window=3)), q)
+        jax.eval_shape(lambda q: attention(q, q, q, Mask(), impl="definition"), q)
     assert chosen.table() == {
         "attention": {
             "B2 T5 S5 H4 K4 d8 float32 causal window=3": "xla",

@@ -30,20 +30,20 @@ def x64():
 
 
 def unit(x):
-    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def data(seed=0, length=T):
     """q, k, v, log_keep, log_eta, theta."""
     rng = np.random.default_rng(seed)
-    normal = lambda *s: jnp.asarray(rng.standard_normal((B, length, H, *s)))
-    gate = lambda: jax.nn.log_sigmoid(normal() + 1)
-    return unit(normal(d)), unit(normal(d)), normal(d), gate(), gate(), 0.3 * jax.nn.sigmoid(normal())
+    normal = lambda *s: rng.standard_normal((B, length, H, *s))
+    gate = lambda: -np.log1p(np.exp(normal() - 1))
+    return unit(normal(d)), unit(normal(d)), normal(d), gate(), gate(), 0.3 / (1 + np.exp(normal()))
 
 
 def layers(*widths, seed=1):
     rng = np.random.default_rng(seed)
-    return tuple(jnp.asarray(rng.standard_normal((H, i, o))) for i, o in zip(widths[:-1], widths[1:]))
+    return tuple(rng.standard_normal((H, i, o)) for i, o in zip(widths[:-1], widths[1:]))
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "impl"))
@@ -150,7 +150,7 @@ def test_no_step_leaves_the_initial_memory():
 def test_forgetting_everything_leaves_the_last_surprise():
     """alpha = 1: W_t = S_t."""
     q, k, v, log_keep, log_eta, theta = data()
-    _, state = memory(layers(d, d), (q, k, v, jnp.full_like(log_keep, -60.0), log_eta, theta), LINEAR)
+    _, state = memory(layers(d, d), (q, k, v, np.full_like(log_keep, -60.0), log_eta, theta), LINEAR)
     close(state.weights, state.momentum, 1e-12)
 
 
@@ -158,12 +158,12 @@ def test_limits_of_the_momentum():
     """eta = 0 is no momentum; with eta = 1 and one chunk step i counts t - i + 1 times."""
     inputs = q, k, v, log_keep, log_eta, theta = data()
     weights = layers(d, d)
-    none = memory(weights, (q, k, v, log_keep, jnp.full_like(log_eta, -60.0), theta), LINEAR)[0]
+    none = memory(weights, (q, k, v, log_keep, np.full_like(log_eta, -60.0), theta), LINEAR)[0]
     close(none, memory(weights, without(inputs, eta=True), LINEAR)[0])
     spec = dataclasses.replace(LINEAR, chunk=T)
-    y, _ = memory((jnp.zeros((H, d, d)),), (q, k, v, None, 0 * log_eta, theta), spec)
-    times = jnp.maximum(jnp.arange(T)[:, None] - jnp.arange(T) + 1, 0)[:, :, None]
-    close(y, jnp.einsum("btsh,bshd->bthd", jnp.einsum("bthd,bshd->btsh", q, k) * theta[:, None] * times, v))
+    y, _ = memory((np.zeros((H, d, d)),), (q, k, v, None, 0 * log_eta, theta), spec)
+    times = np.maximum(np.arange(T)[:, None] - np.arange(T) + 1, 0)[:, :, None]
+    close(y, np.einsum("btsh,bshd->bthd", np.einsum("bthd,bshd->btsh", q, k) * theta[:, None] * times, v))
 
 
 @tiers.exhaustive
@@ -198,20 +198,25 @@ def test_hand_written_gradient_is_that_of_jax(depth, options):
     rng = np.random.default_rng(0)
     widths = [d, *[5] * (depth - 1), d]
     shapes = [*zip(widths[:-1], widths[1:]), *[(1, d)] * spec.norm_scale]
-    weights = tuple(jnp.asarray(rng.standard_normal(s)) for s in shapes)
-    k, v, scale = (jnp.asarray(rng.standard_normal(s)) for s in ((4, d), (4, d), (4,)))
-    inner, deltas = gradients(spec, weights, k, v, scale)
-    loss = lambda w, k, v: 0.5 * jnp.sum((forward(spec, w, k) - v) ** 2)
-    expected = [jax.grad(loss)(tuple(c * w for w in weights), a, b) for a, b, c in zip(k, v, scale)]
-    for t in range(4):
-        close([jnp.outer(a[t], b[t]) for a, b in zip(inner, deltas)], list(expected[t]))
+    weights = tuple(rng.standard_normal(s) for s in shapes)
+    k, v, scale = (rng.standard_normal(s) for s in ((4, d), (4, d), (4,)))
+
+    @jax.jit
+    def both(k, v, scale):
+        loss = lambda w, k, v: 0.5 * jnp.sum((forward(spec, w, k) - v) ** 2)
+        of_one = lambda k, v, scale: jax.grad(loss)(tuple(scale * w for w in weights), k, v)
+        return gradients(spec, weights, k, v, scale), jax.vmap(of_one)(k, v, scale)
+
+    (inner, deltas), expected = jax.tree.map(np.asarray, both(k, v, scale))
+    close([a[:, :, None] * b[:, None] for a, b in zip(inner, deltas, strict=True)], list(expected))
 
 
 def test_gelu_and_its_slope():
-    z = jnp.linspace(-5, 5, 41)
+    z = np.linspace(-5, 5, 41)
     for form in ACTIVATIONS:
-        close(gelu(z, form), jax.nn.gelu(z, approximate=form == "gelu_tanh"))
-        close(gelu_slope(z, form), jax.vmap(jax.grad(lambda z: gelu(z, form)))(z))
+        ours = lambda z: (gelu(z, form), gelu_slope(z, form))
+        jaxs = lambda z: jax.vmap(jax.value_and_grad(lambda z: jax.nn.gelu(z, approximate=form == "gelu_tanh")))(z)
+        close(*jax.jit(lambda z: (ours(z), jaxs(z)))(z))
 
 
 def test_memory_written_out():
@@ -222,7 +227,7 @@ def test_memory_written_out():
     hidden = x @ first
     z = 0.5 * hidden * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2))) @ second
     normed = (z - z.mean(-1, keepdims=True)) / np.sqrt(z.var(-1, keepdims=True) + 0.5)
-    close(forward(spec, tuple(map(jnp.asarray, (first, second, g))), jnp.asarray(x)), x + (1 + g) * normed)
+    close(jax.jit(lambda *w: forward(spec, w, x))(first, second, g), x + (1 + g) * normed)
 
 
 @tiers.exhaustive
@@ -243,8 +248,8 @@ def test_a_pair_is_stored_exactly(read_after_write):
     """theta = 1, chunk 1, a key of length 1: after one write W k = v, at the position itself or at the next."""
     _, k, v, *_, theta = data()
     spec = dataclasses.replace(LINEAR, chunk=1, read_after_write=read_after_write)
-    k, v = (jnp.repeat(x[:, :1], T, axis=1) for x in (k, v))
-    y, _ = memory(layers(d, d), (k, k, v, None, None, jnp.ones_like(theta)), spec)
+    k, v = (np.repeat(x[:, :1], T, axis=1) for x in (k, v))
+    y = np.asarray(memory(layers(d, d), (k, k, v, None, None, np.ones_like(theta)), spec)[0])
     first = 0 if read_after_write else 1
     close(y[:, first:], v[:, first:])
     assert first == 0 or np.abs(y[:, 0] - v[:, 0]).max() > 1e-2
@@ -279,8 +284,8 @@ def test_state_without_documents_is_refused():
 def repeated(theta, chunk=16, steps=512):
     """Error of a linear memory after each of so many writes of one pair; eta = 0.9."""
     inputs = data(length=1)
-    _, k, v, _, log_eta, _ = (jnp.repeat(x, steps, axis=1) for x in inputs)
-    inputs = k, k, v, None, jnp.full_like(log_eta, np.log(0.9)), jnp.full_like(log_eta, theta)
+    _, k, v, _, log_eta, _ = (np.repeat(x, steps, axis=1) for x in inputs)
+    inputs = k, k, v, None, np.full_like(log_eta, np.log(0.9)), np.full_like(log_eta, theta)
     y, _ = memory(layers(d, d), inputs, dataclasses.replace(LINEAR, chunk=chunk))
     return np.abs(y - v).max((0, 2, 3))
 
@@ -301,14 +306,17 @@ def test_the_bound_keeps_stale_gradients_stable():
 def test_chunk_steps_take_every_position_once(chunk):
     """On random packings every position is in one step, a step needs one state, and the bound on steps holds."""
     rng = np.random.default_rng(chunk)
-    plan = jax.jit(chunk_steps.plan, static_argnums=2)
+
+    @jax.jit
+    def plan(documents, seen):
+        position = positions_in_documents(documents, seen)
+        return position, *chunk_steps.plan(documents, position, chunk)
+
     for share in (0.02, 0.3, 0.9):
         starts = rng.random((64, 37)) < share
-        documents = jnp.asarray(np.cumsum(starts, axis=1), jnp.int32)
-        position = positions_in_documents(documents, jnp.asarray(rng.integers(1, 9, 64), jnp.int32))
-        start, taken = (np.asarray(x) for x in plan(documents, position, chunk))
+        documents = np.cumsum(starts, axis=1).astype(np.int32)
+        position, start, taken = map(np.asarray, plan(documents, rng.integers(1, 9, 64).astype(np.int32)))
         assert np.all(taken.sum(0) == 37) and np.all(start[1:] == (start + taken)[:-1])
-        documents, position = np.asarray(documents), np.asarray(position)
         for n, b in zip(*np.nonzero(taken)):
             turn = slice(start[n, b], start[n, b] + taken[n, b])
             phase = position[b, turn]

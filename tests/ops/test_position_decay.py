@@ -1,5 +1,7 @@
 """What passes between positions: every digit of it, its gradient, and nothing of other documents."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,15 +28,18 @@ def exact(log, seen):
     return np.where(seen, np.exp(between), 0)
 
 
+between = jax.jit(decays_between)
+
+
 @pytest.mark.parametrize("scale", [1e-3, 0.1, 1.0, 20.0])
 @pytest.mark.parametrize("seen", [SEEN, SEEN & (DOCUMENTS[:, None] == DOCUMENTS)], ids=["one", "documents"])
 def test_weights_have_every_digit(scale, seen):
     log = logs(scale)
-    total, weights = decays_between(log, seen)
+    total, weights = map(np.asarray, between(log, seen))
     expected = exact(log, seen)
     assert (weights == 0)[expected == 0].all()
     large = expected > 1e-6
-    np.testing.assert_allclose(np.asarray(weights)[large], expected[large], rtol=2e-6)
+    np.testing.assert_allclose(weights[large], expected[large], rtol=2e-6)
     begin = seen.argmax(1)
     np.testing.assert_allclose(total, [log[b : t + 1].sum(dtype=np.float64) for t, b in enumerate(begin)], rtol=1e-6)
 
@@ -44,7 +49,7 @@ def test_gradients_are_of_the_sums():
     log = logs(0.3).astype(np.float64)
     by = np.random.default_rng(1).standard_normal((C, C))
     with jax.enable_x64(True):
-        found = jax.grad(lambda log: jnp.sum(by * decays_between(log, SEEN)[1]))(log)
+        found = jax.jit(jax.grad(lambda log: jnp.sum(by * decays_between(log, SEEN)[1])))(log)
     weights = by * exact(log, SEEN)
     np.testing.assert_allclose(found, [weights[s:, :s].sum() for s in range(C)], rtol=1e-9, atol=1e-12)
 
@@ -57,26 +62,34 @@ def rows(scale):
     return q, k, v, -scale * np.logaddexp(0, log), 1 / (1 + np.exp(-beta))
 
 
+RUNS = {
+    "delta_rule": lambda *x, impl: delta_rule(*x, impl=impl)[0],
+    "linear_recurrence": lambda q, k, v, log, _, impl: linear_recurrence(q, k, v, log_decay=log, impl=impl)[0],
+}
+
+
+@functools.partial(jax.jit, static_argnames="impl")
+def every(*arrays, impl):
+    return {name: run(*arrays, impl=impl) for name, run in RUNS.items()}
+
+
 @pytest.mark.parametrize("scale", [1.0, 8.0])
 def test_chunks_are_as_near_to_float64_as_steps(scale):
     """Chunks of strong decays lose no more than the recurrence in float32 does."""
-    q, k, v, log, beta = rows(scale)
-    runs = {
-        "delta_rule": lambda *x, impl: delta_rule(*x, impl=impl)[0],
-        "linear_recurrence": lambda q, k, v, log, _, impl: linear_recurrence(q, k, v, log_decay=log, impl=impl)[0],
-    }
-    for name, run in runs.items():
-        found = np.asarray(run(q, k, v, log, beta, impl="chunked"))
-        with jax.enable_x64(True):
-            expected = np.asarray(run(*map(np.float64, (q, k, v, log, beta)), impl="definition"))
-        assert np.abs(found - expected).max() <= 4e-7 * np.abs(expected).max(), name
+    arrays = rows(scale)
+    found = jax.device_get(every(*arrays, impl="chunked"))
+    with jax.enable_x64(True):
+        expected = jax.device_get(every(*map(np.float64, arrays), impl="definition"))
+    for name in RUNS:
+        assert np.abs(found[name] - expected[name]).max() <= 4e-7 * np.abs(expected[name]).max(), name
 
 
 def test_both_stages_have_every_digit():
     keep, eta = logs(1.0), logs(0.5)[::-1].copy()
-    found = two_stage(keep, eta, SEEN)
+    run = jax.jit(two_stage)
+    found = run(keep, eta, SEEN)
     with jax.enable_x64(True):
-        expected = two_stage(keep.astype(np.float64), eta.astype(np.float64), SEEN)
+        expected = run(keep.astype(np.float64), eta.astype(np.float64), SEEN)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         large = np.abs(other) > 1e-6
         np.testing.assert_allclose(np.asarray(one)[large], np.asarray(other)[large], rtol=3e-6)

@@ -15,14 +15,14 @@ def test_blocks_equal_the_recurrence(length):
     """Values and all gradients, with segments that begin inside blocks and a start that reaches into the first."""
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
-        decay = jnp.asarray(rng.random((2, length, 3)) * (rng.random((2, length, 3)) > 0.2))
-        x, start = jnp.asarray(rng.standard_normal((2, length, 2, 3))), jnp.asarray(rng.standard_normal((2, 2, 3)))
+        decay = rng.random((2, length, 3)) * (rng.random((2, length, 3)) > 0.2)
+        x, start = rng.standard_normal((2, length, 2, 3)), rng.standard_normal((2, 2, 3))
         scalar = lambda f: lambda *xs: jnp.sum(jnp.sin(f(*xs)) * jnp.arange(1.0, length + 1)[:, None, None])
         run = lambda f: jax.jit(lambda *xs: (f(*xs), *jax.grad(scalar(f), argnums=(0, 1, 2))(*xs)))(decay, x, start)
-        expected = run(definition)
+        expected = [np.asarray(y) for y in run(definition)]
         for got, want in zip(run(segmented_ema), expected, strict=True):
             np.testing.assert_allclose(got, want, atol=1e-12)
-        h = np.asarray(start)
+        h = start
         for t in range(length):
-            h = np.asarray(decay)[:, t, None] * h + np.asarray(x)[:, t]
+            h = decay[:, t, None] * h + x[:, t]
             np.testing.assert_allclose(expected[0][:, t], h, atol=1e-12)

@@ -23,10 +23,13 @@ def gates(seed=0):
     return rng.uniform(0.1, 1, STEPS), rng.uniform(0.1, 1, STEPS)
 
 
+stage = jax.jit(two_stage)
+
+
 def stage_of(keep, eta, documents=None):
     documents = np.zeros(STEPS, int) if documents is None else documents
-    seen = jnp.asarray((documents[:, None] == documents[None]) & np.tri(STEPS, dtype=bool))
-    return two_stage(jnp.log(keep), None if eta is None else jnp.log(eta), seen), seen
+    seen = (documents[:, None] == documents[None]) & np.tri(STEPS, dtype=bool)
+    return jax.device_get(stage(np.log(keep), None if eta is None else np.log(eta), seen)), seen
 
 
 def recurrence(keep, eta, documents, first=(1.0, 0.0), inputs=None):
@@ -69,7 +72,7 @@ def test_before_is_the_step_before():
     keep, eta = gates()
     documents = np.array([0, 0, 0, 1, 2, 2, 2, 2, 3])
     stage, seen = stage_of(keep, eta, documents)
-    shifted = before(stage, seen)
+    shifted = jax.device_get(jax.jit(before)(stage, seen))
     for t in range(STEPS):
         if t and documents[t] == documents[t - 1]:
             expected = stage.beta_C[t - 1], stage.rho_C[t - 1], stage.kappa_CC[t - 1]
@@ -91,11 +94,17 @@ def test_normalised_steps_add_up_to_one():
 
 def test_closed_gates_are_finite():
     """Gates that close in every step, in float32 too: nothing is divided by a product that vanished."""
-    logits = jnp.full((64,), -1e4, jnp.float32)
-    assert float(log_gate(logits)[0]) == LOG_FLOOR
-    seen = jnp.tri(64, dtype=bool)
-    loss = lambda z: sum(jnp.sum(leaf) for leaf in jax.tree.leaves(two_stage(log_gate(z), log_gate(z), seen)))
-    value, slope = jax.value_and_grad(loss)(logits)
+    logits, seen = np.full((64,), -1e4, np.float32), np.tri(64, dtype=bool)
+
+    @jax.jit
+    def run(z):
+        def loss(z):
+            stage = two_stage(log_gate(z), log_gate(z), seen)
+            return sum(map(jnp.sum, jax.tree.leaves(stage))), (log_gate(z), stage.kappa_CC)
+
+        return jax.value_and_grad(loss, has_aux=True)(z)
+
+    (value, (gate, kappa)), slope = jax.device_get(run(logits))
+    assert gate[0] == LOG_FLOOR
     assert np.isfinite(value) and np.all(np.isfinite(slope))
-    stage = two_stage(log_gate(logits), log_gate(logits), seen)
-    np.testing.assert_allclose(stage.kappa_CC, np.eye(64), atol=1e-12)
+    np.testing.assert_allclose(kappa, np.eye(64), atol=1e-12)

@@ -69,14 +69,14 @@ def _recurrence(name):
     )
 
 
-@pytest.mark.parametrize("name", ["delta_rule", "dplr", "value_decay"])
+@tiers.parametrize("name", ["delta_rule", "dplr", "value_decay"], often=["delta_rule", "value_decay"])
 def test_states_go_through_several_devices(name):
     """Four parts of a row: a state from before, documents that cross one part and that cross three, and gradients."""
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
-        arrays = [jnp.asarray(rng.standard_normal((2, 16, 2, 3))) for _ in range(5)]
-        arrays.append(jnp.asarray(rng.standard_normal((2, 2, 3, 3))))
-        documents = jnp.asarray([[0] * 16, [0] * 2 + [1] * 3 + [2] * 11], jnp.int32)
+        arrays = [rng.standard_normal((2, 16, 2, 3)) for _ in range(5)]
+        arrays.append(rng.standard_normal((2, 2, 3, 3)))
+        documents = np.asarray([[0] * 16, [0] * 2 + [1] * 3 + [2] * 11], np.int32)
 
         def scalar(*arrays):
             o, state = _recurrence(name)(*arrays, documents)
@@ -117,8 +117,8 @@ def test_documents_are_counted_from_the_one_that_goes_on():
 
 def test_hand_over_is_the_recurrence():
     """A recurrence in no way linear, over four parts and three rows: values, the last state and gradients."""
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 16, 2)))
-    states = jnp.ones((3, 2))
+    x = np.random.default_rng(0).standard_normal((3, 16, 2)).astype(np.float32)
+    states = np.ones((3, 2), np.float32)
 
     def step(state, x):  # one row's positions
         def one(h, x):
@@ -137,9 +137,9 @@ def test_hand_over_is_the_recurrence():
         return partition.local(on_device, (x, states), axes, list(axes))
 
     loss = lambda run: lambda *a: sum(jnp.sum(jnp.sin(y + 1)) for y in run(*a))
-    expected = whole(x, states), jax.grad(loss(whole), (0, 1))(x, states)
-    both = lambda *a: (split(*a), jax.grad(loss(split), (0, 1))(*a))
-    found = jax.jit(partition.traced(both, mesh(context=4), sharding.ACTIVATION_RULES))(x, states)
+    both = lambda run: lambda *a: (run(*a), jax.grad(loss(run), (0, 1))(*a))
+    expected = jax.jit(both(whole))(x, states)
+    found = jax.jit(partition.traced(both(split), mesh(context=4), sharding.ACTIVATION_RULES))(x, states)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
@@ -178,7 +178,7 @@ def test_a_recurrence_with_decays_of_channels():
     """Values, the state after and gradients are those of one device, with documents, a state, channels that keep
     nothing, and the bonus."""
     rng = np.random.default_rng(0)
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
     B, T, H, d, e = 2, 16, 2, 4, 3
     arrays = normal(B, T, H, d), normal(B, T, H, d), normal(B, T, H, e), normal(B, H, d, e), normal(H, d)
     logs = np.where(rng.random((B, T, H, d)) < 0.05, -np.inf, -rng.exponential(0.3, (B, T, H, d)))
@@ -192,7 +192,7 @@ def test_a_recurrence_with_decays_of_channels():
 
         return jax.value_and_grad(scalar, tuple(range(6)), has_aux=True)(logs, q, k, u, state, bonus)
 
-    given = jnp.asarray(logs, jnp.float32), *arrays
+    given = logs.astype(np.float32), *arrays
     found = jax.jit(partition.traced(both, mesh(context=4, data=2), sharding.ACTIVATION_RULES))(*given)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(jax.jit(both)(*given)), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 
@@ -25,18 +21,12 @@ def assert_same(a, b):
 
 
 def test_an_example_depends_on_its_index_alone():
-    """Not on the batch that it is in, on the process, on the number of hosts or workers."""
+    """Not on the batch that it is in, on the number of hosts or workers; nor on the process, as digests that another
+    made hold (test_laws.py)."""
     task = opened()
     together = task.rows("train", [5, 9])
     for row, index in enumerate((5, 9)):
         assert_same({k: v[row] for k, v in together.items()}, {k: v[0] for k, v in task.rows("train", [index]).items()})
-    code = (
-        "from tests.tasks.test_icl_regression import *; import hashlib; "
-        "print(hashlib.sha256(b''.join(v.tobytes() for v in opened().rows('train', [5, 9]).values())).hexdigest())"
-    )
-    digest = hashlib.sha256(b"".join(v.tobytes() for v in together.values())).hexdigest()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip() == digest, done.stderr
     whole = task.training(seed=0)
     halves = [task.training(seed=1, rows=range(4)), opened(workers=1).training(seed=0, rows=range(4, 8))]
     for _ in range(3):
@@ -82,7 +72,7 @@ def test_rows_are_problems_of_their_own(fields):
 def test_baselines_have_the_risk_of_the_theory():
     """zero: 1 + noise; a step of gradient descent: the formula, least at its own rate. Bayes with d 5, 40 examples,
     noise 0.1: 0.114, computed elsewhere over 20,000 draws."""
-    task = data_lib.open_data(IclRegressionConfig(queries="last", heldout=8192, batch=1024))
+    task = data_lib.open_data(IclRegressionConfig(queries="last", heldout=2048, batch=1024))
     heldout = task.heldout()
     count = sum(float(batch["weights"].sum()) for batch in heldout)
     risk = {name: error.sum() / count for name, error in heldout.facts()["baselines"].items()}
