@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a verb; 0 if it did what it should, 1 if a run failed, 2 if the user has to change something."""
     output.prepare()
     try:
-        code = _main(sys.argv[1:] if argv is None else argv)
+        code = _main(argv)
     except SystemExit as ended:  # argparse
         code = ended.code
     except output.Unwritable as error:  # the help
@@ -34,11 +34,13 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
-def _main(argv: list[str]) -> int:
+def _main(given: list[str] | None) -> int:
+    argv = sys.argv[1:] if given is None else given
     if not argv:
         output.note(arguments.build().format_help())
         return 2
     args, overrides = arguments.parse(argv)
+    args.own_process = given is None
     say = lambda text: output.note(f"attnlab {args.verb}: {text}")
     try:
         if args.verb not in ("train", "ablate", "tokenizer"):  # what these do is in files
@@ -105,7 +107,8 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
 
     out = output.Lasting(sys.stdout)  # a run outlives the reader of its output: log.txt has it all
     remote = isinstance(args.workdir, storage.Url)
-    runtime.keep_compiled(pathlib.Path(storage.cache_directory()) if remote else args.workdir)
+    kept = pathlib.Path(storage.cache_directory()) if remote else args.workdir
+    runtime.keep_compiled(kept, whole=args.own_process)
     console, began = rich.console.Console(file=out), goodput.process_began()
     train(config, args.workdir, console, began=began, init_from=args.init_from)
     with output.after(f"the run went on, and {args.workdir / 'log.txt'} has what it said"):

@@ -51,16 +51,27 @@ def configure() -> None:
         _keep_freed_memory()
 
 
-def keep_compiled(workdir: pathlib.Path) -> None:
+def keep_compiled(workdir: pathlib.Path, whole: bool = False) -> None:
     """Keeps compiled programs in a workdir, for whoever goes on there, unless jax has a place for them already.
 
     One process's programs for a CPU are of its host alone, whose instructions another may lack. Of several processes
-    jax has one write for all.
+    jax has one write for all. With `whole` the steps of runs are kept there as `attnlab.train.executables` says: for
+    processes whose code is what its files say.
     """
     import jax
 
-    if jax.config.jax_compilation_cache_dir is not None:
-        return
+    if jax.config.jax_compilation_cache_dir is None:
+        _keep_in(workdir)
+    folder = jax.config.jax_compilation_cache_dir
+    if whole and "://" not in folder:
+        from attnlab.train import executables
+
+        executables.keep_in(pathlib.Path(folder) / "steps")
+
+
+def _keep_in(workdir: pathlib.Path) -> None:
+    import jax
+
     folder = workdir / "compiled"
     if jax.default_backend() == "cpu" and jax.process_count() == 1:
         folder /= os.uname().nodename

@@ -29,6 +29,7 @@ from attnlab.ops.cross_entropy import capped, cross_entropy, likeliest
 from attnlab.ops.kl_divergence import kl_divergence
 from attnlab.ops.layout import Layout
 from attnlab.ops.linear import project
+from attnlab.ops.position_codes import plane_code
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,8 @@ class LanguageModelConfig(StackConfig):
       embedding_scale: factor on what is looked up in the embedding; Gemma's is sqrt(D).
       decoupled: whether mixers that read the embedding (`stack_reads`: ablated with weights=static) find in its place
         what is looked up in a table of their own (Feng et al. 2024, DARE, arXiv:2410.02604, read for language models).
+      cell_code: base of the code of rows and columns (`attnlab.ops.position_codes.plane_code`) that is added to the
+        embedding of an image's cells, wherever the data's `layout` says that there is one; none: nothing is added.
       logit_cap: c in `c tanh(logits / c)` of the output; none: no cap (Gemma Team 2024, Gemma 2, section 2).
     """
 
@@ -49,11 +52,15 @@ class LanguageModelConfig(StackConfig):
     embedding_scale: float = 1.0
     logit_cap: float | None = None
     decoupled: bool = False
+    cell_code: float | None = None
 
     def __post_init__(self) -> None:
         need = config_lib.require
         need(self.vocab >= 1, "model.vocab", self.vocab, "1 or more")
         need(self.embedding_scale > 0, "model.embedding_scale", self.embedding_scale, "above 0")
+        if self.cell_code is not None:
+            need(self.cell_code > 1, "model.cell_code", self.cell_code, "above 1, or none")
+            need(self.width % 4 == 0, "model.width", self.width, "a multiple of 4 beside model.cell_code")
         need(self.logit_cap is None or self.logit_cap > 0, "model.logit_cap", self.logit_cap, "above 0, or none")
         super().__post_init__()
         if (ids := self.fixed_text) is not None:
@@ -94,6 +101,10 @@ def _ids_of(path: str) -> np.ndarray:
     return ids.astype(np.int32)
 
 
+def _layout(batch: Batch) -> Layout | None:
+    return Layout.of_columns(batch["layout"]) if "layout" in batch else None
+
+
 @register("lm")
 class LanguageModel(Objective):
     """Embedding, transformer, norm, output projection.
@@ -129,7 +140,7 @@ class LanguageModel(Objective):
     @classmethod
     def batch_spec(cls, config: LanguageModelConfig, length: int) -> batch_lib.Spec:
         """`weights` say what counts; without them everything does but padding. `slices`: see `Scores`. `layout`
-        (`Layout.of_columns`) and `node` are for masks that read them."""
+        (`Layout.of_columns`) and `node` are for masks that read them, and the first for `cell_code`."""
         if (ids := config.fixed_text) is not None:
             config_lib.require(
                 length <= len(ids), "data.length", length, f"at most {len(ids)}, the ids of a mixer's text"
@@ -139,7 +150,8 @@ class LanguageModel(Objective):
         targets = dataclasses.replace(ids, about=batch_lib.NEXT)
         weights = batch_lib.Field((length,), "float32", ("seq",), optional=True)
         slices = batch_lib.Field((length, None), "int8", ("seq", None), optional=True)
-        layout = batch_lib.Field((length, batch_lib.LAYOUT), "int32", ("seq", None), optional=True)
+        optional = config.cell_code is None
+        layout = batch_lib.Field((length, batch_lib.LAYOUT), "int32", ("seq", None), optional=optional)
         arrays = {"tokens": ids, "targets": targets, "segments": plain, "positions": plain}
         arrays |= {"weights": weights, "slices": slices, "layout": layout}
         return arrays | {"node": dataclasses.replace(plain, optional=True)}
@@ -226,7 +238,7 @@ class LanguageModel(Objective):
 
     def hidden(self, tokens_BT: jax.Array, seq: mixers.Sequence, key: jax.Array | None = None) -> mixers.MixerOutput:
         """Normalised final hidden states [B, T, D] of whole sequences; `key` turns dropout on."""
-        return self.encoded(self.embed(tokens_BT), self.decoupled(tokens_BT, seq), key)
+        return self.encoded(self.embed(tokens_BT, seq.layout), self.decoupled(tokens_BT, seq), key)
 
     def encoded(self, x: jax.Array, seq: mixers.Sequence, key: jax.Array | None) -> mixers.MixerOutput:
         """`hidden` of what goes into the stack, x [B, T, D]."""
@@ -235,12 +247,11 @@ class LanguageModel(Objective):
 
     def embedded(self, batch: Batch) -> jax.Array:
         """[B, T, D], what goes into the stack."""
-        return self.embed(batch["tokens"])
+        return self.embed(batch["tokens"], _layout(batch))
 
     def sequence(self, batch: Batch) -> mixers.Sequence:
         """Where its positions stand, and the contexts that they read."""
-        layout = Layout.of_columns(batch["layout"]) if "layout" in batch else None
-        seq = mixers.Sequence(batch["positions"], batch["segments"], layout=layout, node=batch.get("node"))
+        seq = mixers.Sequence(batch["positions"], batch["segments"], layout=_layout(batch), node=batch.get("node"))
         return self.decoupled(batch.get("tokens"), seq)
 
     def decoupled(self, tokens_BT: jax.Array | None, seq: mixers.Sequence) -> mixers.Sequence:
@@ -280,10 +291,17 @@ class LanguageModel(Objective):
         kernel = self.output_kernel().astype(hidden.dtype)
         return capped(project(hidden, kernel, param_dtype(hidden.dtype)), self.config.logit_cap)
 
-    def embed(self, tokens_BT: jax.Array) -> jax.Array:
-        """[B, T, D] in the compute type."""
-        x = jnp.take(self.embedding[...], tokens_BT, axis=0).astype(self.config.compute_dtype)
-        return x if self.config.embedding_scale == 1 else x * jnp.asarray(self.config.embedding_scale, x.dtype)
+    def embed(self, tokens_BT: jax.Array, layout: Layout | None = None) -> jax.Array:
+        """[B, T, D] in the compute type; the cells of a layout's images with their code, if they have one."""
+        c = self.config
+        x = jnp.take(self.embedding[...], tokens_BT, axis=0).astype(c.compute_dtype)
+        x = x if c.embedding_scale == 1 else x * jnp.asarray(c.embedding_scale, x.dtype)
+        if c.cell_code is None or layout is None:
+            return x
+        cells = jnp.asarray(layout.cell).astype(param_dtype(c.compute_dtype))
+        code = plane_code(cells[..., 0], cells[..., 1], c.width, c.cell_code)
+        visual = (jnp.asarray(layout.kind) == batch_lib.VISUAL)[..., None]
+        return x + jnp.where(visual, code, 0).astype(x.dtype)
 
     def output_kernel(self) -> jax.Array:
         """[D, V]."""
@@ -299,5 +317,5 @@ class LanguageModel(Objective):
         self, periods: list[Any], tokens_BT: jax.Array, seq: mixers.Sequence, state: Any
     ) -> tuple[jax.Array, Any]:
         """Hidden states [B, T, D] of the next positions and the new state; `periods` is `transformer.unstacked()`."""
-        x, state = extend(periods, self.embed(tokens_BT), self.decoupled(tokens_BT, seq), state)
+        x, state = extend(periods, self.embed(tokens_BT, seq.layout), self.decoupled(tokens_BT, seq), state)
         return self.norm(x), state

@@ -186,6 +186,7 @@ class _Run:
             with self._spent.during("restore"):
                 self._taught = (teacher.params(self.mesh),)
         self.step, self.tokens, self.state = self._start()
+        self.program.prepare()
         self._write_teacher()
         self._describe()
 
@@ -259,7 +260,7 @@ class _Run:
                         batch = next(self.loader)
                     batch = self.program.put(batch)
                     with ops.recording() as chosen, self._spent.on_device():  # recorded is what is traced: the first
-                        self.state, metrics = self.program.train_step(self.state, batch, *self._taught)
+                        self.state, metrics = self.program.step(self.state, batch, *self._taught)
                         if self._serial:
                             jax.block_until_ready(self.state)
                     self.program.chosen = self.program.chosen or chosen.table()
@@ -317,6 +318,7 @@ class _Run:
         with self._spent.on_device():
             jax.block_until_ready(metrics)
         self._spent.first_step_done(step)
+        self.program.keep()
         self._describe()
         self.progress.started(step)
         self._clock, self._clock_step = time.perf_counter(), step

@@ -10,6 +10,7 @@ import collections
 import concurrent.futures
 import functools
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,13 +23,14 @@ from attnlab import models, ops
 from attnlab.batch import Spec, require_match
 from attnlab.errors import UserError
 from attnlab.parallel import partition
-from attnlab.train import optimizers, sharding
+from attnlab.train import executables, optimizers, sharding
 from attnlab.train.config import RunConfig
 from attnlab.train.state import Model, TrainState, first_state, init_state, state_shardings
 from attnlab.train.step import make_eval_step, make_train_step
 from attnlab.train.teaching import Teaching
 
 _most = 4  # programs that are shared: each holds what was compiled for it
+_LEVEL = "xla_backend_optimization_level"
 
 
 class Program:
@@ -55,6 +57,7 @@ class Program:
         self.config, self._devices, self._batches, self.teaching = config, devices, batches, teaching
         self.chosen: dict[str, Any] = {}
         self._compiled_init: Any = None
+        self._step: Any = None
 
     @classmethod
     def of(
@@ -75,6 +78,8 @@ class Program:
         while len(_shared) > _most:
             _shared.popitem(last=False)
         return _shared[key]
+
+    once: dict[str, Any] | None = {_LEVEL: 1}  # what XLA is told of a program that runs once, on a CPU
 
     @staticmethod
     def share(count: int) -> None:
@@ -160,17 +165,52 @@ class Program:
         """`init(seed)`: the state before the first step, jitted."""
         return jax.jit(lambda seed: self._traced_init(seed), out_shardings=self.shardings)
 
+    @functools.cached_property
+    def _executables(self) -> executables.Executables:
+        taught = None if self.teaching is None else self.teaching.key
+        text = repr((_computed(self.config), self._batches, taught, dict(self.mesh.shape)))
+        return executables.Executables(text, self.mesh.devices.ravel())
+
     def first_state(self, seed: int) -> TrainState:
-        """`init(seed)`, compiled beside the train step that comes next: either keeps a core busy."""
+        """`init(seed)`, compiled or loaded beside the train step that comes next: either keeps a core busy."""
         if self._compiled_init is None:
-            lowered = self.init.lower(seed)
-            options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None  # it runs once
-            with concurrent.futures.ThreadPoolExecutor(1) as pool, ops.recording() as chosen:
-                init = pool.submit(lowered.compile, options)
-                self.train_step.lower(self.state, self.batch, *self.teacher).compile()
-                self._compiled_init = init.result()
-            self.chosen = chosen.table()
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                loaded = pool.submit(self._executables.load, "init")
+                self._load_step()
+                kept = loaded.result()
+                init = None if kept else pool.submit(self._compile_init, self.init.lower(seed))
+                self.prepare()
+                self._compiled_init = kept[0] if kept else init.result()
         return self._compiled_init(seed)
+
+    def prepare(self) -> None:
+        """Has the train step compiled, or loaded as an earlier process compiled it; `step` is then ready to run."""
+        self._load_step()
+        if self._step is None:
+            with ops.recording() as chosen:
+                compiled = self.train_step.lower(self.state, self.batch, *self.teacher).compile()
+            self.chosen, self._step = chosen.table(), self.train_step
+            self._executables.made("train_step", compiled, self.chosen)
+
+    def keep(self) -> None:
+        """Writes what was compiled here to where later processes look: `attnlab.train.executables`."""
+        self._executables.keep()
+
+    @property
+    def step(self) -> Any:
+        """`train_step`, as `prepare` found it."""
+        return self.train_step if self._step is None else self._step
+
+    def _load_step(self) -> None:
+        kept = self._executables.load("train_step") if self._step is None else None
+        if kept:
+            self._step, self.chosen = kept
+
+    def _compile_init(self, lowered: Any) -> Any:
+        told = _LEVEL in os.environ.get("XLA_FLAGS", "")  # by the user, for all programs
+        compiled = lowered.compile(self.once if jax.default_backend() == "cpu" and not told else None)
+        self._executables.made("init", compiled)
+        return compiled
 
     def begin(self, params: Any, seed: int) -> TrainState:
         """The state before the first step of a run that starts from these parameters, a pure dict."""

@@ -21,16 +21,16 @@ from tests.train import runs
 
 @pytest.fixture(scope="module")
 def trained(source, tmp_path_factory):
-    """A workdir with checkpoints of steps 1 and 2."""
+    """A workdir with checkpoints of steps 2 and 3."""
     path = tmp_path_factory.mktemp("trained") / "v"
-    few = {"train__steps": 2, "train__save_every": 1, "train__eval_every": 0, "train__sample_tokens": 0}
+    few = {"train__steps": 3, "train__save_every": 1, "train__eval_every": 0, "train__sample_tokens": 0}
     loop.train(runs.config(source, **few), path)
     return path
 
 
 def resolved(source, **changes):
     tree = plans.tree(source, **changes)
-    tree["base"]["train"] |= {"steps": 1, "eval_every": 1, "save_every": 1}
+    tree["base"]["train"] |= {"steps": 3, "eval_every": 3, "save_every": 3}
     config = config_lib.build(PlanConfig, tree)
     return config, beginnings.pinned(plan.cells(config))
 
@@ -44,26 +44,26 @@ def test_arms_begin_as_weights(source, trained, tmp_path):
     v = shutil.copytree(trained, tmp_path / "v")
     arms = {"plain": {}, "gate": {"model.mixers.M": "gated"}, "drawn": {"init_from": None}}
     config, made = resolved(source, arms=arms, init_from=str(v))
-    known = {"place": str(v), "step": 2, "digest": made[0].begins["digest"]}
+    known = {"place": str(v), "step": 3, "digest": made[0].begins["digest"]}
     assert [cell.begins for cell in made] == [known, known, None]
     work = tmp_path / "plan"
     first = announce.announce(config, made, work, print)
     tree = json.loads((work / announce.NAME).read_text())
     assert tree["others"]["gate"]["begins"] == known and first.cells == made
-    shutil.copytree(v / "checkpoints" / "2", v / "checkpoints" / "3")
+    shutil.copytree(v / "checkpoints" / "3", v / "checkpoints" / "4")
     worker.work(worker.Part(str(work)))
     assert all(Log(work).read().status(f"arms/{arm}/seed{seed}") == "done" for arm in arms for seed in (0, 1))
-    wanted = params(trained, 2)
+    wanted = params(trained, 3)
     for arm in ("plain", "gate"):
         begun = json.loads((work / "arms" / arm / "seed1" / "init_from.json").read_text())
-        assert (begun["step"], begun["dropped"]) == (2, []) and bool(begun["kept"]) == (arm == "gate")
+        assert (begun["step"], begun["dropped"]) == (3, []) and bool(begun["kept"]) == (arm == "gate")
         found = params(work / "arms" / arm / "seed1", 0)
         assert found.keys() >= wanted.keys()
         for name, value in wanted.items():
             np.testing.assert_array_equal(found[name], value, err_msg=name)
     assert not (work / "arms/drawn/seed0/init_from.json").exists()
     results = gather.collect(announce.read(work), work)
-    assert any(f"begins as {v} at step 2" in note for note in results.plan.arms["gate"].notes)
+    assert any(f"begins as {v} at step 3" in note for note in results.plan.arms["gate"].notes)
     assert results.plan.arms["plain"].command.endswith(f" --init-from {v}")
 
 
@@ -71,9 +71,9 @@ def test_arms_learn_of_a_checkpoint(source, trained):
     """A teacher is pinned as what arms begin as is, and both are in the plan's hash."""
     taught = {"train.distill": {"teacher": str(trained)}}
     config, made = resolved(source, arms={"plain": {}, "taught": taught | {"init_from": str(trained)}})
-    known = {"place": str(trained), "step": 2, "digest": made[1].begins["digest"]}
+    known = {"place": str(trained), "step": 3, "digest": made[1].begins["digest"]}
     assert [(cell.begins, cell.teacher) for cell in made] == [(None, None), (known, known)]
-    assert made[1].config().train.distill.step == 2
+    assert made[1].config().train.distill.step == 3
     others = plan.announced(config, made)["others"]
     assert others == {"taught": {"begins": known, "teacher": known}}
 
@@ -88,11 +88,11 @@ def test_the_digest_is_part_of_the_plan(source, trained, tmp_path):
     announce.announce(config, made, work, print)
     run = schedule.planned(config, made)[0]
     pinned = beginnings.of({**made[0].begins, "digest": "0" * 64})
-    assert run.cell.begins["step"] == 2
-    with pytest.raises(UserError, match="its checkpoint of step 2 has the digest .* and had 000000000000 when it was"):
+    assert run.cell.begins["step"] == 3
+    with pytest.raises(UserError, match="its checkpoint of step 3 has the digest .* and had 000000000000 when it was"):
         loop.train(run.config(), tmp_path / "w", init_from=pinned)
-    shutil.rmtree(v / "checkpoints" / "2")
-    with pytest.raises(UserError, match=r"holds another plan.*others.plain.begins.step: 2 -> 1"):
+    shutil.rmtree(v / "checkpoints" / "3")
+    with pytest.raises(UserError, match=r"holds another plan.*others.plain.begins.step: 3 -> 2"):
         announce.announce(*resolved(source, init_from=str(v)), work, print)
 
 

@@ -37,7 +37,6 @@ def test_a_plan(tmp_path, attnlab, source):
     arms["bad"] |= {"model.mixers.M": "gated"}
     tree = plans.tree(source, arms=arms, equal={"what": "tokens"})
     tree["base"]["train"]["max_nonfinite"] = 2
-    tree["base"]["optimizer"]["clip"] = None
     path, work = plans.write(tmp_path / "plan.py", tree), tmp_path / "w"
     command = ("ablate", "--config", path, "--workdir", work, "--processes", 1)
     code, out, err = attnlab(*command)

@@ -127,27 +127,16 @@ def test_rows_of_a_batch_are_read_by_those_who_hold_them(corpus):
             data.train_loader(config, BYTES, seed=3, rows=rows)
 
 
-def test_batches_do_not_depend_on_the_number_of_workers(corpus):
-    config = data.DataConfig(source=corpus, length=32, batch=4)
-    with data.train_loader(config, BYTES, seed=0) as plain:
-        expected = take(plain, 9)
-    with data.train_loader(dataclasses.replace(config, workers=2), BYTES, seed=0) as loader:
-        for left, right in zip(expected, take(loader, 9), strict=True):
-            assert_equal(left, right)
-
-
 @pytest.mark.slow
-def test_resume_with_workers(corpus):
+def test_batches_and_resumption_do_not_depend_on_the_number_of_workers(corpus):
     config = data.DataConfig(source=corpus, length=32, batch=4)
-    expected = take(data.train_loader(config, BYTES, seed=0), 60)
+    expected = take(data.train_loader(config, BYTES, seed=0), 46)
     with data.train_loader(dataclasses.replace(config, workers=2), BYTES, seed=0, rows=[2, 3]) as loader:
-        for start in (41, 2):
-            loader.set_state({**loader.get_state(), "step": start})
+        for start in (0, 41):
+            if start:
+                loader.set_state({**loader.get_state(), "step": start})
             for step in range(start, start + 5):
                 assert_equal({name: array[2:] for name, array in expected[step].items()}, next(loader))
-    with data.train_loader(dataclasses.replace(config, workers=1), BYTES, seed=0) as loader:
-        loader.set_state({**loader.get_state(), "step": 50})
-        assert_equal(expected[50], next(loader))
 
 
 def test_resume_is_exact_at_any_step(corpus):

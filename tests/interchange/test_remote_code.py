@@ -82,7 +82,7 @@ def test_the_folder_names_its_code(tmp_path):
 )
 def test_what_has_no_code_is_refused(mixer, said):
     """By where it stands, before any tensor is read."""
-    tree = config_lib.apply_overrides(runs.tree("stdlib"), [])
+    tree = config_lib.apply_overrides(runs.tree("stdlib", model__mlp_width=64), [])
     tree["model"]["mixers"]["M"] = {"heads": 2} | mixer
     with pytest.raises(UserError, match=said):
         exporting.choose(config_lib.build(RunConfig, tree), remote_code=True)
@@ -93,7 +93,9 @@ def test_a_knob_that_comes_later_is_not_lost(monkeypatch):
     form = own.form("lightning")
     less = own.Form(form.text, form.reads - {"decay_scale"}, form.ignored, form.imports)
     monkeypatch.setattr(own, "form", lambda name, real=own.form: less if name == "lightning" else real(name))
-    of = lambda scale: runs.config("stdlib", model__mixers={"M": {"name": "lightning", "decay_scale": scale}})
+    of = lambda scale: runs.config(
+        "stdlib", model__mlp_width=64, model__mixers={"M": {"name": "lightning", "decay_scale": scale}}
+    )
     assert "decay_scale" not in exporting.choose(of(1.0), remote_code=True)[1]["attnlab"]["mixers"]["M"]
     with pytest.raises(
         UserError, match=r"model.mixers.M.decay_scale = 2.0: the PyTorch code of lightning has only 1.0"
@@ -103,13 +105,13 @@ def test_a_knob_that_comes_later_is_not_lost(monkeypatch):
 
 def test_it_is_the_last_resort():
     """What transformers itself has goes out as that; what has code elsewhere, as our own; unasked, none of ours."""
-    plain = runs.config("stdlib")
+    plain = runs.config("stdlib", model__mlp_width=64)
     assert exporting.choose(plain, remote_code=True)[0].name == "llama"
     mixer = {"name": "gated", "heads": 2, "qk_norm": True, "granularity": "headwise"}
-    gated = runs.config("stdlib", model__mixers={"M": mixer})
+    gated = runs.config("stdlib", model__mlp_width=64, model__mixers={"M": mixer})
     assert [exporting.choose(gated, remote_code=r)[0].name for r in (False, True)] == ["gated_qwen3", "attnlab"]
     with pytest.raises(UserError, match="no published family.*remote code may hold it"):
-        exporting.choose(runs.config("stdlib", model__mixers={"M": {"name": "gla", "heads": 2}}))
+        exporting.choose(runs.config("stdlib", model__mlp_width=64, model__mixers={"M": {"name": "gla", "heads": 2}}))
 
 
 @pytest.fixture(scope="module")

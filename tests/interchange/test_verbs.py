@@ -149,7 +149,7 @@ def test_every_verb_takes_it(attnlab, imported, tmp_path):
 )
 def test_what_no_family_has_is_refused(attnlab, tmp_path, overrides, said):
     """By what it has too many of."""
-    tree = config_lib.apply_overrides(runs.tree("stdlib"), overrides)
+    tree = config_lib.apply_overrides(runs.tree("stdlib", model__mlp_width=64), overrides)
     with pytest.raises(UserError, match="no published family that is known has this model") as error:
         exporting.choose(config_lib.build(RunConfig, tree))
     assert said in str(error.value)
@@ -168,7 +168,7 @@ def test_what_no_family_has_is_refused(attnlab, tmp_path, overrides, said):
 def test_a_model_of_ones_own_finds_its_family(changes, family):
     """The first family, of those that transformers itself has, that says exactly this."""
     mixer = {"name": "softmax", "heads": 2} | changes
-    config = runs.config("stdlib", model__mixers={"M": mixer})
+    config = runs.config("stdlib", model__mlp_width=64, model__mixers={"M": mixer})
     assert exporting.choose(config)[0].name == family
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import unittest.mock
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from flax import nnx
 
 from attnlab import mixers
 from attnlab.errors import ConfigError
+from attnlab.mixers import roles
 from attnlab.mixers.attention import AttentionConfig
 from attnlab.mixers.cross import CrossConfig
 from attnlab.mixers.grouped import GroupedConfig
@@ -22,6 +24,8 @@ from tests import tiers
 from tests.mixers import stated
 
 WIDTH, LENGTH = 16, 11
+CHUNK = 4  # of configs that leave it as it is by default: rows of LENGTH have a document that begins at an edge, two
+# that cross one, and whole chunks between
 EVERYDAY = "gated", "gated_deltanet", "lightning", "softmax"  # the mixers that `-m "not slow"` tries
 # Knobs of what reads a context, tried in test_cross.py, and of what reads a fixed text, tried in test_ablated.py.
 CROSS = {"source", "context_width", "rope_context", "text"}
@@ -80,11 +84,18 @@ def _together(cls: type[mixers.Mixer], knobs: list[tuple[str, Any]]) -> list[dic
 def of_knobs(config: Any) -> bool:
     """Whether the config is other values of knobs, the direction apart: not the default nor a named combination."""
     cls = mixers.get(config.node_name)
-    named = [cls.Config(), *(cls.Config(**fields) for fields in cls.variants)]
+    named = [cls.Config(), in_chunks(cls.Config()), *(cls.Config(**fields) for fields in cls.variants)]
     return config not in named and config.causal == named[0].causal
 
 
-def parameters(knobs: bool = True, combinations: bool = True, turned: bool = False) -> list[Any]:
+def in_chunks(config: Any) -> Any:
+    """The config with its chunk set to `CHUNK`, where it has chunks: rows of LENGTH cross their edges."""
+    return dataclasses.replace(config, chunk=CHUNK) if hasattr(config, "chunk") else config
+
+
+def parameters(
+    knobs: bool = True, combinations: bool = True, turned: bool = False, chunks: bool = False, often: Any = None
+) -> list[Any]:
     """pytest parameters `config` for all mixers: each mixer's default, and the others, which are exhaustive.
 
     Args:
@@ -92,6 +103,8 @@ def parameters(knobs: bool = True, combinations: bool = True, turned: bool = Fal
         and the other direction.
       combinations: whether these combinations are tried.
       turned: whether every run tries one of the others, too: the first with as many knobs turned as go together.
+      chunks: whether the default and the other direction are tried in chunks that the short rows cross.
+      often: mixers whose configs are tried as often as told above, those of others being exhaustive; none: all.
     """
     found = []
     for name in mixers.names():
@@ -99,17 +112,33 @@ def parameters(knobs: bool = True, combinations: bool = True, turned: bool = Fal
         first = next((label for label, (config, _) in tried.items() if of_knobs(config)), None)
         for label, (config, everyday) in tried.items():
             if knobs or everyday or (not of_knobs(config) and (combinations or label.startswith("causal="))):
-                marks = [] if everyday or (turned and label == first) else [tiers.exhaustive]
+                kept = (everyday or (turned and label == first)) and (often is None or name in often)
+                marks = [] if kept else [tiers.exhaustive]
                 marks += [] if name in EVERYDAY else [pytest.mark.slow]
+                if chunks and (everyday or label.startswith("causal=")):
+                    config = in_chunks(config)
                 found.append(pytest.param(config, id=f"{name}-{label}", marks=marks))
     return found
+
+
+def _draw(draw: roles.Draw, key: jax.Array) -> Any:
+    """What is normal or uniform by NumPy: jax compiles a program for each shape."""
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    if draw.make is roles.normal:
+        shape, dtype, deviation = draw.args
+        return jnp.asarray(deviation * rng.standard_normal(shape), dtype)
+    if draw.make is jax.random.uniform:
+        shape, dtype, low, high = draw.args
+        return jnp.asarray(rng.uniform(low, high, shape), dtype)
+    return draw.make(key, *draw.args)
 
 
 @functools.lru_cache(maxsize=32)
 def _values(config: Any) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """float32 parameters off their initial values, so that none is neutral, and other variables as they begin; drawn
     once for all laws and dtypes."""
-    with jax.ensure_compile_time_eval():  # modules are made inside of what is traced, too
+    # Modules are made inside of what is traced, too.
+    with jax.ensure_compile_time_eval(), unittest.mock.patch.object(roles.Draw, "__call__", _draw):
         _, params, rest = nnx.split(mixers.build(config, width=WIDTH, rngs=nnx.Rngs(0)), nnx.Param, ...)
     rng, of = np.random.default_rng(1), lambda state: [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
     return [leaf + 0.3 * rng.standard_normal(leaf.shape) for leaf in of(params)], of(rest)

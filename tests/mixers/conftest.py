@@ -2,7 +2,7 @@
 
 
 def pytest_collection_modifyitems(items):
-    for name in ("test_contract.py", "test_contract_chunks.py"):
+    for name in ("test_contract.py", "test_contract_chunks.py", "test_contract_declared.py"):
         places = [i for i, item in enumerate(items) if item.path.name == name]
         first = {}
         tests = sorted((items[i] for i in places), key=lambda item: first.setdefault(_config(item), len(first)))

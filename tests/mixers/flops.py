@@ -13,10 +13,11 @@ from tests.mixers import cases, stated
 
 def count(fn: Any, *args: Any) -> float:
     """FLOPs of all dot_generals of `fn(*args)`, a multiply-add counted as 2, loop bodies as often as they run."""
-    return _count(jax.make_jaxpr(fn)(*args).jaxpr)
+    return of(jax.make_jaxpr(fn)(*args).jaxpr)
 
 
-def _count(jaxpr: Any) -> float:
+def of(jaxpr: Any) -> float:
+    """Those of a jaxpr."""
     total = 0.0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
@@ -27,14 +28,14 @@ def _count(jaxpr: Any) -> float:
         if eqn.primitive.name == "while":
             raise ValueError("a while loop has no static number of turns")
         if eqn.primitive.name == "cond":  # one branch runs: the dearest
-            total += max(_count(branch.jaxpr) for branch in eqn.params["branches"])
+            total += max(of(branch.jaxpr) for branch in eqn.params["branches"])
             continue
         times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
         for value in eqn.params.values():
             for inner in value if isinstance(value, (tuple, list)) else (value,):
                 inner = getattr(inner, "jaxpr", inner)
                 if hasattr(inner, "eqns"):
-                    total += times * _count(inner)
+                    total += times * of(inner)
     return total
 
 

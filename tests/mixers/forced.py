@@ -30,16 +30,30 @@ def ways(cls):
     return cls.implementations if isinstance(cls.implementations, Mapping) else {}
 
 
-def implementations(config):
-    """`auto` or the like, and by their names, forced, those that compute otherwise; kernels: see `test_kernels`."""
-    cls = mixers.get(config.node_name)
-    default = next(f for f in dataclasses.fields(config) if f.name == "impl").default
+def default(config):
+    """Its `impl` by default: `auto` or the like."""
+    return next(f for f in dataclasses.fields(config) if f.name == "impl").default
+
+
+def implementations(config, picked=None):
+    """`auto` or the like, and by their names, forced, those that compute otherwise; kernels: see `test_kernels`.
+
+    Args:
+      config: of a mixer.
+      picked: names of what its ops choose by default, where that is known.
+    """
+    cls, first = mixers.get(config.node_name), default(config)
     assert "definition" in cls.implementations
-    chosen = choices(dataclasses.replace(config, impl=default))
-    picked = {name for _, _, name in chosen} - {"definition"}
-    same = lambda name: name in picked and choices(dataclasses.replace(config, impl=name)) == chosen
-    tried = [name for name in everywhere(cls) if name != default and _masks_fit(config, name)]
-    return [default, *(name for name in tried if not same(name))]
+    by_default = dataclasses.replace(config, impl=first)
+    picked = {name for *_, name in choices(by_default)} if picked is None else picked
+    tried = [name for name in everywhere(cls) if name != first and _masks_fit(config, name)]
+
+    def same(name):  # what is chosen throughout is the same by its name
+        if name == "definition" or name not in picked:
+            return False
+        return picked == {name} or choices(dataclasses.replace(config, impl=name)) == choices(by_default)
+
+    return [first, *(name for name in tried if not same(name))]
 
 
 def _masks_fit(config, name):

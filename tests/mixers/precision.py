@@ -40,8 +40,12 @@ def traced(module, dtype):
     if module.config.causal and module.capabilities.streaming:
         state = jax.eval_shape(lambda: module.init_state(*x.shape[:2], dtype))
         placed, _ = cases.placed(mixers.Stream.start(len(x)), seq)
-        extend = lambda params, x, state: nnx.merge(graphdef, params).extend(x, placed, state)
-        functions.append((lambda *args: (extend(*args).y, extend(*args).state), (params, x, state)))
+
+        def extend(params, x, state):
+            out = nnx.merge(graphdef, params).extend(x, placed, state)
+            return out.y, out.state
+
+        functions.append((extend, (params, x, state)))
     return functions
 
 
@@ -70,10 +74,10 @@ def narrow_results(fn: Any, *args: Any, dtype: Any) -> list[str]:
     return found + [f"a result: {v.aval}" for v in jaxpr.outvars if narrower(v, dtype)]
 
 
-def narrow_sums(fn: Any, *args: Any) -> list[str]:
-    """Sums, exponentials, products other than projections, and what loops add up, in less than float32."""
+def narrow_sums(jaxpr: Any) -> list[str]:
+    """Of a jaxpr, sums, exponentials, products other than projections, and what loops add up, in less than float32."""
     found = []
-    for eqn in equations(jax.make_jaxpr(fn)(*args).jaxpr):
+    for eqn in equations(jaxpr):
         if eqn.primitive.name == "scan":
             found += _narrow_carries(eqn)
         elif eqn.primitive.name in _SUMS or (eqn.primitive.name == "dot_general" and not _is_projection(eqn)):

@@ -1,6 +1,6 @@
 """The laws of the contract on rows that are longer than the chunks and blocks that mixers have by default.
 
-Documents begin at a chunk's edge and inside one, where the short rows of `test_contract.py` are a chunk's beginning.
+Documents begin at a chunk's edge and inside one. The short rows of `test_contract.py` cross edges of `cases.CHUNK`.
 """
 
 from __future__ import annotations
@@ -16,28 +16,21 @@ import pytest
 from flax import nnx
 
 from attnlab import mixers
-from tests import tiers
 from tests.mixers import cases
 from tests.mixers import test_contract as battery
-
-# Those whose blocks are softmax attention's, whose chunks another mixer's, or that their own tests cut at each size.
-APART = (
-    "core_context", "delta_net", "diff", "dma", "dsa", "fox", "gated", "landmark", "local_linear", "mla",
-    "moba", "moh", "nsa", "parallax", "residual_attention", "routing", "vmoba",
-)  # fmt: skip
 
 
 def of(often):
     """Few configs of all mixers; those of mixers that are not often tried are exhaustive."""
-    mark = lambda p: p.marks if p.id.split("-")[0] in often else tiers.exhaustive
-    tried = cases.parameters(knobs=False, combinations=False)
-    return pytest.mark.parametrize("config", [pytest.param(*p.values, id=p.id, marks=mark(p)) for p in tried])
+    return pytest.mark.parametrize("config", cases.parameters(knobs=False, combinations=False, often=often))
 
 
 SHORTER = {"log_linear": 16}  # a chunk of streams where one of the default takes long
-own_chunks = {name for name in mixers.names() if name not in APART} | {"softmax"}
+# Blocks that no knob makes small, and chunks that are cut into blocks by default; all others' chunks are small in the
+# other laws (`cases.CHUNK`).
+own_blocks = "gated_deltanet", "gla", "multi_token", "softmax", "stick_breaking"
 # The suite holds causality bitwise in programs of its own: here a form of each kind is optimised.
-ordered = "based", "gated_deltanet", "gla", "hebbian", "softmax", "stick_breaking"
+ordered = "gated_deltanet", "hebbian", "softmax"
 
 # The suite compiles without optimisations (tests/conftest.py): what users run fuses more, and sums in other orders.
 OPTIMISED = {"xla_backend_optimization_level": 3}
@@ -51,7 +44,7 @@ def x64():
         yield
 
 
-@of(own_chunks)
+@of(own_blocks)
 def test_definition_and_packing(config, x64):
     """Laws 1 and 4: the default implementation equals the definition, and documents are what they are alone."""
     x, seq, documents = cases.long_inputs(config, jnp.float64)
@@ -67,7 +60,7 @@ def test_definition_and_packing(config, x64):
         battery.assert_close(y[row, first:end], alone[i, : end - first], 1e-10)
 
 
-@of(own_chunks)
+@of(own_blocks)
 def test_split_anywhere(config, x64):
     """Law 2: a stream that crosses a chunk's edge from its beginning on, and one that is under way."""
     if config.node_name in SHORTER:

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
-
 PRODUCT = "product with activations"
 _SAME_ARRAY = ("convert_element_type", "copy", "sharding_constraint", "optimization_barrier")
 
 
-def of(fn: Any, params: list[jax.Array], *args: Any) -> list[set[str]]:
-    """For each array of `params`, what `fn(params, *args)` does with it.
+def of(jaxpr: Any, count: int) -> list[set[str]]:
+    """For each of a jaxpr's first `count` arguments, what it does with them.
 
     `PRODUCT` is a dot_general that contracts the first of its two axes, as `x @ w` does; anything else is the name of
     the primitive. Casts are looked through.
     """
-    jaxpr = jax.make_jaxpr(fn)(params, *args).jaxpr
-    found: list[set[str]] = [set() for _ in params]
-    _walk(jaxpr, dict(zip(jaxpr.invars, range(len(params)))), found)
+    found: list[set[str]] = [set() for _ in range(count)]
+    _walk(jaxpr, dict(zip(jaxpr.invars, range(count))), found)
     return found
 
 

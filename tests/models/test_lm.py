@@ -18,6 +18,7 @@ from attnlab.ops.cross_entropy import cross_entropy
 from tests import tiers
 from tests.mixers import precision
 from tests.mixers.cases import POSITIONS, SEGMENTS
+from tests.models import drawn
 
 
 @pytest.fixture(autouse=True)
@@ -50,38 +51,40 @@ def loss(params, graphdef, config):
 def reference():
     """Config, graph, parameters, and loss and gradients without remat or scan's help."""
     with jax.enable_x64(True):
-        graphdef, params = nnx.split(LanguageModel(config(), rngs=nnx.Rngs(0)), nnx.Param)
+        graphdef, params = drawn.apart(lambda: LanguageModel(config(), rngs=nnx.Rngs(0)))
         value = jax.jit(jax.value_and_grad(loss), static_argnums=(1, 2))(params, graphdef, config(unroll=1))
     return graphdef, params, value
 
 
-@pytest.mark.parametrize(("chunk", "cap"), [(1, None), (5, 1.5), (23, None), (100, 1.5)])
-def test_cross_entropy_is_the_formula(chunk, cap):
+def test_cross_entropy_is_the_formula():
     """Any chunk of the vocabulary gives log-softmax's value and gradients, of capped logits, too; weight 0 gives none,
     NaN or not."""
     rng = np.random.default_rng(0)
-    hidden, kernel = jnp.asarray(rng.normal(size=(9, 6))), jnp.asarray(rng.normal(size=(6, 23)))
-    targets = jnp.asarray(rng.integers(0, 23, 9), jnp.int32)
-    weights = jnp.asarray([1, 1, 0, 1, 1, 0, 1, 1, 1.0])
+    hidden, kernel = rng.normal(size=(9, 6)), rng.normal(size=(6, 23))
+    targets = rng.integers(0, 23, 9).astype(np.int32)
+    weights = np.array([1, 1, 0, 1, 1, 0, 1, 1, 1.0])
 
-    def ours(hidden, kernel):
+    def ours(hidden, kernel, chunk, cap):
         hidden = hidden.at[2].set(jnp.nan)
-        nll, lse = cross_entropy(hidden, kernel, targets, weights, chunk, cap=cap)
+        nll, lse = cross_entropy(hidden, kernel, jnp.asarray(targets), jnp.asarray(weights), chunk, cap=cap)
         return jnp.sum(nll * jnp.arange(9)) + jnp.sum(lse**2)
 
-    def formula(hidden, kernel):
+    def formula(hidden, kernel, cap):
         logits = hidden @ kernel
         logits = logits if cap is None else cap * jnp.tanh(logits / cap)
         lse = jax.nn.logsumexp(logits, axis=1)
         nll = lse - logits[jnp.arange(9), targets]
         return jnp.sum(weights * nll * jnp.arange(9)) + jnp.sum((weights * lse) ** 2)
 
-    got = jax.jit(jax.value_and_grad(ours, (0, 1)))(hidden, kernel)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10),
-        got,
-        jax.jit(jax.value_and_grad(formula, (0, 1)))(hidden, kernel),
-    )
+    @jax.jit
+    def run(*args):
+        slope = lambda of, *knobs: jax.value_and_grad(of, (0, 1))(*args, *knobs)
+        chunks = (None, (1, 23)), (1.5, (5, 100))
+        return [[slope(formula, cap), *(slope(ours, n, cap) for n in each)] for cap, each in chunks]
+
+    for wanted, *found in run(hidden, kernel):
+        for got in found:
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10), got, wanted)
 
 
 def test_cross_entropy_holds_no_whole_logits():
@@ -109,49 +112,36 @@ def test_remat_and_unroll_change_no_number(reference, change):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10), got, expected)
 
 
-def test_scan_is_the_loop(reference):
-    """The scanned stack is the blocks one after the other, in the order of the pattern."""
+def test_scan_and_stream_are_the_loop(reference):
+    """The scanned stack is the blocks one after the other, in the order of the pattern; prefill, decode and chunked
+    prefill through `extend` give the whole sequence's hidden states."""
     graphdef, params, _ = reference
-    seq = mixers.Sequence(jnp.asarray(POSITIONS), jnp.asarray(SEGMENTS))
     names = []
 
     @jax.jit
-    def run(params):
-        model = nnx.merge(graphdef, params)
-        x = model.embed(batch()["tokens"])
+    def run(params, data):
+        model, seq = nnx.merge(graphdef, params), mixers.Sequence(data["positions"], data["segments"])
+        x = model.embed(data["tokens"])
         whole = model.transformer(x, seq).y
-        for period in model.transformer.unstacked():
+        periods = model.transformer.unstacked()
+        for period in periods:
             for block in period.blocks:
                 names.append(block.sublayers[0].branch.name)
                 x, _ = block(x, seq)
-        return x, whole
-
-    x, whole = run(params)
-    np.testing.assert_allclose(x, whole, atol=1e-12)
-    assert names == ["softmax", "gated"] * 2
-
-
-def test_stream_equals_whole(reference):
-    """Prefill, chunked prefill and decode through `extend` give the whole sequence's hidden states."""
-    graphdef, params, _ = reference
-
-    @jax.jit
-    def run(params, data):
-        model = nnx.merge(graphdef, params)
-        whole = model.hidden(data["tokens"], mixers.Sequence(data["positions"], data["segments"])).y
-        state, parts, first = model.init_state(2, 11), [], 0
-        periods = model.transformer.unstacked()
-        for n in (4, 1, 1, 5):
+        hidden, state, parts, first = model.hidden(data["tokens"], seq).y, model.init_state(2, 11), [], 0
+        for n in (4, 1, 6):
             cut = {k: v[:, first : first + n] for k, v in data.items()}
             seq = mixers.Sequence(cut["positions"], cut["segments"])
-            hidden, state = model.extend(periods, cut["tokens"], seq, state)
-            parts.append(hidden)
+            part, state = model.extend(periods, cut["tokens"], seq, state)
+            parts.append(part)
             first += n
-        return jnp.concatenate(parts, axis=1), whole
+        return x, whole, jnp.concatenate(parts, axis=1), hidden
 
-    stream, whole = run(params, batch())
+    x, whole, stream, hidden = run(params, batch())
+    np.testing.assert_allclose(x, whole, atol=1e-12)
+    assert names == ["softmax", "gated"] * 2
     used = np.asarray(batch()["segments"]) > 0
-    np.testing.assert_allclose(np.asarray(stream)[used], np.asarray(whole)[used], atol=1e-10)
+    np.testing.assert_allclose(np.asarray(stream)[used], np.asarray(hidden)[used], atol=1e-10)
 
 
 @pytest.mark.slow
@@ -159,39 +149,45 @@ def test_a_states_arrays_are_buffers_of_their_own():
     """A state made outside of jit can be donated: layers that begin with equal keys and values share no array."""
     table = {letter: {"name": name, "heads": 2} for letter, name in zip("SRT", ("softmax", "rat", "titans"))}
     config = StackConfig(width=16, layers=3, pattern="SRT", mixers=mixer_table(table, "mixers"))
-    state = Transformer(config, rngs=nnx.Rngs(0)).init_state(2, 8)
+    state = drawn.module(lambda: Transformer(config, rngs=nnx.Rngs(0))).init_state(2, 8)
     places = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state) if leaf.size]
     assert len(set(places)) == len(places) > 10
 
 
 def test_tied_embedding_serves_both_ends():
     """With tied weights there is one matrix, and its gradient has both parts."""
-    untied, tied = (LanguageModel(config(tied=t), rngs=nnx.Rngs(0)) for t in (False, True))
-    count = lambda m: sum(p.size for p in jax.tree.leaves(nnx.state(m, nnx.Param)))
-    assert count(untied) - count(tied) == 23 * 8
-    untied.head.kernel[...] = tied.embedding[...].T
-    for model in (tied, untied):
-        model.embedding[...] = tied.embedding[...]
-    grads = []
-    for model in (tied, untied):
-        nnx.update(model.transformer, nnx.state(tied.transformer))
-        graphdef, params = nnx.split(model, nnx.Param)
-        grads.append(jax.jit(jax.grad(loss), static_argnums=(1, 2))(params, graphdef, model.config))
-    both = grads[1]["embedding"][...] + grads[1]["head"]["kernel"][...].T
-    np.testing.assert_allclose(grads[0]["embedding"][...], both, atol=1e-10)
+    configs = [config(tied=t, layers=2) for t in (False, True)]
+    (untied, apart), (tied, params) = (drawn.apart(lambda c=c: LanguageModel(c, rngs=nnx.Rngs(0))) for c in configs)
+    count = lambda state: sum(p.size for p in jax.tree.leaves(state))
+    assert count(apart) - count(params) == 23 * 8
+    table = params["embedding"][...]
+    apart = nnx.State({**params, "head": {"kernel": nnx.Param(table.T)}})
+
+    @jax.jit
+    def grads(one, other):
+        slope = jax.grad(loss)
+        return slope(one, untied, configs[0]), slope(other, tied, configs[1])
+
+    two, one = grads(apart, params)
+    both = two["embedding"][...] + two["head"]["kernel"][...].T
+    np.testing.assert_allclose(one["embedding"][...], both, atol=1e-10)
 
 
 def test_dropout_is_a_function_of_the_key():
-    """Same key, same masks; another key, others; no key, no dropout."""
+    """Same key, same masks; another key, others; no key or no rate, no dropout."""
 
     def model(rate):
-        graphdef, params = nnx.split(LanguageModel(config(dropout=rate, layers=2), rngs=nnx.Rngs(0)), nnx.Param)
-        run = jax.jit(lambda key: nnx.merge(graphdef, params).token_losses(batch(), key)[0].sum())
-        return lambda seed: float(run(None if seed is None else jax.random.key(seed)))
+        graphdef, params = drawn.apart(lambda: LanguageModel(config(dropout=rate, layers=2), rngs=nnx.Rngs(0)))
+        return lambda key: nnx.merge(graphdef, params).token_losses(batch(), key)[0].sum()
 
-    half, again, none = model(0.5), model(0.5), model(0.0)
-    assert half(0) == again(0) != half(1)
-    assert half(None) == none(None) == none(0)
+    half, none, keys = model(0.5), model(0.0), [jax.random.key(seed) for seed in (0, 1)]
+    run = jax.jit(half)
+    assert run(keys[0]) == run(keys[0]) != run(keys[1])
+    drawing = [
+        str(jax.make_jaxpr(of)(key)).count("random_bits")
+        for of, key in zip((half, half, none), (keys[0], None, keys[0]))
+    ]
+    assert drawing[0] and drawing[1:] == [0, 0]
 
 
 @tiers.often("mlp")
@@ -199,12 +195,18 @@ def test_dropout_is_a_function_of_the_key():
 def test_dropout_keeps_the_expectation(silent):
     """What mixer and MLP add is kept with 1 - p, each entry by itself, and is then 1 / (1 - p) of what it was."""
     c, p = config(dropout=0.3), 0.3
-    block = Block(c, "A", rngs=nnx.Rngs(0))
+    block = drawn.module(lambda: Block(c, "A", rngs=nnx.Rngs(0)))
     mixer, mlp = (sublayer.branch for sublayer in block.sublayers)
     kernel = (mixer.out if silent == "mixer" else mlp.down).kernel
     kernel[...] = 0 * kernel[...]
-    x, seq = jax.random.normal(jax.random.key(1), (16, 64, 8), jnp.float64), mixers.Sequence.whole(16, 64)
-    plain, dropped = (np.asarray(block(x, seq, key=key)[0] - x) for key in (None, jax.random.key(2)))
+    x = np.random.default_rng(1).normal(size=(16, 64, 8))
+
+    @jax.jit
+    def added(key):
+        seq = mixers.Sequence.whole(16, 64)
+        return block(x, seq)[0] - x, block(x, seq, key=key)[0] - x
+
+    plain, dropped = map(np.asarray, added(jax.random.key(2)))
     kept = np.abs(dropped) > 1e-9 * np.abs(plain)
     np.testing.assert_allclose(dropped[kept], plain[kept] / (1 - p), rtol=1e-5, atol=1e-12)
     np.testing.assert_allclose(kept.mean((0, 1)), 1 - p, atol=4 * np.sqrt(p * (1 - p) / (16 * 64)))
@@ -214,8 +216,7 @@ def test_dropout_keeps_the_expectation(silent):
 def test_float64_model_is_float64_throughout():
     """Losses, metrics, gradients and all between, of mixers that have losses and metrics of their own."""
     table = mixer_table({"A": {"name": "moh", "heads": 4}, "B": {"name": "flow", "heads": 2}}, "m")
-    model = LanguageModel(config(mixers=table), rngs=nnx.Rngs(0))
-    graphdef, params = nnx.split(model, nnx.Param)
+    graphdef, params = drawn.apart(lambda: LanguageModel(config(mixers=table), rngs=nnx.Rngs(0)))
 
     def total(params):
         nll, lse, out = nnx.merge(graphdef, params).token_losses(batch())
@@ -245,23 +246,22 @@ def test_knobs_of_published_models_are_the_formulas():
         embedding_scale=3.0,
         logit_cap=0.7,
     )
-    model = LanguageModel(c, rngs=nnx.Rngs(0))
-    rng, state = np.random.default_rng(0), nnx.state(model, nnx.Param)
-    nnx.update(model, jax.tree.map(lambda p: p + 0.3 * rng.normal(size=p.shape), state))
+    model = drawn.module(lambda: LanguageModel(c, rngs=nnx.Rngs(0)))
     blocks = [block for period in model.transformer.unstacked() for block in period.blocks]
     seq, values = mixers.Sequence.whole(2, 11), lambda p: np.asarray(p[...])
     rms = lambda x, norm: x / np.sqrt((x * x).mean(-1, keepdims=True) + 0.1) * values(norm.scale)
     linear = lambda x, m: x @ values(m.kernel) + values(m.bias)
     x = 3 * values(model.embedding)[np.asarray(batch()["tokens"])]
+    attend = jax.jit(lambda branch, x: branch(x, seq).y)
     for block in blocks:
         mixing, mlp = block.sublayers
-        x = x + rms(np.asarray(mixing.branch(jnp.asarray(rms(x, mixing.norm)), seq).y), mixing.norm_after)
+        x = x + rms(np.asarray(attend(mixing.branch, rms(x, mixing.norm))), mixing.norm_after)
         h = rms(x, mlp.norm)
         z = linear(h, mlp.branch.gate)
         gate = 0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))
         x = x + rms(linear(gate * linear(h, mlp.branch.up), mlp.branch.down), mlp.norm_after)
     logits = 0.7 * np.tanh(rms(x, model.norm) @ values(model.head.kernel) / 0.7)
-    got = model.logits(model.hidden(batch()["tokens"], seq).y)
+    got = jax.jit(lambda: model.logits(model.hidden(batch()["tokens"], seq).y))()
     np.testing.assert_allclose(got, logits, atol=1e-10)
 
 
@@ -280,13 +280,25 @@ def test_impossible_knobs_are_refused(fields):
 def test_bfloat16_model_keeps_fp32_parameters():
     """Activations are bf16, parameters and losses fp32, and the loss is near."""
     with jax.enable_x64(False):
-        low, high = (LanguageModel(config(dtype=d), rngs=nnx.Rngs(0)) for d in ("bfloat16", "float32"))
+        make = lambda dtype: drawn.module(lambda: LanguageModel(config(dtype=dtype), rngs=nnx.Rngs(0)))
+        low, high = make("bfloat16"), make("float32")
         assert {p.dtype for p in jax.tree.leaves(nnx.state(low, nnx.Param))} == {jnp.dtype("float32")}
-        run = lambda m: jax.jit(lambda b: m.token_losses(b)[0])(batch())
-        a, b = run(low), run(high)
+        a, b = jax.jit(lambda b: (low.token_losses(b)[0], high.token_losses(b)[0]))(batch())
         assert a.dtype == jnp.float32
         assert abs(float(a.sum() - b.sum())) < 0.02 * float(b.sum())
-        assert low.hidden(batch()["tokens"], mixers.Sequence(batch()["positions"])).y.dtype == jnp.bfloat16
+        hidden = jax.eval_shape(lambda b: low.hidden(b["tokens"], mixers.Sequence(b["positions"])).y, batch())
+        assert hidden.dtype == jnp.bfloat16
+
+
+def streamed(model, data):
+    """Of a batch as a whole and in two pieces: what the stack makes of it."""
+    seq, state, parts = mixers.Sequence(data["positions"], data["segments"]), model.init_state(2, 11), []
+    for first in (0, 6):
+        cut = lambda x: x[:, first : first + 6]
+        y, state = model.extend(model.transformer.unstacked(), cut(data["tokens"]), jax.tree.map(cut, seq), state)
+        parts.append(y)
+    whole = model.encoded(model.embed(data["tokens"]), model.sequence(data), None).y
+    return whole, jnp.concatenate(parts, axis=1)
 
 
 def test_a_fixed_text(tmp_path):
@@ -297,22 +309,22 @@ def test_a_fixed_text(tmp_path):
     table = lambda *paths: mixer_table(
         {x: {"name": "ablated", "weights": "text_stream", "text": str(p), "heads": 2} for x, p in zip("AB", paths)}, "m"
     )
-    model = LanguageModel(config(mixers=table(ids), pattern="A", layers=2), rngs=nnx.Rngs(0))
-    graphdef, params = nnx.split(model, nnx.Param)
+    graphdef, params = drawn.apart(
+        lambda: LanguageModel(config(mixers=table(ids), pattern="A", layers=2), rngs=nnx.Rngs(0))
+    )
+    model = nnx.merge(graphdef, params)
     small = batch() | {"tokens": batch()["tokens"] % 20}  # of a text's ids 20 and 21 the text alone has some
     np.testing.assert_array_equal(model.sequence(small).text, model.embedding[...][np.load(ids)])
-    value = lambda params: jnp.sum(nnx.merge(graphdef, params).token_losses(small)[0])
-    slopes = np.abs(jax.jit(jax.grad(value))(params)["embedding"][...]).max(-1)
+
+    @jax.jit
+    def run(params):
+        value = lambda params: jnp.sum(nnx.merge(graphdef, params).token_losses(small)[0])
+        return jax.grad(value)(params)["embedding"][...], *streamed(nnx.merge(graphdef, params), small)
+
+    slopes, whole, stream = run(params)
+    slopes = np.abs(slopes).max(-1)
     assert (slopes[20:22] > 1e-9).all() and slopes[22] == 0
-    whole = jax.jit(lambda: model.encoded(model.embed(small["tokens"]), model.sequence(small), None).y)()
-    state, parts, periods = model.init_state(2, 11), [], model.transformer.unstacked()
-    step = jax.jit(lambda tokens, seq, state: model.extend(periods, tokens, seq, state))
-    for first in (0, 6):
-        cut = lambda x: x[:, first : first + 6]
-        seq = jax.tree.map(cut, mixers.Sequence(small["positions"], small["segments"]))
-        y, state = step(cut(small["tokens"]), seq, state)
-        parts.append(y)
-    np.testing.assert_allclose(np.concatenate(parts, axis=1)[SEGMENTS > 0], np.asarray(whole)[SEGMENTS > 0], atol=1e-12)
+    np.testing.assert_allclose(stream[SEGMENTS > 0], whole[SEGMENTS > 0], atol=1e-12)
     with pytest.raises(UserError, match="14 positions; allowed: at most 13"):
         model.init_state(2, 14)
     with pytest.raises(ConfigError, match="data.length = 14.*at most 13"):
@@ -334,11 +346,12 @@ def test_decoupled_embeddings():
     where weights are even, nothing does; a stream is the whole; a table that nobody would read is refused."""
     table = mixer_table({"A": {"name": "ablated", "weights": "static", "heads": 2}}, "m")
     own = config(mixers=table, pattern="A", layers=2, decoupled=True)
-    graphdef, params = nnx.split(LanguageModel(own, rngs=nnx.Rngs(0)), nnx.Param)
-    plain = LanguageModel(config(mixers=table, pattern="A", layers=2), rngs=nnx.Rngs(0))
+    graphdef, params = drawn.apart(lambda: LanguageModel(own, rngs=nnx.Rngs(0)))
+    plain = nnx.eval_shape(lambda: LanguageModel(config(mixers=table, pattern="A", layers=2), rngs=nnx.Rngs(0)))
+    without, rest = nnx.split(plain, nnx.Param)
     count = lambda state: sum(x.size for x in jax.tree.leaves(state))
     assert (
-        count(params) - count(nnx.state(plain, nnx.Param))
+        count(params) - count(rest)
         == 23 * 8
         == model_cost(own, 11).parameters - model_cost(plain.config, 11).parameters
     )
@@ -346,34 +359,22 @@ def test_decoupled_embeddings():
 
     @jax.jit
     def run(params):
-        model = nnx.merge(graphdef, params)
         value = lambda params: jnp.sum(nnx.merge(graphdef, params).token_losses(batch())[0])
-        return model.token_losses(batch())[0], jax.grad(value)(params)["attention_embedding"][...]
+        model = nnx.merge(graphdef, params)
+        rest = nnx.State({k: v for k, v in params.items() if k != "attention_embedding"})
+        want = nnx.merge(without, rest).token_losses(batch())[0]
+        losses, slopes = model.token_losses(batch())[0], jax.grad(value)(params)["attention_embedding"][...]
+        return losses, slopes, want, model.hidden(batch()["tokens"], seq()).y, *streamed(model, batch())
 
-    losses, slopes = run(params)
-    tied = jax.tree.map(jnp.copy, params)
-    tied["attention_embedding"][...] = tied["embedding"][...]
-    same, _ = run(tied)
-    nnx.update(plain, {k: v for k, v in tied.items() if k != "attention_embedding"})
-    want = jax.jit(lambda: plain.token_losses(batch())[0])()
-    np.testing.assert_allclose(same, want, atol=1e-12)
+    losses, slopes, want, hidden, whole, stream = run(params)
     assert np.abs(losses - want).max() > 1e-3 and np.abs(slopes).max() > 1e-6
+    tied = jax.tree.map(np.copy, params)
+    tied["attention_embedding"][...] = tied["embedding"][...]
+    same, _, want, *_ = run(tied)
+    np.testing.assert_allclose(same, want, atol=1e-12)
     tied["transformer"]["periods"]["blocks"][0]["sublayers"][0]["branch"]["q"]["kernel"][...] *= 0.0
     assert not np.asarray(run(tied)[1]).any()  # even weights, whatever keys are: all that is left are values
-    model = nnx.merge(graphdef, params)
-    whole, hidden = jax.jit(
-        lambda: (
-            model.encoded(model.embed(batch()["tokens"]), model.sequence(batch()), None).y,
-            model.hidden(batch()["tokens"], seq()).y,
-        )
-    )()
     np.testing.assert_array_equal(hidden, whole)
-    state, parts, periods = model.init_state(2, 11), [], model.transformer.unstacked()
-    for first in (0, 6):
-        cut = lambda x: x[:, first : first + 6]
-        y, state = model.extend(periods, cut(batch()["tokens"]), jax.tree.map(cut, seq()), state)
-        parts.append(y)
-    used = SEGMENTS > 0
-    np.testing.assert_allclose(np.concatenate(parts, axis=1)[used], np.asarray(whole)[used], atol=1e-12)
+    np.testing.assert_allclose(stream[SEGMENTS > 0], whole[SEGMENTS > 0], atol=1e-12)
     with pytest.raises(ConfigError, match="model.decoupled = True.*false where no mixer reads the embedding"):
         config(decoupled=True)

@@ -19,7 +19,10 @@ from tests.storage.servers import Answer, only
 from tests.train import runs
 
 # One program for all of them: what a step does depends neither on their number nor on where it is saved.
-SMALL = {"optimizer__schedule": "constant", "train__on_config_change": "continue"}
+SMALL = {
+    "optimizer": {"name": "lion", "learning_rate": 1e-3, "warmup": 2, "schedule": "constant"},  # an array less of each
+    "train__on_config_change": "continue",
+}
 LONG = {**SMALL, "train__steps": 400}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import pathlib
@@ -9,14 +10,19 @@ import subprocess
 import sys
 from typing import Any
 
+import jax
+import numpy as np
 import rich.console
 
 from attnlab import config as config_lib
 from attnlab.train.config import RunConfig
 from attnlab.train.loop import train
 from attnlab.train.program import Program
+from attnlab.train.state import Model, TrainState
+from tests.models import drawn as drawn_lib
 
 Program.share(12)  # of the tests of a file, which take turns
+Program.once = None  # the level of all other programs is lower still (tests/flags.py)
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -31,15 +37,18 @@ def corpus(directory: pathlib.Path) -> str:
 
 
 def tree(source: str, **overrides: Any) -> dict[str, Any]:
-    """A config tree of a model that compiles in a second or two, once for all numbers of steps; `a__b=1` sets a.b."""
+    """A config tree of a model that compiles in a second or two, once for all numbers of steps from 3; `a__b=1` sets
+    a.b. It has no MLPs: of arrays compiling, checkpoints and requests to buckets are made."""
     config: dict[str, Any] = {
         "seed": 3,
         "data": {"source": source, "length": 32, "batch": 8},
-        "model": {"vocab": 260, "width": 16, "layers": 2, "mixers": {"M": {"name": "softmax", "heads": 2}}},
+        "model": {
+            "vocab": 260, "width": 16, "layers": 2, "mixers": {"M": {"name": "softmax", "heads": 2}}, "mlp_width": 0,
+        },
         "optimizer": {"name": "adamw", "learning_rate": 1e-2, "warmup": 2, "schedule": "constant"},
         "train": {"steps": 12, "log_every": 1, "eval_every": 6, "eval_batches": 2, "save_every": 4, "sample_tokens": 8},
         "mesh": {"data": 1},
-    }
+    }  # fmt: skip
     for key, value in overrides.items():
         *parents, last = key.split("__")
         here = config
@@ -51,6 +60,19 @@ def tree(source: str, **overrides: Any) -> dict[str, Any]:
 
 def config(source: str, **overrides: Any) -> RunConfig:
     return config_lib.build(RunConfig, tree(source, **overrides))
+
+
+def drawn(model: Model, seed: int = 0) -> Any:
+    """Parameters of a model, a pure dict of NumPy arrays: nothing is compiled to draw them."""
+    return drawn_lib.values(model.usages, model.pure_shapes, seed)
+
+
+def first(program: Program, seed: int = 0) -> TrainState:
+    """A state of no steps and `drawn` parameters, on the program's mesh: what AdamW begins with, and nothing compiled
+    for it. That `Program.init` is the same on every mesh, tests/models/test_initial.py holds."""
+    zero = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), program.shapes)
+    state = dataclasses.replace(zero, params=drawn(program.model, seed), key=np.array([seed, 1], np.uint32))
+    return jax.device_put(state, program.shardings)
 
 
 def run(config: RunConfig, workdir: pathlib.Path) -> str:

@@ -58,7 +58,7 @@ def taught(config, teacher_model, params):
     matching = config.train.distill.resolved(config.model, teacher_model.config)
     program = Program.of(config, teaching=Teaching(teacher_model, matching))
     placed = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), params, program.teacher[0])
-    state, found = program.init(0), []
+    state, found = runs.first(program), []
     for _ in range(3):
         state, metrics = program.train_step(state, program.put(ragged_batch()), placed)
         found.append(jax.device_get(metrics))
@@ -73,7 +73,7 @@ MESHES = ({"data": 1, "fsdp": 2, "context": 2, "tensor": 2},)
 def test_meshes_and_accumulation_change_nothing(matching):
     """Three steps on eight devices, in two micro-batches, have one device's losses; the teacher is split and stays."""
     teacher = Program.of(runs.config("stdlib"))
-    params = jax.device_get(teacher.model.init(1))
+    params = runs.drawn(teacher.model, 1)
     make = functools.partial(student, "stdlib", "v", matching, optimizer__clip=0.5)
     whole, state, _ = taught(make(), teacher.model, params)
     for mesh in MESHES:
@@ -85,7 +85,7 @@ def test_meshes_and_accumulation_change_nothing(matching):
         assert len(placed["embedding"].sharding.device_set) == 8
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(placed), params)
     if matching == LAYERS:
-        first, last = arrays(Program.of(make()).init(0).params), arrays(state.params)
+        first, last = arrays(runs.drawn(Program.of(make()).model)), arrays(state.params)
         moved = {name for name in first if np.any(first[name] != last[name])}
         assert moved and all(name.startswith("transformer.periods.blocks.1.sublayers.0.") for name in moved)
 

@@ -17,7 +17,7 @@ from tests.interchange import checkpoints
 from tests.train import runs
 
 SMALL = {"train__ema": 0.4, "train__steps": 5, "train__eval_every": 0, "train__save_every": 2, "train__keep": 9,
-         "train__sample_tokens": 0, "optimizer__schedule": "constant"}  # fmt: skip
+         "train__sample_tokens": 0, "optimizer__schedule": "constant", "model__mlp_width": 32}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_it_is_the_recursion(source):
     """w <- w + (1 - min(b, (1 + t)/(10 + t))) (p - w), in float64 beside it; steps of infinite gradients pass it by."""
     config = runs.config(source, **SMALL)
     program, rng = Program.of(config), np.random.default_rng(0)
-    state = program.init(0)
+    state = program.first_state(0)
     wanted = {name: np.asarray(x, np.float64) for name, x in flat(jax.device_get(state.params)).items()}
     for name, x in flat(state.ema).items():
         np.testing.assert_array_equal(x, wanted[name], err_msg=name)
@@ -113,12 +113,12 @@ def test_export_takes_it(source, unbroken, tmp_path, attnlab):
 
 def test_without_it_there_is_none(source, unbroken, tmp_path):
     """Off is no array; asked for it is an error, and so is turning it on or off midway."""
-    off = {**SMALL, "train__steps": 1, "train__ema": 0}
+    off = {**SMALL, "train__steps": 3, "train__save_every": 3, "train__ema": 0}
     config = runs.config(source, **off)
     assert Program.of(config).shapes.ema is None
     loop.train(config, tmp_path / "w")
     with pytest.raises(
-        UserError, match="checkpoint 1 in .* has no averaged weights; allowed: one of a run with train.ema"
+        UserError, match="checkpoint 3 in .* has no averaged weights; allowed: one of a run with train.ema"
     ):
         restore.load(tmp_path / "w", ema=True)
     on = runs.config(source, **SMALL, train__on_config_change="continue")

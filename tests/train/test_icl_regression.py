@@ -34,7 +34,7 @@ def tree(**overrides):
     config = {
         "data": {"name": "icl_regression", "d": 3, "examples": 7, "batch": 8, "heldout": 20},
         "model": {"name": "regression", "inputs": 4, "width": 16, "layers": 2,
-                  "mixers": {"M": {"name": "softmax", "heads": 2}}},
+                  "mixers": {"M": {"name": "softmax", "heads": 2}}, "mlp_width": 32},
         "optimizer": {"name": "adamw", "learning_rate": 1e-2, "warmup": 2},
         "train": {"steps": 12, "log_every": 1, "eval_every": 6, "save_every": 4},
         "mesh": {"data": 1},
@@ -130,7 +130,7 @@ def test_the_loss_is_a_mean_over_what_is_asked(finished):
     """Not over positions, of which every other one only tells."""
     program = Program.of(config())
     batch = program.put(data_lib.open_data(program.config.data).rows("train", range(8)))
-    sums = program.eval_step(program.init(0).params, batch)
+    sums = program.eval_step(program.first_state(0).params, batch)
     assert sums["weight"].sum() == 8 * 8
     first = runs.lines(finished[0])[0]
     np.testing.assert_allclose(first["loss"], sums["error"].sum() / (8 * 8), rtol=1e-5)
@@ -191,7 +191,10 @@ def test_what_does_not_fit_is_refused_by_its_config(overrides, message):
         config(**overrides)
 
 
-@pytest.mark.parametrize("mixer", [name for name in mixers.names() if mixers.get(name).capabilities.causal])
+CAUSAL = [name for name in mixers.names() if mixers.get(name).capabilities.causal]
+
+
+@tiers.parametrize("mixer", CAUSAL, often=["agent", "kda", "short_conv", "titans"])
 def test_every_mixer_takes_the_task(mixer):
     c = config_lib.load(RunConfig, f"configs/tasks.py:mixer={mixer},pattern=MS")
     assert [node.node_name for node in c.model.mixers.values()] == [mixer, "softmax"]

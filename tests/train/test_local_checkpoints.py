@@ -43,6 +43,44 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
+# Two hosts without a trainer: save, and the second dies and takes its disk along; or go on from what is left.
+HOSTS = """
+import os, pathlib, signal, sys, time
+from attnlab.launch import cluster
+cluster.connect([a.removeprefix("--config.") for a in sys.argv if a.startswith("--config.cluster.")])
+import jax, numpy as np
+from attnlab.train.checkpoints import Host
+from attnlab.train.config import ClusterConfig
+from attnlab.train.local_checkpoints import LocalCheckpoints
+from attnlab.train.pieces import Layout
+from attnlab.train.processes import Processes
+from tests.train.test_local_checkpoints import like, mesh, state
+
+processes, of = Processes(ClusterConfig(timeout=5)), mesh()
+path = pathlib.Path(sys.argv[sys.argv.index("--workdir") + 1])
+path.mkdir(exist_ok=True)
+disk = path.parent / f"disk{processes.index}"
+local = LocalCheckpoints(disk, path, Layout(of, like(state(of, 0))), processes)
+if os.environ["DIES"]:
+    for step in (6, 8):
+        local.save(step, state(of, step), Host(10 * step, {"at": step}, {"a": 1}))
+    local.wait()
+    processes.barrier()
+    if processes.index == 1:
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(3600)
+step, found, host = local.newest(0, print)
+assert (step, host) == (8, Host(80, {"at": 8}, {"a": 1}, None)), (step, host)
+for ours, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(state(of, 8)), strict=True):
+    assert ours.dtype == wanted.dtype and ours.sharding == wanted.sharding and len(ours.addressable_shards) == 4
+    for a, b in zip(ours.addressable_shards, wanted.addressable_shards):
+        np.testing.assert_array_equal(a.data, b.data)
+processes.close()
+cluster.leave(0)
+"""
+
+
 def mesh():
     devices = np.array(jax.devices()).reshape(2, 4)
     return jax.sharding.Mesh(devices, ("data", "fsdp"))
@@ -50,8 +88,8 @@ def mesh():
 
 def state(of, seed, split=True):
     spec = PartitionSpec("fsdp") if split else PartitionSpec()
-    put = lambda x, spec: jax.device_put(x, NamedSharding(of, spec))
-    zero = put(jnp.int32(seed), PartitionSpec())
+    put = lambda x, spec: jax.make_array_from_callback(x.shape, NamedSharding(of, spec), lambda at: x[at])
+    zero = put(np.int32(seed)[None], PartitionSpec())
     w = put(np.random.default_rng(seed).normal(size=(8, 3)).astype(np.float32), spec)
     b = put(np.full((16,), seed, jnp.bfloat16), PartitionSpec(("data", "fsdp")))
     return TrainState(zero, {"w": w, "b": b}, {}, zero, zero, zero)
@@ -221,6 +259,22 @@ def alone(source, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_dead_host_and_its_disk(tmp_path, source, monkeypatch):
+    """SIGKILL of one of two ends the other with its name. Its disk is empty then: it takes what it alone held of the
+    newest local checkpoint from the other, bit for bit."""
+    monkeypatch.setenv("DIES", "1")
+    pair = Pair(tmp_path, source, HOSTS)
+    codes = pair.start().wait(120)
+    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None), pair.output(0)
+    assert "attnlab: process 1 of 2" in pair.output(0).splitlines()[-1]
+    (tmp_path / "disk1").rename(tmp_path / "gone")
+    monkeypatch.setenv("DIES", "")
+    pair.start().ends(0, 120)
+    assert "local checkpoint 8 is the newest; process 1 takes pieces from 0" in pair.output(0)
+
+
+@tiers.exhaustive
 @pytest.mark.timeout(600)
 def test_a_host_that_lost_its_disk(tmp_path, source, alone, monkeypatch):
     """One of two dies after local checkpoint 8, which ends the other with its name, and its disk is empty: it takes its

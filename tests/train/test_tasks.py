@@ -65,7 +65,7 @@ def test_what_metrics_have_of_a_task(finished):
 def one_step(program):
     """Loss and gradient norm of a step, and sums of an evaluation."""
     data = data_lib.open_data(program.config.data)
-    state = program.init(0)
+    state = runs.first(program)
     heldout = next(iter(data.heldout(batches=1)))
     sums = jax.device_get(program.eval_step(state.params, program.put(heldout)))
     state, metrics = program.train_step(state, program.put(data.rows("train", range(8))))
@@ -96,8 +96,10 @@ def test_bags_train():
     assert sums["tokens"] == sums["rows"] == 8 and sums["slice_tokens"].sum() == 16
     for name in sums:
         np.testing.assert_allclose(sums[name], again[name], rtol=1e-4, atol=1e-5, err_msg=name)
-    unmasked, _ = one_step(Program.of(config(**bags, model__mask_top=0)))
-    assert abs(unmasked[0] - ours[0]) > 1e-6
+    program = Program.of(config(**bags))
+    rows = program.put(data_lib.open_data(program.config.data).rows("train", range(8)))
+    unmasked = program.eval_step(runs.first(program).params, rows)
+    assert abs(unmasked["nll"].sum() / unmasked["tokens"].sum() - ours[0]) > 1e-6
     model = lambda more: config_lib.load(RunConfig, f"configs/tasks.py:task=bags{more}").model
     assert (model("").layers, model(",mixer=agent").layers, model(",pattern=SM").layers) == (0, 1, 2)
 
@@ -116,8 +118,10 @@ def test_masks_of_layouts_train(mask):
     others, again = one_step(Program(config(**masked, mesh__data=2, mesh__context=2)))
     np.testing.assert_allclose(ours, others, rtol=2e-5)
     np.testing.assert_allclose(sums["nll"], again["nll"], rtol=1e-4, atol=1e-5)
-    plain, _ = one_step(Program.of(config(data=IMAGES, model__vocab=25, model__layers=2)))
-    assert np.isfinite(ours).all() and abs(plain[0] - ours[0]) > 1e-4
+    plain = Program.of(config(data=IMAGES, model__vocab=25, model__layers=2))
+    heldout = plain.put(next(iter(data_lib.open_data(plain.config.data).heldout(batches=1))))
+    unmasked = plain.eval_step(runs.first(plain).params, heldout)["nll"].sum() / sums["tokens"].sum()
+    assert np.isfinite(ours).all() and abs(unmasked - sums["nll"].sum() / sums["tokens"].sum()) > 1e-4
 
 
 def test_eval_tells_accuracy_beside_chance(attnlab, finished):
@@ -174,19 +178,25 @@ def test_presets_fit(preset):
     assert c.model.node_name == c.data.fitting()["name"]
 
 
-@pytest.mark.parametrize("preset", ["bags", "icl_classes", "icl_regression", "mad_compress", "match2", "regions"])
+KINDS = ["bags", "icl_classes", "icl_regression", "mad_compress", "match2", "regions"]
+
+
+@tiers.parametrize("preset", KINDS, often=[k for k in KINDS if k not in ("bags", "icl_regression")])  # which train
 def test_every_kind_of_model_takes_its_batches(preset):
     """The loss and the evaluation can be traced on the arrays that the task yields."""
     c = config_lib.load(RunConfig, f"configs/tasks.py:task={preset}")
     program = Program.of(c)
     batch = {name: jax.ShapeDtypeStruct((2, *field.shape), field.dtype) for name, field in c.data.batch_spec().items()}
-    state = jax.eval_shape(lambda: program.init(0))
-    _, metrics = jax.eval_shape(program.train_step, state, batch)
+    _, metrics = jax.eval_shape(program.train_step, program.shapes, batch)
     assert metrics["loss"].shape == ()
-    assert jax.eval_shape(program.eval_step, state.params, batch)
+    assert jax.eval_shape(program.eval_step, program.shapes.params, batch)
 
 
-@pytest.mark.parametrize("mixer", mixers.names())
+# Of one pattern, of several, of all.
+OFTEN = ["agent", "kda", "short_conv", "softmax", "vmoba"]
+
+
+@tiers.parametrize("mixer", mixers.names(), often=OFTEN)
 def test_every_mixer_is_tried_or_says_why_not(mixer):
     """In the four patterns of attention: a mixer runs the task of a pattern, or its config says who can."""
     can = mixers.get(mixer).capabilities

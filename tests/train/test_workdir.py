@@ -18,7 +18,10 @@ from attnlab.train.metrics import read_lines
 from tests import tiers
 from tests.train import runs
 
-SMALL = {"model__width": 8, "model__layers": 1, "data__batch": 2, "train__eval_every": 0, "train__sample_tokens": 0}
+SMALL = {
+    "model__width": 8, "model__layers": 1, "model__vocab": 300, "data__batch": 2, "train__eval_every": 0,
+    "train__sample_tokens": 0,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +283,7 @@ def test_data_that_changed_is_refused(tmp_path):
 def test_a_replaced_tokenizer_is_refused(tmp_path, source):
     """One of the same size and name gives ids of other text; with other data it is used, and said."""
     file = tmp_path / "tokenizer.json"
-    config = runs.config(source, **SMALL, data__tokenizer=str(file), model__vocab=300, train__steps=3)
+    config = runs.config(source, **SMALL, data__tokenizer=str(file), train__steps=3)
     data_lib.train_tokenizer(runs.config(source).data, 280, str(file))
     runs.run(config, tmp_path / "run")
     spec = json.loads(file.read_text())
