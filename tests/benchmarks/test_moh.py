@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import moh
+from tests import tiers
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shared, active", moh.SPLITS)
+@tiers.parametrize("shared, active", moh.SPLITS, often=moh.SPLITS[:1])
 def test_half_of_the_heads_cost_at_most_0_6_when_compiled(shared, active):
     """Attention's products, forward, 4 of 8 heads on: gather against dense."""
     found = moh.ratios(1024, shared, active, backward=False)
