@@ -16,7 +16,9 @@ from attnlab.ops import Mask, attention, blockwise, mask_for_extension, mask_fro
 from attnlab.ops.attention import ATTENTION
 from attnlab.parallel import partition
 from tests import tiers
+from tests.mixers import precision
 from tests.ops import reference
+from tests.ops.devices import by_default
 
 T = 61
 SEGMENTS = np.array([[1] * 20 + [2] * 3 + [3] * 31 + [0] * 7, [0] * 2 + [4] * 33 + [5] * 26])
@@ -59,10 +61,6 @@ def form(request, monkeypatch):
 def force_form(monkeypatch, form):
     if form == "accelerator":
         monkeypatch.setattr(partition, "by_platform", by_default)
-
-
-def by_default(*args, cpu, default):
-    return default(*args)
 
 
 def arrays(B=2, T=T, S=None, H=4, K=4, d=8, e=8, dtype=jnp.float64, seed=0):
@@ -168,16 +166,16 @@ def test_many_blocks_share_few_bodies(small_tiles):
 
 
 def test_lengths_of_queries_and_keys_may_differ(small_tiles, form):
-    q, k, v = arrays(T=19, S=45)
-    assert_close(value_and_grads("xla", q, k, v, Mask()), expected(q, k, v, Mask()))
+    given = *arrays(T=19, S=45), Mask()
+    assert_close(value_and_grads("xla", *given), expected(*given))
 
 
 @tiers.exhaustive
 def test_default_tiles_equal_definition():
     q, k, v = arrays(B=1, T=700, H=2, K=1)
     packed = mask_from_segments(jnp.asarray([[1] * 300 + [2] * 400]), 700, causal=True)
-    for mask in (Mask(causal=True), packed):
-        assert_close(value_and_grads("xla", q, k, v, mask), expected(q, k, v, mask))
+    for given in ((q, k, v, Mask(causal=True)), (q, k, v, packed)):
+        assert_close(value_and_grads("xla", *given), expected(*given))
 
 
 def test_plan_covers_every_row_once_and_every_visible_key():
@@ -250,9 +248,8 @@ def test_rows_that_see_nothing_are_zero_with_zero_gradients(impl, with_sinks, sm
     *qkv, sinks, cap = of_kind("grouped" if with_sinks else "no sinks")
     mask = MASKS["packed window"]()
     start = np.where(np.arange(T) % 3 == 0, T, np.maximum(np.arange(T) - 20, 0)).astype(np.int32)
-    run = lambda start: value_and_grads(
-        impl, *qkv, dataclasses.replace(mask, k_start=np.stack([start] * 2)), sinks, soft_cap=cap
-    )
+    of = lambda start: dataclasses.replace(mask, k_start=np.stack([start] * 2))
+    run = lambda start: value_and_grads(impl, *qkv, of(start), sinks, soft_cap=cap)
     o, dq, *rest = run(start)
     assert not np.any(o[:, ::3]) and not np.any(dq[:, ::3])
     assert np.all(np.any(o[:, 1::3], axis=-1))
@@ -287,11 +284,8 @@ def test_extension_of_a_cache_equals_the_whole(lengths, window, small_tiles):
 
 
 def test_few_queries_have_gradients(small_tiles):
-    q, k, v = arrays(T=3, S=50, K=2)
-    sinks = np.asarray([0.5, -1.0, 0.0, 1.0])
-    mask = mask_for_extension(np.asarray([47, 20]), 3)
-    actual = value_and_grads("xla", q, k, v, mask, sinks, soft_cap=3.0)
-    assert_close(actual, expected(q, k, v, mask, sinks, soft_cap=3.0))
+    given = *arrays(T=3, S=50, K=2), mask_for_extension(np.asarray([47, 20]), 3), np.asarray([0.5, -1.0, 0.0, 1.0])
+    assert_close(value_and_grads("xla", *given, soft_cap=3.0), expected(*given, soft_cap=3.0))
 
 
 @tiers.often("cpu-packed window", "accelerator-causal")
@@ -347,13 +341,7 @@ def test_large_logits_stay_finite(small_tiles, form):
 
 def sizes(jaxpr):
     """Every array size in a jaxpr and the jaxprs inside it."""
-    for equation in jaxpr.eqns:
-        for variable in equation.outvars:
-            yield math.prod(getattr(variable.aval, "shape", ()))
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from sizes(inner)
+    return (math.prod(getattr(x.aval, "shape", ())) for eqn in precision.equations(jaxpr) for x in eqn.outvars)
 
 
 @tiers.often("cpu-packed", "accelerator-causal")

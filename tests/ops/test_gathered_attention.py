@@ -50,11 +50,7 @@ def small_segments(monkeypatch):
 @pytest.fixture(params=["cpu", "accelerator"])
 def form(request, monkeypatch):
     if request.param == "accelerator":
-        monkeypatch.setattr(partition, "by_platform", by_default)
-
-
-def by_default(*args, cpu, default):
-    return default(*args)
+        monkeypatch.setattr(partition, "by_platform", devices.by_default)
 
 
 def cpu_form(monkeypatch):

@@ -16,6 +16,7 @@ from attnlab.ops.local_linear import local_linear
 from attnlab.parallel import partition
 from tests import tiers
 from tests.ops import reference
+from tests.ops.devices import by_default
 
 T = 45
 SEGMENTS = np.array([[1] * 14 + [2] * 3 + [3] * 21 + [0] * 7, [0] * 2 + [4] * 23 + [5] * 20])
@@ -72,10 +73,6 @@ def solved(q, k, v, mask, ridge, *, gradients=False, **options):
 
 def value_and_grads(impl, q, k, v, ridge, mask, **options):
     return solved(q, k, v, mask, ridge, gradients=True, impl=impl, **options)[0]
-
-
-def by_default(*args, cpu, default):
-    return default(*args)
 
 
 def assert_close(actual, expected, tolerance=1e-10):
@@ -227,22 +224,19 @@ def test_custom_vjp_equals_autodiff_through_cholesky(name, K, blocks, small_tile
 
 def test_accelerator_form_equals_definition(small_tiles, monkeypatch):
     monkeypatch.setattr(partition, "by_platform", by_default)
-    q, k, v, ridge = arrays()
-    mask = MASKS["packed window"]()
-    assert_close(value_and_grads("cg", q, k, v, ridge, mask), value_and_grads("definition", q, k, v, ridge, mask))
+    given = *arrays(), MASKS["packed window"]()
+    assert_close(value_and_grads("cg", *given), value_and_grads("definition", *given))
 
 
 @tiers.exhaustive
 def test_fixed_number_of_iterations_equals_definition(small_tiles):
-    q, k, v, ridge = arrays()
-    mask = MASKS["packed"]()
-    assert_close(value_and_grads("cg_fixed", q, k, v, ridge, mask), value_and_grads("definition", q, k, v, ridge, mask))
+    given = *arrays(), MASKS["packed"]()
+    assert_close(value_and_grads("cg_fixed", *given), value_and_grads("definition", *given))
 
 
 def test_queries_appended_to_a_cache():
-    q, k, v, ridge = arrays(T=3, S=30)
-    mask = mask_for_extension(jnp.asarray([27, 20]), 3)
-    assert_close(value_and_grads("cg", q, k, v, ridge, mask), value_and_grads("definition", q, k, v, ridge, mask))
+    given = *arrays(T=3, S=30), mask_for_extension(np.asarray([27, 20]), 3)
+    assert_close(value_and_grads("cg", *given), value_and_grads("definition", *given))
 
 
 @tiers.exhaustive
