@@ -28,15 +28,5 @@ def cases(axes: dict[str, list[Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def values(axes: dict[str, list[Any]]) -> list[dict[str, Any]]:
-    """Few of the cases, which together have every value of every axis."""
-    every, left, found = cases(axes), {(name, i) for name in axes for i in range(len(axes[name]))}, []
-    has = lambda case: {(name, axes[name].index(value)) for name, value in case.items()}
-    while left:
-        found.append(max(every, key=lambda case: len(has(case) & left)))
-        left -= has(found[-1])
-    return found
-
-
 def _pair(names: list[str], a: str, i: int, b: str, j: int) -> tuple[str, int, str, int]:
     return (a, i, b, j) if names.index(a) < names.index(b) else (b, j, a, i)

@@ -16,6 +16,7 @@ from attnlab.parallel import partition
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
 from tests import tiers
+from tests.ops import reference
 
 T, H, K, WIDTH = 256, 4, 2, 64
 # Three documents, one of a single position, padding between and after them; a row that begins with padding.
@@ -32,7 +33,7 @@ MASKS = {
 def arrays():
     rng = np.random.default_rng(0)
     shapes = (2, T, H, WIDTH), (2, T, K, WIDTH), (2, T, K, WIDTH), (2, T, H, WIDTH)
-    return [jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes]
+    return [rng.normal(size=s).astype(np.float32) for s in shapes]
 
 
 @tiers.parametrize("name", MASKS, often=["packed, capped"])
@@ -41,15 +42,15 @@ def test_values_and_gradients(name):
     mask, cap = MASKS[name]()
     q, k, v, do = arrays()
 
-    def run(op):
-        o, vjp = jax.vjp(op, q, k, v)
-        return o, *vjp(do)
+    options = {"scale": WIDTH**-0.5, "soft_cap": cap, "sinks_H": None, "interpret": True}
 
-    scale = WIDTH**-0.5
-    kernel = functools.partial(attention_splash.attention, scale=scale, soft_cap=cap, sinks_H=None, interpret=True)
-    results = jax.jit(lambda: run(lambda q, k, v: kernel(q, k, v, mask)))()
-    expected = jax.jit(lambda: run(lambda q, k, v: attention(q, k, v, mask, soft_cap=cap, impl="definition")))()
-    for a, b in zip(results, expected, strict=True):
+    @jax.jit
+    def run(q, k, v):
+        o, vjp = jax.vjp(lambda *qkv: attention_splash.attention(*qkv, mask, **options), q, k, v)
+        return o, *vjp(jnp.asarray(do))
+
+    results = run(q, k, v)
+    for a, b in zip(results, reference.attention(q, k, v, mask, do, soft_cap=cap), strict=True):
         np.testing.assert_allclose(a, b, atol=5e-6)
     if name.startswith("packed"):
         for x in results:
@@ -61,7 +62,7 @@ def test_values_and_gradients(name):
 def test_queries_split_over_devices(name):
     """The same where each device has a quarter of the queries, those of causal attention dealt out."""
     mask, cap = MASKS[name]()
-    q, k, v, do = (jnp.concatenate([x, x[:, ::-1]], 1) for x in arrays())
+    q, k, v, do = (np.concatenate([x, x[:, ::-1]], 1) for x in arrays())
     if mask.dynamic():
         twice = jnp.asarray(np.concatenate([SEGMENTS, SEGMENTS], 1))
         mask = mask_from_segments(twice, 2 * T, causal=mask.causal, window=mask.window)

@@ -43,7 +43,7 @@ def test_value_and_gradients(impl, soft_cap, sinks):
     do, dlse = waves(B, T, H, E), waves(B, T, H)
 
     @jax.jit
-    def run(q, k, v, sink):
+    def run(q, k, v, sink, mask):
         def op(q, k, v, sink):
             o, lse = attention_with_lse(q, k, v, mask, soft_cap=soft_cap, sinks_H=sink, impl=impl)
             return o, jnp.where(lse > -1e19, lse, 0)
@@ -52,7 +52,7 @@ def test_value_and_gradients(impl, soft_cap, sinks):
         return [o, *jax.tree.leaves(vjp((jnp.asarray(do), jnp.asarray(dlse)))), lse]
 
     *expected, lse = reference.attention(q, k, v, mask, do, sinks=sink, soft_cap=soft_cap, dlse=dlse)
-    for got, want in zip(run(q, k, v, sink), [*expected, np.where(lse > -np.inf, lse, 0)], strict=True):
+    for got, want in zip(run(q, k, v, sink, mask), [*expected, np.where(lse > -np.inf, lse, 0)], strict=True):
         np.testing.assert_allclose(got, want, atol=1e-12)
 
 

@@ -17,6 +17,7 @@ from attnlab.ops.dispatch import interpreted
 from attnlab.parallel import partition
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
+from tests import tiers
 from tests.ops.devices import on
 from tests.ops.recurrences import DOCUMENTS, H100, assert_picked, assert_same
 
@@ -113,6 +114,20 @@ def value_and_gradients(impl, *arrays, wrap=lambda f: f):
         return jnp.sum(jnp.sin(o)) + jnp.sum(jnp.sin(end)), (o, end)
 
     return jax.value_and_grad(loss, has_aux=True)(arrays)
+
+
+@tiers.exhaustive
+def test_documents_states_and_remat():
+    """The op's documents and states, a decay of nothing at all, under checkpoint."""
+    q, k, v, log_decay, *rest = arrays()
+    log_decay[0, 40] = -np.inf
+    inputs = q, k, v, log_decay, *rest
+    expected = jax.jit(lambda *a: value_and_gradients("definition", *a))(*inputs)
+    with interpreted():
+        plain = jax.jit(lambda *a: value_and_gradients("pallas", *a))(*inputs)
+        inside = jax.jit(lambda *a: value_and_gradients("pallas", *a, wrap=jax.checkpoint))(*inputs)
+    assert_same(plain, expected, 1e-4)  # float32 sums of 126: see the kernel's `log_decay`
+    assert_same(inside, plain, 1e-6)
 
 
 def test_positions_split_over_devices():

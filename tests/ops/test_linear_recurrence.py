@@ -142,15 +142,20 @@ def test_extreme_decays(value):
     q, k, u, log_decay, state = inputs("data")
     some = np.where(np.arange(T)[:, None] % 3 == 1, value, log_decay)
     channels = np.where(np.arange(T * D).reshape(T, 1, D) % 3 == 1, value, log_decay[..., None])
-    for logs in (np.full((H,), value), np.full((B, T, H), value), some, channels):
+    low = lambda *arrays: value_and_gradients("chunked", 4, None, *(x.astype(np.float32) for x in arrays))
+    for logs in (some, channels, everywhere := np.full((B, T, H), value)):
         expected = stepwise(q, k, u, logs, state, None)
         values, gradients = value_and_gradients("chunked", 4, None, q, k, u, logs, state)
         assert_close(values, expected)
         _, expected_gradients = value_and_gradients("definition", 1, None, q, k, u, logs, state)
         assert_close(gradients, expected_gradients, 1e-11)
-        single = value_and_gradients("chunked", 4, None, *(x.astype(np.float32) for x in (q, k, u, logs, state)))
+        single = low(q, k, u, logs, state)
         assert_close(single[0], expected, 1e-4)
         assert_close(single[1], expected_gradients, 1e-3)
+    *rest, of_logs, of_state = map(np.asarray, expected_gradients)
+    single = low(q, k, u, everywhere[0, 0], state)  # constants: what every position says
+    assert_close(single[0], expected, 1e-4)
+    assert_close(single[1], (*rest, of_logs.sum((0, 1)), of_state), 1e-3)
 
 
 def test_constant_is_data_dependent_with_one_value():

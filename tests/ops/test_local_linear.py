@@ -157,7 +157,8 @@ def test_blocks_keep_their_own_second_moments(blocks):
     assert (np.abs(expected - rows(q, k, v, ridge, 0.7, normal_equations)).max() < 1e-10) == (blocks == 1)
 
 
-@tiers.parametrize("impl", ["cg", "cg_fixed"], often=["cg"])
+@tiers.exhaustive
+@pytest.mark.parametrize("impl", ["cg", "cg_fixed"])
 def test_gradients_with_blocks_equal_autodiff_through_cholesky(impl, small_tiles):
     q, k, v, ridge = arrays(d=6)
     mask = MASKS["packed"]()
@@ -212,15 +213,15 @@ def test_centred_loses_less_to_rounding():
 
 
 @tiers.parametrize(
-    "name, K",
-    [("packed", 2), ("packed both ways", 1), ("causal window", 4), ("intervals", 2)],
-    often=[("intervals", 2)],
+    "name, K, blocks",
+    [("packed", 2, 1), ("packed both ways", 1, 1), ("causal window", 4, 1), ("intervals", 2, 3)],
+    often=[("intervals", 2, 3)],
 )
-def test_custom_vjp_equals_autodiff_through_cholesky(name, K, small_tiles):
-    q, k, v, ridge = arrays(K=K)
+def test_custom_vjp_equals_autodiff_through_cholesky(name, K, blocks, small_tiles):
+    q, k, v, ridge = arrays(K=K, d=5 if blocks == 1 else 6)
     mask = MASKS[name]()
-    expected = value_and_grads("definition", q, k, v, ridge, mask)
-    assert_close(value_and_grads("cg", q, k, v, ridge, mask), expected)
+    expected = value_and_grads("definition", q, k, v, ridge, mask, blocks=blocks)
+    assert_close(value_and_grads("cg", q, k, v, ridge, mask, blocks=blocks), expected)
     assert all(np.abs(x).max() > 1e-3 for x in expected)
 
 
@@ -391,8 +392,8 @@ def test_common_rotation_of_queries_and_keys_changes_nothing():
 
 @tiers.parametrize("impl", ["definition", "cg"], often=["cg"])
 def test_rows_that_see_nothing_are_zero_with_zero_gradients(impl, small_tiles):
-    q, k, v, ridge = arrays()
-    every = functools.partial(solved, q, k, v, ridge=ridge, gradients=True, impl=impl)
+    q, k, v, ridge = arrays(d=6)
+    every = functools.partial(solved, q, k, v, ridge=ridge, gradients=True, impl=impl, blocks=3)
     (o, dq, dk, dv, dridge), _ = every(mask=MASKS["intervals"]())
     assert not any(np.any(x[:, ::3]) for x in (o, dq, dridge))
     assert np.all(np.any(o[:, 1::3], axis=-1))

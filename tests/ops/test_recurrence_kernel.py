@@ -13,6 +13,7 @@ from attnlab.ops.linear_recurrence import LINEAR_RECURRENCE, RecurrenceSpec, lin
 from attnlab.parallel import partition
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
+from tests import tiers
 from tests.ops.devices import on
 from tests.ops.recurrences import DOCUMENTS, assert_picked, assert_same
 
@@ -57,6 +58,32 @@ def value_and_gradients(impl, *arrays, wrap=lambda f: f):
         return jnp.sum(jnp.sin(o)) + jnp.sum(jnp.sin(end)), (o, end)
 
     return jax.value_and_grad(loss, has_aux=True)(arrays)
+
+
+@tiers.exhaustive
+def test_documents_states_and_remat():
+    """The op's documents and states, a decay of nothing at all, under checkpoint and a scan over layers."""
+    q, k, u, log_decay, state = arrays()
+    log_decay[0, 40] = -np.inf
+    expected = jax.jit(lambda *a: value_and_gradients("definition", *a))(q, k, u, log_decay, state)
+
+    def layers(f):
+        def step(carry, _):
+            return carry, jax.checkpoint(f)(q, *carry)
+
+        def run(q_, k, u):
+            del q_
+            _, (o, end) = jax.lax.scan(step, (k, u), jnp.arange(1))
+            return o[0], end[0]
+
+        return run
+
+    with interpreted():
+        plain = jax.jit(lambda *a: value_and_gradients("pallas", *a))(q, k, u, log_decay, state)
+        inside = jax.jit(lambda *a: value_and_gradients("pallas", *a, wrap=layers))(q, k, u, log_decay, state)
+    assert_same(plain, expected, 1e-4)  # both have float32 sums of 126 and of 87: see the kernel's `log_decay`
+    (loss, out), gradients = inside
+    assert_same((loss, out, gradients[1:]), (plain[0][0], plain[0][1], plain[1][1:]), 1e-5)
 
 
 def test_positions_split_over_devices():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 
 from attnlab import data as data_lib
 from attnlab.errors import ConfigError, UserError
 from attnlab.tasks.icl_regression import IclRegressionConfig, step_rate, step_risk
+from tests import tiers
 
 
 def opened(**fields):
@@ -21,14 +24,25 @@ def assert_same(a, b):
 
 
 def test_an_example_depends_on_its_index_alone():
-    """Not on the batch that it is in, on the number of hosts or workers; nor on the process, as digests that another
-    made hold (test_laws.py)."""
+    """Not on the batch that it is in, nor on the number of hosts; nor on the process, as digests that another made hold
+    (test_laws.py)."""
     task = opened()
     together = task.rows("train", [5, 9])
+    assert_same(together, pickle.loads(pickle.dumps(task)).rows("train", [5, 9]))  # as it goes to a worker
     for row, index in enumerate((5, 9)):
         assert_same({k: v[row] for k, v in together.items()}, {k: v[0] for k, v in task.rows("train", [index]).items()})
-    whole = task.training(seed=0)
-    halves = [task.training(seed=1, rows=range(4)), opened(workers=1).training(seed=0, rows=range(4, 8))]
+    halves_are_the_whole(0)
+
+
+@tiers.exhaustive
+def test_workers_make_the_same():
+    """The loader is that of tests/data."""
+    halves_are_the_whole(1)
+
+
+def halves_are_the_whole(workers):
+    whole = opened().training(seed=0)
+    halves = [opened().training(seed=1, rows=range(4)), opened(workers=workers).training(seed=0, rows=range(4, 8))]
     for _ in range(3):
         parts = [next(half) for half in halves]
         assert_same(next(whole), {k: np.concatenate([part[k] for part in parts]) for k in parts[0]})
