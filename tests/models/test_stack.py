@@ -15,6 +15,7 @@ from attnlab.mixers import base
 from attnlab.mixers.heads import HeadConfig, HeadMixer, Projections, split_heads
 from attnlab.models.transformer import StackConfig, Transformer, extend, mixer_table
 from tests.mixers.cases import POSITIONS, SEGMENTS
+from tests.models import drawn
 
 LAYERS, WIDTH = 6, 8
 
@@ -83,11 +84,10 @@ def by_hand(stack, x, seq):
 def test_layers_know_their_number_the_embedding_and_the_first(told, fields):
     """In a scan with remat, unrolled, and over a stream in pieces: the layers written out."""
     with jax.enable_x64(True):
-        stack = Transformer(config("ST", **fields), rngs=nnx.Rngs(0))
+        stack = drawn.module(lambda: Transformer(config("ST", **fields), rngs=nnx.Rngs(0)))
         x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 11, WIDTH)))
         seq = mixers.Sequence(jnp.asarray(POSITIONS), jnp.asarray(SEGMENTS))
-        expected = jax.jit(by_hand)(stack, x, seq)
-        found = jax.jit(lambda stack, x, seq: stack(x, seq).y)(stack, x, seq)
+        expected, found = jax.jit(lambda stack, x, seq: (by_hand(stack, x, seq), stack(x, seq).y))(stack, x, seq)
         np.testing.assert_allclose(found, expected, atol=1e-12)
         if fields:
             return
@@ -103,7 +103,7 @@ def test_layers_know_their_number_the_embedding_and_the_first(told, fields):
 
 def test_layers_that_read_nothing_are_told_nothing(told):
     """No number runs through the scan, and no embedding is kept, where no mixer of the stack asks."""
-    stack = Transformer(config("S", dtype="float32"), rngs=nnx.Rngs(0))
+    stack = drawn.module(lambda: Transformer(config("S", dtype="float32"), rngs=nnx.Rngs(0)))
     seen = []
     for sublayer in stack.periods.blocks[0].sublayers:
         kept = type(sublayer.branch).__call__
