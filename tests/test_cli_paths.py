@@ -30,7 +30,7 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture
 def config(home):
-    return runs.write_config(home / "c.py", runs.corpus(home / "corpus"), train__steps=1, train__eval_every=0)
+    return runs.write_config(home / "c.py", runs.corpus(home / "corpus"), train__steps=3, train__eval_every=0)
 
 
 def tree(directory):

@@ -47,9 +47,14 @@ def trees():
     return {path.relative_to(PACKAGE): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
 
 
+@functools.cache
+def nodes(tree):
+    return list(ast.walk(tree))
+
+
 def imports(tree):
     """(module, name or None) of all that is imported from attnlab."""
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, None) for alias in node.names if alias.name.split(".")[0] == "attnlab")
         elif isinstance(node, ast.ImportFrom):
@@ -97,10 +102,10 @@ def test_no_room_below_speaks_of_the_command_line():
             continue
         docs = {
             ast.get_docstring(n, clean=False)
-            for n in ast.walk(tree)
+            for n in nodes(tree)
             if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)
         }
-        texts = (n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str))
+        texts = (n.value for n in nodes(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str))
         found += [(str(path), t) for t in texts if t not in docs and re.search(r"attnlab train |\w.* --[a-z]", t)]
     assert not found
 
@@ -110,13 +115,13 @@ def test_no_private_name_is_imported():
     found = []
     for path, tree in trees().items():
         modules = set()
-        for node in ast.walk(tree):
+        for node in nodes(tree):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "attnlab":
                 found += [(str(path), a.name) for a in node.names if a.name.startswith("_")]
                 modules |= {a.asname or a.name for a in node.names}
         found += [
             (str(path), ast.unparse(node))
-            for node in ast.walk(tree)
+            for node in nodes(tree)
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules
             and node.attr.startswith("_") and not node.attr.startswith("__")
         ]  # fmt: skip
@@ -130,18 +135,17 @@ def test_no_mixer_is_a_library():
     """
     registers = lambda tree: any(
         isinstance(node, ast.ClassDef) and any(ast.unparse(d).startswith("register(") for d in node.decorator_list)
-        for node in ast.walk(tree)
+        for node in nodes(tree)
     )
     mixers = {f"attnlab.mixers.{p.stem}": t for p, t in trees().items() if p.parts[0] == "mixers" and registers(t)}
     assert len(mixers) > 9
     for module, tree in mixers.items():
-        bases = {ast.unparse(b) for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for b in node.bases}
-        for other in mixers:
-            names = {name for source, name in imports(tree) if source == other and module != other}
-            if not names:
-                continue
+        bases = {ast.unparse(b) for node in nodes(tree) if isinstance(node, ast.ClassDef) for b in node.bases}
+        taken = set(imports(tree))
+        for other in {source for source, _ in taken} & mixers.keys() - {module}:
+            names = {name for source, name in taken if source == other}
             assert bases & names, f"{module} imports {names} from {other}, of which it is no kind"
-            classes = {node.name for node in ast.walk(mixers[other]) if isinstance(node, ast.ClassDef)}
+            classes = {node.name for node in nodes(mixers[other]) if isinstance(node, ast.ClassDef)}
             assert names <= classes, f"{module} uses {other} as a library: {names - classes}"
 
 
@@ -150,13 +154,13 @@ def test_launch_names_no_mixer_and_no_kernel():
     for path, tree in trees().items():
         if path.parts[0] == "launch":
             assert not any(module.startswith("attnlab.mixers") for module, _ in imports(tree)), path
-            strings = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+            strings = [n.value for n in nodes(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
             assert not any("splash" in s for s in strings), path
 
 
 def imported(tree):
     """Dotted names of all modules that are imported, and of what is imported from them."""
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, None) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

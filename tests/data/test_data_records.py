@@ -13,12 +13,14 @@ import pytest
 from attnlab import data
 from attnlab.data import digests, records
 from attnlab.errors import ConfigError, UserError
+from tests import tiers
 from tests.data.batches import BYTES, assert_same, batches_of, cache_files
 
 # A loader that hangs fails its test.
 pytestmark = pytest.mark.timeout(120)
 
 
+@tiers.often("7-3", "8192-64")
 @pytest.mark.parametrize("shards", [1, 3, 64])
 @pytest.mark.parametrize("record_tokens", [7, 1 << 13])
 def test_array_record_gives_the_rows_of_the_source(corpus, tmp_path, monkeypatch, shards, record_tokens):

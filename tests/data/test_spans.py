@@ -212,7 +212,7 @@ def test_a_run_with_a_mask_that_reads_them(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in many()))
     tree = {
         "data": {"name": "spans", "source": str(path), "ids": 50, "length": 12, "batch": 4, "heldout": 0.2},
-        "model": {"vocab": 50, "width": 16, "layers": 1,
+        "model": {"vocab": 50, "width": 16, "layers": 1, "mlp_width": 0,
                   "mixers": {"M": {"name": "softmax", "heads": 2, "mask": "modality_mutual"}}},
         "optimizer": {"name": "adamw", "learning_rate": 1e-2, "warmup": 2},
         "train": {"steps": 4, "log_every": 2, "eval_every": 4, "save_every": 4},

@@ -145,11 +145,11 @@ def prefix_bytes(documents, ends):
     return told
 
 
-def check_every_cut(config, tokenizer, expected):
+def check_every_cut(config, tokenizer, expected, every=1):
     whole = data.heldout_loader(config, tokenizer)
     assert whole.bytes == whole.summary()["heldout_bytes"] == expected[-1]
     step = config.length * config.batch
-    for batches in range(1, len(whole) + 1):
+    for batches in range(1, len(whole) + 1, every):
         shares = (None, [0], [1]) if batches % 8 == 1 else (None,)
         told = {data.heldout_loader(config, tokenizer, batches=batches, rows=rows).bytes for rows in shares}
         assert told == {expected[min(batches * step, len(expected) - 1)]}, batches
@@ -178,7 +178,7 @@ def test_bytes_are_those_of_the_text(texts, tokenizer_files, tmp_path, kind):
     check_every_cut(config, tokenizer, expected)
     data.apply_tokenizer(config, str(tmp_path / "out"), shards=3)
     written = data.DataConfig(source=f"array_record:{tmp_path}/out/*", length=3, batch=2, heldout=0.6, shuffle=False)
-    check_every_cut(written, tokenizer, expected)
+    check_every_cut(written, tokenizer, expected, every=5)
     batch, same = (
         next(iter(data.heldout_loader(config, tokenizer))),
         next(iter(data.heldout_loader(written, tokenizer))),

@@ -63,7 +63,7 @@ def test_a_mesh_gives_what_one_device_gives():
     for mesh in ({"data": 1}, {"data": 2, "context": 2, "tensor": 2}):
         config = runs.config("text:none", mesh=mesh, model__layers=1)
         program = Program.of(config)
-        scorer = evaluating.scorer_of(program, jax.device_put(program.model.init(0), program.shardings.params))
+        scorer = evaluating.scorer_of(program, jax.device_put(runs.drawn(program.model), program.shardings.params))
         texts = scorer.generate([a for a, _ in pairs], Sampling(6, temperature=0))
         answers.append((scorer.continuations(pairs), scorer.rolling([a for a, _ in pairs], 256), np.stack(texts)))
     (one, rolled, texts), (many, rolled_too, texts_too) = answers

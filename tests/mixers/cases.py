@@ -121,8 +121,12 @@ def parameters(
     return found
 
 
+def drawn_by_numpy() -> Any:
+    """In this context parameters that begin as normal or uniform numbers are NumPy's: jax compiles for each shape."""
+    return unittest.mock.patch.object(roles.Draw, "__call__", _draw)
+
+
 def _draw(draw: roles.Draw, key: jax.Array) -> Any:
-    """What is normal or uniform by NumPy: jax compiles a program for each shape."""
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
     if draw.make is roles.normal:
         shape, dtype, deviation = draw.args
@@ -138,7 +142,7 @@ def _values(config: Any) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """float32 parameters off their initial values, so that none is neutral, and other variables as they begin; drawn
     once for all laws and dtypes."""
     # Modules are made inside of what is traced, too.
-    with jax.ensure_compile_time_eval(), unittest.mock.patch.object(roles.Draw, "__call__", _draw):
+    with jax.ensure_compile_time_eval(), drawn_by_numpy():
         _, params, rest = nnx.split(mixers.build(config, width=WIDTH, rngs=nnx.Rngs(0)), nnx.Param, ...)
     rng, of = np.random.default_rng(1), lambda state: [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
     return [leaf + 0.3 * rng.standard_normal(leaf.shape) for leaf in of(params)], of(rest)

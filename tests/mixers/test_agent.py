@@ -68,6 +68,7 @@ def test_constant_values_come_out(form):
     np.testing.assert_allclose(mix(form, q, k, v, agents_of()), v, atol=1e-13)
 
 
+@tiers.exhaustive
 def test_rank_is_at_most_the_number_of_agents():
     """The map from V to O is of rank m, read off with V the identity."""
     q, k, _ = inputs(12, heads=1)
@@ -152,6 +153,7 @@ def test_causality(form):
         assert np.all(np.abs(gradient[:, t]).max(-1) > 0)
 
 
+@tiers.exhaustive
 def test_agents_equal_to_keys_and_no_temperature_copy_values():
     """Agents on all the keys (K-means with as many means as keys), logits of one sharp maximum: hard routing copies the
     value of the nearest key of the query's nearest agent."""

@@ -62,7 +62,7 @@ def test_number_of_features():
     for features, counts in (("full", {1: 3, 4: 21, 5: 31, 16: 273}), ("symmetric", {1: 3, 4: 15, 5: 21, 16: 153})):
         for f, count in counts.items():
             phi = mixers.get("based").Config(feature_width=f, features=features).feature_map()
-            assert phi.count == phi(jnp.ones((1, f))).shape[-1] == count
+            assert phi.count == jax.eval_shape(phi, jnp.ones((1, f))).shape[-1] == count
 
 
 def test_features_are_the_first_terms_of_exp():
@@ -74,6 +74,7 @@ def test_features_are_the_first_terms_of_exp():
     np.testing.assert_array_less(np.abs(kernel - np.exp(z)), np.abs(z) ** 3 / 6 * np.exp(np.abs(z)) + 1e-15)
 
 
+@tiers.exhaustive
 def test_weights_are_at_least_one_half():
     """1 + z + z^2 / 2 = ((z + 1)^2 + 1) / 2; z = -1 attains the bound."""
     q = np.random.default_rng(0).standard_normal((100, 16))
@@ -108,6 +109,7 @@ def test_packed_is_unpacked_features():
         np.testing.assert_allclose(a, b, atol=1e-11)
 
 
+@tiers.exhaustive
 def test_step_is_chunk():
     """Position by position from the empty state gives the whole, and the last column of the state is the sum of
     the keys' features."""
@@ -120,6 +122,7 @@ def test_step_is_chunk():
     np.testing.assert_allclose(state.carried[..., -1], k.sum(1), atol=1e-11)
 
 
+@tiers.exhaustive
 def test_values_of_one_give_one():
     """The weights of a query sum to one: heads' outputs for constant values are the constant."""
     module = make()
@@ -149,7 +152,7 @@ def test_epsilon_is_added_to_the_denominator():
     weight = weights(module, x)[:, :, 0]  # [B, H, 1]
     v = np.asarray(x @ module.v.kernel[...]).reshape(2, 1, 4, -1)
     expected = v * (weight / (weight + 0.25))[:, None]
-    np.testing.assert_allclose(module.heads(x, mixers.Sequence.whole(2, 1)).y, expected, atol=1e-12)
+    np.testing.assert_allclose(jax.jit(module.heads)(x, mixers.Sequence.whole(2, 1)).y, expected, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,8 @@ import pytest
 
 from attnlab import mixers
 from attnlab.mixers import core_context
-from attnlab.ops.rope import rope
 from tests import tiers
-from tests.mixers import cases
+from tests.mixers import cases, plain
 from tests.mixers import test_contract as battery
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
@@ -50,7 +49,7 @@ def naive(module, x):
     c, d, g, weight = module.config, module.head_dim, module.config.group, lambda y: np.asarray(y.kernel[...])
     q, k, v = ((x @ weight(y)).reshape(len(x), -1, d) for y in (module.q, module.k, module.v))
     if c.rope_base is not None:
-        q, k = (np.asarray(rope(jnp.asarray(y)[None], jnp.arange(len(x))[None], c.rope_base))[0] for y in (q, k))
+        q, k = (plain.rope(y, c.rope_base) for y in (q, k))
     o, G = np.zeros_like(q), c.heads // c.key_heads
     weights = lambda logits: np.exp(logits) / np.exp(logits).sum()
     for t, h in np.ndindex(len(x), c.heads):
@@ -73,7 +72,7 @@ def test_layer_is_the_formula():
     """The whole layer written out, in packed rows; and streams, whose old keys have gone."""
     module = make(group=2, window=3, kv_heads=2, log_size=True)
     x, seq = cases.inputs(jnp.float64)
-    y, state = cases.output(module, x, seq), module.init_state(2, T, jnp.float64)
+    y, state = cases.output(module, x, seq), battery.begun(*cases.split(module))
     assert state.carried.cache.k.shape[1] == 3
     extend = functools.partial(battery.extend, *cases.split(module))
     stream, _ = cases.streamed(extend, state, x, seq, battery.CUTS[1])
@@ -91,6 +90,7 @@ def test_windows_that_groups_do_not_divide(cores):
     np.testing.assert_allclose(cases.output(module, x, seq)[1], naive(module, x[1]), atol=1e-12)
 
 
+@tiers.exhaustive
 def test_groups_of_one_and_long_windows_are_softmax_attention():
     """A core of one key is that key; and a window as long as the row leaves no cores."""
     x, seq = inputs()
@@ -104,6 +104,7 @@ def test_groups_of_one_and_long_windows_are_softmax_attention():
     np.testing.assert_allclose(cases.output(module, x, seq), expected, atol=1e-12)
 
 
+@tiers.exhaustive
 def test_constant_values_are_preserved():
     """All weights, of cores and inside them, sum to 1; and gradients reach every position, cores through pi."""
     module, (x, seq) = make(group=3, window=2, bias="qkv", impl="definition"), inputs()

@@ -29,7 +29,7 @@ FIELDS = [
 GATES = [{"position": p} for p in ("G2", "G3", "G4", "G5")]
 CASES = [(name, fields) for name in NAMES for fields in FIELDS] + [("gated", fields) for fields in GATES]
 every_case = tiers.parametrize(
-    "name, fields", CASES, often=CASES[1:3] + CASES[-1:], ids=lambda v: v if isinstance(v, str) else str(v)[:40]
+    "name, fields", CASES, often=CASES[1:2] + CASES[-1:], ids=lambda v: v if isinstance(v, str) else str(v)[:40]
 )
 
 
@@ -132,7 +132,7 @@ def test_stream_and_packing(name, fields):
     context = mixers.Context(rows(), segments)
     seq = dataclasses.replace(packed, contexts={"image": context})
     y = run(module, x, seq)
-    for row, first, end in cases.DOCUMENTS:
+    for row, first, end in cases.DOCUMENTS[1:2]:  # behind another; each is compiled
         own = np.flatnonzero(segments[row] == packed.segments[row, first])
         positions = None if not module.config.rope_context else jnp.asarray(own)[None].astype(jnp.int32)
         alone = mixers.Context(rows()[row : row + 1, own], positions=positions)
@@ -163,6 +163,7 @@ def test_reading_itself_is_self_attention(name):
     np.testing.assert_allclose(run(cross, x, seq), run(plain, x, mixers.Sequence.whole(B, T)), atol=1e-12)
 
 
+@tiers.often("sizes0-gated")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("sizes", [{"context": 2}, {"data": 2}])
 def test_sharding(name, sizes):
@@ -203,27 +204,26 @@ class CaptionStack(StackConfig):
 
 def stack(**fields):
     table = {"S": {"name": "softmax"}, "X": {"name": "gated", "source": "image", "context_width": D_C}}
-    options = {"width": cases.WIDTH, "layers": 4, "dtype": "float64"}
-    return CaptionStack(**(options | {"mixers": mixer_table(table, "mixers"), "pattern": "SS+X"} | fields))
+    options = {"width": cases.WIDTH, "layers": 2, "dtype": "float64"}
+    return CaptionStack(**(options | {"mixers": mixer_table(table, "mixers"), "pattern": "S+X"} | fields))
 
 
 def test_a_block_of_both():
     """`S+X`: self-attention, cross-attention, MLP; a stream equals the whole; closed gates read nothing."""
-    config = stack()
-    assert config.blocks == ("S", "SX")
-    model = Transformer(config, rngs=nnx.Rngs(0))
+    assert stack(layers=4, pattern="SS+X").blocks == ("S", "SX")
+    model = Transformer(stack(), rngs=nnx.Rngs(0))
     x, packed = cases.inputs(jnp.float64)
+    x = np.asarray(x)
     seq = dataclasses.replace(
         packed, contexts={"image": mixers.Context(rows(), jnp.asarray([[1] * 3 + [2] * 4, [3] * 7]))}
     )
     y = jax.jit(lambda x, seq: model(x, seq).y)(x, seq)
     used, periods = np.asarray(packed.segments) > 0, model.unstacked()
-    state, parts, first = jax.jit(lambda contexts: model.init_state(B, T, contexts))(seq.contexts), [], 0
-    step = jax.jit(lambda x, seq, state: extend(periods, x, seq, state))
-    for n in (5, 6):
-        at = slice(first, first + n)
-        part, state = step(x[:, at], mixers.Sequence(packed.positions[:, at], packed.segments[:, at]), state)
-        parts, first = [*parts, part], first + n
+    state, parts = jax.jit(lambda contexts: model.init_state(B, T, contexts))(seq.contexts), []
+    step = jax.jit(lambda x, *at, state: extend(periods, x, mixers.Sequence(*at), state))
+    for t in range(T):
+        part, state = step(*(np.asarray(a)[:, t : t + 1] for a in (x, packed.positions, packed.segments)), state=state)
+        parts.append(part)
     np.testing.assert_allclose(np.concatenate(parts, 1)[used], np.asarray(y)[used], atol=1e-11)
     closed = Transformer(stack(gated="X"), rngs=nnx.Rngs(0))
     other = dataclasses.replace(seq, contexts={"image": dataclasses.replace(seq.contexts["image"], rows=rows(seed=9))})

@@ -14,6 +14,7 @@ from attnlab import mixers
 from attnlab.errors import ConfigError
 from attnlab.mixers.delta_net import DeltaNetConfig
 from attnlab.mixers.gated_deltanet import GatedDeltaNetConfig
+from tests import tiers
 from tests.mixers import cases
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
@@ -76,6 +77,7 @@ def test_layer_is_the_formula(fields):
         np.testing.assert_allclose(got, naive(module, row), atol=1e-12)
 
 
+@tiers.exhaustive
 def test_is_gated_deltanet_without_decay():
     """With the same parameters, bit for bit; and not with its decay."""
     module = make()

@@ -59,6 +59,9 @@ def layer(module, x, positions, segments, number):
     return linear(module.out, o.reshape(T, -1))
 
 
+@tiers.often(
+    "{'window': 4, 'rope_base': 100.0, 'head_width': 6}", "{'version': 2, 'heads': 4, 'kv_heads': 2, 'window': 4}"
+)
 @pytest.mark.parametrize(
     "fields",
     [
@@ -92,6 +95,7 @@ def test_lambda_by_layer():
     assert np.abs(run(jnp.int32(9)) - run(jnp.int32(0))).max() > 0.01
 
 
+@tiers.exhaustive
 def test_without_a_share_version_2_is_softmax_attention():
     """sigmoid(x W) = 0 leaves the first of each pair of queries."""
     module = cases.module(DiffConfig(version=2, rope_base=None), jnp.float64)

@@ -12,10 +12,9 @@ import pytest
 from attnlab import mixers
 from attnlab.ops.dynamic_mask_attention import dynamic_mask_attention
 from attnlab.ops.masks import NEVER
-from attnlab.ops.rope import rope
 from attnlab.ops.running_topw import running_topw
 from tests import tiers
-from tests.mixers import cases
+from tests.mixers import cases, plain
 from tests.mixers import test_contract as battery
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
@@ -44,7 +43,7 @@ def live_by_prefix(scores, documents, w):
         yield sorted(sorted(own, key=lambda s: (-scores[s], s))[:w])
 
 
-@tiers.often("5-2", "3-4")
+@tiers.often("5-2")
 @pytest.mark.parametrize("w, chunk", [(3, 4), (5, 2), (1, 7), (30, 8)])
 def test_running_top_is_that_of_each_prefix(w, chunk):
     """Deaths, who is live before each chunk and after the last position; with ties, over documents, in two pieces."""
@@ -79,7 +78,7 @@ def naive(module, x):
     c, d, weight = module.config, module.head_dim, lambda y: np.asarray(y.kernel[...])
     q, k, v = ((x @ weight(y)).reshape(len(x), -1, d) for y in (module.q, module.k, module.v))
     rms = lambda y, n: y / np.sqrt((y * y).mean(-1, keepdims=True) + 1e-6) * np.asarray(n.scale[...])
-    turn = lambda y: np.asarray(rope(jnp.asarray(y)[None], jnp.arange(len(x))[None], c.rope_base))[0]
+    turn = lambda y: plain.rope(y, c.rope_base)
     q, k = turn(rms(q, module.q_norm)), turn(rms(k, module.k_norm))
     delta = np.asarray(module.strength[...]) * np.log1p(np.exp(v.reshape(len(x), -1) @ weight(module.score)))
     delta = np.exp(delta) if c.form == "exp" else delta
@@ -100,7 +99,7 @@ def test_layer_is_the_formula(form):
     x, seq = cases.inputs(jnp.float64)
     found = [cases.output(module, x, seq)]
     if form == "linear":
-        state, extend = module.init_state(2, T, jnp.float64), functools.partial(battery.extend, *cases.split(module))
+        state, extend = battery.begun(*cases.split(module)), functools.partial(battery.extend, *cases.split(module))
         found.append(cases.streamed(extend, state, x, seq, battery.CUTS[1])[0])
     for row, first, end in cases.DOCUMENTS:
         want, gap = naive(module, np.asarray(x)[row, first:end])

@@ -81,7 +81,7 @@ def test_layer_is_the_formula(fields):
     (y, losses), _ = battery.value_and_gradients(*cases.split(module), x, seq)
     found = [np.asarray(y)]
     if "query_rank" not in fields:
-        extend, state = functools.partial(battery.extend, *cases.split(module)), module.init_state(2, T, jnp.float64)
+        extend, state = functools.partial(battery.extend, *cases.split(module)), battery.begun(*cases.split(module))
         found.append(cases.streamed(extend, state, x, seq, battery.CUTS[1])[0])
     total = 0.0
     for row, first, end in cases.DOCUMENTS:
@@ -127,6 +127,7 @@ def test_the_indexer_learns_by_its_loss_and_nothing_else_does():
         assert np.any(a) != index and np.any(b) == index, jax.tree_util.keystr(path)
 
 
+@tiers.exhaustive
 def test_scaled_weights_choose_alike():
     """Twice as large scores: the same keys, and the same output."""
     module = make(top_k=3, impl="definition")

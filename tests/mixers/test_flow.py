@@ -55,6 +55,7 @@ def normalised_linear(q, k, causal: bool):
     return scores / scores.sum(-1, keepdims=True)
 
 
+@tiers.often("9-14")
 @pytest.mark.parametrize("sinks, sources", [(13, 13), (9, 14)])
 def test_conservation(sinks, sources):
     """Where every source emits 1 the sinks receive m in all; where every sink receives 1 the sources give n."""
@@ -112,6 +113,7 @@ def test_linear_attention_is_a_setting(causal):
     np.testing.assert_allclose(y, layer.out(jnp.asarray(o).reshape(2, 9, 8)), rtol=1e-9)
 
 
+@tiers.exhaustive
 @pytest.mark.parametrize("causal", [False, True])
 def test_no_clip_range_is_normalised_linear_attention_times_allocation(causal):
     """clip -> 0 makes competition uniform; allocation of a known incoming flow is left."""
@@ -139,6 +141,7 @@ def test_scale_of_keys_cancels():
     assert np.abs(run(q, 7.0 * k, v, loose, causal=False).o - run(q, k, v, loose, causal=False).o).max() > 1e-3
 
 
+@tiers.exhaustive
 def test_order_of_sources_is_free():
     """Bidirectional: keys with their values in any order give the same; sinks carry their outputs along."""
     q, k, v = features(9, 14)
@@ -182,7 +185,7 @@ RULES = {
 }
 
 
-@tiers.often("no clip, averages", "competition only")
+@tiers.often("no clip, averages")
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_step_chunk_and_parallel_agree(rule):
     """Chunks of any size, one position at a time and the definition give the same outputs and the same state."""
@@ -234,6 +237,7 @@ def test_averages_are_sums_over_counts():
             np.testing.assert_allclose(a * 13, s, rtol=1e-12)
 
 
+@tiers.often("True")
 @pytest.mark.parametrize("averages", [False, True])
 def test_averages_stay_exact_in_very_long_streams(averages):
     """fp32 at 2^27 positions: a position adds less to a sum than its last digit, an average has nothing to change."""

@@ -107,6 +107,7 @@ def test_limits_of_the_gate():
     np.testing.assert_allclose(run(x, -60.0)[used], values[used], atol=1e-12)
 
 
+@tiers.exhaustive
 def test_a_constant_gate_is_alibi():
     """Logits fall by 1 / n per position of distance, n the head's lifetime: a slope of its own for each head."""
     module = cases.module(FoxConfig(forget="fixed"), jnp.float64)
@@ -138,7 +139,7 @@ def test_long_streams_keep_near_keys_exact():
         extend = jax.jit(lambda x, seq, state: module.extend(x, seq, state).state)
         stream, state, x = mixers.Stream.start(1), module.init_state(1, 4096), jnp.ones((1, 1024, 16))
         for _ in range(4):
-            seq, stream = stream.extend(mixers.Sequence.whole(1, 1024))
+            seq, stream = cases.placed(stream, mixers.Sequence.whole(1, 1024))
             state = extend(x, seq, state)
         expected = -np.arange(6, -1, -1)[:, None] / np.geomspace(2, 128, 4)
         np.testing.assert_allclose(state.carried.faded[0], expected, atol=1e-4)

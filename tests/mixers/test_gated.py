@@ -55,7 +55,7 @@ def set_theta(gated, value):
     gated.gate.theta[...] = jnp.broadcast_to(jnp.asarray(value), gated.gate.theta.shape)
 
 
-@tiers.often("None-G1", "2-G2", "None-G5")
+@tiers.often("2-G2")
 @pytest.mark.parametrize("position", ["G1", "G2", "G3", "G4", "G5"])
 @pytest.mark.parametrize("kv_heads", [None, 2])
 def test_gate_of_one_is_softmax(position, kv_heads):
@@ -63,9 +63,10 @@ def test_gate_of_one_is_softmax(position, kv_heads):
     gated = make(position=position, kv_heads=kv_heads, input_dependent=False)
     set_theta(gated, 800.0)  # sigmoid(800) is 1 exactly
     x, seq = cases.inputs(jnp.float64)
-    np.testing.assert_allclose(gated(x, seq).y, plain(gated)(x, seq).y, atol=1e-13)
+    np.testing.assert_allclose(cases.output(gated, x, seq), cases.output(plain(gated), x, seq), atol=1e-13)
 
 
+@tiers.exhaustive
 def test_zero_weights_halve_exactly():
     """W = 0 gives exactly half of softmax's heads, before the projection."""
     gated = make()
@@ -74,7 +75,7 @@ def test_zero_weights_halve_exactly():
     np.testing.assert_array_equal(heads(gated, x, seq), 0.5 * heads(plain(gated), x, seq))
 
 
-@tiers.often("multiplicative-G1", "additive-G3")
+@tiers.often("additive-G3")
 @pytest.mark.parametrize("position", ["G1", "G2", "G3", "G4"])
 @pytest.mark.parametrize("operation", ["multiplicative", "additive"])
 def test_headwise_is_elementwise_with_repeated_columns(position, operation):
@@ -84,9 +85,10 @@ def test_headwise_is_elementwise_with_repeated_columns(position, operation):
         getattr(element, name).kernel[...] = getattr(head, name).kernel[...]
     element.gate.linear.kernel[...] = jnp.repeat(head.gate.linear.kernel[...], element.head_dim, axis=1)
     x, seq = cases.inputs(jnp.float64)
-    np.testing.assert_allclose(element(x, seq).y, head(x, seq).y, atol=1e-12)
+    np.testing.assert_allclose(cases.output(element, x, seq), cases.output(head, x, seq), atol=1e-12)
 
 
+@tiers.exhaustive
 @pytest.mark.parametrize("granularity", ["elementwise", "headwise"])
 def test_constant_gate_on_outputs_is_the_same_on_values(granularity):
     """A score that depends on no position commutes with the average over keys: G1 = G2."""
@@ -111,6 +113,7 @@ def test_one_token_sees_only_itself():
     np.testing.assert_allclose(values(x[:, :1], seq).y, outputs(x[:, :1], seq).y, atol=1e-12)
 
 
+@tiers.exhaustive
 def test_closed_gate_prunes_the_head():
     """A score of 0 for a head is the layer without it."""
     gated = make(input_dependent=False, granularity="headwise")
@@ -140,7 +143,7 @@ def test_shared_scores_are_the_mean_over_heads(granularity):
     np.testing.assert_allclose(heads(gated, x, seq), (before * scores).reshape(*x.shape), atol=1e-12)
 
 
-@tiers.often("ns_sigmoid-<lambda>", "silu-<lambda>")
+@tiers.often("ns_sigmoid-<lambda>")
 @pytest.mark.parametrize(
     "activation, function",
     [

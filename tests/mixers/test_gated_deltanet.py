@@ -72,6 +72,7 @@ def scan_heads(step, q, k, v, *rest):
     return jax.vmap(jax.vmap(head, in_axes=1, out_axes=1))(q, k, v, *rest)
 
 
+@tiers.often("chunked")
 @pytest.mark.parametrize("impl", ["definition", "chunked"])
 def test_no_decay_is_deltanet(impl):
     """a = 1: S + beta (v - S k) k^T, the delta rule of Schlag et al. 2021."""
@@ -85,6 +86,7 @@ def test_no_decay_is_deltanet(impl):
     np.testing.assert_allclose(o, scan_heads(deltanet, q, k, v, beta), atol=1e-13)
 
 
+@tiers.often("chunked")
 @pytest.mark.parametrize("impl", ["definition", "chunked"])
 def test_gradient_at_the_decayed_state(impl):
     """Equals one step of gradient descent on |W k - v|^2 / 2, taken at the decayed memory; not at the one before it."""
@@ -102,6 +104,7 @@ def test_gradient_at_the_decayed_state(impl):
     assert np.abs(o - at[False]).max() > 0.01
 
 
+@tiers.exhaustive
 def test_strength_of_zero_keeps():
     """beta = 0: the memory only decays, whatever the keys and values."""
     q, k, v, a, beta = arrays()
@@ -233,16 +236,16 @@ def test_padded_batch_is_unpadded():
 
 def test_state_is_the_memory_and_the_tail():
     """H * d * e numbers in fp32, at any length, and conv - 1 inputs of the convolution."""
+    begun = lambda module, length, dtype: jax.eval_shape(lambda: module.init_state(1, length, dtype)).carried
     module = make(heads=2, head_width=6, expand=1.5, conv=3)
     for length in (1, 1000):
-        state = module.init_state(1, length, jnp.float32).carried
+        state = begun(module, length, jnp.float32)
         assert state.memory.shape == (1, 2, 6, 9) and state.tail.shape == (1, 2, 2 * (6 + 6 + 9))
-    shared = make(heads=4, key_heads=2, head_width=6, conv=3).init_state(1, 1, jnp.float32).carried
+    shared = begun(make(heads=4, key_heads=2, head_width=6, conv=3), 1, jnp.float32)
     assert shared.memory.shape == (1, 4, 6, 6) and shared.tail.shape == (1, 2, 2 * (6 + 6) + 4 * 6)
-    low = mixers.build({"name": "gated_deltanet"}, width=16, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
-    state = low.init_state(1, 10, jnp.bfloat16).carried
+    state = begun(cases.blank(mixers.get("gated_deltanet").Config(), jnp.bfloat16), 10, jnp.bfloat16)
     assert (state.memory.dtype, state.tail.dtype) == (jnp.float32, jnp.bfloat16)
-    assert state.memory.nbytes == 4 * 4 * 4 * 4
+    assert state.memory.size == 4 * 4 * 4
 
 
 def test_initial_decays():

@@ -12,6 +12,7 @@ from attnlab import mixers
 from attnlab.errors import ConfigError, UnsupportedPattern
 from attnlab.mixers.gaussian_adaptive import GaussianAdaptiveConfig
 from attnlab.ops.gaussian_weights import Slices, gaussian_weights
+from tests import tiers
 from tests.mixers import cases
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
@@ -73,6 +74,7 @@ def test_weights_of_scaled_and_moved_inputs():
     assert np.abs(weights(3 * x + 2, offset, c, None) - weights(x, offset, c, None)).max() > 0.01
 
 
+@tiers.exhaustive
 def test_wide_gaussians_weigh_alike():
     """c to infinity: 1 / n; over positions 1 / n of each slice of each document, slices as equal as can be."""
     x, offset, c = arrays()

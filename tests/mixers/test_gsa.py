@@ -9,6 +9,7 @@ import pytest
 
 from attnlab.errors import ConfigError
 from attnlab.mixers.gsa import GSAConfig
+from tests import tiers
 from tests.mixers import cases
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
@@ -69,6 +70,7 @@ def test_layer_is_the_formula(fields):
         np.testing.assert_allclose(got, naive(module, row), atol=1e-12)
 
 
+@tiers.exhaustive
 def test_slots_that_forget_all_hold_the_position():
     """Decays of 0: every slot is the present key and value, so that o = v whatever the query."""
     module = make(temperature=1e-9)

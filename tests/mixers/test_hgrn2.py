@@ -16,6 +16,7 @@ from attnlab.errors import ConfigError
 from attnlab.mixers.hgrn2 import HGRN2Config
 from attnlab.models.lm import LanguageModelConfig
 from attnlab.models.transformer import mixer_table
+from tests import tiers
 from tests.mixers import cases
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
@@ -80,6 +81,7 @@ def test_layer_is_the_formula(fields):
         np.testing.assert_allclose(got, naive(module, row), atol=1e-12)
 
 
+@tiers.exhaustive
 def test_memory_is_an_average():
     """Inputs that are 1 throughout leave `1 - prod f` in each row: weights are positive and sum to at most 1."""
     module = make(bias="qkv")
@@ -112,28 +114,30 @@ def test_bounds_of_a_stack_grow():
     """At first l / L, as of even shares; whatever is learned 0 in the first layer, then growing, below 1; and a layer
     with a learned bound is one with that bound as a constant."""
     x, seq = cases.inputs(jnp.float64)
-
-    def bounds(module):
-        @jax.jit
-        def run(x):
-            shared, ys, found = module.init_shared(*x.shape[:2]), [], []
-            for _ in range(4):
-                out = module(x, dataclasses.replace(seq, shared=shared))
-                shared = shared | out.shared
-                ys.append(out.y)
-                found.append(shared[f"hgrn2_4_{module.key_dim}_4_bound"])
-            return ys, found
-
-        return run(x)
-
-    even = mixers.build({"name": "hgrn2", "bound_layers": 4}, width=cases.WIDTH, rngs=nnx.Rngs(0), dtype=jnp.float64)
-    for l, b in enumerate(bounds(even)[1]):
-        np.testing.assert_allclose(b, l / 4, atol=1e-12)
     learned = make(bound_layers=4)
-    _, found = bounds(learned)
-    assert not np.asarray(found[0]).any() and (np.diff(np.array(found), axis=0) > 0).all() and np.max(found) < 1
+    graphdef, _ = cases.split(learned)
+
+    @jax.jit
+    def run(params):
+        module = nnx.merge(graphdef, params)
+        shared, ys, found = module.init_shared(*x.shape[:2]), [], []
+        for _ in range(4):
+            out = module(x, dataclasses.replace(seq, shared=shared))
+            shared = shared | out.shared
+            ys.append(out.y)
+            found.append(shared[f"hgrn2_4_{module.key_dim}_4_bound"])
+        return ys, found
+
+    bounds = lambda: run(cases.split(learned)[1])
+    found = np.array(bounds()[1])
+    assert not found[0].any() and (np.diff(found, axis=0) > 0).all() and found.max() < 1
+    with cases.drawn_by_numpy():
+        even = mixers.build(learned.config, width=cases.WIDTH, rngs=nnx.Rngs(0), dtype=jnp.float64)
+    learned.bound[...] = even.bound[...]
+    for l, b in enumerate(bounds()[1]):
+        np.testing.assert_allclose(b, l / 4, atol=1e-12)
     learned.bound[...] = jnp.full_like(learned.bound[...], 0.7)
-    ys, found = bounds(learned)
+    ys, found = bounds()
     constant, used = make(lower_bound=float(found[2][0])), np.asarray(seq.segments) > 0
     for name in ("q", "forget", "v", "out"):
         getattr(constant, name).kernel[...] = getattr(learned, name).kernel[...]

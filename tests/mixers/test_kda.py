@@ -101,7 +101,7 @@ def test_initial_decays():
 
 def test_rank_is_the_width_of_values():
     """By default, as in the paper."""
-    build = lambda **fields: mixers.build({"name": "kda", "expand": 2.0, **fields}, width=16, rngs=nnx.Rngs(0))
+    build = lambda **fields: cases.blank(mixers.get("kda").Config(expand=2.0, **fields), jnp.float32)
     assert build().gate.down.kernel.shape == build().log_decay.linear.down.kernel.shape == (16, 8)
     assert build(rank=3).gate.down.kernel.shape == (16, 3)
     with pytest.raises(ConfigError, match="rank = 0"):

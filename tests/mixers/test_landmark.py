@@ -11,9 +11,8 @@ import pytest
 
 from attnlab import mixers
 from attnlab.mixers import landmark
-from attnlab.ops.rope import rope
 from tests import tiers
-from tests.mixers import cases
+from tests.mixers import cases, plain
 from tests.mixers import test_contract as battery
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
@@ -61,7 +60,7 @@ def naive(module, x):
     """The layer on one document, query by query; the margin of its choices."""
     c, d, weight = module.config, module.head_dim, lambda y: np.asarray(y.kernel[...])
     q, k, v = ((x @ weight(y)).reshape(len(x), -1, d) for y in (module.q, module.k, module.v))
-    q, k = (np.asarray(rope(jnp.asarray(y)[None], jnp.arange(len(x))[None], c.rope_base))[0] for y in (q, k))
+    q, k = (plain.rope(y, c.rope_base) for y in (q, k))
     o, gaps = np.zeros_like(q), []
     for t, h in np.ndindex(len(x), c.heads):
         g = h // (c.heads // c.key_heads)
@@ -78,7 +77,7 @@ def test_layer_is_the_formula(fields):
     """The whole layer written out, in packed rows; both implementations; and streams."""
     module = make(**fields)
     x, seq = cases.inputs(jnp.float64)
-    state, extend = module.init_state(2, T, jnp.float64), functools.partial(battery.extend, *cases.split(module))
+    state, extend = battery.begun(*cases.split(module)), functools.partial(battery.extend, *cases.split(module))
     found = [cases.output(module, x, seq), cases.streamed(extend, state, x, seq, battery.CUTS[1])[0]]
     found.append(cases.output(make(**fields, impl="definition"), x, seq))
     for row, first, end in cases.DOCUMENTS:
@@ -88,6 +87,7 @@ def test_layer_is_the_formula(fields):
             np.testing.assert_allclose(y[row, first:end], want, atol=1e-12)
 
 
+@tiers.exhaustive
 def test_the_first_block_is_softmax_attention():
     """Before the first landmark; and a landmark's own key and value play no part in its block."""
     x, seq = inputs()
@@ -100,6 +100,7 @@ def test_the_first_block_is_softmax_attention():
     assert np.abs(y[:, 6:] - cases.output(softmax, x, seq)[:, 6:]).min(-1).max() > 1e-3
 
 
+@tiers.exhaustive
 def test_uniform_scores():
     """Of c own tokens and b blocks of l tokens: 1 / (c + b) for the former, 1 / ((c + b) l) for the latter."""
     module, (x, seq) = make(block=3, heads=1, rope_base=None), inputs()

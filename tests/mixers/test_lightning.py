@@ -72,6 +72,7 @@ def test_naive_is_chunk(impl):
     )
 
 
+@tiers.exhaustive
 def test_naive_is_step():
     """Position by position from the empty state."""
     module = make()

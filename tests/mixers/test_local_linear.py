@@ -14,6 +14,7 @@ from flax import nnx
 from attnlab import mixers
 from attnlab.errors import ConfigError
 from attnlab.ops.rope import rope
+from tests import tiers
 from tests.mixers import cases
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
@@ -63,6 +64,7 @@ def test_equals_the_formula():
     np.testing.assert_allclose(y[:9], expected[:9], atol=1e-10)
 
 
+@tiers.exhaustive
 def test_a_large_ridge_is_the_softmax_layer():
     module = make(ridge=1e13)
     softmax = cases.module(mixers.get("softmax").Config(qk_norm=True), jnp.float64)
@@ -74,6 +76,7 @@ def test_a_large_ridge_is_the_softmax_layer():
     np.testing.assert_allclose(cases.output(module, x, seq), cases.output(softmax, x, seq), atol=1e-10)
 
 
+@tiers.exhaustive
 def test_steps_equal_prefill():
     """One position at a time through the cache gives what the whole sequence gives."""
     module = make(kv_heads=1)
@@ -86,6 +89,7 @@ def test_steps_equal_prefill():
     np.testing.assert_allclose(y, expected[:, :5], atol=1e-10)
 
 
+@tiers.exhaustive
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_relative_positions(blocks):
     """RoPE and an isotropic ridge: shifting all positions changes nothing, as the pairs it turns are in one block."""
@@ -117,6 +121,7 @@ def test_metrics_tell_what_the_solver_did():
     assert seen[1]["local_linear_residual"] > 1e-3 and seen[16]["local_linear_residual"] < 1e-12
 
 
+@tiers.exhaustive
 def test_gradients_reach_the_ridge():
     graphdef, params = cases.split(make())
     x, seq = whole()

@@ -12,6 +12,7 @@ from attnlab import mixers
 from attnlab.errors import ConfigError
 from attnlab.mixers.log_linear import LogLinearConfig
 from attnlab.mixers.mamba2 import Mamba2Config
+from tests import tiers
 from tests.mixers import cases, test_mamba2
 from tests.ops.test_log_linear import parts
 
@@ -60,6 +61,7 @@ def test_layer_is_the_formula(fields):
         np.testing.assert_allclose(got, naive(module, row), atol=1e-12)
 
 
+@tiers.exhaustive
 def test_equal_weights_are_mamba2():
     """Where all levels weigh the same: Mamba-2, of values that weigh as much."""
     module = make()

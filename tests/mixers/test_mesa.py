@@ -16,6 +16,7 @@ from attnlab.ops.mesa import mesa
 from attnlab.parallel import partition
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
+from tests import tiers
 from tests.mixers import cases
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
@@ -41,6 +42,7 @@ def arrays(length=T):
     return q, k, v, np.log(0.5 + 0.5 * rng.random((B, length, H))), rng.random((B, length, H)), 0.3 + rng.random((H, D))
 
 
+@tiers.exhaustive
 def test_no_decay_is_ridge_regression():
     """a = 1: q times the W that minimises sum beta |v - k W|^2 + sum ridge_i |W_i|^2, found as least squares."""
     q, k, v, _, beta, ridge = arrays()

@@ -105,6 +105,7 @@ def test_a_stream_takes_whichever_costs_less():
     assert [large.absorbs(n) for n in (157, 158)] == [True, False]
 
 
+@tiers.exhaustive
 def test_a_latent_as_wide_as_the_model_is_softmax_attention():
     """Without positions, of inputs that the norm leaves as they are and with W_c = I, keys and values are softmax's."""
     module = cases.module(MLAConfig(rotary_width=0), jnp.float64)

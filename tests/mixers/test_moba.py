@@ -11,8 +11,8 @@ import pytest
 
 from attnlab import mixers
 from attnlab.mixers import moba
-from attnlab.ops.rope import rope
-from tests.mixers import cases
+from tests import tiers
+from tests.mixers import cases, plain
 from tests.mixers import test_contract as battery
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
@@ -43,7 +43,7 @@ def parts(module, x):
     """q, k, v of one document [T, D] in NumPy, rotated."""
     c, d = module.config, module.head_dim
     q, k, v = ((x @ np.asarray(y.kernel[...])).reshape(len(x), -1, d) for y in (module.q, module.k, module.v))
-    turn = lambda y: np.asarray(rope(jnp.asarray(y)[None], jnp.arange(len(x))[None], c.rope_base))[0]
+    turn = lambda y: plain.rope(y, c.rope_base)
     return turn(q), turn(k), v
 
 
@@ -68,7 +68,7 @@ def test_layer_is_the_formula():
     """The whole layer written out, in packed rows; and streams, which choose alike."""
     module = make(block=2, top_k=3, kv_heads=2)
     x, seq = cases.inputs(jnp.float64)
-    y, state = cases.output(module, x, seq), module.init_state(2, cases.LENGTH, jnp.float64)
+    y, state = cases.output(module, x, seq), battery.begun(*cases.split(module))
     extend = functools.partial(battery.extend, *cases.split(module))
     stream, _ = cases.streamed(extend, state, x, seq, battery.CUTS[1])
     for row, first, end in cases.DOCUMENTS:
@@ -78,6 +78,7 @@ def test_layer_is_the_formula():
         np.testing.assert_allclose(stream[row, first:end], want, atol=1e-12)
 
 
+@tiers.exhaustive
 def test_all_blocks_are_softmax_attention():
     """top_k of all blocks; and one block that holds all."""
     x, seq = inputs()

@@ -12,9 +12,8 @@ import pytest
 
 from attnlab import mixers
 from attnlab.mixers import nsa
-from attnlab.ops.rope import rope
 from tests import tiers
-from tests.mixers import cases
+from tests.mixers import cases, plain
 from tests.mixers import test_contract as battery
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
@@ -70,7 +69,7 @@ def compressed(module):
 def naive(module, x):
     """The layer on one document, query by query, the heads of a key head together; the margin of its choices."""
     c, n, d, weight = module.config, module.config.block, module.head_dim, lambda y: np.asarray(y.kernel[...])
-    turn = lambda y: np.asarray(rope(jnp.asarray(y)[None], jnp.arange(len(x))[None], c.rope_base))[0]
+    turn = lambda y: plain.rope(y, c.rope_base)
     parts = lambda *names: [(x @ weight(getattr(module, y))).reshape(len(x), -1, d) for y in names]
     q, k, v = parts("q", "k", "v")
     q, k = turn(q), turn(k)
@@ -107,7 +106,7 @@ def test_layer_is_the_formula(fields, seed):
     """The whole layer written out, in packed rows; and streams, which choose alike."""
     module = make(block=1, top_k=4, kv_heads=2, window=3, **fields)
     x, seq = cases.inputs(jnp.float64, seed=seed)
-    y, state = cases.output(module, x, seq), module.init_state(2, cases.LENGTH, jnp.float64)
+    y, state = cases.output(module, x, seq), battery.begun(*cases.split(module))
     extend = functools.partial(battery.extend, *cases.split(module))
     stream, _ = cases.streamed(extend, state, x, seq, battery.CUTS[1])
     for row, first, end in cases.DOCUMENTS:
@@ -117,6 +116,7 @@ def test_layer_is_the_formula(fields, seed):
         np.testing.assert_allclose(stream[row, first:end], want, atol=1e-12)
 
 
+@tiers.often("{}")
 @pytest.mark.parametrize("fields", [{}, {"compress": "mlp"}], ids=str)
 def test_blocks_of_two_are_the_formula(fields):
     """With more than one key in a block, and heads that share one key head."""
@@ -127,6 +127,7 @@ def test_blocks_of_two_are_the_formula(fields):
     np.testing.assert_allclose(y[1], want, atol=1e-12)
 
 
+@tiers.exhaustive
 def test_branches_with_the_same_projections_are_shared_ones():
     """What branches of their own have beside is the projections alone."""
     x, seq = inputs()

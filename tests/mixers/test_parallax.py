@@ -74,7 +74,7 @@ def test_is_the_formula(impl):
         np.testing.assert_allclose(o[0, t, h], expected, atol=1e-12)
 
 
-@tiers.often("packed", "accelerator")
+@tiers.often("accelerator")
 @pytest.mark.parametrize("kind", ["packed", "window", "accelerator"])
 def test_blockwise_equals_definition(kind, small_tiles, monkeypatch):
     if kind == "accelerator":
@@ -88,11 +88,13 @@ def test_blockwise_equals_definition(kind, small_tiles, monkeypatch):
     assert not any(np.any(np.asarray(x)[SEGMENTS == 0]) for x in expected)  # padding: no output, no gradient
 
 
+@tiers.exhaustive
 def test_no_probe_is_softmax_attention():
     q, r, k, v = arrays()
     assert_close([parallax(q, 0 * r, k, v, Mask(causal=True))], [attention(q, k, v, Mask(causal=True))])
 
 
+@tiers.exhaustive
 def test_is_softmax_attention_less_its_derivative_along_the_probe():
     """o = attention(q) - (d attention / d q) r / scale: the correction is the covariance of values and keys times r."""
     q, r, k, v = arrays()
@@ -128,6 +130,7 @@ def test_first_output_is_the_first_value():
     np.testing.assert_allclose(parallax(q, 30 * r, k, v, Mask(causal=True))[:, 0], v[:, 0], rtol=1e-13)
 
 
+@tiers.exhaustive
 def test_translation_of_keys_changes_nothing():
     """It moves a row's logits and its second scores by one number each."""
     q, r, k, v = arrays()
@@ -135,6 +138,7 @@ def test_translation_of_keys_changes_nothing():
     assert_close([moved], [plain], 1e-10)
 
 
+@tiers.exhaustive
 def test_the_past_is_bitwise_the_same_whatever_the_future(small_tiles):
     arguments = [x.astype(jnp.float32) for x in arrays()]
     run = jax.jit(lambda *a: parallax(*a, Mask(causal=True)))
@@ -154,6 +158,7 @@ def test_a_probe_of_another_shape_is_refused():
 # The layer.
 
 
+@tiers.exhaustive
 @pytest.mark.parametrize("qk_norm", [True, False])
 def test_zero_projection_of_probes_is_the_softmax_layer(qk_norm):
     module = cases.module(mixers.get("parallax").Config(kv_heads=2, qk_norm=qk_norm), jnp.float64)
@@ -176,6 +181,7 @@ def test_relative_positions():
     np.testing.assert_allclose(cases.output(module, x, shifted), cases.output(module, x, seq), atol=1e-10)
 
 
+@tiers.exhaustive
 def test_size_of_normalised_probes_does_not_matter():
     """With qk_norm the probe has the length of a normalised head whatever W_R."""
     module = cases.module(mixers.get("parallax").Config(), jnp.float64)
@@ -185,6 +191,7 @@ def test_size_of_normalised_probes_does_not_matter():
     np.testing.assert_allclose(cases.output(module, x, seq), before, rtol=0, atol=1e-4 * float(jnp.abs(before).max()))
 
 
+@tiers.exhaustive
 def test_gradients_reach_the_probes():
     graphdef, params = cases.split(cases.module(mixers.get("parallax").Config(), jnp.float64))
     x, seq = cases.inputs(jnp.float64)

@@ -92,6 +92,7 @@ def test_layer_is_the_formula(chunk, impl):
     np.testing.assert_allclose(y[0], naive(module, np.asarray(x[0])), atol=1e-12)
 
 
+@tiers.exhaustive
 @pytest.mark.parametrize("impl", ["definition", "chunked"])
 def test_one_chunk_is_a_gated_linear_rnn(impl):
     """L = n: z times the running average of v; queries and keys play no part."""
@@ -130,6 +131,7 @@ def test_chunks_of_one_are_softmax_attention(groups):
     np.testing.assert_allclose(call(module, x, seq), softmax(jnp.ones_like(g)), atol=1e-12)
 
 
+@tiers.exhaustive
 def test_equal_scores_average_the_entries():
     """Queries of 0: y is the mean of the t // L + 1 entries."""
     module = make(chunk=4)
@@ -145,6 +147,7 @@ def test_equal_scores_average_the_entries():
     np.testing.assert_allclose(call(module, x, mixers.Sequence.whole(2, T)), want, atol=1e-12)
 
 
+@tiers.exhaustive
 def test_step_equals_parallel():
     """One position at a time, over documents that leave chunks unfinished, into a state of the promised size."""
     module = make(chunk=2)
@@ -160,7 +163,7 @@ def test_step_equals_parallel():
     assert np.all(np.isnan(y[:, -1])), "chunks beyond the room of the state must show"
 
 
-@tiers.often("chunked")
+@tiers.exhaustive
 @pytest.mark.parametrize("impl", ["definition", "chunked"])
 def test_chunks_begin_with_each_document(impl):
     """Packed documents give what each gives alone, whatever `positions` says and wherever they begin in the row."""
@@ -171,6 +174,7 @@ def test_chunks_begin_with_each_document(impl):
         np.testing.assert_allclose(y[row, first:end], naive(module, np.asarray(x[row, first:end])), atol=1e-12)
 
 
+@tiers.exhaustive
 def test_causality_across_the_boundary_of_a_chunk():
     """The last position of a chunk reaches all later positions and no earlier one; bitwise, in fp32."""
     module = cases.module(RATConfig(chunk=4), jnp.float32)

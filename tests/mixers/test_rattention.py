@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from attnlab import mixers
-from attnlab.ops.rope import rope
-from tests.mixers import cases
+from tests import tiers
+from tests.mixers import cases, plain
 from tests.mixers import test_contract as battery
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
@@ -47,7 +47,7 @@ def naive(module, x):
     """The layer on one document [n, D], pair by pair, in NumPy."""
     c, d = module.config, module.head_dim
     q, k, v = ((x @ np.asarray(y.kernel[...])).reshape(len(x), -1, d) for y in (module.q, module.k, module.v))
-    turn = lambda y: np.asarray(rope(jnp.asarray(y)[None], jnp.arange(len(x))[None], c.rope_base))[0]
+    turn = lambda y: plain.rope(y, c.rope_base)
     turned_q, turned_k = (turn(q), turn(k)) if c.rope_base else (q, k)
     f = softmax if c.features == "softmax" else lambda x: np.maximum(x, 0)
     phi = lambda y: np.concatenate([f(y), f(-y)], -1)
@@ -66,7 +66,7 @@ def test_layer_is_the_formula(features):
     """The whole layer written out, in packed rows; and in streams, whose keys leave the window one by one."""
     module = make(window=3, features=features, kv_heads=2, heads=4)
     x, seq = cases.inputs(jnp.float64)
-    y, state = cases.output(module, x, seq), module.init_state(2, cases.LENGTH, jnp.float64)
+    y, state = cases.output(module, x, seq), battery.begun(*cases.split(module))
     extend = functools.partial(battery.extend, *cases.split(module))
     stream, _ = cases.streamed(extend, state, x, seq, battery.CUTS[1])
     for row, first, end in cases.DOCUMENTS:
@@ -75,6 +75,7 @@ def test_layer_is_the_formula(features):
         np.testing.assert_allclose(stream[row, first:end], want, atol=1e-11)
 
 
+@tiers.exhaustive
 def test_a_window_of_all_is_softmax_attention():
     """Nothing is before the window: with heads normed, it is softmax attention."""
     module, (x, seq) = make(window=T, impl="definition"), inputs()
@@ -98,6 +99,7 @@ def test_negated_queries_and_keys_change_nothing():
     np.testing.assert_allclose(cases.output(module, x, seq), y, atol=1e-12)
 
 
+@tiers.exhaustive
 def test_order_before_the_window_does_not_matter():
     """Linear attention knows no positions: what has left the window is a set."""
     module, (x, seq) = make(window=3, impl="definition"), inputs()

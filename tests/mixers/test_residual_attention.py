@@ -85,9 +85,9 @@ def test_layers_of_a_stack_are_the_formula(form, earlier):
     states = [layer.init_state(2, cases.LENGTH, jnp.float64) for layer in layers]
     stream, streamed = mixers.Stream.start(2), []
     step = jax.jit(lambda parts, seq, states: run(parts, seq, states))
-    for first, end in ((0, 4), (4, 8), (8, cases.LENGTH)):
-        cut = lambda y: y[:, first:end]
-        piece, stream = stream.extend(jax.tree.map(cut, seq))
+    for first, end in ((0, 5), (5, 10), (10, cases.LENGTH)):
+        cut = lambda y: np.asarray(y)[:, first:end]
+        piece, stream = cases.placed(stream, jax.tree.map(cut, seq))
         ys, states = step(list(map(cut, inputs)), piece, states)
         streamed.append(ys)
     for i in range(3):
@@ -111,6 +111,7 @@ def test_closed_gates_are_softmax_attention():
         np.testing.assert_allclose(ours[used], theirs[used], atol=1e-12)
 
 
+@tiers.exhaustive
 def test_its_own_map_again():
     """Of weights it is attention times 1 + g, of logits attention of a temperature 1 + g."""
     x, seq = cases.inputs(jnp.float64)

@@ -51,7 +51,8 @@ def test_roles_of_every_parameter(name):
 @pytest.mark.parametrize("name", mixers.names())
 def test_matrices_begin_as_matrices(name):
     """A matrix has full rank at first: what begins as a constant, or as one row for all heads, is something else."""
-    module = mixers.build({"name": name}, width=cases.WIDTH, rngs=nnx.Rngs(0))
+    with cases.drawn_by_numpy():
+        module = mixers.build({"name": name}, width=cases.WIDTH, rngs=nnx.Rngs(0))
     params = nnx.state(module, nnx.Param)
     for (path, usage), value in zip(jax.tree_util.tree_leaves_with_path(usages(params)), jax.tree.leaves(params)):
         if usage.role is Role.MATRIX:

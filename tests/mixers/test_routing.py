@@ -73,7 +73,7 @@ def test_layer_is_the_formula(fields):
     x, seq = cases.inputs(jnp.float64)
     (y, losses), _ = battery.value_and_gradients(*cases.split(module), x, seq)
     found = [np.asarray(y)]
-    extend, state = functools.partial(battery.extend, *cases.split(module)), module.init_state(2, T, jnp.float64)
+    extend, state = functools.partial(battery.extend, *cases.split(module)), battery.begun(*cases.split(module))
     found.append(cases.streamed(extend, state, x, seq, battery.CUTS[1])[0])
     total = 0.0
     for row, first, end in cases.DOCUMENTS:
@@ -86,6 +86,7 @@ def test_layer_is_the_formula(fields):
     np.testing.assert_allclose(losses["commitment"], 0.5 * total / positions, rtol=1e-12)
 
 
+@tiers.exhaustive
 def test_one_cluster_is_softmax_attention_of_normed_shared_queries():
     """With room for all; written with the softmax layer's op."""
     module, (x, seq) = make(clusters=1, window=T), inputs()
@@ -95,6 +96,7 @@ def test_one_cluster_is_softmax_attention_of_normed_shared_queries():
     np.testing.assert_allclose(cases.output(module, x, seq), o @ module.out.kernel[...], atol=1e-12)
 
 
+@tiers.exhaustive
 def test_names_of_clusters_do_not_matter():
     """Permuted centroids give the same."""
     module, (x, seq) = make(clusters=3, window=2, impl="definition"), inputs()

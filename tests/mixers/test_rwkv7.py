@@ -102,21 +102,22 @@ def test_values_of_the_first_layer_are_mixed_into_those_of_later_ones():
     (period,) = stack.unstacked()
     softmax, *layers = (block.sublayers[0] for block in period.blocks)
     h = np.asarray(jax.jit(lambda x: softmax(x, seq.derived()).y)(x))
-    rows = lambda y: np.pad(y, [(0, cases.LENGTH - len(y)), (0, 0)])  # of one length: one program
-    norms = [jax.jit(lambda y, norm=sublayer.norm: norm(y)) for sublayer in layers]
+    rms = lambda y, norm: y / np.sqrt((y * y).mean(-1, keepdims=True) + norm.epsilon) * np.asarray(norm.scale[...])
     for row, first, end in cases.DOCUMENTS:
         y, values = h[row, first:end], None
-        for sublayer, norm in zip(layers, norms, strict=True):
-            module, normed = sublayer.branch, np.asarray(norm(rows(y)))[: len(y)]
+        for sublayer in layers:
+            module, normed = sublayer.branch, rms(y, sublayer.norm)
             before = np.concatenate([np.zeros((1, cases.WIDTH)), normed[:-1]])
             own = (normed + np.asarray(module.mix[...])[3] * (before - normed)) @ weight(module.v)
             y, values = y + naive(module, normed, values), own if values is None else values
         np.testing.assert_allclose(found[row, first:end], y, atol=1e-11)
     state, parts = jax.jit(lambda: stack.init_state(2, cases.LENGTH))(), []
-    for piece in (slice(0, 6), slice(6, cases.LENGTH)):
-        part = mixers.Sequence(seq.positions[:, piece], seq.segments[:, piece])
-        step = jax.jit(lambda x, part, state: extend(stack.unstacked(), x, part, state))
-        y, state = step(x[:, piece], part, state)
+    periods, given = stack.unstacked(), [np.asarray(a) for a in (x, seq.positions, seq.segments)]
+    step = jax.jit(
+        lambda x, positions, segments, state: extend(periods, x, mixers.Sequence(positions, segments), state)
+    )
+    for t in range(cases.LENGTH):
+        y, state = step(*(a[:, t : t + 1] for a in given), state=state)
         parts.append(y)
     used = np.asarray(seq.segments) > 0
     np.testing.assert_allclose(np.concatenate(parts, 1)[used], found[used], atol=1e-11)

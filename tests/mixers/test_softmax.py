@@ -122,6 +122,7 @@ def test_relative_positions():
     np.testing.assert_allclose(cases.output(module, x, shifted), cases.output(module, x, seq), atol=1e-10)
 
 
+@tiers.exhaustive
 def test_biases_of_keys_cancel_and_those_of_values_are_added():
     """Without RoPE a bias of keys adds one number to all logits of a query: nothing changes, and its gradient is 0.
     Weights sum to 1: a bias of values comes out through the output's projection, whose own bias is added."""
@@ -175,10 +176,10 @@ def test_windowed_state_does_not_grow():
 
 def test_more_positions_than_room_are_loud():
     """A cache that overflows gives NaN, never a plausible number."""
-    module = mixers.build({"name": "softmax"}, width=16, rngs=nnx.Rngs(0))
+    module = cases.module(mixers.get("softmax").Config(), jnp.float32)
     state = module.init_state(1, 3)
     x, seq = jnp.ones((1, 4, 16), jnp.float32), mixers.Sequence.whole(1, 4)
-    y, _ = cases.streamed(module.extend, state, x, seq, (2, 2))
+    y, _ = cases.streamed(jax.jit(module.extend), state, x, seq, (2, 2))
     assert np.isfinite(y[:, :2]).all() and np.isnan(y[:, 2:]).all()
 
 

@@ -12,6 +12,7 @@ from attnlab.errors import ConfigError
 from attnlab.mixers.stick_breaking import StickBreakingConfig
 from attnlab.ops.masks import Mask
 from attnlab.ops.stick_breaking import stick_breaking
+from tests import tiers
 from tests.mixers import cases
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
@@ -68,6 +69,7 @@ def op(impl, bias, current=False):
     return np.asarray(jax.jit(run)(q, k, v))[0, :, 0]
 
 
+@tiers.exhaustive
 @pytest.mark.parametrize("impl", IMPLS)
 def test_limits_of_the_shares(impl):
     """Weights and what is left sum to 1; shares of 0 leave all to v_i; a share of 1 of the key before copies it,

@@ -9,6 +9,7 @@ import pytest
 
 from attnlab import mixers
 from attnlab.errors import ConfigError, UserError
+from tests import tiers
 from tests.mixers import cases
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
@@ -60,6 +61,7 @@ def test_equals_the_formula(fields):
     np.testing.assert_allclose(y[:9], expected[:9], atol=1e-10)
 
 
+@tiers.exhaustive
 def test_an_offset_alone_is_the_softmax_layer():
     """With offset 1 and second projections of 0, logits are q . k1 / d."""
     module = make(offset=1.0, qk_norm=False)

@@ -13,6 +13,7 @@ from attnlab.errors import ConfigError, UserError
 from attnlab.mixers.topk_broadcast import TopkBroadcastConfig
 from attnlab.ops.running_softmax import running_softmax
 from attnlab.ops.topk_broadcast import topk_broadcast
+from tests import tiers
 from tests.mixers import cases
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
@@ -63,6 +64,7 @@ def test_layer_is_the_formula(causal, impl):
     np.testing.assert_allclose(y[used], naive(module, np.asarray(x), cases.SEGMENTS)[used], atol=1e-12)
 
 
+@tiers.exhaustive
 def test_keeping_all_is_the_running_softmax():
     """keep >= T: the softmax over all scores so far, `key_score` of the mixer `ablated`; to both sides its last row."""
     scores, v = arrays()
@@ -74,6 +76,7 @@ def test_keeping_all_is_the_running_softmax():
     np.testing.assert_allclose(o, np.broadcast_to(np.asarray(want)[:, -1:], o.shape), atol=1e-13)
 
 
+@tiers.exhaustive
 def test_keeping_one_copies_its_value():
     """keep = 1: exactly the value of the highest score so far, of equal ones the oldest; scores have no gradient."""
     scores, v = arrays()
@@ -91,6 +94,7 @@ def test_keeping_one_copies_its_value():
     np.testing.assert_allclose(slopes, 0, atol=1e-14)
 
 
+@tiers.exhaustive
 def test_a_position_reads_few():
     """The Jacobian of an output is 0 but for `keep` positions; what has dropped out never comes back."""
     module = cases.module(TopkBroadcastConfig(heads=1, keep=3), jnp.float64)

@@ -46,6 +46,7 @@ def arrays(tau):
     return q, k, v, rate, Learned(first, gain, shift, jnp.asarray(tau))
 
 
+@tiers.exhaustive
 def test_without_a_rate_it_is_a_fixed_map():
     """rate = 0, and tau = 0: `q + LN(q W + b)` of the first weights."""
     q, k, v, rate, learned = arrays(np.ones(3))
@@ -78,6 +79,7 @@ def test_equal_rows_and_a_plain_norm_are_the_neural_memory():
     assert np.abs(o - op(q, k, v, 0 * rate, plain)[0])[:, 1::2].max() > 0.01
 
 
+@tiers.exhaustive
 def test_the_next_mini_batch_begins_with_the_last_row():
     """Where tau of the last row is 0 every mini-batch begins with the first map, whatever the rows before it had."""
     *rows, learned = arrays(np.array([1.0, 0.5, 0.0]))

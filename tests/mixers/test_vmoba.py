@@ -18,6 +18,7 @@ from tests.mixers.test_softmax import rotate
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
 ROLES = {"matrix": "q k v out"}
+share = jax.jit(by_share, static_argnums=(4, 5))
 FRAME = {"frame": (2, 2), "line": 3, "area": (1, 2), "volume": (1, 2, 1)}
 
 
@@ -126,21 +127,20 @@ def test_layer_is_the_formula(cut, fields):
 
 
 def test_cuts_by_layer():
-    """1d, 2d and 3d in turn over the layers that cycle, whatever their numbers in the stack, of rows of one document
-    and of packed ones; by itself a layer is the first, and one that does not cycle is not counted."""
-    cycle, (x, packed) = make(**FRAME, impl="definition"), cases.inputs(jnp.float64)
-    used = np.asarray(packed.segments) > 0
+    """1d, 2d and 3d in turn over the layers that cycle, whatever their numbers in the stack, of rows of one document;
+    by itself a layer is the first, and one that does not cycle is not counted."""
+    cycle, (x, _) = make(**FRAME, impl="definition"), cases.inputs(jnp.float64)
     assert make(**FRAME, cut="2d").init_shared(1, 1) == {} and "layer" not in cycle.stack_reads
-    for seq in (mixers.Sequence.whole(*x.shape[:2]), packed):
-        run = jax.jit(lambda shared, seq=seq: cycle(x, dataclasses.replace(seq, layer=jnp.int32(3), shared=shared)))
-        shared = cycle.init_shared(*x.shape[:2])
-        want = [cases.output(make(**FRAME, cut=cut, impl="definition"), x, seq)[used] for cut in ("1d", "2d", "3d")]
-        for n in range(4):
-            out = run(shared)
-            shared = out.shared
-            np.testing.assert_allclose(out.y[used], want[n % 3], atol=1e-12)
-        np.testing.assert_allclose(cases.output(cycle, x, seq)[used], want[0], atol=1e-12)
-        assert np.abs(want[0] - want[1]).max() > 1e-3
+    seq = mixers.Sequence.whole(*x.shape[:2])
+    run = jax.jit(lambda shared: cycle(x, dataclasses.replace(seq, layer=jnp.int32(3), shared=shared)))
+    shared = cycle.init_shared(*x.shape[:2])
+    want = [cases.output(make(**FRAME, cut=cut, impl="definition"), x, seq) for cut in ("1d", "2d", "3d")]
+    for n in range(4):
+        out = run(shared)
+        shared = out.shared
+        np.testing.assert_allclose(out.y, want[n % 3], atol=1e-12)
+    np.testing.assert_allclose(cases.output(cycle, x, seq), want[0], atol=1e-12)
+    assert np.abs(want[0] - want[1]).max() > 1e-3
 
 
 @tiers.exhaustive
@@ -178,7 +178,7 @@ def test_what_is_chosen_reaches_the_share():
     valid = rng.random((L, M)) < 0.8
     own = valid & (rng.random((L, M)) < 0.2)
     for threshold in (0.0, 0.3, 0.8, 1.5):
-        chosen = np.asarray(by_share(jnp.asarray(scores), own, valid, jnp.asarray(document), D, threshold))
+        chosen = np.asarray(share(scores, own, valid, document, D, threshold))
         assert not (chosen & ~valid).any() and (chosen | ~own).all()
         for l, d in np.ndindex(L, D):
             here = valid[l] & (document[l] == d)
@@ -199,10 +199,10 @@ def test_a_pool_of_equal_scores_is_chosen_whole():
     own, valid = np.array([[1, 0, 0, 0, 0, 0, 0]], bool), np.array([[1, 1, 1, 1, 1, 1, 0]], bool)
     document = np.array([[0, 0, 0, 0, 1, 1, 1]])
     for threshold, many in ((0.0, 3), (0.25, 6), (1.0, 6), (1.5, 6)):
-        chosen = np.asarray(by_share(jnp.full((1, 7), 0.3), own, valid, jnp.asarray(document), 2, threshold))
+        chosen = np.asarray(share(np.full((1, 7), 0.3), own, valid, document, 2, threshold))
         assert chosen.sum() == many and not (chosen & ~valid).any(), threshold
-    scores = jnp.asarray(np.random.default_rng(0).standard_normal((1, 7)))
-    chosen = by_share(scores.astype(jnp.float32), own, valid, jnp.asarray(document), 2, 1.0 + 1e-12)
+    scores = np.random.default_rng(0).standard_normal((1, 7)).astype(np.float32)
+    chosen = share(scores, own, valid, document, 2, 1.0 + 1e-12)
     np.testing.assert_array_equal(chosen, valid)
 
 
@@ -226,14 +226,20 @@ def test_a_short_document_chooses_the_same_behind_long_ones():
 def test_sums_are_exact():
     """As integers, of shares near 1 and of many entries, by document; the digits of a share are the share."""
     rng = np.random.default_rng(0)
+
+    def sums(shared, document):
+        digits, _ = _digits(shared)
+        return digits, _before(digits, document), _sums(digits, document, 5)
+
     for count in (3, 5000):
         shared, document = 1 - rng.random((2, count)) / 1000, np.sort(rng.integers(0, 5, (2, count)), axis=1)
         shared[0, :2] = 0, 1
-        digits, bits = _digits(jnp.asarray(shared))
+        bits = _digits(np.ones((1, count)))[1]
+        digits, *summed = jax.jit(sums)(shared, document)
         exact = lambda of, bits=bits: sum(np.asarray(x).astype(object) * 2 ** (bits * i) for i, x in enumerate(of))
         number = exact(digits)
         np.testing.assert_array_equal(number, np.round(shared * 2**31).astype(np.int64))
-        before, total = exact(_before(digits, jnp.asarray(document))), exact(_sums(digits, jnp.asarray(document), 5))
+        before, total = map(exact, summed)
         for l, t in [(l, t) for l in range(2) for t in {0, 1, 2, count // 2, count - 1}]:
             same = document[l] == document[l, t]
             assert total[l, document[l, t]] == number[l][same].sum() and before[l, t] == number[l, :t][same[:t]].sum()

@@ -16,6 +16,7 @@ from attnlab.models.bags import BagConfig, Bags
 from attnlab.models.cost import model_cost
 from attnlab.models.transformer import mixer_table
 from attnlab.ops.bag_pooling import likeness, pooled, some_of_the_strongest
+from tests.models import drawn as drawn_lib
 
 SIZES = (9, 4, 1)  # instances of the bags; the row has room for 9
 SOFTMAX = {"M": {"name": "softmax", "heads": 2, "causal": False}}
@@ -36,17 +37,12 @@ def batch(seed=0):
     rng = np.random.default_rng(seed)
     made = {"inputs": rng.normal(size=(3, 9, 5)), "segments": np.arange(9) < np.array(SIZES)[:, None]}
     made |= {"targets": rng.integers(0, 3, (3, 1)), "weights": np.array([[1.0], [2.0], [0.5]])}
-    return {
-        name: jnp.asarray(array, jnp.int32 if name in ("segments", "targets") else None) for name, array in made.items()
-    }
+    return {name: array.astype(np.int32) if name in ("segments", "targets") else array for name, array in made.items()}
 
 
 def build(c, seed=0):
     """A model whose biases are not 0."""
-    model = Bags(c, rngs=nnx.Rngs(seed))
-    graphdef, params = nnx.split(model)
-    rng = np.random.default_rng(seed)
-    return nnx.merge(graphdef, jax.tree.map(lambda p: p + 0.3 * rng.normal(size=p.shape), params))
+    return drawn_lib.module(lambda: Bags(c, rngs=nnx.Rngs(seed)), seed)
 
 
 def definition(pooling, b, M):
@@ -78,7 +74,7 @@ def test_equals_the_formula(x64, M):
     np.testing.assert_allclose(a, e, rtol=1e-12)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12), da, de)
     # A number that all logits of a branch share changes no softmax: its gradient is what rounding leaves.
-    learn = {jax.tree_util.keystr(path): abs(g).max() > 0 for path, g in jax.tree.leaves_with_path(da)}
+    learn = {jax.tree_util.keystr(path): np.any(np.asarray(g)) for path, g in jax.tree.leaves_with_path(da)}
     assert all(moved for path, moved in learn.items() if not ("logits" in path and "bias" in path)), learn
     sums, evaluated = jax.jit(lambda b: (model.loss(b, None, {}), model.evaluate(b, {})))(b)
     assert set(sums.losses) == ({"loss"} if M == 1 else {"loss", "branch_loss", "diversity_loss"})
@@ -90,23 +86,24 @@ def test_order_and_padding_change_nothing(x64):
     """Instances may come in any order; what lies behind a bag's end has attention 0 and no gradient."""
     model, b = build(config()), batch()
     read = jax.jit(lambda b: model.read(b, None)[0])
-    bag, branches, a = read(b)
+    bag, branches, a = map(np.asarray, read(b))
     np.testing.assert_allclose(a.sum(-1), 1, rtol=1e-12)
     assert (a[np.broadcast_to((b["segments"] == 0)[:, None], a.shape)] == 0).all()
     order = np.array([3, 0, 2, 1, 4, 5, 6, 7, 8])
-    other = jnp.where(b["segments"][..., None] > 0, b["inputs"], 1e3)
+    other = np.where(b["segments"][..., None] > 0, b["inputs"], 1e3)
     moved = b | {"inputs": other[:, order], "segments": b["segments"][:, order]}
-    bag_, branches_, a_ = read(moved)
+    bag_, branches_, a_ = map(np.asarray, read(moved))
     for x, y in ((bag, bag_), (branches, branches_), (a[..., order], a_)):
         np.testing.assert_allclose(x, y, rtol=1e-10)
-    dx = jax.jit(jax.grad(lambda x: model.loss(b | {"inputs": x}, None, {}).total))(b["inputs"])
+    dx = np.asarray(jax.jit(jax.grad(lambda x: model.loss(b | {"inputs": x}, None, {}).total))(b["inputs"]))
     assert (dx[b["segments"] == 0] == 0).all() and (abs(dx).max(-1)[b["segments"] > 0] > 0).all()
 
 
 def drawn(count, top, share, present, seed=0):
     logits = jnp.asarray(np.random.default_rng(seed).normal(size=(len(present), 2, present.shape[1])))
     draw = lambda key: some_of_the_strongest(logits, present, key, top, share)
-    return logits, np.asarray(jax.vmap(draw)(jax.random.split(jax.random.key(seed), count)))
+    run = jax.jit(lambda: jax.vmap(draw)(jax.random.split(jax.random.key(seed), count)))
+    return logits, np.asarray(run())
 
 
 def test_masking_hides_a_share_of_the_strongest():
@@ -133,15 +130,21 @@ def test_masking_scales_what_is_left(x64):
     logits, hidden = drawn(1, 4, 0.6, present)
     h = jnp.asarray(np.random.default_rng(1).normal(size=(3, 9, 2)))
     everything = jnp.broadcast_to(present[:, None], logits.shape)
-    plain, masked = (pooled(logits, kept, h)[1] for kept in (everything, everything & ~hidden[0]))
+    kinds = (np.asarray(everything), np.asarray(everything) & ~hidden[0])
+    plain, masked = map(np.asarray, jax.jit(lambda: [pooled(logits, kept, h)[1] for kept in kinds])())
     for b, m in np.ndindex(3, 2):
         left = ~hidden[0, b, m] & np.asarray(present[b])
         np.testing.assert_allclose(np.ptp(masked[b, m][left] / plain[b, m][left]), 0, atol=1e-12)
         assert (masked[b, m][~left] == 0).all()
-    key = jax.random.split(jax.random.key(0), 1)[0]
-    kept = lambda l: everything & ~some_of_the_strongest(l, present, key, 4, 0.6)
-    through = jax.jit(jax.grad(lambda l: pooled(l, kept(l), h)[0].sum()))(logits)
-    fixed = jax.jit(jax.grad(lambda l: pooled(l, everything & ~hidden[0], h)[0].sum()))(logits)
+
+    @jax.jit
+    def slopes(logits):
+        key = jax.random.split(jax.random.key(0), 1)[0]
+        kept = lambda l: everything & ~some_of_the_strongest(l, present, key, 4, 0.6)
+        slope = lambda kept: jax.grad(lambda l: pooled(l, kept(l), h)[0].sum())(logits)
+        return slope(kept), slope(lambda l: kinds[1])
+
+    through, fixed = map(np.asarray, slopes(logits))
     np.testing.assert_allclose(through, fixed, rtol=1e-12)
     assert (through[hidden[0]] == 0).all() and np.isfinite(through).all()
 
@@ -149,15 +152,19 @@ def test_masking_scales_what_is_left(x64):
 def test_training_alone_masks(x64):
     """Every key draws otherwise; without one, with k or the share 0 nothing is hidden, and the trainer gives none."""
     c, b = config(), batch()
-    model = build(c)
-    loss = lambda c, key: float(
-        nnx.merge(nnx.split(Bags(c, rngs=nnx.Rngs(0)))[0], nnx.state(model)).loss(b, key, {}).total
-    )
+    graphdef, params = drawn_lib.apart(lambda: Bags(c, rngs=nnx.Rngs(0)))
+    loss = jax.jit(lambda key: nnx.merge(graphdef, params).loss(b, key, {}).total)
     keys = [jax.random.key(i) for i in range(3)]
-    assert c.draws and len({loss(c, key) for key in [None, *keys]}) == 4
+    assert c.draws and len({float(loss(key)) for key in [None, *keys]}) == 4
+
+    def draws(c, key):
+        made = nnx.split(nnx.eval_shape(lambda: Bags(c, rngs=nnx.Rngs(0))))[0]
+        return "random_bits" in str(jax.make_jaxpr(lambda: nnx.merge(made, params).loss(b, key, {}).total)())
+
+    assert draws(c, keys[0]) and not draws(c, None)
     for none in ({"mask_top": 0}, {"mask_share": 0.0}, {"mask_top": 1}):
         still = dataclasses.replace(c, **none)
-        assert not still.draws and loss(still, keys[0]) == loss(c, None)
+        assert not still.draws and not draws(still, keys[0])
     assert dataclasses.replace(config(layers=1, mixers=mixer_table(SOFTMAX, "m")), mask_top=0, dropout=0.5).draws
 
 
@@ -166,10 +173,12 @@ def test_likeness_is_the_mean_cosine_of_pairs(x64):
     a = np.random.default_rng(0).dirichlet(np.ones(7), size=(2, 4))
     unit = a / np.linalg.norm(a, axis=-1, keepdims=True)
     pairs = [np.einsum("bn,bn->b", unit[:, i], unit[:, j]) for i in range(4) for j in range(i)]
-    np.testing.assert_allclose(likeness(jnp.asarray(a)), np.mean(pairs, axis=0), rtol=1e-12)
-    np.testing.assert_allclose(likeness(jnp.asarray(a[:, :1].repeat(3, axis=1))), 1, rtol=1e-12)
-    np.testing.assert_allclose(likeness(jnp.eye(4)[None]), 0, atol=1e-12)
-    np.testing.assert_array_equal(likeness(jnp.asarray(a[:, :1])), 0)
+    given = (a, a[:, :1].repeat(3, axis=1), np.eye(4)[None], a[:, :1])
+    some, equal, apart, one = jax.jit(lambda: [likeness(jnp.asarray(x)) for x in given])()
+    np.testing.assert_allclose(some, np.mean(pairs, axis=0), rtol=1e-12)
+    np.testing.assert_allclose(equal, 1, rtol=1e-12)
+    np.testing.assert_allclose(apart, 0, atol=1e-12)
+    np.testing.assert_array_equal(one, 0)
 
 
 @pytest.mark.parametrize("fields", [{}, {"branches": 1}, {"layers": 1}, {"layers": 1, "norm": "none"}], ids=str)
@@ -182,10 +191,11 @@ def test_cost_counts_the_parameters(fields):
 def test_a_stack_mixes_instances_before():
     """One instance of a bag changes the features of others; the bag's end stays unseen."""
     c = config(dtype="float32", layers=1, mixers=mixer_table(SOFTMAX, "m"), mask_top=0)
-    model, b = Bags(c, rngs=nnx.Rngs(0)), batch()
+    model, b = build(c), batch()
     read = jax.jit(lambda x: model.read(b | {"inputs": x}, None)[1].y)
-    x = b["inputs"]
-    first, other, behind = read(x), read(x.at[0, 3].add(1.0)), read(x.at[1, 7].add(1.0))
+    x = np.asarray(b["inputs"])
+    at = lambda *place: x + (np.arange(x.size).reshape(x.shape) // 5 == 9 * place[0] + place[1]).astype(x.dtype)
+    first, other, behind = map(np.asarray, (read(x), read(at(0, 3)), read(at(1, 7))))
     assert (abs(other - first)[0].max(-1) > 0).all() and (other[1:] == first[1:]).all()
     np.testing.assert_array_equal(behind[1, :4], first[1, :4])
 

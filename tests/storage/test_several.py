@@ -20,7 +20,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 SMALL = {
     "model__layers": 1, "data__length": 16, "train__eval_every": 4, "train__steps": 12, "train__sample_tokens": 0,
-    "optimizer__schedule": "constant", "mesh__data": 1, "mesh__fsdp": 2, "train__on_config_change": "continue",
+    "optimizer": {"name": "lion", "learning_rate": 1e-3, "warmup": 2, "schedule": "constant"},
+    "mesh__data": 1, "mesh__fsdp": 2, "train__on_config_change": "continue",
 }  # fmt: skip
 
 # The command line; on the second host directories take long to make.

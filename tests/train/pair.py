@@ -16,7 +16,7 @@ from tests.train import runs
 MESH = {"mesh__data": 4, "mesh__fsdp": 2}
 SMALL = {
     "model__layers": 1, "data__length": 16, "train__eval_every": 0, "train__steps": 12, "train__keep": 3,
-    "optimizer__schedule": "constant",
+    "train__sample_tokens": 0, "optimizer__schedule": "constant",
 }  # fmt: skip
 TIMEOUT = 8  # of a sign of life
 

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.timeout(600)
 @pytest.fixture(scope="module")
 def whole(source, tmp_path_factory):
     """A run of two processes that nothing disturbs, and evaluates and samples."""
-    return Pair(tmp_path_factory.mktemp("whole"), source, train__eval_every=6).start().ends()
+    return Pair(tmp_path_factory.mktemp("whole"), source, train__eval_every=6, train__sample_tokens=8).start().ends()
 
 
 @pytest.fixture(scope="module")

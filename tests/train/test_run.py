@@ -29,11 +29,6 @@ from tests.flags import environment
 from tests.train import runs
 
 
-@pytest.fixture(autouse=True)
-def unpatched_programs():
-    """What is patched here is not the model's code, but for one test, which forgets: all share what was compiled."""
-
-
 @pytest.fixture(scope="module")
 def finished(source, tmp_path_factory):
     """An uninterrupted run: workdir and output."""
@@ -298,7 +293,8 @@ def wait_for_step(workdir, step, process, timeout=120):
 def test_signals_save_and_exit_with_zero(source, tmp_path, number):
     """SIGTERM, SIGINT and SIGHUP save, say how to resume, and end with 0."""
     workdir = tmp_path / "run"
-    process = start(source, workdir, tmp_path, train__steps=100_000, train__save_every=0, train__eval_every=0)
+    process = start(source, workdir, tmp_path, train__steps=100_000, train__save_every=0, train__eval_every=0,
+                    train__sample_tokens=0)  # fmt: skip
     with killed_at_last(process):
         wait_for_step(workdir, 5, process)
         process.send_signal(number)
