@@ -11,9 +11,10 @@ from tests.train import runs
 
 def tree(source: str, **changes: Any) -> dict[str, Any]:
     """Two arms, two seeds, runs of a few steps; `changes` replace keys of the plan."""
+    few = {"train__sample_tokens": 0, "train__steps": 6, "train__save_every": 2, "train__eval_every": 3}
     plan = {
         "question": "Does a gate help?",
-        "base": runs.tree(source, train__sample_tokens=0, train__steps=6, train__save_every=2, train__eval_every=3),
+        "base": runs.tree(source, model__mlp_width=64, **few),
         "arms": {"plain": {}, "gate": {"model.mixers.M": "gated"}},
         "seeds": [0, 1],
         "metrics": {"heldout_loss": {"primary": True, "margin": 0.1}},

@@ -23,7 +23,13 @@ from tests.train import runs
 def trained(source, tmp_path_factory):
     """A workdir with checkpoints of steps 2 and 3."""
     path = tmp_path_factory.mktemp("trained") / "v"
-    few = {"train__steps": 3, "train__save_every": 1, "train__eval_every": 0, "train__sample_tokens": 0}
+    few = {
+        "model__mlp_width": 64,
+        "train__steps": 3,
+        "train__save_every": 1,
+        "train__eval_every": 0,
+        "train__sample_tokens": 0,
+    }
     loop.train(runs.config(source, **few), path)
     return path
 

@@ -91,7 +91,7 @@ def state(of, seed, split=True):
     put = lambda x, spec: jax.make_array_from_callback(x.shape, NamedSharding(of, spec), lambda at: x[at])
     zero = put(np.int32(seed)[None], PartitionSpec())
     w = put(np.random.default_rng(seed).normal(size=(8, 3)).astype(np.float32), spec)
-    b = put(np.full((16,), seed, jnp.bfloat16), PartitionSpec(("data", "fsdp")))
+    b = put((seed + np.arange(16)).astype(jnp.bfloat16), PartitionSpec(("data", "fsdp")))  # of each a piece alone
     return TrainState(zero, {"w": w, "b": b}, {}, zero, zero, zero)
 
 

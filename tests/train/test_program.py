@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import types
 
 import jax
 import numpy as np
@@ -71,6 +72,19 @@ def test_seeds_share_what_was_compiled(source, tmp_path, capfd, caplog):
     assert (drawn[0] == drawn[2]).all() and (drawn[0] != drawn[1]).any()
     for i in range(3):
         assert '"attention"' in (tmp_path / str(i) / "config.json").read_text()  # chosen while the first was traced
+
+
+def test_the_level_of_a_first_state(source, monkeypatch):
+    """Low, as it is compiled for one call, but where XLA_FLAGS say at which level all is compiled."""
+    program, told = Program(runs.config(source, **SHORT)), []
+    compiled = types.SimpleNamespace(compile=lambda *options: told.append(options) or (lambda seed: None))
+    program.__dict__["init"] = program.__dict__["train_step"] = types.SimpleNamespace(lower=lambda *_: compiled)
+    program.once = {"xla_backend_optimization_level": 1}
+    for flags in ("", "--xla_backend_optimization_level=2"):
+        monkeypatch.setenv("XLA_FLAGS", flags)
+        program._compiled_init = None
+        program.first_state(0)
+    assert sorted(map(str, told)) == sorted(map(str, [(program.once,), (), (None,), ()]))
 
 
 def test_a_result_says_what_the_workdir_does(source, trained):
