@@ -111,13 +111,14 @@ def over_heads(head, config: Config, q, k, v, rest, sinks_H, intervals, out: tup
     plain matrix product is several times faster than a batched one, and all together elsewhere."""
     B, T, H, _ = q.shape
     S, K = k.shape[1:3]
-    start, end = dataclasses.replace(config.mask, k_start=intervals[0], k_end=intervals[1]).bounds(T, S)
+    bounds = dataclasses.replace(config.mask, k_start=intervals[0], k_end=intervals[1]).bounds(T, S)
+    start, end = (None if x is None else jnp.asarray(x) for x in bounds)  # of a known mask NumPy's
     sinks_KG = None if sinks_H is None else sinks_H.reshape(K, H // K)
     # Residuals of shape [B, K, ...] (the log-sum-exp) have their key heads on axis 1, all else on axis 2.
     axes = [2, 2, 2, *(1 if x.ndim == 4 else 2 for x in rest)]
 
     # A choice at run time saves work only where the heads are not batched together.
-    serial = dataclasses.replace(config, skip=intervals != (None, None))
+    serial = dataclasses.replace(config, skip=any(x is not None for x in intervals))
 
     def one_by_one(arrays, sinks, start, end):
         def body(i, results):

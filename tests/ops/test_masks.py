@@ -330,3 +330,19 @@ def test_eight_devices(small):
     split = jax.jit(partition.traced(both_ways, mesh, sharding.ACTIVATION_RULES))(*arrays)
     do = np.cos(np.asarray(split[0]))
     assert_close(split, reference.attention(q, k, v, mask, do, key_bias=key_bias, query_bias=query_bias))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_intervals_known_before_tracing_have_gradients(window):
+    """Bounds of NumPy's are those of jax's, a row's own and all rows' alike: values and gradients are the formula's."""
+    rng = np.random.default_rng(0)
+    q, k, v, do = (rng.normal(size=(2, 9, 2, 4)).astype(np.float32) for _ in range(4))
+    start = np.where(np.arange(9) < 4, 0, 4).astype(np.int32)
+    end = np.arange(1, 10, dtype=np.int32)
+    for starts in (start[None], np.stack([start, 0 * start])):
+        first = starts if window is None else np.maximum(starts, end - window)
+        mask = Mask(first, np.broadcast_to(end, starts.shape))
+        found = reference.attention(q, k, v, mask, do)
+        o, pull = jax.vjp(lambda q, k, v, mask=mask: attention(q, k, v, mask, impl="xla"), q, k, v)
+        for ours, theirs in zip((o, *pull(do)), found, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=2e-6)
