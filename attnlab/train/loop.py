@@ -143,6 +143,7 @@ class _Run:
         self.data = open_data(c)
         self.program = Program.of(c, teaching=None if teacher is None else teacher.teaching)
         self.mesh = self.program.mesh
+        self.program.load_soon("train_step", *(() if checkpoints.steps() else ("init",)))
         self._beginning = None if source is None else beginning.fit(source, self.program.model)
         self._teacher = teacher
         if teacher is not None:

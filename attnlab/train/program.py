@@ -58,6 +58,7 @@ class Program:
         self.chosen: dict[str, Any] = {}
         self._compiled_init: Any = None
         self._step: Any = None
+        self._loading: dict[str, concurrent.futures.Future] = {}
 
     @classmethod
     def of(
@@ -171,13 +172,19 @@ class Program:
         text = repr((_computed(self.config), self._batches, taught, dict(self.mesh.shape)))
         return executables.Executables(text, self.mesh.devices.ravel())
 
+    def load_soon(self, *names: str) -> None:
+        """Begins to load what an earlier process compiled ("train_step", "init"), beside what goes on."""
+        if self._step is None:
+            pool = concurrent.futures.ThreadPoolExecutor(len(names))
+            self._loading = {name: pool.submit(self._executables.load, name) for name in names}
+            pool.shutdown(wait=False)
+
     def first_state(self, seed: int) -> TrainState:
-        """`init(seed)`, compiled or loaded beside the train step that comes next: either keeps a core busy."""
+        """`init(seed)`, compiled or loaded beside the train step that comes next: either keeps a core busy. On a CPU
+        it is compiled at a low level, as it runs once, unless XLA_FLAGS say at which."""
         if self._compiled_init is None:
             with concurrent.futures.ThreadPoolExecutor(1) as pool:
-                loaded = pool.submit(self._executables.load, "init")
-                self._load_step()
-                kept = loaded.result()
+                kept = self._load("init")
                 init = None if kept else pool.submit(self._compile_init, self.init.lower(seed))
                 self.prepare()
                 self._compiled_init = kept[0] if kept else init.result()
@@ -185,12 +192,15 @@ class Program:
 
     def prepare(self) -> None:
         """Has the train step compiled, or loaded as an earlier process compiled it; `step` is then ready to run."""
-        self._load_step()
-        if self._step is None:
-            with ops.recording() as chosen:
-                compiled = self.train_step.lower(self.state, self.batch, *self.teacher).compile()
-            self.chosen, self._step = chosen.table(), self.train_step
-            self._executables.made("train_step", compiled, self.chosen)
+        if self._step is not None:
+            return
+        if kept := self._load("train_step"):
+            self._step, self.chosen = kept
+            return
+        with ops.recording() as chosen:
+            compiled = self.train_step.lower(self.state, self.batch, *self.teacher).compile()
+        self.chosen, self._step = chosen.table(), self.train_step
+        self._executables.made("train_step", compiled, self.chosen)
 
     def keep(self) -> None:
         """Writes what was compiled here to where later processes look: `attnlab.train.executables`."""
@@ -201,10 +211,9 @@ class Program:
         """`train_step`, as `prepare` found it."""
         return self.train_step if self._step is None else self._step
 
-    def _load_step(self) -> None:
-        kept = self._executables.load("train_step") if self._step is None else None
-        if kept:
-            self._step, self.chosen = kept
+    def _load(self, name: str) -> tuple[Any, Any] | None:
+        begun = self._loading.pop(name, None)
+        return self._executables.load(name) if begun is None else begun.result()
 
     def _compile_init(self, lowered: Any) -> Any:
         told = _LEVEL in os.environ.get("XLA_FLAGS", "")  # by the user, for all programs

@@ -89,9 +89,9 @@ def test_other_code_flags_and_versions_are_another_key(source, folder, tmp_path,
     differs()
     monkeypatch.delitem(sys.modules, "own")
     assert key() == before
-    monkeypatch.setenv("XLA_FLAGS", "--other")
-    differs()
-    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XLA_FLAGS", "--other")
+        differs()
     (tmp_path / "tables").mkdir()
     (tmp_path / "tables" / "t.json").write_text("{}")
     with pytest.MonkeyPatch.context() as patch:

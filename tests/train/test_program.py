@@ -82,7 +82,7 @@ def test_the_level_of_a_first_state(source, monkeypatch):
     program.once = {"xla_backend_optimization_level": 1}
     for flags in ("", "--xla_backend_optimization_level=2"):
         monkeypatch.setenv("XLA_FLAGS", flags)
-        program._compiled_init = None
+        program._compiled_init = program._step = None
         program.first_state(0)
     assert sorted(map(str, told)) == sorted(map(str, [(program.once,), (), (None,), ()]))
 
