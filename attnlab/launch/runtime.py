@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from typing import Any
 
 _PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds"
+_FUSED = "--xla_cpu_experimental_ynn_fusion_type"
+_SOUND = ("DOT", "INDIVIDUAL_DOT", "INDIVIDUAL_CONVOLUTION")
 _M_MMAP_MAX, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -4, -1, -8  # malloc.h
 
 
@@ -36,12 +38,19 @@ def configure() -> None:
     flight at once can starve each other where several CPU devices are simulated).
     """
     quiet()
+    # Other versions' XLA might end at flags that it does not know.
+    of_0_10 = importlib.metadata.version("jaxlib").startswith("0.10.")
+    if of_0_10 and _FUSED not in os.environ.get("XLA_FLAGS", ""):
+        # Reductions and chains of elementwise operations that its CPU compiler gives to YNNPACK write beyond their
+        # arrays (gradients of the recurrence of rwkv7); products, which do not, stay there.
+        kinds = ",".join(f"LIBRARY_FUSION_TYPE_{kind}" for kind in _SOUND)
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FUSED}={kinds}".strip()
     simulated = re.search(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
     if simulated:
         # Simulated devices wait for each other in threads of one pool, by default one per core: with more devices than
         # cores, those that wait can keep those they wait for from running, and XLA ends the process after a minute. A
-        # loaded machine is slow, not stuck: it gets ten. Other versions' XLA might end at a flag that it does not know.
-        if importlib.metadata.version("jaxlib").startswith("0.10.") and _PATIENCE not in os.environ["XLA_FLAGS"]:
+        # loaded machine is slow, not stuck: it gets ten.
+        if of_0_10 and _PATIENCE not in os.environ["XLA_FLAGS"]:
             os.environ["XLA_FLAGS"] += f" {_PATIENCE}=600"
         os.environ.setdefault("PJRT_NPROC", str(max(os.cpu_count() or 1, 8 * int(simulated[1]))))
     import jax

@@ -64,8 +64,8 @@ class Executables:
     def __init__(self, program: str, devices: Sequence[Any]):
         self._program, self._devices = program, list(devices)
         self._made: dict[str, tuple[Any, Any]] = {}
-        usable = jax.config.jax_enable_compilation_cache and jax.process_count() == 1 and _unchanged()
-        self._folder = _folder if usable else None
+        allowed = jax.config.jax_enable_compilation_cache and jax.process_count() == 1
+        self._folder = _folder if _folder and allowed and _unchanged() else None
         self._key = self._facts() if self._folder else ""
         self._hits = len(_hits)
 

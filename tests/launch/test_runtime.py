@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 
 import jax
@@ -29,3 +30,22 @@ def test_programs_are_kept_in_the_workdir(tmp_path, monkeypatch, nowhere, count,
     assert jax.config.jax_compilation_cache_dir == f"{tmp_path}/compiled{within}"
     runtime.keep_compiled(tmp_path / "other")
     assert jax.config.jax_compilation_cache_dir == f"{tmp_path}/compiled{within}"
+
+
+@pytest.mark.parametrize("given, version, expected", [
+    ("", "0.10.2", "{flag}=LIBRARY_FUSION_TYPE_DOT,"),
+    ("--a=1", "0.10.2", "--a=1 {flag}=LIBRARY_FUSION_TYPE_DOT,"),
+    ("{flag}=x", "0.10.2", "{flag}=x"),
+    ("--a=1", "0.12.0", "--a=1"),
+])  # fmt: skip
+def test_unsound_programs_of_cpus_are_left_out(monkeypatch, given, version, expected):
+    """Of the version that makes them; what the user says of it stands, and other versions do not know the flag."""
+    flag = "--xla_cpu_experimental_ynn_fusion_type"
+    monkeypatch.setenv("XLA_FLAGS", given.format(flag=flag))
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    monkeypatch.setattr(runtime, "_keep_freed_memory", lambda: None)
+    runtime.configure()
+    found = os.environ["XLA_FLAGS"]
+    assert found.startswith(expected.format(flag=flag)) and "REDUCE" not in found and "ELTWISE" not in found
+    runtime.configure()
+    assert os.environ["XLA_FLAGS"] == found
