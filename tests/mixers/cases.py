@@ -210,7 +210,14 @@ def long_inputs(config: Any, dtype: Any) -> tuple[jax.Array, mixers.Sequence, li
 
 def blank(config: Any, dtype: Any) -> mixers.Mixer:
     """The mixer with shapes in place of arrays: for what is traced and never run."""
-    return nnx.eval_shape(lambda: mixers.build(config, width=WIDTH, rngs=nnx.Rngs(0), dtype=dtype))
+    graphdef, state = _shapes(config, jnp.dtype(dtype), jax.config.jax_enable_x64)
+    return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf, state))
+
+
+@functools.lru_cache(maxsize=8)
+def _shapes(config: Any, dtype: Any, wide: bool) -> tuple[Any, Any]:
+    """Of `blank`, made once for all laws of a config."""
+    return nnx.split(nnx.eval_shape(lambda: mixers.build(config, width=WIDTH, rngs=nnx.Rngs(0), dtype=dtype)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -228,6 +235,12 @@ def output(module: mixers.Mixer, x: Any, seq: mixers.Sequence | None = None) -> 
 @jax.jit
 def placed(stream: mixers.Stream, seq: mixers.Sequence) -> tuple[mixers.Sequence, mixers.Stream]:
     return stream.extend(seq)
+
+
+def first(x: jax.Array, seq: mixers.Sequence, n: int) -> tuple[mixers.Sequence, jax.Array]:
+    """The first n positions, placed at the beginning of a stream, and their rows of x."""
+    piece = jax.tree.map(lambda a: jnp.asarray(np.asarray(a)[:, :n]), seq)
+    return placed(mixers.Stream.start(len(x)), piece)[0], jnp.asarray(np.asarray(x)[:, :n])
 
 
 def streamed(extend: Any, state: Any, x: jax.Array, seq: mixers.Sequence, cuts: Any) -> tuple[np.ndarray, Any]:

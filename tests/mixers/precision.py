@@ -69,7 +69,11 @@ def narrower(value: Any, dtype: Any) -> bool:
 
 def narrow_results(fn: Any, *args: Any, dtype: Any) -> list[str]:
     """Results of `fn(*args)` and in it that are floating and narrower than `dtype`."""
-    jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
+    return narrow_in(jax.make_jaxpr(fn)(*args).jaxpr, dtype)
+
+
+def narrow_in(jaxpr: Any, dtype: Any) -> list[str]:
+    """Of a jaxpr, results that are floating and narrower than `dtype`."""
     found = [f"{e.primitive.name}: {v.aval}" for e in equations(jaxpr) for v in e.outvars if narrower(v, dtype)]
     return found + [f"a result: {v.aval}" for v in jaxpr.outvars if narrower(v, dtype)]
 

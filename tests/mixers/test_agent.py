@@ -191,12 +191,18 @@ def test_image_by_the_formula(grid):
     T, lead = rows * columns + 2, 2
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, T, cases.WIDTH)))
     seq = dataclasses.replace(mixers.Sequence.whole(2, T), grid=grid)
-    y, pull = jax.vjp(jax.jit(lambda x: module(x, seq).y), x)
-    y_slow, pull_slow = jax.vjp(jax.jit(lambda x: slow(x, seq).y), x)
-    np.testing.assert_allclose(y, y_slow, atol=1e-12)
-    np.testing.assert_allclose(pull(jnp.cos(y))[0], pull_slow(jnp.cos(y))[0], atol=1e-11)
 
-    q, k, v = (np.asarray(p(x)).reshape(2, T, 2, 8) for p in (module.q, module.k, module.v))
+    @jax.jit
+    def run(x):
+        y, pull = jax.vjp(lambda x: module(x, seq).y, x)
+        y_slow, pull_slow = jax.vjp(lambda x: slow(x, seq).y, x)
+        return y, y_slow, pull(jnp.cos(y)), pull_slow(jnp.cos(y)), [p(x) for p in (module.q, module.k, module.v)]
+
+    y, y_slow, (slope,), (slope_slow,), qkv = run(x)
+    np.testing.assert_allclose(y, y_slow, atol=1e-12)
+    np.testing.assert_allclose(slope, slope_slow, atol=1e-11)
+
+    q, k, v = (np.asarray(y).reshape(2, T, 2, 8) for y in qkv)
     image = q[:, lead:].reshape(2, rows, columns, 2, 8)
     cut = lambda n, i: slice(i * n // 2, -(-(i + 1) * n // 2))
     agents = np.stack([image[:, cut(rows, i), cut(columns, j)].mean((1, 2)) for i in (0, 1) for j in (0, 1)], 1)
@@ -215,7 +221,7 @@ def test_image_by_the_formula(grid):
     kernel = np.asarray(module.conv_kernel[...])
     conv = sum(padded[:, i : i + rows, j : j + columns] * kernel[i, j] for i in range(3) for j in range(3))
     o[:, lead:] += conv.reshape(2, rows * columns, -1) + np.asarray(module.conv_bias[...])
-    np.testing.assert_allclose(y, module.out(jnp.asarray(o)), atol=1e-12)
+    np.testing.assert_allclose(y, o @ np.asarray(module.out.kernel[...]), atol=1e-12)
 
 
 def test_state_of_learned_agents_does_not_grow():

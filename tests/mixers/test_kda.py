@@ -90,7 +90,8 @@ def test_layer_is_the_formula():
 
 def test_initial_decays():
     """At first, for x = 0: a time step per channel in [0.001, 0.1], a rate per head in [1, 16)."""
-    module = mixers.build({"name": "kda", "heads": 64, "head_width": 4}, width=16, rngs=nnx.Rngs(0))
+    with cases.drawn_by_numpy():
+        module = mixers.build({"name": "kda", "heads": 64, "head_width": 4}, width=16, rngs=nnx.Rngs(0))
     steps = np.log1p(np.exp(np.asarray(module.log_decay.dt_bias[...])))
     assert steps.shape == (256,) and 0.999e-3 < steps.min() < 2e-3 and 0.05 < steps.max() < 0.1001
     rates = np.exp(np.asarray(module.log_decay.a_log[...]))

@@ -78,7 +78,8 @@ def test_equal_weights_are_mamba2():
 
 def test_levels_and_state():
     """A state of L - 1 memories whatever the length; a model without levels is refused."""
-    module = mixers.build({"name": "log_linear", "levels": 5, "state_width": 3}, width=16, rngs=nnx.Rngs(0))
+    with cases.drawn_by_numpy():
+        module = mixers.build({"name": "log_linear", "levels": 5, "state_width": 3}, width=16, rngs=nnx.Rngs(0))
     assert module.init_state(2, 1000).carried.memory.shape == (2, 4, 4, 3, 8)
     assert np.all(module.level_scale[...] == 1) and module.level.kernel.shape == (16, 20)
     assert LogLinearConfig().levels == 16 and issubclass(LogLinearConfig, Mamba2Config)

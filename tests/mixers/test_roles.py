@@ -79,17 +79,20 @@ def test_parts_of_the_memory_are_what_they_are_called():
     config = TitansConfig(heads=2, conv=0, momentum=True, forgetting=True, stability="none")
     memory = Memory(config, 8, ("embed", "heads"), 4, rngs=nnx.Rngs(0), dtype=jnp.float32)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 3, 8)), jnp.float32)
-    q, k, v, log_keep, log_eta, theta = memory.inputs(x, None, None, None)[0]
+    q, k, v, log_keep, log_eta, theta = jax.jit(lambda x: memory.inputs(x, None, None, None)[0])(x)
     part = lambda linear: dict(zip(dict(linear.kernel.fused.parts), linear.kernel.fused.split(linear.kernel[...])))
     qkv, gates = part(memory.qkv), part(memory.gates)
-    activated = {name: jax.nn.silu(x @ kernel).reshape(1, 3, 2, 4) for name, kernel in qkv.items()}
-    np.testing.assert_allclose(q, unit(activated["q"]), atol=1e-5)
-    np.testing.assert_allclose(k, unit(activated["k"]), atol=1e-5)
+    x, sigmoid = np.asarray(x), lambda z: 1 / (1 + np.exp(-z))
+    activated = {
+        name: (z * sigmoid(z)).reshape(1, 3, 2, 4) for name, z in ((n, x @ np.asarray(y)) for n, y in qkv.items())
+    }
+    np.testing.assert_allclose(q, unit(jnp.asarray(activated["q"])), atol=1e-5)
+    np.testing.assert_allclose(k, unit(jnp.asarray(activated["k"])), atol=1e-5)
     np.testing.assert_allclose(v, activated["v"], atol=1e-5)
     bias = dict(zip(gates, memory.gate_bias[...].T))
-    gate = {name: jax.nn.sigmoid(x @ kernel + bias[name]) for name, kernel in gates.items()}
-    np.testing.assert_allclose(jnp.exp(log_keep), 1 - gate["alpha"], atol=1e-5)
-    np.testing.assert_allclose(jnp.exp(log_eta), gate["eta"], atol=1e-5)
+    gate = {name: sigmoid(x @ np.asarray(kernel) + np.asarray(bias[name])) for name, kernel in gates.items()}
+    np.testing.assert_allclose(np.exp(log_keep), 1 - gate["alpha"], atol=1e-5)
+    np.testing.assert_allclose(np.exp(log_eta), gate["eta"], atol=1e-5)
     np.testing.assert_allclose(theta, config.theta_max * gate["theta"], atol=1e-5)
 
 

@@ -118,7 +118,7 @@ def test_centroids_learn_by_the_loss_alone():
     assert not np.any(output) and np.abs(loss).max() > 0
     moved = jax.tree.map(lambda a: a, params)
     moved["centroids"][...] = params["centroids"][...] - 0.1 * loss
-    out = lambda p: battery.nnx.merge(graphdef, p)(jnp.asarray(x), seq).losses["commitment"]
+    out = jax.jit(lambda p: battery.nnx.merge(graphdef, p)(jnp.asarray(x), seq).losses["commitment"])
     before = out(params)
     assert out(moved) < before
 

@@ -160,11 +160,10 @@ def test_logits_of_cosine_attention_grow_with_the_number_of_keys():
     module = cases.module(mixers.get("softmax").Config(qk_norm="cosine", rope_base=None, causal=False), jnp.float64)
     s = np.asarray(jax.nn.softplus(module.temperature[...]))
     for n in (3, 9):
-        q = jnp.zeros((1, n, 4, 4)).at[..., 0].set(1.0)
-        k = jnp.zeros((1, n, 4, 4)).at[..., 1].set(1.0).at[:, 0].set(q[:, 0])
-        v = jnp.zeros((1, n, 4, 4)).at[:, 0].set(1.0)
-        module.positioned = lambda x, seq, qkv=(q, k, v): qkv
-        o = module.heads(jnp.zeros((1, n, 16)), mixers.Sequence.whole(1, n)).y
+        q, k, v = np.zeros((3, 1, n, 4, 4))
+        q[..., 0] = k[:, 0, :, 0] = k[:, 1:, :, 1] = v[:, 0] = 1.0
+        module.positioned = lambda x, seq, qkv=(q, k, v): tuple(map(jnp.asarray, qkv))
+        o = jax.jit(lambda n=n: module.heads(jnp.zeros((1, n, 16)), mixers.Sequence.whole(1, n)).y)()
         np.testing.assert_allclose(o[0, 0, :, 0], n**s / (n**s + n - 1), rtol=1e-12)
 
 
