@@ -76,14 +76,12 @@ def test_a_run(place, source, alone, attnlab, tmp_path):
     assert {n.split("/")[1] for n in names if n.startswith("checkpoints/")} == {"8", "12"}
     assert place.encode() in bucket.get("log.txt") and str(tmp_path).encode() not in bucket.get("log.txt")
     assert f"the run in {place} is complete" in runs.run(config, url)
-    here = {}
-    for where in (place, alone):
-        code, out, _ = attnlab("eval", "--workdir", where, "--json")
-        assert code == 0
-        here[where] = json.loads(out)
-    assert here[place] == here[alone]
-    code, out, _ = attnlab("generate", "--workdir", place, "--prompt", "def", "--tokens", "4", "--json")
+    if place.startswith("gs:"):  # the verbs go to a bucket alike
+        code, out, _ = attnlab("generate", "--workdir", place, "--prompt", "def", "--tokens", "4", "--json")
+        assert code == 0 and json.loads(out)["step"] == 12
+    code, out, _ = attnlab("eval", "--workdir", place, "--batches", "2", "--json")
     assert code == 0 and json.loads(out)["step"] == 12
+    assert json.loads(out)["loss"] == pytest.approx(lines(place)[-1]["heldout_loss"], rel=1e-6)
     code, out, _ = attnlab("goodput", "--workdir", place, "--json")
     assert code == 0 and len(json.loads(out)["attempts"]) == 2
     assert not list((tmp_path / "staging" / f"attnlab-{os.getuid()}").iterdir())
