@@ -117,17 +117,13 @@ def test_masks_of_layouts_train(mask):
     one, split = Program.of(config(**masked)), Program(config(**masked, mesh__data=2, mesh__context=2))
     plain = Program.of(config(data=IMAGES, model__vocab=25))
     rows = data_lib.open_data(one.config.data).rows("train", range(8))
+    _, metrics = split.train_step(runs.first(split), split.put(rows))
     losses = []
-    for program in (one, split):
-        _, metrics = program.train_step(runs.first(program), program.put(rows))
-        losses.append([float(metrics[name]) for name in ("loss", "grad_norm", "step_tokens")])
-    np.testing.assert_allclose(*losses, rtol=2e-5)
-    scored = []
-    for program in (split, plain):
-        sums = jax.device_get(program.eval_step(runs.first(program).params, program.put(rows)))
-        scored.append(sums["nll"].sum() / sums["tokens"].sum())
-    np.testing.assert_allclose(scored[0], losses[0][0], rtol=2e-5)
-    assert np.isfinite(losses).all() and abs(scored[0] - scored[1]) > 1e-4
+    for program in (one, plain):
+        sums = program.eval_step(runs.first(program).params, program.put(rows))
+        losses.append(float(sums["nll"].sum() / sums["tokens"].sum()))
+    np.testing.assert_allclose(metrics["loss"], losses[0], rtol=2e-5)
+    assert np.isfinite(metrics["grad_norm"]) and abs(losses[0] - losses[1]) > 1e-4
 
 
 def test_eval_tells_accuracy_beside_chance(attnlab, finished):
