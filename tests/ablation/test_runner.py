@@ -33,7 +33,7 @@ def names(found, event):
 
 def test_a_plan(tmp_path, attnlab, source):
     """Arms take turns, seeds share a program, a diverging arm is told and not fatal (3), and nothing is run again."""
-    arms = {"plain": {}, "wide": {"data.batch": 4, "train.steps": 12}, "bad": {"optimizer.learning_rate": 1e20}}
+    arms = {"plain": {}, "rows": {"data.shuffle": False}, "bad": {"optimizer.learning_rate": 1e20}}
     arms["bad"] |= {"model.mixers.M": "gated"}
     tree = plans.tree(source, arms=arms, equal={"what": "tokens"})
     tree["base"]["train"]["max_nonfinite"] = 2
@@ -50,23 +50,23 @@ def test_a_plan(tmp_path, attnlab, source):
     assert "failed: bad/seed0" in out and (work / "report.html").is_file()
     results = json.loads((work / "results.json").read_text())
     differing = {arm: sorted(node["config_diff"]) for arm, node in results["plan"]["arms"].items()}
-    assert differing["wide"] == ["data.batch", "train.steps"]
+    assert differing["rows"] == ["data.shuffle"]
     assert differing["bad"] == ["model.mixers.M.name", "optimizer.learning_rate"]  # no knob at its default
     assert results["plan"]["hash"] == json.loads((work / "plan.json").read_text())["hash"]
-    assert results["plan"]["equal"]["residual"] == {"plain": 0, "wide": 0, "bad": 0}
+    assert results["plan"]["equal"]["residual"] == {"plain": 0, "rows": 0, "bad": 0}
     by_name = {(r["arm"], r["seed"]): r for r in results["runs"]}
-    assert by_name["bad", 1]["status"] == "failed" and by_name["wide", 1]["status"] == "done"
-    last = plans.curves(work)["arms/wide/seed1"][-1]
-    assert by_name["wide", 1]["final"]["heldout_loss"] == last["heldout_loss"] and last["step"] == 12
+    assert by_name["bad", 1]["status"] == "failed" and by_name["rows", 1]["status"] == "done"
+    last = plans.curves(work)["arms/rows/seed1"][-1]
+    assert by_name["rows", 1]["final"]["heldout_loss"] == last["heldout_loss"] and last["step"] == 6
     assert by_name["plain", 0]["tokens"] == by_name["plain", 1]["tokens"] == 6 * 8 * 32
-    comparison = next(c for c in results["comparisons"] if c["arm"] == "wide")
+    comparison = next(c for c in results["comparisons"] if c["arm"] == "rows")
     assert comparison["pairs"] == [0, 1] and comparison["margin"] == 0.1
     assert attnlab(*command)[0] == 3 and len(plans.events(work)) == len(found)
     console = rich.console.Console(file=io.StringIO(), force_terminal=True, width=120)
     with Live(announce.read(work), work, console):
         pass
     shown = {line.split()[0]: line for line in console.file.getvalue().splitlines() if line.strip()}
-    assert "2/2" in shown["wide"] and "heldout_loss" in shown["wide"] and "0/2" in shown["bad"]
+    assert "2/2" in shown["rows"] and "heldout_loss" in shown["rows"] and "0/2" in shown["bad"]
     code, out, err = attnlab(*command[:-2], "--config.seeds=[0,2]")
     assert code == 2 and "holds another plan" in err
     assert attnlab(*command, "--retry-failed")[0] == 3

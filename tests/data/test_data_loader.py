@@ -132,11 +132,9 @@ def test_batches_and_resumption_do_not_depend_on_the_number_of_workers(corpus):
     config = data.DataConfig(source=corpus, length=32, batch=4)
     expected = take(data.train_loader(config, BYTES, seed=0), 46)
     with data.train_loader(dataclasses.replace(config, workers=2), BYTES, seed=0, rows=[2, 3]) as loader:
-        for start in (0, 41):
-            if start:
-                loader.set_state({**loader.get_state(), "step": start})
-            for step in range(start, start + 5):
-                assert_equal({name: array[2:] for name, array in expected[step].items()}, next(loader))
+        loader.set_state({**loader.get_state(), "step": 41})
+        for batch in expected[41:]:
+            assert_equal({name: array[2:] for name, array in batch.items()}, next(loader))
 
 
 def test_resume_is_exact_at_any_step(corpus):

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 
+import jax
 import numpy as np
 import pytest
 
@@ -19,6 +20,8 @@ from attnlab.masks.layouts import LayoutMask
 from attnlab.mixers.sequence import Sequence
 from attnlab.ops.layout import Layout
 from attnlab.train.config import RunConfig
+from attnlab.train.program import Program
+from tests import tiers
 from tests.train import runs
 
 ROW = {
@@ -206,8 +209,8 @@ def test_too_little_is_refused(tmp_path):
         data_lib.config_from_node({"name": "spans"}, "data")
 
 
-def test_a_run_with_a_mask_that_reads_them(tmp_path):
-    """Trains and evaluates; the digest of its rows is known to what follows."""
+def run_config(tmp_path):
+    """Of a run with a mask that reads where images lie."""
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in many()))
     tree = {
@@ -218,6 +221,21 @@ def test_a_run_with_a_mask_that_reads_them(tmp_path):
         "train": {"steps": 4, "log_every": 2, "eval_every": 4, "save_every": 4},
         "mesh": {"data": 1},
     }  # fmt: skip
-    printed = runs.run(config_lib.build(RunConfig, tree), tmp_path / "run")
+    return config_lib.build(RunConfig, tree)
+
+
+def test_a_mask_reads_them(tmp_path):
+    """A model with such a mask takes the batches: its evaluation can be traced on the arrays that there are."""
+    program = Program(run_config(tmp_path))
+    rows = next(iter(data_lib.open_data(program.config.data).heldout(batches=1)))
+    shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in rows.items()}
+    assert shapes.keys() == program.config.data.batch_spec().keys()
+    assert jax.eval_shape(program.eval_step, program.shapes.params, shapes)
+
+
+@tiers.exhaustive
+def test_a_run_with_a_mask_that_reads_them(tmp_path):
+    """Trains and evaluates; the digest of its rows is known to what follows."""
+    printed = runs.run(run_config(tmp_path), tmp_path / "run")
     assert "40 rows" in printed and "held-out accuracy" in printed and "(chance 0." in printed
     assert "heldout_accuracy" in runs.lines(tmp_path / "run")[-1]

@@ -14,6 +14,7 @@ from attnlab.evaluate.generate import Sampling, sample
 from attnlab.models.lm import LanguageModelConfig
 from attnlab.models.transformer import mixer_table
 from attnlab.train.state import Model
+from tests import tiers
 from tests.train import runs
 
 PROMPTS = [np.array([7], np.int32), np.arange(1, 12, dtype=np.int32), np.array([3, 1, 4], np.int32)]
@@ -52,12 +53,20 @@ def test_greedy_is_the_argmax_of_the_full_forward(trained):
         np.testing.assert_array_equal(np.argmax(logits, -1)[len(prompt) - 1 : len(whole) - 1], new)
 
 
+@tiers.exhaustive
 def test_a_batch_is_its_prompts_alone(trained):
-    """Sampling from one seed, the first prompt's sample does not depend on the others."""
+    """The first prompt's sample does not depend on the others; tests/evaluate/test_scorer.py has that of batches."""
+    model, params = trained
+    sampling = Sampling(tokens=12, temperature=1.0, seed=4)
+    alone, together = (generate(model.merge, params, p, sampling).tokens[0] for p in (PROMPTS[:1], PROMPTS))
+    np.testing.assert_array_equal(alone, together)
+
+
+def test_samples_are_of_their_seed(trained):
+    """One seed draws the same again, another one others."""
     model, params = trained
     sampling = Sampling(tokens=12, temperature=1.0, seed=4)
     together = generate(model.merge, params, PROMPTS, sampling).tokens
-    np.testing.assert_array_equal(generate(model.merge, params, PROMPTS[:1], sampling).tokens[0], together[0])
     again = generate(model.merge, params, PROMPTS, sampling).tokens
     other = generate(model.merge, params, PROMPTS, Sampling(tokens=12, temperature=1.0, seed=5)).tokens
     assert all(np.array_equal(a, b) for a, b in zip(together, again))

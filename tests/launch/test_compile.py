@@ -57,6 +57,26 @@ def report(target):
     return compile_lib.compile_step(config(), target)
 
 
+def test_report_of_any_program():
+    """What is told of a program that fits, here one for this machine's devices: its state, products and collectives."""
+    target = targets.Target("here", tuple(jax.devices()[:2]), CHIPS["v5e"])
+    c = config(data__length=16, model__width=32, model__mlp_width=64, model__layers=2)
+    report = compile_lib.compile_step(c, target)
+    cost = model_cost(c.model, c.data.length)
+    assert (report["devices"], report["parameters"]) == (2, cost.parameters)
+    assert report["mesh"] == c.mesh.sizes() | {"fsdp": 2}
+    assert 0.95 < report["memory"]["arguments"] / (12 * cost.parameters / 2) < 1.3 and report["memory"]["fits"]
+    assert report["collectives"]["all-gather"]["bytes"] > 0 == report["unknown_loops"] == report["network_bytes"]
+    tokens, attention = c.data.batch * c.data.length / 2, cost.flops["softmax.attention"]
+    products = 3 * tokens * (sum(cost.flops.values()) - attention)
+    assert products + tokens * attention < report["flops"]["compiler"] < products + 12 * tokens * attention
+    assert report["bound"] in report["floor_seconds"] and 0 < report["mfu_at_most"] <= 1
+    text = "\n".join(describe.program(json.loads(json.dumps(report))))
+    for part in ("here", "arguments", "all-gather", "bound by"):
+        assert part in text
+
+
+@tiers.exhaustive
 @needs_libtpu
 def test_report_of_a_tiny_run(report):
     """Memory is that of the sharded state, attention runs in the kernel, and the weights are gathered."""
@@ -76,6 +96,7 @@ def test_report_of_a_tiny_run(report):
     assert report["bound"] in report["floor_seconds"] and 0 < report["mfu_at_most"] <= 1
 
 
+@tiers.exhaustive
 @needs_libtpu
 def test_products_of_the_program_are_the_declared_ones(report):
     """Without rematerialisation the products outside kernels are those of three forward passes, in every layer."""
@@ -89,6 +110,7 @@ def test_products_of_the_program_are_the_declared_ones(report):
     assert report["flops"]["compiler_loops_once"] < 0.7 * expected
 
 
+@tiers.exhaustive
 @needs_libtpu
 def test_a_report_can_be_printed(report):
     """In words and in JSON."""

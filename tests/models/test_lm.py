@@ -310,7 +310,7 @@ def test_a_fixed_text(tmp_path):
         {x: {"name": "ablated", "weights": "text_stream", "text": str(p), "heads": 2} for x, p in zip("AB", paths)}, "m"
     )
     graphdef, params = drawn.apart(
-        lambda: LanguageModel(config(mixers=table(ids), pattern="A", layers=2), rngs=nnx.Rngs(0))
+        lambda: LanguageModel(config(mixers=table(ids), pattern="A", layers=1), rngs=nnx.Rngs(0))
     )
     model = nnx.merge(graphdef, params)
     small = batch() | {"tokens": batch()["tokens"] % 20}  # of a text's ids 20 and 21 the text alone has some

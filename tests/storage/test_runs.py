@@ -76,14 +76,12 @@ def test_a_run(place, source, alone, attnlab, tmp_path):
     assert {n.split("/")[1] for n in names if n.startswith("checkpoints/")} == {"8", "12"}
     assert place.encode() in bucket.get("log.txt") and str(tmp_path).encode() not in bucket.get("log.txt")
     assert f"the run in {place} is complete" in runs.run(config, url)
-    here = {}
-    for where in (place, alone):
-        code, out, _ = attnlab("eval", "--workdir", where, "--json")
-        assert code == 0
-        here[where] = json.loads(out)
-    assert here[place] == here[alone]
-    code, out, _ = attnlab("generate", "--workdir", place, "--prompt", "def", "--tokens", "4", "--json")
+    if place.startswith("gs:"):  # the verbs go to a bucket alike
+        code, out, _ = attnlab("generate", "--workdir", place, "--prompt", "def", "--tokens", "4", "--json")
+        assert code == 0 and json.loads(out)["step"] == 12
+    code, out, _ = attnlab("eval", "--workdir", place, "--batches", "2", "--json")
     assert code == 0 and json.loads(out)["step"] == 12
+    assert json.loads(out)["loss"] == pytest.approx(lines(place)[-1]["heldout_loss"], rel=1e-6)
     code, out, _ = attnlab("goodput", "--workdir", place, "--json")
     assert code == 0 and len(json.loads(out)["attempts"]) == 2
     assert not list((tmp_path / "staging" / f"attnlab-{os.getuid()}").iterdir())
@@ -108,7 +106,7 @@ def test_damage(place, source, alone):
 @only("s3")
 def test_faults(place, store, source, alone):
     """A bucket that refuses for a while costs nothing; one that is read-only ends the run, and nothing is lost."""
-    config, url, first = runs.config(source, **SMALL), Url(place), []
+    config, url, first = runs.config(source, **SMALL, **{"train__save_every": 6}), Url(place), []
 
     def at_times(method, path):
         first.append(path)
@@ -131,7 +129,7 @@ def test_faults(place, store, source, alone):
 
     with store.failing(read_only), pytest.raises((UserError, TrainingFailed), match=place):
         runs.run(config, url)
-    assert len(writes) > 3 and kept <= set(bucket.listing("checkpoints")) and saved(bucket) == [8]
+    assert len(writes) > 3 and kept <= set(bucket.listing("checkpoints")) and saved(bucket) == [6]
     runs.run(config, url)
     assert lines(place) == runs.lines(alone)
 

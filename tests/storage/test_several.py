@@ -83,7 +83,7 @@ def wrote_their_parts(place, step):
     assert not Bucket(Url(place)).listing("uploads")
 
 
-@tiers.often("1-s3")
+@tiers.exhaustive
 @pytest.mark.parametrize("store", ["gs", "s3"], indirect=True)
 @pytest.mark.parametrize("began", [1, 2])
 def test_two_hosts(place, store, tmp_path, unbroken, attnlab, began):

@@ -4,6 +4,7 @@ import json
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -13,6 +14,7 @@ from attnlab.storage import bucket as bucket_lib
 from attnlab.storage import lease as lease_lib
 from attnlab.storage import workdir as workdir_lib
 from attnlab.storage.bucket import Bucket, Url
+from attnlab.storage.checkpoints import RemoteCheckpoints
 from tests.storage.servers import Answer, only
 
 
@@ -267,3 +269,39 @@ def test_outputs(place, tmp_path):
             for name in names:
                 (path / name).write_text(name)
     assert list(bucket.listing("d")) == ["d/index.json", "d/new"]
+
+
+@only("s3")
+def test_a_checkpoint_of_several_hosts(bucket, tmp_path):
+    """Each brings what it alone wrote, the first what all wrote; it is complete once all is there, and as one list."""
+    checked, written = [], []
+
+    def host(index):
+        path = tmp_path / f"host{index}"
+        directory = path / "checkpoints" / "8"
+        directory.mkdir(parents=True)
+        for name in ("all", f"part{index}"):
+            (directory / name).write_text(f"{name} of {index}")
+        files = {"all": "the same", f"part{index}": str(index)}
+        (directory / "digests.json").write_text(json.dumps({"files": files}))
+
+        def write(files):
+            written.append(index)
+            (directory / "digests.json").write_text(json.dumps({"files": files}))
+
+        def before_commit():
+            checked.append(sorted(bucket.listing("checkpoints")))
+
+        made = RemoteCheckpoints(bucket, path, 1, before_commit)
+        made.commit(8, directory, index, 3, write)
+        made.committed(8)
+        assert not directory.exists() and made.steps() == [8]
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(host, (2, 1, 0)))
+    names = [f"checkpoints/8/{name}" for name in ("all", "part0", "part1", "part2")]
+    assert checked == [names] and written == [0]  # all were there before it became a checkpoint
+    assert bucket.get(names[0]) == b"all of 0" and bucket.get(names[2]) == b"part1 of 1"
+    listed = json.loads(bucket.get("checkpoints/8/digests.json"))["files"]
+    assert listed == {"all": "the same"} | {f"part{i}": str(i) for i in range(3)}
+    assert not bucket.listing("uploads") and RemoteCheckpoints(bucket, tmp_path, 0, None).steps() == [8]

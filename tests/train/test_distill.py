@@ -74,7 +74,8 @@ def test_meshes_and_accumulation_change_nothing(matching):
     """Three steps on eight devices, in two micro-batches, have one device's losses; the teacher is split and stays."""
     teacher = Program.of(runs.config("stdlib"))
     params = runs.drawn(teacher.model, 1)
-    make = functools.partial(student, "stdlib", "v", matching, optimizer__clip=0.5)
+    plain = {} if matching == LAYERS else {"model__pattern": "M", "model__layers": 1, "model__mixers": {"M": SOFTMAX}}
+    make = functools.partial(student, "stdlib", "v", matching, optimizer__clip=0.5, **plain)
     whole, state, _ = taught(make(), teacher.model, params)
     for mesh in MESHES:
         split, _, placed = taught(make(mesh=mesh, train__accumulate=2), teacher.model, params)
@@ -105,7 +106,9 @@ def shapes(config):
 
 def test_a_run_goes_on_bit_for_bit(source, trained, tmp_path, monkeypatch):
     """Broken off, it ends as an unbroken one, with its first teacher, though that trained on or has moved."""
-    config = student(source, trained, {"cross_entropy": 0.5}, train__log_every=1)
+    plain = {"model__pattern": "M", "model__layers": 1, "model__mixers": {"M": SOFTMAX}}
+    learner = functools.partial(student, **plain)
+    config = learner(source, trained, {"cross_entropy": 0.5}, train__log_every=1)
     said = runs.run(config, tmp_path / "unbroken")
     assert f"learns of {trained} at step 2: logits at temperature 1, and 0.5 of cross-entropy" in said
     assert saved(tmp_path / "unbroken", 4) == shapes(config)
@@ -129,12 +132,12 @@ def test_a_run_goes_on_bit_for_bit(source, trained, tmp_path, monkeypatch):
     known = json.loads((tmp_path / "w" / distill.RECORD).read_text())
     assert (known["teacher"], known["step"]) == (str(trained), 2) and len(known["digest"]) == 64
     shutil.copytree(moved / "checkpoints" / "2", moved / "checkpoints" / "3")  # a newer one, which is not looked at
-    loop.train(student(source, moved, {"cross_entropy": 0.5}, train__log_every=1), tmp_path / "w")
+    loop.train(learner(source, moved, {"cross_entropy": 0.5}, train__log_every=1), tmp_path / "w")
     assert runs.lines(tmp_path / "w") == lines
     found, wanted = (arrays(restore.load(tmp_path / name, "4").params) for name in ("w", "unbroken"))
     for name, value in wanted.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
-    other = student(source, tmp_path / "unbroken", {"cross_entropy": 0.5}, train__log_every=1, train__steps=5,
+    other = learner(source, tmp_path / "unbroken", {"cross_entropy": 0.5}, train__log_every=1, train__steps=5,
                     train__on_config_change="continue")  # fmt: skip
     said = (
         f"learns of {moved} at step 2 .digest {known['digest'][:12]}.; .*unbroken has another checkpoint of that step"
@@ -144,18 +147,18 @@ def test_a_run_goes_on_bit_for_bit(source, trained, tmp_path, monkeypatch):
     more = {"train__steps": 5, "train__on_config_change": "continue"}
     said = r"train.distill.step = 1 is not possible: .* learns of \S+ at step 2; allowed: 2, none, or another"
     with pytest.raises(UserError, match=said):
-        loop.train(student(source, moved, {"cross_entropy": 0.5, "step": 1}, **more), tmp_path / "w")
+        loop.train(learner(source, moved, {"cross_entropy": 0.5, "step": 1}, **more), tmp_path / "w")
     record = tmp_path / "w" / distill.RECORD
     record.rename(tmp_path / "kept.json")
     with pytest.raises(UserError, match="distill.json, which says at which step, is lost; allowed: that file restored"):
-        loop.train(student(source, moved, {"cross_entropy": 0.5}, **more), tmp_path / "w")
-    known_again = student(source, moved, {"cross_entropy": 0.5, "step": 2}, **more)
+        loop.train(learner(source, moved, {"cross_entropy": 0.5}, **more), tmp_path / "w")
+    known_again = learner(source, moved, {"cross_entropy": 0.5, "step": 2}, **more)
     before = config_lib.to_dict(config)
     with distill.opened(known_again, tmp_path / "w", None, print, before=before) as teacher:
         assert teacher.digest == known["digest"]
     (tmp_path / "kept.json").rename(record)
     shutil.rmtree(moved / "checkpoints" / "2")
-    gone = student(source, moved, {"cross_entropy": 0.5}, train__steps=5, train__on_config_change="continue")
+    gone = learner(source, moved, {"cross_entropy": 0.5}, train__steps=5, train__on_config_change="continue")
     with pytest.raises(UserError, match="has no checkpoint of step 2; allowed: 1, 3"):
         loop.train(gone, tmp_path / "w")
 

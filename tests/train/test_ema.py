@@ -113,7 +113,8 @@ def test_export_takes_it(source, unbroken, tmp_path, attnlab):
 
 def test_without_it_there_is_none(source, unbroken, tmp_path):
     """Off is no array; asked for it is an error, and so is turning it on or off midway."""
-    off = {**SMALL, "train__steps": 3, "train__save_every": 3, "train__ema": 0}
+    less = {**SMALL, "model__mlp_width": 0, "model__layers": 1}
+    off = {**less, "train__steps": 3, "train__save_every": 3, "train__ema": 0}
     config = runs.config(source, **off)
     assert Program.of(config).shapes.ema is None
     loop.train(config, tmp_path / "w")
@@ -121,7 +122,7 @@ def test_without_it_there_is_none(source, unbroken, tmp_path):
         UserError, match="checkpoint 3 in .* has no averaged weights; allowed: one of a run with train.ema"
     ):
         restore.load(tmp_path / "w", ema=True)
-    on = runs.config(source, **SMALL, train__on_config_change="continue")
+    on = runs.config(source, **less, train__on_config_change="continue")
     with pytest.raises(UserError, match="(?s)ema.* was not there, is float32.*train.ema, or use another workdir"):
         loop.train(on, tmp_path / "w")
     with pytest.raises(ConfigError, match="train.ema = 1.0 is not possible; allowed: 0 .none. or more, below 1"):

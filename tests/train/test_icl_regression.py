@@ -253,6 +253,7 @@ def test_sigkill_and_sigterm_lose_nothing(tmp_path):
     assert runs.lines(hit) == runs.lines(alone)
 
 
+@tiers.exhaustive
 def test_a_finished_run_goes_on_elsewhere(finished, tmp_path):
     """Another mesh, more steps: the checkpoint is restored onto it."""
     workdir = shutil.copytree(finished[0], tmp_path / "run")

@@ -135,6 +135,7 @@ def test_a_signal_to_one_saves_on_all(alone, source, tmp_path, told, mesh, parts
     assert f"SIGTERM on process {told}" in pair.output(0)
     saved = max(int(p.name) for p in (pair.workdir / "checkpoints").iterdir() if p.name.isdigit())
     assert saved == runs.lines(pair.workdir)[-1]["step"]
+    assert f"saved step {saved}; resume with" in pair.output(0)
     both = min(saved, 12)
     assert_same_run(numbers(pair.workdir)[:both], numbers(alone)[:both])
     for index in range(2):

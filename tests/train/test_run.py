@@ -288,8 +288,8 @@ def wait_for_step(workdir, step, process, timeout=120):
     raise AssertionError(f"step {step} never came: {process.communicate(timeout=5)[0]}")
 
 
-@pytest.mark.slow
-@tiers.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], often=[signal.SIGTERM])
+@tiers.exhaustive
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_save_and_exit_with_zero(source, tmp_path, number):
     """SIGTERM, SIGINT and SIGHUP save, say how to resume, and end with 0."""
     workdir = tmp_path / "run"
