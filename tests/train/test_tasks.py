@@ -112,10 +112,12 @@ IMAGES = {"name": "visual_question", "length": 24, "images": 1, "symbols": 10, "
 def test_masks_of_layouts_train(mask):
     """Rows say where images lie: what the mask shows changes the loss, a mesh that splits positions nothing."""
     masked = {"data": IMAGES, "model__vocab": 25, "model__mixers__M__mask__name": mask}
+    layers = {"isolation": 1, "modality_mutual": 2}[mask]  # what an image sees of itself, answers see a layer later
+    masked["model__layers"] = layers
     if mask == "isolation":
         masked["model__mixers__M__mask__background"] = False
     one, split = Program.of(config(**masked)), Program(config(**masked, mesh__data=2, mesh__context=2))
-    plain = Program.of(config(data=IMAGES, model__vocab=25))
+    plain = Program.of(config(data=IMAGES, model__vocab=25, model__layers=layers))
     rows = data_lib.open_data(one.config.data).rows("train", range(8))
     _, metrics = split.train_step(runs.first(split), split.put(rows))
     losses = []
