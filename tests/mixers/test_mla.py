@@ -132,10 +132,16 @@ def test_the_norm_comes_before_the_cache():
     """The size of W_c does not matter, neither to the layer nor to what is cached."""
     module = cases.module(MLAConfig(), jnp.float64)
     x, _ = cases.inputs(jnp.float64)
-    run = lambda: module.latents(1e4 * x, mixers.Sequence.whole(*x.shape[:2]))[..., : module.widths.latent]
-    first = run()
-    module.down.kernel[...] = 7 * module.down.kernel[...]
-    np.testing.assert_allclose(run(), first, atol=1e-9)
+    seq, (graphdef, params) = mixers.Sequence.whole(*x.shape[:2]), cases.split(module)
+
+    @jax.jit
+    def run(params, x):
+        of = nnx.merge(graphdef, params)
+        return of.latents(1e4 * x, seq)[..., : of.widths.latent]
+
+    first = run(params, x)
+    module.down.kernel[...] = 7 * np.asarray(module.down.kernel[...])
+    np.testing.assert_allclose(run(cases.split(module)[1], x), first, atol=1e-9)
 
 
 def test_relative_positions():

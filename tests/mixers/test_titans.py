@@ -112,22 +112,24 @@ def segment_by_segment(mixed, x, positions):
     prefix_k, prefix_v = (list(p) for p in np.asarray(mixed.attention.persistent[...]))
     kernel = np.asarray(memory.kernel[...])
     w, s, projected, ys, ms = np.asarray(memory.layer_0[...]), 0.0, [], [], []
+    gated, rotated = jax.jit(lambda x, taps: memory.gated(x, taps, None)), jax.jit(mixed.attention.rotated)
+    qkv, retrieved = jax.jit(memory.qkv), jax.jit(mixed.retrieved)
     start = w
     for t in range(x.shape[1]):
         if t % window == 0:
             reader, keys, values = w, prefix_k.copy(), prefix_v.copy()
         start = w if t % chunk == 0 else start
         read = np.einsum("hi,hio->ho", query[t], reader)
-        k_read, v_read = jnp.split(mixed.retrieved(read.reshape(1, -1)), 2, axis=-1)
-        k_read = mixed.attention.rotated(k_read.reshape(1, 1, *read.shape), positions[:, t : t + 1])
+        k_read, v_read = np.split(np.asarray(retrieved(read.reshape(1, -1))), 2, axis=-1)
+        k_read = rotated(k_read.reshape(1, 1, *read.shape), np.asarray(positions)[:, t : t + 1])
         keys += [k[t], np.asarray(k_read)[0, 0]]
         values += [v[t], np.asarray(v_read).reshape(read.shape)]
         weights = np.exp(np.einsum("hd,nhd->nh", q[t], keys) / 2)
         ys.append(np.einsum("nh,nhd->hd", weights / weights.sum(0), values))
         flat = jnp.asarray(ys[-1].reshape(1, 1, -1))
-        projected.append(np.asarray(memory.qkv(flat))[0, 0])
+        projected.append(np.asarray(qkv(flat))[0, 0])
         convolved = sum(kernel[-1 - i] * projected[t - i] for i in range(min(len(kernel), t + 1)))
-        inputs = memory.gated(flat, jnp.asarray(convolved)[None, None], None)
+        inputs = gated(flat, convolved[None, None])
         mq, mk, mv, log_keep, log_eta, theta = (np.asarray(a)[0, 0] for a in inputs)
         slope = mk[:, :, None] * (np.einsum("hi,hio->ho", mk, start) - mv)[:, None]
         wide = lambda a: np.exp(a)[:, None, None]

@@ -143,7 +143,8 @@ def test_layer_is_the_formula(impl):
 
 def test_at_first():
     """tau is 1 / i, and never below 0; maps are small; the state's size is fixed."""
-    module = mixers.build(TTTLinearConfig(heads=1, head_width=64), width=16, rngs=nnx.Rngs(0))
+    with cases.drawn_by_numpy():
+        module = mixers.build(TTTLinearConfig(heads=1, head_width=64), width=16, rngs=nnx.Rngs(0))
     np.testing.assert_allclose(module.learned().tau, 1 / np.arange(1, 17), rtol=1e-6)
     assert np.std(module.weight[...]) == pytest.approx(0.02, rel=0.05) and not np.any(module.weight_bias[...])
     module.tau[...] = -0.1 + 0 * module.tau[...]
