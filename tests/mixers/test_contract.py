@@ -357,8 +357,6 @@ def test_bfloat16_gradients_of_memories(config):
 
 
 def held_to_bfloat16(config, gradients=True):
-    if config.node_name == "rwkv7":  # on CPUs XLA of jax 0.10 ends the process in its gradients of several chunks
-        config = dataclasses.replace(config, chunk=cases.LENGTH)
     with jax.enable_x64(True):
         graphdef, params = cases.split(cases.module(config, jnp.float64))
         x, seq = cases.inputs(jnp.float64)
