@@ -16,7 +16,7 @@ from collections.abc import Iterable
 
 import pytest
 
-SLOW = 0.8  # CPU seconds of a test's dearest case
+SLOW = 0.6  # CPU seconds of a test's dearest case
 FILE = pathlib.Path(__file__).with_name("slow.txt")
 BATTERY = "tests/mixers/test_contract"
 

@@ -73,7 +73,7 @@ def test_what_is_slow_is_there():
 def test_costs_tell_what_is_slow(tmp_path):
     """By the dearest case; laws that every mixer is held to are slow by their mixer."""
     (tmp_path / "costs").write_text(
-        "0.10\ttests/a.py::test_a[1]\n1.20\ttests/a.py::test_a[2]\n0.70\ttests/a.py::test_b\n"
+        "0.10\ttests/a.py::test_a[1]\n1.20\ttests/a.py::test_a[2]\n0.50\ttests/a.py::test_b\n"
         "9.00\ttests/mixers/test_contract.py::test_c[titans-default]\n"
     )
     found = costs.read(tmp_path / "costs")
