@@ -46,6 +46,8 @@ class Program:
       chosen: the implementation of each op in the train step, once that was traced; see `attnlab.ops.recording`.
     """
 
+    once: dict[str, Any] | None = {_LEVEL: 1}  # what XLA is told of a program that runs once, on a CPU
+
     def __init__(
         self,
         config: RunConfig,
@@ -79,8 +81,6 @@ class Program:
         while len(_shared) > _most:
             _shared.popitem(last=False)
         return _shared[key]
-
-    once: dict[str, Any] | None = {_LEVEL: 1}  # what XLA is told of a program that runs once, on a CPU
 
     @staticmethod
     def share(count: int) -> None:

@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from attnlab.launch import runtime
+from attnlab.train import executables
 
 
 @pytest.fixture
@@ -49,3 +50,16 @@ def test_unsound_programs_of_cpus_are_left_out(monkeypatch, given, version, expe
     assert found.startswith(expected.format(flag=flag)) and "REDUCE" not in found and "ELTWISE" not in found
     runtime.configure()
     assert os.environ["XLA_FLAGS"] == found
+
+
+def test_steps_are_kept_whole_on_a_disk_alone(tmp_path, nowhere, monkeypatch):
+    """Beside what jax keeps, for who asks; where that is in a bucket, nowhere."""
+    told = []
+    monkeypatch.setattr(executables, "keep_in", told.append)
+    jax.config.update("jax_compilation_cache_dir", "gs://bucket/compiled")
+    runtime.keep_compiled(tmp_path, whole=True)
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "kept"))
+    runtime.keep_compiled(tmp_path)
+    assert told == []
+    runtime.keep_compiled(tmp_path, whole=True)
+    assert told == [tmp_path / "kept" / "steps"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 import types
 
@@ -12,8 +13,8 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from attnlab import cli, ops
 from attnlab import data as data_lib
-from attnlab import ops
 from attnlab.train import executables, goodput
 from attnlab.train.program import Program
 from tests.train import runs
@@ -67,6 +68,38 @@ def test_a_later_process_loads_what_was_compiled(source, folder, caplog):
     other = Program(runs.config(source, model__layers=1, optimizer__learning_rate=3e-3))
     assert other._executables._key != program._executables._key
     assert other._executables.load("train_step") is None
+
+
+def test_the_command_line_keeps_them_in_a_process_of_its_own(source, folder, tmp_path, monkeypatch, attnlab):
+    """Where code is what its files say: the second run, and one that goes on, load what the first compiled, and their
+    losses are its. What calls `cli.main` may have changed objects, and keeps nothing."""
+    executables.keep_in(None)
+    loaded, load = [], executables.Executables.load
+    monkeypatch.setattr(executables.Executables, "load", lambda *args: loaded.append(load(*args)) or loaded[-1])
+    fields = {"train__steps": 3, "train__eval_every": 0, "train__save_every": 1, "train__sample_tokens": 0}
+    config = runs.write_config(tmp_path / "c.py", source, model__layers=1, **fields)
+    kept = tmp_path / "jax" / "steps"
+
+    def train(name, own):
+        Program.forget()
+        jax.clear_caches()
+        loaded.clear()
+        command = ["train", "--config", config, "--workdir", str(tmp_path / name)]
+        monkeypatch.setattr(sys, "argv", ["attnlab", *command])
+        assert (cli.main() if own else attnlab(*command)[0]) == 0
+        for thread in executables.threads():
+            thread.join()
+        return sum(found is not None for found in loaded)
+
+    assert train("called", own=False) == 0 and not kept.exists()
+    compilation_cache.reset_cache()
+    shutil.rmtree(tmp_path / "jax")  # what jax took from there is not kept
+    assert train("first", own=True) == 0 and len(list(kept.iterdir())) == 2
+    assert train("second", own=True) == 2
+    shutil.rmtree(tmp_path / "second" / "checkpoints" / "3")
+    assert train("second", own=True) == 1
+    first, second = (runs.lines(tmp_path / name) for name in ("first", "second"))
+    assert [line["loss"] for line in first] == [line["loss"] for line in second]
 
 
 def test_other_code_flags_and_versions_are_another_key(source, folder, tmp_path, monkeypatch):
