@@ -22,7 +22,6 @@ from typing import Any
 import jax
 
 from attnlab.train import goodput
-from kernels_pallas import tuning
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +154,7 @@ def _settings() -> Iterable[str]:
     places = ("cache", "log", "dump", "coordinator")
     values = jax.config.values.items()
     yield from (f"{name}={value}" for name, value in sorted(values) if not any(place in name for place in places))
-    tables = os.environ.get(tuning.OWN_TABLES)
+    tables = os.environ.get("ATTNLAB_KERNEL_TABLES")
     if tables:
         yield from (f"{path} {path.read_text()}" for path in sorted(pathlib.Path(tables).rglob("*.json")))
     cpu = pathlib.Path("/proc/cpuinfo")

@@ -15,7 +15,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from attnlab import cli, ops
 from attnlab import data as data_lib
-from attnlab.train import executables, goodput
+from attnlab.train import executables, goodput, program
 from attnlab.train.program import Program
 from tests.train import runs
 
@@ -74,8 +74,9 @@ def test_the_command_line_keeps_them_in_a_process_of_its_own(source, folder, tmp
     """Where code is what its files say: the second run, and one that goes on, load what the first compiled, and their
     losses are its. What calls `cli.main` may have changed objects, and keeps nothing."""
     executables.keep_in(None)
-    loaded, load = [], executables.Executables.load
+    loaded, load, make, traced = [], executables.Executables.load, program.make_train_step, []
     monkeypatch.setattr(executables.Executables, "load", lambda *args: loaded.append(load(*args)) or loaded[-1])
+    monkeypatch.setattr(program, "make_train_step", lambda *args: traced.append(1) or make(*args))
     fields = {"train__steps": 3, "train__eval_every": 0, "train__save_every": 1, "train__sample_tokens": 0}
     config = runs.write_config(tmp_path / "c.py", source, model__layers=1, **fields)
     kept = tmp_path / "jax" / "steps"
@@ -84,20 +85,21 @@ def test_the_command_line_keeps_them_in_a_process_of_its_own(source, folder, tmp
         Program.forget()
         jax.clear_caches()
         loaded.clear()
+        traced.clear()
         command = ["train", "--config", config, "--workdir", str(tmp_path / name)]
         monkeypatch.setattr(sys, "argv", ["attnlab", *command])
         assert (cli.main() if own else attnlab(*command)[0]) == 0
         for thread in executables.threads():
             thread.join()
-        return sum(found is not None for found in loaded)
+        return sum(found is not None for found in loaded), len(traced)
 
-    assert train("called", own=False) == 0 and not kept.exists()
+    assert train("called", own=False) == (0, 1) and not kept.exists()
     compilation_cache.reset_cache()
     shutil.rmtree(tmp_path / "jax")  # what jax took from there is not kept
-    assert train("first", own=True) == 0 and len(list(kept.iterdir())) == 2
-    assert train("second", own=True) == 2
+    assert train("first", own=True) == (0, 1) and len(list(kept.iterdir())) == 2
+    assert train("second", own=True) == (2, 0)
     shutil.rmtree(tmp_path / "second" / "checkpoints" / "3")
-    assert train("second", own=True) == 1
+    assert train("second", own=True) == (1, 0)
     first, second = (runs.lines(tmp_path / name) for name in ("first", "second"))
     assert [line["loss"] for line in first] == [line["loss"] for line in second]
 
