@@ -65,6 +65,14 @@ def assert_close(found, expected, tolerance):
         np.testing.assert_allclose(found[name], value, atol=tolerance * scale, rtol=0, err_msg=name)
 
 
+def assert_causal(fn, arrays, by, at=37, **rest):
+    """What comes from position `at` on, here its size times `by`, changes nothing before, to the last bit."""
+    changed = {n: x if n == "state" else x.at[:, at:].set(by * jnp.abs(x[:, at:])) for n, x in arrays.items()}
+    before, after = (results(fn, x, **rest)["o"] for x in (arrays, changed))
+    np.testing.assert_array_equal(before[:, :at], after[:, :at])
+    assert np.any(before[:, at:] != after[:, at:])
+
+
 def assert_refused(fn, says, *, dtype="bfloat16", width=8, **options):
     """Before anything is compiled, for queries and keys of a width and values of 8."""
     of = lambda w: jax.ShapeDtypeStruct((1, 9, 2, w), dtype)
