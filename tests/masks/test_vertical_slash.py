@@ -25,7 +25,7 @@ def sees(config, n):
         {"columns": (), "slashes": ((9, 11), (0, 2))},
         {"columns": (1,), "slashes": ((5, 9), (2, 5), (3, 4))},
         {"columns": (0, 2, 3), "slashes": ()},
-        {"columns": (5, 17), "slashes": ((0, 1), (8, 9), (13, 14)), "block": 4},
+        {"columns": (5, 17), "slashes": ((0, 1), (7, 8), (13, 14)), "block": 4},
         {"columns": (2, 12), "slashes": ((9, 11),), "block": 3},
     ],
     ids=["one", "two", "joined", "columns", "blocks", "one by blocks"],
