@@ -53,12 +53,9 @@ def make_train_step(
       factors: tree like the parameters; no gradient is computed where it is 0. None: all have one.
       teaching: of what teacher the model learns; None: of the data alone.
     """
-
     options = {name: getattr(config, name) for name in model.objective.options}
 
-    def micro_loss(
-        teacher: Any, step: jax.Array, params: Any, micro: Batch, key: jax.Array | None
-    ) -> tuple[jax.Array, Metrics]:
+    def micro_loss(teacher: Any, step: Any, params: Any, micro: Batch, key: Any) -> tuple[jax.Array, Metrics]:
         """Loss summed over the micro-batch, and the sums of all that is logged."""
         if factors is not None:
             params = jax.tree.map(lambda f, p: p if f else jax.lax.stop_gradient(p), factors, params)
