@@ -7,6 +7,15 @@ BIASED    (fields, projections of queries, keys and values, of the output): whic
           config of these fields; default: [({}, "q k v", "out")].
 BLOCK     rows that its ops compute together, where the config has no `chunk`; default: 256, as attention does.
 KERNEL_TOLERANCE  how near kernels are to the definition where both round to float32; default: 2e-5.
+NUMBERS_OF  the mixer by whose numbers in bf16 this one's are, by what both run: attention by the shared seam or with
+          scores of its own, scans with or without decays and transitions, solvers. Every run tries that one alone;
+          default: none, it is tried itself.
+BFLOAT16_GRADIENTS  whether every run tries gradients in bf16, too; default: yes.
+WRITTEN_OUT  whether its own tests write the layer out on rows without segments, which `--exhaustive` alone tries then
+          in the battery; default: no.
+SPLIT_GRADIENTS  whether every run tries its gradients on several devices, where it is the mixer that is run for its way
+          of splitting positions; no, where they are dear and its op's tests (tests/ops, tests/parallel) hold them;
+          default: yes.
 keys_seen(config, t)      keys that a query at position t of one document of `cases.LENGTH` sees, where they are not
           those of a window or a mask.
 keys_computed(config)     of all rows, what a program computes that masks instead of skipping; default: LENGTH.

@@ -20,6 +20,8 @@ from tests.mixers import cases
 # What the laws are told of this mixer: tests/mixers/stated.py.
 ROLES = {"matrix": "q k v out gate up", "scale": "embedding_norm"}
 BIASED = [({}, "q k v", "out"), ({"weights": "none"}, "gate up", "out")]
+NUMBERS_OF = "based"
+WRITTEN_OUT = True
 
 B, T, H, E = 2, 11, 2, 3
 op = jax.jit(running_softmax, static_argnames=("chunk", "impl"))

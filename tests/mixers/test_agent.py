@@ -27,6 +27,9 @@ ROLES = {
     "tokens": "agents",
     "positions": " ".join(f"bias_{at}.{of}" for at in ("in", "out") for of in ("table", "row", "column", "leading")),
 }
+NUMBERS_OF = "softmax"
+WRITTEN_OUT = True
+SPLIT_GRADIENTS = False
 
 FORMS = ("bidirectional", "learned", "pooled")
 

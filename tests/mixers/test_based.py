@@ -18,6 +18,7 @@ from tests.mixers import cases
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
 ROLES = {"matrix": "q k v out"}
+WRITTEN_OUT = True
 
 
 @pytest.fixture(autouse=True)

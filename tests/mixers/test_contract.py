@@ -20,7 +20,7 @@ from attnlab.parallel import partition
 from attnlab.train import sharding
 from attnlab.train.config import MeshConfig
 from tests import tiers
-from tests.mixers import cases, differences, forced, precision
+from tests.mixers import cases, differences, forced, precision, stated
 
 # Knobs are held to the definition, on packed documents; most else is tried in the default, the combinations and
 # both directions; what no combination decides, in both directions.
@@ -28,26 +28,7 @@ from tests.mixers import cases, differences, forced, precision
 every_config = pytest.mark.parametrize("config", cases.parameters(chunks=True))
 some_configs = pytest.mark.parametrize("config", cases.parameters(knobs=False, chunks=True))
 few_configs = pytest.mark.parametrize("config", cases.parameters(knobs=False, combinations=False, chunks=True))
-# In bf16 the suite tries those by whose numbers others are: attention by the shared seam and with scores of its own,
-# scans with and without decays and transitions, solvers, and of memories that learn the values.
-BY_NUMBERS_OF = {
-    "based": "ablated", "gated_deltanet": "delta_net kda path rwkv7", "gla": "gsa hgrn2", "mamba2": "log_linear",
-    "mesa": "local_linear", "moba": "nsa routing vmoba", "tensor": "multi_token",
-    "softmax": "agent diff dma dsa fox gated mla moh parallax rattention residual_attention topk_broadcast",
-}  # fmt: skip
-LEARN = "titans", "ttt_linear"
-in_bfloat16 = set(mixers.names()) - set(" ".join(BY_NUMBERS_OF.values()).split())
-# Whose own tests write the layer out on rows without segments.
-WRITTEN_OUT = (
-    "ablated", "agent", "based", "core_context", "delta_net", "flow", "gated", "gated_deltanet", "gla", "gsa",
-    "hebbian", "hgrn2", "kda", "lightning", "log_linear", "mamba2", "mesa", "moba", "moh", "nsa", "rat", "rwkv7",
-    "short_conv", "titans", "ttt_linear",
-)  # fmt: skip
 WAYS = {mixers.get(n).sequence_parallel_of(mixers.get(n).Config()): n for n in reversed(mixers.names())}  # the first
-# Of these, gradients on several devices are their ops' (tests/ops, tests/parallel); here they cost most.
-FORWARD = (
-    "agent", "dma", "dsa", "flow", "gsa", "log_linear", "mesa", "nsa", "rattention", "titans", "ttt_linear", "vmoba",
-)  # fmt: skip
 KEPT_AS_GIVEN = {"k", "v", "keys", "values", "cache", "tail"}  # parts of states that hold inputs, not sums
 call = cases.call
 SHOWN = {}  # of configs whose sums were looked at: see `held_to_wide_sums`
@@ -166,7 +147,7 @@ def test_causality(config, x64):
     whole, one = one_document(x)
     run = lambda x: np.asarray(value_and_gradients(graphdef, params, jnp.asarray(x), one)[0][0])
     before = run(x)
-    if config.node_name not in WRITTEN_OUT:
+    if not written_out(config):
         assert_close(call(graphdef, params, jnp.asarray(x), whole), before, 1e-10)
     if not config.causal:
         return
@@ -174,6 +155,10 @@ def test_causality(config, x64):
         after = run(np.concatenate([x[:, :t], 7 - 3 * x[:, t:]], 1))
         np.testing.assert_array_equal(after[:, :t], before[:, :t])
         assert not np.array_equal(after[:, t:], before[:, t:])
+
+
+def written_out(config):
+    return stated.of(config.node_name, "WRITTEN_OUT", False)
 
 
 def one_document(x):
@@ -186,7 +171,7 @@ def one_document(x):
 @some_configs
 def test_rows_without_segments(config, x64):
     """Law 4, of those that are written out."""
-    if config.node_name in WRITTEN_OUT:
+    if written_out(config):
         split, x = cases.split(cases.module(config, jnp.float64)), cases.inputs(jnp.float64)[0]
         assert_close(*(call(*split, x, seq) for seq in one_document(x)), 1e-10)
 
@@ -286,16 +271,20 @@ def test_sharding(config, x64):
     One mixer for each way of splitting positions is run, its gradients too where these cost little: others' are those
     of their ops. Whoever shares a way is traced, without gradients.
     """
-    name, runs = config.node_name, config.node_name in WAYS.values()
-    same_on_eight_devices(config, gradients=runs and name not in FORWARD, runs=runs)
+    runs = config.node_name in WAYS.values()
+    same_on_eight_devices(config, gradients=runs and split_gradients(config), runs=runs)
 
 
 @tiers.exhaustive
 @few_configs
 def test_gradients_on_eight_devices(config, x64):
     """Law 6, numbers and gradients of the others."""
-    if config.node_name in FORWARD or config.node_name not in WAYS.values():
+    if not split_gradients(config) or config.node_name not in WAYS.values():
         same_on_eight_devices(config)
+
+
+def split_gradients(config):
+    return stated.of(config.node_name, "SPLIT_GRADIENTS", True)
 
 
 def same_on_eight_devices(config, gradients=True, runs=True):
@@ -342,18 +331,31 @@ def forward(graphdef, params, x, seq, share, weights):
     return (out.y, out.losses), None
 
 
-@pytest.mark.parametrize("config", cases.parameters(knobs=False, combinations=False, chunks=True, often=in_bfloat16))
+def pytest_generate_tests(metafunc):
+    """In bf16 every run tries the mixers by whose numbers others are. They are known here and not above, as tests that
+    state it import this file."""
+    if metafunc.function is test_bfloat16:
+        of = {name: stated.of(name, "NUMBERS_OF") for name in mixers.names()}
+        often = {name for name, other in of.items() if other is None}
+        assert often.issuperset(filter(None, of.values())), "NUMBERS_OF names a mixer that is not tried itself"
+        metafunc.parametrize("config", cases.parameters(knobs=False, combinations=False, chunks=True, often=often))
+
+
 def test_bfloat16(config):
-    """Law 8: bf16 activations stay finite and near float64, for large inputs too; memories that learn: values."""
-    held_to_bfloat16(config, gradients=config.node_name not in LEARN)
+    """Law 8: bf16 activations stay finite and near float64, for large inputs too; gradients where they are stated."""
+    held_to_bfloat16(config, gradients=bfloat16_gradients(config))
 
 
 @tiers.exhaustive
 @few_configs
 def test_bfloat16_gradients_of_memories(config):
-    """Law 8, gradients of memories that learn."""
-    if config.node_name in LEARN:
+    """Law 8, gradients of the others, memories that learn."""
+    if not bfloat16_gradients(config):
         held_to_bfloat16(config)
+
+
+def bfloat16_gradients(config):
+    return stated.of(config.node_name, "BFLOAT16_GRADIENTS", True)
 
 
 def held_to_bfloat16(config, gradients=True):

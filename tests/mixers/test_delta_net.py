@@ -19,6 +19,8 @@ from tests.mixers import cases
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
 ROLES = {"matrix": "q k v out beta gate", "taps": "filters", "scale": "norm"}
+NUMBERS_OF = "gated_deltanet"
+WRITTEN_OUT = True
 
 
 @pytest.fixture(autouse=True)

@@ -20,6 +20,7 @@ from tests.mixers.test_softmax import rotate
 # What the laws are told of this mixer: tests/mixers/stated.py.
 KERNEL_TOLERANCE = 1e-4  # the gradient of lambda is one sum over all numbers of the layer
 ROLES = {"matrix": "q k v out share", "scale": "norm lambda_q1 lambda_k1 lambda_q2 lambda_k2"}
+NUMBERS_OF = "softmax"
 
 
 @pytest.fixture(autouse=True)

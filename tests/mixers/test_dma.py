@@ -19,6 +19,8 @@ from tests.mixers import test_contract as battery
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
 ROLES = {"matrix": "q k v score out", "scale": "q_norm k_norm strength"}
+NUMBERS_OF = "softmax"
+SPLIT_GRADIENTS = False
 T, D = cases.LENGTH, cases.WIDTH
 
 

@@ -20,6 +20,8 @@ from tests.mixers.test_softmax import rms, rotate
 ROLES = {"matrix": "q q_down down shared k v out index_q index_k index_w", "scale": "norm q_norm index_norm"}
 BLOCK = 64
 BIASED = [({}, "down q shared", "out"), ({"query_rank": 6}, "down q_down shared", "out")]
+NUMBERS_OF = "softmax"
+SPLIT_GRADIENTS = False
 T, D = cases.LENGTH, cases.WIDTH
 
 

@@ -21,6 +21,8 @@ from tests.mixers import cases
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
 ROLES = {"matrix": "q k v out"}
+WRITTEN_OUT = True
+SPLIT_GRADIENTS = False
 
 EXACT = FlowRule(epsilon=0.0, clip=None)
 

@@ -21,6 +21,7 @@ ROLES = {
     "bias": "forget_bias",
     "scale": "q_norm k_norm o_norm",
 }
+NUMBERS_OF = "softmax"
 PRO = {"qk_norm": True, "shift": True, "output_norm": True, "output_gate": True}
 
 

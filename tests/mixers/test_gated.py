@@ -17,6 +17,8 @@ from tests.mixers import cases
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
 ROLES = {"matrix": "q k v out gate.linear", "bias": "gate.theta sinks", "scale": "q_norm k_norm"}
+NUMBERS_OF = "softmax"
+WRITTEN_OUT = True
 
 
 @pytest.fixture(autouse=True)

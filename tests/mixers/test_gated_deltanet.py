@@ -27,6 +27,7 @@ ROLES = {
     "scale": "norm",
     "decay_rate": "log_decay.a_log log_decay.dt_bias",
 }
+WRITTEN_OUT = True
 
 B, T, H, D, E = 2, 9, 3, 4, 5
 LM = pathlib.Path(__file__).parents[2] / "configs" / "lm.py"

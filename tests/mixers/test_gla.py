@@ -17,6 +17,7 @@ from tests.mixers import cases
 ROLES = {"matrix": "q k v out gate log_decay.down log_decay.up", "scale": "norm"}
 # A document's first output is (q . k) v: its norm's gradient grows, and in float32 rounds, as q . k goes to 0.
 KERNEL_TOLERANCE = 1e-3
+WRITTEN_OUT = True
 
 
 @pytest.fixture(autouse=True)

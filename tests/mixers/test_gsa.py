@@ -14,6 +14,9 @@ from tests.mixers import cases
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
 ROLES = {"matrix": "q k v out forget", "scale": "norm"}
+NUMBERS_OF = "gla"
+WRITTEN_OUT = True
+SPLIT_GRADIENTS = False
 
 
 @pytest.fixture(autouse=True)

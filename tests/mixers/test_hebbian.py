@@ -15,6 +15,7 @@ from tests.mixers import cases
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
 ROLES = {"matrix": "q k v out rate", "decay_rate": "keep", "bias": "rate_bias"}
+WRITTEN_OUT = True
 
 
 @pytest.fixture(autouse=True)

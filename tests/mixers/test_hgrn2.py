@@ -22,6 +22,8 @@ from tests.mixers import cases
 # What the laws are told of this mixer: tests/mixers/stated.py.
 ROLES = {"matrix": "q forget v out", "scale": "norm", "bias": "bound"}
 BIASED = [({}, "q forget v", "out")]
+NUMBERS_OF = "gla"
+WRITTEN_OUT = True
 
 
 @pytest.fixture(autouse=True)

@@ -23,6 +23,8 @@ ROLES = {
     "scale": "norm",
     "decay_rate": "log_decay.a_log log_decay.dt_bias",
 }
+NUMBERS_OF = "gated_deltanet"
+WRITTEN_OUT = True
 
 B, T, H, D, E = 2, 9, 3, 4, 5
 rule = jax.jit(delta_rule, static_argnames=("chunk", "impl"))

@@ -16,6 +16,7 @@ from tests.mixers import cases
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
 ROLES = {"matrix": "q k v out gate_down gate_up", "scale": "scale", "bias": "bias"}
+WRITTEN_OUT = True
 
 HEADS = 4
 

@@ -21,6 +21,7 @@ from tests.mixers import cases
 ROLES = {"matrix": "q k v out ridge", "bias": "ridge_bias", "scale": "q_norm k_norm"}
 # Systems are solved to 1e-5 of their right sides, and again for gradients.
 KERNEL_TOLERANCE = 1e-4
+NUMBERS_OF = "mesa"
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,9 @@ ROLES = test_mamba2.ROLES | {
     "matrix": test_mamba2.ROLES["matrix"] + " level",
     "scale": test_mamba2.ROLES["scale"] + " level_scale",
 }
+NUMBERS_OF = "mamba2"
+WRITTEN_OUT = True
+SPLIT_GRADIENTS = False
 
 
 @pytest.fixture(autouse=True)

@@ -23,6 +23,7 @@ ROLES = {
 }
 # In float32 gradients of decays are sums of differences, in the kernel as in XLA's form.
 KERNEL_TOLERANCE = 1e-4
+WRITTEN_OUT = True
 
 
 @pytest.fixture(autouse=True)

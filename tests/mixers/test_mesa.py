@@ -21,6 +21,8 @@ from tests.mixers import cases
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
 ROLES = {"matrix": "q k v out gate keep beta", "taps": "filters", "scale": "norm", "bias": "ridge"}
+WRITTEN_OUT = True
+SPLIT_GRADIENTS = False
 
 B, T, H, D, E = 2, 9, 3, 4, 5
 

@@ -19,6 +19,7 @@ from tests.mixers.test_softmax import rms, rotate
 # What the laws are told of this mixer: tests/mixers/stated.py.
 ROLES = {"matrix": "q q_down down shared k v out", "scale": "norm q_norm"}
 BIASED = [({}, "down q shared", "out"), ({"query_rank": 6}, "down q_down shared", "out")]
+NUMBERS_OF = "softmax"
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@ from tests.mixers import test_contract as battery
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
 ROLES = {"matrix": "q k v out"}
+WRITTEN_OUT = True
 T, D = 11, cases.WIDTH
 
 

@@ -27,6 +27,8 @@ ROLES = {
     "matrix": "core.q core.k core.v core.out core.gate.linear router.both router.routed router.shared",
     "bias": "core.sinks",
 }
+NUMBERS_OF = "softmax"
+WRITTEN_OUT = True
 
 CAUSAL = [n for n in mixers.names() if mixers.get(n).capabilities.causal]
 CORES = [n for n in CAUSAL if issubclass(mixers.get(n), mixers.HeadMixer) and n != "moh"]

@@ -19,6 +19,7 @@ from tests.mixers.test_softmax import rotate
 # What the laws are told of this mixer: tests/mixers/stated.py.
 ROLES = {"matrix": "q k v out gate", "taps": "filters after", "scale": "norm mix"}
 BLOCK = 128
+NUMBERS_OF = "tensor"
 
 
 @pytest.fixture(autouse=True)

@@ -22,6 +22,9 @@ ROLES = {
     "map_k.inner map_k.outer map_v.inner map_v.outer",
     "positions": "map_k.places map_v.places",
 }
+NUMBERS_OF = "moba"
+WRITTEN_OUT = True
+SPLIT_GRADIENTS = False
 T, D = cases.LENGTH, cases.WIDTH
 
 

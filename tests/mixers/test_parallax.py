@@ -20,6 +20,7 @@ from tests.mixers import cases
 # What the laws are told of this mixer: tests/mixers/stated.py.
 ROLES = {"matrix": "q k v out r", "scale": "q_norm k_norm r_norm"}
 BIASED = [({}, "k q r v", "out")]
+NUMBERS_OF = "softmax"
 
 T = 45
 SEGMENTS = np.array([[1] * 14 + [2] * 3 + [3] * 21 + [0] * 7, [0] * 2 + [4] * 23 + [5] * 20])

@@ -19,6 +19,7 @@ from tests.mixers.test_softmax import rms
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
 ROLES = {"matrix": "q k v out w_down w_up beta", "taps": "filters", "scale": "q_norm k_norm"}
+NUMBERS_OF = "gated_deltanet"
 
 
 @pytest.fixture(autouse=True)

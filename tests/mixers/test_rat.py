@@ -21,6 +21,7 @@ from tests.mixers import cases
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
 ROLES = {"matrix": "q k v out g z", "bias": "gate_bias"}
+WRITTEN_OUT = True
 
 
 def keys_seen(config, t):

@@ -16,6 +16,8 @@ from tests.mixers import test_contract as battery
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
 ROLES = {"matrix": "q k v out", "scale": "near_scale far_scale"}
+NUMBERS_OF = "softmax"
+SPLIT_GRADIENTS = False
 T, D = 11, cases.WIDTH
 
 

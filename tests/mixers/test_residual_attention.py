@@ -16,6 +16,7 @@ from tests.mixers.test_softmax import rotate
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
 ROLES = {"matrix": "q k v out gate", "scale": "opening"}
+NUMBERS_OF = "softmax"
 
 
 @pytest.fixture(autouse=True)

@@ -22,6 +22,7 @@ from tests.mixers import test_contract as battery
 ROLES = {"matrix": "qk v out", "tokens": "centroids"}
 BLOCK = 64
 BIASED = [({}, "qk v", "out")]
+NUMBERS_OF = "moba"
 T, D = cases.LENGTH, cases.WIDTH
 
 

@@ -22,6 +22,8 @@ ROLES = {
     "decay_rate": "decay_bias",
 }
 BIASED = [({}, "r k v", "out")]
+NUMBERS_OF = "gated_deltanet"
+WRITTEN_OUT = True
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from tests.mixers import cases
 # What the laws are told of this mixer: tests/mixers/stated.py.
 ROLES = {"matrix": "v gate out", "taps": "conv.filters"}
 BIASED = [({}, "v gate", "out")]
+WRITTEN_OUT = True
 
 
 @pytest.fixture(autouse=True)

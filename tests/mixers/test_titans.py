@@ -39,6 +39,9 @@ BIASED = [
 ]
 # In float32 the closed form of a chunk rounds its gates' gradients so, XLA's "chunked" too.
 KERNEL_TOLERANCE = 1e-4
+BFLOAT16_GRADIENTS = False
+WRITTEN_OUT = True
+SPLIT_GRADIENTS = False
 
 MAC = {"variant": "mac", "depth": 1, "window": 4, "chunk": 2, "persistent": 2}
 

@@ -19,6 +19,7 @@ from tests.mixers import cases
 # What the laws are told of this mixer: tests/mixers/stated.py.
 ROLES = {"matrix": "v score out"}
 BIASED = [({}, "v", "out")]
+NUMBERS_OF = "softmax"
 
 B, T, H, E = 2, 11, 2, 3
 op = jax.jit(topk_broadcast, static_argnames=("keep", "causal", "chunk", "impl"))

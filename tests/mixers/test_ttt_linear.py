@@ -25,6 +25,9 @@ ROLES = {
     "bias": "shift",
     "positions": "tau",
 }
+BFLOAT16_GRADIENTS = False
+WRITTEN_OUT = True
+SPLIT_GRADIENTS = False
 
 B, T, H, D = 2, 11, 2, 4
 op = jax.jit(ttt_linear, static_argnames=("impl",))

@@ -18,6 +18,8 @@ from tests.mixers.test_softmax import rotate
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
 ROLES = {"matrix": "q k v out"}
+NUMBERS_OF = "moba"
+SPLIT_GRADIENTS = False
 share = jax.jit(by_share, static_argnums=(4, 5))
 FRAME = {"frame": (2, 2), "line": 3, "area": (1, 2), "volume": (1, 2, 1)}
 
