@@ -234,7 +234,7 @@ class LanguageModel(Objective):
         tables = (1 if config.tied else 2) + config.decoupled
         parameters = stack.parameters + embedding * tables + config.norm_parameters
         flops = {"mlp": stack.flops["mlp"], "head": 2.0 * embedding} | stack.flops
-        return ModelCost(parameters, embedding, flops, stack.state_bytes)
+        return dataclasses.replace(stack, parameters=parameters, embedding_parameters=embedding, flops=flops)
 
     def hidden(self, tokens_BT: jax.Array, seq: mixers.Sequence, key: jax.Array | None = None) -> mixers.MixerOutput:
         """Normalised final hidden states [B, T, D] of whole sequences; `key` turns dropout on."""
@@ -309,9 +309,11 @@ class LanguageModel(Objective):
 
     def init_state(self, batch: int, max_length: int) -> Any:
         """Streaming state with room for `max_length` positions; UserError where a text that mixers read is shorter."""
-        if (ids := self.config.fixed_text) is not None and max_length > len(ids):
+        ids = self.config.fixed_text
+        if ids is not None and max_length > len(ids):
             raise UserError(f"{max_length} positions; allowed: at most {len(ids)}, the ids of a mixer's text")
-        return self.transformer.init_state(batch, max_length)
+        text = None if ids is None else self.embed(jnp.asarray(ids))
+        return self.transformer.init_state(batch, max_length, text=text)
 
     def extend(
         self, periods: list[Any], tokens_BT: jax.Array, seq: mixers.Sequence, state: Any
