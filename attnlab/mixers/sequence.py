@@ -86,6 +86,10 @@ class Sequence:
       step: int32 scalar, the number of the training step, from 0; None outside of training, or where no mixer of the
         stack reads it.
       embedding: [B, T, D], what the stack began from, or what a model gives in its place; None as `layer`.
+      second: whether these positions are a second stream of the stack (`MixerConfig.second_stream`) itself.
+      sides: [1, n, D], or None, for each mixer of a block: its `side`. None: there is no second stream.
+      side: [1, n, D], what the mixer's layer reads of the second stream, of each position that a document may have;
+        None: the mixer reads none, or is by itself.
       shared: by name, what layers before hand to those after (`Mixer.init_shared`, `MixerOutput.shared`); None: the
         mixer is by itself.
     """
@@ -102,6 +106,9 @@ class Sequence:
     layer: jax.Array | None = None
     step: jax.Array | None = None
     embedding: jax.Array | None = None
+    second: bool = dataclasses.field(default=False, metadata={"static": True})
+    sides: tuple[jax.Array | None, ...] | None = None
+    side: jax.Array | None = None
     shared: Mapping[str, jax.Array] | None = None
 
     @classmethod

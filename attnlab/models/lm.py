@@ -21,10 +21,11 @@ from attnlab.mixers.parts import Linear, param_dtype
 from attnlab.mixers.roles import Role, drawn, normal
 from attnlab.models.cost import ModelCost, stack_cost
 from attnlab.models.distillation import MATCH, Matching, match_layers
+from attnlab.models.layer_inputs import reads
 from attnlab.models.objective import Batch, Objective, Sums, register
 from attnlab.models.perplexity import Perplexity
 from attnlab.models.scores import Scores, sums_of_scores
-from attnlab.models.transformer import StackConfig, Transformer, extend, reads
+from attnlab.models.transformer import StackConfig, Transformer, extend
 from attnlab.ops.cross_entropy import capped, cross_entropy, likeliest
 from attnlab.ops.kl_divergence import kl_divergence
 from attnlab.ops.layout import Layout
@@ -257,7 +258,7 @@ class LanguageModel(Objective):
         tables = (1 if config.tied else 2) + config.decoupled
         parameters = stack.parameters + embedding * tables + config.norm_parameters
         flops = {"mlp": stack.flops["mlp"], "head": 2.0 * embedding} | stack.flops
-        return ModelCost(parameters, embedding, flops, stack.state_bytes)
+        return dataclasses.replace(stack, parameters=parameters, embedding_parameters=embedding, flops=flops)
 
     def hidden(self, tokens_BT: jax.Array, seq: mixers.Sequence, key: jax.Array | None = None) -> mixers.MixerOutput:
         """Normalised final hidden states [B, T, D] of whole sequences; `key` turns dropout on."""
@@ -348,9 +349,11 @@ class LanguageModel(Objective):
 
     def init_state(self, batch: int, max_length: int) -> Any:
         """Streaming state with room for `max_length` positions; UserError where a text that mixers read is shorter."""
-        if (ids := self.config.fixed_text) is not None and max_length > len(ids):
+        ids = self.config.fixed_text
+        if ids is not None and max_length > len(ids):
             raise UserError(f"{max_length} positions; allowed: at most {len(ids)}, the ids of a mixer's text")
-        return self.transformer.init_state(batch, max_length)
+        text = None if ids is None else self.embed(jnp.asarray(ids))
+        return self.transformer.init_state(batch, max_length, text=text)
 
     def extend(
         self, periods: list[Any], tokens_BT: jax.Array, seq: mixers.Sequence, state: Any

@@ -69,7 +69,7 @@ class VectorModel(LanguageModel):
         embedding, head = config.inputs * config.width, config.vocab * config.width
         flops = {"mlp": stack.flops["mlp"], "embedding": 2.0 * embedding, "head": 2.0 * head} | stack.flops
         parameters = stack.parameters + embedding + head + config.norm_parameters
-        return ModelCost(parameters, embedding, flops, stack.state_bytes)
+        return dataclasses.replace(stack, parameters=parameters, embedding_parameters=embedding, flops=flops)
 
     def embedded(self, batch: Batch) -> jax.Array:
         return self.embedding(batch["inputs"])
