@@ -79,6 +79,8 @@ class Sequence:
         batch; those before them (a class token) are not of the image. None where there is no image.
       layout: where images and questions lie in rows of text, for masks that read it; None: not said.
       node: [B, T] int32, a number of what a position belongs to (a subject), for masks that read it; None: not said.
+      boxes: [B, T, 4], x and y of the middle, width and height of the box of the object that a position is, all 0 of a
+        position that is none; None: not said.
       text: [n, D], the embeddings of a fixed text, n positions from where a document begins, for mixers that read it;
         None: not given.
       layer: int32 scalar, the number of the block in its stack, from 0; None where no mixer of the stack reads it
@@ -102,6 +104,7 @@ class Sequence:
     grid: tuple[int, int] | None = dataclasses.field(default=None, metadata={"static": True})
     layout: Layout | None = None
     node: jax.Array | None = None
+    boxes: jax.Array | None = None
     text: jax.Array | None = None
     layer: jax.Array | None = None
     step: jax.Array | None = None

@@ -32,8 +32,9 @@ class VectorModelConfig(LanguageModelConfig):
         config_lib.require(self.inputs >= 1, "model.inputs", self.inputs, "1 or more")
         for key in ("tied", "decoupled"):
             config_lib.require(not getattr(self, key), f"model.{key}", True, "false where inputs are vectors")
-        plain = self.cell_code is None
-        config_lib.require(plain, "model.cell_code", self.cell_code, "none where inputs are vectors")
+        for key in ("cell_code", "box_code"):
+            value = getattr(self, key)
+            config_lib.require(value is None, f"model.{key}", value, "none where inputs are vectors")
         super().__post_init__()
         no_text = self.fixed_text is None
         config_lib.require(

@@ -78,7 +78,8 @@ def test_a_model_adds_it_to_the_cells_of_images():
     def run(params):
         model, plain = nnx.merge(graphdef, params), nnx.merge(graphdef, params)
         plain.config = dataclasses.replace(config, cell_code=None)
-        batch = {"tokens": tokens, "layout": jnp.asarray(where)}
+        places = {"positions": np.zeros((2, 9), np.int32), "segments": np.ones((2, 9), np.int32)}
+        batch = {"tokens": tokens, "layout": jnp.asarray(where), **places}
         seq = dataclasses.replace(mixers.Sequence.whole(2, 9), layout=Layout.of_columns(batch["layout"]))
         periods, state, parts = model.transformer.unstacked(), model.init_state(2, 9), []
         for cut in (slice(0, 3), slice(3, 9)):
@@ -138,7 +139,7 @@ def test_a_subject_that_is_moved_or_scaled_keeps_its_codes():
     @jax.jit
     def run(params):
         model = nnx.merge(graphdef, params)
-        batch = {"tokens": tokens, "layout": where[None], "node": node[None]}
+        batch = {"tokens": tokens, "layout": where[None], "node": node[None], "positions": tokens, "segments": tokens}
         seq = dataclasses.replace(mixers.Sequence.whole(1, 87), layout=Layout.of_columns(where[None]), node=node[None])
         code = model.embedded(batch) - model.embed(tokens)
         of = lambda cut: model.extend(
@@ -160,7 +161,9 @@ def test_a_subject_that_is_moved_or_scaled_keeps_its_codes():
     np.testing.assert_allclose(streamed, whole, atol=1e-5)
     assert all(np.isnan(y).all() for y in inside)
     with pytest.raises(UserError, match="cell_box is set, and Sequence.node is not given"):
-        nnx.merge(graphdef, params).embed(tokens, Layout.of_columns(where[None]))
+        nnx.merge(graphdef, params).embed(
+            tokens, dataclasses.replace(mixers.Sequence.whole(1, 87), layout=Layout.of_columns(where[None]))
+        )
 
 
 def test_what_it_cannot_do_is_refused(source):
