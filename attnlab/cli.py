@@ -267,7 +267,7 @@ def _cost(args: argparse.Namespace, overrides: list[str]) -> int:
 
     config = run_config.load(args.config, overrides)
     length = config.data.length if args.length is None else args.length
-    cost = model_cost(config.model, length)
+    cost = model_cost(config.model, length, config.data.batch // config.train.accumulate)
     if args.json:
         output.write_json({
             "length": length,

@@ -136,7 +136,8 @@ def collect(
         _require_pairs(arms)
     runs = []
     for arm, group in arms.items():
-        cost = model_cost(group[0].config.model, group[0].config.data.length)
+        c = group[0].config
+        cost = model_cost(c.model, c.data.length, c.data.batch // c.train.accumulate)
         runs += [run(arm, workdir, cost) for workdir in group]
     chosen = _metrics(runs, metric)
     seeds = sorted({run.seed for run in runs})

@@ -53,7 +53,8 @@ def cost_of(cell: Cell, length: int | None = None) -> ModelCost:
 @functools.lru_cache(maxsize=256)
 def _cost(tree: str, length: int | None) -> ModelCost:
     config = config_lib.build(RunConfig, json.loads(tree))
-    return model_cost(config.model, config.data.length if length is None else length)
+    rows = config.data.batch // config.train.accumulate
+    return model_cost(config.model, config.data.length if length is None else length, rows)
 
 
 def tokens_of(cell: Cell) -> int:

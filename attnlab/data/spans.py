@@ -8,6 +8,8 @@ A line of a JSON Lines file (plain, .gz, .zst) is one row:
 `first` and `end` count ids from 0, `end` is one past the last. An image is rows * columns ids, row by row; a question
 ends with what opens its answer. Spans do not overlap; ids in none of them are text. All but `ids` may be left out.
 
+A row may have `"boxes": [[id, x, y, width, height], ..]`, too: the object that an id stands for, its middle and sides.
+
 What counts never stands between an image and the end of its question, which is the next one where no answer comes
 before it: the mask `modality_mutual` lets an image see its question, so that what lies there is known early. Only
 `loss=all` counts every id, and is for masks under which no position sees a later one.
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -82,6 +85,7 @@ class SpansConfig:
             "weights": dataclasses.replace(plain, dtype="float32"),
             "layout": batch_lib.Field((self.length, LAYOUT), "int32", ("seq", None)),
             "node": plain,
+            "boxes": batch_lib.Field((self.length, 4), "float32", ("seq", None)),
         }
 
     def longer(self, multiple: int) -> SpansConfig:
@@ -95,11 +99,11 @@ class SpansConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Records:
-    """All rows: ids one after the other, where each row ends, its spans by kind, its key; and a digest of them."""
+    """All rows: ids one after the other, where each row ends, its spans by kind and its boxes, its key; a digest."""
 
     ids: np.ndarray
     ends: np.ndarray
-    spans: list[dict[str, list[list[int]]]]
+    spans: list[dict[str, list[list[Any]]]]
     keys: np.ndarray
     digest: str
 
@@ -170,6 +174,9 @@ class Rows:
     def _row(self, number: int) -> Arrays:
         ids, spans = self._records.row(number), self._records.spans[number]
         layout, node = RowLayout(len(ids)), np.zeros(len(ids), np.int32)
+        boxes = np.zeros((len(ids), 4), np.float32)
+        for at, *box in spans.get("boxes", ()):
+            boxes[at] = box
         for i, (first, rows, columns) in enumerate(spans["images"]):
             layout.image(first, (rows, columns))
             node[first : first + rows * columns] = i + 1
@@ -189,6 +196,7 @@ class Rows:
             "weights": ~left_out[self._config.loss][1:],
             "layout": places,
             "node": node[:-1],
+            "boxes": boxes[:-1],
         }
         behind = self.length - used
         return {name: np.pad(x, [(0, behind)] + [(0, 0)] * (x.ndim - 1)) for name, x in row.items()}
@@ -254,12 +262,12 @@ def _asked_about(kind: np.ndarray) -> np.ndarray:
 
 def _parsed(
     where: str, record: dict[str, Any] | BadRecord, config: SpansConfig
-) -> tuple[np.ndarray, dict[str, list[list[int]]]]:
-    """The ids and spans of a line."""
+) -> tuple[np.ndarray, dict[str, list[list[Any]]]]:
+    """The ids of a line, its spans, and its boxes if it has any."""
     if isinstance(record, BadRecord):
         raise UserError(record.message)
-    if unknown := sorted(record.keys() - {"ids", *_KINDS}):
-        raise UserError(f"{where} unknown key {unknown[0]!r}; allowed: ids, {', '.join(_KINDS)}")
+    if unknown := sorted(record.keys() - {"ids", *_KINDS, "boxes"}):
+        raise UserError(f"{where} unknown key {unknown[0]!r}; allowed: ids, {', '.join(_KINDS)}, boxes")
     integer = lambda x: isinstance(x, int) and not isinstance(x, bool)
     ids = record.get("ids")
     if not isinstance(ids, list) or len(ids) < 2 or not all(integer(x) and 0 <= x < config.ids for x in ids):
@@ -279,7 +287,24 @@ def _parsed(
             if not first < end <= len(ids) or covered[first:end].any():
                 raise UserError(f"{where} {kind!r} has {span!r}; allowed: {form} of ids that are in no other span")
             covered[first:end] = True
+    if "boxes" in record:
+        found["boxes"] = _boxes(where, record["boxes"], len(ids))
     return np.array(ids, np.int32), found
+
+
+def _boxes(where: str, boxes: Any, count: int) -> list[list[float]]:
+    """Those of a line of so many ids."""
+    form = "[id, x, y, width, height], sides above 0, one for an id"
+    if not isinstance(boxes, list):
+        raise UserError(f"{where} 'boxes' must be a list of {form}")
+    seen: set[int] = set()
+    number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+    for box in boxes:
+        good = isinstance(box, list) and len(box) == 5 and all(map(number, box)) and min(box[3:]) > 0
+        if not good or not isinstance(box[0], int) or not 0 <= box[0] < count or box[0] in seen:
+            raise UserError(f"{where} 'boxes' has {box!r}; allowed: {form} of {count}")
+        seen.add(box[0])
+    return boxes
 
 
 def _summary(config: SpansConfig, records: Records, train: np.ndarray, heldout: np.ndarray) -> dict[str, Any]:

@@ -36,7 +36,8 @@ def compile_step(config: RunConfig, target: Target) -> dict[str, Any]:
     """
     program = Program(config, target.devices)
     mesh = program.mesh
-    cost = program.traced(model_cost)(config.model, config.data.length)
+    rows = config.data.batch // config.train.accumulate
+    cost = program.traced(model_cost)(config.model, config.data.length, rows)
     tokens = config.data.batch * config.data.length / mesh.size
     report: dict[str, Any] = {
         "topology": target.name,

@@ -27,7 +27,8 @@ WEIGHTS = {
     "taylor": "1 + s + s^2 / 2 in place of exp(s), s = q . k / sqrt(d)",
     "key_score": "softmax of a score that a key has of its own, silu(q_s) . k_s / sqrt(d) of one position s",
     "static": "softmax attention whose queries and keys are made of what the stack began from, the token's embedding",
-    "random_stream": "softmax attention whose queries and keys are made of a second stream that begins as fixed noise",
+    "random_stream": "softmax attention whose queries and keys are made of a second stream that begins as fixed noise "
+    "and goes through the same blocks",
     "text_stream": "the same with a stream that begins as the embeddings of one fixed text",
     "none": "no mixing: a gated MLP of as many parameters",
 }
@@ -64,6 +65,12 @@ class AblatedConfig(RotaryConfig):
         given = self.weights == "text_stream"
         allowed = f"{'a .npy file' if given else 'none'} where weights is {self.weights}"
         config_lib.require(bool(self.text) == given, "text", self.text, allowed)
+        one = f"1 where weights is {self.weights}: the second stream would need it, too"
+        config_lib.require(not self.second_stream or self.input_conv == 1, "input_conv", self.input_conv, one)
+
+    @property
+    def second_stream(self) -> str:
+        return self.weights if self.weights in _STREAMS else ""
 
     def mlp_width(self, width: int) -> int:
         """Hidden width of a head's share of the MLP: three matrices have the parameters of attention's four."""
@@ -78,10 +85,11 @@ class Ablated(HeadMixer):
     key_score: `o_t = sum_s exp(r_s) v_s / sum_s exp(r_s)`, `r_s = silu(q_s) . k_s / sqrt(d)`: no query, no positions.
     static: `softmax(q k^T / sqrt(d)) v` after RoPE, q and k of RMSNorm(e), e `Sequence.embedding`; v is of x. By
     itself a layer is its stack's first: e is x.
-    random_stream: as static, of a stream z that such layers hand on: noise of each position of a document in the first,
-    in every later one z plus what the layer's own attention gives for values of RMSNorm(z), projected.
-    text_stream: the same, but z begins as `Sequence.text`, the embeddings of the fixed text; positions behind its end
-    give NaN, as jit can raise nothing.
+    random_stream: as static, q and k of `Sequence.side`, what the layer reads of a second stream where it stands in its
+    document: one that begins as noise and goes through all blocks of the stack as x does. By itself a layer reads what
+    the stream begins as.
+    text_stream: the same, but the stream begins as `Sequence.text`, the embeddings of the fixed text; positions behind
+    its end give NaN, as jit can raise nothing.
     none: `silu(x W_1) * (x W_2)`, projected: no mixing.
     Sums are over s <= t of the document.
     """
@@ -95,9 +103,7 @@ class Ablated(HeadMixer):
     )
     extension = (
         "weights=none: the MLP's width is a multiple of heads; weights=taylor: a state of features, not a cache; "
-        "weights=static: the embedding has an RMSNorm of the layer's own; weights=random_stream and "
-        "text_stream: the stream goes through the attention of these layers alone, where the paper has it go through "
-        "whole blocks"
+        "weights=static: the embedding has an RMSNorm of the layer's own"
     )
     implementations = ("definition", "chunked")
     counted = "chunked"
@@ -118,7 +124,8 @@ class Ablated(HeadMixer):
         else:
             inner = config.heads * self.head_dim
             self.q, self.k, self.v = (make.qkv(inner) for _ in range(3))
-        if config.weights in ("static", *_STREAMS):
+        self.width = width
+        if config.weights == "static":
             self.embedding_norm = RMSNorm(width, ("embed",), dtype=dtype)
         self.out = make.out(inner)
 
@@ -132,17 +139,19 @@ class Ablated(HeadMixer):
         if c.weights == "none":
             gated = jax.nn.silu(self.gate(x).astype(wide)) * self.up(x).astype(wide)
             return MixerOutput(gated.reshape(*x.shape[:2], c.heads, -1).astype(self.dtype), ())
-        if c.weights in _STREAMS:
-            return self._of_stream(x, seq, carried)
-        e = self._embedding(x, seq) if c.weights == "static" else x
+        e = self._fixed(x, seq) if c.weights in ("static", *_STREAMS) else x
         q, k, v = (split_heads(y(z), self.head_dim) for y, z in ((self.q, e), (self.k, e), (self.v, x)))
         if c.weights == "key_score":
             scores = (jax.nn.silu(q.astype(wide)) * k.astype(wide)).sum(-1) * self.head_dim**-0.5
             o, state = running_softmax(scores, v, documents_BT=seq.documents, state=carried, chunk=c.chunk, impl=c.impl)
             return MixerOutput(o.astype(self.dtype), state)
         q, k = (c.rotated(y, seq.positions) for y in (q, k))
-        if c.weights == "static":
-            return self._attended(q, k, v, seq, carried)
+        if c.weights in ("static", *_STREAMS):
+            out = self._attended(q, k, v, seq, carried)
+            if seq.text is None or c.weights != "text_stream":
+                return out
+            within = (_places(x, seq) < len(seq.text))[..., None, None]
+            return dataclasses.replace(out, y=jnp.where(within, out.y, jnp.nan))
         if c.impl == "definition" and carried is None:
             return MixerOutput(_taylor_pairs(q, k, v, seq.documents).astype(self.dtype))
         u = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
@@ -154,56 +163,31 @@ class Ablated(HeadMixer):
         # Weights are at least 1/2, but features of huge queries and keys may round their sum to less.
         return MixerOutput((sums[..., :-1] / jnp.maximum(sums[..., -1:], 0.5)).astype(self.dtype), memory)
 
-    def _embedding(self, x: jax.Array, seq: Sequence) -> jax.Array:
-        """What queries and keys are made of, [B, T, D]."""
+    def _fixed(self, x: jax.Array, seq: Sequence) -> jax.Array:
+        """What queries and keys are made of where they know no context, [B, T, D]."""
+        if self.config.second_stream:
+            places = _places(x, seq)
+            begun = seq.side is None
+            e = self._begun(places, seq.text) if begun else jnp.take(seq.side[0], places, axis=0, mode="clip")
+            return jnp.broadcast_to(e.astype(self.dtype), x.shape)
         e = x if seq.embedding is None else seq.embedding
         # One that has overflowed has done so in x, too; it is to change nothing in other documents.
         return self.embedding_norm(jnp.where(jnp.abs(e) < largest_input(e.dtype), e, 0))
 
-    def _of_stream(self, x: jax.Array, seq: Sequence, cache: KVCache | None) -> MixerOutput:
-        """One attention of two values: those of x and those of the stream, which it moves on."""
-        c, d, wide = self.config, self.head_dim, param_dtype(self.dtype)
-        stream, before = self._shared
-        found = (seq.shared or {}).get(stream)
-        z = self._first(x, seq)
-        if found is not None:
-            z = jnp.where(seq.shared[before] == 0, z, found)
-        e = self.embedding_norm(z.astype(self.dtype))
-        q, k = (c.rotated(split_heads(y(e), d), seq.positions) for y in (self.q, self.k))
-        v = jnp.concatenate([split_heads(self.v(y), d) for y in (x, e)], axis=-1)
-        out = self._attended(q, k, v, seq, cache)
-        moved = z + self.combine(out.y[..., d:], x).astype(wide)
-        shared = {} if found is None else {stream: moved, before: seq.shared[before] + 1}
-        o = out.y[..., :d]
-        if c.weights == "text_stream":
-            o = jnp.where((_places(x, seq) < len(seq.text))[..., None, None], o, jnp.nan)
-        return MixerOutput(o, out.state, shared=shared)
+    def begin_second(self, length: int, text: jax.Array | None) -> jax.Array:
+        return self._begun(jnp.arange(length, dtype=jnp.int32)[None], text).astype(self.dtype)
 
-    def _first(self, x: jax.Array, seq: Sequence) -> jax.Array:
-        """What the stream begins as, [B, T, D]: the text's embeddings, or standard normal numbers, of each position of
-        its document, the same for all documents."""
-        offset = _places(x, seq)
+    def _begun(self, places: jax.Array, text: jax.Array | None) -> jax.Array:
+        """What the stream begins as, [B, T, D], at places [B, T] of its document: the text's embeddings, or standard
+        normal numbers of each place."""
         if self.config.weights == "text_stream":
-            if seq.text is None:
+            if text is None:
                 raise UnsupportedPattern(f"mixer {self.name!r} with weights=text_stream reads Sequence.text, the "
                                          "embeddings of a fixed text, which is not given")  # fmt: skip
-            text = seq.text.astype(param_dtype(self.dtype))
-            return jnp.broadcast_to(text[jnp.minimum(offset, len(text) - 1)], x.shape)
+            return jnp.take(text, places, axis=0, mode="clip")
         key = jax.random.key(0)  # of no parameter: the noise is never learned, and the same in every run
-        of_position = lambda t: jax.random.normal(jax.random.fold_in(key, t), x.shape[-1:], jnp.float32)
-        noise = jax.vmap(jax.vmap(of_position))(offset)
-        return jnp.broadcast_to(noise, x.shape).astype(param_dtype(self.dtype))
-
-    def init_shared(self, batch: int, length: int) -> dict[str, jax.Array]:
-        if self.config.weights not in _STREAMS:
-            return {}
-        (stream, before), width = self._shared, self.embedding_norm.scale.shape[-1]  # a stack has all layers' in one
-        return {stream: jnp.zeros((batch, length, width), param_dtype(self.dtype)), before: jnp.int32(0)}
-
-    @property
-    def _shared(self) -> tuple[str, str]:
-        """Names of what layers of one kind of stream hand on: the stream, and how many have moved it."""
-        return f"ablated_{self.config.weights}", f"ablated_{self.config.weights}_layers"
+        of_place = lambda t: jax.random.normal(jax.random.fold_in(key, t), (self.width,), jnp.float32)
+        return jax.vmap(jax.vmap(of_place))(places)
 
     def _attended(self, q: jax.Array, k: jax.Array, v: jax.Array, seq: Sequence, cache: KVCache | None) -> MixerOutput:
         """Softmax attention of whole sequences, or over the cache with these positions."""
@@ -218,10 +202,8 @@ class Ablated(HeadMixer):
         c, d, wide = self.config, self.head_dim, param_dtype(self.dtype)
         if c.weights == "none":
             return ()
-        if c.weights == "static":
+        if c.weights in ("static", *_STREAMS):
             return empty_cache(batch, c.heads, d, max_length, dtype)
-        if c.weights in _STREAMS:
-            return empty_cache(batch, c.heads, d, max_length, dtype, value_width=2 * d)
         if c.weights == "key_score":
             return RunningState.start(batch, c.heads, d, wide)
         return jnp.zeros((batch, c.heads, Taylor(d).count, d + 1), wide)
@@ -231,12 +213,9 @@ class Ablated(HeadMixer):
         d, H, C = config.head_dim(width), config.heads, config.chunk
         if config.weights == "none":
             return {"projections": 6.0 * width * H * config.mlp_width(width)}, None
-        if config.weights == "static":
+        if config.weights in ("static", *_STREAMS):
             span = mean_visible_keys(length, True, None)
             return {"projections": 8.0 * width * H * d, "attention": 4.0 * H * d * span}, span
-        if config.weights in _STREAMS:
-            span = mean_visible_keys(length, True, None)
-            return {"projections": 12.0 * width * H * d, "attention": 6.0 * H * d * span}, span
         if config.weights == "key_score":
             recurrence = by_key.flops_per_token(length, C, d)
         else:

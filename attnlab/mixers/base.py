@@ -42,6 +42,7 @@ class MixerOutput:
       losses: named scalars that the trainer adds to the loss, already multiplied by their coefficients.
       metrics: named scalars that the trainer logs, averaged over layers.
       shared: what layers after this one find in `Sequence.shared`, by the names of `Mixer.init_shared`; others stay.
+      side: set by a stack, of a mixer that reads the second stream where that is what is mixed: its `Sequence.side`.
     """
 
     y: jax.Array
@@ -49,6 +50,7 @@ class MixerOutput:
     losses: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
     metrics: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
     shared: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    side: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +100,15 @@ class MixerConfig:
     """Base class of the frozen dataclasses of knobs. A mixer with both directions makes `causal` a knob.
 
     What a knob by itself may be is checked here; a subclass that checks more calls `super().__post_init__()` first.
+
+    Attributes:
+      second_stream: the kind of a second stream that the mixer reads beside its input, a property where it depends on
+        knobs; empty: none. It begins as `Mixer.begin_second` says and goes through all blocks of the stack.
     """
 
     node_name: ClassVar[str]
     causal: ClassVar[bool] = True
+    second_stream: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         config_lib.require_knobs(self)
@@ -166,6 +173,11 @@ class Mixer(nnx.Module):
         of the name.
         """
         return {}
+
+    def begin_second(self, length: int, text: jax.Array | None) -> jax.Array:
+        """What the second stream begins as, [1, length, D], of positions from a document's first; `text` is
+        `Sequence.text`. Where `MixerConfig.second_stream` names one."""
+        raise UnsupportedPattern(f"mixer {self.name!r} reads no second stream")
 
     def require_stack(self, layers: int) -> None:
         """Raises ConfigError where a stack cannot have so many layers that share the names of `init_shared`."""

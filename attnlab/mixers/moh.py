@@ -95,6 +95,10 @@ class MoHConfig(MixerConfig):
         need(reason is None, "impl", self.impl, f"auto, dense or definition: {reason}")
 
     @property
+    def second_stream(self) -> str:
+        return self.core.second_stream
+
+    @property
     def always(self) -> int:
         """h_s."""
         return self.heads // 4 if self.shared is None else self.shared
@@ -353,6 +357,9 @@ class MoH(HeadMixer):
     @property
     def stack_reads(self) -> tuple[str, ...]:
         return self.core.stack_reads
+
+    def begin_second(self, length: int, text: jax.Array | None) -> jax.Array:
+        return self.core.begin_second(length, text)
 
     def init_shared(self, batch: int, length: int) -> dict[str, jax.Array]:
         return self.core.init_shared(batch, length)

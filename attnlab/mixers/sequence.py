@@ -79,6 +79,8 @@ class Sequence:
         batch; those before them (a class token) are not of the image. None where there is no image.
       layout: where images and questions lie in rows of text, for masks that read it; None: not said.
       node: [B, T] int32, a number of what a position belongs to (a subject), for masks that read it; None: not said.
+      boxes: [B, T, 4], x and y of the middle, width and height of the box of the object that a position is, all 0 of a
+        position that is none; None: not said.
       text: [n, D], the embeddings of a fixed text, n positions from where a document begins, for mixers that read it;
         None: not given.
       layer: int32 scalar, the number of the block in its stack, from 0; None where no mixer of the stack reads it
@@ -86,6 +88,10 @@ class Sequence:
       step: int32 scalar, the number of the training step, from 0; None outside of training, or where no mixer of the
         stack reads it.
       embedding: [B, T, D], what the stack began from, or what a model gives in its place; None as `layer`.
+      second: whether these positions are a second stream of the stack (`MixerConfig.second_stream`) itself.
+      sides: [1, n, D], or None, for each mixer of a block: its `side`. None: there is no second stream.
+      side: [1, n, D], what the mixer's layer reads of the second stream, of each position that a document may have;
+        None: the mixer reads none, or is by itself.
       shared: by name, what layers before hand to those after (`Mixer.init_shared`, `MixerOutput.shared`); None: the
         mixer is by itself.
     """
@@ -98,10 +104,14 @@ class Sequence:
     grid: tuple[int, int] | None = dataclasses.field(default=None, metadata={"static": True})
     layout: Layout | None = None
     node: jax.Array | None = None
+    boxes: jax.Array | None = None
     text: jax.Array | None = None
     layer: jax.Array | None = None
     step: jax.Array | None = None
     embedding: jax.Array | None = None
+    second: bool = dataclasses.field(default=False, metadata={"static": True})
+    sides: tuple[jax.Array | None, ...] | None = None
+    side: jax.Array | None = None
     shared: Mapping[str, jax.Array] | None = None
 
     @classmethod

@@ -20,12 +20,15 @@ class ModelCost:
       flops: forward FLOPs per token of the matrix products by part, a multiply-add counted as 2 and causal counted as
         causal; a training step costs three times their sum.
       state_bytes: bytes of streaming state per sequence at that length.
+      second_flops: forward FLOPs of a second stream (`MixerConfig.second_stream`) per position of a row, once for all
+        rows of a batch.
     """
 
     parameters: int
     embedding_parameters: int
     flops: dict[str, float]
     state_bytes: int
+    second_flops: float = 0.0
 
     @property
     def total_flops(self) -> float:
@@ -33,9 +36,12 @@ class ModelCost:
         return sum(self.flops.values())
 
 
-def model_cost(config: Any, length: int) -> ModelCost:
-    """Costs of a model on sequences of `length` positions."""
-    return objective.of(config).cost(config, length)
+def model_cost(config: Any, length: int, rows: int = 1) -> ModelCost:
+    """Costs of a model on sequences of `length` positions, so many `rows` a batch: they share a second stream."""
+    cost = objective.of(config).cost(config, length)
+    if not cost.second_flops:
+        return cost
+    return dataclasses.replace(cost, flops=cost.flops | {"second_stream": cost.second_flops / rows})
 
 
 def stack_cost(config: StackConfig, length: int) -> ModelCost:
@@ -57,4 +63,7 @@ def stack_cost(config: StackConfig, length: int) -> ModelCost:
         for part, value in cost.flops.items():
             key = f"{node.node_name}.{part}"
             flops[key] = flops.get(key, 0.0) + repeats * value
-    return ModelCost(parameters, 0, flops, state_bytes)
+        if node.second_stream:  # its table of what the stream has for each position
+            state_bytes += repeats * length * config.stream_bytes
+    second = any(config.mixers[letter].second_stream for letter in letters)
+    return ModelCost(parameters, 0, flops, state_bytes, sum(flops.values()) if second else 0.0)

@@ -22,8 +22,10 @@ from flax import nnx
 from attnlab import config as config_lib
 from attnlab import mixers
 from attnlab.errors import ConfigError
-from attnlab.models import transformer
-from attnlab.models.transformer import REMAT, Block, StackConfig, Transformer
+from attnlab.models import layer_inputs
+from attnlab.models.blocks import Block
+from attnlab.models.layer_inputs import Sides, placed, stack_by_name
+from attnlab.models.transformer import REMAT, StackConfig, Transformer
 from attnlab.parallel import partition
 
 MATCH = ("logits", "layers")
@@ -182,33 +184,44 @@ class _Walk:
             for (_, params), n in zip(split, sizes, strict=True)
         ]
         self.params[1] = jax.lax.stop_gradient(self.params[1])
-        self.periods = student.periods, teacher.periods
+        self.stacks, self.periods = (student, teacher), (student.periods, teacher.periods)
         self.dtypes = [stack.config.compute_dtype for stack in (student, teacher)]
         self.unroll = max(1, student.unroll() * self.repeats // student.repeats)
 
     def __call__(
         self, x: jax.Array, seq: mixers.Sequence, key: jax.Array | None
     ) -> tuple[dict[str, jax.Array], mixers.MixerOutput]:
-        seqs = [transformer.with_embedding(p, x.astype(t), seq) for p, t in zip(self.periods, self.dtypes, strict=True)]
+        given = zip(self.periods, self.dtypes, strict=True)
+        seqs = [layer_inputs.with_embedding(period, x.astype(dtype), seq) for period, dtype in given]
         seqs[1] = dataclasses.replace(seqs[1], step=None)  # a teacher has learned
-        shared = [transformer.first_shared(period, x) for period in self.periods]
+        shared = [layer_inputs.first_shared(period, x) for period in self.periods]
+        sides = [self._sides(stack, x.shape[1], seq) for stack in self.stacks]
         # What a layer hands on, those after it need: then all of the student's run.
         self.all_run = bool(shared[0])
         keys = None if key is None else jax.random.split(key, (self.repeats, self.stretch))
         numbers = jnp.arange(self.repeats, dtype=jnp.int32)
         run = functools.partial(self._stretch, seqs)
         _, (errors, losses, metrics) = jax.lax.scan(
-            run, (x, *shared), (*self.params, keys, numbers), unroll=self.unroll
+            run, (x, *shared), (*self.params, keys, numbers, sides), unroll=self.unroll
         )
         found = {str(i): errors[i % self.stretch][i // self.stretch] for i in self.matching.layers}
         return found, mixers.MixerOutput(x, None, jax.tree.map(jnp.mean, losses), jax.tree.map(jnp.mean, metrics))
 
+    def _sides(self, stack: Transformer, length: int, seq: mixers.Sequence) -> Sides | None:
+        """What a stack's layers read of its second stream, each of a stretch [repeats, ...]; no layer learns by it."""
+        found, size = stack.sides(length, seq.text), len(stack.config.blocks)
+        if found is None:
+            return None
+        of = lambda j: jax.tree.map(lambda a: a[j // size :: self.stretch // size], found[j % size])
+        return jax.lax.stop_gradient([of(j) for j in range(self.stretch)])
+
     def _stretch(self, seqs: list[mixers.Sequence], carry: Any, inputs: Any) -> tuple[Any, Any]:
-        (x, *shared), (*params, keys, number) = carry, inputs
+        (x, *shared), (*params, keys, number, sides) = carry, inputs
         ours, theirs = (self._blocks(*split) for split in zip(self.graphdefs, params, strict=True))
         errors, losses, metrics = {}, [], []
         for j, (block, teacher) in enumerate(zip(ours, theirs, strict=True)):
-            own, other = (transformer.placed(s, number, j, self.stretch, h) for s, h in zip(seqs, shared, strict=True))
+            told = zip(seqs, shared, sides, strict=True)
+            own, other = (placed(s, number, j, self.stretch, h, z) for s, h, z in told)
             read, added, outs, x = _recorded(teacher, x, other, self.matching.at, self.weights.dtype)
             shared[1] = functools.reduce(lambda a, out: a | out.shared, outs, shared[1])
             if j in self.matched or self.all_run:
@@ -219,7 +232,7 @@ class _Walk:
                 errors[j] = error
                 losses += [out.losses for out in outs]
                 metrics += [out.metrics for out in outs]
-        return (x, *shared), (errors, transformer.stack_by_name(losses), transformer.stack_by_name(metrics))
+        return (x, *shared), (errors, stack_by_name(losses), stack_by_name(metrics))
 
     def _blocks(self, graphdef: Any, params: Any) -> list[Block]:
         count = jax.tree.leaves(params)[0].shape[0]

@@ -21,15 +21,16 @@ from attnlab.mixers.parts import Linear, param_dtype
 from attnlab.mixers.roles import Role, drawn, normal
 from attnlab.models.cost import ModelCost, stack_cost
 from attnlab.models.distillation import MATCH, Matching, match_layers
+from attnlab.models.layer_inputs import reads
 from attnlab.models.objective import Batch, Objective, Sums, register
 from attnlab.models.perplexity import Perplexity
 from attnlab.models.scores import Scores, sums_of_scores
-from attnlab.models.transformer import StackConfig, Transformer, extend, reads
+from attnlab.models.transformer import StackConfig, Transformer, extend
 from attnlab.ops.cross_entropy import capped, cross_entropy, likeliest
 from attnlab.ops.kl_divergence import kl_divergence
 from attnlab.ops.layout import Layout
 from attnlab.ops.linear import project
-from attnlab.ops.position_codes import plane_code
+from attnlab.ops.position_codes import box_code, in_common_boxes, is_box, plane_code
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,10 @@ class LanguageModelConfig(StackConfig):
         what is looked up in a table of their own (Feng et al. 2024, DARE, arXiv:2410.02604, read for language models).
       cell_code: base of the code of rows and columns (`attnlab.ops.position_codes.plane_code`) that is added to the
         embedding of an image's cells, wherever the data's `layout` says that there is one; none: nothing is added.
+      cell_box: side of a common box to which the code moves the cells of each subject (the data's `node` above 0) of an
+        image (`attnlab.ops.position_codes.in_common_boxes`); none: cells are where they are.
+      box_code: base of the code of boxes (`attnlab.ops.position_codes.box_code`) that, through an MLP with a GELU,
+        is added to the embedding of objects, wherever the data's `boxes` say that there is one; none: nothing is added.
       logit_cap: c in `c tanh(logits / c)` of the output; none: no cap (Gemma Team 2024, Gemma 2, section 2).
     """
 
@@ -53,6 +58,8 @@ class LanguageModelConfig(StackConfig):
     logit_cap: float | None = None
     decoupled: bool = False
     cell_code: float | None = None
+    cell_box: float | None = None
+    box_code: float | None = None
 
     def __post_init__(self) -> None:
         need = config_lib.require
@@ -61,6 +68,12 @@ class LanguageModelConfig(StackConfig):
         if self.cell_code is not None:
             need(self.cell_code > 1, "model.cell_code", self.cell_code, "above 1, or none")
             need(self.width % 4 == 0, "model.width", self.width, "a multiple of 4 beside model.cell_code")
+        if self.cell_box is not None:
+            need(self.cell_box > 0, "model.cell_box", self.cell_box, "above 0, or none")
+            need(self.cell_code is not None, "model.cell_box", self.cell_box, "none where model.cell_code is")
+        if self.box_code is not None:
+            need(self.box_code > 1, "model.box_code", self.box_code, "above 1, or none")
+            need(self.width % 8 == 0, "model.width", self.width, "a multiple of 8 beside model.box_code")
         need(self.logit_cap is None or self.logit_cap > 0, "model.logit_cap", self.logit_cap, "above 0, or none")
         super().__post_init__()
         if (ids := self.fixed_text) is not None:
@@ -106,8 +119,18 @@ def at_step(seq: mixers.Sequence, options: Mapping[str, Any]) -> mixers.Sequence
     return dataclasses.replace(seq, step=options.get("step"))
 
 
-def _layout(batch: Batch) -> Layout | None:
-    return Layout.of_columns(batch["layout"]) if "layout" in batch else None
+def _places(batch: Batch) -> mixers.Sequence:
+    """Where the positions of a batch stand."""
+    layout = Layout.of_columns(batch["layout"]) if "layout" in batch else None
+    told = {name: batch.get(name) for name in ("node", "boxes")}
+    return mixers.Sequence(batch["positions"], batch["segments"], layout=layout, **told)
+
+
+def _cuts_an_image(layout: Layout) -> jax.Array:
+    """Whether the first position is of an image and not its first cell, or the last one and not its last, bool [B]."""
+    kind, cell, size = map(jnp.asarray, (layout.kind, layout.cell, layout.size))
+    inside = lambda at, edge: (kind[:, at] == batch_lib.VISUAL) & jnp.any(cell[:, at] != edge, axis=-1)
+    return inside(0, 0) | inside(-1, size[:, -1] - 1)
 
 
 @register("lm")
@@ -130,6 +153,9 @@ class LanguageModel(Objective):
         self.embedding = self.make_embedding(config, rngs)
         if config.decoupled:
             self.attention_embedding = self.make_embedding(config, rngs)
+        if config.box_code is not None:
+            make = lambda *axes: Linear(config.width, config.width, axes, rngs=rngs, dtype=dtype, bias=True)
+            self.box_in, self.box_out = make("embed", "mlp"), make("mlp", "embed")
         self.transformer = Transformer(config, rngs=rngs)
         self.norm = config.make_norm()
         if not config.tied:
@@ -149,7 +175,8 @@ class LanguageModel(Objective):
     @classmethod
     def batch_spec(cls, config: LanguageModelConfig, length: int) -> batch_lib.Spec:
         """`weights` say what counts; without them everything does but padding. `slices`: see `Scores`. `layout`
-        (`Layout.of_columns`) and `node` are for masks that read them, and the first for `cell_code`."""
+        (`Layout.of_columns`) and `node` are for masks that read them, for `cell_code` and for `cell_box`, `boxes` for
+        `box_code`."""
         if (ids := config.fixed_text) is not None:
             config_lib.require(
                 length <= len(ids), "data.length", length, f"at most {len(ids)}, the ids of a mixer's text"
@@ -159,11 +186,12 @@ class LanguageModel(Objective):
         targets = dataclasses.replace(ids, about=batch_lib.NEXT)
         weights = batch_lib.Field((length,), "float32", ("seq",), optional=True)
         slices = batch_lib.Field((length, None), "int8", ("seq", None), optional=True)
-        optional = config.cell_code is None
-        layout = batch_lib.Field((length, batch_lib.LAYOUT), "int32", ("seq", None), optional=optional)
+        unread = config.cell_code is None
+        layout = batch_lib.Field((length, batch_lib.LAYOUT), "int32", ("seq", None), optional=unread)
         arrays = {"tokens": ids, "targets": targets, "segments": plain, "positions": plain}
         arrays |= {"weights": weights, "slices": slices, "layout": layout}
-        return arrays | {"node": dataclasses.replace(plain, optional=True)}
+        boxes = batch_lib.Field((length, 4), "float32", ("seq", None), optional=config.box_code is None)
+        return arrays | {"node": dataclasses.replace(plain, optional=config.cell_box is None), "boxes": boxes}
 
     def loss(self, batch: Batch, key: jax.Array | None, options: Mapping[str, Any]) -> Sums:
         """Cross-entropy, a mean over tokens by their weights.
@@ -244,11 +272,14 @@ class LanguageModel(Objective):
         tables = (1 if config.tied else 2) + config.decoupled
         parameters = stack.parameters + embedding * tables + config.norm_parameters
         flops = {"mlp": stack.flops["mlp"], "head": 2.0 * embedding} | stack.flops
-        return ModelCost(parameters, embedding, flops, stack.state_bytes)
+        if config.box_code is not None:
+            parameters += 2 * config.width * (config.width + 1)
+            flops["boxes"] = 4.0 * config.width**2
+        return dataclasses.replace(stack, parameters=parameters, embedding_parameters=embedding, flops=flops)
 
     def hidden(self, tokens_BT: jax.Array, seq: mixers.Sequence, key: jax.Array | None = None) -> mixers.MixerOutput:
         """Normalised final hidden states [B, T, D] of whole sequences; `key` turns dropout on."""
-        return self.encoded(self.embed(tokens_BT, seq.layout), self.decoupled(tokens_BT, seq), key)
+        return self.encoded(self.embed(tokens_BT, seq), self.decoupled(tokens_BT, seq), key)
 
     def encoded(self, x: jax.Array, seq: mixers.Sequence, key: jax.Array | None) -> mixers.MixerOutput:
         """`hidden` of what goes into the stack, x [B, T, D]."""
@@ -257,12 +288,11 @@ class LanguageModel(Objective):
 
     def embedded(self, batch: Batch) -> jax.Array:
         """[B, T, D], what goes into the stack."""
-        return self.embed(batch["tokens"], _layout(batch))
+        return self.embed(batch["tokens"], _places(batch))
 
     def sequence(self, batch: Batch) -> mixers.Sequence:
         """Where its positions stand, and the contexts that they read."""
-        seq = mixers.Sequence(batch["positions"], batch["segments"], layout=_layout(batch), node=batch.get("node"))
-        return self.decoupled(batch.get("tokens"), seq)
+        return self.decoupled(batch.get("tokens"), _places(batch))
 
     def decoupled(self, tokens_BT: jax.Array | None, seq: mixers.Sequence) -> mixers.Sequence:
         """With what mixers that read the embedding find in their own table, where they have one, and a fixed text's."""
@@ -309,17 +339,34 @@ class LanguageModel(Objective):
         kernel = self.output_kernel().astype(hidden.dtype)
         return capped(project(hidden, kernel, param_dtype(hidden.dtype)), self.config.logit_cap)
 
-    def embed(self, tokens_BT: jax.Array, layout: Layout | None = None) -> jax.Array:
-        """[B, T, D] in the compute type; the cells of a layout's images with their code, if they have one."""
+    def embed(self, tokens_BT: jax.Array, seq: mixers.Sequence | None = None) -> jax.Array:
+        """[B, T, D] in the compute type; the cells of a layout's images and objects with their codes, if they have any.
+
+        Raises UserError where there are cells to be moved to a common box, and no `node` that says of what they are.
+        """
         c = self.config
         x = jnp.take(self.embedding[...], tokens_BT, axis=0).astype(c.compute_dtype)
         x = x if c.embedding_scale == 1 else x * jnp.asarray(c.embedding_scale, x.dtype)
-        if c.cell_code is None or layout is None:
-            return x
+        if c.cell_code is not None and seq is not None and seq.layout is not None:
+            x += self._code_of_cells(seq.layout, seq.node).astype(x.dtype)
+        if c.box_code is not None and seq is not None and seq.boxes is not None:
+            boxes = jnp.asarray(seq.boxes, param_dtype(c.compute_dtype))
+            code = self.box_out(jax.nn.gelu(self.box_in(box_code(boxes, c.width, c.box_code)), approximate=False))
+            x += jnp.where(is_box(boxes)[..., None], code, 0).astype(x.dtype)
+        return x
+
+    def _code_of_cells(self, layout: Layout, node_BT: jax.Array | None) -> jax.Array:
+        """[B, T, D], 0 of what is no cell."""
+        c = self.config
         cells = jnp.asarray(layout.cell).astype(param_dtype(c.compute_dtype))
+        visual = jnp.asarray(layout.kind) == batch_lib.VISUAL
+        if c.cell_box is not None:
+            if node_BT is None:
+                raise UserError("model.cell_box is set, and Sequence.node is not given beside Sequence.layout")
+            node = jnp.asarray(node_BT)
+            cells = in_common_boxes(cells, jnp.asarray(layout.span)[..., 0], node, visual & (node > 0), c.cell_box)
         code = plane_code(cells[..., 0], cells[..., 1], c.width, c.cell_code)
-        visual = (jnp.asarray(layout.kind) == batch_lib.VISUAL)[..., None]
-        return x + jnp.where(visual, code, 0).astype(x.dtype)
+        return jnp.where(visual[..., None], code, 0)
 
     def output_kernel(self) -> jax.Array:
         """[D, V]."""
@@ -327,13 +374,22 @@ class LanguageModel(Objective):
 
     def init_state(self, batch: int, max_length: int) -> Any:
         """Streaming state with room for `max_length` positions; UserError where a text that mixers read is shorter."""
-        if (ids := self.config.fixed_text) is not None and max_length > len(ids):
+        ids = self.config.fixed_text
+        if ids is not None and max_length > len(ids):
             raise UserError(f"{max_length} positions; allowed: at most {len(ids)}, the ids of a mixer's text")
-        return self.transformer.init_state(batch, max_length)
+        text = None if ids is None else self.embed(jnp.asarray(ids))
+        return self.transformer.init_state(batch, max_length, text=text)
 
     def extend(
         self, periods: list[Any], tokens_BT: jax.Array, seq: mixers.Sequence, state: Any
     ) -> tuple[jax.Array, Any]:
-        """Hidden states [B, T, D] of the next positions and the new state; `periods` is `transformer.unstacked()`."""
-        x, state = extend(periods, self.embed(tokens_BT, seq.layout), self.decoupled(tokens_BT, seq), state)
+        """Hidden states [B, T, D] of the next positions and the new state; `periods` is `transformer.unstacked()`.
+
+        With `cell_box` a piece that begins or ends inside an image gives NaN, as jit can raise nothing: boxes are those
+        of all its cells.
+        """
+        x = self.embed(tokens_BT, seq)
+        if self.config.cell_box is not None and seq.layout is not None:
+            x = jnp.where(_cuts_an_image(seq.layout)[:, None, None], jnp.nan, x)
+        x, state = extend(periods, x, self.decoupled(tokens_BT, seq), state)
         return self.norm(x), state

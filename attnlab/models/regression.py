@@ -98,7 +98,8 @@ class Regression(Objective):
         embedding, head = config.inputs * config.width, config.width * config.outputs
         parameters = stack.parameters + embedding + head + config.norm_parameters
         flops = {"mlp": stack.flops["mlp"], "embedding": 2.0 * embedding, "head": 2.0 * head}
-        return ModelCost(parameters, embedding, flops | stack.flops, stack.state_bytes)
+        flops |= stack.flops
+        return dataclasses.replace(stack, parameters=parameters, embedding_parameters=embedding, flops=flops)
 
 
 def _errors(y_BTo: jax.Array, batch: Batch) -> jax.Array:

@@ -16,19 +16,15 @@ from flax.core import FrozenDict
 from attnlab import config as config_lib
 from attnlab import mixers
 from attnlab.errors import ConfigError, UserError
-from attnlab.mixers.parts import Linear, RMSNorm, param_dtype
-from attnlab.mixers.roles import Role, param
+from attnlab.mixers.parts import RMSNorm
+from attnlab.models import layer_inputs
+from attnlab.models.blocks import GLUS, Block
+from attnlab.models.layer_inputs import Sides, placed, stack_by_name
 from attnlab.parallel import partition
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
 
 NORMS = ["rms", "none"]
-# What the gate of a block's MLP goes through (Shazeer 2020, GLU Variants Improve Transformer: SwiGLU, GEGLU).
-GLUS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-}
 
 _POLICIES = jax.checkpoint_policies
 REMAT = {
@@ -125,6 +121,7 @@ class StackConfig:
                 made[letter] = nnx.eval_shape(lambda m=mixer: mixers.build(m, width=self.width, rngs=nnx.Rngs(0)))
             except ConfigError as error:
                 raise ConfigError(f"in {where} (model.width = {self.width}): {error}") from None
+        self._require_one_stream()
         letters = self.layers // count * "".join(self.blocks)
         mixers.require_layers(made, {letter: letters.count(letter) for letter in made})
 
@@ -157,6 +154,15 @@ class StackConfig:
         config_lib.require(
             mixer.causal == self.causal, f"{where}.causal", mixer.causal, f"{wanted} in {self.described}"
         )
+
+    def _require_one_stream(self) -> None:
+        """Raises ConfigError unless there is at most one second stream, which nothing but positions decides."""
+        streams = {letter: mixer.second_stream for letter, mixer in self.mixers.items() if mixer.second_stream}
+        allowed = "mixers that read one and the same second stream"
+        config_lib.require(len(set(streams.values())) < 2, "model.mixers", streams, allowed)
+        for letter, mixer in self.mixers.items():
+            source, allowed = getattr(mixer, "source", None), f"none beside the second stream of {', '.join(streams)}"
+            config_lib.require(not streams or source is None, f"model.mixers.{letter}.source", source, allowed)
 
     @property
     def blocks(self) -> tuple[str, ...]:
@@ -220,98 +226,6 @@ def _unchanged(x: jax.Array) -> jax.Array:
     return x
 
 
-class GLU(nnx.Module):
-    """`(act(x W_gate) * x W_up) W_down` (Shazeer 2020, GLU Variants Improve Transformer, eq. 6); act is `mlp_gate`."""
-
-    def __init__(self, config: StackConfig, *, rngs: nnx.Rngs, dtype: Any):
-        width, hidden = config.width, config.hidden
-        make = functools.partial(Linear, rngs=rngs, dtype=dtype, bias=config.mlp_bias)
-        self.gate, self.up = (make(width, hidden, ("embed", "mlp")) for _ in range(2))
-        self.down = make(hidden, width, ("mlp", "embed"))
-        self.act = GLUS[config.mlp_gate]
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        hidden = self.act(self.gate(x)) * self.up(x)
-        return self.down(partition.constrain(hidden, "batch", "seq", "mlp"))
-
-
-class Sublayer(nnx.Module):
-    """`x + gate * norm_after(branch(norm(x)))`, the branch a mixer or an MLP; `norm_after` where the config has it.
-
-    With a gate, tanh of a learned scalar, the sublayer is the identity at first (Alayrac et al. 2022, Flamingo,
-    arXiv:2204.14198, section 2.2).
-    """
-
-    def __init__(self, config: StackConfig, branch: Callable[..., nnx.Module], *, gated: bool, rngs: nnx.Rngs):
-        dtype = config.compute_dtype
-        self.norm = config.make_norm()
-        self.branch = branch(rngs=rngs, dtype=dtype)
-        self.norm_after = config.make_norm() if config.norm_after else None
-        self.dropout = config.dropout
-        if gated:
-            self.gate = param(jnp.zeros((), param_dtype(dtype)), axes=(), role=Role.SCALE)
-
-    @property
-    def mixes(self) -> bool:
-        """Whether the branch is a mixer."""
-        return isinstance(self.branch, mixers.Mixer)
-
-    def __call__(
-        self, x: jax.Array, seq: mixers.Sequence, state: Any = None, key: jax.Array | None = None
-    ) -> mixers.MixerOutput:
-        """x [B, T, D]; with a state the positions are the next ones of a stream."""
-        out = self.added(x, seq, state, key)
-        return dataclasses.replace(out, y=x + out.y)
-
-    def added(
-        self, x: jax.Array, seq: mixers.Sequence, state: Any = None, key: jax.Array | None = None
-    ) -> mixers.MixerOutput:
-        """What it adds to the stream; arguments as above."""
-        h = self.norm(x)
-        if not self.mixes:
-            out = mixers.MixerOutput(self.branch(h))
-        else:
-            out = self.branch(h, seq) if state is None else self.branch.extend(h, seq, state)
-        y = out.y if self.norm_after is None else self.norm_after(out.y)
-        if hasattr(self, "gate"):
-            y = (jnp.tanh(self.gate[...]) * y).astype(y.dtype)
-        return dataclasses.replace(out, y=self._drop(y, key))
-
-    def _drop(self, y: jax.Array, key: jax.Array | None) -> jax.Array:
-        if key is None or self.dropout == 0:
-            return y
-        keep = jax.random.bernoulli(key, 1 - self.dropout, y.shape)
-        return jnp.where(keep, y / (1 - self.dropout), 0).astype(y.dtype)
-
-
-class Block(nnx.Module):
-    """Sublayers one after the other: the mixers of a block of the pattern, then an MLP if the config has one."""
-
-    def __init__(self, config: StackConfig, letters: str, *, rngs: nnx.Rngs):
-        make = functools.partial(Sublayer, config, rngs=rngs)
-        mixer = lambda letter: functools.partial(mixers.build, config.mixers[letter], width=config.width)
-        sublayers = [make(mixer(letter), gated=letter in config.gated) for letter in letters]
-        # The MLP belongs to what is gated where nothing else is in the block.
-        if config.hidden:
-            mlp = functools.partial(GLU, config)
-            sublayers.append(make(mlp, gated=set(letters) <= set(config.gated)))
-        self.sublayers = nnx.List(sublayers)
-
-    def __call__(
-        self, x: jax.Array, seq: mixers.Sequence, states: list[Any] | None = None, key: jax.Array | None = None
-    ) -> tuple[jax.Array, list[mixers.MixerOutput]]:
-        """x after the block, and what its mixers returned; `states` are theirs, for the next positions of a stream."""
-        x = partition.constrain(x, "batch", "seq", None)
-        keys = [None] * len(self.sublayers) if key is None else jax.random.split(key, len(self.sublayers))
-        outs: list[mixers.MixerOutput] = []
-        for sublayer, k in zip(self.sublayers, keys, strict=True):
-            state = states[len(outs)] if states is not None and sublayer.mixes else None
-            out = sublayer(x, seq, state, k)
-            x = out.y
-            outs += [out] if sublayer.mixes else []
-        return partition.constrain(x, "batch", "seq", None), outs
-
-
 class Period(nnx.Module):
     """The blocks of one period of the pattern."""
 
@@ -327,10 +241,12 @@ class StackState:
     Attributes:
       stream: where the stream stands.
       layers: per repeat, per block of the period, the states of its mixers.
+      sides: per repeat, what its blocks read of a second stream, for all positions of a document; None: nothing.
     """
 
     stream: mixers.Stream
     layers: list[list[list[Any]]]
+    sides: list[Sides | None]
 
 
 class Transformer(nnx.Module):
@@ -353,31 +269,56 @@ class Transformer(nnx.Module):
         Losses and metrics are means over the layers that have them.
         """
         self.config.require_contexts(seq.contexts)
+        out, _ = self._through(x, seq.derived(), key, self.sides(x.shape[1], seq.text))
+        return out
+
+    def sides(self, length: int, text: jax.Array | None = None) -> Sides | None:
+        """What the mixers read of the second stream, arrays [repeats, 1, length, D]; None: no mixer reads one.
+
+        The stream goes through the blocks as one row more, which all rows share: the same norms, mixers and MLPs, no
+        dropout; losses and metrics of it are not counted. `text` is `Sequence.text`.
+        """
+        begun = layer_inputs.second_stream(self.periods, length, text)
+        return None if begun is None else self._through(*begun, None, None)[1]
+
+    def _through(
+        self, x: jax.Array, seq: mixers.Sequence, key: jax.Array | None, sides: Sides | None
+    ) -> tuple[mixers.MixerOutput, Sides]:
+        """The stream x through all blocks, and what mixers read of it where it is the second one."""
         graphdef, params = nnx.split(self.periods)
-        seq, shared = with_embedding(self.periods, x, seq.derived()), first_shared(self.periods, x)
+        seq, shared = layer_inputs.with_embedding(self.periods, x, seq), layer_inputs.first_shared(self.periods, x)
         keys = None if key is None else jax.random.split(key, (self.repeats, len(self.config.blocks)))
-        numbers = jnp.arange(self.repeats, dtype=jnp.int32) if reads(self.periods, "layer") else None
+        numbers = jnp.arange(self.repeats, dtype=jnp.int32) if layer_inputs.reads(self.periods, "layer") else None
 
         def run(carry: tuple[jax.Array, dict[str, jax.Array]], inputs: Any) -> tuple[Any, Any]:
-            (x, shared), (p, k, number) = carry, inputs
-            losses, metrics = [], []
+            (x, shared), (p, k, number, sides) = carry, inputs
+            losses, metrics, read = [], [], []
             for i, block in enumerate(nnx.merge(graphdef, p).blocks):
-                here = placed(seq, number, i, len(self.config.blocks), shared)
+                here = placed(seq, number, i, len(self.config.blocks), shared, sides)
                 x, outs = block(x, here, key=None if k is None else k[i])
                 shared = functools.reduce(lambda a, out: a | out.shared, outs, shared)
                 losses += [out.losses for out in outs]
                 metrics += [out.metrics for out in outs]
-            return (x, shared), (stack_by_name(losses), stack_by_name(metrics))
+                read.append(tuple(out.side for out in outs))
+            return (x, shared), (stack_by_name(losses), stack_by_name(metrics), read)
 
         if self.config.remat != "none":
             run = jax.checkpoint(run, policy=REMAT[self.config.remat], prevent_cse=False)
-        (x, _), (losses, metrics) = jax.lax.scan(run, (x, shared), (params, keys, numbers), unroll=self.unroll())
-        return mixers.MixerOutput(x, losses=jax.tree.map(jnp.mean, losses), metrics=jax.tree.map(jnp.mean, metrics))
+        inputs = params, keys, numbers, sides
+        (x, _), (losses, metrics, read) = jax.lax.scan(run, (x, shared), inputs, unroll=self.unroll())
+        mean = functools.partial(jax.tree.map, jnp.mean)
+        return mixers.MixerOutput(x, losses=mean(losses), metrics=mean(metrics)), read
 
     def init_state(
-        self, batch: int, max_length: int, contexts: Mapping[str, mixers.Context] | None = None
+        self,
+        batch: int,
+        max_length: int,
+        contexts: Mapping[str, mixers.Context] | None = None,
+        text: jax.Array | None = None,
     ) -> StackState:
-        """The state before the first position, with room for `max_length` positions; contexts are read here, once.
+        """The state before the first position, with room for `max_length` positions.
+
+        Contexts are read here, once, and the second stream is made of all positions; `text` is `Sequence.text`.
 
         Every leaf is a buffer of its own, though layers start equal keys and values as one: jit takes the state as
         donated.
@@ -386,7 +327,8 @@ class Transformer(nnx.Module):
         state = lambda mixer: mixer.init_state(batch, max_length, self.config.compute_dtype, contexts=contexts)
         of = lambda block: [state(sublayer.branch) for sublayer in block.sublayers if sublayer.mixes]
         layers = [[of(block) for block in period.blocks] for period in self.unstacked()]
-        return jax.tree.map(jnp.copy, StackState(mixers.Stream.start(batch), layers))
+        sides = layer_inputs.unstacked_sides(self.sides(max_length, text), self.repeats)
+        return jax.tree.map(jnp.copy, StackState(mixers.Stream.start(batch), layers, sides))
 
     def unstacked(self) -> list[Period]:
         """The periods one by one: decoding unrolls them, as a scan would copy every weight at every token."""
@@ -405,46 +347,13 @@ def extend(
 ) -> tuple[jax.Array, StackState]:
     """Runs the next positions, x [B, T, D], through unstacked periods; the new state."""
     seq, stream = state.stream.extend(seq)
-    seq, shared, layers = with_embedding(periods[0], x, seq), first_shared(periods[0], x), []
-    numbers = range(len(periods)) if reads(periods[0], "layer") else [None] * len(periods)
-    for number, period, states in zip(numbers, periods, state.layers, strict=True):
+    seq, shared = layer_inputs.with_embedding(periods[0], x, seq), layer_inputs.first_shared(periods[0], x)
+    layers, numbers = [], range(len(periods)) if layer_inputs.reads(periods[0], "layer") else [None] * len(periods)
+    for number, period, states, sides in zip(numbers, periods, state.layers, state.sides, strict=True):
         after = []
         for i, (block, s) in enumerate(zip(period.blocks, states, strict=True)):
-            x, outs = block(x, placed(seq, number, i, len(period.blocks), shared), s)
+            x, outs = block(x, placed(seq, number, i, len(period.blocks), shared, sides), s)
             shared = functools.reduce(lambda a, out: a | out.shared, outs, shared)
             after.append([out.state for out in outs])
         layers.append(after)
-    return x, StackState(stream, layers)
-
-
-def _mixers(period: Period) -> list[mixers.Mixer]:
-    return [sublayer.branch for block in period.blocks for sublayer in block.sublayers if sublayer.mixes]
-
-
-def reads(period: Period, what: str) -> bool:
-    """Whether a mixer of the period asks for it (`Mixer.stack_reads`)."""
-    return any(what in mixer.stack_reads for mixer in _mixers(period))
-
-
-def with_embedding(period: Period, x: jax.Array, seq: mixers.Sequence) -> mixers.Sequence:
-    """The sequence as mixers read it who ask for what the stack began from; what is given in its place stays."""
-    return dataclasses.replace(seq, embedding=x) if seq.embedding is None and reads(period, "embedding") else seq
-
-
-def first_shared(period: Period, x: jax.Array) -> dict[str, jax.Array]:
-    """`Sequence.shared` before the first layer."""
-    return functools.reduce(lambda a, mixer: a | mixer.init_shared(*x.shape[:2]), _mixers(period), {})
-
-
-def placed(
-    seq: mixers.Sequence, number: jax.Array | int | None, block: int, blocks: int, shared: dict[str, jax.Array]
-) -> mixers.Sequence:
-    """The sequence as a block reads it, which is the `block`-th of period `number`."""
-    layer = None if number is None else jnp.int32(number * blocks + block)
-    return dataclasses.replace(seq, layer=layer, shared=shared)
-
-
-def stack_by_name(dicts: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
-    """Of each name the values of all that have it, along a new first axis."""
-    names = functools.reduce(lambda a, b: a | b.keys(), dicts, set())
-    return {name: jnp.stack([d[name] for d in dicts if name in d]) for name in sorted(names)}
+    return x, StackState(stream, layers, state.sides)

@@ -32,6 +32,9 @@ class VectorModelConfig(LanguageModelConfig):
         config_lib.require(self.inputs >= 1, "model.inputs", self.inputs, "1 or more")
         for key in ("tied", "decoupled"):
             config_lib.require(not getattr(self, key), f"model.{key}", True, "false where inputs are vectors")
+        for key in ("cell_code", "box_code"):
+            value = getattr(self, key)
+            config_lib.require(value is None, f"model.{key}", value, "none where inputs are vectors")
         super().__post_init__()
         no_text = self.fixed_text is None
         config_lib.require(
@@ -67,7 +70,7 @@ class VectorModel(LanguageModel):
         embedding, head = config.inputs * config.width, config.vocab * config.width
         flops = {"mlp": stack.flops["mlp"], "embedding": 2.0 * embedding, "head": 2.0 * head} | stack.flops
         parameters = stack.parameters + embedding + head + config.norm_parameters
-        return ModelCost(parameters, embedding, flops, stack.state_bytes)
+        return dataclasses.replace(stack, parameters=parameters, embedding_parameters=embedding, flops=flops)
 
     def embedded(self, batch: Batch) -> jax.Array:
         return self.embedding(batch["inputs"])

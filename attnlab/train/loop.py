@@ -173,7 +173,7 @@ class _Run:
         # Simulated devices share one pool of threads: collectives of two programs, or a program that waits for a save
         # to let go of its arrays, can keep each other from running until XLA gives up.
         self._serial = jax.default_backend() == "cpu" and self.mesh.size > 1
-        cost = self.program.traced(model_cost)(c.model, c.data.length)
+        cost = self.program.traced(model_cost)(c.model, c.data.length, c.data.batch // c.train.accumulate)
         self._flops_per_token = 3 * cost.total_flops
         self._peak = peak_flops(self.mesh.size) if teacher is None else None  # whose work is not counted
         self._say(

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from attnlab.models.objective import require_own
 from attnlab.parallel import partition
-from attnlab.train import sharding
+from attnlab.train import optimizers, sharding
 from attnlab.train.config import TrainConfig
 from attnlab.train.state import Model, TrainState
 from attnlab.train.teaching import Teaching
@@ -84,7 +84,7 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g * share.astype(g.dtype), grads)
         metrics = {name: value * share for name, value in sums.items()}
 
-        norm = optax.tree.norm(grads)
+        norm = optax.tree.norm(optimizers.without_averages(grads, model.usages))
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

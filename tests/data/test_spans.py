@@ -29,6 +29,7 @@ ROW = {
     "images": [[1, 2, 2]],
     "questions": [[6, 8]],
     "answers": [[8, 10]],
+    "boxes": [[5, 0.5, 2, 1.5, 4], [9, 1, 1, 1, 1]],
 }
 
 
@@ -63,6 +64,7 @@ def test_a_row_by_hand(tmp_path):
         assert row["segments"].tolist() == [1] * 9 + [0] * 3 and row["positions"][:9].tolist() == list(range(9))
         assert row["weights"].tolist() == [*weights, 0, 0, 0]
         assert row["node"].tolist() == [0, 1, 1, 1, 1] + [0] * 7
+        assert row["boxes"].tolist() == [*[[0] * 4] * 5, [0.5, 2, 1.5, 4], *[[0] * 4] * 6]
         text, image = [1, -1, -1, 0, 0, 0, 0], lambda y, x: [2, y, x, 2, 2, 1, 5]
         question = [3, -1, -1, 0, 0, 6, 8]
         expected = [text, image(0, 0), image(0, 1), image(1, 0), image(1, 1), text, question, question]
@@ -189,6 +191,9 @@ def test_digest_is_of_rows_and_of_what_says_which_are_held_out(tmp_path):
         (dict(ROW, images=[[1, 2, 3]]), r"'questions' has \[6, 8\]; allowed: .* in no other span"),
         (dict(ROW, answers=[[9, 11]]), r"'answers' has \[9, 11\]"),
         (dict(ROW, picture=[]), "unknown key 'picture'; allowed: ids, images"),
+        (dict(ROW, boxes=[[10, 1, 1, 1, 1]]), r"'boxes' has \[10, .*allowed: \[id, x, y, width, height\]"),
+        (dict(ROW, boxes=[[1, 0, 0, 0, 1]]), "'boxes' has .*sides above 0"),
+        (dict(ROW, boxes=[[1, 0, 0, 1, 1]] * 2), "'boxes' has .*one for an id"),
         ([1, 2], "a JSON list; each line must be one object with 'ids'"),
     ],
     ids=str,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,12 @@ from flax import nnx
 from attnlab import mixers
 from attnlab.errors import ConfigError, UnsupportedPattern, UserError
 from attnlab.mixers.ablated import AblatedConfig
+from attnlab.models.cost import stack_cost
+from attnlab.models.transformer import StackConfig, Transformer, extend, mixer_table
 from attnlab.ops.running_softmax import running_softmax
 from tests import tiers
-from tests.mixers import cases
+from tests.mixers import cases, flops
+from tests.models import drawn
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
 ROLES = {"matrix": "q k v out gate up", "scale": "embedding_norm"}
@@ -52,10 +56,7 @@ def naive(module, x, embedding):
     rows = ((e, module.q), (e, module.k), (x, module.v))
     q, k, v = ((z @ array(y)).reshape(length, c.heads, d) for z, y in rows)
     if c.weights in ("taylor", "static") and c.rope_base is not None:
-        angle = np.arange(length)[:, None, None] * c.rope_base ** (-np.arange(d // 2) / (d // 2))
-        cos, sin = np.cos(angle), np.sin(angle)
-        turn = lambda a, b: np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-        q, k = (turn(y[..., : d // 2], y[..., d // 2 :]) for y in (q, k))
+        q, k = (turned(y, c.rope_base) for y in (q, k))
     o = np.zeros_like(v)
     for t in range(length):
         for h in range(c.heads):
@@ -166,58 +167,169 @@ def test_static_weights_do_not_know_the_context():
     assert cases.module(AblatedConfig(), jnp.float64).stack_reads == ()
 
 
-@pytest.mark.parametrize("weights", ["random_stream", "text_stream"])
-def test_streams_know_positions_alone(weights):
-    """Three layers of a stack written out, packed and in a stream of pieces; outputs are linear in x, and another text
-    gives the same stream, which begins as noise or as a fixed text."""
+def stack_of(weights, pattern="AS", layers=4, **fields):
+    """A stack whose letter A reads a second stream, its config's path of a text never opened, and S does not."""
     given = {"text": "text.npy"} if weights == "text_stream" else {}
-    module = cases.module(AblatedConfig(weights=weights, heads=2, rope_base=None, **given), jnp.float64)
+    table = {
+        "A": {"name": "ablated", "weights": weights, "heads": 2, "rope_base": 50.0, "head_width": 6} | given,
+        "S": {"name": "softmax", "heads": 2, "rope_base": None},
+    }
+    table = mixer_table({letter: table[letter] for letter in dict.fromkeys(pattern.replace("+", ""))}, "m")
+    fields = {"mlp_width": 5, "dtype": "float64"} | fields
+    config = StackConfig(width=cases.WIDTH, layers=layers, mixers=table, pattern=pattern, **fields)
+    return drawn.apart(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+
+
+def turned(y, base):
+    """RoPE of y [n, H, d], at positions 0 to n - 1."""
+    half = y.shape[-1] // 2
+    angle = np.arange(len(y))[:, None, None] * base ** (-np.arange(half) / half)
+    a, b, cos, sin = y[..., :half], y[..., half:], np.cos(angle), np.sin(angle)
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def attended(branch, read, valued):
+    """Causal softmax attention written out: weights of `read` [n, D], values of `valued`."""
+    rows = ((read, branch.q), (read, branch.k), (valued, branch.v))
+    q, k, v = ((y @ np.asarray(linear.kernel[...])).reshape(len(y), 2, -1) for y, linear in rows)
+    if branch.config.rope_base is not None:
+        q, k = (turned(y, branch.config.rope_base) for y in (q, k))
+    w = np.exp(np.einsum("thd,shd->hts", q, k) / np.sqrt(q.shape[-1])) * np.tri(len(q))
+    o = np.einsum("hts,shd->thd", w / w.sum(-1, keepdims=True), v)
+    return o.reshape(len(o), -1) @ np.asarray(branch.out.kernel[...])
+
+
+def both_streams(stack, x, z):
+    """One document's x and its second stream z, [n, D], through all blocks written out."""
+
+    def normed(y, norm):
+        return y / np.sqrt((y**2).mean(-1, keepdims=True) + 1e-6) * np.asarray(norm.scale[...])
+
+    def made(branch, h, g):
+        if hasattr(branch, "q"):
+            return attended(branch, g if branch.name == "ablated" else h, h)
+        gate, up, down = (np.asarray(linear.kernel[...]) for linear in (branch.gate, branch.up, branch.down))
+        return (h @ gate / (1 + np.exp(-h @ gate)) * (h @ up)) @ down
+
+    for block in (block for period in stack.unstacked() for block in period.blocks):
+        for sublayer in block.sublayers:
+            h, g = (normed(y, sublayer.norm) for y in (x, z))
+            added = [made(sublayer.branch, h, g), made(sublayer.branch, g, g)]
+            if sublayer.norm_after is not None:
+                added = [normed(y, sublayer.norm_after) for y in added]
+            if hasattr(sublayer, "gate"):
+                added = [np.tanh(np.asarray(sublayer.gate[...])) * y for y in added]
+            x, z = x + added[0], z + added[1]
+    return x
+
+
+OTHER = {"pattern": "A+SA", "gated": "S", "norm_after": True, "remat": "full"}
+
+
+@tiers.often("random_stream-fields0")
+@pytest.mark.parametrize("fields", [{"unroll": 1}, OTHER])
+@pytest.mark.parametrize("weights", ["random_stream", "text_stream"])
+def test_the_second_stream_goes_through_whole_blocks(weights, fields):
+    """Stacks of it and softmax, packed, values and gradients: both streams written out, MLPs, gates and norms too. A
+    stream in pieces is the whole."""
+    graphdef, params = stack_of(weights, **fields)
     x, seq = cases.inputs(jnp.float64)
-    text = jnp.asarray(np.random.default_rng(7).standard_normal((9, cases.WIDTH))) if given else None
-    x = np.asarray(x)
-    inputs, used = [x, 3 * x[::-1], x**2], np.asarray(seq.segments) > 0
+    rng = np.random.default_rng(7)
+    text = rng.standard_normal((9, cases.WIDTH)) if weights == "text_stream" else None
+    seq, scale, used = dataclasses.replace(seq, text=text), rng.standard_normal(x.shape), np.asarray(seq.segments) > 0
 
-    def run(parts, seq, states=None):
-        shared, ys, after = module.init_shared(*parts[0].shape[:2]), [], []
-        for i, y in enumerate(parts):
-            placed = dataclasses.replace(seq, shared=shared, text=text)
-            out = module(y, placed) if states is None else module.extend(y, placed, states[i])
-            shared, ys, after = shared | out.shared, [*ys, out.y], [*after, out.state]
-        return ys, shared[f"ablated_{weights}"], after
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def packed(given):
+        params, x, text = given
+        y = nnx.merge(graphdef, params)(x, dataclasses.replace(seq, text=text)).y
+        return jnp.sum(jnp.where(used[..., None], scale * y, 0)), y
 
-    ys, z, _ = jax.jit(run)(inputs, seq)
-    other, again, _ = jax.jit(run)([-y for y in inputs], seq)
-    np.testing.assert_array_equal(z[used], again[used])
-    np.testing.assert_allclose(ys[1][used], -other[1][used], atol=1e-12)
-    noise = text
-    if not given:
-        noise = np.asarray(jax.jit(module._first)(x[:1], mixers.Sequence.whole(1, cases.LENGTH)))[0]
-    array, H = lambda linear: np.asarray(linear.kernel[...]), module.config.heads
-    for row, first, end in cases.DOCUMENTS:
-        n = end - first
-        now = np.asarray(noise)[:n]
-        for y, got in zip(inputs, ys):
-            e = now / np.sqrt((now**2).mean(-1, keepdims=True) + 1e-6) * np.asarray(module.embedding_norm.scale[...])
-            rows = ((e, module.q), (e, module.k), (np.asarray(y)[row, first:end], module.v), (e, module.v))
-            q, k, v, own = ((a @ array(b)).reshape(n, H, -1) for a, b in rows)
-            logits = np.einsum("thd,shd->hts", q, k) / np.sqrt(q.shape[-1])
-            w = np.exp(np.where(np.tri(n, dtype=bool), logits, -np.inf))
-            w /= w.sum(-1, keepdims=True)
-            o, moved = (np.einsum("hts,she->the", w, u).reshape(n, -1) @ array(module.out) for u in (v, own))
-            np.testing.assert_allclose(got[row, first:end], o, atol=1e-11)
-            now = now + moved
-        np.testing.assert_allclose(z[row, first:end], now, atol=1e-11)
-    step, stream = jax.jit(run), mixers.Stream.start(2)
-    states, parts = [module.init_state(2, cases.LENGTH, jnp.float64) for _ in inputs], []
-    size = 1 if given else 5  # each of one program: from the beginning, and under way
+    first = nnx.merge(graphdef, params).periods.blocks[0].sublayers[0].branch
+    noise = np.asarray(first.begin_second(9, None)[0]) if text is None else None
+
+    def written(given):
+        params, x, text = given
+        stack, y = nnx.merge(graphdef, params), np.zeros_like(x)
+        text = noise if text is None else text
+        for row, first, end in cases.DOCUMENTS:
+            y[row, first:end] = both_streams(stack, x[row, first:end], text[: end - first])
+        return y
+
+    given = jax.tree.map(np.asarray, (params, x, text))
+    (_, y), slopes = packed(given)
+    y = np.asarray(y)
+    np.testing.assert_allclose(y[used], written(given)[used], atol=1e-11)
+    way = jax.tree.map(lambda a: rng.standard_normal(a.shape) / 100, given)
+    at = lambda steps: np.sum(scale * written(jax.tree.map(lambda a, d: a + 1e-3 * steps * d, given, way)))
+    along = sum(np.vdot(a, d) for a, d in zip(jax.tree.leaves(slopes), jax.tree.leaves(way), strict=True))
+    np.testing.assert_allclose(along, (8 * (at(1) - at(-1)) - at(2) + at(-2)) / 12e-3, rtol=1e-8)
+
+    begin = jax.jit(lambda params: nnx.merge(graphdef, params).init_state(2, 11, text=text))
+    step = jax.jit(lambda params, *args: extend(nnx.merge(graphdef, params).unstacked(), *args))
+    state, parts = begin(params), []
+    size = 1 if fields is OTHER else 5  # each of one program: from the beginning, and under way
     for first in range(0, cases.LENGTH - size + 1, size):
         piece = slice(first, first + size)
-        part, stream = cases.placed(stream, jax.tree.map(lambda a, at=piece: np.asarray(a)[:, at], seq))
-        pieces, _, states = step([y[:, piece] for y in inputs], part, states)
-        parts.append(pieces[-1])
+        part = mixers.Sequence(np.asarray(seq.positions)[:, piece], np.asarray(seq.segments)[:, piece], text=text)
+        got, state = step(params, np.asarray(x)[:, piece], part, state)
+        parts.append(got)
     streamed = np.concatenate(parts, axis=1)
     seen = used[:, : streamed.shape[1]]
-    np.testing.assert_allclose(streamed[seen], np.asarray(ys[-1])[:, : streamed.shape[1]][seen], atol=1e-11)
+    np.testing.assert_allclose(streamed[seen], y[:, : streamed.shape[1]][seen], atol=1e-11)
+
+
+def test_streams_know_positions_alone():
+    """A layer of a given second stream is linear in x, by weights that are every document's; by itself it is a stack's
+    first without norm and MLP, whose input it does not add. Noise is the same whatever the length."""
+    module = cases.module(AblatedConfig(weights="random_stream", heads=2), jnp.float64)
+    x, seq = cases.inputs(jnp.float64)
+    side = jnp.asarray(np.random.default_rng(7).standard_normal((1, 9, cases.WIDTH)))
+    run = jax.jit(lambda x, side: module(x, dataclasses.replace(seq, side=side)).y)
+    used = np.asarray(seq.segments) > 0
+    both = np.asarray(run(x, side) + run(3 * x[::-1], side))[used]
+    np.testing.assert_allclose(both, run(x + 3 * x[::-1], side)[used], atol=1e-12)
+    same = np.array(x)
+    same[1, 2:6] = same[0, :4]  # documents that begin alike, at other places
+    y = run(same, side)
+    np.testing.assert_allclose(y[1, 2:6], y[0, :4], atol=1e-12)
+    begun = jax.jit(lambda: module.begin_second(9, None))()
+    np.testing.assert_allclose(run(x, begun)[used], run(x, None)[used], atol=1e-12)
+    np.testing.assert_array_equal(jax.jit(lambda: module.begin_second(4, None))(), begun[:, :4])
+    assert 0.8 < np.std(begun) < 1.2
+
+
+def test_the_second_stream_is_counted():
+    """FLOPs of the program are those per token of all rows and, once, the second stream's; bytes those of the state;
+    what cannot be beside it is refused. A mixture of heads reads it as its core does."""
+    graphdef, params = stack_of("random_stream", dtype="float32")
+    config, x = nnx.merge(graphdef, params).config, jnp.zeros((B, T, cases.WIDTH))
+    run = lambda params: nnx.merge(graphdef, params)(x, mixers.Sequence.whole(B, T)).y
+    cost = stack_cost(config, T)
+    pairs = sum(value for name, value in cost.flops.items() if name.endswith("attention")) * (2 * T / (T + 1) - 1)
+    assert cost.second_flops == cost.total_flops
+    assert flops.count(run, params) == pytest.approx((B + 1) * T * (cost.total_flops + pairs), rel=1e-6)
+    state = jax.eval_shape(lambda params: nnx.merge(graphdef, params).init_state(1, T), params)
+    assert cost.state_bytes == sum(a.size * a.dtype.itemsize for a in jax.tree.leaves((state.layers, state.sides)))
+    seen = stack_of("random_stream", pattern="S", layers=1)
+    assert nnx.merge(*seen).sides(T) is None and stack_cost(nnx.merge(*seen).config, T).second_flops == 0
+    both = {x: {"name": "ablated", "weights": "random_stream", "heads": 2} for x in "AB"}
+    both["B"] |= {"weights": "text_stream", "text": "text.npy"}
+    with pytest.raises(ConfigError, match="model.mixers = .*one and the same second stream"):
+        StackConfig(width=8, layers=2, mixers=mixer_table(both, "m"), pattern="AB")
+    both["B"] = {"name": "softmax", "heads": 2, "source": "rows"}
+    reader = type("Reader", (StackConfig,), {"context_names": ("rows",)})
+    with pytest.raises(ConfigError, match="model.mixers.B.source = 'rows'.*none beside the second stream of A"):
+        reader(width=8, layers=2, mixers=mixer_table(both, "m"), pattern="AB")
+    table = mixer_table(
+        {"M": {"name": "moh", "heads": 2, "core": {"name": "ablated", "weights": "random_stream"}}}, "m"
+    )
+    routed = nnx.eval_shape(
+        lambda: Transformer(StackConfig(width=8, layers=2, mixers=table, pattern="M"), rngs=nnx.Rngs(0))
+    )
+    assert jax.eval_shape(lambda: routed.sides(T))[0][0].shape == (2, 1, T, 8)
+    with pytest.raises(ConfigError, match="input_conv = 3.*1 where weights is random_stream"):
+        AblatedConfig(weights="random_stream", input_conv=3)
 
 
 def test_a_text_has_an_end():
@@ -234,8 +346,6 @@ def test_a_text_has_an_end():
     state = module.init_state(2, cases.LENGTH, jnp.float64)
     streamed = jax.jit(lambda: module.extend(x, part, state).y)()
     np.testing.assert_array_equal(np.isnan(streamed), np.isnan(short))
-    random = cases.blank(AblatedConfig(weights="random_stream"), jnp.float64)
-    assert not module.init_shared(1, 1).keys() & random.init_shared(1, 1).keys()  # streams of their own
     with pytest.raises(UnsupportedPattern, match="Sequence.text"):
         module(x, seq)
     for fields in ({"weights": "text_stream"}, {"weights": "static", "text": "text.npy"}):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -19,6 +20,10 @@ from tests.train import runs
 
 SOFTMAX = {"name": "softmax", "heads": 2}
 HYBRID = {"model__pattern": "ML", "model__mixers": {"M": SOFTMAX, "L": {"name": "lightning", "heads": 2}}}
+STREAM = {
+    "model__pattern": "ML",
+    "model__mixers": {"M": SOFTMAX, "L": {"name": "ablated", "heads": 2, "weights": "random_stream"}},
+}
 LAYERS = {"match": "layers"}
 
 
@@ -99,11 +104,16 @@ def by_hand(teacher, student, batch, matching):
     """The layers' loss written out: the teacher's stack one sublayer after the other, the student's beside it."""
     x, seq = teacher.embedded(batch), teacher.sequence(batch).derived()
     blocks = lambda model: [block for period in model.transformer.unstacked() for block in period.blocks]
-    total = 0.0
+    total, sides = 0.0, student.transformer.sides(x.shape[1])
     for layer, (own, other) in enumerate(zip(blocks(student), blocks(teacher), strict=True)):
         mixed = x + (wanted := other.sublayers[0].added(x, seq).y)
         after = mixed + other.sublayers[1].added(mixed, seq).y
-        made = own.sublayers[0].added(x, seq).y
+        side = (
+            None
+            if sides is None
+            else jax.lax.stop_gradient(jax.tree.map(lambda a, i=layer // 2: a[i], sides[layer % 2]))
+        )
+        made = own.sublayers[0].added(x, dataclasses.replace(seq, sides=side)).y
         if matching.at == "block":
             made, wanted = made + own.sublayers[1].added(x + made, seq).y, after - x
         if layer in matching.layers:
@@ -131,13 +141,17 @@ OPTIONS = {"z_loss": 0.0, "loss_chunk": 100, "loss_impl": "auto"}
 
 
 @tiers.often("mixer")
-@pytest.mark.parametrize("chosen", [{}, {"at": "block", "layers": (0, 1, 2)}], ids=["mixer", "block"])
-def test_layers_are_fed_what_the_teachers_are(chosen):
+@pytest.mark.parametrize(
+    "chosen, student",
+    [({}, HYBRID), ({"at": "block", "layers": (0, 1, 2)}, HYBRID), ({}, STREAM)],
+    ids=["mixer", "block", "second stream"],
+)
+def test_layers_are_fed_what_the_teachers_are(chosen, student):
     """Values and gradients in float64 of stacks of other patterns, scanned together, against the loop over layers: at
     every position of a document, whatever its own prediction weighs. Backward runs each layer by itself again."""
     with jax.enable_x64(True):
         remat = {"model__remat": "full"} if chosen else {}
-        teacher, plain, matched, theirs, ours = programs({**LAYERS, **chosen}, model__dtype="float64", **remat)
+        teacher, plain, matched, theirs, ours = programs({**LAYERS, **chosen}, student, model__dtype="float64", **remat)
         assert matched.layers == chosen.get("layers", (1, 3))
         batch, other = packed_batch(), teacher.model.merge(theirs)
         batch["weights"] = np.eye(2, 12, dtype=np.float32)
