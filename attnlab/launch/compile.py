@@ -36,8 +36,7 @@ def compile_step(config: RunConfig, target: Target) -> dict[str, Any]:
     """
     program = Program(config, target.devices)
     mesh = program.mesh
-    rows = config.data.batch // config.train.accumulate
-    cost = program.traced(model_cost)(config.model, config.data.length, rows)
+    cost = program.traced(model_cost)(config.model, config.data.length, config.data.batch // config.train.accumulate)
     tokens = config.data.batch * config.data.length / mesh.size
     report: dict[str, Any] = {
         "topology": target.name,

@@ -370,8 +370,7 @@ class MoH(HeadMixer):
     def heads(self, x: jax.Array, seq: Sequence, carried: State = None) -> MixerOutput:
         used = None if seq.segments is None else seq.segments > 0
         out, routing = self._routed_heads(x, seq, carried, used)
-        shared, routed = shared_and_routed(self.config)
-        gates = interleaved(routing.shared[..., None], routing.routed[..., None], shared, routed)
+        gates = interleaved(routing.shared[..., None], routing.routed[..., None], *shared_and_routed(self.config))
         out = dataclasses.replace(out, y=(out.y * gates).astype(out.y.dtype))
         if carried is not None or routing.p is None:
             return out
