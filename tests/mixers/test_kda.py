@@ -24,6 +24,8 @@ ROLES = {
     "decay_rate": "log_decay.a_log log_decay.dt_bias",
 }
 NUMBERS_OF = "gated_deltanet"
+# The kernel's gradient of decays is a difference of sums over pairs: a_log's is 3.8e-4 of 12.7 from float64's.
+KERNEL_TOLERANCE = 1e-4
 WRITTEN_OUT = True
 
 B, T, H, D, E = 2, 9, 3, 4, 5
