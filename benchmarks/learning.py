@@ -6,6 +6,7 @@ full forward pass on held-out text. Runs are kept under `--workdir`: the command
 
     python -m benchmarks.learning
     python -m benchmarks.learning --mixers flow,titans --dtypes float32 --steps 100 --json
+    python -m benchmarks.learning --runs runs/every/arms/*/text/seed0    # runs that are there, on data of one kind
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ def main() -> int:
     overrides = [a for a in sys.argv[1:] if a.startswith("--config.")]
     args = _parser().parse_args([a for a in sys.argv[1:] if not a.startswith("--config.")])
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if args.runs:
+        return _of_runs(args)
     from attnlab import mixers
 
     chosen = args.mixers or [n for n in mixers.names() if mixers.get(n).capabilities.causal]
@@ -46,10 +49,34 @@ def main() -> int:
             rows.append(_judge(workdir, bigram) | {"mixer": name, "dtype": dtype})
             if not args.json:
                 print(_line(rows[-1]), flush=True)
+    return _told(rows, bigram, args, {"steps": args.steps, "size": args.size})
+
+
+def _of_runs(args: argparse.Namespace) -> int:
+    """`main` for runs that are over, each of one mixer, against a bigram model of the data that all have."""
+    from attnlab.train import restore
+
+    rows: list[dict[str, Any]] = []
+    bigram = steps = data = None
+    for workdir in args.runs:
+        config = restore.load(workdir, "latest").config
+        if bigram is None:
+            steps, data = config.train.steps, config.data
+            bigram = bigram_loss(workdir, steps)
+        if (config.train.steps, config.data) != (steps, data):
+            raise SystemExit(f"{workdir} has other data or steps than {args.runs[0]}; allowed: runs on the same ones")
+        (mixer,) = {mixer.node_name for mixer in config.model.mixers.values()}
+        rows.append(_judge(workdir, bigram) | {"mixer": mixer, "dtype": config.model.dtype})
+        if not args.json:
+            print(_line(rows[-1]), flush=True)
+    return _told(rows, bigram, args, {"steps": steps, "size": "runs"})
+
+
+def _told(rows: list[dict[str, Any]], bigram: float | None, args: argparse.Namespace, facts: dict[str, Any]) -> int:
     if args.json:
-        print(json.dumps({"bigram_loss": bigram, "steps": args.steps, "size": args.size, "rows": rows}))
+        print(json.dumps({"bigram_loss": bigram, **facts, "rows": rows}))
     else:
-        _print(rows, bigram, args)
+        _print(rows, bigram, facts)
     return int(not all(row["passed"] for row in rows))
 
 
@@ -153,14 +180,14 @@ def _line(row: dict[str, Any]) -> str:
     return ", ".join(f"{name} {cell}" for name, cell in zip(_COLUMNS, _cells(row)))
 
 
-def _print(rows: list[dict[str, Any]], bigram: float | None, args: argparse.Namespace) -> None:
+def _print(rows: list[dict[str, Any]], bigram: float | None, facts: dict[str, Any]) -> None:
     if bigram is not None:
         print(
-            f"\n{args.size}, {args.steps} steps; losses in nats per token; a bigram model's held-out loss: {bigram:.3f}"
+            f"\n{facts['size']}, {facts['steps']} steps; losses in nats per token; "
+            f"a bigram model's held-out loss: {bigram:.3f}"
         )
     harness.print_table(_COLUMNS, [_cells(row) for row in rows])
-    facts = harness.machine()
-    print(", ".join(f"{k} {v}" for k, v in facts.items()))
+    print(", ".join(f"{k} {v}" for k, v in harness.machine().items()))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -174,6 +201,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--recipe", default="paper", choices=("paper", "lm"), help="of configs/lm.py (default: paper)")
     parser.add_argument("--steps", type=int, default=300, help="steps of each run (default: 300)")
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/learning"), help="keeps the runs")
+    parser.add_argument("--runs", type=pathlib.Path, nargs="+", metavar="DIR",
+                        help="judge these workdirs of attnlab train, and train none")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 

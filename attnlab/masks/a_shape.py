@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlab.config import knob
-from attnlab.masks.base import MaskBuilder, MaskConfig, Sequence, offsets, register
+from attnlab.masks.base import MaskConfig, Sequence, offsets, register
+from attnlab.masks.patterns import Band, Columns, HeadMask, Pattern
 from attnlab.ops.mask_algebra import both, either
 from attnlab.ops.masks import Array, Mask
 
@@ -22,7 +23,7 @@ class AShapeConfig(MaskConfig):
 
 
 @register("a_shape")
-class AShape(MaskBuilder):
+class AShape(HeadMask):
     """A position sees the nearest `window` positions and its document's first `sinks`."""
 
     Config = AShapeConfig
@@ -49,5 +50,7 @@ class AShape(MaskBuilder):
         return either(Mask(near, interval.k_end), Mask(interval.k_start, first))
 
     def span(self, length: int, *, causal: bool) -> float:
-        c, t = self.config, np.arange(1, length + 1)
-        return float(np.minimum(t, np.minimum(t, c.window) + np.minimum(np.maximum(t - c.window, 0), c.sinks)).mean())
+        return self.pattern().span(length)
+
+    def pattern(self) -> Pattern:
+        return Pattern(Band(0, self.config.window), Columns(tuple(range(self.config.sinks))))

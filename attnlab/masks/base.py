@@ -34,6 +34,7 @@ class Sequence(Protocol):
     grid: tuple[int, int] | None
     layout: Layout | None
     node: Array | None
+    step: Array | None
 
     def mask(self, *, causal: bool, window: int | None = None) -> Mask:
         """Of whole rows: what causality, a window and documents allow."""
@@ -63,6 +64,7 @@ class MaskBuilder(abc.ABC):
       streaming: "any": a stream may be cut anywhere; "closed": only where no position before the cut sees one after it
         (`attnlab.ops.mask_algebra.closed_cuts`); "no".
       stored: how many `coordinates` a stream keeps of each position.
+      reads_step: whether in training it hangs on `Sequence.step`.
     """
 
     Config: ClassVar[type[MaskConfig]]
@@ -76,6 +78,7 @@ class MaskBuilder(abc.ABC):
     packed: ClassVar[bool] = True
     streaming: ClassVar[str] = "any"
     stored: ClassVar[int] = 1
+    reads_step: bool = False
 
     def __init__(self, config: Any):
         self.config = config
@@ -175,22 +178,27 @@ class NodeMask(MaskBuilder):
         """Which number (rows) sees which, bool [n, n]."""
 
     def mask(self, seq: Sequence, *, causal: bool) -> Mask:
-        return self._narrowed(seq.mask(causal=causal), seq.node, seq.node)
+        return self._narrowed(seq.mask(causal=causal), seq, seq.node)
+
+    def bits(self, seq: Sequence) -> Array:
+        """`table` as the bits of `Groups`, uint32 [n, W]."""
+        return packed_bits(self.table())
 
     def coordinates(self, seq: Sequence) -> tuple[Array, ...]:
         return (seq.node,)
 
     def rows(self, seq: Sequence, stored: tuple[Array, ...], interval: Mask) -> Mask:
-        return self._narrowed(interval, seq.node, stored[0])
+        return self._narrowed(interval, seq, stored[0])
 
     def span(self, length: int, *, causal: bool) -> float:
         """That of a mask that hides nothing: how many positions are of which number is not known before."""
         return (length + 1) / 2 if causal else float(length)
 
-    def _narrowed(self, interval: Mask, rows: Array, keys: Array) -> Mask:
-        bits = packed_bits(self.table())
-        n = len(bits)
-        bits = np.concatenate([bits, np.zeros_like(bits[:1])])  # the last: of no number that there is
+    def _narrowed(self, interval: Mask, seq: Sequence, keys: Array) -> Mask:
+        rows, bits = seq.node, self.bits(seq)
+        n = bits.shape[0]
+        xp = numpy_if(isinstance(bits, np.ndarray))
+        bits = xp.concatenate([bits, xp.zeros_like(bits[:1])])  # the last: of no number that there is
         own = numpy_if(isinstance(rows, np.ndarray)).where((rows >= 0) & (rows < n), rows, n)
         seen = bits[own] if isinstance(own, np.ndarray) else jnp.asarray(bits)[own]
         group = numpy_if(isinstance(keys, np.ndarray)).where((keys >= 0) & (keys < n), keys, -1)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlab.config import knob
-from attnlab.masks.base import MaskBuilder, MaskConfig, Sequence, offsets, register
+from attnlab.masks.base import MaskConfig, Sequence, offsets, register
+from attnlab.masks.patterns import Band, HeadMask, Pattern, Residue
 from attnlab.ops.mask_algebra import either
 from attnlab.ops.masks import Array, Axis, Mask
 
@@ -27,12 +28,12 @@ class GridPatternConfig(MaskConfig):
 
 
 @register("grid_pattern")
-class GridPattern(MaskBuilder):
+class GridPattern(HeadMask):
     """Position i sees j where (j - phase - i) is a multiple of `stride`, and the nearest `local` positions."""
 
     Config = GridPatternConfig
     paper = "Li et al. 2025, MMInference: Modality-Aware Permutation Sparse Attention, arXiv:2504.16083"
-    extension = "the nearest positions beside the grid; a grid for all heads that counts from where a document begins"
+    extension = "the nearest positions beside the grid; a grid that counts from where a document begins"
     bidirectional = True
 
     def mask(self, seq: Sequence, *, causal: bool) -> Mask:
@@ -56,6 +57,9 @@ class GridPattern(MaskBuilder):
         first, last = np.maximum(0, t - c.local + 1), np.minimum(end, t + max(1, c.local))
         near = (last - first - (below(last) - below(first))) * (c.local > 0)
         return float((below(end) + near).mean())
+
+    def pattern(self) -> Pattern:
+        return Pattern(Band(0, self.config.local), Residue(self.config.stride, self.config.phase))
 
     def _wanted(self, offset: Array) -> Array:
         return ((offset + self.config.phase) % self.config.stride).astype(np.int32)

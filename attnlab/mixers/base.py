@@ -121,7 +121,7 @@ class Mixer(nnx.Module):
       variants: combinations of knobs that the contract battery must try besides each knob alone.
       counted: the implementation whose matrix products `flops` declares.
       sequence_parallel: how positions are split over devices (mesh.context), in a few words; empty: they cannot be.
-      stack_reads: what of its stack it reads, of `layer` and `embedding`: see `Sequence`.
+      stack_reads: what of its stack it reads, of `layer`, `embedding` and `step`: see `Sequence`.
       contains_overflow: whether a document of a packed row that overflows leaves the row's other documents as they are;
         other rows it must leave in any case.
     """

@@ -10,6 +10,7 @@ from flax import nnx
 
 from attnlab import config as config_lib
 from attnlab.mixers import base
+from attnlab.mixers.roles import Role
 
 WIDTH, LENGTH = 512, 4096  # of the table, unless asked for others
 
@@ -52,10 +53,16 @@ def parameters(name: str, width: int = WIDTH) -> list[dict[str, Any]]:
                 "parts": dict(fused.parts) if fused else None,
                 "groups": fused.groups if fused else None,
                 "decayed": role.decayed,
-                "optimizer": "muon" if role.orthogonalised else "adamw",
+                "optimizer": _updated_by(role),
             }
         )
     return rows
+
+
+def _updated_by(role: Role) -> str:
+    if role is Role.AVERAGE:
+        return "none"
+    return "muon" if role.orthogonalised else "adamw"
 
 
 def parameter_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:

@@ -28,6 +28,8 @@ class Role(enum.StrEnum):
     tokens: learned rows in place of queries, keys or values: agents, persistent tokens (as a class token in ViT).
     decay_rate: how fast a head forgets: log A and the bias of its time steps (not decayed in Mamba either).
     memory: initial weights of a memory that learns while it reads: a state, which the layer's own gates forget.
+    average: a moving average of what training sees. Its gradient is what to average (`attnlab.mixers.averages`), so
+        that no optimizer sees it: it is neither decayed nor clipped, and has no learning rate.
     """
 
     MATRIX = "matrix"
@@ -40,6 +42,7 @@ class Role(enum.StrEnum):
     TOKENS = "tokens"
     DECAY_RATE = "decay_rate"
     MEMORY = "memory"
+    AVERAGE = "average"
 
     @property
     def decayed(self) -> bool:
@@ -48,7 +51,7 @@ class Role(enum.StrEnum):
 
     @property
     def orthogonalised(self) -> bool:
-        """Whether Muon updates it; the others get AdamW then."""
+        """Whether Muon updates it; what else an optimizer sees gets AdamW then."""
         return self is Role.MATRIX
 
 
@@ -90,10 +93,18 @@ class Usage:
     Attributes:
       role: what it is.
       fused: the matrices in it, where they are several.
+      keep: of a moving average, its share that an update keeps; None of others.
     """
 
     role: Role
     fused: Fused | None = None
+    keep: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.keep is not None) != (self.role is Role.AVERAGE):
+            raise ValueError(
+                f"keep = {self.keep} of a parameter that is {self.role.value}; averages have one, no others"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +123,7 @@ class Draw:
 
 def drawn(
     rngs: nnx.Rngs, make: Callable[..., jax.Array], *args: Any,
-    axes: tuple[str, ...], role: Role, fused: Fused | None = None,
+    axes: tuple[str, ...], role: Role, fused: Fused | None = None, keep: float | None = None,
 ) -> nnx.Param:  # fmt: skip
     """A parameter whose first value is random.
 
@@ -120,10 +131,10 @@ def drawn(
       rngs: stream `params`.
       make: `make(key, *args)` is the value; a function of a module, so that equal layers say the same.
       args: hashable.
-      axes, role, fused: of `param`.
+      axes, role, fused, keep: of `param`.
     """
     draw = Draw(make, args)
-    return param(draw(_next_key(rngs.params)), axes=axes, role=role, fused=fused, draw=draw)
+    return param(draw(_next_key(rngs.params)), axes=axes, role=role, fused=fused, draw=draw, keep=keep)
 
 
 def _next_key(stream: nnx.RngStream) -> jax.Array:
@@ -140,8 +151,9 @@ def normal(key: jax.Array, shape: tuple[int, ...], dtype: Any, deviation: float)
 
 
 def param(
-    value: jax.Array, *, axes: tuple[str, ...], role: Role, fused: Fused | None = None, draw: Draw | None = None
-) -> nnx.Param:
+    value: jax.Array, *, axes: tuple[str, ...], role: Role,
+    fused: Fused | None = None, draw: Draw | None = None, keep: float | None = None,
+) -> nnx.Param:  # fmt: skip
     """A parameter of a layer whose first value is the same for every seed; `drawn` makes the others.
 
     Args:
@@ -150,6 +162,7 @@ def param(
       role: what it is to the layer, by which optimizers decide.
       fused: the matrices that lie side by side in a matrix's last axis; Muon orthogonalises each by itself.
       draw: how the value was drawn, if it was.
+      keep: of a moving average, its share that an update keeps.
 
     Raises:
       ValueError: these do not go together.
@@ -165,7 +178,8 @@ def param(
         raise ValueError(f"only a matrix has fused parts; this parameter {axes} is {role.value}")
     if fused is not None and fused.width != value.shape[-1]:
         raise ValueError(f"{fused} is {fused.width} wide, the parameter {list(value.shape)} is not")
-    return nnx.Param(value, axes=axes, role=role, fused=fused, draw=draw)
+    Usage(role, fused, keep)
+    return nnx.Param(value, axes=axes, role=role, fused=fused, draw=draw, keep=keep)
 
 
 def usages(params: nnx.State) -> Any:
@@ -182,7 +196,7 @@ def usages(params: nnx.State) -> Any:
             raise ValueError(
                 f"parameter {name} states no role; make it with attnlab.mixers.roles.param(value, axes=..., role=...)"
             )
-        return Usage(metadata["role"], metadata["fused"])
+        return Usage(metadata["role"], metadata["fused"], metadata["keep"])
 
     is_variable = lambda v: isinstance(v, nnx.Variable)
     return nnx.to_pure_dict(jax.tree_util.tree_map_with_path(one, params, is_leaf=is_variable))

@@ -9,15 +9,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from attnlab.mixers.averages import averaging
 from attnlab.mixers.base import Capabilities, MixerOutput, knob, register
 from attnlab.mixers.heads import HeadConfig, HeadMixer, Projections, split_heads
 from attnlab.mixers.parts import param_dtype
-from attnlab.mixers.roles import Role, drawn
+from attnlab.mixers.roles import Role, drawn, param
 from attnlab.mixers.sequence import Sequence
 from attnlab.ops.indexed_attention import indexed_attention
 from attnlab.ops.masks import mean_visible_keys
 
 _IMPLS = "indexed", "definition"
+_SMOOTHING = 1e-5  # of counts, of which none may be 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,10 @@ class RoutingConfig(HeadConfig):
     commitment: float = knob(
         1e-4, "weight of the loss that draws positions and centroids together", other=(0.1,), least=0
     )
+    centroid_decay: float | None = knob(
+        None, "of the moving averages of their members that centroids are, as published (0.99 or 0.999); none: they "
+        "learn by the gradient of the commitment loss", other=(0.9,), least=0, below=1,
+    )  # fmt: skip
     impl: str = knob("indexed", "indexed, or definition (all pairs)", other=("definition",), choices=_IMPLS)
 
 
@@ -64,13 +70,20 @@ def _centroids(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return normed(jax.random.normal(key, shape, dtype))
 
 
+def _first_totals(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Those of centroids as above, where each cluster has an equal share of the positions."""
+    return _centroids(key, shape, dtype) / shape[1]
+
+
 @register("routing")
 class Routing(HeadMixer):
     """Causal softmax attention to the last `window` members of the query's cluster, in its document, itself included.
 
     Queries are keys: `u = (x W - mean) / deviation` per head, in cluster `argmax_m u . mu_m` of the head's centroids.
     The choice has no gradient. The loss `commitment mean |u - mu|^2` draws u to its centroid, and centroids to what is
-    theirs. A stream holds `window` keys for each cluster, whatever the length.
+    theirs; with `centroid_decay` these are `total / count` instead, moving averages of the sum and of the number of
+    each cluster's u in training, without padding, and the loss moves u alone. A stream holds `window` keys for each
+    cluster, whatever the length.
     """
 
     Config = RoutingConfig
@@ -78,34 +91,45 @@ class Routing(HeadMixer):
     paper = "Roy et al. 2020, Efficient Content-Based Sparse Attention with Routing Transformers, arXiv:2003.05997"
     extension = (
         "a position joins the nearest centroid's cluster and attends to the last members up to itself, where the paper "
-        "has each cluster take its best positions of the whole sequence, which looks ahead; centroids learn by the "
-        "gradient of the commitment loss, where the paper has moving averages; the factor 1 / sqrt(d)"
+        "has each cluster take its best positions of the whole sequence, which looks ahead; without centroid_decay "
+        "centroids learn by the gradient of the commitment loss, where the paper has moving averages; the factor "
+        "1 / sqrt(d)"
     )
     implementations = _IMPLS
-    variants = ({"heads": 2, "clusters": 2, "window": 3, "scale": "one"}, {"clusters": 1, "window": 3, "bias": "all"})
+    variants = (
+        {"heads": 2, "clusters": 2, "window": 3, "scale": "one"},
+        {"clusters": 2, "window": 3, "centroid_decay": 0.9, "bias": "all"},
+    )
 
     def __init__(self, config: RoutingConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         super().__init__(config, width=width, rngs=rngs, dtype=dtype)
         make, inner = Projections(config, width, rngs=rngs, dtype=dtype), config.heads * self.head_dim
         self.qk, self.v, self.out = make.qkv(inner), make.qkv(inner), make.out(inner)
         shape = (config.heads, config.clusters, self.head_dim)
-        axes = ("heads", "tokens", "head")
-        self.centroids = drawn(rngs, _centroids, shape, param_dtype(dtype), axes=axes, role=Role.TOKENS)
+        axes, kind = ("heads", "tokens", "head"), param_dtype(dtype)
+        if config.centroid_decay is None:
+            self.centroids = drawn(rngs, _centroids, shape, kind, axes=axes, role=Role.TOKENS)
+        else:
+            average = dict(role=Role.AVERAGE, keep=config.centroid_decay)
+            self.total = drawn(rngs, _first_totals, shape, kind, axes=axes, **average)
+            self.count = param(jnp.full(shape[:2], 1 / config.clusters, kind), axes=axes[:2], **average)
 
     def heads(self, x: jax.Array, seq: Sequence, carried: Rings | None = None) -> MixerOutput:
         c, (B, T, _) = self.config, x.shape
         u, v = normed(split_heads(self.qk(x), self.head_dim)), split_heads(self.v(x), self.head_dim)
-        mu = self.centroids[...].astype(u.dtype)
+        mu = self._current().astype(u.dtype)
         scores = jnp.einsum("bthd,hcd->bthc", *jax.lax.stop_gradient((u, mu)), precision="highest")
         cluster = jnp.argmax(scores, axis=-1).astype(jnp.int32)
         documents = jnp.zeros((B, T), jnp.int32) if seq.documents is None else seq.documents
         losses, q = self._losses(u, mu, cluster, seq.padding), u.astype(self.dtype)
         scale = self.head_dim**-0.5 if c.scale == "root" else 1.0
         if c.impl == "definition" and carried is None:
-            return MixerOutput(_all_pairs(q, v, documents, cluster, c.window, scale), losses=losses)
+            o = _all_pairs(q, v, documents, cluster, c.window, scale)
+            return MixerOutput(self._learning(o, u, cluster, seq.padding), losses=losses)
         index, valid, rank = _newest(documents * c.clusters, cluster, min(c.window, T))
         if carried is None:
-            return MixerOutput(indexed_attention(q, q, v, index, valid, scale=scale)[0], losses=losses)
+            o = indexed_attention(q, q, v, index, valid, scale=scale)[0]
+            return MixerOutput(self._learning(o, u, cluster, seq.padding), losses=losses)
         index, valid, rings, keys = self._with_rings(carried, index, valid, rank, documents, cluster, (q, v))
         o, _ = indexed_attention(q, *keys, index, valid, scale=scale)
         return MixerOutput(o, rings, losses=losses)
@@ -125,6 +149,25 @@ class Routing(HeadMixer):
         }, span
 
     # Inside.
+
+    def _current(self) -> jax.Array:
+        """The centroids [H, c, d]."""
+        if self.config.centroid_decay is None:
+            return self.centroids[...]
+        count, clusters = self.count[...], self.config.clusters
+        whole = count.sum(-1, keepdims=True)
+        smoothed = (count + _SMOOTHING) / (whole + clusters * _SMOOTHING) * whole
+        return jax.lax.stop_gradient(self.total[...] / smoothed[..., None])
+
+    def _learning(self, o: jax.Array, u: jax.Array, cluster: jax.Array, padding: jax.Array | None) -> jax.Array:
+        """The heads' outputs o; moving averages, where centroids are some, learn by them what is whose."""
+        if self.config.centroid_decay is None:
+            return o
+        member = jax.nn.one_hot(cluster, self.config.clusters, dtype=u.dtype)
+        if padding is not None:
+            member = jnp.where(padding[..., None, None], 0, member)
+        total = jnp.einsum("bthc,bthd->hcd", member, jax.lax.stop_gradient(u), precision="highest")
+        return averaging(o, (self.total[...], self.count[...]), (total, member.sum((0, 1))))
 
     def _losses(self, u, mu, cluster, padding) -> dict[str, jax.Array]:
         own = mu[jnp.arange(mu.shape[0]), cluster]  # [B, T, H, d]

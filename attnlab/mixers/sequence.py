@@ -85,6 +85,8 @@ class Sequence:
         None: not given.
       layer: int32 scalar, the number of the block in its stack, from 0; None where no mixer of the stack reads it
         (`Mixer.stack_reads`), or the mixer is by itself.
+      step: int32 scalar, the number of the training step, from 0; None outside of training, or where no mixer of the
+        stack reads it.
       embedding: [B, T, D], what the stack began from, or what a model gives in its place; None as `layer`.
       shared: by name, what layers before hand to those after (`Mixer.init_shared`, `MixerOutput.shared`); None: the
         mixer is by itself.
@@ -101,6 +103,7 @@ class Sequence:
     boxes: jax.Array | None = None
     text: jax.Array | None = None
     layer: jax.Array | None = None
+    step: jax.Array | None = None
     embedding: jax.Array | None = None
     shared: Mapping[str, jax.Array] | None = None
 

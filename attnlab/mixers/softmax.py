@@ -105,6 +105,10 @@ class Softmax(CrossAttention):
             self.sinks = param(jnp.zeros((config.heads,), param_dtype(dtype)), axes=("heads",), role=Role.BIAS)
         self.mask = None if config.mask is None else masks.build(config.mask)
 
+    @property
+    def stack_reads(self) -> tuple[str, ...]:
+        return ("step",) if self.mask is not None and self.mask.reads_step else ()
+
     def require(self, seq: Sequence, *, causal: bool) -> None:
         super().require(seq, causal=causal)
         if self.mask is not None:

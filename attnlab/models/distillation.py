@@ -149,7 +149,7 @@ def match_layers(
       student, teacher: stacks of as many layers of one width; their patterns may differ. No gradient goes to the
         teacher.
       x: [B, T, D], what goes into the teacher.
-      seq: its positions, of packed documents.
+      seq: its positions, of packed documents; the step is the student's.
       weights: [B, T], 0 on padding.
       matching: resolved.
       key: turns the student's dropout on.
@@ -190,6 +190,7 @@ class _Walk:
         self, x: jax.Array, seq: mixers.Sequence, key: jax.Array | None
     ) -> tuple[dict[str, jax.Array], mixers.MixerOutput]:
         seqs = [transformer.with_embedding(p, x.astype(t), seq) for p, t in zip(self.periods, self.dtypes, strict=True)]
+        seqs[1] = dataclasses.replace(seqs[1], step=None)  # a teacher has learned
         shared = [transformer.first_shared(period, x) for period in self.periods]
         # What a layer hands on, those after it need: then all of the student's run.
         self.all_run = bool(shared[0])

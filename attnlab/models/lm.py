@@ -24,7 +24,7 @@ from attnlab.models.distillation import MATCH, Matching, match_layers
 from attnlab.models.objective import Batch, Objective, Sums, register
 from attnlab.models.perplexity import Perplexity
 from attnlab.models.scores import Scores, sums_of_scores
-from attnlab.models.transformer import StackConfig, Transformer, extend
+from attnlab.models.transformer import StackConfig, Transformer, extend, reads
 from attnlab.ops.cross_entropy import capped, cross_entropy, likeliest
 from attnlab.ops.kl_divergence import kl_divergence
 from attnlab.ops.layout import Layout
@@ -113,6 +113,11 @@ def _ids_of(path: str) -> np.ndarray:
     return ids.astype(np.int32)
 
 
+def at_step(seq: mixers.Sequence, options: Mapping[str, Any]) -> mixers.Sequence:
+    """The sequence at the training step that a loss's options say, if they do."""
+    return dataclasses.replace(seq, step=options.get("step"))
+
+
 def _places(batch: Batch) -> mixers.Sequence:
     """Where the positions of a batch stand."""
     layout = Layout.of_columns(batch["layout"]) if "layout" in batch else None
@@ -156,6 +161,10 @@ class LanguageModel(Objective):
             axes = ("embed", "vocab")
             self.head = Linear(config.width, config.vocab, axes, rngs=rngs, dtype=dtype, role=Role.OUTPUT)
 
+    @property
+    def counts(self) -> bool:
+        return reads(self.transformer.periods, "step")
+
     @staticmethod
     def make_embedding(config: Any, rngs: nnx.Rngs) -> Any:
         """What `embedded` reads."""
@@ -189,7 +198,8 @@ class LanguageModel(Objective):
         Options: `z_loss`, coefficient of the mean squared log-partition (Chowdhery et al. 2022, PaLM, section 5), and
         `loss_chunk` and `loss_impl`, of `attnlab.ops.cross_entropy.cross_entropy`.
         """
-        nll, lse, out = self.token_losses(batch, key, chunk=options["loss_chunk"], impl=options["loss_impl"])
+        chunk, impl, step = options["loss_chunk"], options["loss_impl"], options.get("step")
+        nll, lse, out = self.token_losses(batch, key, chunk=chunk, impl=impl, step=step)
         losses = {"loss": jnp.sum(nll)}
         if options["z_loss"]:
             losses["z_loss"] = options["z_loss"] * jnp.sum(lse * lse)
@@ -210,7 +220,7 @@ class LanguageModel(Objective):
         weights = self.weights(batch)
         if matching.match == "layers":
             weights = (batch["segments"] > 0).astype(weights.dtype)
-            read, seq = teacher.embedded(batch), teacher.sequence(batch)
+            read, seq = teacher.embedded(batch), at_step(teacher.sequence(batch), options)
             errors, out = match_layers(self.transformer, teacher.transformer, read, seq, weights, matching, key)
             parts = {f"distill_layer_{i}": error for i, error in errors.items()}
             loss = sum(errors.values()) / len(errors)
@@ -226,7 +236,7 @@ class LanguageModel(Objective):
         self, teacher: Any, batch: Batch, weights: jax.Array, key: Any, options: Mapping[str, Any], matching: Matching
     ) -> tuple[dict[str, jax.Array], mixers.MixerOutput]:
         theirs = jax.lax.stop_gradient(teacher.encoded(teacher.embedded(batch), teacher.sequence(batch), None).y)
-        out = self.encoded(self.embedded(batch), self.sequence(batch), key)
+        out = self.encoded(self.embedded(batch), at_step(self.sequence(batch), options), key)
         T, chunk, impl = matching.temperature, options["loss_chunk"], options["loss_impl"]
         caps = {"cap": self.config.logit_cap, "teacher_cap": teacher.config.logit_cap}
         both = out.y, self.output_kernel(), theirs, teacher.output_kernel()
@@ -298,7 +308,13 @@ class LanguageModel(Objective):
         return used * batch["weights"] if "weights" in batch else used
 
     def token_losses(
-        self, batch: Batch, key: jax.Array | None = None, *, chunk: int = 8192, impl: str = "auto"
+        self,
+        batch: Batch,
+        key: jax.Array | None = None,
+        *,
+        chunk: int = 8192,
+        impl: str = "auto",
+        step: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, mixers.MixerOutput]:
         """Losses of a batch of packed documents.
 
@@ -306,11 +322,13 @@ class LanguageModel(Objective):
           batch: arrays of `batch_spec`; segment 0 is padding.
           key: turns dropout on.
           chunk, impl: of `attnlab.ops.cross_entropy.cross_entropy`.
+          step: `Sequence.step`.
 
         Returns:
           nll_BT in nats, lse_BT (both by their weights: 0 on padding), and the output of `hidden`.
         """
-        out = self.encoded(self.embedded(batch), self.sequence(batch), key)
+        seq = dataclasses.replace(self.sequence(batch), step=step)
+        out = self.encoded(self.embedded(batch), seq, key)
         args = out.y, self.output_kernel(), batch["targets"], self.weights(batch)
         nll, lse = cross_entropy(*args, chunk, impl, cap=self.config.logit_cap)
         return nll, lse, out

@@ -100,6 +100,7 @@ class Objective(nnx.Module):
       options: fields of the config's `train` that the loss reads.
       distills: what of a teacher it can be matched to (`attnlab.models.distillation.Matching`); nothing by default.
       decodes: whether it continues sequences of tokens (`init_state`, `extend`, `logits`).
+      counts: whether its loss reads the number of the training step.
     """
 
     Config: ClassVar[type]
@@ -107,6 +108,7 @@ class Objective(nnx.Module):
     options: ClassVar[tuple[str, ...]] = ()
     distills: ClassVar[tuple[str, ...]] = ()
     decodes: ClassVar[bool] = False
+    counts: bool = False
 
     @abc.abstractmethod
     def __init__(self, config: Any, *, rngs: nnx.Rngs):
@@ -124,7 +126,7 @@ class Objective(nnx.Module):
         Args:
           batch: arrays of `batch_spec`.
           key: of what is random (dropout), where the config `draws`; None: nothing is.
-          options: values of `options`.
+          options: values of `options`, and `step`, the number of the training step, where it `counts`.
         """
 
     def distill(

@@ -6,6 +6,7 @@ What is decayed, and what Muon orthogonalises, follows from the role that each p
 |---|---|---|
 | matrix | yes | Muon, each part of a fused one by itself |
 | embedding, output, bias, scale, taps, positions, tokens, decay_rate, memory | no | AdamW |
+| average | no | none: it becomes `keep` of itself and the rest of what its gradient says |
 
 `attnlab.mixers.roles.Role` has what each is and why; `attnlab list NAME --parameters` prints a mixer's.
 """
@@ -24,7 +25,7 @@ import optax
 
 from attnlab import config as config_lib
 from attnlab.errors import ConfigError
-from attnlab.mixers.roles import Usage
+from attnlab.mixers.roles import Role, Usage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,6 +225,8 @@ def build(config: OptimizerConfig, steps: int, usages: Any) -> optax.GradientTra
             optax.scale_by_schedule(rate),
         )
     tx = tx if c.clip is None else optax.chain(optax.clip_by_global_norm(c.clip), tx)
+    if any(usage.role is Role.AVERAGE for usage in jax.tree.leaves(usages)):
+        tx = _beside_averages(tx, usages)
     return _by_part(tx, factors(c, usages)) if c.rates else tx
 
 
@@ -262,6 +265,25 @@ def _by_part(tx: optax.GradientTransformation, factors: Any) -> optax.GradientTr
         return jax.tree.map(scaled, factors, moved, updates), state
 
     return optax.GradientTransformation(lambda params: tx.init(hidden(params)), update)
+
+
+def without_averages(tree: Any, usages: Any) -> Any:
+    """The tree of what optimizers see: moving averages are left out, as what they call gradients are none."""
+    return _over(lambda usage, x: optax.MaskedNode() if usage.role is Role.AVERAGE else x, usages, tree)
+
+
+def _beside_averages(tx: optax.GradientTransformation, usages: Any) -> optax.GradientTransformation:
+    """`tx` for all but moving averages, which move by `(1 - keep) (seen - average)`."""
+
+    def one(usage: Usage, moved: Any, seen: Any, now: Any) -> Any:
+        averaged = usage.role is Role.AVERAGE and not isinstance(seen, optax.MaskedNode)
+        return (1 - usage.keep) * (seen.astype(now.dtype) - now) if averaged else moved
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        moved, state = tx.update(without_averages(updates, usages), state, without_averages(params, usages))
+        return jax.tree.map(one, usages, moved, updates, params), state
+
+    return optax.GradientTransformation(lambda params: tx.init(without_averages(params, usages)), update)
 
 
 # `optax.contrib.muon` but for fused kernels, which it takes for one matrix. Its state has the same form as that one's.

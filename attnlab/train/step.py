@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from attnlab.models.objective import require_own
 from attnlab.parallel import partition
-from attnlab.train import sharding
+from attnlab.train import optimizers, sharding
 from attnlab.train.config import TrainConfig
 from attnlab.train.state import Model, TrainState
 from attnlab.train.teaching import Teaching
@@ -56,15 +56,19 @@ def make_train_step(
 
     options = {name: getattr(config, name) for name in model.objective.options}
 
-    def micro_loss(teacher: Any, params: Any, micro: Batch, key: jax.Array | None) -> tuple[jax.Array, Metrics]:
+    def micro_loss(
+        teacher: Any, step: jax.Array, params: Any, micro: Batch, key: jax.Array | None
+    ) -> tuple[jax.Array, Metrics]:
         """Loss summed over the micro-batch, and the sums of all that is logged."""
         if factors is not None:
             params = jax.tree.map(lambda f, p: p if f else jax.lax.stop_gradient(p), factors, params)
+        student = model.merge(params)
+        given = options | {"step": step} if student.counts else options
         if teaching is None:
-            sums = model.merge(params).loss(micro, key, options)
+            sums = student.loss(micro, key, given)
         else:
             other = teaching.model.merge(jax.lax.stop_gradient(teacher))
-            sums = model.merge(params).distill(other, micro, key, options, teaching.matching)
+            sums = student.distill(other, micro, key, given, teaching.matching)
         logged = sums.losses | sums.metrics
         require_own(name for name in logged if name in _RESERVED or name.startswith("heldout_"))
         return sums.total, logged | {"weight": sums.weight, "tokens": sums.tokens}
@@ -73,7 +77,7 @@ def make_train_step(
         key = None
         if model.config.draws:
             key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        gradient = jax.value_and_grad(functools.partial(micro_loss, teacher), has_aux=True)
+        gradient = jax.value_and_grad(functools.partial(micro_loss, teacher, state.step), has_aux=True)
         if config.accumulate == 1:
             (_, sums), grads = gradient(state.params, batch, key)
         else:
@@ -83,7 +87,7 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g * share.astype(g.dtype), grads)
         metrics = {name: value * share for name, value in sums.items()}
 
-        norm = optax.tree.norm(grads)
+        norm = optax.tree.norm(optimizers.without_averages(grads, model.usages))
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -61,17 +61,8 @@ def whole_rows(builder: masks.MaskBuilder, sees: Definition, causal: bool, lengt
 def packed_rows(builder: masks.MaskBuilder, sees: Definition, causal: bool) -> None:
     """Documents see what each sees alone, padding nothing; tiles are sound; streams have the same rows."""
     B, T = SEGMENTS.shape
-    expected = np.zeros((B, T, T), bool)
-    for row, segments in enumerate(SEGMENTS):
-        for segment in set(segments) - {0}:
-            at = np.flatnonzero(segments == segment)
-            expected[row, at[0] : at[-1] + 1, at[0] : at[-1] + 1] = directed(sees(builder.config, len(at)), causal)
-
-    @jax.jit
-    def made(segments):
-        return builder.mask(Sequence(jnp.zeros_like(segments), segments).derived(), causal=causal)
-
-    mask = jax.tree.map(np.asarray, made(jnp.asarray(SEGMENTS)))  # what is made of it is then NumPy's, and not compiled
+    expected = by_documents(lambda n: directed(sees(builder.config, n), causal))
+    mask = packed(builder, causal)
     np.testing.assert_array_equal(mask.visible(T, T)[:, 0], expected)
     np.testing.assert_array_equal(mask.visible(T, T, slice(9, 11))[:, 0], expected[:, 9:11])
     for bq, bk in TILINGS:
@@ -80,6 +71,27 @@ def packed_rows(builder: masks.MaskBuilder, sees: Definition, causal: bool) -> N
     assert not np.any(closed_cuts(mask, T) & ~really_closed)
     if causal and builder.streaming != "no":
         np.testing.assert_array_equal(streamed(builder), expected)
+
+
+def by_documents(sees: Callable[[int], np.ndarray]) -> np.ndarray:
+    """What a mask of documents, by how long they are, makes of the packed rows: bool [B, T, T]."""
+    B, T = SEGMENTS.shape
+    expected = np.zeros((B, T, T), bool)
+    for row, segments in enumerate(SEGMENTS):
+        for segment in set(segments) - {0}:
+            at = np.flatnonzero(segments == segment)
+            expected[row, at[0] : at[-1] + 1, at[0] : at[-1] + 1] = sees(len(at))
+    return expected
+
+
+def packed(builder: masks.MaskBuilder, causal: bool) -> Mask:
+    """The mask of the packed rows, made in a program; what is made of it is then NumPy's, and not compiled."""
+
+    @jax.jit
+    def made(segments):
+        return builder.mask(Sequence(jnp.zeros_like(segments), segments).derived(), causal=causal)
+
+    return jax.tree.map(np.asarray, made(jnp.asarray(SEGMENTS)))
 
 
 def streamed(builder: masks.MaskBuilder) -> np.ndarray:

@@ -1,10 +1,12 @@
 """Windows of hops in a graph, by a search written anew."""
 
+import jax
 import numpy as np
 import pytest
 
 from attnlab import masks
 from attnlab.errors import ConfigError
+from attnlab.mixers.sequence import Sequence
 from tests.masks.nodes import held_to_the_laws
 
 NODES = 40  # more than 32: several words of bits
@@ -45,6 +47,22 @@ def test_laws(path, hops):
     held_to_the_laws("graph_hops", sees, {"path": path, "hops": hops}, NODES + 1)
 
 
+@pytest.mark.parametrize("first, hops", [(1, 4), (3, 3), (0, 1000)], ids=["grows", "stands", "is full"])
+def test_hops_grow(path, first, hops):
+    """Evenly from `first` to `hops`, in one program; without a step it is the last. No more is kept than differs."""
+    knobs, grow = {"name": "graph_hops", "path": path}, 10
+    builder = masks.build({**knobs, "first": first, "hops": hops, "grow": grow})
+    node = np.random.default_rng(0).integers(0, NODES + 1, (1, 25)).astype(np.int32)
+    of = lambda builder, **fields: builder.mask(Sequence(0 * node, node=node, **fields), causal=False)
+    at = jax.jit(lambda step: of(builder, step=step))
+    for step in (0, 1, 3, 4, 7, 9, 10, 11, 2**31 - 1):
+        grown = first + (hops - first) * min(step, grow) // grow
+        expected = of(masks.build({**knobs, "hops": grown})).visible(25, 25)
+        np.testing.assert_array_equal(jax.tree.map(np.asarray, at(step)).visible(25, 25), expected)
+    assert of(builder).known()
+    np.testing.assert_array_equal(of(builder).visible(25, 25), expected)
+
+
 def test_its_limits(path, tmp_path):
     """No hop is the own node; as many as the graph is wide are all; without directions the mask has none."""
     of = lambda hops, path=path: masks.build({"name": "graph_hops", "path": path, "hops": hops}).table()[1:, 1:]
@@ -57,7 +75,11 @@ def test_its_limits(path, tmp_path):
     assert not np.array_equal(of(3), of(3).T)
 
 
-def test_refusals(tmp_path):
+def test_refusals(path, tmp_path):
+    with pytest.raises(ConfigError, match="first = 1.*0 where grow is 0"):
+        masks.build({"name": "graph_hops", "path": path, "first": 1})
+    with pytest.raises(ConfigError, match="first = 2.*at most hops, 1"):
+        masks.build({"name": "graph_hops", "path": path, "first": 2, "grow": 5})
     with pytest.raises(ConfigError, match="graph_hops: path = 'none.npy' cannot be read"):
         masks.build({"name": "graph_hops", "path": "none.npy"})
     np.save(tmp_path / "wrong.npy", np.ones((2, 2)))

@@ -19,7 +19,7 @@ from tests.mixers import cases
 from tests.mixers import test_contract as battery
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
-ROLES = {"matrix": "qk v out", "tokens": "centroids"}
+ROLES = {"matrix": "qk v out", "tokens": "centroids", "average": "total count"}
 BLOCK = 64
 BIASED = [({}, "qk v", "out")]
 T, D = cases.LENGTH, cases.WIDTH
@@ -51,7 +51,7 @@ def naive(module, x):
     u, v = ((x @ weight(y)).reshape(len(x), c.heads, d) for y in (module.qk, module.v))
     u = u - u.mean(-1, keepdims=True)
     u = u / np.sqrt((u * u).mean(-1, keepdims=True) + 1e-6)
-    scores = np.einsum("thd,hcd->thc", u, mu := np.asarray(module.centroids[...]))
+    scores = np.einsum("thd,hcd->thc", u, mu := centroids(module))
     top = np.sort(scores, axis=-1)
     gap = (top[..., -1] - top[..., -2]).min() if c.clusters > 1 else np.inf
     cluster, o, distance = scores.argmax(-1), np.zeros_like(v), 0.0
@@ -60,30 +60,47 @@ def naive(module, x):
         p = np.exp(u[members, h] @ u[t, h] * (d**-0.5 if c.scale == "root" else 1))
         o[t, h] = p / p.sum() @ v[members, h]
         distance += ((u[t, h] - mu[h, cluster[t, h]]) ** 2).sum() / c.heads
-    return o.reshape(len(x), -1) @ weight(module.out), gap, distance
+    members = np.eye(mu.shape[1])[cluster]
+    of_clusters = np.einsum("thc,thd->hcd", members, u), members.sum(0)
+    return o.reshape(len(x), -1) @ weight(module.out), gap, distance, of_clusters
 
 
-@tiers.often("{'clusters': 2, 'window': 2, 'scale': 'one'}")
+def centroids(module):
+    """[H, c, d]; moving averages as in the published code, in which no count is 0."""
+    if module.config.centroid_decay is None:
+        return np.asarray(module.centroids[...])
+    total, count = np.asarray(module.total[...]), np.asarray(module.count[...])
+    whole = count.sum(-1, keepdims=True)
+    return total / ((count + 1e-5) / (whole + count.shape[1] * 1e-5) * whole)[..., None]
+
+
+AVERAGED = {"clusters": 2, "window": 3, "centroid_decay": 0.9}
+
+
+@tiers.often(str(AVERAGED))
 @pytest.mark.parametrize(
-    "fields", [{"clusters": 2, "window": 2, "scale": "one"}, {"clusters": 3, "window": 3}], ids=str
+    "fields", [{"clusters": 2, "window": 2, "scale": "one"}, {"clusters": 3, "window": 3}, AVERAGED], ids=str
 )
 def test_layer_is_the_formula(fields):
     """The whole layer written out, in packed rows, with its loss; and streams, which hold a ring per cluster."""
     module = make(**fields, commitment=0.5)
     x, seq = cases.inputs(jnp.float64)
-    (y, losses), _ = battery.value_and_gradients(*cases.split(module), x, seq)
+    (y, losses), (gradients, _) = battery.value_and_gradients(*cases.split(module), x, seq)
     found = [np.asarray(y)]
     extend, state = functools.partial(battery.extend, *cases.split(module)), battery.begun(*cases.split(module))
     found.append(cases.streamed(extend, state, x, seq, battery.CUTS[1])[0])
-    total = 0.0
+    total, averages = 0.0, []
     for row, first, end in cases.DOCUMENTS:
-        want, gap, distance = naive(module, np.asarray(x)[row, first:end])
+        want, gap, distance, of_clusters = naive(module, np.asarray(x)[row, first:end])
         assert gap > 1e-4
-        total += distance
+        total, averages = total + distance, [*averages, of_clusters]
         for y in found:
             np.testing.assert_allclose(y[row, first:end], want, atol=1e-12)
     positions = sum(end - first for _, first, end in cases.DOCUMENTS)
     np.testing.assert_allclose(losses["commitment"], 0.5 * total / positions, rtol=1e-12)
+    if "centroid_decay" in fields:
+        for name, sums in zip(("total", "count"), zip(*averages)):
+            np.testing.assert_allclose(gradients[name][...], sum(sums), atol=1e-12)
 
 
 @tiers.exhaustive

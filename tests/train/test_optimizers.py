@@ -50,7 +50,9 @@ def once(tx, grads, weights):
 @pytest.mark.parametrize("name", list(optimizers.CONFIGS))
 def test_decay_is_on_matrices_only(name):
     """With zero gradients only decay moves anything: matrices by -rate * decay * w, other roles of that shape not."""
-    usages = {role.value: Usage(role) for role in Role} | {"fused": Usage(Role.MATRIX, Fused((("a", 4), ("b", 8))))}
+    usages = {role.value: Usage(role) for role in Role if role is not Role.AVERAGE} | {
+        "fused": Usage(Role.MATRIX, Fused((("a", 4), ("b", 8))))
+    }
     weights = dict.fromkeys(usages, params()["w"])
     tx = optimizers.build(config(name, learning_rate=0.5, weight_decay=0.2), 10, usages)
     moved = once(tx, jax.tree.map(np.zeros_like, weights), weights)[0]
@@ -307,6 +309,24 @@ def test_what_is_frozen_is_in_no_norm():
     grads = {k: np.full_like(v, 1e4 if k == "embedding" else 1e-3) for k, v in params().items()}
     (ours, state), _ = with_rates("adamw", ("embedding=0",), grads, clip=1.0)
     np.testing.assert_allclose(state[1][0].mu["scale"], 1e-3 * (0.1 + 0.9 * 0.1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", list(optimizers.CONFIGS))
+def test_moving_averages_are_beside_the_optimizer(name):
+    """They move to what their gradient says, in no state and no norm, and stay where they are frozen."""
+    grads = {k: np.full_like(v, 1e4 if k == "embedding" else 1e-3) for k, v in params().items()}
+    usages = USAGES | {"embedding": Usage(Role.AVERAGE, keep=0.9)}
+    c = dict(weight_decay=0.0, clip=1e-4)
+    update, state = once(optimizers.build(config(name, **c), 10, usages), grads, params())
+    np.testing.assert_allclose(update["embedding"], 0.1 * (1e4 - params()["embedding"]), rtol=1e-6)
+    alone = {k: grads[k] for k in ("scale", "w")}
+    tx = optimizers.build(config(name, **c), 10, {k: USAGES[k] for k in alone})
+    other, state_alone = once(tx, alone, {k: params()[k] for k in alone})
+    for key in alone:
+        np.testing.assert_allclose(update[key], other[key], rtol=1e-6)
+    assert len(jax.tree.leaves(state)) == len(jax.tree.leaves(state_alone))
+    frozen, _ = once(optimizers.build(config(name, rates=("emb*=0",), **c), 10, usages), grads, params())
+    assert not np.any(frozen["embedding"])
 
 
 @pytest.mark.parametrize("rates, message", [

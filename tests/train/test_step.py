@@ -214,3 +214,29 @@ def test_losses_that_are_added(monkeypatch, whole):
     np.testing.assert_allclose(metrics[0]["loss"], plain[0]["loss"], rtol=1e-6)
     assert metrics[0]["grad_norm"] > 3 * plain[0]["grad_norm"]
     assert np.abs(of_the_norm(added, metrics) - of_the_norm(state, plain)).max() > 1e-3
+
+
+def test_moving_averages_learn_what_is_seen():
+    """A step makes of a parameter of role `average` its share `keep` and the rest of what the batch's layers saw, over
+    the batch's weight: clipped, decayed and scaled by nothing, in micro-batches as in one; and no norm has it."""
+    routing = {"name": "routing", "heads": 2, "clusters": 3, "window": 4, "centroid_decay": 0.75}
+    found = []
+    for parts in (1, 4):
+        program = make(model__mixers={"M": routing}, optimizer__clip=1e-3, train__accumulate=parts)
+        first = runs.first(program)
+        before = jax.device_get(first.params)
+        state, metrics = program.train_step(first, program.put(ragged_batch()))
+        found.append((before, *jax.device_get((state.params, metrics["grad_norm"]))))
+    (before, after, norm), (_, twice, norm_of_parts) = found
+    batch = ragged_batch()
+    options = {name: getattr(program.config.train, name) for name in program.model.objective.options}
+    seen = jax.jit(jax.grad(lambda p: program.model.merge(p).loss(batch, None, options).total))(before)
+    layer = lambda params: params["transformer"]["periods"]["blocks"][0]["sublayers"][0]["branch"]
+    tokens = (batch["segments"] > 0).sum()
+    for name in ("total", "count"):
+        was, sums = (np.asarray(layer(tree).pop(name)) for tree in (before, seen))
+        assert name == "total" or np.allclose(sums.sum(-1), tokens)  # every position is of one cluster, in each layer
+        for moved in (after, twice):
+            np.testing.assert_allclose(layer(moved)[name], 0.75 * was + 0.25 * sums / tokens, atol=1e-5)
+    others = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(seen))) / tokens
+    np.testing.assert_allclose([norm, norm_of_parts], others, rtol=1e-4)
