@@ -18,6 +18,7 @@ from attnlab import config as config_lib
 from attnlab import mixers
 from attnlab.mixers.parts import Linear, param_dtype
 from attnlab.mixers.roles import Role
+from attnlab.models import bag_queries
 from attnlab.models.cost import ModelCost, stack_cost
 from attnlab.models.objective import Batch, Objective, Sums, register
 from attnlab.models.scores import Scores, sums_of_scores
@@ -25,6 +26,7 @@ from attnlab.models.transformer import StackConfig, Transformer, mixer_table
 from attnlab.ops.bag_pooling import likeness, pooled, some_of_the_strongest
 
 _nll = optax.softmax_cross_entropy_with_integer_labels
+FORMS = ("gated", "queries")
 _OF_A_STACK = (
     "mixers", "pattern", "gated", "mlp_width", "mlp_gate", "mlp_bias", "dropout", "norm", "norm_after", "norm_epsilon",
 )  # fmt: skip
@@ -41,8 +43,11 @@ class BagConfig(StackConfig):
     Attributes:
       inputs: numbers of an instance.
       classes: of bags.
-      branches: M, each with an attention and, where there are several, a classifier of its own.
-      gate_width: of the two maps whose product makes the logits.
+      form: gated, attention by a product of two maps of the instances; or queries, of heads of a learned query.
+      branches: M, each with an attention and a classifier of its own; one alone has none where the form is gated.
+      gate_width: of gated, columns of the two maps whose product makes the logits.
+      pool_heads: of queries, heads of each; they divide the width.
+      pool_dropout: of queries, rate on what is projected, before its norm.
       mask_top: k, instances with the largest logits of which training hides some; 0: none.
       mask_share: of them, rounded down.
       layers: of a stack before the pooling, whose mixers see all instances; 0: none, as published.
@@ -53,7 +58,10 @@ class BagConfig(StackConfig):
 
     inputs: int
     classes: int
+    form: str = "gated"
     branches: int = 5
+    pool_heads: int = 8
+    pool_dropout: float = 0.1
     gate_width: int = 128
     mask_top: int = 10
     mask_share: float = 0.6
@@ -66,6 +74,14 @@ class BagConfig(StackConfig):
             ("inputs", 1), ("classes", 2), ("branches", 1), ("gate_width", 1), ("mask_top", 0), ("layers", 0),
         ):  # fmt: skip
             need(getattr(self, key) >= least, f"model.{key}", getattr(self, key), f"{least} or more")
+        config_lib.require_choice("model.form", self.form, FORMS)
+        for key in ("gate_width",) if self.form == "queries" else ("pool_heads", "pool_dropout"):
+            usual = type(self).__dataclass_fields__[key].default
+            need(getattr(self, key) == usual, f"model.{key}", getattr(self, key), f"{usual} where form is {self.form}")
+        need(0 <= self.pool_dropout < 1, "model.pool_dropout", self.pool_dropout, "0 or more, below 1")
+        if self.form == "queries":
+            fits = self.pool_heads >= 1 and self.width % self.pool_heads == 0
+            need(fits, "model.pool_heads", self.pool_heads, f"divisors of model.width ({self.width})")
         need(0 <= self.mask_share < 1, "model.mask_share", self.mask_share, "0 or more, below 1")
         if self.layers:
             return super().__post_init__()
@@ -80,7 +96,7 @@ class BagConfig(StackConfig):
 
     @property
     def draws(self) -> bool:
-        return super().draws or self.masks
+        return super().draws or self.masks or (self.form == "queries" and self.pool_dropout > 0)
 
     @property
     def masks(self) -> bool:
@@ -131,7 +147,7 @@ class Pooling(nnx.Module):
 
 @register("bags")
 class Bags(Objective):
-    """Attention pooling of bags (Zhang et al. 2024, ACMIL, arXiv:2311.07125), the form with gated attention.
+    """Attention pooling of bags (Zhang et al. 2024, ACMIL, arXiv:2311.07125), in both of its forms.
 
     A stack before it, where the config has one, is ours: linear map, transformer, norm.
 
@@ -149,7 +165,8 @@ class Bags(Objective):
             self.embedding = Linear(config.inputs, config.width, (None, "embed"), **args)
             self.transformer = Transformer(config, rngs=rngs)
             self.norm = config.make_norm()
-        self.pooling = Pooling(config, config.width if config.layers else config.inputs, rngs=rngs)
+        pooling = bag_queries.QueryPooling if config.form == "queries" else Pooling
+        self.pooling = pooling(config, config.width if config.layers else config.inputs, rngs=rngs)
 
     @classmethod
     def batch_spec(cls, config: BagConfig, length: int) -> batch_lib.Spec:
@@ -164,7 +181,7 @@ class Bags(Objective):
         }
 
     def read(self, batch: Batch, key: jax.Array | None) -> tuple[Any, mixers.MixerOutput]:
-        """What `Pooling` gives, and the output of the stack; `key` turns dropout and masking on."""
+        """What the pooling gives, and the output of the stack; `key` turns dropout and masking on."""
         of_stack, of_pooling = (None, None) if key is None else jax.random.split(key)
         out = mixers.MixerOutput(batch["inputs"])
         if self.config.layers:
@@ -175,14 +192,15 @@ class Bags(Objective):
 
     def loss(self, batch: Batch, key: jax.Array | None, options: Mapping[str, Any]) -> Sums:
         """Means over bags by their weights: the bag's cross-entropy, the branches' mean one and, of several, the mean
-        cosine of their attention."""
-        (bag, branches, a_BMN), out = self.read(batch, key)
+        cosine of their attention, over heads where there are some."""
+        (bag, branches, a), out = self.read(batch, key)
         weights_B, targets_B = batch["weights"][:, 0].astype(bag.dtype), batch["targets"][:, 0]
         losses = {"loss": jnp.sum(weights_B * _nll(bag, targets_B))}
-        if self.config.branches > 1:
+        if branches.shape[1]:
             each_BM = _nll(branches, jnp.broadcast_to(targets_B[:, None], branches.shape[:2]))
             losses["branch_loss"] = jnp.sum(weights_B * jnp.mean(each_BM, axis=1))
-            losses["diversity_loss"] = jnp.sum(weights_B * likeness(a_BMN))
+        if self.config.branches > 1:
+            losses["diversity_loss"] = jnp.sum(weights_B * jnp.mean(likeness(a).reshape(len(bag), -1), axis=1))
         tokens = jnp.sum(batch["segments"] > 0).astype(bag.dtype)
         return Sums.of(losses, out, weight=jnp.sum(weights_B), tokens=tokens)
 
@@ -204,10 +222,17 @@ class Bags(Objective):
     def cost(cls, config: BagConfig, length: int) -> ModelCost:
         D, M, heads = config.width, config.branches, config.branches + 1 if config.branches > 1 else 1
         stack = stack_cost(config, length) if config.layers else ModelCost(0, 0, {}, 0)
-        embedding = config.inputs * D if config.layers else 0
-        maps = (D if config.layers else config.inputs) * D + 2 * D * config.gate_width + config.gate_width * M
+        embedding, inputs = (config.inputs * D, D) if config.layers else (0, config.inputs)
+        norm = config.norm_parameters if config.layers else 0
+        if config.form == "queries":
+            own, pooling = bag_queries.cost(config, inputs, length)
+            flops = {"embedding": 2.0 * embedding, "pooling": pooling}
+            return ModelCost(
+                stack.parameters + embedding + norm + own, embedding, flops | stack.flops, stack.state_bytes
+            )
+        maps = inputs * D + 2 * D * config.gate_width + config.gate_width * M
         parameters = stack.parameters + embedding + maps + 2 * config.gate_width + M + heads * (D + 1) * config.classes
-        parameters += config.norm_parameters if config.layers else 0
+        parameters += norm
         flops = {"embedding": 2.0 * embedding, "pooling": 2.0 * (maps + M * D)}
         flops["head"] = 2.0 * heads * D * config.classes / length
         return ModelCost(parameters, embedding, flops | stack.flops, stack.state_bytes)

@@ -21,13 +21,18 @@ def pooled(logits_BMN: jax.Array, kept_BMN: jax.Array, h_BND: jax.Array) -> tupl
     Returns:
       z [B, M, D] and a [B, M, N], in the dtype of the logits; both 0 where a bag keeps nothing.
     """
+    a_BMN = attention(logits_BMN, kept_BMN)
+    precise = jax.lax.Precision.HIGHEST
+    return jnp.einsum("bmn,bnd->bmd", a_BMN, h_BND.astype(a_BMN.dtype), precision=precise), a_BMN
+
+
+def attention(logits_BMN: jax.Array, kept_BMN: jax.Array) -> jax.Array:
+    """The softmax [B, M, N] of `pooled`."""
     most = jnp.max(jnp.where(kept_BMN, logits_BMN, -jnp.inf), axis=-1, keepdims=True)
     most = jax.lax.stop_gradient(jnp.where(jnp.isfinite(most), most, 0))
     weights = jnp.where(kept_BMN, jnp.exp(jnp.where(kept_BMN, logits_BMN - most, 0)), 0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    a_BMN = weights / jnp.where(total > 0, total, 1)
-    precise = jax.lax.Precision.HIGHEST
-    return jnp.einsum("bmn,bnd->bmd", a_BMN, h_BND.astype(a_BMN.dtype), precision=precise), a_BMN
+    return weights / jnp.where(total > 0, total, 1)
 
 
 def some_of_the_strongest(
@@ -62,13 +67,13 @@ def some_of_the_strongest(
     return jnp.zeros(logits_BMN.shape, bool).at[b[..., None], m[..., None], strongest_BMk].set(chosen_BMk)
 
 
-def likeness(a_BMN: jax.Array) -> jax.Array:
-    """[B], the mean cosine between the attention of two branches, over all pairs; of one branch 0."""
-    branches = a_BMN.shape[1]
+def likeness(a_MN: jax.Array) -> jax.Array:
+    """[...], the mean cosine between the attention [..., M, N] of two branches, over all pairs; of one branch 0."""
+    branches = a_MN.shape[-2]
     if branches == 1:
-        return jnp.zeros(a_BMN.shape[:1], a_BMN.dtype)
-    square = jnp.sum(a_BMN * a_BMN, axis=-1, keepdims=True)
-    unit = a_BMN * jax.lax.rsqrt(jnp.where(square > 0, square, 1))
+        return jnp.zeros(a_MN.shape[:-2], a_MN.dtype)
+    square = jnp.sum(a_MN * a_MN, axis=-1, keepdims=True)
+    unit = a_MN * jax.lax.rsqrt(jnp.where(square > 0, square, 1))
     # sum_{i != j} u_i u_j = |sum_i u_i|^2 - sum_i |u_i|^2
-    together = jnp.sum(jnp.sum(unit, axis=1) ** 2, axis=-1) - jnp.sum(unit * unit, axis=(1, 2))
+    together = jnp.sum(jnp.sum(unit, axis=-2) ** 2, axis=-1) - jnp.sum(unit * unit, axis=(-2, -1))
     return together / (branches * (branches - 1))

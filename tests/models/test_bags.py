@@ -16,9 +16,11 @@ from attnlab.models.bags import BagConfig, Bags
 from attnlab.models.cost import model_cost
 from attnlab.models.transformer import mixer_table
 from attnlab.ops.bag_pooling import likeness, pooled, some_of_the_strongest
+from tests.mixers import flops
 from tests.models import drawn as drawn_lib
 
 SIZES = (9, 4, 1)  # instances of the bags; the row has room for 9
+QUERIES = {"form": "queries", "pool_heads": 2, "pool_dropout": 0.0, "gate_width": 128}
 SOFTMAX = {"M": {"name": "softmax", "heads": 2, "causal": False}}
 
 
@@ -62,6 +64,73 @@ def definition(pooling, b, M):
     return total
 
 
+def normed(y, norm):
+    y = y - y.mean()
+    return y / jnp.sqrt((y * y).mean() + 1e-6) * norm.scale[...] + norm.bias[...]
+
+
+def queried(pooling, b, M, H=2):
+    """The form with queries, bag by bag, branch by branch, head by head."""
+    total = 0.0
+    nll = lambda layer, z, y: -jnp.log(jax.nn.softmax(layer(z))[y])
+    of_head = lambda y, i: y[..., 4 * i : 4 * i + 4]
+    read = lambda part, a, h: normed(
+        part.out(jnp.concatenate([a[i] @ of_head(part.value(h), i) for i in range(H)])), part.norm
+    )
+    for x, size, y, w in zip(b["inputs"], SIZES, b["targets"][:, 0], b["weights"][:, 0]):
+        h = jnp.maximum(x[:size] @ pooling.features.kernel[...], 0)
+        a = [
+            [jax.nn.softmax(of_head(m.key(h), i) @ of_head(m.query(m.token[...]), i) / 2.0) for i in range(H)]
+            for m in pooling.branches
+        ]
+        loss = nll(pooling.classifier, read(pooling.bag, [sum(a[m][i] for m in range(M)) / M for i in range(H)], h), y)
+        for m, branch in enumerate(pooling.branches):
+            loss += nll(pooling.classifiers[m], read(branch.projected, a[m], h), y) / M
+        cos = lambda p, q: p @ q / jnp.sqrt((p @ p) * (q @ q))
+        pairs = [cos(a[m][i], a[n][i]) for i in range(H) for m in range(M) for n in range(m)]
+        total += w * (loss + (sum(pairs) / len(pairs) if pairs else 0))
+    return total
+
+
+@pytest.mark.parametrize("M", [1, 3])
+def test_queries_equal_the_formula(x64, M):
+    """The loss and its gradient, in float64, each head written out; one branch has a classifier and no diversity."""
+    c, b = config(branches=M, **QUERIES), batch()
+    graphdef, params = nnx.split(build(c))
+    ours = lambda p: nnx.merge(graphdef, p).loss(b, None, {}).total
+    theirs = lambda p: queried(nnx.merge(graphdef, p).pooling, b, M)
+    (a, da), (e, de) = jax.jit(lambda p: (jax.value_and_grad(ours)(p), jax.value_and_grad(theirs)(p)))(params)
+    np.testing.assert_allclose(a, e, rtol=1e-12)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-8, atol=1e-11), da, de)
+    learn = {jax.tree_util.keystr(path): np.any(np.asarray(g)) for path, g in jax.tree.leaves_with_path(da)}
+    assert all(moved for path, moved in learn.items() if not ("key" in path and "bias" in path)), learn  # as below
+    found = jax.eval_shape(lambda p: nnx.merge(graphdef, p).loss(b, None, {}).losses, params)
+    assert set(found) == {"loss", "branch_loss"} | ({"diversity_loss"} if M > 1 else set())
+
+
+def test_queries_hide_and_drop_in_training_alone(x64):
+    """Each head of each branch hides `floor(share k)` of a bag's instances by itself, and padding has no weight;
+    dropout draws by the key alone. Queries begin near 0: then attention is even."""
+    c, b = config(mask_share=0.6, **QUERIES), batch()
+    graphdef, params = nnx.split(build(c))
+    read = jax.jit(lambda params, key: nnx.merge(graphdef, params).read(b, key)[0])
+    a = np.asarray(read(params, jax.random.key(0))[2])  # [B, H, M, N]
+    present = np.broadcast_to((b["segments"] > 0)[:, None, None], a.shape)
+    assert a.shape == (3, 2, 3, 9) and not a[~present].any()
+    np.testing.assert_array_equal(
+        ((a == 0) & present).sum(-1), np.array([2, 2, 0])[:, None, None] + np.zeros((1, 2, 3))
+    )
+    assert len({row.tobytes() for row in (a[0] == 0).reshape(6, 9)}) > 1
+    assert (np.asarray(read(params, None)[2]) > 0)[present].all()
+    dropped = dataclasses.replace(c, mask_top=0, pool_dropout=0.5)
+    assert dropped.draws and not dataclasses.replace(dropped, pool_dropout=0.0).draws
+    other = nnx.split(nnx.eval_shape(lambda: Bags(dropped, rngs=nnx.Rngs(0))))[0]
+    loss = jax.jit(lambda key: nnx.merge(other, params).loss(b, key, {}).total)
+    assert len({float(loss(key)) for key in (None, jax.random.key(0), jax.random.key(1))}) == 3
+    fresh = Bags(config(branches=1, dtype="float32", **QUERIES), rngs=nnx.Rngs(0)).pooling.branches[0]
+    assert 1e-7 < np.std(fresh.token[...]) < 1e-5
+
+
 @pytest.mark.parametrize("M", [1, 3])
 def test_equals_the_formula(x64, M):
     """The loss and its gradient, in float64; of one branch there is the bag's cross-entropy alone. Evaluation has the
@@ -82,13 +151,15 @@ def test_equals_the_formula(x64, M):
     assert (sums.weight, sums.tokens, evaluated["tokens"]) == (3.5, sum(SIZES), 3.5)
 
 
-def test_order_and_padding_change_nothing(x64):
+@pytest.mark.parametrize("form", [{}, QUERIES], ids=["gated", "queries"])
+def test_order_and_padding_change_nothing(x64, form):
     """Instances may come in any order; what lies behind a bag's end has attention 0 and no gradient."""
-    model, b = build(config()), batch()
+    model, b = build(config(**form)), batch()
     read = jax.jit(lambda b: model.read(b, None)[0])
     bag, branches, a = map(np.asarray, read(b))
+    behind = (b["segments"] == 0).reshape(3, *(1,) * (a.ndim - 2), 9)
     np.testing.assert_allclose(a.sum(-1), 1, rtol=1e-12)
-    assert (a[np.broadcast_to((b["segments"] == 0)[:, None], a.shape)] == 0).all()
+    assert (a[np.broadcast_to(behind, a.shape)] == 0).all()
     order = np.array([3, 0, 2, 1, 4, 5, 6, 7, 8])
     other = np.where(b["segments"][..., None] > 0, b["inputs"], 1e3)
     moved = b | {"inputs": other[:, order], "segments": b["segments"][:, order]}
@@ -181,11 +252,28 @@ def test_likeness_is_the_mean_cosine_of_pairs(x64):
     np.testing.assert_array_equal(one, 0)
 
 
-@pytest.mark.parametrize("fields", [{}, {"branches": 1}, {"layers": 1}, {"layers": 1, "norm": "none"}], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"branches": 1},
+        {"layers": 1},
+        {"layers": 1, "norm": "none"},
+        QUERIES,
+        {"layers": 1, "branches": 1} | QUERIES,
+    ],
+    ids=str,
+)
 def test_cost_counts_the_parameters(fields):
     c = config(dtype="float32", **fields, mixers=mixer_table(SOFTMAX, "m") if "layers" in fields else {})
     model = nnx.eval_shape(lambda: Bags(c, rngs=nnx.Rngs(0)))
     assert model_cost(c, 9).parameters == sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    if c.layers or c.form == "gated":
+        return
+    graphdef, params = nnx.split(model)
+    counted = flops.count(lambda p: nnx.merge(graphdef, p).read(batch(), None)[0], params)
+    of_queries = 2 * c.branches * c.width**2  # once a batch
+    assert counted - of_queries == pytest.approx(3 * 9 * model_cost(c, 9).total_flops, rel=1e-9)
 
 
 def test_a_stack_mixes_instances_before():
@@ -206,6 +294,10 @@ REFUSED = [
     ({"width": 0}, "model.width = 0"), ({"dropout": 0.1}, "model.dropout = 0.1 .* where model.layers is 0"),
     ({"mixers": mixer_table(SOFTMAX, "m")}, "model.mixers = .* where model.layers is 0"),
     ({"layers": 1, "mixers": mixer_table({"M": {"name": "softmax", "heads": 2}}, "m")}, "model.mixers.M.causal = True"),
+    (QUERIES | {"pool_heads": 3}, "model.pool_heads = 3.*divisors of model.width"),
+    (QUERIES | {"gate_width": 6}, "model.gate_width = 6.*128 where form is queries"),
+    ({"pool_heads": 2}, "model.pool_heads = 2.*8 where form is gated"), ({"form": "mha"}, "model.form = 'mha'"),
+    (QUERIES | {"pool_dropout": 1.0}, "model.pool_dropout = 1.0"),
     ({"layers": 1}, "names the mixer 'M'"), ({"dtype": "float16"}, "model.dtype = 'float16'"),
 ]  # fmt: skip
 
