@@ -142,11 +142,14 @@ class Routing(HeadMixer):
     @classmethod
     def flops(cls, config: RoutingConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:
         inner, span = config.heads * config.head_dim(width), mean_visible_keys(length, True, config.window)
-        return {
+        parts = {
             "projections": 6.0 * width * inner,
             "routing": 2.0 * inner * config.clusters,
             "attention": 4.0 * inner * span,
-        }, span
+        }
+        if config.centroid_decay is not None:
+            parts["averages"] = 2.0 * inner * config.clusters
+        return parts, span
 
     # Inside.
 
