@@ -48,14 +48,22 @@ def by_key_heads(q_BrHd: jax.Array, k_BLKd: jax.Array) -> jax.Array:
     B, r, H, d = q_BrHd.shape
     wide = jnp.promote_types(q_BrHd.dtype, jnp.float32)
     q = q_BrHd.reshape(B, r, k_BLKd.shape[2], -1, d)
-    return jnp.einsum("brkgd,blkd->bkgrl", q, k_BLKd, preferred_element_type=wide)
+    return _product("brkgd,blkd->bkgrl", q, k_BLKd, wide)
 
 
 def weighted(weights_BKGrL: jax.Array, v_BLKe: jax.Array) -> jax.Array:
     """Sums of values [B, r, H, e], in the dtype of the weights."""
     p = weights_BKGrL.astype(v_BLKe.dtype)
-    o = jnp.einsum("bkgrl,blke->brkge", p, v_BLKe, preferred_element_type=weights_BKGrL.dtype)
+    o = _product("bkgrl,blke->brkge", p, v_BLKe, weights_BKGrL.dtype)
     return o.reshape(*o.shape[:2], -1, o.shape[-1])
+
+
+def _product(axes: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Sums in `dtype`. On CPU the operands are widened first: jaxlib 0.10 refuses to run some bf16 products with wider
+    sums (`Unsupported element type for DotThunk`), such as those of a piece of a stream with a cache."""
+    if partition.platform() == "cpu":
+        a, b = a.astype(dtype), b.astype(dtype)
+    return jnp.einsum(axes, a, b, preferred_element_type=dtype)
 
 
 def head_axes(H: int, K: int, together: int = 1) -> tuple[str | None, str | None]:

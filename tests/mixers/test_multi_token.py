@@ -153,3 +153,19 @@ def test_what_does_not_fit_is_refused():
 def test_impossible_configs(fields, message):
     with pytest.raises(ConfigError, match=message):
         mixers.config_from_node({"name": "multi_token", **fields})
+
+
+def test_a_stream_in_bfloat16():
+    """A piece of a stream over its cache gives what the whole gives, as far as bfloat16 tells: a program of it runs."""
+    T, cut = 96, 49
+    config = mixers.get("multi_token").Config(heads=4, head_width=16)
+    with jax.enable_x64(False):
+        module = cases.module(config, jnp.bfloat16)
+        graphdef, params = cases.split(module)
+        x = jnp.asarray(np.random.default_rng(0).standard_normal((2, T, cases.WIDTH)), jnp.bfloat16)
+        whole = cases.call(graphdef, params, x, mixers.Sequence.whole(2, T))
+        state = module.init_state(2, T, jnp.bfloat16)
+        positions = jnp.broadcast_to(jnp.arange(cut), (2, cut))
+        seq, _ = mixers.Stream.start(2).extend(mixers.Sequence(positions))
+        y = jax.jit(lambda p, x, state: nnx.merge(graphdef, p).extend(x, seq, state).y)(params, x[:, :cut], state)
+    np.testing.assert_allclose(np.asarray(y, np.float32), np.asarray(whole, np.float32)[:, :cut], atol=0.05)
