@@ -26,11 +26,7 @@ def plane_code(y: jax.Array, x: jax.Array, width: int, base: float = 1e4) -> jax
     Raises:
       UserError: `width` is no positive multiple of 4, or `base` not above 1.
     """
-    if width < 4 or width % 4:
-        raise UserError(f"width = {width}; allowed: a multiple of 4")
-    if base <= 1:
-        raise UserError(f"base = {base}; allowed: above 1")
-    return _waves([y, x], width // 4, base)
+    return _waves([y, x], _frequencies(width, 4, base), base)
 
 
 def box_code(box: jax.Array, width: int, base: float = 1e4) -> jax.Array:
@@ -52,14 +48,11 @@ def box_code(box: jax.Array, width: int, base: float = 1e4) -> jax.Array:
     Raises:
       UserError: `width` is no positive multiple of 8, or `base` not above 1.
     """
-    if width < 8 or width % 8:
-        raise UserError(f"width = {width}; allowed: a multiple of 8")
-    if base <= 1:
-        raise UserError(f"base = {base}; allowed: above 1")
+    frequencies = _frequencies(width, 8, base)
     box = jnp.asarray(box)
     there = is_box(box)[..., None]
     sides = jnp.log(jnp.where(there, box[..., 2:], 1))
-    code = _waves([box[..., 0], box[..., 1], sides[..., 0], sides[..., 1]], width // 8, base)
+    code = _waves([box[..., 0], box[..., 1], sides[..., 0], sides[..., 1]], frequencies, base)
     return jnp.where(there, code, 0)
 
 
@@ -88,6 +81,15 @@ def relation_code(box_BTc: jax.Array, other_BSc: jax.Array, frequencies: int, ba
 def is_box(box: jax.Array) -> jax.Array:
     """Which of boxes [..., 4] have a width and a height above 0, bool [...]."""
     return jnp.all(box[..., 2:] > 0, axis=-1)
+
+
+def _frequencies(width: int, columns: int, base: float) -> int:
+    """How many a code of that width has, of which each takes so many columns; UserError where it cannot be."""
+    if width < columns or width % columns:
+        raise UserError(f"width = {width}; allowed: a multiple of {columns}")
+    if base <= 1:
+        raise UserError(f"base = {base}; allowed: above 1")
+    return width // columns
 
 
 def _waves(numbers: list[jax.Array], count: int, base: float) -> jax.Array:

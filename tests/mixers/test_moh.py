@@ -63,10 +63,7 @@ def heads_of(module, x, seq):
 
 
 PARTS = "routed", "both", "shared"
-
-
-def packed():
-    return cases.inputs(jnp.float64)
+packed = functools.partial(cases.inputs, jnp.float64)
 
 
 def gates_by_kind(routing):

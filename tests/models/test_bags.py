@@ -92,18 +92,24 @@ def queried(pooling, b, M, H=2):
     return total
 
 
+def hold(graphdef, params, b, definition, shared, **near):
+    """The loss and its gradients are those of `definition(pooling)`. All parameters learn but the bias of `shared`: a
+    number that all logits of a branch have changes no softmax, and its gradient is what rounding leaves."""
+    ours = lambda p: nnx.merge(graphdef, p).loss(b, None, {}).total
+    theirs = lambda p: definition(nnx.merge(graphdef, p).pooling)
+    (a, da), (e, de) = jax.jit(lambda p: (jax.value_and_grad(ours)(p), jax.value_and_grad(theirs)(p)))(params)
+    np.testing.assert_allclose(a, e, rtol=1e-12)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, **near), da, de)
+    learn = {jax.tree_util.keystr(path): np.any(np.asarray(g)) for path, g in jax.tree.leaves_with_path(da)}
+    assert all(moved for path, moved in learn.items() if not (shared in path and "bias" in path)), learn
+
+
 @pytest.mark.parametrize("M", [1, 3])
 def test_queries_equal_the_formula(x64, M):
     """The loss and its gradient, in float64, each head written out; one branch has a classifier and no diversity."""
-    c, b = config(branches=M, **QUERIES), batch()
-    graphdef, params = nnx.split(build(c))
-    ours = lambda p: nnx.merge(graphdef, p).loss(b, None, {}).total
-    theirs = lambda p: queried(nnx.merge(graphdef, p).pooling, b, M)
-    (a, da), (e, de) = jax.jit(lambda p: (jax.value_and_grad(ours)(p), jax.value_and_grad(theirs)(p)))(params)
-    np.testing.assert_allclose(a, e, rtol=1e-12)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-8, atol=1e-11), da, de)
-    learn = {jax.tree_util.keystr(path): np.any(np.asarray(g)) for path, g in jax.tree.leaves_with_path(da)}
-    assert all(moved for path, moved in learn.items() if not ("key" in path and "bias" in path)), learn  # as below
+    b = batch()
+    graphdef, params = nnx.split(build(config(branches=M, **QUERIES)))
+    hold(graphdef, params, b, lambda pooling: queried(pooling, b, M), "key", rtol=1e-8, atol=1e-11)
     found = jax.eval_shape(lambda p: nnx.merge(graphdef, p).loss(b, None, {}).losses, params)
     assert set(found) == {"loss", "branch_loss"} | ({"diversity_loss"} if M > 1 else set())
 
@@ -136,15 +142,7 @@ def test_equals_the_formula(x64, M):
     """The loss and its gradient, in float64; of one branch there is the bag's cross-entropy alone. Evaluation has the
     bag's."""
     model, b = build(config(branches=M)), batch()
-    graphdef, params = nnx.split(model)
-    ours = lambda p: nnx.merge(graphdef, p).loss(b, None, {}).total
-    theirs = lambda p: definition(nnx.merge(graphdef, p).pooling, b, M)
-    (a, da), (e, de) = jax.jit(lambda p: (jax.value_and_grad(ours)(p), jax.value_and_grad(theirs)(p)))(params)
-    np.testing.assert_allclose(a, e, rtol=1e-12)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12), da, de)
-    # A number that all logits of a branch share changes no softmax: its gradient is what rounding leaves.
-    learn = {jax.tree_util.keystr(path): np.any(np.asarray(g)) for path, g in jax.tree.leaves_with_path(da)}
-    assert all(moved for path, moved in learn.items() if not ("logits" in path and "bias" in path)), learn
+    hold(*nnx.split(model), b, lambda pooling: definition(pooling, b, M), "logits", rtol=1e-9, atol=1e-12)
     sums, evaluated = jax.jit(lambda b: (model.loss(b, None, {}), model.evaluate(b, {})))(b)
     assert set(sums.losses) == ({"loss"} if M == 1 else {"loss", "branch_loss", "diversity_loss"})
     np.testing.assert_allclose(evaluated["nll"], [sums.losses["loss"]], rtol=1e-12)
