@@ -110,6 +110,14 @@ class LayerNorm(nnx.Module):
         return layer_norm(x, self.scale[...], self.bias[...], self.epsilon)
 
 
+def dropped(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Dropout (Srivastava et al. 2014): a share `rate` of x is 0, the rest grows by as much; without a key x itself."""
+    if key is None or rate == 0:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
 def time_steps(key: jax.Array, count: int, dtype: Any) -> jax.Array:
     """What softplus makes time steps of, log-uniform in [0.001, 0.1]."""
     low, high = (math.log(t) for t in _TIME_STEPS)

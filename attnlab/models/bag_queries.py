@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnlab.mixers.heads import split_heads
-from attnlab.mixers.parts import LayerNorm, Linear, param_dtype
+from attnlab.mixers.parts import LayerNorm, Linear, dropped, param_dtype
 from attnlab.mixers.roles import Role, drawn, normal
 from attnlab.ops.bag_pooling import attention, some_of_the_strongest
 
@@ -39,9 +39,7 @@ class Projected(nnx.Module):
         v_BNHd = split_heads(self.value(h_BND), h_BND.shape[-1] // self.heads).astype(a_BHN.dtype)
         o_BHd = jnp.einsum("bhn,bnhd->bhd", a_BHN, v_BNHd, precision=jax.lax.Precision.HIGHEST)
         y = self.out(o_BHd.reshape(len(o_BHd), -1))
-        if key is not None and self.rate:
-            y = jnp.where(jax.random.bernoulli(key, 1 - self.rate, y.shape), y / (1 - self.rate), 0).astype(y.dtype)
-        return self.norm(y)
+        return self.norm(dropped(y, self.rate, key))
 
 
 class Branch(nnx.Module):

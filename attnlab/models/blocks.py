@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnlab import mixers
-from attnlab.mixers.parts import Linear, param_dtype
+from attnlab.mixers.parts import Linear, dropped, param_dtype
 from attnlab.mixers.roles import Role, param
 from attnlab.parallel import partition
 
@@ -89,7 +89,7 @@ class Sublayer(nnx.Module):
         if hasattr(self, "gate"):
             y = (jnp.tanh(self.gate[...]) * y).astype(y.dtype)
         side = side if self.mixes and seq.second else None
-        return dataclasses.replace(out, y=self._drop(y, key), side=side)
+        return dataclasses.replace(out, y=dropped(y, self.dropout, key), side=side)
 
     def _side(self, h: jax.Array, seq: mixers.Sequence) -> jax.Array | None:
         """What the mixer reads of the second stream; where that is what is mixed, it is what the layer reads."""
@@ -98,12 +98,6 @@ class Sublayer(nnx.Module):
         if seq.second:
             return h
         return None if seq.sides is None else seq.sides[self.place]
-
-    def _drop(self, y: jax.Array, key: jax.Array | None) -> jax.Array:
-        if key is None or self.dropout == 0:
-            return y
-        keep = jax.random.bernoulli(key, 1 - self.dropout, y.shape)
-        return jnp.where(keep, y / (1 - self.dropout), 0).astype(y.dtype)
 
 
 class Block(nnx.Module):
