@@ -14,7 +14,8 @@ from flax import nnx
 from attnlab import mixers
 from attnlab.errors import ConfigError, UnsupportedPattern, UserError
 from attnlab.mixers.ablated import AblatedConfig
-from attnlab.models.cost import stack_cost
+from attnlab.models.cost import model_cost, stack_cost
+from attnlab.models.lm import LanguageModelConfig
 from attnlab.models.transformer import StackConfig, Transformer, extend, mixer_table
 from attnlab.ops.running_softmax import running_softmax
 from tests import tiers
@@ -328,6 +329,10 @@ def test_the_second_stream_is_counted():
         lambda: Transformer(StackConfig(width=8, layers=2, mixers=table, pattern="M"), rngs=nnx.Rngs(0))
     )
     assert jax.eval_shape(lambda: routed.sides(T))[0][0].shape == (2, 1, T, 8)
+    model = LanguageModelConfig(vocab=11, width=8, layers=2, mixers=table)
+    parts = {rows: model_cost(model, T, rows).flops for rows in (1, 4)}
+    assert parts[1].pop("second_stream") == 4 * parts[4].pop("second_stream") > 0
+    assert parts[1] == parts[4]
     with pytest.raises(ConfigError, match="input_conv = 3.*1 where weights is random_stream"):
         AblatedConfig(weights="random_stream", input_conv=3)
 
