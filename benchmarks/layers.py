@@ -6,11 +6,11 @@ round, and the figures are medians over the rounds.
 
     python -m benchmarks.layers
     python -m benchmarks.layers --mixers flow,gated --lengths 512,4096 --json
-    python -m benchmarks.layers --flat
+    python -m benchmarks.layers --flat --rows 1
 
 With --flat instead: whether time per token and memory stay flat as sequences grow. Time, of the mixers whose state is
-as large at any length, at the same number of tokens in ever fewer and longer rows; memory, of all mixers, is what XLA
-sets aside for the temporaries of one row's forward and backward.
+as large at any length, at the same number of tokens in ever fewer and longer rows, or with --rows in as many rows at
+every length; memory, of all mixers, is what XLA sets aside for the temporaries of one row's forward and backward.
 """
 
 from __future__ import annotations
@@ -68,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mixers", type=comma(str), metavar="A,B,...", help="registered mixers (all)")
     parser.add_argument("--lengths", type=comma(int), metavar="T,...",
                         help="positions of a row (512,4096; with --flat 1024 to 16384)")  # fmt: skip
+    parser.add_argument("--rows", type=int, metavar="N",
+                        help="with --flat, rows of a batch at every length (as many as hold the longest's tokens)")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=7, help="undisturbed rounds wanted (7)")
     parser.add_argument("--seconds", type=float, default=150, help="no round starts later (150)")
     parser.add_argument("--flat", action="store_true", help="time per token and memory against the length instead")
@@ -122,11 +124,14 @@ def _print_speed(rows: dict[str, Any], lengths: list[int]) -> None:
 
 def _flat(side: harness.Side, chosen: list[str], args: argparse.Namespace) -> Measured:
     lengths = args.lengths or FLAT_LENGTHS
-    tokens = max(lengths)
-    if any(tokens % T for T in lengths):
-        raise SystemExit(f"--lengths: all must divide the longest, {tokens}: the tokens of every batch")
+    longest = max(lengths)
+    if args.rows is not None and args.rows < 1:
+        raise SystemExit(f"--rows: {args.rows}; allowed: 1 or more")
+    if args.rows is None and any(longest % T for T in lengths):
+        raise SystemExit(f"--lengths: all must divide the longest, {longest}: the tokens of every batch; or set --rows")
+    batch = {T: args.rows or longest // T for T in lengths}
     fixed = [name for name in chosen if side.ask(do="fixed_state", mixer=name)]
-    timings, refused, undisturbed = _measure(side, [(name, tokens // T, T) for name in fixed for T in lengths], args)
+    timings, refused, undisturbed = _measure(side, [(name, batch[T], T) for name in fixed for T in lengths], args)
     rows: dict[str, Any] = {}
     for name in chosen:
         memory = {T: side.ask(do="memory", mixer=name, length=T) for T in lengths}
@@ -137,11 +142,11 @@ def _flat(side: harness.Side, chosen: list[str], args: argparse.Namespace) -> Me
         row["temporary_bytes"] = {str(T): memory[T]["bytes"] for T in lengths}
         row["growth"] = _growth({T: memory[T]["bytes"] for T in lengths})
         if name in fixed:
-            spent = {T: _median(timings[name, tokens // T, T]) / tokens for T in lengths}
+            spent = {T: _median(timings[name, batch[T], T]) / (batch[T] * T) for T in lengths}
             row["seconds_per_token"] = {str(T): s for T, s in spent.items()}
             row["spread"] = max(spent.values()) / min(spent.values())
             row["power"] = _power({T: T * s for T, s in spent.items()})
-    return {"tokens": tokens, "layers_flat": rows}, undisturbed, lambda: _print_flat(rows, lengths, tokens)
+    return {"rows": batch, "layers_flat": rows}, undisturbed, lambda: _print_flat(rows, batch)
 
 
 def _growth(size_of: dict[int, float]) -> list[float]:
@@ -156,8 +161,9 @@ def _power(size_of: dict[int, float]) -> float:
     return float(np.polynomial.Polynomial.fit(x, y, 1).convert().coef[1])
 
 
-def _print_flat(rows: dict[str, Any], lengths: list[int], tokens: int) -> None:
-    times = _table(f"microseconds per token, forward + backward, {tokens} tokens in rows of T, width {WIDTH}")
+def _print_flat(rows: dict[str, Any], batch: dict[int, int]) -> None:
+    lengths, of = list(batch), ", ".join(f"{count} of {T}" for T, count in batch.items())
+    times = _table(f"microseconds per token, forward + backward, width {WIDTH}; rows: {of}")
     memory = _table(f"MB of temporaries, forward + backward, batch 1, width {WIDTH}")
     for table in (times, memory):
         for T in lengths:
@@ -248,6 +254,10 @@ def _work() -> None:
                 return handler(**request)
             except UserError as error:  # a mixer that cannot run with its defaults, on text, at this width
                 return {"refused": str(error)}
+            except jax.errors.JaxRuntimeError as error:  # one that does not fit must not end the others' measurement
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                return {"refused": str(error).splitlines()[0]}
 
         return run
 
@@ -267,8 +277,9 @@ def _work() -> None:
         return {"bytes": compile_layer(mixer, 1, length)[0].memory_analysis().temp_size_in_bytes}
 
     def fixed_state(mixer: str) -> bool:
-        """With the default knobs: `capabilities` speak of all of them."""
-        return cost(mixer, min(FLAT_LENGTHS))["state_bytes"] == cost(mixer, max(FLAT_LENGTHS))["state_bytes"]
+        """With the default knobs: `capabilities` speak of all of them, and where none has a state there is no stream."""
+        sizes = {cost(mixer, T)["state_bytes"] for T in (min(FLAT_LENGTHS), max(FLAT_LENGTHS))}
+        return len(sizes) == 1 and mixers.get(mixer).capabilities.streaming
 
     def cost(mixer: str, length: int) -> dict:
         declared = mixers.get(mixer).cost(default_config(mixer), WIDTH, length)

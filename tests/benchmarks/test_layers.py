@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 
 from attnlab import mixers
 from attnlab.mixers import base
-from benchmarks import layers
+from benchmarks import harness, layers
 
 
 def test_the_program_is_forward_and_backward():
@@ -46,3 +47,33 @@ def test_growth():
     assert layers._growth({1024: 10, 2048: 20, 8192: 320}) == pytest.approx([1, 2])
     assert layers._power({1024: 10, 2048: 20, 8192: 320}) == pytest.approx(1.714286)
     assert layers._power({T: 3e-9 * T**1.5 for T in (1024, 4096, 32768)}) == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("rows, batches", [(None, {64: 4, 256: 1}), (2, {64: 2, 256: 2})])
+def test_flatness_is_per_token_of_the_rows_asked_for(rows, batches, monkeypatch):
+    """Time of a batch over its tokens, in as many rows as were asked for; memory is of one row."""
+    asked = []
+
+    class Side:
+        def ask(self, do, mixer, length=None):
+            return {"fixed_state": mixer == "gla", "memory": {"bytes": length}}[do]
+
+    def measure(side, programs, args):
+        asked.extend(programs)
+        return {(n, b, T): [harness.Timing(b * T * (1 + T / 256), None)] * 3 for n, b, T in programs}, {}, True
+
+    monkeypatch.setattr(layers, "_measure", measure)
+    args = argparse.Namespace(lengths=[64, 256], rows=rows)
+    result, _, show = layers._flat(Side(), ["gla", "softmax"], args)
+    assert asked == [("gla", b, T) for T, b in batches.items()]
+    assert result["layers_flat"]["gla"]["seconds_per_token"] == {"64": 1.25, "256": 2.0}
+    assert result["layers_flat"]["gla"]["spread"] == 1.6 and "spread" not in result["layers_flat"]["softmax"]
+    show()
+
+
+def test_rows_that_are_none_are_refused():
+    """--rows 0 names its value; lengths that fill no batch of equal tokens name the way out."""
+    with pytest.raises(SystemExit, match="--rows: 0; allowed: 1 or more"):
+        layers._flat(None, [], argparse.Namespace(lengths=[64], rows=0))
+    with pytest.raises(SystemExit, match="must divide the longest, 96.*set --rows"):
+        layers._flat(None, [], argparse.Namespace(lengths=[64, 96], rows=None))
