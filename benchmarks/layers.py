@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lengths", type=comma(int), metavar="T,...",
                         help="positions of a row (512,4096; with --flat 1024 to 16384)")  # fmt: skip
     parser.add_argument("--rows", type=int, metavar="N",
-                        help="with --flat, rows of a batch at every length (as many as hold the longest's tokens)")  # fmt: skip
+                        help="with --flat: rows at every length (those that the longest row's tokens fill)")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=7, help="undisturbed rounds wanted (7)")
     parser.add_argument("--seconds", type=float, default=150, help="no round starts later (150)")
     parser.add_argument("--flat", action="store_true", help="time per token and memory against the length instead")
@@ -277,7 +277,7 @@ def _work() -> None:
         return {"bytes": compile_layer(mixer, 1, length)[0].memory_analysis().temp_size_in_bytes}
 
     def fixed_state(mixer: str) -> bool:
-        """With the default knobs: `capabilities` speak of all of them, and where none has a state there is no stream."""
+        """With the default knobs: `capabilities` speak of all of them. What has no stream has no state."""
         sizes = {cost(mixer, T)["state_bytes"] for T in (min(FLAT_LENGTHS), max(FLAT_LENGTHS))}
         return len(sizes) == 1 and mixers.get(mixer).capabilities.streaming
 
