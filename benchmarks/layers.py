@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lengths", type=comma(int), metavar="T,...",
                         help="positions of a row (512,4096; with --flat 1024 to 16384)")  # fmt: skip
     parser.add_argument("--rows", type=int, metavar="N",
-                        help="with --flat: rows at every length (those that the longest row's tokens fill)")  # fmt: skip
+                        help="with --flat: rows at every length (what the longest row's tokens fill)")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=7, help="undisturbed rounds wanted (7)")
     parser.add_argument("--seconds", type=float, default=150, help="no round starts later (150)")
     parser.add_argument("--flat", action="store_true", help="time per token and memory against the length instead")
