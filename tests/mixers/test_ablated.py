@@ -19,7 +19,7 @@ from attnlab.models.lm import LanguageModelConfig
 from attnlab.models.transformer import StackConfig, Transformer, extend, mixer_table
 from attnlab.ops.running_softmax import running_softmax
 from tests import tiers
-from tests.mixers import cases, flops
+from tests.mixers import cases, devices, flops
 from tests.models import drawn
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
@@ -278,6 +278,11 @@ def test_the_second_stream_goes_through_whole_blocks(weights, fields):
     streamed = np.concatenate(parts, axis=1)
     seen = used[:, : streamed.shape[1]]
     np.testing.assert_allclose(streamed[seen], y[:, : streamed.shape[1]][seen], atol=1e-11)
+
+
+def test_the_second_stream_on_eight_devices():
+    """Rows, heads and positions of a packed stack split, between layers that read the stream: the same numbers."""
+    devices.hold_stack(*stack_of("random_stream", layers=2), *cases.inputs(jnp.float64))
 
 
 def test_streams_know_positions_alone():

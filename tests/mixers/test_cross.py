@@ -12,11 +12,8 @@ from flax import nnx
 from attnlab import mixers
 from attnlab.errors import ConfigError, UserError
 from attnlab.models.transformer import StackConfig, Transformer, extend, mixer_table
-from attnlab.parallel import partition
-from attnlab.train import sharding
-from attnlab.train.config import MeshConfig
 from tests import tiers
-from tests.mixers import cases, flops
+from tests.mixers import cases, devices, flops
 from tests.mixers import test_contract as battery
 
 B, T, S, D_C = 2, cases.LENGTH, 7, 6
@@ -175,9 +172,7 @@ def test_sharding(name, sizes):
     x, seq = jax.tree.map(lambda a: jnp.concatenate([a] * 4), (x, seq))
     forward = lambda params, x, seq: nnx.merge(graphdef, params)(x, seq).y
     expected = jax.jit(forward)(params, x, seq)
-    mesh = sharding.make_mesh(MeshConfig(**{"data": 1, "fsdp": 2, "tensor": 2} | sizes), 8, length=x.shape[1])
-    got = jax.jit(partition.traced(forward, mesh, sharding.ACTIVATION_RULES))(params, x, seq)
-    np.testing.assert_allclose(got, expected, atol=1e-11)
+    np.testing.assert_allclose(devices.split(forward, x.shape[1], **sizes)(params, x, seq), expected, atol=1e-11)
 
 
 @every_case

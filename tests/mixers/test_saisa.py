@@ -18,7 +18,7 @@ from attnlab.errors import ConfigError
 from attnlab.mixers import saisa
 from attnlab.models.transformer import StackConfig, Transformer, extend, mixer_table
 from tests.masks.rows import ROWS, layout_of, places
-from tests.mixers import cases, plain
+from tests.mixers import cases, devices, plain
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
 ROLES = {"matrix": "q k v out project_in project_out", "scale": "visual_norm"}
@@ -203,16 +203,21 @@ def test_an_overflow_stays_in_its_document():
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-12 * max(1, np.abs(a).max()))
 
 
-def test_a_stack_reads_the_features_in_every_layer():
-    """Whatever the blocks between make of an image's positions: text is the same with noise there, and in streams."""
-    x, seq = inputs()
-    seq, text = dataclasses.replace(seq, embedding=None), (seq.segments > 0) & ~images()
+def a_stack():
+    """Two layers, and their parameters."""
     table = mixer_table({"M": {"name": "saisa", "heads": 2}}, "m")
     config = StackConfig(width=D, layers=2, mixers=table, mlp_width=8, dtype="float64")
     graphdef, shapes = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(2)
-    params = jax.tree.map(lambda a: rng.normal(size=a.shape, scale=0.3).astype(a.dtype), shapes)
-    T, noise = x.shape[1], rng.standard_normal(x.shape)
+    return graphdef, jax.tree.map(lambda a: rng.normal(size=a.shape, scale=0.3).astype(a.dtype), shapes)
+
+
+def test_a_stack_reads_the_features_in_every_layer():
+    """Whatever the blocks between make of an image's positions: text is the same with noise there, and in streams."""
+    x, seq = inputs()
+    seq, text = dataclasses.replace(seq, embedding=None), (seq.segments > 0) & ~images()
+    graphdef, params = a_stack()
+    T, noise = x.shape[1], np.random.default_rng(3).standard_normal(x.shape)
 
     @jax.jit
     def run(params, x):
@@ -232,6 +237,13 @@ def test_a_stack_reads_the_features_in_every_layer():
     assert np.abs(noisy - whole)[images()].max() > 1e-2
     state = nnx.merge(graphdef, params).init_state(2, T)
     np.testing.assert_allclose(streamed(step, state, x, seq, [0, 5, 11, T])[text], whole[text], atol=1e-12)
+
+
+def test_a_stack_on_eight_devices():
+    """Rows, heads and positions of packed text and images split: the same numbers, gradients too."""
+    x, seq = inputs()
+    of_x = devices.hold_stack(*a_stack(), x, dataclasses.replace(seq, embedding=None))
+    assert np.all(np.abs(of_x[images()]).max(-1) > 0)
 
 
 def test_a_convolution_of_the_input_is_refused():
