@@ -135,7 +135,8 @@ def _judge(workdir: pathlib.Path, bigram: float) -> dict[str, Any]:
 
 
 def decode_difference(trained: Any, length: int = 96) -> tuple[float, float]:
-    """Largest difference between the logits of a stream and of the full forward pass, and the largest logit."""
+    """Largest difference between the logits of a stream and of the full forward pass, and the largest logit, of so many
+    positions, or of a row where it has fewer."""
     import jax
     import jax.numpy as jnp
 
@@ -143,6 +144,7 @@ def decode_difference(trained: Any, length: int = 96) -> tuple[float, float]:
 
     batch = next(iter(trained.data.heldout(batches=1)))
     tokens = jnp.asarray(batch["tokens"][:2, :length])
+    length = tokens.shape[1]
     model = trained.program.model.merge(trained.params)
     seq = Sequence.whole(*tokens.shape)
     full = jax.jit(lambda t: model.logits(model.hidden(t, seq).y))(tokens)
