@@ -58,9 +58,10 @@ class LogLinear(Mamba2):
         self, q: jax.Array, k: jax.Array, u: jax.Array, log_decay: jax.Array, memory: Any, x: jax.Array, seq: Sequence
     ) -> tuple[jax.Array, Any]:
         logits = split_heads(self.level(x), self.config.levels).astype(param_dtype(self.dtype))
+        weights = jax.nn.softplus(self.level_scale[...] * logits)
         return log_linear(
-            q, k, u, log_decay, jax.nn.softplus(self.level_scale[...] * logits), documents_BT=seq.documents,
-            offsets_BT=seq.offsets, state_BHLde=memory, chunk=self.config.chunk, impl=self.config.impl,
+            *self.of_heads(q, k), u, log_decay, weights, documents_BT=seq.documents, offsets_BT=seq.offsets,
+            state_BHLde=memory, chunk=self.config.chunk, impl=self.config.impl,
         )  # fmt: skip
 
     def init_memory(self, batch: int) -> jax.Array:

@@ -113,8 +113,8 @@ class Mamba2(HeadMixer):
         convolutions = (self.q, self.conv_q), (self.k, self.conv_k), (self.v, self.conv_v)
         made = [conv(linear(x), seq.documents, tail) for (linear, conv), tail in zip(convolutions, tails, strict=True)]
         q, k, v = (jax.nn.silu(y) for y, _ in made)
-        of_heads = lambda y: jnp.repeat(split_heads(y, c.state_width), c.heads // c.groups, axis=2)
-        q, k, v = of_heads(q), of_heads(k), split_heads(v, self.head_dim)
+        q, k = (split_heads(y, c.state_width) for y in (q, k))
+        v = split_heads(v, self.head_dim)
         dt = jax.nn.softplus(self.step(x).astype(wide) + self.dt_bias[...])
         v = v.astype(wide)
         memory = None if carried is None else carried.memory
@@ -127,11 +127,18 @@ class Mamba2(HeadMixer):
     def recurrence(
         self, q: jax.Array, k: jax.Array, u: jax.Array, log_decay: jax.Array, memory: Any, x: jax.Array, seq: Sequence
     ) -> tuple[jax.Array, Any]:
-        """What queries read of all that was written, [B, T, H, P], and the memory after the last position."""
+        """What queries [B, T, G, N] read of all that was written, [B, T, H, P], and the memory after the last
+        position."""
+        if self.config.groups > 1:
+            q, k = self.of_heads(q, k)
         return linear_recurrence(
             q, k, u, log_decay=log_decay, documents_BT=seq.documents, state_BHde=memory, chunk=self.config.chunk,
             impl=self.config.impl,
         )  # fmt: skip
+
+    def of_heads(self, *of_groups_BTGN: jax.Array) -> list[jax.Array]:
+        """Those of each head, [B, T, H, N]."""
+        return [jnp.repeat(y, self.config.heads // self.config.groups, axis=2) for y in of_groups_BTGN]
 
     def normed(self, o_BTHP: jax.Array) -> jax.Array:
         """RMSNorm over the channels of a group, in fp32 (fp64)."""
@@ -155,5 +162,5 @@ class Mamba2(HeadMixer):
         return {
             "projections": 2.0 * width * (3 * H * P + 2 * config.groups * N),
             "step": 2.0 * width * H,
-            "recurrence": H * flops_per_token(length, config.chunk, N, P),
+            "recurrence": H * flops_per_token(length, config.chunk, N, P, shared_by=H if config.groups == 1 else 1),
         }, None

@@ -3,7 +3,8 @@
 Chunkwise: pairs within a chunk are one masked product, what comes from before it is read from the state at its start.
 Lin et al. 2022 (arXiv:2202.10447) and Qin et al. 2024 (arXiv:2401.04658, section 3) describe the form.
 
-Shapes: `B` batch, `T` positions, `H` heads, `d` key width, `e` value width, `N` chunks, `C` positions in a chunk.
+Shapes: `B` batch, `T` positions, `H` heads, `K` heads of queries and keys, H or 1, `d` key width, `e` value width, `N`
+chunks, `C` positions in a chunk.
 """
 
 from __future__ import annotations
@@ -39,11 +40,13 @@ class RecurrenceSpec:
     decay: str  # none, constant, data, channels
     packed: bool
     features: Taylor | None = None  # of keys whose width is then its own
+    shared: bool = False  # queries and keys by all heads
 
     def __str__(self) -> str:
         shape = f"B{self.batch} T{self.positions} H{self.heads} d{self.width}/{self.value_width} C{self.chunk}"
         made = [] if self.features is None else [f"features={self.features.count}"]
-        return " ".join([shape, self.dtype, f"decay={self.decay}", *made, *(["packed"] if self.packed else [])])
+        told = [word for word in ("shared", "packed") if getattr(self, word)]
+        return " ".join([shape, self.dtype, f"decay={self.decay}", *made, *told])
 
     @classmethod
     def of(
@@ -53,7 +56,8 @@ class RecurrenceSpec:
         """Of the arrays of a device; where positions are split over several, what each finds is added in wide sums."""
         dtype = q.dtype if exchange is None else jnp.promote_types(q.dtype, jnp.float32)
         decay = "none" if log_decay is None else {1: "constant", 3: "data", 4: "channels"}[log_decay.ndim]
-        return cls(*q.shape, u.shape[3], str(dtype), chunk, decay, documents is not None, features)
+        packed, shared = documents is not None, q.shape[2] < u.shape[2]
+        return cls(*u.shape[:3], q.shape[3], u.shape[3], str(dtype), chunk, decay, packed, features, shared)
 
 
 class Weights(NamedTuple):
@@ -110,7 +114,8 @@ def definition(
     """`o_t = sum_{s <= t} exp(sum of log_decay over s + 1 .. t) (q_t . k_s) u_s`, with all T x T pairs; the recurrence
     itself where decays differ from position to position: sums of them would lose digits."""
     del chunk
-    B, T, H, _ = q.shape
+    B, T, H, _ = u.shape
+    q, k = (of_all_heads(x, H) for x in (q, k))
     if log_decay is not None and log_decay.ndim > 1:
         of_channels = log_decay if log_decay.ndim == 4 else log_decay[..., None]
         return _stepwise(q, k, u, of_channels, documents, state)
@@ -159,7 +164,7 @@ def chunked(
     chunk: int,
 ) -> tuple[jax.Array, jax.Array]:
     """The same in memory and time linear in T. Products are batched over chunks, as only the states need a loop."""
-    T, channels = q.shape[1], log_decay is not None and log_decay.ndim == 4
+    T, channels = u.shape[1], log_decay is not None and log_decay.ndim == 4
     if channels and T == 1:
         return _stepwise(q, k, u, log_decay, documents, state)
     C = min(chunk, T)
@@ -172,14 +177,24 @@ def chunked(
         scores, weights = _by_channel(q, k, log_decay, chunk_weights(None, documents, T, C, q.dtype))
     else:
         weights = chunk_weights(log_decay, documents, T, C, q.dtype)
-        scores = jnp.einsum("bhncd,bhnsd->bhncs", q, k) * weights.pairs
-    written = jnp.einsum("bhnsd,bhnse->bhnde", scaled(k, weights.write), u)
+        scores = of_all_heads(jnp.einsum("bhncd,bhnsd->bhncs", q, k) * weights.pairs, u.shape[1], axis=1)
+    if q.shape[1] == u.shape[1]:
+        written = jnp.einsum("bhnsd,bhnse->bhnde", scaled(k, weights.write), u)
+        reading = lambda before: jnp.einsum("bhncd,bhnde->bhnce", scaled(q, weights.read), before)
+    else:  # one query and one key for all heads: what differs from head to head scales what is written and what is read
+        written = jnp.einsum("bgnsd,bhnse->bhnde", k, scaled(u, weights.write))
+        reading = lambda before: scaled(jnp.einsum("bgncd,bhnde->bhnce", q, before), weights.read)
     before, state = chunk_states(written, weights.carry, state)
     o = jnp.einsum("bhncs,bhnse->bhnce", scores, u)
     if before is not None:
-        o += jnp.einsum("bhncd,bhnde->bhnce", scaled(q, weights.read), before)
+        o += reading(before)
     B, H, N, _, e = o.shape
     return jnp.moveaxis(o, 1, 3).reshape(B, N * C, H, e)[:, :T], state
+
+
+def of_all_heads(x: jax.Array, heads: int, axis: int = 2) -> jax.Array:
+    """x with so many heads, where it has one for all of them."""
+    return jnp.broadcast_to(x, (*x.shape[:axis], heads, *x.shape[axis + 1 :]))
 
 
 def _by_channel(q, k, log_decay, seen: Weights) -> tuple[jax.Array, Weights]:
@@ -200,7 +215,7 @@ def _over_devices(
     documents = None if documents is None else exchange.local_documents(documents)
     o, written = chosen.run(q, k, u, log_decay, documents, None, chunk=chunk, features=features)
     q = q if features is None else features(q)
-    B, T, H, d = q.shape
+    (B, T, H, _), d = u.shape, q.shape[3]
     logs = jnp.zeros((), q.dtype) if log_decay is None else log_decay
     logs = logs if logs.ndim == 4 else jnp.broadcast_to(logs, (B, T, H))[..., None]  # the last axis: d, or 1
     kept = jnp.exp(jnp.cumsum(logs, axis=1))
@@ -234,8 +249,8 @@ LINEAR_RECURRENCE = Op(
 
 
 def linear_recurrence(
-    q_BTHd: jax.Array,
-    k_BTHd: jax.Array,
+    q_BTKd: jax.Array,
+    k_BTKd: jax.Array,
     u_BTHe: jax.Array,
     *,
     log_decay: jax.Array | None = None,
@@ -249,8 +264,9 @@ def linear_recurrence(
     """`S_t = exp(log_decay_t) S_{t-1} + k_t u_t^T`, `o_t = q_t S_t`: a query reads what its own position wrote too.
 
     Args:
-      q_BTHd, k_BTHd, u_BTHe: queries, keys and what is written. There is no scale and no denominator: for a sum of
-        weights append a column of ones to u.
+      q_BTKd, k_BTKd, u_BTHe: queries, keys and what is written. There is no scale and no denominator: for a sum of
+        weights append a column of ones to u. One query and one key (K = 1) are all heads', without features, bonus and
+        decays of channels; their scores are computed once.
       log_decay: at most 0; None: nothing decays; [H]: the same at all positions; [B, T, H]; [B, T, H, d]: of each
         channel of queries and keys, not of features. A decay below the smallest normal number of its dtype counts as
         that number.
@@ -269,15 +285,16 @@ def linear_recurrence(
     Raises:
       UserError: shapes that do not fit, or an unknown `impl`.
     """
-    _check_shapes(q_BTHd, k_BTHd, u_BTHe, log_decay, documents_BT, state_BHde, features, bonus_Hd, chunk)
+    _check_shapes(q_BTKd, k_BTKd, u_BTHe, log_decay, documents_BT, state_BHde, features, bonus_Hd, chunk)
     if bonus_Hd is not None:
         run = functools.partial(linear_recurrence, state_BHde=state_BHde, chunk=chunk, impl=impl)
-        return _read_before_written(run, q_BTHd, k_BTHd, u_BTHe, log_decay, documents_BT, bonus_Hd)
+        return _read_before_written(run, q_BTKd, k_BTKd, u_BTHe, log_decay, documents_BT, bonus_Hd)
     rows, states = ("batch", "seq", "heads", None), ("batch", "heads", None, None)
+    read = rows if q_BTKd.shape[2] == u_BTHe.shape[2] else (*rows[:2], None, None)
     decays = rows[:3] if log_decay is None else ("heads",) if log_decay.ndim == 1 else rows[: log_decay.ndim]
     return LINEAR_RECURRENCE(
-        q_BTHd, k_BTHd, u_BTHe, log_decay, documents_BT, state_BHde,
-        axes=(rows, rows, rows, decays, rows[:2], states), out_axes=[rows, states], impl=impl, chunk=chunk,
+        q_BTKd, k_BTKd, u_BTHe, log_decay, documents_BT, state_BHde,
+        axes=(read, read, rows, decays, rows[:2], states), out_axes=[rows, states], impl=impl, chunk=chunk,
         features=features,
     )  # fmt: skip
 
@@ -303,15 +320,17 @@ def _read_before_written(run: Callable[..., Any], q, k, u, log_decay, documents,
     return o, before + k[:, -1, :, :, None].astype(wide) * u[:, -1, :, None].astype(wide)
 
 
-def flops_per_token(length: int, chunk: int, width: int, value_width: int, channels: bool = False) -> float:
+def flops_per_token(
+    length: int, chunk: int, width: int, value_width: int, channels: bool = False, shared_by: int = 1
+) -> float:
     """FLOPs of the matrix products of `chunked` per position and head, all pairs of a chunk counted; `channels`: of
-    decays of each channel."""
+    decays of each channel; `shared_by`: heads that have one query and one key."""
     C = min(chunk, length)
     chunks = -(-length // C)
     states = 2.0 * width * value_width
     if channels and length == 1:
         return states
-    scores = products_flops(1, C, width) / C if channels else 2.0 * C * width
+    scores = products_flops(1, C, width) / C if channels else 2.0 * C * width / shared_by
     pairs = scores + 2.0 * C * value_width
     return (pairs + states * (2 if chunks > 1 else 1)) * chunks * C / length
 
@@ -388,12 +407,14 @@ def chunk_states(
 
 
 def _check_shapes(q, k, u, log_decay, documents, state, features: Taylor | None, bonus, chunk: int) -> None:
-    if q.ndim != 4 or q.shape != k.shape or u.ndim != 4 or u.shape[:3] != q.shape[:3]:
+    alone = features is None and bonus is None and (log_decay is None or log_decay.ndim != 4)
+    heads = {u.shape[2], 1} if u.ndim == 4 and alone else {*u.shape[2:3]}
+    if not (q.ndim == u.ndim == 4 and q.shape == k.shape and u.shape[:2] == q.shape[:2] and q.shape[2] in heads):
         raise UserError(
-            f"linear_recurrence: q {q.shape}, k {k.shape}, u {u.shape} do not fit; "
-            "expected q, k [B, T, H, d], u [B, T, H, e]"
+            f"linear_recurrence: q {q.shape}, k {k.shape}, u {u.shape} do not fit; expected q, k [B, T, H, d]"
+            f"{' or [B, T, 1, d]' * alone}, u [B, T, H, e]"
         )
-    B, T, H, d = q.shape
+    (B, T, H, _), d = u.shape, q.shape[3]
     decays = [(H,), (B, T, H)] + ([(B, T, H, d)] if features is None else [])
     if features is not None:
         if bonus is not None:

@@ -71,7 +71,7 @@ def run(
     platform.
 
     Products are of numbers in the dtype of q, sums and states float32; the output carries the checkpoint name
-    "attention_o". The chunk is the kernel's own.
+    "attention_o". The chunk is the kernel's own. Queries and keys that all heads share are copied for each.
     """
     del chunk
     platform = attention_flash.kernel_platform()
@@ -79,6 +79,7 @@ def run(
         q, k = (features(x.astype(jnp.float32)).astype(q.dtype) for x in (q, k))
         features = None
     log_decay = None if log_decay is None else finite_logs(log_decay)
+    q, k = (jnp.broadcast_to(x, (*u.shape[:3], x.shape[3])) for x in (q, k))
     with tuning.device_kind(partition.device_kind()):
         return _kernels().linear_recurrence(
             q, k.astype(q.dtype), u.astype(q.dtype),

@@ -102,6 +102,23 @@ def test_chunked_is_the_definition(decay, packed, chunk):
     assert_close(value_and_gradients("chunked", chunk, documents, *arrays), expected)
 
 
+@pytest.mark.parametrize("impl, chunk", [("chunked", 4), ("definition", 64)])
+@tiers.parametrize("decay", ["none", "constant", "data"], often=["none", "data"])
+def test_heads_may_share_queries_and_keys(decay, impl, chunk):
+    """One query and one key of all heads are the same one in each; gradients are sums over heads."""
+    q, k, *rest = inputs(decay)
+    q, k = q[:, :, :1], k[:, :, :1]
+    repeated = (np.repeat(x, H, axis=2) for x in (q, k))
+    (values, ours), (expected, of_heads) = (
+        value_and_gradients(impl, chunk, DOCUMENTS, *given, *rest) for given in ((q, k), repeated)
+    )
+    assert_close(values, expected)
+    sums = [np.sum(x, axis=2, keepdims=True) for x in of_heads[:2]]
+    assert_close(ours, (*sums, *of_heads[2:]))
+    with pytest.raises(UserError, match=r"expected q, k \[B, T, H, d\], u"):
+        linear_recurrence(q, k, rest[0], log_decay=inputs("channels")[3])
+
+
 def test_no_state_is_a_state_of_zeros():
     """Whole sequences, in one chunk and several."""
     *arrays, state = inputs("data")
