@@ -33,6 +33,7 @@ class Case:
     packed: bool = False
     value_width: int = 128
     features: Taylor | None = None  # of queries and keys, whose width is then its own
+    shared: bool = False  # queries and keys by all heads
 
     @property
     def key_width(self) -> int:
@@ -45,6 +46,8 @@ BATCH, LENGTH, HEADS, WIDTH = 4, 4096, 16, 128
 CASES = {
     "constant": Case(),
     "data, documents": Case("data", True),
+    "data, values of 64": Case("data", value_width=64),
+    "data, values of 64, queries and keys of all heads": Case("data", value_width=64, shared=True),
     "constant, a column of ones": Case(value_width=129),
     "Taylor features, a column of ones": Case(value_width=129, features=Taylor(16)),
     "channels": Case("channels"),
@@ -58,7 +61,8 @@ def compile_case(case: Case, target: Any, chip: str, sizes: Sizes) -> None:
     placed = SingleDeviceSharding(target.devices[0])
     of = lambda *shape, dtype="bfloat16": jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
     rows = BATCH, LENGTH, HEADS
-    arrays = {"q": of(*rows, case.key_width), "k": of(*rows, case.key_width), "u": of(*rows, case.value_width)}
+    keys = of(*rows[:2], 1 if case.shared else HEADS, case.key_width)
+    arrays = {"q": keys, "k": keys, "u": of(*rows, case.value_width)}
     fixed = {"starts": of(*rows[:2], dtype=jnp.int32)} if case.packed else {}
     decays = {"constant": (HEADS,), "data": rows, "channels": (*rows, WIDTH)}[case.decay]
     (fixed if case.decay == "constant" else arrays)["log_decay"] = of(*decays, dtype=jnp.float32)
@@ -114,8 +118,9 @@ def both(
 def measure(name: str, chip: str, folder: pathlib.Path, target: Any, sizes: Sizes | None = None):
     """See `both`, of a case."""
     case = CASES[name]
-    of = lambda width: jax.ShapeDtypeStruct((BATCH, LENGTH, HEADS, width), "bfloat16")
+    of = lambda width, heads: jax.ShapeDtypeStruct((BATCH, LENGTH, heads, width), "bfloat16")
     features, channels = kernel_features(case.features), case.decay == "channels"
-    sizes = sizes or default_sizes(of(case.key_width), of(case.value_width), chip, features, channels)
+    keys, values = of(case.key_width, 1 if case.shared else HEADS), of(case.value_width, HEADS)
+    sizes = sizes or default_sizes(keys, values, chip, features, channels)
     kernel = NAME + "_channels" * channels
     return both(kernel, sizes, chip, folder, lambda: compile_case(case, target, chip, sizes))

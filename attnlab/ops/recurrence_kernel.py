@@ -71,7 +71,7 @@ def run(
     platform.
 
     Products are of numbers in the dtype of q, sums and states float32; the output carries the checkpoint name
-    "attention_o". The chunk is the kernel's own. Queries and keys that all heads share are copied for each.
+    "attention_o". The chunk is the kernel's own. On GPUs queries and keys that all heads share are copied for each.
     """
     del chunk
     platform = attention_flash.kernel_platform()
@@ -79,7 +79,8 @@ def run(
         q, k = (features(x.astype(jnp.float32)).astype(q.dtype) for x in (q, k))
         features = None
     log_decay = None if log_decay is None else finite_logs(log_decay)
-    q, k = (jnp.broadcast_to(x, (*u.shape[:3], x.shape[3])) for x in (q, k))
+    if platform == "cuda":
+        q, k = (jnp.broadcast_to(x, (*u.shape[:3], x.shape[3])) for x in (q, k))
     with tuning.device_kind(partition.device_kind()):
         return _kernels().linear_recurrence(
             q, k.astype(q.dtype), u.astype(q.dtype),
@@ -122,6 +123,6 @@ def _state_width(spec: RecurrenceSpec) -> int:
 
 def _facts(spec: RecurrenceSpec) -> tuple[Any, ...]:
     """What the kernels' sizes and FLOPs depend on: queries and values, the device, features, whose the decays are."""
-    of = lambda width: jax.ShapeDtypeStruct((spec.batch, spec.positions, spec.heads, width), spec.dtype)
-    features = kernel_features(spec.features)
-    return of(spec.width), of(spec.value_width), device_kind(), features, spec.decay == "channels"
+    of = lambda heads, width: jax.ShapeDtypeStruct((spec.batch, spec.positions, heads, width), spec.dtype)
+    keys, values = of(1 if spec.shared else spec.heads, spec.width), of(spec.heads, spec.value_width)
+    return keys, values, device_kind(), kernel_features(spec.features), spec.decay == "channels"

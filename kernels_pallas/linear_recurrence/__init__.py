@@ -35,7 +35,8 @@ def linear_recurrence(
     """`S_t = exp(log_decay_t) S_{t-1} + k_t u_t^T`, `o_t = q_t S_t` per head, on TPU or NVIDIA's Hopper.
 
     Args:
-      q, k: queries and keys [B, T, H, d]; u: values [B, T, H, e]; all bfloat16, or all float32. Any T, H, d and e. A
+      q, k: queries and keys [B, T, H, d], or [B, T, 1, d] of all heads, on TPU, without features and decays of
+        channels; u: values [B, T, H, e]; all bfloat16, or all float32. Any T, H, d and e. A
         column of ones behind values costs little where the others are a power of two from 16 or a multiple of 128.
       log_decay: finite; None: nothing decays; [H]: the same at all positions; [B, T, H]. A weight within 128 positions
         is the exponential of a difference of float32 sums over them: where these are large, it is less exact. Or
@@ -64,6 +65,8 @@ def linear_recurrence(
     if platform == "cuda":
         if features is not None:
             raise ValueError("linear_recurrence: on GPUs features are made before; allowed: features=None")
+        if q.shape[2] != u.shape[2]:
+            raise ValueError(f"linear_recurrence: q {q.shape}; on GPUs expected those of all {u.shape[2]} heads")
         if log_decay is not None and log_decay.ndim == 4:
             raise ValueError(f"linear_recurrence: log_decay {log_decay.shape}; on GPUs expected [H] or [B, T, H]")
         return _on_hopper(q, k, u, log_decay, starts, state, interpret, sizes)
@@ -71,7 +74,7 @@ def linear_recurrence(
 
 
 def _on_tpu(q, k, u, log_decay, starts, state, features, interpret, sizes) -> tuple[jax.Array, jax.Array]:
-    (B, T, H, key_width), value_width, kind = q.shape, u.shape[3], tuning.kind()
+    (B, T, H, value_width), key_width, kind = u.shape, q.shape[3], tuning.kind()
     width = key_width if features is None else len(features.scale)
     channels = log_decay is not None and log_decay.ndim == 4
     column = not channels and plan_lib.has_column(value_width)
@@ -82,7 +85,7 @@ def _on_tpu(q, k, u, log_decay, starts, state, features, interpret, sizes) -> tu
     constant = log_decay is None or log_decay.ndim == 1
     plan = plan_lib.Plan(
         (B, T, H, d, e), str(q.dtype), constant, starts is not None, column, state is not None, sizes, kind, interpret,
-        features=features, channels=channels,
+        features=features, channels=channels, shared=q.shape[2] < H,
     )  # fmt: skip
     plan_lib.check_sizes("linear_recurrence", sizes, H, plan.key_width, e, joined=channels)
     arrays = {name: plan_lib.side_by_side(x, plan.key_width) for name, x in (("q", q), ("k", k))}
@@ -135,7 +138,7 @@ def default_sizes(
     lies = plan_lib.padded_width(q.shape[3])
     width = lies if features is None else plan_lib.padded_width(len(features.scale))
     values = plan_lib.padded_width(u.shape[3] - (not channels and plan_lib.has_column(u.shape[3])))
-    return plan_lib.sizes(q.shape[1], q.shape[2], width, values, q.dtype.itemsize, kind, lies, channels)
+    return plan_lib.sizes(q.shape[1], u.shape[2], width, values, q.dtype.itemsize, kind, lies, channels)
 
 
 def kernel_flops(
@@ -149,13 +152,17 @@ def kernel_flops(
 
     Features are no products: what is only picked out is not counted.
     """
-    (B, T, H, d), e, sizes = q.shape, u.shape[3], default_sizes(q, u, kind, features, channels)
+    (B, T, H, e), d, sizes = u.shape, q.shape[3], default_sizes(q, u, kind, features, channels)
     if sizes is None:
         return {}
     d = d if features is None else len(features.scale)
     C, again = sizes.chunk, 1 - 1 / sizes.chunks
     met = plan_lib.pair_products(C, channels) * d
-    each = {"forward": C * (met + e) + 2 * d * e, "backward": C * (3 * met + 2 * e) + (4 + again) * d * e}
+    scores = lambda heads: met * -(-H // heads) / H if q.shape[2] < H else met
+    each = {
+        "forward": C * (scores(sizes.forward_heads) + e) + 2 * d * e,
+        "backward": C * (scores(sizes.backward_heads) + 2 * met + 2 * e) + (4 + again) * d * e,
+    }
     return {plan_lib.kernel_name(channels, name): 2.0 * B * T * H * n for name, n in each.items()}
 
 
@@ -171,7 +178,8 @@ def _heads_first(x: jax.Array) -> jax.Array:
 
 def _check(q, k, u, log_decay, starts, state, features) -> None:
     width = None if features is None else len(features.scale)
-    B, T, H = plan_lib.check_arrays("linear_recurrence", q, k, u, "u", starts, state, width)
+    shared = features is None and (log_decay is None or log_decay.ndim != 4)
+    B, T, H = plan_lib.check_arrays("linear_recurrence", q, k, u, "u", starts, state, width, shared)
     if features is not None and features.width != q.shape[3]:
         raise ValueError(f"linear_recurrence: q {q.shape}; expected width {features.width}, that of features")
     of_channels = [(B, T, H, q.shape[3])] if features is None else []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -111,6 +111,7 @@ class Step:
         if plan.channels:
             self.meets = meets(row, col, backward)
         self._masks: dict[int, Masks] = {}
+        self._of_all: dict[tuple[str, int], jax.Array] = {}
         self._weights: dict[tuple[int, int], Weights] = {}
 
     def rows(self, m: int) -> slice:
@@ -123,6 +124,8 @@ class Step:
 
     def place(self, name: str, m: int, h: int) -> tuple[Any, ...]:
         """Where a chunk of a head is."""
+        if self.plan.shared and name in ("q", "k"):
+            return 0, self.rows(m)
         width = self.r[name].shape[2] // self.heads
         return 0, self.rows(m), slice(h * width, (h + 1) * width)
 
@@ -146,8 +149,24 @@ class Step:
         pick = lambda n, name: product(x, self.r[name][...], 1, 0) + self.r["rest"][n : n + 1]
         return pick(0, "ones_first"), pick(1, "ones_second")
 
+    def once_for_heads(self, name: str, m: int, make: Callable[[], jax.Array]) -> jax.Array:
+        """What `make` gives of chunk `m`; made by the first head alone where all share queries and keys."""
+        if not self.plan.shared:
+            return make()
+        if (name, m) not in self._of_all:
+            self._of_all[name, m] = make()
+        return self._of_all[name, m]
+
     def store_keys(self, name: str, m: int, h: int, dx: jax.Array) -> None:
-        """Writes the gradient of queries or keys, from that of what the products read."""
+        """Writes the gradient of queries or keys, from that of what the products read; where heads share them, of the
+        whole group, with its last head."""
+        if self.plan.shared:
+            if self.plan.shape[2] % self.heads:  # the last group has heads that are none, of any numbers
+                dx = jnp.where(self.first_head + h < self.plan.shape[2], dx, 0)
+            self._of_all[name, m] = self._of_all[name, m] + dx if h else dx
+            if h == self.heads - 1:
+                self.r[f"d{name}"][0, 0, self.rows(m)] = self._of_all.pop((name, m))
+            return
         if self.plan.features is not None:
             x, dx = self.load(name, m, h), dx * self.r["rest"][2:3]
             first, second = self._factors(x)

@@ -1,8 +1,8 @@
 """What is static of a call on TPU, which block sizes it takes, and how a kernel's arrays become blocks.
 
 Shapes: `B` batch, `T` positions, `H` heads, `d` and `e` padded widths of keys and values, `C` positions of a chunk, `M`
-chunks of a block, `N` blocks of a sequence. Arrays of positions lie as [B, T, H w]: a block is `M C` positions of a
-group of heads. Numbers per position are rows, [B, H, N M, 1, C].
+chunks of a block, `N` blocks of a sequence, `G` groups of heads. Arrays of positions lie as [B, T, H w]: a block is
+`M C` positions of a group of heads. Numbers per position are rows, [B, H, N M, 1, C].
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ class Plan:
       wants_decay: whether the backward gives the gradient of the decay.
       features: of queries and keys; None: themselves.
       channels: whether each channel of the keys has a decay of its own.
+      shared: whether all heads have the same queries and keys, [B, T, d].
     """
 
     shape: tuple[int, int, int, int, int]
@@ -101,6 +102,7 @@ class Plan:
     wants_decay: bool = False
     features: Features | None = None
     channels: bool = False
+    shared: bool = False
 
     @property
     def key_width(self) -> int:
@@ -122,13 +124,17 @@ class Plan:
         """Whether the last block ends behind the last position."""
         return self.shape[1] % self.positions != 0
 
-    def flops(self, of_pairs: int, of_states: int, of_features: int = 0) -> int:
-        """Of products of so many width units: over pairs within a chunk, of states, and between keys and features."""
+    def flops(
+        self, of_pairs: int, of_states: int, of_features: int = 0, *, shared_pairs: int = 0, heads: int = 1
+    ) -> int:
+        """Of products of so many width units: over pairs within a chunk, of states, between keys and features, and over
+        pairs once for so many `heads`, where these share queries and keys."""
         B, _, H, d, e = self.shape
         each = self.sizes.chunk * of_pairs + d * e * of_states
         if self.features is not None:
             each += d * self.key_width * of_features
-        return 2 * B * H * self.blocks * self.positions * each
+        groups = -(-H // heads) if self.shared else H
+        return 2 * B * self.blocks * self.positions * (H * each + groups * self.sizes.chunk * shared_pairs)
 
 
 def kernel_name(channels: bool, direction: str) -> str:
@@ -143,15 +149,17 @@ def pair_products(chunk: int, channels: bool) -> int:
 
 def forward_flops(plan: Plan) -> int:
     """Of the kernel's products, without those that only spread or add numbers."""
-    *_, d, e = plan.shape
-    return plan.flops(pair_products(plan.sizes.chunk, plan.channels) * d + e, 2, 4)
+    (*_, d, e), scores = plan.shape, pair_products(plan.sizes.chunk, plan.channels)
+    return plan.flops(e, 2, 4, shared_pairs=scores * d, heads=plan.sizes.forward_heads)
 
 
 def backward_flops(plan: Plan) -> int:
     """As `forward_flops`."""
     (*_, d, e), chunks = plan.shape, plan.sizes.chunks
     again = plan.flops(0, 1, 2) * (chunks - 1) // chunks
-    return plan.flops(pair_products(plan.sizes.chunk, plan.channels) * 3 * d + 2 * e, 4, 12) + again
+    scores = pair_products(plan.sizes.chunk, plan.channels) * d
+    own = plan.flops(2 * scores + 2 * e, 4, 12, shared_pairs=scores, heads=plan.sizes.backward_heads)
+    return own + again
 
 
 def padded_width(width: int) -> int:
@@ -188,23 +196,27 @@ def check_arrays(
     starts: jax.Array | None,
     state: jax.Array | None,
     width: int | None = None,
+    shared: bool = False,
 ) -> tuple[int, int, int]:
-    """B, T and H; raises ValueError for what does not fit. `name`: of the values `u`; `width`: of a state's keys."""
+    """B, T and H; raises ValueError for what does not fit. `name`: of the values `u`; `width`: of a state's keys;
+    `shared`: whether all heads may have the same queries and keys."""
 
     def need(ok: bool, what: str) -> None:
         if not ok:
             raise ValueError(f"{kernel}: {what}")
 
+    heads = {1, *u.shape[2:3]} if shared else {*u.shape[2:3]}
     need(
-        q.ndim == u.ndim == 4 and q.shape == k.shape and u.shape[:3] == q.shape[:3],
-        f"q {q.shape}, k {k.shape}, {name} {u.shape} do not fit; expected q, k [B, T, H, d], {name} [B, T, H, e]",
+        q.ndim == u.ndim == 4 and q.shape == k.shape and u.shape[:2] == q.shape[:2] and q.shape[2] in heads,
+        f"q {q.shape}, k {k.shape}, {name} {u.shape} do not fit; expected q, k [B, T, H, d]"
+        f"{' or [B, T, 1, d]' * shared}, {name} [B, T, H, e]",
     )
     need(min(*q.shape, u.shape[3]) > 0, f"q {q.shape}, k {k.shape}, {name} {u.shape}; no size may be 0")
     need(
         q.dtype == k.dtype == u.dtype and q.dtype in ("bfloat16", "float32"),
         f"q {q.dtype}, k {k.dtype}, {name} {u.dtype}; allowed: all bfloat16, or all float32",
     )
-    B, T, H, d = q.shape
+    (B, T, H, _), d = u.shape, q.shape[3]
     check_shape(kernel, "starts", starts, (B, T))
     check_shape(kernel, "state", state, (B, H, d if width is None else width, u.shape[3]))
     need(starts is None or starts.dtype.kind == "i", f"starts {getattr(starts, 'dtype', '')}; expected signed integers")
@@ -339,6 +351,21 @@ class Blocks(Slots):
         """Of [B, T, H w]."""
         return pl.BlockSpec((1, self.plan.positions, self.heads * width), lambda b, h, n: (b, self.at(n), h))
 
+    def keys(self) -> pl.BlockSpec:
+        """Of queries and keys [B, T, H w], or [B, T, w] of all heads."""
+        width, plan = self.plan.key_width, self.plan
+        if not plan.shared:
+            return self.positions(width)
+        return pl.BlockSpec((1, plan.positions, width), lambda b, h, n: (b, self.at(n), 0))
+
+    def key_gradients(self) -> tuple[tuple[int, ...], pl.BlockSpec]:
+        """Shape and blocks of their gradients: as they lie, or [B, G, T, w], of each group of heads."""
+        (B, T, H, *_), width, plan = self.plan.shape, self.plan.key_width, self.plan
+        if not plan.shared:
+            return (B, T, H * width), self.positions(width)
+        of_group = pl.BlockSpec((1, 1, plan.positions, width), lambda b, h, n: (b, h, self.at(n), 0))
+        return (B, self.grid[1], T, width), of_group
+
     def rows(self) -> pl.BlockSpec:
         """Of [B, H, N M, 1, C]."""
         s = self.plan.sizes
@@ -403,7 +430,8 @@ class Blocks(Slots):
         total = 0
         for name, (array, _) in (*self.inputs.items(), *self.outputs.items()):
             once = math.prod(array.shape) * jnp.dtype(array.dtype).itemsize
-            total += once * (self.grid[1] if name == "starts" else 1)
+            shared = ("starts", "q", "k") if self.plan.shared else ("starts",)
+            total += once * (self.grid[1] if name in shared else 1)
         return total
 
 

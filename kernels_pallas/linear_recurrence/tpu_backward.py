@@ -108,7 +108,7 @@ class Backward(Step):
         """A chunk of a head, in phases."""
         (*_, d, e), dtype = self.plan.shape, self.r["q"].dtype
         (q, k), (u, do) = (self.keys(name, m, h) for name in "qk"), (self.load(name, m, h) for name in ("u", "do"))
-        scores, slopes = product(k, q, 1, 1), product(u, do, 1, 1)
+        scores, slopes = self.once_for_heads("scores", m, lambda: product(k, q, 1, 1)), product(u, do, 1, 1)
         column = Column(self, m, h) if self.plan.column else None
         yield
         pairs, read, write, carry = self.weights(m, h)
@@ -178,11 +178,11 @@ def _kernel(plan: Plan, heads: int, names: tuple[str, ...], *refs) -> None:
 
 def run(plan: Plan, arrays: Mapping[str, Any], saved: Mapping[str, Any], cotangents: Mapping[str, Any]):
     """See `kernels_pallas.linear_recurrence.gradient`; gradients by the names of the arrays that they are of."""
-    (B, T, H, d, e), heads, keys = plan.shape, plan.sizes.backward_heads, plan.key_width
+    (B, T, H, d, e), heads = plan.shape, plan.sizes.backward_heads
     blocks = Blocks(plan, heads, reverse=True)
     blocks.gates(arrays)
-    for name, width in (("q", keys), ("k", keys), ("u", e)):
-        blocks.input(name, arrays[name], blocks.positions(width))
+    for name, spec in (("q", blocks.keys()), ("k", blocks.keys()), ("u", blocks.positions(e))):
+        blocks.input(name, arrays[name], spec)
     blocks.input("do", cotangents["o"], blocks.positions(e))
     rows = (B, H, plan.blocks * plan.sizes.chunks, 1, plan.sizes.chunk)
     states = {"state": (d, e)}
@@ -190,8 +190,10 @@ def run(plan: Plan, arrays: Mapping[str, Any], saved: Mapping[str, Any], cotange
         states["sums"] = (1, d)
         blocks.input("z", as_rows(plan, arrays["z"]), blocks.rows())
         blocks.input("doz", as_rows(plan, cotangents["oz"]), blocks.rows())
-    for name, width in (("q", keys), ("k", keys), ("u", e)):
-        blocks.output(f"d{name}", (B, T, H * width), arrays[name].dtype, blocks.positions(width))
+    of_keys, of_blocks = blocks.key_gradients()
+    for name in "qk":
+        blocks.output(f"d{name}", of_keys, jnp.float32 if plan.shared else arrays[name].dtype, of_blocks)
+    blocks.output("du", (B, T, H * e), arrays["u"].dtype, blocks.positions(e))
     by_rows = [n for n, wanted in (("dz", plan.column), ("dlogs", plan.wants_decay and not plan.channels)) if wanted]
     for name in by_rows:
         blocks.output(name, rows, jnp.float32, blocks.rows())
@@ -206,4 +208,6 @@ def run(plan: Plan, arrays: Mapping[str, Any], saved: Mapping[str, Any], cotange
     blocks.tables()
     kernel = functools.partial(_kernel, plan, heads, blocks.names())
     out = blocks.run(kernel, kernel_name(plan.channels, "backward"), backward_flops(plan))
+    if plan.shared:
+        out |= {f"d{name}": out[f"d{name}"].sum(1).astype(arrays[name].dtype) for name in "qk"}
     return out | {name: from_rows(plan, out[name]) for name in by_rows}

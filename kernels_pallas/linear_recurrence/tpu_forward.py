@@ -66,7 +66,7 @@ class Forward(Step):
     def by_position(self, m: int, h: int, q: jax.Array, k: jax.Array):
         """Of a chunk, in phases: weighted scores [C, C], what reads the state before and what that is weighted with,
         what is written, [C, d] each, and what passes of the state before."""
-        scores = product(q, k, 1, 1)
+        scores = self.once_for_heads("scores", m, lambda: product(q, k, 1, 1))
         yield
         pairs, read, write, carry = self.weights(m, h)
         p, written = (scores * pairs).astype(q.dtype), (k * write[:, : k.shape[1]]).astype(q.dtype)
@@ -97,8 +97,8 @@ def run(plan: Plan, arrays: Mapping[str, Any], *, save: bool) -> dict[str, jax.A
     (B, T, H, d, e), heads = plan.shape, plan.sizes.forward_heads
     blocks = Blocks(plan, heads, reverse=False)
     blocks.gates(arrays)
-    for name, width in (("q", plan.key_width), ("k", plan.key_width), ("u", e)):
-        blocks.input(name, arrays[name], blocks.positions(width))
+    for name, spec in (("q", blocks.keys()), ("k", blocks.keys()), ("u", blocks.positions(e))):
+        blocks.input(name, arrays[name], spec)
     states = {"state": (d, e)}
     if plan.column:
         blocks.input("z", as_rows(plan, arrays["z"]), blocks.rows())

@@ -34,21 +34,21 @@ class _Arrays:
         self.d_carried = take(depth * call.carried)
         self.store, self.d_state, self.d_begin = take(depth), take(depth), take(depth)
         self.windows, self.window_g, self.d_windows, self.d_window_g = take(4), *take(1), take(3), *take(1)
+        (self.semaphore,) = take(1)
         self.b, self.h0 = pl.program_id(0), pl.program_id(1) * heads
         self.segment = call.segments - 1 - pl.program_id(2)
         self.own = pl.ds(self.h0, heads)
         # Slots of `store` behind those of groups: the initial state, and one for a moment.
         self.first_slot, self.spare = call.stores, call.stores + 1
 
-    def each(self, f: Any, *lists: list[Any]) -> None:
-        """f of every layer's arrays."""
-        for arrays in zip(*lists, strict=True):
-            f(*arrays)
+    def copy(self, f: Any, *lists: list[Any]) -> None:
+        """Copies of every layer's arrays: f tells source and target."""
+        windows.copied(self.semaphore, [f(*arrays) for arrays in zip(*lists, strict=True)])
 
     def open_row(self) -> None:
         row = lax.rem(self.b, self.initial[0].shape[0])
-        self.each(lambda s, x: pltpu.sync_copy(x.at[row, self.own], s.at[self.first_slot]), self.store, self.initial)
-        self.each(lambda g, x: pltpu.sync_copy(x.at[self.b, self.own], g), self.d_state, self.d_end)
+        self.copy(lambda s, x: (x.at[row, self.own], s.at[self.first_slot]), self.store, self.initial)
+        self.copy(lambda g, x: (x.at[self.b, self.own], g), self.d_state, self.d_end)
         for ref in (*self.d_begin, *self.d_windows, self.d_window_g):
             ref[...] = jnp.zeros_like(ref)
 
@@ -136,8 +136,8 @@ class _Arrays:
 
         @pl.when(n == self.firsts[0, 0, call.segments] - 1)
         def _():  # what was asked of the state before the row's last group
-            for g, store, d_before in zip(self.d_state, self.store, self.d_before):
-                pltpu.sync_copy(d_before.at[self.b, self.own], store.at[self.spare])
+            self.copy(lambda s, x: (x.at[self.b, self.own], s.at[self.spare]), self.store, self.d_before)
+            for g, store in zip(self.d_state, self.store):
                 g[...] += store[self.spare]
 
         follows = self.continues(n)
@@ -158,9 +158,9 @@ class _Arrays:
         self.d_gates[0, 0] = self.d_window_g[R : R + G]
 
     def close_row(self) -> None:
-        self.each(lambda x, g: pltpu.sync_copy(g, x.at[self.b, self.own]), self.d_initial, self.d_begin)
+        self.copy(lambda x, g: (g, x.at[self.b, self.own]), self.d_initial, self.d_begin)
         if self.call.carried:
-            self.each(lambda x, g: pltpu.sync_copy(g, x.at[self.b, self.own]), self.d_carried, self.d_state)
+            self.copy(lambda x, g: (g, x.at[self.b, self.own]), self.d_carried, self.d_state)
 
 
 def _kernel(*refs: Any, call: Call, heads: int) -> None:
@@ -174,7 +174,7 @@ def _kernel(*refs: Any, call: Call, heads: int) -> None:
     @pl.when(starts_from_saved)
     def _():
         saved_at = (at.b, at.segment, at.own)
-        at.each(lambda s, x: pltpu.sync_copy(x.at[saved_at], s.at[0]), at.store, at.saved)
+        at.copy(lambda s, x: (x.at[saved_at], s.at[0]), at.store, at.saved)
 
     slot = jnp.where(starts_from_saved, 0, -1)
     slot = lax.fori_loop(first, end - 1, at.again, slot)
@@ -210,6 +210,7 @@ def run(call: Call, q, k, v, dy, gates, groups, initial, saved, d_end, d_before,
     wide = pltpu.VMEM((heads, rows, call.widths[0]), F32)
     scratch = [pltpu.VMEM((call.stores + 2, heads, *s), F32) for s in shapes] + states * 2
     scratch += [wide] * 4 + [pltpu.VMEM((rows, lanes), F32)] + [wide] * 3 + [pltpu.VMEM((rows, lanes - 1), F32)]
+    scratch.append(pltpu.SemaphoreType.DMA(()))
     with jax.named_scope("neural_memory"):  # else the kernel's own name gets those of jax's transformations
         out = pl.pallas_call(
             functools.partial(_kernel, call=call, heads=heads),

@@ -32,14 +32,15 @@ class _Arrays:
         self.initial, self.carried, (self.y,) = take(depth), take(depth * call.carried), take(1)
         self.ends, self.before, self.saved = take(depth), take(depth), take(depth * save)
         self.state, self.copies = take(depth), take(depth * (call.dtype != "float32"))
-        self.windows, self.window_y, self.window_g, self.semaphores = take(3), *take(3)
+        self.windows, self.window_y, self.window_g, self.semaphores, self.semaphore = take(3), *take(4)
         self.b, self.segment = pl.program_id(0), pl.program_id(2)
         self.own = pl.ds(pl.program_id(1) * heads, heads)
 
     def renew(self, sources: list[Any], row: Any) -> None:
         """W and S from the main memory."""
-        for source, state in zip(sources, self.state):
-            pltpu.sync_copy(source.at[row, self.own], state)
+        windows.copied(
+            self.semaphore, [(source.at[row, self.own], state) for source, state in zip(sources, self.state)]
+        )
         for copy, state in zip(self.copies, self.state):
             copy[...] = state[...].astype(self.call.dtype)
 
@@ -105,8 +106,7 @@ class _Arrays:
             windows.put_heads(self.call, self.y, h, self.window_y[h, : self.call.segment])
 
     def close_row(self) -> None:
-        for state, end in zip(self.state, self.ends):
-            pltpu.sync_copy(state, end.at[self.b, self.own])
+        windows.copied(self.semaphore, [(state, end.at[self.b, self.own]) for state, end in zip(self.state, self.ends)])
 
 
 def _kernel(*refs: Any, call: Call, heads: int, save: bool) -> None:
@@ -148,7 +148,8 @@ def run(call: Call, q, k, v, gates, groups, initial, carried, *, heads: int, sav
     scratch = [pltpu.VMEM((heads, *s), F32) for s in call.shapes()]
     if call.dtype != "float32":
         scratch += [pltpu.VMEM((heads, *s), call.dtype) for s in call.shapes()]
-    scratch += [wide] * 4 + [pltpu.VMEM((G + R, lanes), F32), pltpu.SemaphoreType.DMA((2, depth))]
+    scratch += [wide] * 4 + [pltpu.VMEM((G + R, lanes), F32)]
+    scratch += [pltpu.SemaphoreType.DMA((2, depth)), pltpu.SemaphoreType.DMA(())]
     with jax.named_scope("neural_memory"):  # else the kernel's own name gets those of jax's transformations
         out = pl.pallas_call(
             functools.partial(_kernel, call=call, heads=heads, save=save),

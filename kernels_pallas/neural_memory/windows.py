@@ -28,6 +28,18 @@ def put_heads(call: Call, ref: Any, h: int, rows: jax.Array) -> None:
         ref[0, h] = rows.astype(ref.dtype)
 
 
+def copied(semaphore: Any, pairs: list[tuple[Any, Any]]) -> None:
+    """Copies each source to its target, between main and fast memory, and waits for all.
+
+    jax's `sync_copy` allocates a semaphore for each, which jax 0.12 lowers only where a TPU is at hand.
+    """
+    copies = [pltpu.make_async_copy(source, target, semaphore) for source, target in pairs]
+    for copy in copies:
+        copy.start()
+    for copy in copies:
+        copy.wait()
+
+
 def rows_block(call: Call, heads: int, rows: int, index: Any) -> pl.BlockSpec:
     """A block of so many rows, `index(i)` of them, of q, k, v and what is like them (`laid_out`)."""
     d = call.widths[0]

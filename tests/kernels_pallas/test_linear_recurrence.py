@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from attnlab.ops.feature_maps import Taylor
 from attnlab.ops.linear_recurrence import LINEAR_RECURRENCE
 from kernels_pallas import tuning
-from kernels_pallas.linear_recurrence import Features, Sizes, default_sizes, linear_recurrence
+from kernels_pallas.linear_recurrence import Features, Sizes, default_sizes, kernel_flops, linear_recurrence
 from kernels_pallas.linear_recurrence import plan as plan_lib
 from tests import tiers
 from tests.kernels_pallas.recurrences import (
@@ -93,6 +93,27 @@ def test_equals_the_definition(case):
     arrays, documents, rest = given(case)
     expected = exact({name: np.asarray(x.astype(jnp.float32)) for name, x in arrays.items()}, documents)
     assert_close(results(linear_recurrence, arrays, **rest), expected, 1e-5 if case[7] == "float32" else 0.02)
+
+
+# The last group of heads lacks one; values with a column of their own; one group.
+SHARED = [
+    (70, 3, 64, 65, "data", True, True, "float32", Sizes(16, 2, 2, 2)),
+    (70, 3, 64, 64, "constant", True, False, "float32", Sizes(32, 1, 2, 2)),
+    (130, 4, 24, 32, "none", False, True, "bfloat16", None),
+]
+
+
+@tiers.parametrize("case", SHARED, often=SHARED[:1], ids=IDS)
+def test_heads_may_share_queries_and_keys(case):
+    """One query and one key of all heads: the definition, gradients too; scores are counted once for a group."""
+    arrays, documents, rest = given(case)
+    arrays |= {name: arrays[name][:, :, :1] for name in "qk"}
+    expected = exact({name: np.asarray(x.astype(jnp.float32)) for name, x in arrays.items()}, documents)
+    assert_close(results(linear_recurrence, arrays, **rest), expected, 1e-5 if case[7] == "float32" else 0.02)
+    T, H, d, *_ = case
+    shared, own = (jax.ShapeDtypeStruct((B, T, heads, d), arrays["q"].dtype) for heads in (1, H))
+    counts = [sum(kernel_flops(q, arrays["u"], "v5e").values()) for q in (shared, own)]
+    assert counts[0] < counts[1]
 
 
 @pytest.mark.parametrize("case", [OFTEN[1], OFTEN[3]], ids=IDS)

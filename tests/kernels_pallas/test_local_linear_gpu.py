@@ -42,10 +42,10 @@ def test_equals_the_definition(name):
 
     arrays, bounds = case(name)
     expected = exact(arrays, bounds)
-    (xla,) = results(op(bounds, impl="cg", iterations=60), arrays, "bfloat16")
+    xla = results(functools.partial(op, impl="cg", iterations=60), arrays, bounds, "bfloat16")
     interpret = plgpu.InterpretGPUParams(detect_races=name == RACES)
-    options = dict(platform="cuda", interpret=interpret, iterations=40, **bounds)
-    (ours,) = results(lambda *a: local_linear_attention(*a, **options).o, arrays, "bfloat16")
+    run = functools.partial(local_linear_attention, platform="cuda", interpret=interpret, iterations=40)
+    ours = results(lambda *arrays, **bounds: run(*arrays, **bounds).o, arrays, bounds, "bfloat16")
     for x, value in expected.items():
         mean = lambda found: np.sqrt(np.mean((found[x] - value) ** 2)) / np.sqrt(np.mean(value**2))
         assert mean(ours) <= 2 * mean(xla) + (2e-3 if x == "dridge" else 0), f"{x}: {mean(ours)}, {mean(xla)}"
