@@ -138,7 +138,8 @@ def default_sizes(
     lies = plan_lib.padded_width(q.shape[3])
     width = lies if features is None else plan_lib.padded_width(len(features.scale))
     values = plan_lib.padded_width(u.shape[3] - (not channels and plan_lib.has_column(u.shape[3])))
-    return plan_lib.sizes(q.shape[1], u.shape[2], width, values, q.dtype.itemsize, kind, lies, channels)
+    (_, T, H, _), shared = u.shape, q.shape[2] < u.shape[2]
+    return plan_lib.sizes(T, H, width, values, q.dtype.itemsize, kind, lies, channels, shared)
 
 
 def kernel_flops(

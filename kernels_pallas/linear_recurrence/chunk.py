@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -59,6 +59,22 @@ def lockstep(units: Iterable[Unit]) -> None:
     running = list(units)
     while running:
         running = [unit for unit in running if next(unit, _DONE) is not _DONE]
+
+
+def staggered(chunks: Sequence[Sequence[Unit]], phases: int, ahead: int) -> None:
+    """Chunk after chunk, heads in lockstep through so many phases; the first `ahead` of a chunk come before the last of
+    the chunk before: where heads share scores, too little happens in these to cover what they wait for."""
+
+    def advance(units: Sequence[Unit], times: int) -> None:
+        for _ in range(times):
+            for unit in units:
+                next(unit, _DONE)
+
+    advance(chunks[0], ahead)
+    for these, following in zip(chunks, [*chunks[1:], ()], strict=True):
+        advance(these, phases - 1 - ahead)
+        advance(following, ahead)
+        advance(these, 1)
 
 
 def iota(shape: tuple[int, int], axis: int) -> jax.Array:

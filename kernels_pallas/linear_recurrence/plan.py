@@ -25,6 +25,7 @@ from kernels_pallas.mosaic import Slots
 LANES = 128
 _NARROWEST = 16  # width
 _CHUNKS, _FEW_CHUNKS = 8, 2  # of a block at most; with features or decays of channels: more take minutes to compile
+_SHARED_CHUNKS = 4  # where heads share queries and keys: a backward of more spills
 _JOINED = (16, 32, 64, 128)  # positions of a chunk where channels have their own decays
 _STEP, _ALONE = 0.15, 2.8  # what a step costs beside its chunks, in chunks; what it costs beside its heads, in heads
 _SLACK = 4 * 2**20  # bytes of fast memory for the compiler's own
@@ -249,15 +250,17 @@ def sizes(
     kind: str,
     key_width: int | None = None,
     channels: bool = False,
+    shared: bool = False,
 ) -> Sizes | None:
     """Blocks for these lengths and padded widths; None where no state of a head fits into fast memory.
 
-    `key_width`: of queries and keys as they lie, where the products read others; `channels`: with their own decays.
+    `key_width`: of queries and keys as they lie, where the products read others; `channels`: with their own decays;
+    `shared`: queries and keys of all heads.
     """
     lies = width if key_width is None else key_width
     chunk = joined_chunk(length) if channels else min(LANES, -(-length // 16) * 16)
     of = lambda count: functools.partial(count, lies, channels=channels)
-    most = _CHUNKS if lies == width and not channels else _FEW_CHUNKS
+    most = _SHARED_CHUNKS if shared else _CHUNKS if lies == width and not channels else _FEW_CHUNKS
     needed = (8, of(forward_bytes)), (4, of(backward_bytes))
     return fitting(chunk, most, needed, length, heads, width, value_width, itemsize, kind, lies)
 

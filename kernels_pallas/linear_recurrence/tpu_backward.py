@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels_pallas.linear_recurrence import channels
-from kernels_pallas.linear_recurrence.chunk import Step, Unit, lockstep, over_lanes, total
+from kernels_pallas.linear_recurrence.chunk import Step, Unit, lockstep, over_lanes, staggered, total
 from kernels_pallas.linear_recurrence.plan import Blocks, Plan, as_rows, backward_flops, from_rows, kernel_name
 from kernels_pallas.mosaic import product
 
@@ -44,8 +44,12 @@ class Backward(Step):
             lockstep(again(m, h) for h in heads)
         self.dstate = [r["dstate"][h] for h in heads]
         self.dsums = [r["dsums"][h] for h in heads] if plan.column else []
-        for m in reversed(chunks):
-            lockstep(unit(m, h) for h in heads)
+        units = [[unit(m, h) for h in heads] for m in reversed(chunks)]
+        if plan.shared:
+            staggered(units, phases=5, ahead=2)
+        else:
+            for of_chunk in units:
+                lockstep(of_chunk)
         for h in heads:
             r["dstate"][h] = self.dstate[h]
             if plan.column:
@@ -115,10 +119,10 @@ class Backward(Step):
         if column is not None:
             slopes += column.slopes()
         p, s = (scores * pairs).astype(dtype), (slopes * pairs).astype(dtype)
-        before, after = self.states[m, h].astype(dtype), self.dstate[h].astype(dtype)
         yield
         near = product(s, k, 0, 0), product(s, q, 1, 0), product(p, do, 1, 0)
         yield
+        before, after = self.states[m, h].astype(dtype), self.dstate[h].astype(dtype)
         asked = (q * read[:, :d]).astype(dtype)
         far = product(do, before, 1, 1), product(u, after, 1, 1), product(k, after, 1, 0)
         new = product(asked, do, 0, 0)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels_pallas.linear_recurrence import channels
-from kernels_pallas.linear_recurrence.chunk import Step, Unit, lockstep
+from kernels_pallas.linear_recurrence.chunk import Step, Unit, lockstep, staggered
 from kernels_pallas.linear_recurrence.plan import Blocks, Plan, as_rows, forward_flops, from_rows, kernel_name
 from kernels_pallas.mosaic import product
 
@@ -35,8 +35,12 @@ class Forward(Step):
                 r[f"{name}_saved"][0, 0] = r[name][...]
         self.state = [r["state"][h] for h in heads]
         self.sums = [r["sums"][h] for h in heads] if plan.column else []
-        for m in range(plan.sizes.chunks):
-            lockstep(self.unit(m, h) for h in heads)
+        units = [[self.unit(m, h) for h in heads] for m in range(plan.sizes.chunks)]
+        if plan.shared:
+            staggered(units, phases=4, ahead=2)
+        else:
+            for of_chunk in units:
+                lockstep(of_chunk)
         for h in heads:
             r["state"][h] = self.state[h]
             if plan.column:

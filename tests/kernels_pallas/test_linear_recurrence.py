@@ -179,21 +179,23 @@ def test_states_compose():
     np.testing.assert_allclose(state, whole[1], atol=2e-5)
 
 
-# decay, documents, H, d, e, sizes
+# decay, documents, H, heads of queries and keys, d, e, sizes
 RACES = [
-    ("constant", False, 2, 16, 16, None),
-    ("data", True, 2, 16, 33, Sizes(16, 2, 2, 2)),
-    ("constant", True, 3, 64, 64, Sizes(16, 2, 2, 2)),  # the last group of heads is not whole
-    ("channels", True, 3, 64, 64, Sizes(16, 2, 2, 2)),
+    ("constant", False, 2, 2, 16, 16, None),
+    ("data", True, 2, 2, 16, 33, Sizes(16, 2, 2, 2)),
+    ("constant", True, 3, 3, 64, 64, Sizes(16, 2, 2, 2)),  # the last group of heads is not whole
+    ("channels", True, 3, 3, 64, 64, Sizes(16, 2, 2, 2)),
+    ("data", True, 3, 1, 64, 64, Sizes(16, 2, 2, 2)),
 ]
 
 
 @tiers.exhaustive
-@pytest.mark.parametrize("decay, packed, heads, d, e, sizes", RACES)
-def test_no_races(decay, packed, heads, d, e, sizes, capfd):
+@pytest.mark.parametrize("decay, packed, heads, shared, d, e, sizes", RACES)
+def test_no_races(decay, packed, heads, shared, d, e, sizes, capfd):
     """Forward and backward on a simulated TPU whose two cores share heads, with NaN in what was never written and
     behind the ends of arrays, of positions and of heads: what the definition gives."""
     arrays = rounded(inputs(40, heads, d, e, decay, True), "float32")
+    arrays |= {name: arrays[name][:, :, :shared] for name in "qk"}
     documents = documents_of(40) if packed else None
     starts = starts_of(documents) if packed else None
     simulate = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
