@@ -45,6 +45,8 @@ def main() -> int:
     if args.worker:
         _work()
         return 0
+    if args.rows is not None and not (args.flat and args.rows >= 1):
+        raise SystemExit(f"--rows: {args.rows}; allowed: 1 or more, with --flat")
     facts = harness.machine()
     with harness.Side("benchmarks.layers", ["--worker"]) as side:
         known = side.ask(do="mixers")
@@ -125,8 +127,6 @@ def _print_speed(rows: dict[str, Any], lengths: list[int]) -> None:
 def _flat(side: harness.Side, chosen: list[str], args: argparse.Namespace) -> Measured:
     lengths = args.lengths or FLAT_LENGTHS
     longest = max(lengths)
-    if args.rows is not None and args.rows < 1:
-        raise SystemExit(f"--rows: {args.rows}; allowed: 1 or more")
     if args.rows is None and any(longest % T for T in lengths):
         raise SystemExit(f"--lengths: all must divide the longest, {longest}: the tokens of every batch; or set --rows")
     batch = {T: args.rows or longest // T for T in lengths}
@@ -244,29 +244,16 @@ def _work() -> None:
     import jax
 
     from attnlab import mixers
-    from attnlab.errors import UserError
 
     programs: dict[tuple[str, int, int], Callable[[], Any]] = {}
 
-    def refusing(handler: Callable[..., dict]) -> Callable[..., dict]:
-        def run(**request: Any) -> dict:
-            try:
-                return handler(**request)
-            except UserError as error:  # a mixer that cannot run with its defaults, on text, at this width
-                return {"refused": str(error)}
-            except jax.errors.JaxRuntimeError as error:  # one that does not fit must not end the others' measurement
-                if "RESOURCE_EXHAUSTED" not in str(error):
-                    raise
-                return {"refused": str(error).splitlines()[0]}
-
-        return run
-
     def prepare(mixer: str, batch: int, length: int) -> dict:
         compiled, arguments = compile_layer(mixer, batch, length)
-        run = programs[mixer, batch, length] = lambda: jax.block_until_ready(compiled(*arguments))
+        run = lambda: jax.block_until_ready(compiled(*arguments))
         run()
         started = time.perf_counter()
         run()
+        programs[mixer, batch, length] = run
         return {"seconds": time.perf_counter() - started}
 
     def work(mixer: str, batch: int, length: int, calls: int) -> None:
@@ -275,15 +262,6 @@ def _work() -> None:
 
     def memory(mixer: str, length: int) -> dict:
         return {"bytes": compile_layer(mixer, 1, length)[0].memory_analysis().temp_size_in_bytes}
-
-    def fixed_state(mixer: str) -> bool:
-        """With the default knobs: `capabilities` speak of all of them. What has no stream has no state."""
-        sizes = {cost(mixer, T)["state_bytes"] for T in (min(FLAT_LENGTHS), max(FLAT_LENGTHS))}
-        return len(sizes) == 1 and mixers.get(mixer).capabilities.streaming
-
-    def cost(mixer: str, length: int) -> dict:
-        declared = mixers.get(mixer).cost(default_config(mixer), WIDTH, length)
-        return {"flops": declared.total_flops, "state_bytes": declared.state_bytes}
 
     harness.answer({
         "mixers": mixers.names,
@@ -295,12 +273,47 @@ def _work() -> None:
     })  # fmt: skip
 
 
+def refusing(handler: Callable[..., dict]) -> Callable[..., dict]:
+    """The handler, or why a mixer is refused: what one cannot do must not end the measurement of the others."""
+    import jax
+
+    from attnlab.errors import UserError
+
+    def run(**request: Any) -> dict:
+        try:
+            return handler(**request)
+        except (UserError, MemoryError) as error:  # not with its defaults, on text, at this width; arguments too large
+            return {"refused": str(error)}
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return {"refused": str(error).splitlines()[0]}
+
+    return run
+
+
 def default_config(name: str) -> Any:
     """The mixer's default Config, with four heads where it has the knob."""
     from attnlab import mixers
 
     fields = {field.name for field in dataclasses.fields(mixers.get(name).Config)}
     return mixers.get(name).Config(**({"heads": HEADS} if "heads" in fields else {}))
+
+
+def cost(mixer: str, length: int) -> dict:
+    """What the mixer declares with its default Config."""
+    from attnlab import mixers
+
+    declared = mixers.get(mixer).cost(default_config(mixer), WIDTH, length)
+    return {"flops": declared.total_flops, "state_bytes": declared.state_bytes}
+
+
+def fixed_state(mixer: str) -> bool:
+    """With the default knobs: `capabilities` speak of all of them. What has no stream has no state."""
+    from attnlab import mixers
+
+    sizes = {cost(mixer, T)["state_bytes"] for T in (min(FLAT_LENGTHS), max(FLAT_LENGTHS))}
+    return len(sizes) == 1 and mixers.get(mixer).capabilities.streaming
 
 
 def compile_layer(name: str, batch: int, length: int) -> tuple[Any, tuple[Any, ...]]:

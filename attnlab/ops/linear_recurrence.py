@@ -266,7 +266,7 @@ def linear_recurrence(
     Args:
       q_BTKd, k_BTKd, u_BTHe: queries, keys and what is written. There is no scale and no denominator: for a sum of
         weights append a column of ones to u. One query and one key (K = 1) are all heads', without features, bonus and
-        decays of channels; their scores are computed once.
+        decays of channels: `chunked` takes their scores once, the TPU's kernel once for a group of heads.
       log_decay: at most 0; None: nothing decays; [H]: the same at all positions; [B, T, H]; [B, T, H, d]: of each
         channel of queries and keys, not of features. A decay below the smallest normal number of its dtype counts as
         that number.
@@ -412,10 +412,11 @@ def _check_shapes(q, k, u, log_decay, documents, state, features: Taylor | None,
     if not (q.ndim == u.ndim == 4 and q.shape == k.shape and u.shape[:2] == q.shape[:2] and q.shape[2] in heads):
         raise UserError(
             f"linear_recurrence: q {q.shape}, k {k.shape}, u {u.shape} do not fit; expected q, k [B, T, H, d]"
-            f"{' or [B, T, 1, d]' * alone}, u [B, T, H, e]"
+            f"{' or [B, T, 1, d]' * alone}, u [B, T, H, e]; one query and key of all heads go without features, bonus "
+            "and decays of channels"
         )
-    (B, T, H, _), d = u.shape, q.shape[3]
-    decays = [(H,), (B, T, H)] + ([(B, T, H, d)] if features is None else [])
+    (B, T, H, K), d = (*u.shape[:3], q.shape[2]), q.shape[3]
+    decays = [(H,), (B, T, H)] + ([(B, T, H, d)] if features is None and K == H else [])
     if features is not None:
         if bonus is not None:
             raise UserError(f"linear_recurrence: bonus_Hd {bonus.shape}; allowed with features: None")

@@ -183,5 +183,5 @@ def _check(q, k, u, log_decay, starts, state, features) -> None:
     B, T, H = plan_lib.check_arrays("linear_recurrence", q, k, u, "u", starts, state, width, shared)
     if features is not None and features.width != q.shape[3]:
         raise ValueError(f"linear_recurrence: q {q.shape}; expected width {features.width}, that of features")
-    of_channels = [(B, T, H, q.shape[3])] if features is None else []
+    of_channels = [(B, T, H, q.shape[3])] if features is None and q.shape[2] == H else []
     plan_lib.check_shape("linear_recurrence", "log_decay", log_decay, (H,), (B, T, H), *of_channels)

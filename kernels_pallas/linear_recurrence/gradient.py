@@ -1,7 +1,7 @@
 """The gradient around the kernels, on arrays as they want them: heads side by side, widths padded.
 
 Arrays by name; B sequences, T positions, H heads, d and e padded widths of keys and values:
-    q, k [B, T, H d], u [B, T, H e].
+    q, k [B, T, H d], or [B, T, d] of all heads, u [B, T, H e].
     z [B, H, T] float32: a last column of the values, if there is one.
     logs [H], or [B, H, T], or of channels [B, T, H d]: decays in log2 units, float32.
     starts [B, T] int32, of documents; missing: all positions continue what came before.

@@ -2,7 +2,8 @@
 
 Shapes: `B` batch, `T` positions, `H` heads, `d` and `e` padded widths of keys and values, `C` positions of a chunk, `M`
 chunks of a block, `N` blocks of a sequence, `G` groups of heads. Arrays of positions lie as [B, T, H w]: a block is
-`M C` positions of a group of heads. Numbers per position are rows, [B, H, N M, 1, C].
+`M C` positions of a group of heads. Queries and keys that heads share lie as [B, T, d], their gradients as
+[B, G, T, d]. Numbers per position are rows, [B, H, N M, 1, C].
 """
 
 from __future__ import annotations
@@ -197,10 +198,10 @@ def check_arrays(
     starts: jax.Array | None,
     state: jax.Array | None,
     width: int | None = None,
-    shared: bool = False,
+    shared: bool | None = None,
 ) -> tuple[int, int, int]:
     """B, T and H; raises ValueError for what does not fit. `name`: of the values `u`; `width`: of a state's keys;
-    `shared`: whether all heads may have the same queries and keys."""
+    `shared`: whether all heads may have the same queries and keys; None: never, in this kernel."""
 
     def need(ok: bool, what: str) -> None:
         if not ok:
@@ -210,7 +211,8 @@ def check_arrays(
     need(
         q.ndim == u.ndim == 4 and q.shape == k.shape and u.shape[:2] == q.shape[:2] and q.shape[2] in heads,
         f"q {q.shape}, k {k.shape}, {name} {u.shape} do not fit; expected q, k [B, T, H, d]"
-        f"{' or [B, T, 1, d]' * shared}, {name} [B, T, H, e]",
+        f"{' or [B, T, 1, d]' * bool(shared)}, {name} [B, T, H, e]"
+        f"{'; one query and key of all heads go without features and decays of channels' * (shared is not None)}",
     )
     need(min(*q.shape, u.shape[3]) > 0, f"q {q.shape}, k {k.shape}, {name} {u.shape}; no size may be 0")
     need(

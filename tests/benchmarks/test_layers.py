@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 
 import jax
 import numpy as np
@@ -71,9 +72,35 @@ def test_flatness_is_per_token_of_the_rows_asked_for(rows, batches, monkeypatch)
     show()
 
 
-def test_rows_that_are_none_are_refused():
-    """--rows 0 names its value; lengths that fill no batch of equal tokens name the way out."""
-    with pytest.raises(SystemExit, match="--rows: 0; allowed: 1 or more"):
-        layers._flat(None, [], argparse.Namespace(lengths=[64], rows=0))
+@pytest.mark.parametrize("given", [["--flat", "--rows", "0"], ["--rows", "7"]])
+def test_rows_are_of_the_flat_measurement(given, monkeypatch):
+    """One or more; elsewhere they would be ignored. Lengths that fill no batch of equal tokens name the way out."""
+    monkeypatch.setattr(sys, "argv", ["layers", *given])
+    with pytest.raises(SystemExit, match=f"--rows: {given[-1]}; allowed: 1 or more, with --flat"):
+        layers.main()
     with pytest.raises(SystemExit, match="must divide the longest, 96.*set --rows"):
         layers._flat(None, [], argparse.Namespace(lengths=[64, 96], rows=None))
+
+
+def test_what_does_not_fit_is_refused_alone():
+    """The worker goes on after a mixer that is too large, and tells any other fault."""
+
+    def of(error):
+        def handler():
+            raise error
+
+        return layers.refusing(handler)
+
+    assert of(MemoryError("Unable to allocate"))() == {"refused": "Unable to allocate"}
+    full = "RESOURCE_EXHAUSTED: Out of memory allocating 28297268696 bytes."
+    assert of(jax.errors.JaxRuntimeError(full + "\nmore"))() == {"refused": full}
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        of(jax.errors.JaxRuntimeError("INTERNAL: a fault"))()
+
+
+def test_whose_state_is_fixed():
+    """Of streams with the default knobs; a mixer without a stream has none at any length."""
+    assert [name for name in ("gla", "softmax", "vmoba", "rattention") if layers.fixed_state(name)] == [
+        "gla",
+        "rattention",
+    ]

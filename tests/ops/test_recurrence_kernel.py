@@ -39,6 +39,20 @@ def test_kernel_flops():
     assert runs("backward") == pytest.approx(each * (C * (3 * d + 2 * e) + 4.875 * d * e))
 
 
+def test_kernel_flops_where_heads_share_queries_and_keys():
+    """Scores once for each group of 8 heads forward, of 4 backward; blocks of 4 chunks. The spec is of the arrays."""
+    of = lambda heads, width: jax.ShapeDtypeStruct((2, 4096, heads, width), jnp.bfloat16)
+    logs, documents = jax.ShapeDtypeStruct((2, 4096, 16), jnp.float32), jax.ShapeDtypeStruct((2, 4096), jnp.int32)
+    shared = RecurrenceSpec.of(None, of(1, 128), of(1, 128), of(16, 129), logs, documents, None, chunk=64)
+    assert shared == spec(shared=True)
+    each, d, e, C = 2.0 * 2 * 4096 * 16, 128, 129, 128
+    with on("TPU v6e"), ops.recording() as chosen:
+        LINEAR_RECURRENCE.choose(shared)
+    runs = lambda name: chosen.kernel_flops({f"linear_recurrence_{name}.3": 1})
+    assert runs("forward") == pytest.approx(each * (C * (d / 8 + e) + 2 * d * e))
+    assert runs("backward") == pytest.approx(each * (C * ((2 + 1 / 4) * d + 2 * e) + 4.75 * d * e))
+
+
 def arrays(length=96):
     rng = np.random.default_rng(0)
     normal = lambda *shape: rng.normal(size=shape).astype(np.float32)

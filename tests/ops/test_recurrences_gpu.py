@@ -95,6 +95,16 @@ def test_the_recurrence_is_the_program():
     assert flops == {f"linear_recurrence_{name}": each for name in SWEEPS}
 
 
+def test_queries_and_keys_of_all_heads_are_copied():
+    """The kernel takes those of each head."""
+    of = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
+    run = lambda q, k, u, a: linear_recurrence(q, k, u, log_decay=a)
+    x, decay = of(B, T, 1, D), of(B, T, H, dtype=jnp.float32)
+    text, flops = program(run, x, x, of(B, T, H, D), decay, lower=False)
+    assert SWEEPS == set(re.findall(r"\blinear_recurrence_((?:forward|backward)\w*)", text))
+    assert flops["linear_recurrence_forward"] == 2 * B * T * H * (64 * 2 * D + 2 * D * D)
+
+
 @tiers.exhaustive
 def test_the_memory_is_the_program():
     """Documents, a state in and out, at a length that fills no group: its kernels, and no other form."""
