@@ -16,14 +16,8 @@ from kernels_pallas.agent_attention import gpu
 from kernels_pallas.agent_attention import plan as plan_lib
 from kernels_pallas.agent_attention.chunk import LOWEST
 from kernels_pallas.agent_attention.gradient import rule
-from kernels_pallas.linear_recurrence.plan import (
-    Sizes,
-    check_arrays,
-    check_shape,
-    check_sizes,
-    padded_width,
-    side_by_side,
-)
+from kernels_pallas.linear_recurrence.checks import check_arrays, check_shape, check_sizes
+from kernels_pallas.linear_recurrence.plan import Sizes, padded_width, side_by_side
 
 __all__ = [
     "Sizes",

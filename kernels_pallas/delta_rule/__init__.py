@@ -15,15 +15,8 @@ from kernels_pallas.delta_rule import gpu
 from kernels_pallas.delta_rule import plan as plan_lib
 from kernels_pallas.delta_rule.gradient import rule
 from kernels_pallas.flash_attention.call import platform_of
-from kernels_pallas.linear_recurrence.plan import (
-    Plan,
-    Sizes,
-    check_arrays,
-    check_shape,
-    check_sizes,
-    padded_width,
-    side_by_side,
-)
+from kernels_pallas.linear_recurrence.checks import check_arrays, check_shape, check_sizes
+from kernels_pallas.linear_recurrence.plan import Plan, Sizes, padded_width, side_by_side
 
 __all__ = ["GPU_WIDEST", "Sizes", "default_sizes", "delta_rule", "gpu_kernel_flops", "gpu_unsupported", "kernel_flops"]
 

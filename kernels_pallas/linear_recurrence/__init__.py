@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import tuning
-from kernels_pallas.linear_recurrence import gpu
+from kernels_pallas.linear_recurrence import checks, gpu
 from kernels_pallas.linear_recurrence import plan as plan_lib
 from kernels_pallas.linear_recurrence.gradient import recurrence
 from kernels_pallas.linear_recurrence.plan import Features, Sizes
@@ -87,7 +87,7 @@ def _on_tpu(q, k, u, log_decay, starts, state, features, interpret, sizes) -> tu
         (B, T, H, d, e), str(q.dtype), constant, starts is not None, column, state is not None, sizes, kind, interpret,
         features=features, channels=channels, shared=q.shape[2] < H,
     )  # fmt: skip
-    plan_lib.check_sizes("linear_recurrence", sizes, H, plan.key_width, e, joined=channels)
+    checks.check_sizes("linear_recurrence", sizes, H, plan.key_width, e, joined=channels)
     arrays = {name: plan_lib.side_by_side(x, plan.key_width) for name, x in (("q", q), ("k", k))}
     arrays["u"] = plan_lib.side_by_side(u[..., : value_width - column], e)
     logs = jnp.zeros((H,)) if log_decay is None else log_decay
@@ -180,8 +180,8 @@ def _heads_first(x: jax.Array) -> jax.Array:
 def _check(q, k, u, log_decay, starts, state, features) -> None:
     width = None if features is None else len(features.scale)
     shared = features is None and (log_decay is None or log_decay.ndim != 4)
-    B, T, H = plan_lib.check_arrays("linear_recurrence", q, k, u, "u", starts, state, width, shared)
+    B, T, H = checks.check_arrays("linear_recurrence", q, k, u, "u", starts, state, width, shared)
     if features is not None and features.width != q.shape[3]:
         raise ValueError(f"linear_recurrence: q {q.shape}; expected width {features.width}, that of features")
     of_channels = [(B, T, H, q.shape[3])] if features is None and q.shape[2] == H else []
-    plan_lib.check_shape("linear_recurrence", "log_decay", log_decay, (H,), (B, T, H), *of_channels)
+    checks.check_shape("linear_recurrence", "log_decay", log_decay, (H,), (B, T, H), *of_channels)

@@ -27,7 +27,7 @@ LANES = 128
 _NARROWEST = 16  # width
 _CHUNKS, _FEW_CHUNKS = 8, 2  # of a block at most; with features or decays of channels: more take minutes to compile
 _SHARED_CHUNKS = 4  # where heads share queries and keys: a backward of more spills
-_JOINED = (16, 32, 64, 128)  # positions of a chunk where channels have their own decays
+JOINED = (16, 32, 64, 128)  # positions of a chunk where channels have their own decays
 _STEP, _ALONE = 0.15, 2.8  # what a step costs beside its chunks, in chunks; what it costs beside its heads, in heads
 _SLACK = 4 * 2**20  # bytes of fast memory for the compiler's own
 
@@ -182,67 +182,6 @@ def side_by_side(x_BTHw: jax.Array, width: int) -> jax.Array:
     return x.reshape(*x.shape[:2], -1)
 
 
-def check_shape(kernel: str, name: str, x: jax.Array | None, *allowed: tuple[int, ...]) -> None:
-    """Raises ValueError for an array of another shape; None is allowed."""
-    if x is not None and x.shape not in allowed:
-        expected = " or ".join(str(list(shape)) for shape in allowed)
-        raise ValueError(f"{kernel}: {name} {x.shape}; expected {expected}")
-
-
-def check_arrays(
-    kernel: str,
-    q: jax.Array,
-    k: jax.Array,
-    u: jax.Array,
-    name: str,
-    starts: jax.Array | None,
-    state: jax.Array | None,
-    width: int | None = None,
-    shared: bool | None = None,
-) -> tuple[int, int, int]:
-    """B, T and H; raises ValueError for what does not fit. `name`: of the values `u`; `width`: of a state's keys;
-    `shared`: whether all heads may have the same queries and keys; None: never, in this kernel."""
-
-    def need(ok: bool, what: str) -> None:
-        if not ok:
-            raise ValueError(f"{kernel}: {what}")
-
-    heads = {1, *u.shape[2:3]} if shared else {*u.shape[2:3]}
-    need(
-        q.ndim == u.ndim == 4 and q.shape == k.shape and u.shape[:2] == q.shape[:2] and q.shape[2] in heads,
-        f"q {q.shape}, k {k.shape}, {name} {u.shape} do not fit; expected q, k [B, T, H, d]"
-        f"{' or [B, T, 1, d]' * bool(shared)}, {name} [B, T, H, e]"
-        f"{'; one query and key of all heads go without features and decays of channels' * (shared is not None)}",
-    )
-    need(min(*q.shape, u.shape[3]) > 0, f"q {q.shape}, k {k.shape}, {name} {u.shape}; no size may be 0")
-    need(
-        q.dtype == k.dtype == u.dtype and q.dtype in ("bfloat16", "float32"),
-        f"q {q.dtype}, k {k.dtype}, {name} {u.dtype}; allowed: all bfloat16, or all float32",
-    )
-    (B, T, H, _), d = u.shape, q.shape[3]
-    check_shape(kernel, "starts", starts, (B, T))
-    check_shape(kernel, "state", state, (B, H, d if width is None else width, u.shape[3]))
-    need(starts is None or starts.dtype.kind == "i", f"starts {getattr(starts, 'dtype', '')}; expected signed integers")
-    need(state is None or state.dtype == jnp.float32, f"state {getattr(state, 'dtype', '')}; expected float32")
-    return B, T, H
-
-
-def check_sizes(kernel: str, sizes: Sizes, heads: int, width: int, value_width: int, *, joined: bool = False) -> None:
-    """Raises ValueError for blocks that a call with so many heads of padded widths cannot take; `joined`: that joins
-    blocks of a chunk two by two."""
-
-    def need(ok: bool, allowed: str) -> None:
-        if not ok:
-            raise ValueError(f"{kernel}: {sizes} is not allowed; allowed: {allowed}")
-
-    need(sizes.chunk >= 16 and sizes.chunk % 16 == 0, "chunk a multiple of 16")
-    need(not joined or sizes.chunk in _JOINED, f"chunk {', '.join(map(str, _JOINED))}")
-    need(sizes.chunks >= 1, "chunks 1 or more")
-    for n in (sizes.forward_heads, sizes.backward_heads):
-        whole = n * width % LANES == 0 == n * value_width % LANES
-        need(n == heads or (1 <= n <= heads and whole), f"all {heads} heads, or so many that fill whole {LANES} lanes")
-
-
 def sizes(
     length: int,
     heads: int,
@@ -269,7 +208,7 @@ def sizes(
 
 def joined_chunk(length: int) -> int:
     """Positions of a chunk whose blocks are joined two by two."""
-    return min(_JOINED[-1], max(_JOINED[0], 1 << (length - 1).bit_length()))
+    return min(JOINED[-1], max(JOINED[0], 1 << (length - 1).bit_length()))
 
 
 def fitting(
