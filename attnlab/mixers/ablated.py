@@ -186,7 +186,7 @@ class Ablated(HeadMixer):
                                          "embeddings of a fixed text, which is not given")  # fmt: skip
             return jnp.take(text, places, axis=0, mode="clip")
         key = jax.random.key(0)  # of no parameter: the noise is never learned, and the same in every run
-        of_place = lambda t: jax.random.normal(jax.random.fold_in(key, t), (self.width,), jnp.float32)
+        of_place = lambda t: jax.random.normal(jax.random.fold_in(key, t), (self.width,), param_dtype(self.dtype))
         return jax.vmap(jax.vmap(of_place))(places)
 
     def _attended(self, q: jax.Array, k: jax.Array, v: jax.Array, seq: Sequence, cache: KVCache | None) -> MixerOutput:

@@ -204,11 +204,13 @@ class Agent(HeadMixer):
 
     @classmethod
     def flops(cls, config: AgentConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:
-        """Without a grid; of the chunked program, what it computes of pairs that are not seen included."""
+        """With `config.grid` on an image, but for resizing biases, once a program; else without one. Of the chunked
+        program, what it computes of pairs that are not seen included."""
         c, d = config, config.head_dim(width)
         parts = {"projections": 8.0 * width * c.heads * d}
         if not c.causal:
-            return parts | {"agents": 8.0 * c.heads * min(c.agents, length) * d}, None
+            agents = c.agents if c.grid else min(c.agents, length)
+            return parts | {"agents": 8.0 * c.heads * agents * d}, None
         if not c.refreshed:
             return parts | {"agents": c.heads * _fixed_flops(c.agents, d, length, c.chunk) / length}, None
         refreshes = (length - 1) // c.chunk

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnlab.mixers.attention import AttentionConfig
+from attnlab.mixers.attention import AttentionConfig, head_norm
 from attnlab.mixers.base import Capabilities, MixerOutput, impl_knob, knob, register
 from attnlab.mixers.heads import HeadMixer, Projections, split_heads
-from attnlab.mixers.parts import Linear, RMSNorm, param_dtype
+from attnlab.mixers.parts import Linear, param_dtype
 from attnlab.mixers.roles import Role, drawn
 from attnlab.mixers.sequence import Sequence
 from attnlab.ops.causal_conv import causal_conv
@@ -90,7 +90,7 @@ class Path(HeadMixer):
             self.filters = drawn(rngs, jax.random.uniform, *args, axes=("conv", "kv_heads"), role=Role.TAPS)
         self.beta = make(K, "gates", bias=True)
         if config.qk_norm:
-            self.q_norm, self.k_norm = (RMSNorm(d, ("head",), dtype=dtype) for _ in range(2))
+            self.q_norm, self.k_norm = (head_norm(config, d, dtype) for _ in range(2))
         self.out = make.out(config.heads * d)
 
     def heads(self, x: jax.Array, seq: Sequence, carried: PathCache | None = None) -> MixerOutput:

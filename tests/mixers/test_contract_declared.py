@@ -15,6 +15,7 @@ from flax import nnx
 from attnlab import mixers
 from attnlab.errors import ConfigError, UnsupportedPattern
 from attnlab.mixers import roles
+from attnlab.models.transformer import StackConfig, Transformer
 from tests import tiers
 from tests.mixers import cases, flops, uses
 
@@ -22,7 +23,15 @@ call = cases.call
 
 
 def _takes(cls, key, needs):
-    return all(name in cls.Config.__dataclass_fields__ for name in (key, *needs))
+    return {key, *needs} <= {field.name for field in dataclasses.fields(cls.Config)}
+
+
+def _of_a_stack(config, x, seq):
+    """The program of three layers: knobs of what layers hand on show in no layer alone."""
+    of = type("Stack", (StackConfig,), {"causal": config.causal})
+    stack = of(width=cases.WIDTH, layers=3, mixers={"M": config}, mlp_width=0)
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: Transformer(stack, rngs=nnx.Rngs(0))))
+    return str(jax.make_jaxpr(lambda p: nnx.merge(graphdef, p)(x, seq).y)(params))
 
 
 @tiers.exhaustive
@@ -42,6 +51,8 @@ def test_every_knob_turns(name):
             one, _ = mixers.Stream.start(2).extend(mixers.Sequence(seq.positions[:, :1]))
             state = cases.module(config, jnp.float32).init_state(2, cases.LENGTH)
             yield str(jax.make_jaxpr(lambda p: nnx.merge(graphdef, p).extend(x[:, :1], one, state).y)(params))
+        if cls.init_shared is not mixers.Mixer.init_shared:
+            yield _of_a_stack(config, x, seq)
 
     plain = list(shown(cls.Config()))
     beside = {key: list(shown(cls.Config(**needs))) for key, needs in cases.BESIDE.items() if _takes(cls, key, needs)}

@@ -19,8 +19,9 @@ from tests.mixers import cases
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
 ROLES = {"matrix": "q k v out ridge", "bias": "ridge_bias", "scale": "q_norm k_norm"}
-# Systems are solved to 1e-5 of their right sides, and again for gradients.
-KERNEL_TOLERANCE = 1e-4
+# Systems are solved to 1e-5 of their right sides, and again for gradients: of the ridge's kernel XLA's form is off by
+# 1.5e-4 of the largest from float64, the kernel by 1.6e-4.
+KERNEL_TOLERANCE = 2e-4
 NUMBERS_OF = "mesa"
 
 

@@ -138,6 +138,7 @@ def test_a_killed_run(tmp_path, monkeypatch, attnlab):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     source = runs.corpus(tmp_path / "corpus")
     each = {"train__save_every": 20, "train__eval_every": 20, "train__sample_tokens": 0}
+    each |= {"model__layers": 12}  # what compiles within half a second is not kept
     config = runs.write_config(tmp_path / "c.py", source, train__steps=60, **each)
     command = ["train", "--config", config, "--workdir", str(tmp_path / "w")]
     log = tmp_path / "w" / "metrics.jsonl"
