@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -65,16 +65,19 @@ def staggered(chunks: Sequence[Sequence[Unit]], phases: int, ahead: int) -> None
     """Chunk after chunk, heads in lockstep through so many phases; the first `ahead` of a chunk come before the last of
     the chunk before: where heads share scores, too little happens in these to cover what they wait for."""
 
-    def advance(units: Sequence[Unit], times: int) -> None:
+    def advance(units: Sequence[Unit], times: int) -> bool:
+        """Whether the last time all ended."""
+        ended = False
         for _ in range(times):
-            for unit in units:
-                next(unit, _DONE)
+            ended = all([next(unit, _DONE) is _DONE for unit in units])
+        return ended
 
     advance(chunks[0], ahead)
     for these, following in zip(chunks, [*chunks[1:], ()], strict=True):
         advance(these, phases - 1 - ahead)
         advance(following, ahead)
-        advance(these, 1)
+        if not advance(these, 1):
+            raise ValueError(f"staggered: phases={phases}, and a chunk has more")
 
 
 def iota(shape: tuple[int, int], axis: int) -> jax.Array:
@@ -165,13 +168,13 @@ class Step:
         pick = lambda n, name: product(x, self.r[name][...], 1, 0) + self.r["rest"][n : n + 1]
         return pick(0, "ones_first"), pick(1, "ones_second")
 
-    def once_for_heads(self, name: str, m: int, make: Callable[[], jax.Array]) -> jax.Array:
-        """What `make` gives of chunk `m`; made by the first head alone where all share queries and keys."""
+    def scores(self, m: int, a: jax.Array, b: jax.Array) -> jax.Array:
+        """[C, C], rows of a by rows of b, of chunk `m`; taken by the first head alone where all share them."""
         if not self.plan.shared:
-            return make()
-        if (name, m) not in self._of_all:
-            self._of_all[name, m] = make()
-        return self._of_all[name, m]
+            return product(a, b, 1, 1)
+        if ("scores", m) not in self._of_all:
+            self._of_all["scores", m] = product(a, b, 1, 1)
+        return self._of_all["scores", m]
 
     def store_keys(self, name: str, m: int, h: int, dx: jax.Array) -> None:
         """Writes the gradient of queries or keys, from that of what the products read; where heads share them, of the

@@ -112,7 +112,7 @@ class Backward(Step):
         """A chunk of a head, in phases."""
         (*_, d, e), dtype = self.plan.shape, self.r["q"].dtype
         (q, k), (u, do) = (self.keys(name, m, h) for name in "qk"), (self.load(name, m, h) for name in ("u", "do"))
-        scores, slopes = self.once_for_heads("scores", m, lambda: product(k, q, 1, 1)), product(u, do, 1, 1)
+        scores, slopes = self.scores(m, k, q), product(u, do, 1, 1)
         column = Column(self, m, h) if self.plan.column else None
         yield
         pairs, read, write, carry = self.weights(m, h)

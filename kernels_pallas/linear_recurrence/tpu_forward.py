@@ -70,7 +70,7 @@ class Forward(Step):
     def by_position(self, m: int, h: int, q: jax.Array, k: jax.Array):
         """Of a chunk, in phases: weighted scores [C, C], what reads the state before and what that is weighted with,
         what is written, [C, d] each, and what passes of the state before."""
-        scores = self.once_for_heads("scores", m, lambda: product(q, k, 1, 1))
+        scores = self.scores(m, q, k)
         yield
         pairs, read, write, carry = self.weights(m, h)
         p, written = (scores * pairs).astype(q.dtype), (k * write[:, : k.shape[1]]).astype(q.dtype)

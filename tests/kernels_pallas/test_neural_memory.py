@@ -178,7 +178,6 @@ def test_pieces_are_the_whole():
     close((state.weights, state.momentum), (end.weights, end.momentum), 5e-6)
 
 
-@tiers.exhaustive
 def test_no_races(capfd):
     """Under the simulation of a TPU, whose memory is NaN before it is written and behind rows that end inside a block:
     no race, and bitwise what plain XLA operations give; forward and backward, over several segments of two cores."""

@@ -300,6 +300,7 @@ def test_streams_know_positions_alone():
     y = run(same, side)
     np.testing.assert_allclose(y[1, 2:6], y[0, :4], atol=1e-12)
     begun = jax.jit(lambda: module.begin_second(9, None))()
+    assert np.any(np.asarray(begun) != np.asarray(begun).astype(np.float32))  # as wide as the model
     np.testing.assert_allclose(run(x, begun)[used], run(x, None)[used], atol=1e-12)
     np.testing.assert_array_equal(jax.jit(lambda: module.begin_second(4, None))(), begun[:, :4])
     assert 0.8 < np.std(begun) < 1.2

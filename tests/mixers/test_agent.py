@@ -262,3 +262,9 @@ def test_impossible_images():
         make(causal=False)(x, dataclasses.replace(whole, grid=(4, 3)))
     with pytest.raises(ConfigError, match="square"):
         make(causal=False, agents=3)(x, dataclasses.replace(whole, grid=(2, 3)))
+
+
+def test_all_agents_of_an_image_are_counted():
+    """There are as many however few its positions: 16 of 11, in four products; without a grid one for each position."""
+    of = lambda **fields: mixers.get("agent").cost(mixers.get("agent").Config(causal=False, **fields), 16, 11).flops
+    assert of(grid=(2, 3))["agents"] == 8.0 * 4 * 16 * 4 and of()["agents"] == 8.0 * 4 * 11 * 4

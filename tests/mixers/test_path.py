@@ -52,7 +52,8 @@ def layer(module, x, segments):
     c, d, T = module.config, module.head_dim, len(x)
     q, k, v = (linear(m, x).reshape(T, -1, d) for m in (module.q, module.k, module.v))
     if c.qk_norm:
-        q, k = rms(q, np.asarray(module.q_norm.scale[...])), rms(k, np.asarray(module.k_norm.scale[...]))
+        epsilon = 1e-6 if c.qk_epsilon is None else c.qk_epsilon
+        q, k = (rms(y, np.asarray(m.scale[...]), epsilon) for y, m in ((q, module.q_norm), (k, module.k_norm)))
     H, o = matrices(module, x, segments), np.zeros((T, c.heads, d))
     for h, t in np.ndindex(c.heads, T):
         if segments[t] == 0:
@@ -69,7 +70,12 @@ def layer(module, x, segments):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"kv_heads": 2, "chunk": 4, "qk_norm": True, "bias": "all"}, {"rank": 3, "conv": 1, "chunk": 3}], ids=str
+    "fields",
+    [
+        {"kv_heads": 2, "chunk": 4, "qk_norm": True, "qk_epsilon": 0.1, "bias": "all"},
+        {"rank": 3, "conv": 1, "chunk": 3},
+    ],
+    ids=str,
 )
 def test_equals_the_formula(fields):
     """The layer as written, of packed rows, in chunks that documents begin in."""
