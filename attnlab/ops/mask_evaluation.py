@@ -7,7 +7,6 @@ are whole numbers of tiles, of `bq` rows and `bk` keys.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -36,10 +35,10 @@ class Side:
     width: int = dataclasses.field(metadata={"static": True})
     shared: int = dataclasses.field(metadata={"static": True})
 
-    def visible(self, tile: Array, tiles: Sequence[Array], bq: int) -> jax.Array:
+    def visible(self, tile: Array, tiles: Array, bq: int) -> jax.Array:
         """Which pairs of the tile of rows `tile` and the tiles of keys `tiles` are seen: bool [g, bq, n * bk]."""
         of_rows = lambda x: jax.lax.dynamic_slice_in_dim(x, tile * bq, bq, x.ndim - 1)[..., None]
-        s = jnp.concatenate([j * self.width + jnp.arange(self.width, dtype=jnp.int32) for j in tiles])
+        s = (tiles[:, None] * self.width + jnp.arange(self.width, dtype=jnp.int32)).reshape(-1)
         seen = (s >= of_rows(self.start)) & (s < of_rows(self.end))
         for key, lo, hi in self.axes:
             key = gathered(key, tiles)[:, None]
@@ -53,7 +52,7 @@ class Side:
         word = self._words(group, tile, tiles, bq)
         return seen & (group >= 0) & (((word >> (group & 31).astype(jnp.uint32)) & 1) == 1)
 
-    def _words(self, group: jax.Array, tile: Array, tiles: Sequence[Array], bq: int) -> jax.Array:
+    def _words(self, group: jax.Array, tile: Array, tiles: Array, bq: int) -> jax.Array:
         """Of each row and each key the word that has the bit of the key's group: [g, bq or 1, n * bk]."""
         first, size = (tile * bq, bq) if self.shared == 1 else (tile * bq // self.shared, 1)
         bits = jax.lax.dynamic_slice_in_dim(self.bits, first, size, 1)
@@ -64,20 +63,19 @@ class Side:
             heads = max(group.shape[0], bits.shape[0])
             at = jnp.broadcast_to(jnp.maximum(at, 0), (heads, size, at.shape[-1]))
             return jnp.take_along_axis(jnp.broadcast_to(bits, (heads, size, words)), at, axis=2)
-        near, few = [], min(words, -(-self.width // 32) + 1)
-        for i, j in enumerate(tiles):
-            begin = jnp.minimum(self.first_word[0, j], words - few)
-            own = jax.lax.dynamic_slice_in_dim(bits, begin, few, 2)
-            of_tile = at[..., i * self.width : (i + 1) * self.width] - begin
-            found = [jnp.where(of_tile == f, own[..., f : f + 1], 0) for f in range(few)]
-            near.append(sum(found[1:], found[0]))
-        return jnp.concatenate(near, axis=-1)
+        few = min(words, -(-self.width // 32) + 1)
+        begin = jnp.minimum(jnp.asarray(self.first_word)[0, tiles], words - few)
+        own = bits[..., begin[:, None] + jnp.arange(few, dtype=begin.dtype)]
+        of_tile = at.reshape(*at.shape[:-1], -1, self.width) - begin[:, None]
+        found = [jnp.where(of_tile == f, own[..., f : f + 1], 0) for f in range(few)]
+        near = sum(found[1:], found[0])
+        return near.reshape(*near.shape[:-2], -1)
 
 
-def gathered(x: jax.Array, tiles: Sequence[Array]) -> jax.Array:
+def gathered(x: jax.Array, tiles: Array) -> jax.Array:
     """[..., nk, bk] at some tiles, side by side: [..., n * bk]."""
-    axis = x.ndim - 2
-    return jnp.concatenate([jax.lax.dynamic_index_in_dim(x, j, axis, keepdims=False) for j in tiles], axis=-1)
+    found = x.at[..., tiles, :].get(mode="promise_in_bounds")
+    return found.reshape(*found.shape[:-2], -1)
 
 
 def sides_of(mask: Mask, length: int, keys: int, heads: int, key_heads: int, bq: int, bk: int) -> tuple[Side, ...]:

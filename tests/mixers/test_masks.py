@@ -23,7 +23,8 @@ GRID = {"name": "grid_pattern", "stride": 3, "local": 2}
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(attention_tiles, "ON_CPU", (4, 4, 2, 1))
+    sizes = attention_tiles.Sizes(rows=4, keys=4, full=2, masked=1, group=2, pairs=12)
+    monkeypatch.setattr(attention_tiles, "ON_CPU", sizes)
     with jax.enable_x64(True):
         yield
 

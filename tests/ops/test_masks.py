@@ -175,7 +175,8 @@ def test_closed_cuts():
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(attention_tiles, "ON_CPU", (8, 8, 2, 3))
+    sizes = attention_tiles.Sizes(rows=8, keys=8, full=2, masked=3, group=2, pairs=12)
+    monkeypatch.setattr(attention_tiles, "ON_CPU", sizes)
     with jax.enable_x64(True):
         yield
 

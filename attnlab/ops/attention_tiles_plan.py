@@ -1,0 +1,130 @@
+"""What `attention_tiles` computes: which tiles of keys for each tile of rows, how many of both at a time.
+
+Shapes: as in `attention_tiles`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import product
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnlab.ops.mask_evaluation import Side, sides_of
+from attnlab.ops.mask_tiles import EMPTY, FULL, PARTIAL, table_of, tile_kinds
+from attnlab.ops.masks import NEVER, Array, Mask, numpy_if
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Rows and keys of a tile; tiles of keys at a time, full ones and others, and tiles of rows in a group, which are
+    chosen where the mask is known; pairs of tiles, of all heads of a key head, that are computed at a time, at most."""
+
+    rows: int
+    keys: int
+    full: int
+    masked: int
+    group: int
+    pairs: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything static that the two passes need (hashable: a nondifferentiable argument).
+
+    scale, soft_cap: of the op. sizes: of tiles and groups. length, count: T and S.
+    """
+
+    scale: float
+    soft_cap: float | None
+    sizes: Sizes
+    length: int
+    count: int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which tiles are computed, and what says the mask in them; leading axes [m, h], which a head's own is without.
+
+    Tiles of rows, nq, are a whole number of groups.
+    order: `[..., nq]`, tiles of rows in the order in which they go. index: `[..., nq, places]`, tiles of keys of each,
+    full ones first. full, count: `[..., nq]`, how many are full, and how many.
+    """
+
+    order: Array
+    index: Array
+    full: Array
+    count: Array
+    sides: tuple[Side, ...]
+
+
+def planned(config: Config, mask: Mask, H: int, K: int, in_order: bool = False) -> tuple[Config, Plan]:
+    """The tiles that a key head computes, those that one of its query heads sees, and in which portions.
+
+    in_order: ascending, and none is taken for full. One at a time, a tile that a row sees nothing of leaves the row's
+        sums as they are, to the last bit: so which tiles are there may depend on other rows of the tile of rows.
+    """
+    sizes, G = config.sizes, H // K
+    kinds = tile_kinds(mask, config.length, config.count, sizes.rows, sizes.keys)
+    xp = numpy_if(isinstance(kinds, np.ndarray))
+    if kinds.shape[1] == H > K:
+        kinds = kinds.reshape(kinds.shape[0], K, G, *kinds.shape[2:])
+        least, most = kinds.min(2), kinds.max(2)
+        kinds = xp.where(most == EMPTY, EMPTY, xp.where(least == FULL, FULL, PARTIAL)).astype(xp.int8)
+    if in_order:
+        kinds = xp.minimum(kinds, PARTIAL)
+    table = table_of(kinds, full_first=True)
+    full, count = (table.kind == FULL).sum(-1, dtype=xp.int32), table.count
+    if in_order:
+        sizes = dataclasses.replace(sizes, full=0, masked=1)
+    elif xp is np:
+        sizes = _portions(sizes, full, count, G)
+    group = max(1, min(sizes.group, sizes.pairs // (max(sizes.full, sizes.masked) * G), full.shape[-1]))
+    sizes = dataclasses.replace(sizes, group=group)
+    full, count, order = _in_groups(full, count, group)
+    # A step reads all of its places, also where the last one's reach over the end.
+    more = [(0, 0)] * 2 + [(0, order.shape[-1] - table.index.shape[2]), (0, sizes.full + sizes.masked)]
+    index = xp.pad(table.index, more, mode="edge")
+    sides = sides_of(mask, config.length, config.count, H, K, sizes.rows, sizes.keys)
+    return dataclasses.replace(config, sizes=sizes), Plan(order, index, full, count, sides)
+
+
+def _in_groups(full: Array, count: Array, group: int) -> tuple[Array, Array, Array]:
+    """Both with tiles behind the last row, which make the groups whole, and the order in which tiles of rows go.
+
+    Those tiles have no rows: what is computed for them is dropped.
+    """
+    xp = numpy_if(isinstance(count, np.ndarray))
+    more = [(0, 0)] * 2 + [(0, -count.shape[-1] % group)]
+    full, count = xp.pad(full, more, constant_values=NEVER), xp.pad(count, more)
+    if xp is np:  # those that see about as many go together
+        return full, count, np.lexsort((full, count), axis=-1).astype(np.int32)
+    return full, count, jnp.broadcast_to(jnp.arange(count.shape[-1], dtype=jnp.int32), count.shape)
+
+
+def _portions(sizes: Sizes, full: np.ndarray, count: np.ndarray, G: int) -> Sizes:
+    """Tiles of keys at a time, and of rows in a group, by a model of the time: a step takes as long as eight pairs of
+    tiles more than those it computes, and a mask adds a third to a pair."""
+
+    def of_groups(b):
+        *padded, order = _in_groups(full, count, b)
+        least, most = (np.take_along_axis(x, order, -1).reshape(-1, b) for x in padded)
+        return least.min(-1), most.max(-1)
+
+    def time(portions):
+        b, n, m = portions
+        least, most = grouped[b]
+        whole = least // n
+        rest = -(-(most - whole * n) // m)
+        return (whole * (b * n * G + 8) + rest * (b * m * G * 4 / 3 + 8)).sum()
+
+    some = full.any()
+    grouped = {b: of_groups(b) for b in (1, 2, 4, 8, 16, 32) if b <= min(4 * sizes.group, full.shape[-1])}
+    fulls = range(-(-sizes.full // 2), 2 * sizes.full + 1) if some else [1]
+    portions = product(grouped, fulls, range(1, 2 * sizes.masked + 1))
+    fits = [(b, n, m) for b, n, m in portions if b == 1 or b * max(n, m) * G <= sizes.pairs]
+    group, n, m = min(fits, key=time)
+    return dataclasses.replace(sizes, full=n if some else 0, masked=m, group=group)
