@@ -64,9 +64,9 @@ class Side:
             at = jnp.broadcast_to(jnp.maximum(at, 0), (heads, size, at.shape[-1]))
             return jnp.take_along_axis(jnp.broadcast_to(bits, (heads, size, words)), at, axis=2)
         few = min(words, -(-self.width // 32) + 1)
-        begin = jnp.minimum(jnp.asarray(self.first_word)[0, tiles], words - few)
-        own = bits[..., begin[:, None] + jnp.arange(few, dtype=begin.dtype)]
-        of_tile = at.reshape(*at.shape[:-1], -1, self.width) - begin[:, None]
+        first_word = jnp.asarray(self.first_word)[0, tiles, None]
+        own = bits[..., jnp.minimum(first_word + jnp.arange(few, dtype=jnp.int32), words - 1)]
+        of_tile = at.reshape(*at.shape[:-1], -1, self.width) - first_word
         found = [jnp.where(of_tile == f, own[..., f : f + 1], 0) for f in range(few)]
         near = sum(found[1:], found[0])
         return near.reshape(*near.shape[:-2], -1)

@@ -11,6 +11,7 @@ from attnlab.errors import UserError
 from attnlab.ops import Mask, attention_tiles, mask_for_extension, recording
 from attnlab.ops.attention import ATTENTION, attention, attention_with_lse
 from attnlab.ops.attention_gated import gated_attention
+from attnlab.ops.attention_tiles_plan import Config, planned
 from attnlab.ops.cached_attention import cached_attention
 from attnlab.ops.gathered_attention import chosen_attention
 from attnlab.ops.local_linear import local_linear
@@ -70,6 +71,12 @@ def dense(mask, length=T, keys=S):
     return out
 
 
+def blocks(sees):
+    """Of blocks of 8 rows and 8 keys, as large as tiles: [h, rows, keys]."""
+    group = np.tile(np.arange(S, dtype=np.int32) // 8, (B, 1))
+    return Mask(groups=Groups(group, packed_bits(sees)[None], rows=8, size=8))
+
+
 def masks():
     rng = np.random.default_rng(0)
     ordered = random_term(rng, size=3, rows=5)
@@ -77,6 +84,7 @@ def masks():
         "one head": random_term(rng),
         "key heads, ordered": either(random_term(rng, K, size=2, rows=16), Mask(causal=True, window=3)),
         "query heads, many groups": either(random_term(rng, H, 600), dataclasses.replace(ordered, axes=())),
+        "key heads, full tiles": blocks(rng.random((K, 5, 6)) < np.array([0.2, 0.8])[:, None, None]),
     }
 
 
@@ -206,8 +214,11 @@ def assert_close(found, expected):
         np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
 
 
-@tiers.often("key heads, ordered-cpu", "query heads, many groups-accelerator")
-@pytest.mark.parametrize("name, form", [(n, "cpu") for n in masks()] + [("query heads, many groups", "accelerator")])
+ACCELERATOR = "query heads, many groups", "key heads, full tiles"
+
+
+@tiers.often("key heads, ordered-cpu", "key heads, full tiles-cpu", *(f"{name}-accelerator" for name in ACCELERATOR))
+@pytest.mark.parametrize("name, form", [(n, "cpu") for n in masks()] + [(n, "accelerator") for n in ACCELERATOR])
 def test_tiles_equal_the_definition(name, form, small, monkeypatch):
     if form == "accelerator":
         monkeypatch.setattr(partition, "by_platform", lambda *args, cpu, default: default(*args))
@@ -240,6 +251,29 @@ def test_a_mask_that_is_traced_and_rows_that_see_nothing(small):
     assert not np.any(o[:, ::3]) and not np.any(dq[:, ::3]) and np.any(o[:, 1::3])
     unseen = ~dense(mask).any((1, 2))
     assert unseen.any() and not np.any(dk[unseen]) and not np.any(dv[unseen])
+
+
+def test_tiles_of_rows_that_see_about_as_many_go_together():
+    """A group computes as many tiles of keys as the one of its tiles of rows that needs most."""
+    sees = np.ones((1, 64, 64), bool)
+    sees[:, ::2, 1:] = False
+    mask = Mask(groups=Groups(np.arange(512, dtype=np.int32)[None] // 8, packed_bits(sees)[None], rows=8, size=8))
+    sizes = attention_tiles.Sizes(rows=8, keys=8, full=8, masked=3, group=8, pairs=128)
+    config, plan = planned(Config(1.0, None, sizes, 512, 512), mask, 1, 1)
+    count = plan.count[0, 0][plan.order[0, 0]].reshape(-1, config.sizes.group)
+    assert config.sizes.group > 1 and np.all(count.min(1) == count.max(1)) and count.sum() == sees.sum()
+    unlike = Config(1.0, None, dataclasses.replace(sizes, pairs=16), 512, 512)
+    assert planned(unlike, mask, 4, 1)[0].sizes.group <= 4  # 4 query heads share each pair
+
+
+def test_bfloat16_is_widened_on_cpus(small):
+    """As the same numbers in float32 give, rounded once."""
+    mask = masks()["one head"]
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in inputs()[:3])
+
+    run = lambda *arrays: attention(*arrays, mask, impl="tiles")
+    expected = run(*(x.astype(jnp.float32) for x in (q, k, v)))
+    np.testing.assert_array_equal(run(q, k, v), expected.astype(jnp.bfloat16))
 
 
 def test_no_array_of_queries_by_keys():
