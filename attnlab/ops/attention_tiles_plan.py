@@ -80,11 +80,12 @@ def planned(config: Config, mask: Mask, H: int, K: int, in_order: bool = False) 
     full, count = (table.kind == FULL).sum(-1, dtype=xp.int32), table.count
     if in_order:
         sizes = dataclasses.replace(sizes, full=0, masked=1)
-    elif xp is np:
+    if xp is np and not in_order:
         sizes = _portions(sizes, full, count, G)
-    group = max(1, min(sizes.group, sizes.pairs // (max(sizes.full, sizes.masked) * G), full.shape[-1]))
-    sizes = dataclasses.replace(sizes, group=group)
-    full, count, order = _in_groups(full, count, group)
+    else:
+        group = min(sizes.group, sizes.pairs // (max(sizes.full, sizes.masked) * G), full.shape[-1])
+        sizes = dataclasses.replace(sizes, group=max(1, group))
+    full, count, order = _in_groups(full, count, sizes.group)
     # A step reads all of its places, also where the last one's reach over the end.
     more = [(0, 0)] * 2 + [(0, order.shape[-1] - table.index.shape[2]), (0, sizes.full + sizes.masked)]
     index = xp.pad(table.index, more, mode="edge")

@@ -65,7 +65,7 @@ class Side:
             return jnp.take_along_axis(jnp.broadcast_to(bits, (heads, size, words)), at, axis=2)
         few = min(words, -(-self.width // 32) + 1)
         first_word = jnp.asarray(self.first_word)[0, tiles, None]
-        own = bits[..., jnp.minimum(first_word + jnp.arange(few, dtype=jnp.int32), words - 1)]
+        own = bits[..., first_word + jnp.arange(few, dtype=jnp.int32)]  # one behind the last has no key's bit
         of_tile = at.reshape(*at.shape[:-1], -1, self.width) - first_word
         found = [jnp.where(of_tile == f, own[..., f : f + 1], 0) for f in range(few)]
         near = sum(found[1:], found[0])
