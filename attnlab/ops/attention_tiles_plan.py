@@ -9,7 +9,6 @@ import dataclasses
 from itertools import product
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from attnlab.ops.mask_evaluation import Side, sides_of
@@ -101,9 +100,9 @@ def _in_groups(full: Array, count: Array, group: int) -> tuple[Array, Array, Arr
     xp = numpy_if(isinstance(count, np.ndarray))
     more = [(0, 0)] * 2 + [(0, -count.shape[-1] % group)]
     full, count = xp.pad(full, more, constant_values=NEVER), xp.pad(count, more)
-    if xp is np:  # those that see about as many go together
+    if xp is np and group > 1:  # those that see about as many go together
         return full, count, np.lexsort((full, count), axis=-1).astype(np.int32)
-    return full, count, jnp.broadcast_to(jnp.arange(count.shape[-1], dtype=jnp.int32), count.shape)
+    return full, count, xp.arange(count.shape[-1], dtype=xp.int32)[None, None]  # the same for all heads
 
 
 def _portions(sizes: Sizes, full: np.ndarray, count: np.ndarray, G: int) -> Sizes:
@@ -112,7 +111,7 @@ def _portions(sizes: Sizes, full: np.ndarray, count: np.ndarray, G: int) -> Size
 
     def of_groups(b):
         *padded, order = _in_groups(full, count, b)
-        least, most = (np.take_along_axis(x, order, -1).reshape(-1, b) for x in padded)
+        least, most = (np.take_along_axis(x, np.broadcast_to(order, x.shape), -1).reshape(-1, b) for x in padded)
         return least.min(-1), most.max(-1)
 
     def time(portions):
@@ -123,7 +122,8 @@ def _portions(sizes: Sizes, full: np.ndarray, count: np.ndarray, G: int) -> Size
         return (whole * (b * n * G + 8) + rest * (b * m * G * 4 / 3 + 8)).sum()
 
     some = full.any()
-    grouped = {b: of_groups(b) for b in (1, 2, 4, 8, 16, 32) if b <= min(4 * sizes.group, full.shape[-1])}
+    groups = (1, 2, 4, 8, 16, 32) if sizes.group > 1 else (1,)
+    grouped = {b: of_groups(b) for b in groups if b <= full.shape[-1]}
     fulls = range(-(-sizes.full // 2), 2 * sizes.full + 1) if some else [1]
     portions = product(grouped, fulls, range(1, 2 * sizes.masked + 1))
     fits = [(b, n, m) for b, n, m in portions if b == 1 or b * max(n, m) * G <= sizes.pairs]

@@ -264,6 +264,9 @@ def test_tiles_of_rows_that_see_about_as_many_go_together():
     assert config.sizes.group > 1 and np.all(count.min(1) == count.max(1)) and count.sum() == sees.sum()
     unlike = Config(1.0, None, dataclasses.replace(sizes, pairs=16), 512, 512)
     assert planned(unlike, mask, 4, 1)[0].sizes.group <= 4  # 4 query heads share each pair
+    # Heads that run together are to have one order, whatever each sees: loops of a number of its own for each are slow.
+    alone = Config(1.0, None, dataclasses.replace(sizes, group=1), T, S)
+    assert planned(alone, masks()["key heads, full tiles"], H, K)[1].order.shape[:2] == (1, 1)
 
 
 def test_bfloat16_is_widened_on_cpus(small):
