@@ -85,8 +85,9 @@ def _backward(config: Config, residuals, cotangents):
     q, k, v, sinks, key_bias, query_bias, plan, o, lse = residuals
     (B, T, H, d), (S, K, e), stat = q.shape, v.shape[1:], lse.dtype
     arrays = _arrays(config, q, k, v, sinks, key_bias, query_bias, plan)
-    rows = {"o": o, "do": cotangents[0], "lse": lse, "dlse": cotangents[1]}
+    rows = {"o": o, "do": cotangents[0], "dlse": cotangents[1]}
     arrays |= {name: _tiled_rows(config, x, K) for name, x in rows.items()}
+    arrays["lse"] = _tiled_rows(config, lse, K, fill=-HIDDEN)  # weights of rows that only fill a tile are 0, not inf
     (nq, r, _, G, _), (nk, bk) = arrays["q"].shape[1:], arrays["k"].shape[2:4]
     g, gq = (arrays[name].shape[-1] if name in arrays else 0 for name in ("key_bias", "query_bias"))
     out = [((nq, r, G, d), 3), *(((nk, n, bk), 1) for n in (d, e, g)), ((nq, r, gq), 3), ((G,), 1)]
@@ -134,13 +135,14 @@ def _arrays(config: Config, q, k, v, sinks, key_bias, query_bias, plan: Plan) ->
     return found | {"plan": jax.tree.map(jnp.asarray, plan)}
 
 
-def _tiled_rows(config: Config, x: jax.Array, K: int) -> jax.Array:
+def _tiled_rows(config: Config, x: jax.Array, K: int, fill: float = 0) -> jax.Array:
     """[B, T, H, ...] as [B, nq, r, K, G, ...], rows up to a whole number of groups."""
-    return _tiled(x, config.sizes.rows, config.sizes.rows * config.sizes.group, K)
+    return _tiled(x, config.sizes.rows, config.sizes.rows * config.sizes.group, K, fill)
 
 
-def _tiled(x: jax.Array, size: int, whole: int, K: int) -> jax.Array:
-    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % whole), *[(0, 0)] * (x.ndim - 2)))
+def _tiled(x: jax.Array, size: int, whole: int, K: int, fill: float = 0) -> jax.Array:
+    more = (0, 0), (0, -x.shape[1] % whole), *[(0, 0)] * (x.ndim - 2)
+    x = jnp.pad(x, more, constant_values=fill)
     return x.reshape(x.shape[0], -1, size, K, x.shape[2] // K, *x.shape[3:])
 
 

@@ -232,6 +232,24 @@ def test_tiles_equal_the_definition(name, form, small, monkeypatch):
     assert_close(value_and_gradients(mask, cap), ((o, lse), gradients))
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["known", "traced"])
+def test_rows_that_only_fill_a_tile_add_nothing(known, small):
+    """Sinks and biases whose exponentials no number holds: the log-sum-exp of a row that is none is not theirs."""
+    q, k, v, sinks, key_bias, query_bias = inputs()
+    sinks, key_bias = sinks + 1000, key_bias + 1000
+    mask = masks()["key heads, full tiles"]
+
+    @jax.jit
+    def gradients(arrays, given):
+        of = lambda q, k, v, sinks, key_bias: attention(
+            q, k, v, mask if known else given, impl="tiles", sinks_H=sinks, key_bias_BSh=key_bias
+        )
+        return jax.vjp(of, *arrays)[1](jnp.ones((B, T, H, 6)))
+
+    _, *expected = reference.attention(q, k, v, mask, np.ones((B, T, H, 6)), sinks=sinks, key_bias=key_bias)
+    assert_close(gradients((q, k, v, sinks, key_bias), mask), expected)
+
+
 def test_a_mask_that_is_traced_and_rows_that_see_nothing(small):
     """What is known only at run time is served, too; rows and keys that nobody meets have zeros."""
     mask = jax.tree.map(np.copy, masks()["one head"])
