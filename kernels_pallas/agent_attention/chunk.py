@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from kernels_pallas import compat
 from kernels_pallas.agent_attention.plan import LANES, AgentPlan
 from kernels_pallas.linear_recurrence import chunk as linear
 from kernels_pallas.linear_recurrence.chunk import iota, over_sublanes
@@ -155,7 +156,7 @@ class Step(linear.Step):
 
     def inverse(self, x: jax.Array) -> jax.Array:
         """1 / x, as exactly as products are."""
-        return pl.reciprocal(x, approx=not self.exact)
+        return compat.reciprocal(x, approx=not self.exact)
 
     def weigh(self, m: int, h: int, logits: jax.Array) -> tuple[Sight, State, jax.Array, jax.Array]:
         """Of a chunk by its logits of keys: the sight, `state` of the head against the high up to the chunk's end, the
