@@ -127,7 +127,7 @@ def _arrays(config: Config, q, k, v, sinks, key_bias, query_bias, plan: Plan) ->
     of_keys = lambda x: jnp.moveaxis(_tiled(x, size, size, heads(x)), 3, 1)
     found = {"q": _tiled_rows(config, q, K), "k": of_keys(k)[..., 0, :], "v": of_keys(v)[..., 0, :]}
     if sinks is not None:
-        found["sinks"] = sinks.reshape(K, H // K) * LOG2E
+        found["sinks"] = jnp.asarray(sinks).reshape(K, H // K) * LOG2E
     if key_bias is not None:
         found["key_bias"] = of_keys(key_bias * LOG2E)
     if query_bias is not None:
@@ -150,15 +150,14 @@ def _tiled(x: jax.Array, size: int, whole: int, K: int, fill: float = 0) -> jax.
 class Head:
     """A key head of a row of the batch: its row and number in the arrays of all, `at`, and in those of results, `to`.
 
-    plan: its own. full, count: as in `Plan`, those that loops go by. wide: whether to compute in float32 at least.
+    plan: its own. loops: `Plan.whole` and `rest` that loops go by. wide: whether to compute in float32 at least.
     """
 
     arrays: dict[str, Any]
     at: tuple[Any, Any]
     to: tuple[Any, Any]
     plan: Plan
-    full: jax.Array
-    count: jax.Array
+    loops: tuple[jax.Array, jax.Array]
     wide: bool
 
     def rows(self, name: str, tiles: jax.Array) -> jax.Array:
@@ -200,16 +199,16 @@ def _over_heads(head: Callable, arrays: dict[str, Any], B: int, K: int, out: lis
         def body(i, results):
             at = i // K, i % K
             own = of_head(*at)
-            return head(Head(arrays, at, at, own, own.full, own.count, wide=True), results)
+            return head(Head(arrays, at, at, own, (own.whole, own.rest), wide=True), results)
 
         return _loop(B * K, body, varying(zeros(B, K), arrays))
 
     def together(arrays):
-        full, count = plan.full.min((0, 1)), plan.count.max((0, 1))
+        loops = plan.whole.max((0, 1)), plan.rest.max((0, 1))
 
         def one(batch, key_head):
             at = batch, key_head
-            found = head(Head(arrays, at, (0, 0), of_head(*at), full, count, wide=False), varying(zeros(1, 1), arrays))
+            found = head(Head(arrays, at, (0, 0), of_head(*at), loops, wide=False), varying(zeros(1, 1), arrays))
             return tuple(x[0].squeeze(axis - 1) for x, (_, axis, _) in zip(found, out, strict=True))
 
         of_all = lambda n: jnp.arange(n, dtype=jnp.int32)
@@ -223,21 +222,20 @@ def _over_heads(head: Callable, arrays: dict[str, Any], B: int, K: int, out: lis
 
 
 def _sweep(config: Config, head: Head, tiles, step: Callable, carry):
-    """Fold `carry = step(first, n, masked, carry)` over the tiles of keys of a group, n from `first` on."""
-    sizes, whole = config.sizes, jnp.int32(0)
-    if n := sizes.full:
-        whole = head.full[tiles].min() // n
-        carry = _loop(whole, lambda c, carry: step(c * n, n, False, carry), carry)
-    done = whole * sizes.full
-    rest = -(-(head.count[tiles].max() - done) // sizes.masked)
-    return _loop(rest, lambda c, carry: step(done + c * sizes.masked, sizes.masked, True, carry), carry)
+    """Fold `carry = step(number, masked, carry)` over a group's steps of full tiles of keys, and over those left."""
+    whole, rest = (steps[tiles].max() for steps in head.loops)
+    if config.sizes.full:
+        carry = _loop(whole, lambda c, carry: step(c, False, carry), carry)
+    return _loop(rest, lambda c, carry: step(c, True, carry), carry)
 
 
-def _step(config: Config, head: Head, tiles, at: tuple[Any, int, bool], q_brGd, factor: float):
+def _step(config: Config, head: Head, tiles, at: tuple[Any, bool], q_brGd, factor: float):
     """Of one step of a group: the tiles of keys [b, n], k_bLd, v_bLe, scores [b, r, G, L] in log2 units, hidden ones
     `HIDDEN`, and the soft-cap's slope."""
-    plan, (first, n, masked) = head.plan, at
-    index = jax.vmap(lambda tile: jax.lax.dynamic_slice(plan.index, (tile, first), (1, n))[0])(tiles)
+    plan, sizes, (number, masked) = head.plan, config.sizes, at
+    n, whole = sizes.masked if masked else sizes.full, plan.whole[tiles]
+    first = whole * sizes.full + number * n if masked else jnp.broadcast_to(number * n, whole.shape)
+    index = jax.vmap(lambda tile, first: jax.lax.dynamic_slice(plan.index, (tile, first), (1, n))[0])(tiles, first)
     k, v = (head.keys(name, index) for name in ("k", "v"))
     (b, r, G, d), slope = q_brGd.shape, None
     scores = matmul(q_brGd.reshape(b, r * G, d), k.swapaxes(1, 2)).reshape(b, r, G, -1)
@@ -252,9 +250,12 @@ def _step(config: Config, head: Head, tiles, at: tuple[Any, int, bool], q_brGd, 
         scores = scores + head.rows("query_bias", tiles)[..., None]
     if masked:
         found = [jax.vmap(lambda tile, own, side=side: side.visible(tile, own, r))(tiles, index) for side in plan.sides]
-        used = first + jnp.arange(n, dtype=jnp.int32) < plan.count[tiles][:, None]
+        used = first[:, None] + jnp.arange(n, dtype=jnp.int32) < plan.count[tiles][:, None]
         seen = (found[0] if len(found) == 1 else found[0] | found[1]).swapaxes(1, 2)
-        scores = jnp.where(jnp.repeat(used, config.sizes.keys, axis=1)[:, None, None] & seen, scores, HIDDEN)
+        seen = jnp.repeat(used, sizes.keys, axis=1)[:, None, None] & seen
+    else:
+        seen = (number < whole)[:, None, None, None]
+    scores = jnp.where(seen, scores, HIDDEN)
     return index, k, v, scores, slope
 
 
@@ -289,9 +290,9 @@ def _forward_head(config: Config, head: Head, results):
         factor = _factor(config, q.dtype)
         scaled = q * factor
 
-        def step(first, n, masked, so_far):
+        def step(number, masked, so_far):
             highest, total, o = so_far
-            _, _, v, scores, _ = _step(config, head, tiles, (first, n, masked), scaled, factor)
+            _, _, v, scores, _ = _step(config, head, tiles, (number, masked), scaled, factor)
             new = jnp.maximum(highest, scores.max(-1))
             weights, shrink = jnp.exp2(scores - new[..., None]), jnp.exp2(highest - new)
             more = matmul(weights.astype(v.dtype).reshape(b, r * G, -1), v).reshape(b, r, G, e)
@@ -323,9 +324,9 @@ def _backward_head(config: Config, head: Head, results):
             absorbed = jnp.exp2(head.arrays["sinks"][head.at[1]].astype(stat) - lse) * delta
             dsinks = dsinks.at[head.to].add(-absorbed.sum((0, 1)))
 
-        def step(first, n, masked, so_far):
+        def step(number, masked, so_far):
             dq, dquery, of_keys = so_far
-            index, k, v, scores, slope = _step(config, head, tiles, (first, n, masked), scaled, factor)
+            index, k, v, scores, slope = _step(config, head, tiles, (number, masked), scaled, factor)
             weights = jnp.exp2(scores - lse[..., None])
             dscores = weights * (matmul(do_, v.swapaxes(1, 2)).reshape(weights.shape) - delta[..., None])
             dkey = jnp.zeros((b, 0, dscores.shape[3]), stat)

@@ -13,7 +13,7 @@ import numpy as np
 
 from attnlab.ops.mask_evaluation import Side, sides_of
 from attnlab.ops.mask_tiles import EMPTY, FULL, PARTIAL, table_of, tile_kinds
-from attnlab.ops.masks import NEVER, Array, Mask, numpy_if
+from attnlab.ops.masks import Array, Mask, numpy_if
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +50,15 @@ class Plan:
 
     Tiles of rows, nq, are a whole number of groups.
     order: `[..., nq]`, tiles of rows in the order in which they go. index: `[..., nq, places]`, tiles of keys of each,
-    full ones first. full, count: `[..., nq]`, how many are full, and how many.
+    full ones first. count: `[..., nq]`, how many. whole, rest: `[..., nq]`, steps of full tiles alone, and those that
+    are left: a tile of rows has its own, whatever others of its group have, and so its sums to the last bit.
     """
 
     order: Array
     index: Array
-    full: Array
     count: Array
+    whole: Array
+    rest: Array
     sides: tuple[Side, ...]
 
 
@@ -85,24 +87,29 @@ def planned(config: Config, mask: Mask, H: int, K: int, in_order: bool = False) 
         group = min(sizes.group, sizes.pairs // (max(sizes.full, sizes.masked) * G), full.shape[-1])
         sizes = dataclasses.replace(sizes, group=max(1, group))
     full, count, order = _in_groups(full, count, sizes.group)
+    whole, rest = _steps(full, count, sizes.full, sizes.masked)
     # A step reads all of its places, also where the last one's reach over the end.
     more = [(0, 0)] * 2 + [(0, order.shape[-1] - table.index.shape[2]), (0, sizes.full + sizes.masked)]
     index = xp.pad(table.index, more, mode="edge")
     sides = sides_of(mask, config.length, config.count, H, K, sizes.rows, sizes.keys)
-    return dataclasses.replace(config, sizes=sizes), Plan(order, index, full, count, sides)
+    return dataclasses.replace(config, sizes=sizes), Plan(order, index, count, whole, rest, sides)
 
 
 def _in_groups(full: Array, count: Array, group: int) -> tuple[Array, Array, Array]:
-    """Both with tiles behind the last row, which make the groups whole, and the order in which tiles of rows go.
-
-    Those tiles have no rows: what is computed for them is dropped.
-    """
+    """Both with tiles behind the last row, which make the groups whole and see nothing, and the order in which tiles of
+    rows go."""
     xp = numpy_if(isinstance(count, np.ndarray))
     more = [(0, 0)] * 2 + [(0, -count.shape[-1] % group)]
-    full, count = xp.pad(full, more, constant_values=NEVER), xp.pad(count, more)
+    full, count = xp.pad(full, more), xp.pad(count, more)
     if xp is np and group > 1:  # those that see about as many go together
         return full, count, np.lexsort((full, count), axis=-1).astype(np.int32)
     return full, count, xp.arange(count.shape[-1], dtype=xp.int32)[None, None]  # the same for all heads
+
+
+def _steps(full: Array, count: Array, n: int, m: int) -> tuple[Array, Array]:
+    """Steps of n full tiles, and of m others, where n is 0: none."""
+    whole = full // n if n else full * 0
+    return whole, -(-(count - whole * n) // m)
 
 
 def _portions(sizes: Sizes, full: np.ndarray, count: np.ndarray, G: int) -> Sizes:
@@ -111,14 +118,11 @@ def _portions(sizes: Sizes, full: np.ndarray, count: np.ndarray, G: int) -> Size
 
     def of_groups(b):
         *padded, order = _in_groups(full, count, b)
-        least, most = (np.take_along_axis(x, np.broadcast_to(order, x.shape), -1).reshape(-1, b) for x in padded)
-        return least.min(-1), most.max(-1)
+        return [np.take_along_axis(x, np.broadcast_to(order, x.shape), -1).reshape(-1, b) for x in padded]
 
     def time(portions):
         b, n, m = portions
-        least, most = grouped[b]
-        whole = least // n
-        rest = -(-(most - whole * n) // m)
+        whole, rest = (x.max(-1) for x in _steps(*grouped[b], n, m))
         return (whole * (b * n * G + 8) + rest * (b * m * G * 4 / 3 + 8)).sum()
 
     some = full.any()

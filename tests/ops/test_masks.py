@@ -250,6 +250,22 @@ def test_rows_that_only_fill_a_tile_add_nothing(known, small):
     assert_close(gradients((q, k, v, sinks, key_bias), mask), expected)
 
 
+def test_what_later_rows_see_changes_no_bit(small):
+    """Of a mask that is traced: a tile of rows goes by its own steps, whatever others of its group have."""
+    q, k, v, *_ = inputs(length=48, keys=48)
+    t = np.arange(48, dtype=np.int32)[None]
+    run = jax.jit(lambda start: attention(q, k, v, Mask(start, t + 1), impl="tiles"))
+    one, two = (np.asarray(run(np.where(t < 40, 0, later).astype(np.int32))) for later in (0, 40))
+    np.testing.assert_array_equal(one[:, :40], two[:, :40])
+    assert np.any(one[:, 40:] != two[:, 40:])
+
+
+def test_sinks_of_numpy_outside_of_jit(small):
+    q, k, v, sinks, *_ = inputs()
+    found = attention(q, k, v, masks()["one head"], impl="tiles", sinks_H=sinks)
+    np.testing.assert_allclose(found, attention(q, k, v, masks()["one head"], impl="definition", sinks_H=sinks))
+
+
 def test_a_mask_that_is_traced_and_rows_that_see_nothing(small):
     """What is known only at run time is served, too; rows and keys that nobody meets have zeros."""
     mask = jax.tree.map(np.copy, masks()["one head"])
