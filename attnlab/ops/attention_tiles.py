@@ -350,7 +350,10 @@ def _backward_head(config: Config, head: Head, results):
 
 
 def _add(sums: tuple[jax.Array, ...], parts: tuple[jax.Array, ...], to: tuple[Any, Any], index: jax.Array):
-    """Each of sums [B, K, nk, d, bk], at the head `to`, plus parts [b, d, L], columns of the tiles `index` [b, n]."""
+    """Each of sums [B, K, nk, d, bk], at the head `to`, plus parts [b, d, L], columns of the tiles `index` [b, n].
+
+    Tiles are contiguous: columns of one matrix as wide as S, a power of two, would meet in few sets of a cache.
+    """
 
     def plus(x, part):
         of_tiles = part.reshape(*part.shape[:2], index.shape[1], x.shape[-1]).swapaxes(1, 2)

@@ -19,7 +19,8 @@ from attnlab.ops.masks import Array, Mask, numpy_if
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     """Rows and keys of a tile; tiles of keys at a time, full ones and others, and tiles of rows in a group, which are
-    chosen where the mask is known; pairs of tiles, of all heads of a key head, that are computed at a time, at most."""
+    chosen near these where the mask is known; pairs of tiles, of all heads of a key head, that are computed at a time,
+    at most, unless one tile of rows needs more."""
 
     rows: int
     keys: int

@@ -40,7 +40,7 @@ def indexed_attention(
     """
     attend = partial(_attend, scale=q_BTHd.shape[3] ** -0.5 if scale is None else float(scale))
     arrays = q_BTHd, k_BSKd, v_BSKe, index_BThn, valid_BThn
-    if partition.ways("batch") > 1:
+    if partition.ways("batch") > 1:  # a loop over rows would gather them on every device
         return attend(*arrays)
 
     def row_by_row(*arrays):  # XLA's gathers from several rows of a batch are half as fast on CPUs
