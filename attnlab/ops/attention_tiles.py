@@ -188,27 +188,27 @@ def _over_heads(head: Callable, arrays: dict[str, Any], B: int, K: int, out: lis
     out: of each result the shape that one head has, the key heads' axis in `[B, ...]`, and the dtype.
     One head after the other on CPU, each with its own numbers of tiles; all together elsewhere.
     """
-    plan = arrays["plan"]
     zeros = lambda B, K: tuple(jnp.zeros((B, *shape[: axis - 1], K, *shape[axis - 1 :]), t) for shape, axis, t in out)
 
-    def of_head(batch, head):
+    def of_head(plan, batch, head):
         own = lambda x: x[batch if x.shape[0] > 1 else 0, head if x.shape[1] > 1 else 0]
         return jax.tree.map(own, plan)
 
     def one_by_one(arrays):
         def body(i, results):
             at = i // K, i % K
-            own = of_head(*at)
+            own = of_head(arrays["plan"], *at)
             return head(Head(arrays, at, at, own, (own.whole, own.rest), wide=True), results)
 
         return _loop(B * K, body, varying(zeros(B, K), arrays))
 
     def together(arrays):
+        plan = arrays["plan"]
         loops = plan.whole.max((0, 1)), plan.rest.max((0, 1))
 
         def one(batch, key_head):
             at = batch, key_head
-            found = head(Head(arrays, at, (0, 0), of_head(*at), loops, wide=False), varying(zeros(1, 1), arrays))
+            found = head(Head(arrays, at, (0, 0), of_head(plan, *at), loops, wide=False), varying(zeros(1, 1), arrays))
             return tuple(x[0].squeeze(axis - 1) for x, (_, axis, _) in zip(found, out, strict=True))
 
         of_all = lambda n: jnp.arange(n, dtype=jnp.int32)

@@ -41,14 +41,14 @@ class Side:
         s = (tiles[:, None] * self.width + jnp.arange(self.width, dtype=jnp.int32)).reshape(-1)
         seen = (s >= of_rows(self.start)) & (s < of_rows(self.end))
         for key, lo, hi in self.axes:
-            key = gathered(key, tiles)[:, None]
+            key = _gathered(key, tiles)[:, None]
             if lo is not None:
                 seen = seen & (key >= of_rows(lo))
             if hi is not None:
                 seen = seen & (key < of_rows(hi))
         if self.group is None:
             return seen
-        group = gathered(self.group, tiles)[:, None]
+        group = _gathered(self.group, tiles)[:, None]
         word = self._words(group, tile, tiles, bq)
         return seen & (group >= 0) & (((word >> (group & 31).astype(jnp.uint32)) & 1) == 1)
 
@@ -72,7 +72,7 @@ class Side:
         return near.reshape(*near.shape[:-2], -1)
 
 
-def gathered(x: jax.Array, tiles: Array) -> jax.Array:
+def _gathered(x: jax.Array, tiles: Array) -> jax.Array:
     """[..., nk, bk] at some tiles, side by side: [..., n * bk]."""
     found = x.at[..., tiles, :].get(mode="promise_in_bounds")
     return found.reshape(*found.shape[:-2], -1)
@@ -83,7 +83,7 @@ def sides_of(mask: Mask, length: int, keys: int, heads: int, key_heads: int, bq:
     return tuple(_side(term, length, keys, heads, key_heads, bq, bk) for term in mask.terms())
 
 
-def by_key_head(x: Array, heads: int, key_heads: int) -> Array:
+def _by_key_head(x: Array, heads: int, key_heads: int) -> Array:
     """`[B, h, ...]` as [B, K or 1, g, ...]."""
     rest = x.shape[2:]
     if x.shape[1] in (1, key_heads):
@@ -93,7 +93,7 @@ def by_key_head(x: Array, heads: int, key_heads: int) -> Array:
 
 def _side(term: Mask, length: int, keys: int, heads: int, key_heads: int, bq: int, bk: int) -> Side:
     xp = numpy_if(term.known())
-    split = lambda x: by_key_head(by_head(x), heads, key_heads)
+    split = lambda x: _by_key_head(by_head(x), heads, key_heads)
     of_rows = lambda x: None if x is None else _padded(split(x), 3, bq, 0, xp)
     of_keys = lambda x, fill: _cut(_padded(split(x), 3, bk, fill, xp), bk)
     start, end = term.interval(length, keys)
