@@ -45,7 +45,7 @@ PRESETS = {
         "mixers": {
             "C": {"name": "short_conv", "expand": 2.0, "bias": "all"},
             "B": {"name": "based", "heads": 16, "feature_width": 16},
-            "W": {"name": "softmax", "heads": 16, "window": 256},
+            "W": {"name": "softmax", "heads": 16, "window": 129},  # 256 // 2 before a query, and itself
         },
     }),
     # Tao et al. 2025, InfiniteVL: its language model, of Qwen2.5-VL-3B's widths.
@@ -53,14 +53,16 @@ PRESETS = {
         "layers": 36, "width": 2048, "mlp_width": 11_008, "vocab": 151_936, "tied": True, "pattern": "WMMM",
         "mixers": {
             "W": {"name": "softmax", "heads": 16, "kv_heads": 2, "bias": "qkv", "window": 8192, "rope_base": 1e6},
-            "M": {"name": "gated_deltanet", "heads": 16, "head_width": 128, "expand": 2.0},
+            "M": {"name": "gated_deltanet", "heads": 16, "head_width": 128, "expand": 2.0, "query_scale": None,
+                  "norm_epsilon": 1e-5},
         },
     }),
     # Kimi Team 2025, Kimi Linear 48B-A3B (config.json): 8 of 256 experts and a shared one, 1024 wide.
     "kimi_linear": ("7b", 4096, {
-        "layers": 27, "width": 2304, "mlp_width": 9216, "vocab": 163_840, "pattern": "KKKL" * 6 + "KKL",
+        "layers": 27, "width": 2304, "mlp_width": 9216, "vocab": 163_840, "norm_epsilon": 1e-5,
+        "pattern": "KKKL" * 6 + "KKL",
         "mixers": {
-            "K": {"name": "kda", "heads": 32, "head_width": 128},
+            "K": {"name": "kda", "heads": 32, "head_width": 128, "norm_epsilon": 1e-5},
             "L": {"name": "mla", "heads": 32, "head_width": 128, "rank": 512, "rotary_width": 64, "rope_base": None},
         },
     }),
@@ -68,7 +70,7 @@ PRESETS = {
     "qwen3_next": ("7b", 4096, {
         "layers": 48, "width": 2048, "mlp_width": 5632, "vocab": 151_936, "pattern": "MMMG",
         "mixers": {
-            "M": {"name": "gated_deltanet", "heads": 32, "key_heads": 16, "head_width": 128},
+            "M": {"name": "gated_deltanet", "heads": 32, "key_heads": 16, "head_width": 128, "query_scale": None},
             "G": {"name": "gated", "heads": 16, "kv_heads": 2, "head_width": 256, "qk_norm": True, "rope_base": 1e7,
                   "rope_width": 64},
         },

@@ -102,7 +102,8 @@ class GatedDeltaNet(HeadMixer):
 
     q, k and v are projections of x, convolved along the sequence, through SiLU; q and k are divided by their length.
     `a_t` is `Decay`'s, `beta_t = sigmoid(x W_b)`. Each head's output is normed by RMSNorm, whose scale all heads share,
-    and gated by `silu(x W_g)`. Queries are not scaled by 1 / sqrt(d): the norm would take it out again.
+    and gated by `silu(x W_g)`. Queries are not scaled by 1 / sqrt(d): the norm would take
+    it out again, up to its epsilon, which is then as if d times as large.
 
     `expand` is 1 so that a layer costs nearest to one of softmax attention, 5 D^2 parameters against 4 D^2; hybrids
     such as InfiniteVL (head_width=128, expand=2) have 2.

@@ -21,6 +21,7 @@ from attnlab.ops.delta_rule import chunked_flops
 class KDAConfig(GatedDeltaNetConfig):
     """Knobs of Kimi Delta Attention: those of Gated DeltaNet, and the rank of what it adds."""
 
+    query_scale: float | None = knob(None, "factor on queries of length 1; none: 1 / sqrt(d)", other=(1.0,), above=0)
     gate: bool = knob(True, "multiply the normed outputs by sigmoid(x W_d W_u + b)", other=(False,))
     rank: int | None = knob(
         None,
@@ -55,7 +56,7 @@ class ChannelDecay(nnx.Module):
 
 @register("kda")
 class KDA(GatedDeltaNet):
-    """`S_t = S_{t-1} diag(a_t) (I - beta_t k_t k_t^T) + beta_t v_t k_t^T`, `o_t = S_t q_t` per head.
+    """`S_t = S_{t-1} diag(a_t) (I - beta_t k_t k_t^T) + beta_t v_t k_t^T`, `o_t = S_t q_t / sqrt(d)` per head.
 
     As `gated_deltanet`, but `a_t` are d numbers, `ChannelDecay`'s, and the normed outputs are multiplied by
     `sigmoid(x W_d W_u + b)`; both projections are of low rank.
@@ -65,7 +66,7 @@ class KDA(GatedDeltaNet):
     paper = "Kimi Team 2025, Kimi Linear: An Expressive, Efficient Attention Architecture, arXiv:2510.26692"
     variants = (
         {"heads": 2, "head_width": 4, "expand": 1.5, "conv": 2, "chunk": 3, "gate": False},
-        {"key_heads": 2, "query_scale": None, "chunk": 4},
+        {"key_heads": 2, "query_scale": 1.0, "chunk": 4},
     )
     openness = staticmethod(jax.nn.sigmoid)
 

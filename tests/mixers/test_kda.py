@@ -77,7 +77,7 @@ def naive(module, x):
         for h in range(c.heads):
             erase = np.eye(d) - beta[t, h] * np.outer(k[t, h], k[t, h])
             S[h] = S[h] @ np.diag(a[t, h]) @ erase + beta[t, h] * np.outer(v[t, h], k[t, h])
-            o[t, h] = S[h] @ q[t, h]
+            o[t, h] = S[h] @ q[t, h] / np.sqrt(d)
     o = o / np.sqrt((o * o).mean(-1, keepdims=True) + 1e-6) * np.asarray(module.norm.scale[...])
     gate = sigmoid(split(low_rank(module.gate) + np.asarray(module.gate.up.bias[...])))
     return (o * gate).reshape(length, -1) @ weight(module.out)

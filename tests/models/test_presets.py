@@ -27,7 +27,7 @@ KEPT = {
     "based_360m": {
         "C": (17, 2 * 2048 * 2),
         "B": (5, 16 * 153 * (64 + 1) * 4),
-        "W": (5, 2 * 16 * 64 * 255 * 2),
+        "W": (5, 2 * 16 * 64 * 128 * 2),
     },
     "infinitevl": {"W": (9, 2 * 2 * 128 * 4096 * 2), "M": (27, 16 * 128 * 256 * 4 + 3 * 16 * (128 + 128 + 256) * 2)},
     "kimi_linear": {"K": (20, 32 * 128 * 128 * 4 + 3 * 32 * 3 * 128 * 2), "L": (7, 4096 * (512 + 64) * 2)},
@@ -53,6 +53,19 @@ def test_layers_and_states(name):
         assert letters.count(letter) == count
         assert abs(cost.state_bytes - state) <= 16, (letter, cost.state_bytes, state)
     assert len(letters) == sum(count for count, _ in KEPT[name].values())
+
+
+# Added to the mean square in the stream's norms, and of a delta rule's heads; published code scales its queries.
+NORMS = {"infinitevl": (1e-6, "M", 1e-5), "kimi_linear": (1e-5, "K", 1e-5), "qwen3_next": (1e-6, "M", 1e-6)}
+
+
+@pytest.mark.parametrize("name", sorted(NORMS))
+def test_queries_and_norms(name):
+    """As published: an epsilon weighs d times as much after queries that are divided by sqrt(d)."""
+    model = config_lib.load(RunConfig, f"{LM}:preset={name}").model
+    stream, letter, own = NORMS[name]
+    mixer = model.mixers[letter]
+    assert (model.norm_epsilon, mixer.norm_epsilon, mixer.query_scale) == (stream, own, None)
 
 
 def test_a_preset_stands_alone():
