@@ -113,6 +113,26 @@ def test_without_a_share_version_2_is_softmax_attention():
 
 
 @tiers.exhaustive
+def test_without_a_share_version_1_is_softmax_attention_whose_heads_are_normed():
+    """lambda = 0 leaves the first of each pair of queries and keys, normed and scaled by 1 - lambda_init = 0.8."""
+    module = cases.module(DiffConfig(rope_base=None), jnp.float64)
+    softmax = cases.module(mixers.get("softmax").Config(heads=2, head_width=module.value_dim, rope_base=None), jnp.float64)
+    softmax.v.kernel[...] = module.v.kernel[...]
+    d = module.head_dim
+    for name in ("q", "k"):  # widths of values, of which the second half is 0; scores are divided by sqrt(2 d)
+        pairs = getattr(module, name).kernel[...].reshape(16, 2, 2, d) * 2**0.25
+        getattr(softmax, name).kernel[...] = pairs.at[:, :, 1].set(0).reshape(16, -1)
+    for name, value in (("q1", 0.0), ("k1", 0.0), ("q2", np.log(1.2) / d), ("k2", 1.0)):
+        getattr(module, f"lambda_{name}")[...] = jnp.full(d, value)
+    x, seq = cases.inputs(jnp.float64)
+    ours, theirs = jax.jit(lambda x: (module.heads(x, seq.derived()).y, softmax.heads(x, seq.derived()).y))(x)
+    used = np.asarray(seq.segments) > 0
+    theirs = np.asarray(theirs)[used]
+    normed = theirs / np.sqrt((theirs**2).mean(-1, keepdims=True) + 1e-5) * np.asarray(module.norm.scale[...])
+    np.testing.assert_allclose(ours[used], 0.8 * normed, atol=1e-12)
+
+
+@tiers.exhaustive
 def test_equal_pairs_are_one_softmax_less_its_share():
     """q1 = q2 and k1 = k2: 1 - lambda of one softmax, which the norm then takes out; 0.8 v where v alone is seen."""
     module = cases.module(DiffConfig(rope_base=None), jnp.float64)

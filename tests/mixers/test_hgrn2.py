@@ -96,6 +96,19 @@ def test_memory_is_an_average():
         np.testing.assert_allclose(memory, np.repeat(kept[..., None], memory.shape[-1], -1), atol=1e-13)
 
 
+@tiers.exhaustive
+def test_channels_that_forget_alike_are_one_moving_average():
+    """f equal over a head's channels: each row of the memory is `m_t = f m_{t-1} + (1 - f) v_t`."""
+    module = make()
+    heads = module.forget.kernel[...].reshape(cases.WIDTH, module.config.heads, -1)
+    module.forget.kernel[...] = jnp.repeat(heads[..., :1], heads.shape[-1], -1).reshape(cases.WIDTH, -1)
+    x, _ = cases.inputs(jnp.float64)
+    for memory, row in zip(stream(*cases.split(module), x)[1], np.asarray(x), strict=True):
+        f, v = decays(module, row)[..., :1], (row @ weight(module.v)).reshape(len(row), module.config.heads, -1)
+        average = functools.reduce(lambda m, now: now[0] * m + (1 - now[0]) * now[1], zip(f, v), 0 * v[0])
+        np.testing.assert_allclose(memory, np.repeat(average[:, None], memory.shape[1], 1), atol=1e-13)
+
+
 def test_bound_of_decays():
     """No decay falls below b, the key is what is forgotten, and gates that saturate give finite gradients."""
     for b in (0.0, 0.5):
