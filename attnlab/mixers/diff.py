@@ -13,13 +13,13 @@ from attnlab import config as config_lib
 from attnlab.mixers.attention import AttentionConfig
 from attnlab.mixers.base import Capabilities, MixerOutput, impl_knob, knob, register
 from attnlab.mixers.heads import HeadMixer, Projections, split_heads
+from attnlab.mixers.masked import Masked, MaskedCache, mask_knob, mean_keys, require_mask, resolve_mask
 from attnlab.mixers.parts import RMSNorm, param_dtype
 from attnlab.mixers.roles import Role, drawn, normal
 from attnlab.mixers.sequence import Sequence
 from attnlab.ops.attention import ATTENTION
 from attnlab.ops.cached_attention import CACHED_ATTENTION
 from attnlab.ops.keys_values import KVCache, RollingCache, Whole, empty_cache
-from attnlab.ops.masks import mean_visible_keys
 
 Caches = tuple[KVCache | RollingCache, ...]
 _VECTORS = "lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"
@@ -43,10 +43,13 @@ class DiffConfig(AttentionConfig):
     )
     impl: str = impl_knob(ATTENTION)
     decode_impl: str = impl_knob(CACHED_ATTENTION, doc="implementation of the op over a cache")
+    mask: Any = mask_knob()
 
     def __post_init__(self) -> None:
+        resolve_mask(self)
         super().__post_init__()
         config_lib.require(self.version in (1, 2), "version", self.version, "1, 2")
+        require_mask(self)
 
     def head_dim(self, width: int) -> int:
         """Width d of a head's queries: of version 1 half of width / heads, which is that of its values."""
@@ -63,7 +66,7 @@ class DiffConfig(AttentionConfig):
 
 
 @register("diff")
-class Diff(HeadMixer):
+class Diff(Masked, HeadMixer):
     """`o = softmax(q1 k1^T / sqrt(d)) v - lambda softmax(q2 k2^T / sqrt(d)) v` per head, whose noise cancels.
 
     Version 1 (sections 2.1 and 3.1 of the paper): q1, q2, k1, k2 are d = D / 2H wide, v is 2 d; `lambda = exp(l1 . m1)
@@ -78,7 +81,6 @@ class Diff(HeadMixer):
     Config = DiffConfig
     capabilities = Capabilities(causal=True, bidirectional=True)
     sequence_parallel = "keys and values are gathered, queries dealt out evenly"
-    stack_reads = ("layer",)
     paper = "Ye et al. 2024, Differential Transformer, arXiv:2410.05258; version 2: Microsoft, Diff-Transformer-V2"
     implementations = ATTENTION.table
     variants = (
@@ -103,22 +105,30 @@ class Diff(HeadMixer):
             self.share = make(config.heads, "gates")
         self.out = make.out(config.heads * self.value_dim)
 
-    def heads(self, x: jax.Array, seq: Sequence, carried: Caches | None = None) -> MixerOutput:
+    @property
+    def stack_reads(self) -> tuple[str, ...]:
+        return ("layer", *super().stack_reads)
+
+    def heads(self, x: jax.Array, seq: Sequence, carried: Caches | MaskedCache | None = None) -> MixerOutput:
         """As in the contract. More positions than a cache has room for give NaN, as jit can raise nothing."""
         c, (B, T, _) = self.config, x.shape
-        q, k = (c.rotated(split_heads(y(x), self.head_dim), seq.positions) for y in (self.q, self.k))
+        view = self.viewed(seq, carried, lambda caches: caches[0].length)
+        q, k = (c.rotated(split_heads(y(x), self.head_dim), view.seq.positions) for y in (self.q, self.k))
         v = split_heads(self.v(x), self.value_dim)
         keys = [k[:, :, i :: c.keys] for i in range(c.keys)]
         if carried is None:
-            read, mask = [Whole(k, v) for k in keys], seq.mask(causal=c.causal, window=c.window)
+            read, interval = [view.ordered(Whole(k, v)) for k in keys], seq.mask(causal=c.causal, window=c.window)
         else:  # the values lie in the first key's cache
             values = v, v[..., :0]
             step = lambda cache, k, v: cache.append(k, v, seq.offsets, seq.padding, c.window)
-            carried, read, (mask, *_) = zip(*map(step, carried, keys, values))
-            read = [dataclasses.replace(kv, v=read[0].v) for kv in read]
+            caches, read, (interval, *_) = zip(*map(step, view.carried, keys, values))
+            carried, read = view.kept(caches), [dataclasses.replace(kv, v=read[0].v) for kv in read]
+        mask = view.mask(interval, causal=c.causal)
         attend = lambda kv, q: kv.attend(q, mask, impl=c.impl, decode_impl=c.decode_impl)
         if c.version == 1:
             first, second = (attend(kv, q[:, :, i::2]) for i, kv in enumerate(read))
+        elif c.mask is not None:  # which may be of each head, and a head is a pair
+            first, second = (attend(read[0], q[:, :, i::2]) for i in range(2))
         else:
             first, second = jnp.moveaxis(attend(read[0], q).reshape(B, T, c.heads, 2, -1), 3, 0)
         return MixerOutput(self.difference(first, second, x, seq), carried)
@@ -138,18 +148,18 @@ class Diff(HeadMixer):
         q1, k1, q2, k2 = (getattr(self, name)[...] for name in _VECTORS)
         return jnp.exp((q1 * k1).sum()) - jnp.exp((q2 * k2).sum()) + least
 
-    def init_carried(self, batch: int, max_length: int, dtype: Any) -> Caches:
+    def init_carried(self, batch: int, max_length: int, dtype: Any) -> Caches | MaskedCache:
         c = self.config
         values = (self.value_dim, 0)[: c.keys]
         make = lambda e: empty_cache(
             batch, c.key_heads, self.head_dim, max_length, dtype, window=c.window, value_width=e
         )
-        return tuple(map(make, values))
+        return self.beside_mask(tuple(map(make, values)), batch, max_length)
 
     @classmethod
     def flops(cls, config: DiffConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:
         d, H, n = config.head_dim(width), config.heads, config.keys
-        span = mean_visible_keys(length, config.causal, config.window)
+        span = mean_keys(config, length)
         columns = 2 * H + 2 * n * config.key_heads + n * H
         flops = {"projections": 2.0 * width * d * columns, "attention": 4.0 * H * d * (1 + n) * span}
         return flops | ({"gates": 2.0 * width * H} if config.version == 2 else {}), span

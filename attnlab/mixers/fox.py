@@ -12,6 +12,7 @@ from flax import nnx
 from attnlab.mixers.attention import Attention, AttentionConfig, Reads
 from attnlab.mixers.base import Capabilities, MixerOutput, knob, register
 from attnlab.mixers.heads import Projections, split_heads
+from attnlab.mixers.masked import Masked, MaskedCache, mask_knob, mean_keys, require_mask, resolve_mask
 from attnlab.mixers.parts import RMSNorm, param_dtype
 from attnlab.mixers.roles import Role, param
 from attnlab.mixers.sequence import Sequence
@@ -57,6 +58,12 @@ class FoxConfig(AttentionConfig):
         other=("definition",),
         choices=_DECODE_IMPLS,
     )
+    mask: Any = mask_knob()
+
+    def __post_init__(self) -> None:
+        resolve_mask(self)
+        super().__post_init__()
+        require_mask(self)
 
 
 @jax.tree_util.register_dataclass
@@ -89,7 +96,7 @@ class Faded:
 
 
 @register("fox")
-class Fox(Attention):
+class Fox(Masked, Attention):
     """`o_t = sum_s softmax_s(q_t . k_s / sqrt(d) + sum_{l = s+1..t} log f_l) v_s` per head, `f_l` in (0, 1).
 
     f is of each query head, sigmoid(x W_f + b), in fp32; its sum is a bias of the query less one of the key. With
@@ -125,20 +132,23 @@ class Fox(Attention):
         if config.output_gate:
             self.gate = make(config.heads * self.head_dim)
 
-    def reads(self, x: jax.Array, seq: Sequence, cache: FoxCache | None = None) -> Reads:
-        c = self.config
+    def reads(self, x: jax.Array, seq: Sequence, cache: FoxCache | MaskedCache | None = None) -> Reads:
+        c, view = self.config, self.viewed(seq, cache, lambda cache: cache.kv.length)
         k, v = self.keys_values(x)
+        cache = view.carried
         tail = None if cache is None else cache.tail
         if c.shift:
             k, v, tail = self.shifted(k, v, x, seq, tail)
-        q, k = self.placed(self.queries(x), seq.positions, "q"), self.placed(k, seq.positions, "k")
+        q, k = (self.placed(y, view.seq.positions, name) for y, name in ((self.queries(x), "q"), (k, "k")))
         left = self.left(x, seq)
         if cache is None:
-            return Reads(q, Faded(Whole(k, v), left, -left), seq.mask(causal=True, window=c.window))
+            mask = view.mask(seq.mask(causal=True, window=c.window), causal=True)
+            return Reads(q, Faded(view.ordered(Whole(k, v)), left, -left), mask)
         # Of a key that was there before, what its document forgets in these positions is forgotten, too.
-        kv, view, mask = cache.kv.append(k, v, seq.offsets, seq.padding, c.window)
+        kv, whole, interval = cache.kv.append(k, v, seq.offsets, seq.padding, c.window)
         kept, read = cache.kv.append_beside(cache.faded, -left)
-        return Reads(q, Faded(view, left, read), mask, FoxCache(kv, kept + left[:, -1:], tail))
+        cache = view.kept(FoxCache(kv, kept + left[:, -1:], tail))
+        return Reads(q, Faded(whole, left, read), view.mask(interval, causal=True), cache)
 
     def attend(self, q: jax.Array, kv: Faded, mask: Mask, x: jax.Array) -> MixerOutput:
         c = self.config
@@ -178,16 +188,19 @@ class Fox(Attention):
         k, v = jnp.split(mixed.astype(k.dtype), 2, axis=2)
         return k, v, after if tail is None else after.astype(tail.dtype)
 
-    def init_carried(self, batch: int, max_length: int, dtype: Any) -> FoxCache:
+    def init_carried(self, batch: int, max_length: int, dtype: Any) -> FoxCache | MaskedCache:
         kv, c = super().init_carried(batch, max_length, dtype), self.config
         faded = jnp.zeros((batch, kv.k.shape[1], c.heads), param_dtype(self.dtype))
         tail = jnp.zeros((batch, 1, 2 * c.key_heads * self.head_dim), dtype) if c.shift else None
-        return FoxCache(kv, faded, tail)
+        return self.beside_mask(FoxCache(kv, faded, tail), batch, max_length)
 
     @classmethod
     def flops(cls, config: FoxConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:
         flops, span = super().flops(config, width, length)
         columns = config.heads * (config.forget == "input") + 2 * config.key_heads * config.shift
+        if config.mask is not None:
+            span = mean_keys(config, length)
+            flops["attention"] = 4.0 * config.heads * config.head_dim(width) * span
         flops["gates"] = 2.0 * width * (columns + config.heads * config.head_dim(width) * config.output_gate)
         return flops, span
 

@@ -12,12 +12,12 @@ from flax import nnx
 from attnlab import config as config_lib
 from attnlab.mixers.base import Capabilities, MixerOutput, impl_knob, knob, register
 from attnlab.mixers.heads import HeadConfig, HeadMixer, Projections, split_heads
+from attnlab.mixers.masked import Masked, MaskedCache, mask_knob, mean_keys, require_mask, resolve_mask
 from attnlab.mixers.parts import Linear, RMSNorm, param_dtype
 from attnlab.mixers.sequence import Sequence
 from attnlab.ops.attention import ATTENTION
 from attnlab.ops.cached_attention import CACHED_ATTENTION
 from attnlab.ops.keys_values import Cached, KVCache, Whole, empty_cache
-from attnlab.ops.masks import mean_visible_keys
 from attnlab.ops.rope import rope
 
 
@@ -48,9 +48,12 @@ class MLAConfig(HeadConfig):
     value_width: int | None = knob(None, "width e of a head's values; none: the head width", other=(3,), least=1)
     impl: str = impl_knob(ATTENTION)
     decode_impl: str = impl_knob(CACHED_ATTENTION, doc="implementation of the op over the cached latents")
+    mask: Any = mask_knob()
 
     def __post_init__(self) -> None:
+        resolve_mask(self)
         super().__post_init__()
+        require_mask(self)
         even = (self.rotary_width or 0) % 2 == 0
         config_lib.require(even, "rotary_width", self.rotary_width, "even, 0 or more, or none")
 
@@ -82,7 +85,7 @@ class Widths:
 
 
 @register("mla")
-class MLA(HeadMixer):
+class MLA(Masked, HeadMixer):
     """`o_h = softmax((q_h . k_h + r_h . r) / sqrt(d + d_r)) v_h`, with `k_h, v_h = c W_h` of `c = RMSNorm(x W_c)`.
 
     `r_h` of the query and `r = x W_r`, which all heads share, are turned by RoPE; q_h and k_h are not. A stream keeps c
@@ -123,15 +126,15 @@ class MLA(HeadMixer):
         self.k, self.v = up(w.latent, w.plain), up(w.latent, w.value)
         self.out = make.out(H * w.value)
 
-    def heads(self, x: jax.Array, seq: Sequence, carried: KVCache | None = None) -> MixerOutput:
+    def heads(self, x: jax.Array, seq: Sequence, carried: KVCache | MaskedCache | None = None) -> MixerOutput:
         """As in the contract. More positions than the cache has room for give NaN, as jit can raise nothing."""
-        q, latents = self.queries(x, seq), self.latents(x, seq)
+        view, causal = self.viewed(seq, carried, lambda cache: cache.length), self.config.causal
+        q, latents = self.queries(x, view.seq), self.latents(x, view.seq)
         if carried is None:
-            return MixerOutput(
-                self.expanded(q, latents).attend(q, seq.mask(causal=self.config.causal), **self._options)
-            )
-        carried, kv, mask = carried.append(latents, latents[..., :0], seq.offsets, seq.padding)
-        kv = Cached(kv.k, kv.k, kv.fits)
+            kv, mask = view.ordered(self.expanded(q, latents)), view.mask(seq.mask(causal=causal), causal=causal)
+            return MixerOutput(kv.attend(q, mask, **self._options))
+        cache, kv, interval = view.carried.append(latents, latents[..., :0], seq.offsets, seq.padding)
+        carried, kv, mask = view.kept(cache), Cached(kv.k, kv.k, kv.fits), view.mask(interval, causal=causal)
         if self.absorbs(x.shape[1]):
             return MixerOutput(self.absorbed(q, kv, mask), carried)
         kv = self.expanded(q, kv.by_position(len(q))[1])
@@ -170,13 +173,13 @@ class MLA(HeadMixer):
         o = kv.attend(q, mask, **self._options)[..., : w.latent]
         return einsum("bthr,rhe->bthe", o, of_heads(self.v))
 
-    def init_carried(self, batch: int, max_length: int, dtype: Any) -> KVCache:
+    def init_carried(self, batch: int, max_length: int, dtype: Any) -> KVCache | MaskedCache:
         latent = self.widths.latent + self.widths.rotary
-        return empty_cache(batch, 1, latent, max_length, dtype, value_width=0)
+        return self.beside_mask(empty_cache(batch, 1, latent, max_length, dtype, value_width=0), batch, max_length)
 
     @classmethod
     def flops(cls, config: MLAConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:
-        H, w, span = config.heads, config.widths(width), mean_visible_keys(length, config.causal, None)
+        H, w, span = config.heads, config.widths(width), mean_keys(config, length)
         queries = H * (w.plain + w.rotary)
         of_q = width * queries if config.query_rank is None else config.query_rank * (width + queries)
         of_kv = width * (w.latent + w.rotary) + w.latent * H * (w.plain + w.value)

@@ -116,7 +116,8 @@ class Reordered:
     def attend(self, q_BTHd, mask, *, gate_BTHe=None, **options) -> jax.Array:
         """See `KeysValues`."""
         gate_BTHe = None if gate_BTHe is None else self._taken(gate_BTHe)
-        return self._back(self._kv().attend(self._taken(q_BTHd), mask, gate_BTHe=gate_BTHe, **options))
+        biases = {name: self._taken(options[name]) for name in ("key_bias_BSh", "query_bias_BTh") if name in options}
+        return self._back(self._kv().attend(self._taken(q_BTHd), mask, gate_BTHe=gate_BTHe, **options | biases))
 
     def attend_selected(self, q_BTHd, mask, wanted_BTE, **options) -> jax.Array:
         """See `KeysValues`."""

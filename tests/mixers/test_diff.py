@@ -86,7 +86,7 @@ def test_equals_the_formula(fields):
 
 def test_lambda_by_layer():
     """0.2 in the first layer of a stack, then towards 0.8; a mixer by itself is the first."""
-    assert mixers.get("diff").stack_reads == ("layer",)
+    assert cases.module(DiffConfig(), jnp.float64).stack_reads == ("layer",)
     np.testing.assert_allclose([lambda_init(n, jnp.float64) for n in (0, 1, 23)], [0.2, 0.3555, 0.7994], atol=1e-4)
     module = mixers.build({"name": "diff", "head_width": 64}, width=16, rngs=nnx.Rngs(0), dtype=jnp.float64)
     assert abs(module.lambda_of(0.2) - 0.2) < 0.5

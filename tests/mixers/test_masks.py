@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from attnlab import config as config_lib
-from attnlab import mixers
+from attnlab import masks, mixers
 from attnlab.errors import ConfigError, UnsupportedPattern
 from attnlab.ops import attention_tiles
 from attnlab.ops.dispatch import recording
@@ -35,8 +35,12 @@ def small(monkeypatch):
     [
         ({"name": "softmax", "kv_heads": 2, "sinks": True, "mask": POWER}, ["tiles"], [3, 3, 1, 3, 1]),
         ({"name": "moh", "core": {"name": "gated", "mask": GRID}}, ["dense", "tiles"], [1] * cases.LENGTH),
+        ({"name": "mla", "rank": 7, "mask": POWER}, ["tiles"], [3, 3, 1, 3, 1]),
+        ({"name": "diff", "mask": POWER}, ["tiles"] * 2, [3, 3, 1, 3, 1]),
+        ({"name": "diff", "version": 2, "kv_heads": 1, "mask": GRID}, ["tiles"] * 2, [3, 3, 1, 3, 1]),
+        ({"name": "fox", "kv_heads": 2, "shift": True, "mask": GRID}, ["chunked", "tiles"], [3, 3, 1, 3, 1]),
     ],
-    ids=["softmax", "moh"],
+    ids=["softmax", "moh", "mla", "diff", "diff 2", "fox"],
 )
 def test_streams_and_documents(node, implementations, cuts):
     """`extend` in pieces equals the whole of packed, padded rows, in which each document gives what it gives alone."""
@@ -56,6 +60,32 @@ def test_streams_and_documents(node, implementations, cuts):
         alone = run(params, *cases.alone(x, seq, documents))
         for i, (row, first, end) in enumerate(documents):
             np.testing.assert_allclose(alone[i, : end - first], whole[row, first:end], atol=1e-12)
+
+
+@tiers.often("mla", "fox")
+@pytest.mark.parametrize(
+    "node",
+    [
+        {"name": "softmax"},
+        {"name": "mla", "rank": 7},
+        {"name": "diff"},
+        {"name": "diff", "version": 2},
+        {"name": "fox", "forget": "constant"},
+    ],
+    ids=["softmax", "mla", "diff", "diff 2", "fox"],
+)
+@pytest.mark.parametrize("mask", [GRID, {"name": "spans", "spans": (1, 3, 4, 2), "sinks": 0}], ids=["grid", "by head"])
+def test_a_query_hears_what_its_mask_shows(node, mask):
+    """The output at t depends on the input at s where a head of the mask shows s to t, and nowhere else."""
+    config = mixers.config_from_node({**node, "heads": 4, "head_width": 4, "mask": mask})
+    graphdef, params = cases.split(cases.module(config, jnp.float64))
+    seq, T = mixers.Sequence.whole(1, cases.LENGTH), cases.LENGTH
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, T, cases.WIDTH)))
+    slopes = jax.jit(jax.jacrev(lambda x: nnx.merge(graphdef, params)(x, seq).y))(x)[0, :, :, 0]
+    shown = masks.build(config.mask).mask(seq, causal=True).visible(T, T)
+    shown = np.asarray(shown).reshape(-1, T, T).any(0)
+    assert (shown < np.tril(np.ones((T, T), bool))).any()
+    np.testing.assert_array_equal(np.abs(slopes).max((1, 3)) > 0, shown)
 
 
 def test_positions_by_rings_in_a_stream():
@@ -106,6 +136,21 @@ def test_a_mask_is_named_on_the_command_line():
 def test_what_does_not_go_together_is_refused(fields, message):
     with pytest.raises(ConfigError, match=message):
         mixers.config_from_node({"name": "softmax", **fields})
+
+
+@pytest.mark.parametrize(
+    "node, message",
+    [
+        ({"name": "diff", "window": 3}, "window = 3.*none where mask is set"),
+        ({"name": "mla", "causal": False}, "causal = False.*true: mask power_blocks"),
+        ({"name": "fox", "window": 3}, "window = 3.*none where mask is set"),
+        ({"name": "mla", "impl": "xla"}, "impl = 'xla'.*tiles"),
+        ({"name": "dsa"}, "unknown key.*mask"),
+    ],
+)
+def test_other_layers_refuse_alike(node, message):
+    with pytest.raises(ConfigError, match=message):
+        mixers.config_from_node({**node, "mask": POWER})
 
 
 def test_what_a_mask_needs_is_said():
