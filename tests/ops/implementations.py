@@ -159,11 +159,14 @@ def _causal(op: Callable, count: int, impl: str, **options: Any) -> tuple[Callab
     return lambda *a: op(*a, mask, impl=impl, **options), arrays(count, SHORT)
 
 
-def _path(impl: str) -> tuple[Callable, list[jax.Array]]:
-    run = lambda q, k, v, w, b, mask, **options: path_attention(
-        q, k, v, w / 2, jax.nn.sigmoid(b[..., 0]), mask, chunk=4, **options
-    )
-    return _causal(run, 5, impl)
+def _path(gate: bool, impl: str) -> tuple[Callable, list[jax.Array]]:
+    def run(q, k, v, w, b, *args, **options):
+        *gates, mask = args
+        left = jnp.cumsum(-jnp.abs(gates[0][..., 0]), axis=1) if gates else None
+        beta = jax.nn.sigmoid(b[..., 0])
+        return path_attention(q, k, v, w / 2, beta, mask, left_BTH=left, chunk=4, **options)
+
+    return _causal(run, 5 + gate, impl)
 
 
 def _dynamic_mask(impl: str) -> tuple[Callable, list[jax.Array]]:
@@ -239,7 +242,10 @@ CASES: dict[str, tuple[Op, dict[str, Callable[[str], tuple[Callable, list[jax.Ar
     "dynamic_mask_attention": (DYNAMIC_MASK_ATTENTION, {"short": _dynamic_mask}),
     "mesa": (MESA, {"short": _mesa}),
     "multi_token_attention": (MULTI_TOKEN_ATTENTION, {"short": _multi_token}),
-    "path_attention": (PATH_ATTENTION, {"short": _path}),
+    "path_attention": (
+        PATH_ATTENTION,
+        {n: functools.partial(_path, gate) for n, gate in (("short", False), ("gate", True))},
+    ),
     "stick_breaking": (STICK_BREAKING, {"short": functools.partial(_causal, stick_breaking, 3)}),
     "ttt_linear": (TTT_LINEAR, {"short": _ttt}),
     "delta_rule": (DELTA_RULE, {"short": _delta}),
