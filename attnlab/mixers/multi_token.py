@@ -27,6 +27,7 @@ class MultiTokenConfig(AttentionConfig):
     causal: ClassVar[bool] = True
     window: ClassVar[int | None] = None
     qk_norm: ClassVar[bool] = False
+    qk_epsilon: ClassVar[float | None] = None
 
     query_span: int = knob(6, "queries that a filter of scores spans, the own one the last", other=(2,), least=1)
     key_span: int = knob(
