@@ -191,15 +191,15 @@ def _ttt(impl: str) -> tuple[Callable, list[jax.Array]]:
 
 
 def _multi_token(impl: str) -> tuple[Callable, list[jax.Array]]:
-    """Filters over two queries and three keys before and after the softmax, all heads mixed; one document a row."""
+    """Filters over two queries and three keys, and mixes of all heads, before and after the softmax."""
     B, T, H, d = SHORT
     behind = jnp.arange(1, T + 1, dtype=jnp.int32)
     end = jnp.broadcast_to(jnp.concatenate([jnp.zeros(2, jnp.int32), behind]), (B, T + 2))
     rows = lambda q: jnp.pad(q, ((0, 0), (2, 0), (0, 0), (0, 0)))
-    run = lambda q, k, v, taps, after, mix: multi_token_attention(
-        rows(q), k, v, taps, after, mix, jnp.zeros_like(end), end, whole=True, impl=impl
+    run = lambda q, k, v, taps, after, mix, logit_mix: multi_token_attention(
+        rows(q), k, v, taps, after, mix, jnp.zeros_like(end), end, whole=True, logit_mix_Ncc=logit_mix, impl=impl
     )
-    return run, [*arrays(3, SHORT), *arrays(2, (H, 2, 3), seed=1), *arrays(1, (1, H, H), seed=2)]
+    return run, [*arrays(3, SHORT), *arrays(2, (H, 2, 3), seed=1), *arrays(2, (1, H, H), seed=2)]
 
 
 # Per op: cases by name, each `impl` to a function and its arrays.
