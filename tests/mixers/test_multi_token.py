@@ -13,7 +13,7 @@ from attnlab.errors import ConfigError, UserError
 from attnlab.mixers.multi_token import MultiTokenConfig
 from attnlab.ops.multi_token_attention import multi_token_attention
 from tests import tiers
-from tests.mixers import cases
+from tests.mixers import cases, devices
 from tests.mixers.test_softmax import rotate
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
@@ -138,7 +138,7 @@ def test_equals_sums_over_pairs_of_heads(impl):
     """Values and gradients in all seven of the op with a mix before the softmax and one after, as matrices of all heads
     that are 0 outside of groups; two documents."""
     rng, T, H = np.random.default_rng(0), 6, 4
-    shapes = (T, H, 3), (T, 2, 3), (T, 2, 3), (H, 2, 3), (H, 2, 3), (1, H, H), (2, 2, 2)
+    shapes = (T, H, 3), (T, 2, 3), (T, 2, 3), (H, 3, 3), (H, 2, 3), (1, H, H), (2, 2, 2)
     arrays = [jnp.asarray(rng.normal(size=shape)) for shape in shapes]
     segments, t = np.array([1, 1, 2, 2, 2, 2]), np.arange(T)
     seen = (t[:, None] >= t) & (segments[:, None] == segments)
@@ -163,7 +163,7 @@ def test_equals_sums_over_pairs_of_heads(impl):
         return jnp.einsum("hts,shd->thd", p, v)
 
     def op(q, k, v, taps, after, logit_mix, mix):
-        rows = lambda x: jnp.pad(jnp.asarray(x), [(2, 0)] + [(0, 0)] * (x.ndim - 1))[None]
+        rows = lambda x: jnp.pad(jnp.asarray(x), [(3, 0)] + [(0, 0)] * (x.ndim - 1))[None]
         bounds = rows(np.array([0, 0, 2, 2, 2, 2], np.int32)), rows((t + 1).astype(np.int32))
         options = {"whole": True, "logit_mix_Ncc": logit_mix, "impl": impl}
         return multi_token_attention(rows(q), k[None], v[None], taps, after, mix, *bounds, **options)[0]
@@ -174,6 +174,15 @@ def test_equals_sums_over_pairs_of_heads(impl):
 
     for a, b in zip(of(op), of(by_pairs), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-11)
+
+
+@tiers.exhaustive
+@pytest.mark.parametrize("logit_mix, head_mix", [(2, None), (4, 2), (2, 4)])
+def test_heads_that_are_mixed_share_a_device(logit_mix, head_mix):
+    """Values and gradients are the same on eight devices, of which two share the heads where no mix needs them all."""
+    fields = {"query_span": 2, "key_span": 3, "after": True, "logit_mix": logit_mix, "head_mix": head_mix}
+    module = cases.module(MultiTokenConfig(**fields), jnp.float64)
+    devices.hold(*cases.split(module), *cases.inputs(jnp.float64), data=2)
 
 
 def test_the_state_keeps_as_many_queries_as_are_reached():

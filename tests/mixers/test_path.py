@@ -15,7 +15,7 @@ from attnlab.ops.attention import attention
 from attnlab.ops.masks import Mask
 from attnlab.ops.path_attention import path_attention
 from tests import tiers
-from tests.mixers import cases
+from tests.mixers import cases, devices
 from tests.mixers.test_softmax import rms
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
@@ -183,6 +183,13 @@ def test_equals_a_product_for_every_pair(impl):
 
     for a, b in zip(of(op), of(by_pairs), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-11)
+
+
+@tiers.exhaustive
+def test_gates_of_heads_on_eight_devices():
+    """Each device has the gates of its own heads: values and gradients are those of one device."""
+    module = cases.module(PathConfig(forget=True, kv_heads=2, chunk=4), jnp.float64)
+    devices.hold(*cases.split(module), *cases.inputs(jnp.float64), data=2)
 
 
 def test_a_stream_keeps_what_is_left_of_each_key():
