@@ -31,6 +31,7 @@ class DiffConfig(AttentionConfig):
     """Knobs of differential attention; a head is a pair of softmaxes, `head_width` that of its queries."""
 
     qk_norm: ClassVar[bool] = False
+    qk_epsilon: ClassVar[float | None] = None
 
     heads: int = knob(2, "heads H, of two softmaxes each: half as many as a baseline's", other=(1,), least=1)
     kv_heads: int | None = knob(None, "key/value heads K, a divisor of heads; none: K = H; 1: multi-query", other=(1,))

@@ -11,6 +11,7 @@ from flax import nnx
 
 from attnlab.mixers.attention import Attention, AttentionConfig, Reads
 from attnlab.mixers.base import Capabilities, MixerOutput, knob, register
+from attnlab.mixers.forget_gate import log_left
 from attnlab.mixers.heads import Projections, split_heads
 from attnlab.mixers.masked import Masked, MaskedCache, mask_knob, mean_keys, require_mask, resolve_mask
 from attnlab.mixers.parts import RMSNorm, param_dtype
@@ -20,7 +21,6 @@ from attnlab.ops.attention import ATTENTION
 from attnlab.ops.causal_conv import causal_conv
 from attnlab.ops.keys_values import KeysValues, KVCache, RollingCache, Whole
 from attnlab.ops.masks import Mask
-from attnlab.ops.segmented_ema import segmented_ema
 
 _IMPLS = "definition", "tiles"  # that take biases
 _DECODE_IMPLS = "auto", "one_query", "tiles", "definition"
@@ -168,11 +168,7 @@ class Fox(Masked, Attention):
             logits = self.forget_bias[...].astype(wide)
         else:
             logits = spread_logits(H, wide)
-        logs = jnp.broadcast_to(jax.nn.log_sigmoid(logits), (B, T, H))
-        goes_on = jnp.ones((B, T), bool) if seq.offsets is None else seq.offsets > 0
-        # A stream's first position goes on with a document, of which 0 is forgotten yet.
-        goes_on = jnp.broadcast_to(goes_on[..., None], (B, T, H)).astype(wide)
-        return segmented_ema(goes_on, logs[:, :, None], jnp.zeros((B, 1, H), wide))[:, :, 0]
+        return log_left(jnp.broadcast_to(logits, (B, T, H)), seq)
 
     def shifted(
         self, k: jax.Array, v: jax.Array, x: jax.Array, seq: Sequence, tail: jax.Array | None

@@ -27,11 +27,16 @@ class MultiTokenConfig(AttentionConfig):
     causal: ClassVar[bool] = True
     window: ClassVar[int | None] = None
     qk_norm: ClassVar[bool] = False
+    qk_epsilon: ClassVar[float | None] = None
 
     query_span: int = knob(6, "queries that a filter of scores spans, the own one the last", other=(2,), least=1)
     key_span: int = knob(
         11, "keys that a filter of scores spans, an odd number, the key in the middle", other=(3,), least=1
     )
+    logit_mix: int | None = knob(
+        None, "neighbouring heads whose filtered scores are mixed before the softmax, a divisor of heads; none: they "
+        "are not", other=(4,), least=1,
+    )  # fmt: skip
     after: bool = knob(False, "whether the weights are filtered, too, after the softmax", other=(True,))
     head_mix: int | None = knob(
         None, "neighbouring heads whose weights are mixed after the softmax, a divisor of heads; none: they are not",
@@ -46,8 +51,9 @@ class MultiTokenConfig(AttentionConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         config_lib.require(self.key_span % 2 == 1, "key_span", self.key_span, "odd")
-        divides = self.head_mix is None or self.heads % self.head_mix == 0
-        config_lib.require(divides, "head_mix", self.head_mix, f"divisors of heads ({self.heads}), or none")
+        for key in ("logit_mix", "head_mix"):
+            divides = (c := getattr(self, key)) is None or self.heads % c == 0
+            config_lib.require(divides, key, c, f"divisors of heads ({self.heads}), or none")
 
     @property
     def reach(self) -> int:
@@ -79,9 +85,10 @@ class MultiToken(Attention):
     """`softmax(conv(q k^T / sqrt(d))) v` per head: scores of query_span queries and key_span keys make one logit.
 
     Filters are of a head, at first those that change nothing. Scores that causality or documents hide are 0 before they
-    are filtered, so that nothing of later keys comes in, and hidden again after. `attnlab.ops.multi_token_attention`
-    has the formula. Each head's output is normed by RMSNorm, whose scale heads share, and multiplied by
-    `sigmoid(o w + b)`, a number of a head and position.
+    are filtered, so that nothing of later keys comes in, and hidden again after. What filters make of scores, and the
+    weights, may be mixed over groups of heads, by matrices that are the identity at first.
+    `attnlab.ops.multi_token_attention` has the formula. Each head's output is normed by RMSNorm, whose scale heads
+    share, and multiplied by `sigmoid(o w + b)`, a number of a head and position.
     """
 
     Config = MultiTokenConfig
@@ -90,8 +97,8 @@ class MultiToken(Attention):
     paper = "Golovneva et al. 2025, Multi-Token Attention, arXiv:2504.00927"
     implementations = MULTI_TOKEN_ATTENTION.table
     variants = (
-        {"kv_heads": 2, "query_span": 3, "key_span": 3, "after": True, "head_mix": 2, "bias": "all"},
-        {"query_span": 2, "key_span": 5, "norm": False, "gate": False, "rope_base": None},
+        {"kv_heads": 2, "query_span": 3, "key_span": 3, "after": True, "logit_mix": 4, "head_mix": 2, "bias": "all"},
+        {"query_span": 2, "key_span": 5, "norm": False, "gate": False, "rope_base": None, "logit_mix": 2},
     )
 
     def __init__(self, config: MultiTokenConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
@@ -102,9 +109,10 @@ class MultiToken(Attention):
         self.filters = param(same, axes=axes, role=Role.TAPS)
         if config.after:
             self.after = param(same, axes=axes, role=Role.TAPS)
-        if c := config.head_mix:
-            mix = jnp.tile(jnp.eye(c, dtype=kind), (H // c, 1, 1))
-            self.mix = param(mix, axes=("gates", "gates", "gates"), role=Role.SCALE)
+        for name, c in (("logit_mix", config.logit_mix), ("mix", config.head_mix)):
+            if c is not None:
+                mix = jnp.tile(jnp.eye(c, dtype=kind), (H // c, 1, 1))
+                setattr(self, name, param(mix, axes=("gates", "gates", "gates"), role=Role.SCALE))
         if config.norm:
             self.norm = RMSNorm(self.head_dim, ("head",), dtype=dtype, epsilon=1e-5)
         if config.gate:
@@ -139,8 +147,9 @@ class MultiToken(Attention):
     def attend(self, q: jax.Array, kv: Rows, mask: Mask, x: jax.Array) -> MixerOutput:
         c = self.config
         after, mix = self.after[...] if c.after else None, self.mix[...] if c.head_mix else None
+        logit_mix = self.logit_mix[...] if c.logit_mix else None
         arrays = q, kv.k, kv.v, self.filters[...], after, mix, kv.start, kv.end
-        o = multi_token_attention(*arrays, whole=mask.causal, impl=c.impl)
+        o = multi_token_attention(*arrays, whole=mask.causal, logit_mix_Ncc=logit_mix, impl=c.impl)
         if c.norm:
             o = self.norm(o)
         if c.gate:
@@ -154,6 +163,6 @@ class MultiToken(Attention):
     @classmethod
     def flops(cls, config: MultiTokenConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:
         flops, span = super().flops(config, width, length)
-        flops["attention"] += 2.0 * config.heads * (config.head_mix or 0) * span
+        flops["attention"] += 2.0 * config.heads * ((config.logit_mix or 0) + (config.head_mix or 0)) * span
         flops["gate"] = 2.0 * config.heads * config.head_dim(width) * config.gate
         return flops, span

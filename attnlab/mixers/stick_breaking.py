@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 
@@ -21,8 +21,10 @@ class StickBreakingConfig(AttentionConfig):
     causal: ClassVar[bool] = True
     window: ClassVar[int | None] = None
     qk_norm: ClassVar[bool] = False
+    qk_epsilon: ClassVar[float | None] = None
     rope_base: ClassVar[float | None] = None
     rope_width: ClassVar[int | None] = None
+    rope_scaling: ClassVar[Any] = None
 
     attend_current: bool = knob(False, "whether a position's own key is the first to take a share", other=(True,))
     impl: str = impl_knob(STICK_BREAKING)

@@ -1,4 +1,5 @@
-"""Multi-token attention as one op: scores of neighbouring queries and keys are convolved before the softmax, and after.
+"""Multi-token attention as one op: scores of neighbouring queries, keys and heads are joined before the softmax, and
+weights after.
 
 A block of rows has the rows before it that its convolutions reach: they are computed again, with their own scores.
 
@@ -8,6 +9,7 @@ Shapes: as in `attnlab.ops.attention`; `P` rows before the first, `Q` and `C` th
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -43,13 +45,13 @@ class MultiTokenSpec:
         return cls(B, T, S, H, K, d, str(q.dtype))
 
 
-def definition(q, k, v, taps, after, mix, start, end, *, scale: float, whole: bool) -> jax.Array:
+def definition(q, k, v, taps, logit_mix, after, mix, start, end, *, scale: float, whole: bool) -> jax.Array:
     """All rows at once; of whole rows, those before the first are none."""
     none = reach(taps, after) if whole else 0
-    return _rows(q[:, none:], k, v, taps, after, mix, start, end, 0, scale, none=none).astype(q.dtype)
+    return _rows(q[:, none:], k, v, taps, logit_mix, after, mix, start, end, 0, scale, none=none).astype(q.dtype)
 
 
-def in_blocks(q, k, v, taps, after, mix, start, end, *, scale: float, whole: bool) -> jax.Array:
+def in_blocks(q, k, v, taps, logit_mix, after, mix, start, end, *, scale: float, whole: bool) -> jax.Array:
     """Blocks of rows, each with the rows before it that it reads; formed again in the backward pass."""
     before = reach(taps, after)
     T, S = q.shape[1] - before, k.shape[1]
@@ -58,7 +60,7 @@ def in_blocks(q, k, v, taps, after, mix, start, end, *, scale: float, whole: boo
         own = rows[0], before + rows[1]  # the first row of q stands `before` rows before row 0
         of_keys = (take(x, keys, 1) for x in (k, v))
         of_rows = (take(x, own, 1) for x in (start, end))
-        o = _rows(take(q, own, 1), *of_keys, taps, after, mix, *of_rows, keys[0], scale)
+        o = _rows(take(q, own, 1), *of_keys, taps, logit_mix, after, mix, *of_rows, keys[0], scale)
         return o.astype(q.dtype)
 
     return over_row_blocks(block, T, S, Mask(causal=whole))
@@ -69,7 +71,9 @@ def reach(taps_HQC: jax.Array, after_HQC: jax.Array | None) -> int:
     return taps_HQC.shape[1] - 1 + (0 if after_HQC is None else after_HQC.shape[1] - 1)
 
 
-def _rows(q_BRHd, k_BLKd, v_BLKe, taps, after, mix, start_BR, end_BR, origin, scale: float, none: int = 0) -> jax.Array:
+def _rows(
+    q_BRHd, k_BLKd, v_BLKe, taps, logit_mix, after, mix, start_BR, end_BR, origin, scale: float, none: int = 0
+) -> jax.Array:
     """o [B, R - P, H, e] of the rows behind the first P, over keys of which the first is key `origin`; bounds are of
     `none` rows more, before those of q."""
     key = origin + jnp.arange(k_BLKd.shape[1], dtype=jnp.int32)
@@ -80,14 +84,23 @@ def _rows(q_BRHd, k_BLKd, v_BLKe, taps, after, mix, start_BR, end_BR, origin, sc
     p = scores.reshape(B, K * G, R, L)
     rows = start_BR, end_BR
     p, rows, seen = _convolved(jnp.where(seen, p, 0), taps, *rows, seen)
+    if logit_mix is not None:
+        idle = max(none - taps.shape[1] + 1, 0)  # rows that there are not
+        p = jnp.concatenate([p[:, :, :idle], _mixed(p[:, :, idle:], logit_mix)], axis=2)
     p = softmax_of_seen(p, seen)
     if after is not None:
         p, rows, seen = _convolved(p, after, *rows, seen)
         p = jnp.where(seen, p, 0)
     if mix is not None:
-        groups = p.reshape(B, mix.shape[0], -1, *p.shape[2:])
-        p = jnp.einsum("bnirl,nij->bnjrl", groups, mix.astype(p.dtype), precision="highest").reshape(p.shape)
+        p = _mixed(p, mix)
     return weighted(p.reshape(B, K, G, *p.shape[2:]), v_BLKe)
+
+
+def _mixed(x_BHRL: jax.Array, mix_Ncc: jax.Array) -> jax.Array:
+    """Head j of group n is the sum of `mix[n, i, j]` times its head i."""
+    groups = x_BHRL.reshape(len(x_BHRL), mix_Ncc.shape[0], -1, *x_BHRL.shape[2:])
+    mixed = jnp.einsum("bnirl,nij->bnjrl", groups, mix_Ncc.astype(x_BHRL.dtype), precision="highest")
+    return mixed.reshape(x_BHRL.shape)
 
 
 def _convolved(x_BHRL, taps_HQC, start_BR, end_BR, seen_B1RL):
@@ -132,23 +145,25 @@ def multi_token_attention(
     end_BR: jax.Array,
     *,
     whole: bool,
+    logit_mix_Ncc: jax.Array | None = None,
     impl: str = "auto",
 ) -> jax.Array:
     """Attention whose scores are convolved over neighbouring queries and keys:
 
         s_ij = sum_ab taps[a, b] (q_i' . k_j') / sqrt(d),    i' = i - Q + 1 + a,    j' = j - C // 2 + b
 
-    with 0 for a pair of which i' does not see j'; then a softmax over what row i sees; then, where given, the same
-    convolution of the weights by `after`, 0 again where row i does not see key j, and a mix of the weights of heads in
-    groups of c.
+    with 0 for a pair of which i' does not see j'; then, where given, a mix of these of heads in groups of c; then a
+    softmax over what row i sees; then, where given, the same convolution of the weights by `after`, 0 again where row i
+    does not see key j, and a mix of the weights of heads, in groups of their own.
 
     q_BRHd: queries, P of them before the first whose output is wanted (`reach`), zeros where there is none.
     k_BSKd, v_BSKe: as in `attnlab.ops.attention`.
     taps_HQC, after_HQC: filters of each head; C is odd.
-    mix_Ncc: output head j of group n has `mix[n, i, j]` of head i.
+    mix_Ncc: of weights; head j of group n has `mix[n, i, j]` of head i.
     start_BR, end_BR: the keys that a row sees; rows of one document share their start, and only they are neighbours.
         What sees none gives exactly 0.
     whole: whether row P is key 0 and sees no later key, and so on: causal attention of whole rows.
+    logit_mix_Ncc: as `mix_Ncc`, of convolved scores.
     impl: "auto" (blocks), "definition" (all rows at once).
 
     Returns o [B, R - P, H, e] in the dtype of q. Scores and weights are float32 (float64 for float64 inputs).
@@ -163,11 +178,15 @@ def multi_token_attention(
             f"multi_token_attention: q {q_BRHd.shape}, k {k_BSKd.shape}, filters {[x.shape for x in filters]}; "
             "expected H a multiple of K, filters [H, Q, C] of an odd C, and more rows than the filters reach back"
         )
-    of_q, of_k = head_axes(H, K, 1 if mix_Ncc is None else mix_Ncc.shape[1])
+    mixes = [x for x in (logit_mix_Ncc, mix_Ncc) if x is not None]
+    if any(x.shape != (H // x.shape[1], *x.shape[1:2] * 2) or H % x.shape[1] for x in mixes):
+        shapes = [x.shape for x in mixes]
+        raise UserError(f"multi_token_attention: mixes {shapes}; expected [H / c, c, c], c a divisor of H = {H}")
+    of_q, of_k = head_axes(H, K, math.lcm(*(x.shape[1] for x in mixes)))
     heads, keys, rows = ("batch", None, of_q, None), ("batch", None, of_k, None), ("batch", None)
     per_head = of_q, None, None
     return MULTI_TOKEN_ATTENTION(
-        q_BRHd, k_BSKd, v_BSKe, taps_HQC, after_HQC, mix_Ncc, start_BR, end_BR,
-        axes=(heads, keys, keys, per_head, per_head, per_head, rows, rows), out_axes=[heads],
+        q_BRHd, k_BSKd, v_BSKe, taps_HQC, logit_mix_Ncc, after_HQC, mix_Ncc, start_BR, end_BR,
+        axes=(heads, keys, keys, per_head, per_head, per_head, per_head, rows, rows), out_axes=[heads],
         impl=impl, scale=d**-0.5, whole=whole,
     )  # fmt: skip

@@ -30,7 +30,12 @@ EVERYDAY = "gated", "gated_deltanet", "lightning", "softmax"  # the mixers that 
 # Knobs of what reads a context, tried in test_cross.py, and of what reads a fixed text, tried in test_ablated.py.
 CROSS = {"source", "context_width", "rope_context", "text"}
 # Knobs that are refused, or change nothing in short rows, where others are not set, and these.
-BESIDE = {"qk_epsilon": {"qk_norm": True}, "rope_scaling": {"rope_base": 1e4}, "impl": {"chunk": CHUNK}}
+BESIDE = {
+    "qk_epsilon": {"qk_norm": True},
+    "rope_scaling": {"rope_base": 1e4},
+    "impl": {"chunk": CHUNK},
+    "gate_scale": {"forget": True},
+}
 
 # Row 0: two documents and padding behind. Row 1: padding in front, one document, which is cut by the padding's end.
 SEGMENTS = np.array([[1, 1, 1, 1, 2, 2, 2, 2, 2, 0, 0], [0, 0, 3, 3, 3, 3, 3, 3, 3, 3, 3]], np.int32)

@@ -29,9 +29,9 @@ def split(run: Callable[..., Any], length: int, **sizes: int) -> Callable[..., A
     return jax.jit(partition.traced(run, mesh, sharding.ACTIVATION_RULES))
 
 
-def hold_stack(graphdef: Any, params: Any, x: Any, seq: Any) -> Any:
-    """A stack's y and gradients of x [2, T, D] and packed rows are the same on eight devices, positions split too;
-    those of x of one device."""
+def hold(graphdef: Any, params: Any, x: Any, seq: Any, **sizes: int) -> Any:
+    """y and gradients of x [2, T, D] and packed rows are the same on eight devices, split as `split` says; those of x
+    of one device."""
     x, seq = widened((x, seq))
 
     @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
@@ -39,7 +39,7 @@ def hold_stack(graphdef: Any, params: Any, x: Any, seq: Any) -> Any:
         y = nnx.merge(graphdef, params)(x, seq).y
         return jnp.sum(jnp.where((seq.segments > 0)[..., None], jnp.sin(y), 0)), y
 
-    expected, got = jax.jit(run)(params, x, seq), split(run, x.shape[1], context=2)(params, x, seq)
+    expected, got = jax.jit(run)(params, x, seq), split(run, x.shape[1], **sizes)(params, x, seq)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-11 * max(1, np.abs(b).max()))
     return expected[1][1][:2, :-1]

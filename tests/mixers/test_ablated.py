@@ -282,7 +282,8 @@ def test_the_second_stream_goes_through_whole_blocks(weights, fields):
 
 def test_the_second_stream_on_eight_devices():
     """Rows, heads and positions of a packed stack split, between layers that read the stream: the same numbers."""
-    devices.hold_stack(*stack_of("random_stream", pattern="A", layers=2, mlp_width=0), *cases.inputs(jnp.float64))
+    stack = stack_of("random_stream", pattern="A", layers=2, mlp_width=0)
+    devices.hold(*stack, *cases.inputs(jnp.float64), context=2)
 
 
 def test_streams_know_positions_alone():

@@ -72,6 +72,17 @@ def test_every_knob_turns(name):
             assert any(a != b for a, b in pairs), f"{name}.{field.name} = {value!r} changes nothing"
 
 
+@pytest.mark.parametrize("name", mixers.names())
+def test_knobs_of_what_is_no_knob_are_none(name):
+    """A knob that only matters beside a value of another is one where the other can have it; else it is unknown."""
+    cls = mixers.get(name)
+    fields = {field.name: field for field in dataclasses.fields(cls.Config)}
+    for key, needs in cases.BESIDE.items():
+        if key in fields and key != "impl":
+            assert needs.keys() <= fields.keys(), f"{name} has {key} and no {', '.join(needs)}: make it a ClassVar, too"
+            cls.Config(**needs, **{key: fields[key].metadata["other"][0]})
+
+
 @functools.lru_cache(maxsize=4)
 def traced(config):
     """The module without numbers, its parameters and the program on whole rows, of the implementation whose products

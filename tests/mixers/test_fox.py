@@ -121,6 +121,17 @@ def test_a_constant_gate_is_alibi():
     np.testing.assert_allclose(sigmoid(np.asarray(spread_logits(2, jnp.float64))), np.exp([-1 / 2, -1 / 128]))
 
 
+def test_sums_of_gates_begin_with_documents():
+    """So that a document's biases round by what it has forgotten itself, not by what all before it in the row have."""
+    module = cases.module(FoxConfig(), jnp.float64)
+    x, seq = cases.inputs(jnp.float64)
+    left, logs = np.asarray(module.left(x, seq.derived())), np.log(sigmoid(np.asarray(module.forget(x))))
+    for row, first, end in cases.DOCUMENTS:
+        expected = logs[row, first:end].cumsum(0)
+        np.testing.assert_allclose(left[row, first:end] - left[row, first], expected - expected[0], atol=1e-12)
+        assert (np.abs(left[row, first]) <= np.abs(expected[0]) + 1e-12).all()
+
+
 def test_a_stream_keeps_what_is_left_of_each_key():
     """After n positions of one document, of the key at s is left what the positions behind it left."""
     module = cases.module(FoxConfig(shift=True), jnp.float64)

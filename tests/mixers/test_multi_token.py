@@ -13,11 +13,11 @@ from attnlab.errors import ConfigError, UserError
 from attnlab.mixers.multi_token import MultiTokenConfig
 from attnlab.ops.multi_token_attention import multi_token_attention
 from tests import tiers
-from tests.mixers import cases
+from tests.mixers import cases, devices
 from tests.mixers.test_softmax import rotate
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
-ROLES = {"matrix": "q k v out gate", "taps": "filters after", "scale": "norm mix"}
+ROLES = {"matrix": "q k v out gate", "taps": "filters after", "scale": "norm mix logit_mix"}
 BLOCK = 128
 NUMBERS_OF = "tensor"
 
@@ -40,6 +40,11 @@ def filtered(x, taps, segments):
     return out
 
 
+def mixed(p, mix):
+    """p [H, T, T] of groups of heads: head j of one is `sum_i mix[i, j] p_i`."""
+    return np.concatenate([np.einsum("irl,ij->jrl", g, m) for g, m in zip(np.split(p, len(mix)), mix)])
+
+
 def layer(module, x, positions, segments):
     """The whole layer for one row, pair by pair."""
     c, d, T = module.config, module.head_dim, len(x)
@@ -49,16 +54,17 @@ def layer(module, x, positions, segments):
     own = lambda h: h // (c.heads // c.key_heads)
     segments = np.where(segments == 0, -1 - np.arange(T), segments)  # padding stands alone
     seen = np.array([[s <= t and segments[s] == segments[t] for s in range(T)] for t in range(T)])
-    p = np.zeros((c.heads, T, T))
-    for h in range(c.heads):
-        scores = np.where(seen, turn(q[:, h]) @ turn(k[:, own(h)]).T / np.sqrt(d), 0)
-        weights = np.where(seen, np.exp(filtered(scores, np.asarray(module.filters[...])[h], segments)), 0)
-        p[h] = weights / weights.sum(1, keepdims=True)
-        if c.after:
-            p[h] = np.where(seen, filtered(p[h], np.asarray(module.after[...])[h], segments), 0)
+    scores = [np.where(seen, turn(q[:, h]) @ turn(k[:, own(h)]).T / np.sqrt(d), 0) for h in range(c.heads)]
+    p = np.stack([filtered(x, taps, segments) for x, taps in zip(scores, np.asarray(module.filters[...]))])
+    if c.logit_mix:
+        p = mixed(p, np.asarray(module.logit_mix[...]))
+    p = np.where(seen, np.exp(p), 0)
+    p = p / p.sum(2, keepdims=True)
+    if c.after:
+        each = zip(p, np.asarray(module.after[...]))
+        p = np.stack([np.where(seen, filtered(x, taps, segments), 0) for x, taps in each])
     if c.head_mix:
-        mix = np.asarray(module.mix[...])
-        p = np.concatenate([np.einsum("irl,ij->jrl", g, m) for g, m in zip(np.split(p, len(mix)), mix)])
+        p = mixed(p, np.asarray(module.mix[...]))
     o = np.stack([p[h] @ v[:, own(h)] for h in range(c.heads)], axis=1)
     if c.norm:
         o = o / np.sqrt((o * o).mean(-1, keepdims=True) + 1e-5) * np.asarray(module.norm.scale[...])
@@ -70,8 +76,8 @@ def layer(module, x, positions, segments):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"kv_heads": 2, "query_span": 3, "key_span": 3, "after": True, "head_mix": 2, "bias": "all"},
-        {"query_span": 2, "key_span": 5, "norm": False, "gate": False, "rope_base": None},
+        {"kv_heads": 2, "query_span": 3, "key_span": 3, "after": True, "logit_mix": 4, "head_mix": 2, "bias": "all"},
+        {"query_span": 2, "key_span": 5, "norm": False, "gate": False, "rope_base": None, "logit_mix": 2},
     ],
     ids=str,
 )
@@ -91,7 +97,7 @@ def test_equals_the_formula(fields):
 @tiers.exhaustive
 def test_at_first_it_is_softmax_attention():
     """Filters and mixes that change nothing, without norm and gate."""
-    knobs = {"norm": False, "gate": False, "after": True, "head_mix": 2}
+    knobs = {"norm": False, "gate": False, "after": True, "logit_mix": 4, "head_mix": 2}
     module = mixers.build({"name": "multi_token", **knobs}, width=16, rngs=nnx.Rngs(0), dtype=jnp.float64)
     softmax = cases.module(mixers.get("softmax").Config(), jnp.float64)
     for name in ("q", "k", "v", "out"):
@@ -127,6 +133,58 @@ def test_filters_move_and_scale_scores(impl):
         np.testing.assert_allclose(run(taps[name]), p / p.sum(1, keepdims=True), atol=1e-12)
 
 
+@pytest.mark.parametrize("impl", ["definition", "blocks"])
+def test_equals_sums_over_pairs_of_heads(impl):
+    """Values and gradients in all seven of the op with a mix before the softmax and one after, as matrices of all heads
+    that are 0 outside of groups; two documents."""
+    rng, T, H = np.random.default_rng(0), 6, 4
+    shapes = (T, H, 3), (T, 2, 3), (T, 2, 3), (H, 3, 3), (H, 2, 3), (1, H, H), (2, 2, 2)
+    arrays = [jnp.asarray(rng.normal(size=shape)) for shape in shapes]
+    segments, t = np.array([1, 1, 2, 2, 2, 2]), np.arange(T)
+    seen = (t[:, None] >= t) & (segments[:, None] == segments)
+
+    def pairs(x, taps):
+        total = 0
+        for a, b in np.ndindex(*taps.shape[1:]):
+            row, key = t - taps.shape[1] + 1 + a, t - taps.shape[2] // 2 + b
+            own = (row >= 0) & (segments[np.maximum(row, 0)] == segments)
+            there = own[:, None] & ((key >= 0) & (key < T))
+            total += taps[:, a, b, None, None] * jnp.where(
+                there, x[:, np.clip(row, 0, T)][:, :, np.clip(key, 0, T - 1)], 0
+            )
+        return total
+
+    def by_pairs(q, k, v, taps, after, logit_mix, mix):
+        k, v = (jnp.repeat(x, 2, axis=1) for x in (k, v))
+        of_all = lambda p, mix: jnp.einsum("ij,irl->jrl", jax.scipy.linalg.block_diag(*mix), p)
+        p = pairs(jnp.where(seen, jnp.einsum("thd,shd->hts", q, k) / 3**0.5, 0), taps)
+        p = jax.nn.softmax(jnp.where(seen, of_all(p, logit_mix), -jnp.inf), axis=-1)
+        p = of_all(jnp.where(seen, pairs(p, after), 0), mix)
+        return jnp.einsum("hts,shd->thd", p, v)
+
+    def op(q, k, v, taps, after, logit_mix, mix):
+        rows = lambda x: jnp.pad(jnp.asarray(x), [(3, 0)] + [(0, 0)] * (x.ndim - 1))[None]
+        bounds = rows(np.array([0, 0, 2, 2, 2, 2], np.int32)), rows((t + 1).astype(np.int32))
+        options = {"whole": True, "logit_mix_Ncc": logit_mix, "impl": impl}
+        return multi_token_attention(rows(q), k[None], v[None], taps, after, mix, *bounds, **options)[0]
+
+    def of(run):
+        total = lambda *arrays: (jnp.sin(y := run(*arrays)).sum(), y)
+        return jax.tree.leaves(jax.jit(jax.value_and_grad(total, range(7), has_aux=True))(*arrays))
+
+    for a, b in zip(of(op), of(by_pairs), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-11)
+
+
+@tiers.exhaustive
+@pytest.mark.parametrize("logit_mix, head_mix", [(2, None), (4, 2), (2, 4)])
+def test_heads_that_are_mixed_share_a_device(logit_mix, head_mix):
+    """Values and gradients are the same on eight devices, of which two share the heads where no mix needs them all."""
+    fields = {"query_span": 2, "key_span": 3, "after": True, "logit_mix": logit_mix, "head_mix": head_mix}
+    module = cases.module(MultiTokenConfig(**fields), jnp.float64)
+    devices.hold(*cases.split(module), *cases.inputs(jnp.float64), data=2)
+
+
 def test_the_state_keeps_as_many_queries_as_are_reached():
     for fields, reach in (({}, 5), ({"after": True}, 10), ({"query_span": 1, "after": True}, 0)):
         cost = mixers.get("multi_token").cost(MultiTokenConfig(**fields), 16, 100)
@@ -138,6 +196,10 @@ def test_what_does_not_fit_is_refused():
     for filters in (jnp.ones((2, 2, 4)), jnp.ones((1, 2, 3)), jnp.ones((2, 4, 3))):
         with pytest.raises(UserError, match="expected H a multiple of K, filters"):
             multi_token_attention(x, x, x, filters, None, None, t, t, whole=True)
+    for mix in (jnp.ones((1, 2, 1)), jnp.ones((2, 2, 2)), jnp.ones((1, 3, 3))):
+        for mixes in ((mix, None), (None, mix)):
+            with pytest.raises(UserError, match=r"mixes .*expected \[H / c, c, c\]"):
+                multi_token_attention(x, x, x, taps, None, mixes[0], t, t, whole=True, logit_mix_Ncc=mixes[1])
     served = jax.eval_shape(lambda x: multi_token_attention(x, x, x, taps, None, None, t, t, whole=False), x)
     assert served.shape == (1, 2, 2, 4)
 
@@ -147,6 +209,7 @@ def test_what_does_not_fit_is_refused():
     [
         ({"key_span": 4}, "key_span = 4 .*odd"),
         ({"head_mix": 3}, r"head_mix = 3 .*divisors of heads \(4\)"),
+        ({"logit_mix": 3}, r"logit_mix = 3 .*divisors of heads \(4\)"),
         ({"causal": False}, "unknown key 'mixer.causal'"),
     ],
 )

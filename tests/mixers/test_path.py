@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from attnlab import mixers
 from attnlab.errors import ConfigError, UserError
@@ -14,11 +15,11 @@ from attnlab.ops.attention import attention
 from attnlab.ops.masks import Mask
 from attnlab.ops.path_attention import path_attention
 from tests import tiers
-from tests.mixers import cases
+from tests.mixers import cases, devices
 from tests.mixers.test_softmax import rms
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
-ROLES = {"matrix": "q k v out w_down w_up beta", "taps": "filters", "scale": "q_norm k_norm"}
+ROLES = {"matrix": "q k v out w_down w_up beta forget", "taps": "filters", "scale": "q_norm k_norm"}
 NUMBERS_OF = "gated_deltanet"
 
 
@@ -55,15 +56,18 @@ def layer(module, x, segments):
         epsilon = 1e-6 if c.qk_epsilon is None else c.qk_epsilon
         q, k = (rms(y, np.asarray(m.scale[...]), epsilon) for y, m in ((q, module.q_norm), (k, module.k_norm)))
     H, o = matrices(module, x, segments), np.zeros((T, c.heads, d))
+    sigmoid = lambda z: 1 / (1 + np.exp(-z))
+    f = sigmoid(linear(module.forget, x)) if c.forget else np.ones((T, c.heads))
+    gate_scale = d**-0.5 if c.gate_scale is None else c.gate_scale
     for h, t in np.ndindex(c.heads, T):
         if segments[t] == 0:
             continue
-        own, product, logits, seen = h // (c.heads // c.key_heads), np.eye(d), [], []
+        own, product, left, logits, seen = h // (c.heads // c.key_heads), np.eye(d), 1.0, [], []
         for s in range(t, -1, -1):
             if segments[s] == segments[t]:
-                logits.append(q[t, h] @ product @ k[s, own] / np.sqrt(d))
+                logits.append(q[t, h] @ product @ k[s, own] / np.sqrt(d) + gate_scale * np.log(left))
                 seen.append(s)
-                product = product @ H[s, own]
+                product, left = product @ H[s, own], left * f[s, h]
         p = np.exp(logits)
         o[t, h] = (p / p.sum()) @ v[seen, own]
     return linear(module.out, o.reshape(T, -1))
@@ -72,8 +76,9 @@ def layer(module, x, segments):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"kv_heads": 2, "chunk": 4, "qk_norm": True, "qk_epsilon": 0.1, "bias": "all"},
+        {"kv_heads": 2, "chunk": 4, "qk_norm": True, "qk_epsilon": 0.1, "bias": "all", "forget": True},
         {"rank": 3, "conv": 1, "chunk": 3},
+        {"forget": True, "gate_scale": 1.0, "chunk": 3},
     ],
     ids=str,
 )
@@ -113,6 +118,93 @@ def test_limits_of_the_matrices():
         np.testing.assert_allclose(o, softmax(reflected(q, twice), reflected(k, w)), atol=1e-12)
 
 
+@tiers.exhaustive
+def test_limits_of_the_gate():
+    """Gates of 1 are PaTH attention; without vectors w, or with beta = 0, it is forgetting attention."""
+    module = cases.module(PathConfig(forget=True, gate_scale=1.0, chunk=4), jnp.float64)
+    path = cases.module(PathConfig(chunk=4), jnp.float64)
+    fox = cases.module(mixers.get("fox").Config(), jnp.float64)
+    x, seq = cases.inputs(jnp.float64)
+    used = np.asarray(seq.segments) > 0
+    ours = nnx.to_pure_dict(cases.split(module)[1])
+    closed = lambda name, **leaves: ours | {name: ours[name] | leaves}
+    same = lambda other: cases.output(_with(other, ours), x, seq)[used]
+    run = lambda tree: cases.output(_with(module, tree), x, seq)[used]
+    open_gates = closed("forget", kernel=0 * ours["forget"]["kernel"], bias=ours["forget"]["bias"] * 0 + 60)
+    np.testing.assert_allclose(run(open_gates), same(path), atol=1e-12)
+    no_vectors = closed("w_up", kernel=0 * ours["w_up"]["kernel"])
+    no_steps = closed("beta", kernel=0 * ours["beta"]["kernel"], bias=ours["beta"]["bias"] * 0 - 60)
+    for tree in (no_vectors, no_steps):
+        np.testing.assert_allclose(run(tree), same(fox), atol=1e-12)
+
+
+def _with(module, tree):
+    """The module with those of the parameters in `tree` that it has."""
+    graphdef, params = cases.split(module)
+    own = nnx.to_pure_dict(params)
+    nnx.replace_by_pure_dict(params, {name: tree[name] for name in own})
+    return nnx.merge(graphdef, params)
+
+
+@pytest.mark.parametrize("impl", ["blocks", "definition"])
+def test_equals_a_product_for_every_pair(impl):
+    """Values and gradients in all six of the op, whose documents share no matrix and no gate."""
+    rng, T, first = np.random.default_rng(0), 7, 3
+    shapes = (1, T, 4, 3), (1, T, 2, 3), (1, T, 2, 2), (1, T, 2, 3), (1, T, 2), (1, T, 4)
+    arrays = [jnp.asarray(rng.normal(size=shape)) for shape in shapes]
+    start = jnp.asarray([[0] * first + [first] * (T - first)])
+    mask = Mask(start, jnp.arange(1, T + 1)[None], causal=True)
+
+    def parts(q, k, v, w, beta, logs):
+        w = w / jnp.linalg.norm(w, axis=-1, keepdims=True)
+        return q, k, v, w, 2 * jax.nn.sigmoid(beta), jax.nn.log_sigmoid(logs)
+
+    def by_pairs(*arrays):
+        q, k, v, w, beta, logs = (x[0] for x in parts(*arrays))
+        k, v, w, beta = (jnp.repeat(x, 2, axis=1) for x in (k, v, w, beta))
+        H, rows = jnp.eye(3) - beta[..., None, None] * w[..., :, None] * w[..., None, :], []
+        for t in range(T):
+            product, left, logits, begin = jnp.eye(3), 0.0, [], 0 if t < first else first
+            for s in range(t, begin - 1, -1):
+                turned = jnp.einsum("hd,hde,he->h", q[t], jnp.broadcast_to(product, (4, 3, 3)), k[s])
+                logits.append(turned / 3**0.5 + left)
+                product, left = product @ H[s], left + logs[s]
+            rows.append(jnp.einsum("sh,she->he", jax.nn.softmax(jnp.stack(logits), axis=0), v[begin : t + 1][::-1]))
+        return jnp.stack(rows)[None]
+
+    def op(*arrays):
+        *arrays, logs = parts(*arrays)
+        left = jnp.concatenate([jnp.cumsum(logs[:, :first], axis=1), jnp.cumsum(logs[:, first:], axis=1)], axis=1)
+        return path_attention(*arrays, mask, left_BTH=left, chunk=2, impl=impl)
+
+    def of(run):
+        total = lambda *arrays: (jnp.sin(y := run(*arrays)).sum(), y)
+        return jax.tree.leaves(jax.jit(jax.value_and_grad(total, range(6), has_aux=True))(*arrays))
+
+    for a, b in zip(of(op), of(by_pairs), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-11)
+
+
+@tiers.exhaustive
+def test_gates_of_heads_on_eight_devices():
+    """Each device has the gates of its own heads: values and gradients are those of one device."""
+    module = cases.module(PathConfig(forget=True, kv_heads=2, chunk=4), jnp.float64)
+    devices.hold(*cases.split(module), *cases.inputs(jnp.float64), data=2)
+
+
+def test_a_stream_keeps_what_is_left_of_each_key():
+    """After n positions, of the key at s the gates behind it, multiplied; in logarithms times the scale."""
+    module = cases.module(PathConfig(forget=True, chunk=2), jnp.float64)
+    x, _ = cases.inputs(jnp.float64)
+    extend = jax.jit(lambda x, seq, state: module.extend(x, seq, state))
+    state = module.init_state(2, cases.LENGTH, jnp.float64)
+    _, state = cases.streamed(extend, state, x, mixers.Sequence.whole(*x.shape[:2]), (5, 5))
+    logs = np.log(1 / (1 + np.exp(-np.asarray(module.forget(x)))))[:, :10]
+    for s in (0, 4, 9):
+        expected = logs[:, s + 1 :].sum(1) / np.sqrt(module.head_dim)
+        np.testing.assert_allclose(state.carried.faded[:, s], expected, atol=1e-12)
+
+
 def test_a_stream_rewrites_its_keys():
     """Each key in the cache has gone through the matrices of all positions behind it."""
     module = cases.module(PathConfig(chunk=2), jnp.float64)
@@ -135,9 +227,16 @@ def test_what_does_not_fit_is_refused():
         path_attention(q, q, q, q, q[..., 0], Mask())
     with pytest.raises(UserError, match="beta"):
         path_attention(q, q, q, q, q, Mask(causal=True))
+    with pytest.raises(UserError, match=r"left \(1, 3, 1\)"):
+        path_attention(q, q, q, q, q[..., 0], Mask(causal=True), left_BTH=q[..., :1, 0])
 
 
-@pytest.mark.parametrize("fields", [{"causal": False}, {"window": 3}, {"rope_base": 100.0}])
+@pytest.mark.parametrize("fields", [{"causal": False}, {"window": 3}, {"rope_base": 100.0}, {"rope_scaling": None}])
 def test_what_it_does_not_have_is_unknown(fields):
     with pytest.raises(ConfigError, match=f"unknown key 'mixer.{next(iter(fields))}'"):
         mixers.config_from_node({"name": "path", **fields})
+
+
+def test_a_scale_of_no_gate_is_refused():
+    with pytest.raises(ConfigError, match="gate_scale = 1.0 .*none where forget is false"):
+        mixers.config_from_node({"name": "path", "gate_scale": 1.0})

@@ -242,7 +242,7 @@ def test_a_stack_reads_the_features_in_every_layer():
 def test_a_stack_on_eight_devices():
     """Rows, heads and positions of packed text and images split: the same numbers, gradients too."""
     x, seq = inputs()
-    of_x = devices.hold_stack(*a_stack(), x, dataclasses.replace(seq, embedding=None))
+    of_x = devices.hold(*a_stack(), x, dataclasses.replace(seq, embedding=None), context=2)
     assert np.all(np.abs(of_x[images()]).max(-1) > 0)
 
 

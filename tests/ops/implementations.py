@@ -159,11 +159,14 @@ def _causal(op: Callable, count: int, impl: str, **options: Any) -> tuple[Callab
     return lambda *a: op(*a, mask, impl=impl, **options), arrays(count, SHORT)
 
 
-def _path(impl: str) -> tuple[Callable, list[jax.Array]]:
-    run = lambda q, k, v, w, b, mask, **options: path_attention(
-        q, k, v, w / 2, jax.nn.sigmoid(b[..., 0]), mask, chunk=4, **options
-    )
-    return _causal(run, 5, impl)
+def _path(gate: bool, impl: str) -> tuple[Callable, list[jax.Array]]:
+    def run(q, k, v, w, b, *args, **options):
+        *gates, mask = args
+        left = jnp.cumsum(-jnp.abs(gates[0][..., 0]), axis=1) if gates else None
+        beta = jax.nn.sigmoid(b[..., 0])
+        return path_attention(q, k, v, w / 2, beta, mask, left_BTH=left, chunk=4, **options)
+
+    return _causal(run, 5 + gate, impl)
 
 
 def _dynamic_mask(impl: str) -> tuple[Callable, list[jax.Array]]:
@@ -188,15 +191,15 @@ def _ttt(impl: str) -> tuple[Callable, list[jax.Array]]:
 
 
 def _multi_token(impl: str) -> tuple[Callable, list[jax.Array]]:
-    """Filters over two queries and three keys before and after the softmax, all heads mixed; one document a row."""
+    """Filters over two queries and three keys, and mixes of all heads, before and after the softmax."""
     B, T, H, d = SHORT
     behind = jnp.arange(1, T + 1, dtype=jnp.int32)
     end = jnp.broadcast_to(jnp.concatenate([jnp.zeros(2, jnp.int32), behind]), (B, T + 2))
     rows = lambda q: jnp.pad(q, ((0, 0), (2, 0), (0, 0), (0, 0)))
-    run = lambda q, k, v, taps, after, mix: multi_token_attention(
-        rows(q), k, v, taps, after, mix, jnp.zeros_like(end), end, whole=True, impl=impl
+    run = lambda q, k, v, taps, after, mix, logit_mix: multi_token_attention(
+        rows(q), k, v, taps, after, mix, jnp.zeros_like(end), end, whole=True, logit_mix_Ncc=logit_mix, impl=impl
     )
-    return run, [*arrays(3, SHORT), *arrays(2, (H, 2, 3), seed=1), *arrays(1, (1, H, H), seed=2)]
+    return run, [*arrays(3, SHORT), *arrays(2, (H, 2, 3), seed=1), *arrays(2, (1, H, H), seed=2)]
 
 
 # Per op: cases by name, each `impl` to a function and its arrays.
@@ -239,7 +242,10 @@ CASES: dict[str, tuple[Op, dict[str, Callable[[str], tuple[Callable, list[jax.Ar
     "dynamic_mask_attention": (DYNAMIC_MASK_ATTENTION, {"short": _dynamic_mask}),
     "mesa": (MESA, {"short": _mesa}),
     "multi_token_attention": (MULTI_TOKEN_ATTENTION, {"short": _multi_token}),
-    "path_attention": (PATH_ATTENTION, {"short": _path}),
+    "path_attention": (
+        PATH_ATTENTION,
+        {n: functools.partial(_path, gate) for n, gate in (("short", False), ("gate", True))},
+    ),
     "stick_breaking": (STICK_BREAKING, {"short": functools.partial(_causal, stick_breaking, 3)}),
     "ttt_linear": (TTT_LINEAR, {"short": _ttt}),
     "delta_rule": (DELTA_RULE, {"short": _delta}),
