@@ -30,7 +30,12 @@ EVERYDAY = "gated", "gated_deltanet", "lightning", "softmax"  # the mixers that 
 # Knobs of what reads a context, tried in test_cross.py, and of what reads a fixed text, tried in test_ablated.py.
 CROSS = {"source", "context_width", "rope_context", "text"}
 # Knobs that are refused, or change nothing in short rows, where others are not set, and these.
-BESIDE = {"qk_epsilon": {"qk_norm": True}, "rope_scaling": {"rope_base": 1e4}, "impl": {"chunk": CHUNK}}
+BESIDE = {
+    "qk_epsilon": {"qk_norm": True},
+    "rope_scaling": {"rope_base": 1e4},
+    "impl": {"chunk": CHUNK},
+    "layer": {"layers": 3, "value_residual": False},
+}
 
 # Row 0: two documents and padding behind. Row 1: padding in front, one document, which is cut by the padding's end.
 SEGMENTS = np.array([[1, 1, 1, 1, 2, 2, 2, 2, 2, 0, 0], [0, 0, 3, 3, 3, 3, 3, 3, 3, 3, 3]], np.int32)
@@ -65,7 +70,8 @@ def configs(name: str) -> dict[str, tuple[Any, bool]]:
 
 
 def _together(cls: type[mixers.Mixer], knobs: list[tuple[str, Any]]) -> list[dict[str, Any]]:
-    """The knobs' values in few configs. What turns something off stands apart from what it would hide."""
+    """The knobs' values in few configs. What turns something off stands apart from what it would hide; what none of
+    them allows stands with what it needs."""
     groups: list[dict[str, Any]] = []
     for name, value in knobs:
         for fields in groups:
@@ -78,8 +84,16 @@ def _together(cls: type[mixers.Mixer], knobs: list[tuple[str, Any]]) -> list[dic
                 fields[name] = value
                 break
         else:
-            groups.append({name: value})
+            groups.append({name: value} | (BESIDE.get(name, {}) if _refused(cls, {name: value}) else {}))
     return groups
+
+
+def _refused(cls: type[mixers.Mixer], fields: dict[str, Any]) -> bool:
+    try:
+        cls.Config(**fields)
+    except ConfigError:
+        return True
+    return False
 
 
 def of_knobs(config: Any) -> bool:
