@@ -35,6 +35,8 @@ BESIDE = {
     "rope_scaling": {"rope_base": 1e4},
     "impl": {"chunk": CHUNK},
     "layer": {"layers": 3, "value_residual": False},
+    "lifetime_min": {"forget": "fixed"},
+    "lifetime_max": {"forget": "fixed"},
 }
 
 # Row 0: two documents and padding behind. Row 1: padding in front, one document, which is cut by the padding's end.
