@@ -100,9 +100,14 @@ class Attention(HeadMixer):
             tau = jnp.full((config.heads,), math.log(math.expm1(_FIRST_TEMPERATURE)), param_dtype(dtype))
             self.temperature = param(tau, axes=("heads",), role=Role.SCALE)
         elif config.qk_norm:
-            self.q_norm, self.k_norm = (head_norm(config, self.head_dim, dtype) for _ in range(2))
+            self.q_norm = self.make_norm(config.heads, "heads")
+            self.k_norm = self.make_norm(config.key_heads, "kv_heads")
 
     # Hooks for mixers that change one place of the layer (see gated.py).
+
+    def make_norm(self, heads: int, axis: str) -> nnx.Module:
+        """The norm of queries or keys [B, T, heads, d], `axis` the logical one of the heads; one scale for all."""
+        return head_norm(self.config, self.head_dim, self.dtype)
 
     def queries(self, x: jax.Array) -> jax.Array:
         """q [B, T, H, d] of x [B, T, D], before QK-norm and RoPE."""

@@ -179,6 +179,19 @@ class Mixer(nnx.Module):
         `Sequence.text`. Where `MixerConfig.second_stream` names one."""
         raise UnsupportedPattern(f"mixer {self.name!r} reads no second stream")
 
+    def begin_layer(self, layer: jax.Array, layers: int) -> None:
+        """Sets anew what of the first values depends on the layer's place in its stack; default: nothing does.
+
+        A stack calls it once, as it makes its layers. Parameters keep their shapes, dtypes and metadata.
+
+        Args:
+          layer: int32 scalar, traced: the number that `Sequence.layer` has at run time.
+          layers: how many the stack has.
+
+        Raises:
+          ConfigError: the layer cannot be one of so many.
+        """
+
     def require_stack(self, layers: int) -> None:
         """Raises ConfigError where a stack cannot have so many layers that share the names of `init_shared`."""
 

@@ -30,6 +30,7 @@ class DSAConfig(MLAConfig):
     causal: ClassVar[bool] = True
     decode_impl: ClassVar[str] = "auto"
     mask: ClassVar[None] = None
+    turns_more: ClassVar[bool] = True  # the indexer's channels
 
     top_k: int = knob(64, "keys that a query attends to, the same for all heads", other=(3,), least=1)
     index_heads: int = knob(4, "heads of the indexer", other=(2,), least=1)

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from attnlab import config as config_lib
 from attnlab.mixers.attention import Attention, AttentionConfig, Reads
 from attnlab.mixers.base import Capabilities, MixerOutput, knob, register
 from attnlab.mixers.forget_gate import log_left
 from attnlab.mixers.heads import Projections, split_heads
 from attnlab.mixers.masked import Masked, MaskedCache, mask_knob, mean_keys, require_mask, resolve_mask
-from attnlab.mixers.parts import RMSNorm, param_dtype
+from attnlab.mixers.parts import HeadsRMSNorm, param_dtype
 from attnlab.mixers.roles import Role, param
 from attnlab.mixers.sequence import Sequence
 from attnlab.ops.attention import ATTENTION
@@ -24,7 +25,7 @@ from attnlab.ops.masks import Mask
 
 _IMPLS = "definition", "tiles"  # that take biases
 _DECODE_IMPLS = "auto", "one_query", "tiles", "definition"
-_LIFETIMES = 2.0, 128.0  # positions after which 1 / e is left at first, where it does not depend on the input
+_LIFETIMES = 2.0, 128.0  # of the first head and the last, where knobs do not say others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,9 @@ class FoxConfig(AttentionConfig):
     qk_norms = (False, True)
 
     rope_base: float | None = knob(None, "base of the rotary embedding; none: no positions", other=(100.0,), above=1)
-    qk_norm: bool = knob(False, "RMSNorm of each head's queries and keys, before RoPE", other=(True,))
+    qk_norm: bool = knob(
+        False, "RMSNorm of each head's queries and keys, with scales of its own, before RoPE", other=(True,)
+    )
     forget: str = knob(
         "input",
         "what is left of the past at a position: input: sigmoid(x W_f + b); constant: sigmoid(b), learned per head; "
@@ -44,10 +47,18 @@ class FoxConfig(AttentionConfig):
         other=("constant", "fixed"),
         choices=("input", "constant", "fixed"),
     )
+    lifetime_min: float | None = knob(
+        None,
+        "positions after which 1 / e is left in the first head, at first; none: 2; heads between the first and the "
+        "last are spaced evenly in the logarithm; none too where forget is input",
+        other=(4.0,),
+        above=0,
+    )
+    lifetime_max: float | None = knob(None, "the same in the last head; none: 128", other=(16.0,), above=0)
     shift: bool = knob(
         False, "mix each head's keys and values with those of the position before, by learned shares", other=(True,)
     )
-    output_norm: bool = knob(False, "RMSNorm of each head's output", other=(True,))
+    output_norm: bool = knob(False, "RMSNorm of each head's output, with a scale of its own", other=(True,))
     output_gate: bool = knob(False, "multiply the heads' outputs by sigmoid(x W_g)", other=(True,))
     impl: str = knob(
         "auto", "implementation of the op: auto, definition, tiles", other=("definition",), choices=("auto", *_IMPLS)
@@ -64,6 +75,21 @@ class FoxConfig(AttentionConfig):
         resolve_mask(self)
         super().__post_init__()
         require_mask(self)
+        need = config_lib.require
+        for key in ("lifetime_min", "lifetime_max"):
+            given = getattr(self, key)
+            need(given is None or self.forget != "input", key, given, "none where forget is input")
+        need(self.lifetime_max is None or self.heads > 1, "lifetime_max", self.lifetime_max, "none where heads is 1")
+        low, high = self.lifetimes
+        key = "lifetime_max" if self.lifetime_min is None else "lifetime_min"
+        allowed = f"{low} or more" if key == "lifetime_max" else f"lifetime_max ({high}) or less"
+        need(low <= high, key, getattr(self, key), allowed)
+
+    @property
+    def lifetimes(self) -> tuple[float, float]:
+        """Positions after which 1 / e is left in the first head and in the last, at first."""
+        low, high = _LIFETIMES
+        return self.lifetime_min or low, self.lifetime_max or high
 
 
 @jax.tree_util.register_dataclass
@@ -101,14 +127,15 @@ class Fox(Masked, Attention):
 
     f is of each query head, sigmoid(x W_f + b), in fp32; its sum is a bias of the query less one of the key. With
     `shift`, `k_t` is `a_t k'_{t-1} + (1 - a_t) k'_t` of the projections k', a = sigmoid(x W_s) per key head, 0 standing
-    for k' before a document's first; so is v, by shares of its own; QK-norm comes after it.
+    for k' before a document's first; so is v, by shares of its own; QK-norm comes after it. Norms have scales of
+    each head.
     """
 
     Config = FoxConfig
     capabilities = Capabilities()
     paper = "Lin et al. 2025, Forgetting Transformer: Softmax Attention with a Forget Gate, arXiv:2503.02130"
     extension = (
-        "windows, groups of query heads that share keys, and first lifetimes of 2 to 128 positions of a forget gate "
+        "windows, groups of query heads that share keys, and default lifetimes of 2 to 128 positions of a forget gate "
         "that does not depend on the input"
     )
     implementations = {name: ATTENTION.table[name] for name in _IMPLS}
@@ -124,13 +151,18 @@ class Fox(Masked, Attention):
         if config.forget == "input":
             self.forget = make(config.heads, "gates", bias=True)
         elif config.forget == "constant":
-            self.forget_bias = param(spread_logits(config.heads, kind), axes=("gates",), role=Role.BIAS)
+            bias = spread_logits(config.heads, kind, config.lifetimes)
+            self.forget_bias = param(bias, axes=("gates",), role=Role.BIAS)
         if config.shift:
             self.k_shift, self.v_shift = (make(config.key_heads, "gates") for _ in range(2))
         if config.output_norm:
-            self.o_norm = RMSNorm(self.head_dim, ("head",), dtype=dtype)
+            self.o_norm = HeadsRMSNorm(config.heads, self.head_dim, "heads", dtype=dtype)
         if config.output_gate:
             self.gate = make(config.heads * self.head_dim)
+
+    def make_norm(self, heads: int, axis: str) -> HeadsRMSNorm:
+        epsilon = 1e-6 if self.config.qk_epsilon is None else self.config.qk_epsilon
+        return HeadsRMSNorm(heads, self.head_dim, axis, dtype=self.dtype, epsilon=epsilon)
 
     def reads(self, x: jax.Array, seq: Sequence, cache: FoxCache | MaskedCache | None = None) -> Reads:
         c, view = self.config, self.viewed(seq, cache, lambda cache: cache.kv.length)
@@ -167,7 +199,7 @@ class Fox(Masked, Attention):
         elif self.config.forget == "constant":
             logits = self.forget_bias[...].astype(wide)
         else:
-            logits = spread_logits(H, wide)
+            logits = spread_logits(H, wide, self.config.lifetimes)
         return log_left(jnp.broadcast_to(logits, (B, T, H)), seq)
 
     def shifted(
@@ -201,7 +233,6 @@ class Fox(Masked, Attention):
         return flops, span
 
 
-def spread_logits(heads: int, dtype: Any) -> jax.Array:
-    """[H], b with sigmoid(b) = exp(-1 / n), the lifetimes n spaced evenly in their logarithms."""
-    lifetimes = jnp.geomspace(*_LIFETIMES, heads, dtype=dtype)
-    return -jnp.log(jnp.expm1(1 / lifetimes))
+def spread_logits(heads: int, dtype: Any, lifetimes: tuple[float, float] = _LIFETIMES) -> jax.Array:
+    """[H], b with sigmoid(b) = exp(-1 / n), n from the first lifetime to the last, spaced evenly in the logarithm."""
+    return -jnp.log(jnp.expm1(1 / jnp.geomspace(*lifetimes, heads, dtype=dtype)))

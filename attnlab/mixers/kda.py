@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from attnlab import config as config_lib
 from attnlab.mixers.base import knob, register
 from attnlab.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig
 from attnlab.mixers.heads import Projections, split_heads
@@ -29,6 +30,11 @@ class KDAConfig(GatedDeltaNetConfig):
         other=(3,),
         least=1,
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        read = self.rank is None or self.decay or self.gate
+        config_lib.require(read, "rank", self.rank, "none where decay and gate are false")
 
     def low_rank(self, width: int) -> int:
         """r in a model of the given width."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,18 @@ from attnlab.ops.cached_attention import CACHED_ATTENTION
 from attnlab.ops.keys_values import Cached, KVCache, Whole, empty_cache
 from attnlab.ops.rope import rope
 
+_BASE = 10_000.0  # of the rotary embedding
+
 
 @dataclasses.dataclass(frozen=True)
 class MLAConfig(HeadConfig):
-    """Knobs of multi-head latent attention; `head_width` is that of queries and keys without positions."""
+    """Knobs of multi-head latent attention; `head_width` is that of queries and keys without positions.
+
+    Attributes:
+      turns_more: whether RoPE turns something beside the channels of `rotary_width`.
+    """
+
+    turns_more: ClassVar[bool] = False
 
     causal: bool = knob(True, "whether a position sees only itself and those before", other=(False,))
     rank: int | None = knob(
@@ -43,7 +51,7 @@ class MLAConfig(HeadConfig):
         least=0,
     )
     rope_base: float | None = knob(
-        10_000.0, "base of the rotary embedding; none: these channels are not turned", other=(100.0, None), above=1
+        _BASE, "base of the rotary embedding; none: these channels are not turned", other=(100.0, None), above=1
     )
     value_width: int | None = knob(None, "width e of a head's values; none: the head width", other=(3,), least=1)
     impl: str = impl_knob(ATTENTION)
@@ -56,6 +64,8 @@ class MLAConfig(HeadConfig):
         require_mask(self)
         even = (self.rotary_width or 0) % 2 == 0
         config_lib.require(even, "rotary_width", self.rotary_width, "even, 0 or more, or none")
+        read = self.rotary_width != 0 or self.turns_more or self.rope_base in (_BASE, None)
+        config_lib.require(read, "rope_base", self.rope_base, f"{_BASE} or none where rotary_width is 0")
 
     def widths(self, width: int) -> Widths:
         """Of a model of the given width."""

@@ -37,12 +37,6 @@ _ROUTERS = {
 _SOFTMAX_CORES = ("gated", "softmax")
 
 
-def _core_node(tree: Any, path: str) -> Any:
-    """The node as it was given: what it holds is checked when the number of heads is known."""
-    del path
-    return tree
-
-
 @dataclasses.dataclass(frozen=True)
 class MoHConfig(MixerConfig):
     """Knobs of mixture-of-head attention. H heads: h_s shared, always on, and E = H - h_s routed, K of them on."""
@@ -62,7 +56,10 @@ class MoHConfig(MixerConfig):
     )
     balance: float = knob(0.01, "coefficient of the load-balance loss; 0: none", other=(0.0,), least=0)
     causal: bool = knob(True, "handed to the core", other=(False,))
-    core: Any = knob("softmax", "node of the mixer whose heads these are", other=("gated",), build=_core_node)
+    # What the node holds is checked when the number of heads is known.
+    core: Any = knob(
+        "softmax", "node of the mixer whose heads these are", other=("gated",), build=lambda tree, path: tree
+    )
     impl: str = knob(
         "auto",
         "dense: every head, the weight may be 0; gather: only the heads that are on (cores "
@@ -360,6 +357,9 @@ class MoH(HeadMixer):
 
     def begin_second(self, length: int, text: jax.Array | None) -> jax.Array:
         return self.core.begin_second(length, text)
+
+    def begin_layer(self, layer: jax.Array, layers: int) -> None:
+        self.core.begin_layer(layer, layers)
 
     def init_shared(self, batch: int, length: int) -> dict[str, jax.Array]:
         return self.core.init_shared(batch, length)

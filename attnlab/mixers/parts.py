@@ -98,6 +98,21 @@ class RMSNorm(nnx.Module):
         return rms_norm(x, self.scale[...], self.epsilon)
 
 
+class HeadsRMSNorm(nnx.Module):
+    """`attnlab.ops.norm.rms_norm` of each head of x [..., H, d], with a learned scale [H, d], initially one.
+
+    `axis` is the logical one of the heads; one head alone, which several devices' queries read, is on all of them.
+    """
+
+    def __init__(self, heads: int, width: int, axis: str, *, dtype: Any, epsilon: float = 1e-6):
+        ones = jnp.ones((heads, width), param_dtype(dtype))
+        self.scale = param(ones, axes=(axis if heads > 1 else "one_head", "head"), role=Role.SCALE)
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return rms_norm(x, self.scale[...], self.epsilon)
+
+
 class LayerNorm(nnx.Module):
     """`attnlab.ops.norm.layer_norm` with a learned scale [width], initially one, and bias [width], initially zero."""
 

@@ -22,6 +22,7 @@ from attnlab.ops.linear import per_channel
 from attnlab.ops.norm import unit
 
 _SLOWEST = math.exp(-0.5)  # log decays lie between -exp(-1/2) and 0
+_ALONE = 0, 12  # l and L of a layer by itself
 # What is shifted, and by which power of a channel's place it looks back at first.
 _MIXED = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
 
@@ -46,14 +47,24 @@ class RWKV7Config(HeadConfig):
         None, "rank of the projection to that mixture's shares; none: 1.3 sqrt(D) in multiples of 32, 32 at least",
         other=(2,), least=1,
     )  # fmt: skip
-    layer: int = knob(0, "l, of which layer of a stack the first values are, from 0", other=(1,), least=0)
-    layers: int = knob(12, "L, layers of that stack", other=(3,), least=1)
+    layer: int | None = knob(
+        None, "l, of which layer of a stack the first values are, from 0; none: the layer's number in its stack, and 0 "
+        "by itself", other=(1,), least=0,
+    )  # fmt: skip
+    layers: int | None = knob(
+        None, "L, layers of that stack; none: those of the stack, and 12 of a layer by itself", other=(3,), least=1
+    )
     chunk: int = knob(64, "positions computed at once in training", other=(4,), least=1)
     impl: str = impl_knob(DPLR)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        config_lib.require(self.layer < self.layers, "layer", self.layer, f"less than layers ({self.layers})")
+        need = config_lib.require
+        plain = self.residual_rank is None or self.value_residual
+        need(plain, "residual_rank", self.residual_rank, "none where value_residual is false")
+        if self.layer is not None:
+            need(self.layers is not None, "layer", self.layer, "none where layers is")
+            need(self.layer < self.layers, "layer", self.layer, f"less than layers ({self.layers}), or none")
 
     def ranks(self, width: int) -> tuple[int, int, int, int]:
         """Of decays, rates, gates and shares of the first values in a model of the given width; the last may be 0."""
@@ -112,28 +123,40 @@ class RWKV7(HeadMixer):
                 setattr(self, name, low)
         self._make_vectors(width, inner, kind)
         self.norm = LayerNorm(inner, ("heads",), dtype=dtype, epsilon=1e-5 * self.head_dim)
-        self.norm.scale[...] = self.norm.scale[...] * ((config.layer + 1) / config.layers) ** 0.7
         self.out = make.out(inner)
+        self._begin(*_ALONE)
 
     def _make_vectors(self, width: int, inner: int, kind: Any) -> None:
-        """What is of channels, at first as in released code: by a channel's place in the model and in its head."""
-        c, d = self.config, self.head_dim
-        up, rising = 1 - c.layer / c.layers, c.layer / max(c.layers - 1, 1)
-        place = jnp.arange(width, dtype=kind) / width
-        self.mix = param(
-            jnp.stack([1 - place ** (power * up) for power in _MIXED.values()]), axes=("mix", "embed"), role=Role.SCALE
-        )
-        line = jnp.arange(inner, dtype=kind) / max(inner - 1, 1)
-        centred = (jnp.arange(inner, dtype=kind) % d - (d - 1) / 2) / max((d - 1) / 2, 1)
-        zigzag, around = centred * jnp.abs(centred), line - 0.5
+        """What is of channels, at first as in released code: by a channel's place in the model and in its head; what
+        depends on the layer's place too is `_begin`'s."""
+        self.mix = param(jnp.zeros((len(_MIXED), width), kind), axes=("mix", "embed"), role=Role.SCALE)
+        around, zigzag = _line(inner, kind) - 0.5, _zigzag(inner, self.head_dim, kind)
         make = lambda value, role: param(value, axes=("heads",), role=role)
-        self.decay_bias = make(-5.5 + 6 * line ** (1 + rising**0.3) + 2.5 * zigzag, Role.DECAY_RATE)
+        self.decay_bias = make(jnp.zeros((inner,), kind), Role.DECAY_RATE)
         self.rate_bias = make(-0.19 + 0.3 * zigzag + 0.4 * around, Role.BIAS)
-        if c.value_residual:
+        if self.config.value_residual:
             self.share_bias = make(0.73 - 0.4 * around, Role.BIAS)
         self.k_k = make(0.71 - 0.1 * around, Role.SCALE)
         self.k_a = make(jnp.full((inner,), 1.02, kind), Role.SCALE)
         self.r_k = make(jnp.full((inner,), -0.04, kind), Role.SCALE)
+
+    def begin_layer(self, layer: jax.Array, layers: int) -> None:
+        c = self.config
+        enough = c.layer is not None or c.layers is None or c.layers >= layers
+        config_lib.require(enough, "layers", c.layers, f"the stack's {layers} or more where layer is none, or none")
+        self._begin(layer, layers)
+
+    def _begin(self, layer: jax.Array | int, layers: int) -> None:
+        """First values of what depends on the layer's place in a stack, which knobs say where they are set."""
+        c = self.config
+        kind, inner = self.mix.dtype, self.decay_bias.shape[0]
+        l = jnp.asarray(layer if c.layer is None else c.layer, kind)
+        L = layers if c.layers is None else c.layers
+        self.mix[...] = _mixtures(self.mix.shape[1], 1 - l / L, kind)
+        rising = (l / max(L - 1, 1)) ** 0.3
+        zigzag = _zigzag(inner, self.head_dim, kind)
+        self.decay_bias[...] = -5.5 + 6 * _line(inner, kind) ** (1 + rising) + 2.5 * zigzag
+        self.norm.scale[...] = jnp.full((inner,), ((l + 1) / L) ** 0.7, kind)
 
     def heads(self, x: jax.Array, seq: Sequence, carried: RWKV7State | None = None) -> MixerOutput:
         c, wide = self.config, param_dtype(self.dtype)
@@ -162,11 +185,18 @@ class RWKV7(HeadMixer):
         """Values with those of the stack's first such layer mixed in, and what later layers find of them.
 
         By itself, or as the first of its stack, a layer's values are its own.
+
+        Raises:
+          ConfigError: a layer by itself is said to be a later one of a stack.
         """
         if not self.config.value_residual:
             return v_BTHd, {}
         values, layers = self._names()
         found, first = (seq.shared or {}).get(values), v_BTHd
+        config_lib.require(
+            found is not None or not self.config.layer, "layer", self.config.layer,
+            "0 or none of a layer by itself, which finds no first layer's values; any where value_residual is false",
+        )  # fmt: skip
         if found is not None:
             first = jnp.where(seq.shared[layers] == 0, v_BTHd, found)
         share = jax.nn.sigmoid(self.share(x).astype(v_BTHd.dtype) + self.share_bias[...])
@@ -211,3 +241,20 @@ class RWKV7(HeadMixer):
             "gates": 2.0 * sum(config.ranks(width)) * (width + inner),
             "memory": config.heads * chunked_flops(config.chunk, length, d, d) / length,
         }, None
+
+
+def _line(columns: int, dtype: Any) -> jax.Array:
+    """From 0 to 1 over the channels."""
+    return jnp.arange(columns, dtype=dtype) / max(columns - 1, 1)
+
+
+def _zigzag(columns: int, head_dim: int, dtype: Any) -> jax.Array:
+    """`z |z|` of each channel, z from -1 to 1 in each head."""
+    z = (jnp.arange(columns, dtype=dtype) % head_dim - (head_dim - 1) / 2) / max((head_dim - 1) / 2, 1)
+    return z * jnp.abs(z)
+
+
+def _mixtures(width: int, up: jax.Array, dtype: Any) -> jax.Array:
+    """mu [6, D] at first, of a layer whose share `up` of its stack lies above it, 1 - l / L."""
+    place = jnp.arange(width, dtype=dtype) / width
+    return 1 - place ** (jnp.asarray(list(_MIXED.values()), dtype)[:, None] * up)

@@ -1,4 +1,4 @@
-"""What a stack tells its layers: their numbers, what it began from, what layers before hand on, its second stream."""
+"""What a stack tells its layers: their places, what it began from, what layers before hand on, its second stream."""
 
 from __future__ import annotations
 
@@ -21,6 +21,19 @@ Sides = list[tuple[jax.Array | None, ...]]
 def mixers_of(period: Period) -> list[mixers.Mixer]:
     """All of the period's, in their order."""
     return [sublayer.branch for block in period.blocks for sublayer in block.sublayers if sublayer.mixes]
+
+
+def number_of(repeat: jax.Array | int, block: int, blocks: int) -> jax.Array:
+    """Of the `block`-th block of a repeat of the period, which has so many, through the stack; int32."""
+    return jnp.int32(repeat * blocks + block)
+
+
+def begin_layers(period: Period, repeat: jax.Array, layers: int) -> None:
+    """Tells each mixer of a repeat of the period, which is one of a stack of so many layers, its place in it."""
+    for i, block in enumerate(period.blocks):
+        for sublayer in block.sublayers:
+            if sublayer.mixes:
+                sublayer.branch.begin_layer(number_of(repeat, i, len(period.blocks)), layers)
 
 
 def reads(period: Period, what: str) -> bool:
@@ -59,7 +72,7 @@ def placed(
     sides: Sides | None = None,
 ) -> mixers.Sequence:
     """The sequence as a block reads it, which is the `block`-th of period `number`."""
-    layer = None if number is None else jnp.int32(number * blocks + block)
+    layer = None if number is None else number_of(number, block, blocks)
     return dataclasses.replace(seq, layer=layer, shared=shared, sides=None if sides is None else sides[block])
 
 

@@ -118,12 +118,18 @@ class StackConfig:
             allowed = f"{given}, or none" if given else f"none: {self.described} has no contexts"
             need(source is None or source in self.context_names, f"{where}.source", source, allowed)
             try:  # what only mixer and width together can tell, before any compile
-                made[letter] = nnx.eval_shape(lambda m=mixer: mixers.build(m, width=self.width, rngs=nnx.Rngs(0)))
+                made[letter] = nnx.eval_shape(functools.partial(self._begun, mixer))
             except ConfigError as error:
                 raise ConfigError(f"in {where} (model.width = {self.width}): {error}") from None
         self._require_one_stream()
         letters = self.layers // count * "".join(self.blocks)
         mixers.require_layers(made, {letter: letters.count(letter) for letter in made})
+
+    def _begun(self, mixer: Any) -> mixers.Mixer:
+        """The mixer of a config as the first layer of the stack."""
+        made = mixers.build(mixer, width=self.width, rngs=nnx.Rngs(0))
+        made.begin_layer(jnp.int32(0), self.layers)
+        return made
 
     def _require_numbers(self) -> None:
         """Raises ConfigError unless what hangs on no mixer is possible."""
@@ -258,10 +264,12 @@ class Transformer(nnx.Module):
 
         @nnx.split_rngs(splits=self.repeats)
         @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: None})
-        def stacked(rngs: nnx.Rngs) -> Period:
-            return Period(config, rngs=rngs)
+        def stacked(rngs: nnx.Rngs, repeat: jax.Array) -> Period:
+            period = Period(config, rngs=rngs)
+            layer_inputs.begin_layers(period, repeat, config.layers)
+            return period
 
-        self.periods = stacked(rngs)
+        self.periods = stacked(rngs, jnp.arange(self.repeats, dtype=jnp.int32))
 
     def __call__(self, x: jax.Array, seq: mixers.Sequence, key: jax.Array | None = None) -> mixers.MixerOutput:
         """Whole sequences, x [B, T, D]; `key` turns dropout on.

@@ -32,10 +32,10 @@ def linear(x: jax.Array, w_IO: jax.Array) -> jax.Array:
     return project(rows, w_IO).reshape(*x.shape[:-1], w_IO.shape[1])
 
 
-def per_channel(w_C: jax.Array, x: jax.Array) -> jax.Array:
-    """`w * x` for x [..., C] and w [C], in the dtype that they promote to.
+def per_channel(w: jax.Array, x: jax.Array) -> jax.Array:
+    """`w * x` for x [..., C] and w [C], or of more of x's last axes, in the dtype that they promote to.
 
-    The gradient for w is one sum over all axes but the last. What broadcasting alone gives leaves out axes of size 1,
+    The gradient for w is one sum over all axes that it lacks. What broadcasting alone gives leaves out axes of size 1,
     and for such a sum of products XLA takes 20 times as long on CPU (a batch of one row).
     """
-    return jax.lax.broadcast_in_dim(w_C, x.shape, (x.ndim - 1,)) * x
+    return jax.lax.broadcast_in_dim(w, x.shape, range(x.ndim - w.ndim, x.ndim)) * x

@@ -11,7 +11,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float = 1e-6) -> jax.Array
 
     Args:
       x: [..., D].
-      scale: [D].
+      scale: [D], or [H, D] where x is [..., H, D].
       epsilon: added to the mean square.
 
     Source: Zhang and Sennrich 2019, Root Mean Square Layer Normalization, eq. 4.

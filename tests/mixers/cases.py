@@ -35,6 +35,9 @@ BESIDE = {
     "rope_scaling": {"rope_base": 1e4},
     "impl": {"chunk": CHUNK},
     "gate_scale": {"forget": True},
+    "layer": {"layers": 3, "value_residual": False},
+    "lifetime_min": {"forget": "fixed"},
+    "lifetime_max": {"forget": "fixed"},
 }
 
 # Row 0: two documents and padding behind. Row 1: padding in front, one document, which is cut by the padding's end.
@@ -70,7 +73,8 @@ def configs(name: str) -> dict[str, tuple[Any, bool]]:
 
 
 def _together(cls: type[mixers.Mixer], knobs: list[tuple[str, Any]]) -> list[dict[str, Any]]:
-    """The knobs' values in few configs. What turns something off stands apart from what it would hide."""
+    """The knobs' values in few configs. What turns something off stands apart from what it would hide; what none of
+    them allows stands with what it needs."""
     groups: list[dict[str, Any]] = []
     for name, value in knobs:
         for fields in groups:
@@ -83,8 +87,16 @@ def _together(cls: type[mixers.Mixer], knobs: list[tuple[str, Any]]) -> list[dic
                 fields[name] = value
                 break
         else:
-            groups.append({name: value})
+            groups.append({name: value} | (BESIDE.get(name, {}) if _refused(cls, {name: value}) else {}))
     return groups
+
+
+def _refused(cls: type[mixers.Mixer], fields: dict[str, Any]) -> bool:
+    try:
+        cls.Config(**fields)
+    except ConfigError:
+        return True
+    return False
 
 
 def of_knobs(config: Any) -> bool:

@@ -116,7 +116,8 @@ def test_without_a_share_version_2_is_softmax_attention():
 def test_without_a_share_version_1_is_softmax_attention_whose_heads_are_normed():
     """lambda = 0 leaves the first of each pair of queries and keys, normed and scaled by 1 - lambda_init = 0.8."""
     module = cases.module(DiffConfig(rope_base=None), jnp.float64)
-    softmax = cases.module(mixers.get("softmax").Config(heads=2, head_width=module.value_dim, rope_base=None), jnp.float64)
+    plain = mixers.get("softmax").Config(heads=2, head_width=module.value_dim, rope_base=None)
+    softmax = cases.module(plain, jnp.float64)
     softmax.v.kernel[...] = module.v.kernel[...]
     d = module.head_dim
     for name in ("q", "k"):  # widths of values, of which the second half is 0; scores are divided by sqrt(2 d)

@@ -137,3 +137,10 @@ def test_scaled_weights_choose_alike():
     y = np.asarray(battery.call(*cases.split(module), x, seq))
     module.index_w.kernel[...] = 2 * module.index_w.kernel[...]
     np.testing.assert_array_equal(battery.call(*cases.split(module), x, seq), y)
+
+
+def test_without_rotary_channels_the_base_is_the_indexers():
+    """Where latent attention has nothing to turn, and refuses another base, the indexer's channels are turned by it."""
+    x, seq = cases.inputs(jnp.float64)
+    of = lambda base: make(rotary_width=0, rope_base=base).indexer(x, seq.derived())[0]
+    assert np.abs(np.asarray(of(100.0) - of(10_000.0))).max() > 0.01

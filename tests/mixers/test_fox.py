@@ -13,6 +13,7 @@ from attnlab.errors import ConfigError
 from attnlab.mixers.fox import FoxConfig, spread_logits
 from tests import tiers
 from tests.mixers import cases
+from tests.mixers import test_contract as battery
 from tests.mixers.test_softmax import rms, rotate
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
@@ -46,11 +47,12 @@ def layer(module, x, positions, segments):
         shares = [sigmoid(linear(m))[..., None] for m in (module.k_shift, module.v_shift)]
         k, v = (a * before(y) + (1 - a) * y for a, y in zip(shares, (k, v)))
     if c.qk_norm:
-        q, k = rms(q, np.asarray(module.q_norm.scale[...])), rms(k, np.asarray(module.k_norm.scale[...]))
+        scaled = lambda y, norm: rms(y, np.asarray(norm.scale[...]), c.qk_epsilon or 1e-6)
+        q, k = scaled(q, module.q_norm), scaled(k, module.k_norm)
     f = {
         "input": lambda: sigmoid(linear(module.forget)),
         "constant": lambda: sigmoid(np.tile(np.asarray(module.forget_bias[...]), (T, 1))),
-        "fixed": lambda: np.tile(np.exp(-1 / np.geomspace(2, 128, c.heads)), (T, 1)),
+        "fixed": lambda: np.tile(np.exp(-1 / np.geomspace(c.lifetime_min or 2, 128, c.heads)), (T, 1)),
     }[c.forget]()
     o = np.zeros((T, c.heads, d))
     for h in range(c.heads):
@@ -71,7 +73,11 @@ def layer(module, x, positions, segments):
 @tiers.often("pro", "windowed")
 @pytest.mark.parametrize(
     "fields",
-    [PRO, {"kv_heads": 2, "window": 4, "rope_base": 100.0, "forget": "constant", "bias": "all"}, {"forget": "fixed"}],
+    [
+        PRO,
+        {"kv_heads": 2, "window": 4, "rope_base": 100.0, "forget": "constant", "bias": "all"},
+        {"forget": "fixed", "lifetime_min": 1.0, "kv_heads": 2, "qk_norm": True, "qk_epsilon": 0.1, "rope_base": 50.0},
+    ],
     ids=["pro", "windowed", "fixed"],
 )
 def test_equals_the_formula(fields):
@@ -132,6 +138,35 @@ def test_sums_of_gates_begin_with_documents():
         assert (np.abs(left[row, first]) <= np.abs(expected[0]) + 1e-12).all()
 
 
+def test_lifetimes():
+    """The constant gate begins, and the fixed one stays, with those of the knobs; one that nothing reads, or that is
+    shorter in the last head than in the first, is refused."""
+    built = mixers.build(
+        {"name": "fox", "forget": "constant", "heads": 3, "head_width": 2, "lifetime_min": 3.0, "lifetime_max": 12.0},
+        width=6, rngs=nnx.Rngs(0), dtype=jnp.float64,
+    )  # fmt: skip
+    np.testing.assert_allclose(sigmoid(np.asarray(built.forget_bias[...])), np.exp([-1 / 3, -1 / 6, -1 / 12]))
+    fixed = cases.module(FoxConfig(forget="fixed", lifetime_max=4.0, heads=2), jnp.float64)
+    left = fixed.left(jnp.zeros((1, 3, cases.WIDTH)), mixers.Sequence.whole(1, 3))
+    np.testing.assert_allclose(left[0, 1:] - left[0, :-1], [[-1 / 2, -1 / 4]] * 2, atol=1e-12)
+
+
+def test_every_head_has_scales_of_its_own():
+    """[H, d] of queries and outputs, [K, d] of keys, 1 at first, split over devices as heads are."""
+    config = FoxConfig(**PRO, kv_heads=2)
+    made = mixers.build(config, width=cases.WIDTH, rngs=nnx.Rngs(0), dtype=jnp.float64)
+    for norm, heads, axis in ((made.q_norm, 4, "heads"), (made.k_norm, 2, "kv_heads"), (made.o_norm, 4, "heads")):
+        np.testing.assert_array_equal(norm.scale[...], np.ones((heads, 4)))
+        assert norm.scale.get_metadata()["axes"] == (axis, "head")
+
+
+@tiers.exhaustive
+@pytest.mark.parametrize("kv_heads", [2, 1])
+def test_the_pro_block_on_several_devices(kv_heads):
+    """Its norms are split with their heads; the one of a single key head, which all query heads read, is not."""
+    battery.same_on_eight_devices(FoxConfig(**PRO, kv_heads=kv_heads))
+
+
 def test_a_stream_keeps_what_is_left_of_each_key():
     """After n positions of one document, of the key at s is left what the positions behind it left."""
     module = cases.module(FoxConfig(shift=True), jnp.float64)
@@ -164,6 +199,11 @@ def test_long_streams_keep_near_keys_exact():
         ({"qk_norm": "cosine"}, "qk_norm = 'cosine' .*true or false"),
         ({"impl": "xla"}, "impl = 'xla' .*auto, definition, tiles"),
         ({"causal": False}, "unknown key 'mixer.causal'"),
+        ({"lifetime_min": 4.0}, "lifetime_min = 4.0 .*none where forget is input"),
+        ({"lifetime_max": 0.0, "forget": "fixed"}, "lifetime_max = 0.0 .*above 0, or none"),
+        ({"lifetime_max": 9.0, "forget": "fixed", "heads": 1}, "lifetime_max = 9.0 .*none where heads is 1"),
+        ({"lifetime_max": 1.0, "forget": "fixed"}, "lifetime_max = 1.0 .*2.0 or more"),
+        ({"lifetime_min": 9.0, "lifetime_max": 8.0, "forget": "constant"}, r"lifetime_min = 9.0 .*max \(8.0\) or less"),
     ],
 )
 def test_impossible_configs(fields, message):

@@ -111,3 +111,11 @@ def test_rank_is_the_width_of_values():
     assert build(rank=3).gate.down.kernel.shape == (16, 3)
     with pytest.raises(ConfigError, match="rank = 0"):
         build(rank=0)
+
+
+def test_a_rank_of_nothing_is_refused():
+    """Where neither decays nor gates are projected; of one of them it is that one's."""
+    with pytest.raises(ConfigError, match="rank = 3 .*none where decay and gate are false"):
+        mixers.config_from_node({"name": "kda", "decay": False, "gate": False, "rank": 3})
+    for one in ("decay", "gate"):
+        assert mixers.config_from_node({"name": "kda", one: False, "rank": 3}).rank == 3

@@ -171,6 +171,7 @@ def test_more_positions_than_room_are_loud():
         ({"rank": 0}, "rank = 0"),
         ({"rotary_width": 3}, "rotary_width = 3 .*even"),
         ({"query_rank": 0}, "query_rank = 0"),
+        ({"rotary_width": 0, "rope_base": 100.0}, "rope_base = 100.0 .*10000.0 or none where rotary_width is 0"),
         ({"window": 3}, "unknown key"),
     ],
 )

@@ -133,7 +133,7 @@ def test_first_values():
         {"name": "rwkv7", "head_width": 16, **fields}, width=64, rngs=nnx.Rngs(0), dtype=jnp.float64
     )
     with cases.drawn_by_numpy():
-        low, high = build(layer=0), build(layer=11)
+        low, high = build(), build(layer=11, layers=12)
     bias = np.asarray(low.decay_bias[...])
     n = np.arange(64)
     z = (n % 16 - 7.5) / 7.5
@@ -151,6 +151,111 @@ def test_ranks():
     """Those of released code at its widths; what cannot be is refused."""
     assert RWKV7Config().ranks(1024) == (64, 64, 160, 32) and RWKV7Config().ranks(64) == (32,) * 4
     assert RWKV7Config(decay_rank=1, rate_rank=2, gate_rank=3, residual_rank=4).ranks(1024) == (1, 2, 3, 4)
-    assert RWKV7Config(residual_rank=4, value_residual=False).ranks(64)[3] == 0
-    with pytest.raises(ConfigError, match=r"layer = 12.*less than layers \(12\)"):
-        RWKV7Config(layer=12)
+    assert RWKV7Config(value_residual=False).ranks(64)[3] == 0
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"layer": 12, "layers": 12}, r"layer = 12 .*less than layers \(12\)"),
+        ({"layer": 1}, "layer = 1 .*none where layers is"),
+        ({"residual_rank": 8, "value_residual": False}, "residual_rank = 8 .*none where value_residual is false"),
+    ],
+)
+def test_impossible_configs(fields, message):
+    """What has no place in its stack, and a rank of what is not there."""
+    with pytest.raises(ConfigError, match=message):
+        mixers.config_from_node({"name": "rwkv7", **fields})
+
+
+def test_a_later_layer_by_itself_is_refused():
+    """Said to be the fourth of its stack, it finds no first values; without these, or as the first, it runs. In a stack
+    it finds them."""
+    x, seq = cases.inputs(jnp.float64)
+    run = lambda **fields: jax.eval_shape(lambda x: make(layers=4, **fields)(x, seq).y, x)
+    with pytest.raises(ConfigError, match="layer = 3 .*0 or none of a layer by itself"):
+        run(layer=3)
+    assert run(layer=3, value_residual=False).shape == run(layer=0).shape == x.shape
+    stack = nnx.eval_shape(lambda: stack_of("R", layers=2, R={"layer": 3, "layers": 4}))
+    assert jax.eval_shape(lambda x: stack(x, seq).y, x).shape == x.shape
+
+
+SMALL = {"name": "rwkv7", "heads": 2, "decay_rank": 2, "rate_rank": 3, "gate_rank": 4, "residual_rank": 2}
+
+
+def stack_of(pattern, *, layers=6, mlp_width=0, R=None):
+    """A stack of this layer (R), of this one inside of another (M) and of one that is told nothing (S)."""
+    nodes = {
+        "S": {"name": "softmax", "heads": 2},
+        "R": SMALL | (R or {}),
+        "M": {"name": "moh", "heads": 2, "core": SMALL},
+    }
+    table = mixer_table({letter: node for letter, node in nodes.items() if letter in pattern}, "m")
+    shape = dict(width=cases.WIDTH, layers=layers, pattern=pattern, mlp_width=mlp_width, dtype="float64")
+    return Transformer(StackConfig(mixers=table, **shape), rngs=nnx.Rngs(0))
+
+
+def begun(layer):
+    """First values of what is not drawn, by name."""
+    flat = nnx.to_flat_state(nnx.state(layer, nnx.Param))
+    return {".".join(path): v[...] for path, v in flat if v.get_metadata()["draw"] is None}
+
+
+def alone(**fields):
+    make = lambda: mixers.build(SMALL | fields, width=cases.WIDTH, rngs=nnx.Rngs(0), dtype=jnp.float64)
+    return jax.jit(lambda: begun(make()))()
+
+
+def layers_of(pattern, **fields):
+    """(number of its block, first values) of each of these layers in a stack."""
+
+    def found(stack):
+        blocks = [block for period in stack.unstacked() for block in period.blocks]
+        for number, block in enumerate(blocks):
+            branches = [sublayer.branch for sublayer in block.sublayers if sublayer.mixes]
+            layers = [branch.core if branch.name == "moh" else branch for branch in branches]
+            yield from ((number, begun(layer)) for layer in layers if layer.name == "rwkv7")
+
+    return jax.jit(lambda: list(found(stack_of(pattern, **fields))))()
+
+
+def same(found, expected):
+    assert {"mix", "decay_bias", "norm.scale"} < expected.keys() == found.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "pattern, mlp_width, numbers",
+    [("R", 0, range(6)), ("SR", 8, (1, 3, 5)), ("R+SS", 0, (0, 2, 4)), ("MR", 8, range(6))],
+)
+def test_layers_begin_by_their_place_in_the_stack(pattern, mlp_width, numbers):
+    """Layer l of L has the first values of a layer by itself whose knobs say so: in every repeat and block of the
+    pattern, beside other sublayers, inside of a layer around it; l is what `Sequence.layer` would be."""
+    found = layers_of(pattern, mlp_width=mlp_width)
+    assert [number for number, _ in found] == list(numbers)
+    for number, values in found:
+        same(values, alone(layer=int(number), layers=6))
+
+
+def test_knobs_win_over_the_place_in_the_stack():
+    """With both set each layer begins alike; of `layers` alone l is still the stack's, which must be no longer."""
+    for given, places in (({"layer": 2, "layers": 9}, [2, 2, 2]), ({"layers": 9}, [0, 1, 2])):
+        for (_, values), place in zip(layers_of("R", layers=3, R=given), places, strict=True):
+            same(values, alone(layer=place, layers=9))
+    with pytest.raises(ConfigError, match=r"model.mixers.R .*layers = 2 .*the stack's 3 or more where layer is none"):
+        stack_of("R", layers=3, R={"layers": 2})
+
+
+def test_a_place_changes_values_alone():
+    """Parameters of a stack are those of a layer by itself with one axis more: names, shapes, dtypes, roles, axes."""
+    build = lambda: mixers.build(SMALL, width=cases.WIDTH, rngs=nnx.Rngs(0))
+    one = nnx.to_flat_state(nnx.state(nnx.eval_shape(build), nnx.Param))
+    table = mixer_table({"R": SMALL}, "m")
+    shape = dict(width=cases.WIDTH, layers=3, pattern="R", mlp_width=0)
+    made = nnx.eval_shape(lambda: Transformer(StackConfig(mixers=table, **shape), rngs=nnx.Rngs(0)))
+    stacked = nnx.to_flat_state(nnx.state(made.periods.blocks[0].sublayers[0].branch, nnx.Param))
+    facts = lambda v: [v.get_metadata().get(key) for key in ("axes", "role", "fused", "draw", "keep")]
+    assert [path for path, _ in stacked] == [path for path, _ in one]
+    for (path, a), (_, b) in zip(stacked, one, strict=True):
+        assert (a.shape, a.dtype, facts(a)) == ((3, *b.shape), b.dtype, facts(b)), path
