@@ -62,7 +62,7 @@ def test_streams_and_documents(node, implementations, cuts):
             np.testing.assert_allclose(alone[i, : end - first], whole[row, first:end], atol=1e-12)
 
 
-@tiers.often("mla", "fox")
+@tiers.often("grid-mla", "by head-diff 2")
 @pytest.mark.parametrize(
     "node",
     [
