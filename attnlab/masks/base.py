@@ -23,6 +23,8 @@ from attnlab.ops.mask_algebra import packed_bits
 from attnlab.ops.masks import Array, Groups, Mask, numpy_if
 from attnlab.registry import Registry
 
+FAR = 2**30  # knobs that are added to positions are below it: their sum is an int32
+
 
 class Sequence(Protocol):
     """What masks read of where positions stand: the part of `attnlab.mixers.Sequence` that they know."""

@@ -38,7 +38,7 @@ class RegionCross(ContextMask):
 
     def groups(self, own: Array, rows: Array) -> Groups:
         R, (xp, kp) = self.config.regions, (numpy_if(isinstance(x, np.ndarray)) for x in (own, rows))
-        # 2^31, one past the last set of 31 regions, is no int32: numbers are shifted in place of being compared with it.
+        # One past the last set of 31 regions, 2^31, is no int32, and cannot be compared with.
         inside = (own >> R) == 0 if self.config.overlap else (own >= 0) & (own <= R)
         number = xp.where(inside, own, 0).astype(xp.uint32)
         one = xp.uint32(1)

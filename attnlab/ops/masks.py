@@ -160,7 +160,7 @@ class Mask:
         if self.causal:
             ends.append(t + 1)
         elif self.window is not None:
-            ends.append(t + self.window)
+            ends.append(t + min(self.window, NEVER // 2))
         start = None
         for s in starts:
             start = jnp.maximum(0 if start is None else start, s)
@@ -220,7 +220,7 @@ class Mask:
             end = xp.minimum(end, xp.asarray(self.k_end, xp.int32))
         if self.window is not None:
             start = xp.maximum(start, t - (self.window - 1))
-            end = xp.minimum(end, t + self.window)
+            end = xp.minimum(end, t + min(self.window, NEVER // 2))
         if self.causal:
             end = xp.minimum(end, t + 1)
         return start.astype(xp.int32), end.astype(xp.int32)

@@ -153,6 +153,8 @@ def test_algebra():
     np.testing.assert_array_equal(seen(both(c, either(a, b))), seen(c) & (seen(a) | seen(b)))
     windows = both(Mask(causal=True, window=9), Mask(window=4))
     assert (windows.causal, windows.window) == (True, 4)
+    widest = Mask(window=2**31 - 1)  # no end of a row's interval leaves int32
+    assert widest.visible(T, S).all() and np.all(widest.bounds(T, S)[1] >= S)
     documents = Mask(np.zeros((1, T), np.int32), causal=True, documents=True)
     assert both(documents, Mask(window=3)).documents and not both(documents, c).documents
     order = np.stack([rng.permutation(S) for _ in range(B)])
