@@ -44,12 +44,24 @@ class Sequence(Protocol):
 
 
 class MaskConfig:
-    """Base class of the frozen dataclasses of knobs; what a knob by itself may be is checked here."""
+    """Base class of the frozen dataclasses of knobs; what a knob by itself may be is checked here.
+
+    Attributes:
+      by_head: the knob that has a value for each query head, or one for all; None: all heads see alike.
+    """
 
     node_name: ClassVar[str]
+    by_head: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         config_lib.require_knobs(self)
+
+    def require_heads(self, heads: int, key: str) -> None:
+        """Raises ConfigError, whose key is `key` and the knob, where the mask is for another number of query heads."""
+        if self.by_head is not None:
+            values = getattr(self, self.by_head)
+            allowed = f"one for each of the {heads} query heads (heads = {heads}), or one for all, not {len(values)}"
+            config_lib.require(len(values) in (1, heads), f"{key}.{self.by_head}", values, allowed)
 
 
 class MaskBuilder(abc.ABC):

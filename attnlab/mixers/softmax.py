@@ -51,6 +51,7 @@ class SoftmaxConfig(CrossConfig):
         if self.mask is None:
             return
         need, name, where = config_lib.require, self.mask.node_name, "where mask is set"
+        self.mask.require_heads(self.heads, "mask")
         cross = masks.get(name).cross
         need(self.window is None, "window", self.window, f"none {where}")
         allowed = f"a context, which mask {name} is of" if cross else f"none {where}"
