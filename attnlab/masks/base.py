@@ -166,15 +166,21 @@ def offsets(seq: Sequence) -> Array:
     return np.arange(seq.positions.shape[1], dtype=np.int32)[None]
 
 
+def require_relation(path: str) -> None:
+    """Raises ConfigError where the knob `path` is no name of a file that `relation` reads."""
+    config_lib.require(path.endswith(".npy"), "path", path, "a .npy file")
+
+
 def relation(mask: str, path: str) -> np.ndarray:
     """The file `path` of a mask of that name: bool [n, n]; ConfigError where it is no such file."""
     try:
         table = np.load(pathlib.Path(path).expanduser(), allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise ConfigError(f"mask {mask}: path = {path!r} cannot be read: {error}") from None
-    if table.ndim != 2 or table.shape[0] != table.shape[1] or table.dtype != bool:
-        found = f"{table.dtype} {table.shape}"
-        raise ConfigError(f"mask {mask}: path = {path!r} holds {found}; allowed: bool [n, n]")
+    array = isinstance(table, np.ndarray)  # not so of an archive by a wrong name
+    if not array or table.dtype != bool or table.ndim != 2 or table.shape[0] != table.shape[1] or not table.size:
+        found = f"{table.dtype} {table.shape}" if array else "several arrays"
+        raise ConfigError(f"mask {mask}: path = {path!r} holds {found}; allowed: bool [n, n], n 1 or more")
     return table
 
 
