@@ -13,6 +13,7 @@ import dataclasses
 import pathlib
 from typing import Any, ClassVar, Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -144,6 +145,17 @@ class MaskBuilder(abc.ABC):
         """The order [T] in which `mask` has the rows and keys of whole rows; None: as they stand."""
         return None
 
+    def lost(self, seq: Sequence, keys: int, *, causal: bool) -> Array | None:
+        """Positions of which the mask cannot say what they see, bool [B, T]: a mixer gives NaN there, as jit can raise
+        nothing. None: there are none.
+
+        Args:
+          seq: whole rows, `derived`, or the next positions of a stream.
+          keys: how many the rows have, or the cache.
+          causal: the direction of mixing.
+        """
+        return None
+
     def of_context(self, seq: Sequence, node: Array | None, interval: Mask) -> Mask:
         """Of positions, of whole rows or of a stream, over the rows of a context.
 
@@ -263,28 +275,46 @@ class BlockMask(MaskBuilder):
 
     @abc.abstractmethod
     def table(self, blocks: int) -> np.ndarray:
-        """Which of the first `blocks` blocks of a document (rows) sees which, bool [blocks, blocks]."""
+        """Which of the first `blocks` blocks of a document (rows) sees which, bool [blocks, blocks].
+
+        Raises UserError for more than `most_blocks`.
+        """
+
+    def most_blocks(self) -> int | None:
+        """Blocks of the longest document that there may be; None: any."""
+        return None
 
     def mask(self, seq: Sequence, *, causal: bool) -> Mask:
-        length, size, offset = seq.positions.shape[1], self.block(), offsets(seq)
-        bits = self._bits(length)
+        size, offset = self.block(), offsets(seq)
+        bits = self._bits(self._longest(seq))
         interval, own = seq.mask(causal=causal), (offset // size).astype(np.int32)
         if isinstance(offset, np.ndarray):
             groups = Groups(own, bits[None, None], rows=size, size=size)
         else:
-            groups = Groups(own, jnp.asarray(bits)[own][:, None])
+            groups = Groups(own, _of_blocks(bits, own))
         return dataclasses.replace(interval, groups=groups, documents=False)
+
+    def lost(self, seq: Sequence, keys: int, *, causal: bool) -> Array | None:
+        """Those behind the last block that there may be; where mixing is not causal, all of such a document."""
+        most = self._most()
+        if seq.offsets is None or most is None or keys <= most:
+            return None
+        if causal:
+            return seq.offsets >= most
+        documents = seq.mask(causal=False)
+        return documents.k_end - documents.k_start > most
 
     def coordinates(self, seq: Sequence) -> tuple[Array, ...]:
         return ((offsets(seq) // self.block()).astype(np.int32),)
 
     def rows(self, seq: Sequence, stored: tuple[Array, ...], interval: Mask) -> Mask:
-        own = self.coordinates(seq)[0]
-        bits = jnp.asarray(self._bits(stored[0].shape[1]))
-        return dataclasses.replace(interval, groups=Groups(stored[0], bits[own][:, None]))
+        own, length = self.coordinates(seq)[0], stored[0].shape[1]
+        bits = self._bits(min(length, self._most() or length))
+        return dataclasses.replace(interval, groups=Groups(stored[0], _of_blocks(bits, own)))
 
     def span(self, length: int, *, causal: bool) -> float:
-        size = self.block()
+        """Of a row longer than any document may be: that of the longest document."""
+        size, length = self.block(), min(length, self._most() or length)
         sees = self.table(-(-length // size)).astype(np.int64)
         rows = np.minimum(size, length - size * np.arange(len(sees)))
         if not causal:
@@ -295,6 +325,28 @@ class BlockMask(MaskBuilder):
     def _bits(self, length: int) -> np.ndarray:
         """Of every block of a document no longer than that, [blocks, W]."""
         return packed_bits(self.table(-(-length // self.block())))
+
+    def _most(self) -> int | None:
+        """Positions of the longest document that there may be; None: any."""
+        most = self.most_blocks()
+        return None if most is None else most * self.block()
+
+    def _longest(self, seq: Sequence) -> int:
+        """Positions that no document of whole rows exceeds: of the longest that there may be, where a run tells."""
+        (_, length), most = seq.positions.shape, self._most()
+        if most is None or length <= most or seq.segments is None:
+            return length
+        if isinstance(seq.segments, jax.core.Tracer):
+            return most
+        segments, t = np.asarray(seq.segments), np.arange(length)
+        begins = np.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+        before = t - np.maximum.accumulate(np.where(begins, t, 0), axis=1)
+        return int(np.where(segments == 0, 0, before + 1).max(initial=1))
+
+
+def _of_blocks(bits: np.ndarray, own: Array) -> Array:
+    """The bits [blocks, W] of rows of blocks `own` [B, T]: [B, 1, T, W]; behind the last block its own."""
+    return jnp.asarray(bits)[jnp.minimum(own, len(bits) - 1)][:, None]
 
 
 MASKS: Registry[MaskBuilder] = Registry("mask", ["attnlab.masks"])

@@ -21,7 +21,7 @@ from attnlab.mixers.roles import Role, param
 from attnlab.mixers.sequence import Context, Sequence
 from attnlab.ops.attention import ATTENTION
 from attnlab.ops.cached_attention import CACHED_ATTENTION
-from attnlab.ops.keys_values import Cached, KeysValues, KVCache, Reordered, Whole
+from attnlab.ops.keys_values import Cached, KeysValues, KVCache, Reordered, Whole, but_lost
 from attnlab.ops.masks import Mask
 
 
@@ -125,7 +125,8 @@ class Softmax(CrossAttention):
         if cache is None:
             q, k, v = self.positioned(x, placed())
             kv, mask, order = Whole(k, v), self.mask.mask(seq, causal=self.config.causal), self.mask.order(seq)
-            return Reads(self.scaled(q, kv, mask), kv if order is None else Reordered(kv, order), mask)
+            lost, q = self.mask.lost(seq, x.shape[1], causal=self.config.causal), self.scaled(q, kv, mask)
+            return Reads(q, but_lost(kv if order is None else Reordered(kv, order), lost), mask)
         first = cache.kv.length
         put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, first, axis=1)
         stored = tuple(map(put, cache.coordinates, self.mask.coordinates(seq)))
@@ -133,7 +134,8 @@ class Softmax(CrossAttention):
         q, k, v = self.positioned(x, placed(stored, index))
         kv, view, interval = cache.kv.append(k, v, seq.offsets, seq.padding)
         mask = self.mask.rows(seq, stored, interval)
-        return Reads(self.scaled(q, view, mask), view, mask, MaskedCache(kv, stored))
+        lost = self.mask.lost(seq, view.k.shape[1], causal=True)
+        return Reads(self.scaled(q, view, mask), but_lost(view, lost), mask, MaskedCache(kv, stored))
 
     def scaled(self, q: jax.Array, kv: Whole | Cached, mask: Mask) -> jax.Array:
         if self.config.query_scale is None:
