@@ -14,7 +14,7 @@ from attnlab import masks, mixers
 from attnlab.errors import ConfigError
 from attnlab.mixers.sequence import Sequence as Row
 from attnlab.ops import mask_tiles
-from tests.masks.laws import SEGMENTS, TILINGS, by_documents, packed, sound
+from tests.masks.laws import ODD, SEGMENTS, TILINGS, by_documents, packed, sound
 from tests.mixers import cases
 
 
@@ -27,11 +27,12 @@ def each_has_its_own(node: dict[str, Any], sees: Sequence[Callable[[int], np.nda
     expected = np.stack([np.tril(of(n)) for of in sees])[None]
     np.testing.assert_array_equal(mask.visible(n, n), expected)
     np.testing.assert_allclose(builder.span(n, causal=True), expected.sum(-1).mean(), rtol=1e-12)
-    mask, T = packed(builder, True), SEGMENTS.shape[1]
-    expected = np.stack([by_documents(lambda n, of=of: np.tril(of(n))) for of in sees], 1)
-    np.testing.assert_array_equal(mask.visible(T, T), expected)
-    for bq, bk in TILINGS:
-        sound(mask_tiles.tile_kinds(mask, T, T, bq, bk), expected, bq, bk)
+    for segments in (SEGMENTS, ODD):
+        mask, T = packed(builder, True, segments), segments.shape[1]
+        expected = np.stack([by_documents(lambda n, of=of: np.tril(of(n)), segments) for of in sees], 1)
+        np.testing.assert_array_equal(mask.visible(T, T), expected)
+        for bq, bk in TILINGS:
+            sound(mask_tiles.tile_kinds(mask, T, T, bq, bk), expected, bq, bk)
 
 
 def in_a_layer(mask: dict[str, Any], knob: str) -> None:
