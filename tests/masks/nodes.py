@@ -17,7 +17,7 @@ from tests.masks.laws import ODD, SEGMENTS, TILINGS, sound
 
 
 def held_to_the_laws(name: str, sees: Callable[[Any, int, int], bool], knobs: dict[str, Any], numbers: int) -> None:
-    """Both directions and lengths: packed rows are the definition, tiles are sound, a cut of a stream has the same rows.
+    """Both directions, two lengths: packed rows are the definition, tiles are sound, so is a cut of a stream.
 
     `sees(config, q, k)` says whether number q sees number k; numbers from -1 up to `numbers` are tried.
     """
