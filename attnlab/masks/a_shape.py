@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlab.config import knob
-from attnlab.masks.base import MaskConfig, Sequence, offsets, register
-from attnlab.masks.patterns import Band, Columns, HeadMask, Pattern
+from attnlab.masks.base import FAR, MaskConfig, Sequence, offsets, register
+from attnlab.masks.patterns import Band, First, HeadMask, Pattern
 from attnlab.ops.mask_algebra import both, either
 from attnlab.ops.masks import Array, Mask
 
@@ -18,8 +18,8 @@ from attnlab.ops.masks import Array, Mask
 class AShapeConfig(MaskConfig):
     """Knobs of a window with sinks."""
 
-    window: int = knob(256, "nearest positions that are seen, the own one included", other=(3,), least=1)
-    sinks: int = knob(4, "first positions of a document that all its positions see", other=(1,), least=0)
+    window: int = knob(256, "nearest positions that are seen, the own one included", other=(3,), least=1, below=FAR)
+    sinks: int = knob(4, "first positions of a document that all its positions see", other=(1,), least=0, below=FAR)
 
 
 @register("a_shape")
@@ -53,4 +53,4 @@ class AShape(HeadMask):
         return self.pattern().span(length)
 
     def pattern(self) -> Pattern:
-        return Pattern(Band(0, self.config.window), Columns(tuple(range(self.config.sinks))))
+        return Pattern(Band(0, self.config.window), First(self.config.sinks))

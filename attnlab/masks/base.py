@@ -13,6 +13,7 @@ import dataclasses
 import pathlib
 from typing import Any, ClassVar, Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -22,6 +23,8 @@ from attnlab.ops.layout import Layout
 from attnlab.ops.mask_algebra import packed_bits
 from attnlab.ops.masks import Array, Groups, Mask, numpy_if
 from attnlab.registry import Registry
+
+FAR = 2**30  # knobs that are added to positions are below it: their sum is an int32
 
 
 class Sequence(Protocol):
@@ -42,12 +45,24 @@ class Sequence(Protocol):
 
 
 class MaskConfig:
-    """Base class of the frozen dataclasses of knobs; what a knob by itself may be is checked here."""
+    """Base class of the frozen dataclasses of knobs; what a knob by itself may be is checked here.
+
+    Attributes:
+      by_head: the knob that has a value for each query head, or one for all; None: all heads see alike.
+    """
 
     node_name: ClassVar[str]
+    by_head: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         config_lib.require_knobs(self)
+
+    def require_heads(self, heads: int, key: str) -> None:
+        """Raises ConfigError, whose key is `key` and the knob, where the mask is for another number of query heads."""
+        if self.by_head is not None:
+            values = getattr(self, self.by_head)
+            allowed = f"one for each of the {heads} query heads (heads = {heads}), or one for all, not {len(values)}"
+            config_lib.require(len(values) in (1, heads), f"{key}.{self.by_head}", values, allowed)
 
 
 class MaskBuilder(abc.ABC):
@@ -130,6 +145,17 @@ class MaskBuilder(abc.ABC):
         """The order [T] in which `mask` has the rows and keys of whole rows; None: as they stand."""
         return None
 
+    def lost(self, seq: Sequence, keys: int, *, causal: bool) -> Array | None:
+        """Positions of which the mask cannot say what they see, bool [B, T]: a mixer gives NaN there, as jit can raise
+        nothing. None: there are none.
+
+        Args:
+          seq: whole rows, `derived`, or the next positions of a stream.
+          keys: how many the rows have, or the cache.
+          causal: the direction of mixing.
+        """
+        return None
+
     def of_context(self, seq: Sequence, node: Array | None, interval: Mask) -> Mask:
         """Of positions, of whole rows or of a stream, over the rows of a context.
 
@@ -152,15 +178,21 @@ def offsets(seq: Sequence) -> Array:
     return np.arange(seq.positions.shape[1], dtype=np.int32)[None]
 
 
+def require_relation(path: str) -> None:
+    """Raises ConfigError where the knob `path` is no name of a file that `relation` reads."""
+    config_lib.require(path.endswith(".npy"), "path", path, "a .npy file")
+
+
 def relation(mask: str, path: str) -> np.ndarray:
     """The file `path` of a mask of that name: bool [n, n]; ConfigError where it is no such file."""
     try:
         table = np.load(pathlib.Path(path).expanduser(), allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise ConfigError(f"mask {mask}: path = {path!r} cannot be read: {error}") from None
-    if table.ndim != 2 or table.shape[0] != table.shape[1] or table.dtype != bool:
-        found = f"{table.dtype} {table.shape}"
-        raise ConfigError(f"mask {mask}: path = {path!r} holds {found}; allowed: bool [n, n]")
+    array = isinstance(table, np.ndarray)  # not so of an archive by a wrong name
+    if not array or table.dtype != bool or table.ndim != 2 or table.shape[0] != table.shape[1] or not table.size:
+        found = f"{table.dtype} {table.shape}" if array else "several arrays"
+        raise ConfigError(f"mask {mask}: path = {path!r} holds {found}; allowed: bool [n, n], n 1 or more")
     return table
 
 
@@ -243,28 +275,46 @@ class BlockMask(MaskBuilder):
 
     @abc.abstractmethod
     def table(self, blocks: int) -> np.ndarray:
-        """Which of the first `blocks` blocks of a document (rows) sees which, bool [blocks, blocks]."""
+        """Which of the first `blocks` blocks of a document (rows) sees which, bool [blocks, blocks].
+
+        Raises UserError for more than `most_blocks`.
+        """
+
+    def most_blocks(self) -> int | None:
+        """Blocks of the longest document that there may be; None: any."""
+        return None
 
     def mask(self, seq: Sequence, *, causal: bool) -> Mask:
-        length, size, offset = seq.positions.shape[1], self.block(), offsets(seq)
-        bits = self._bits(length)
+        size, offset = self.block(), offsets(seq)
+        bits = self._bits(self._longest(seq))
         interval, own = seq.mask(causal=causal), (offset // size).astype(np.int32)
         if isinstance(offset, np.ndarray):
             groups = Groups(own, bits[None, None], rows=size, size=size)
         else:
-            groups = Groups(own, jnp.asarray(bits)[own][:, None])
+            groups = Groups(own, _of_blocks(bits, own))
         return dataclasses.replace(interval, groups=groups, documents=False)
+
+    def lost(self, seq: Sequence, keys: int, *, causal: bool) -> Array | None:
+        """Those behind the last block that there may be; where mixing is not causal, all of such a document."""
+        most = self._most()
+        if seq.offsets is None or most is None or keys <= most:
+            return None
+        if causal:
+            return seq.offsets >= most
+        documents = seq.mask(causal=False)
+        return documents.k_end - documents.k_start > most
 
     def coordinates(self, seq: Sequence) -> tuple[Array, ...]:
         return ((offsets(seq) // self.block()).astype(np.int32),)
 
     def rows(self, seq: Sequence, stored: tuple[Array, ...], interval: Mask) -> Mask:
-        own = self.coordinates(seq)[0]
-        bits = jnp.asarray(self._bits(stored[0].shape[1]))
-        return dataclasses.replace(interval, groups=Groups(stored[0], bits[own][:, None]))
+        own, length = self.coordinates(seq)[0], stored[0].shape[1]
+        bits = self._bits(min(length, self._most() or length))
+        return dataclasses.replace(interval, groups=Groups(stored[0], _of_blocks(bits, own)))
 
     def span(self, length: int, *, causal: bool) -> float:
-        size = self.block()
+        """Of a row longer than any document may be: that of the longest document."""
+        size, length = self.block(), min(length, self._most() or length)
         sees = self.table(-(-length // size)).astype(np.int64)
         rows = np.minimum(size, length - size * np.arange(len(sees)))
         if not causal:
@@ -275,6 +325,28 @@ class BlockMask(MaskBuilder):
     def _bits(self, length: int) -> np.ndarray:
         """Of every block of a document no longer than that, [blocks, W]."""
         return packed_bits(self.table(-(-length // self.block())))
+
+    def _most(self) -> int | None:
+        """Positions of the longest document that there may be; None: any."""
+        most = self.most_blocks()
+        return None if most is None else most * self.block()
+
+    def _longest(self, seq: Sequence) -> int:
+        """Positions that no document of whole rows exceeds: of the longest that there may be, where a run tells."""
+        (_, length), most = seq.positions.shape, self._most()
+        if most is None or length <= most or seq.segments is None:
+            return length
+        if isinstance(seq.segments, jax.core.Tracer):
+            return most
+        segments, t = np.asarray(seq.segments), np.arange(length)
+        begins = np.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+        before = t - np.maximum.accumulate(np.where(begins, t, 0), axis=1)
+        return int(np.where(segments == 0, 0, before + 1).max(initial=1))
+
+
+def _of_blocks(bits: np.ndarray, own: Array) -> Array:
+    """The bits [blocks, W] of rows of blocks `own` [B, T]: [B, 1, T, W]; behind the last block its own."""
+    return jnp.asarray(bits)[jnp.minimum(own, len(bits) - 1)][:, None]
 
 
 MASKS: Registry[MaskBuilder] = Registry("mask", ["attnlab.masks"])

@@ -10,6 +10,7 @@ import numpy as np
 from attnlab.config import knob
 from attnlab.masks.base import MaskConfig, Sequence, offsets, register
 from attnlab.masks.layouts import LayoutMask, visual
+from attnlab.ops.mask_algebra import either
 from attnlab.ops.masks import NEVER, Array, Axis, Mask, numpy_if
 
 
@@ -48,8 +49,11 @@ class Concentric(LayoutMask):
 
     def terms(self, seq: Sequence, keys: tuple[Array, ...], document: Array, index: Array, xp: ModuleType) -> Mask:
         of_image, ring = visual(seq), self.coordinates(seq)[0]
-        end = xp.where(of_image, seq.layout.span[..., 1], index + 1)
-        return Mask(document, end, axes=(Axis(keys[0], None, xp.where(of_image, ring + 1, NEVER), name="ring"),))
+        first, end = seq.layout.span[..., 0], seq.layout.span[..., 1]
+        # Rings are those of the own image alone: of images before it all is seen, whatever ring it lies in.
+        rings = Axis(keys[0], None, xp.where(of_image, ring + 1, NEVER), name="ring")
+        own = Mask(xp.where(of_image, first, document), xp.where(of_image, end, index + 1), axes=(rings,))
+        return either(own, Mask(document, xp.where(of_image, first, 0)))
 
     def positions(self, seq: Sequence, keys: tuple[Array, ...] | None = None, index: Array | None = None) -> Array:
         if not self.config.ring_positions:

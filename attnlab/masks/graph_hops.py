@@ -10,7 +10,7 @@ import numpy as np
 
 from attnlab import config as config_lib
 from attnlab.config import knob
-from attnlab.masks.base import MaskConfig, NodeMask, Sequence, register, relation
+from attnlab.masks.base import MaskConfig, NodeMask, Sequence, register, relation, require_relation
 from attnlab.ops.mask_algebra import packed_bits
 from attnlab.ops.masks import Array
 
@@ -29,6 +29,7 @@ class GraphHopsConfig(MaskConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_relation(self.path)
         config_lib.require(self.first == 0 or self.grow > 0, "first", self.first, "0 where grow is 0")
         config_lib.require(self.first <= self.hops, "first", self.first, f"at most hops, {self.hops}")
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlab.config import knob
-from attnlab.masks.base import MaskConfig, Sequence, offsets, register
+from attnlab.masks.base import FAR, MaskConfig, Sequence, offsets, register
 from attnlab.masks.patterns import Band, HeadMask, Pattern, Residue
 from attnlab.ops.mask_algebra import either
 from attnlab.ops.masks import Array, Axis, Mask
@@ -22,9 +22,11 @@ class GridPatternConfig(MaskConfig):
         16, "distance of neighbours in the grid: tokens of an image's row, or of a frame", other=(3,), least=1
     )
     phase: int = knob(
-        0, "position i sees those that lie phase behind a multiple of stride from it", other=(1,), least=0
+        0, "position i sees those that lie phase behind a multiple of stride from it", other=(1,), least=0, below=FAR
     )
-    local: int = knob(0, "nearest positions that are seen, too, the own one included; 0: none", other=(2,), least=0)
+    local: int = knob(
+        0, "nearest positions that are seen, too, the own one included; 0: none", other=(2,), least=0, below=FAR
+    )
 
 
 @register("grid_pattern")

@@ -50,6 +50,19 @@ class Band(Coordinate):
 
 
 @dataclasses.dataclass(frozen=True)
+class First(Coordinate):
+    """The first `count` positions of the document."""
+
+    count: int
+
+    def interval(self, offset: Array) -> tuple[Array, Array]:
+        return 0 * offset, 0 * offset + self.count
+
+    def before(self, row: np.ndarray, end: np.ndarray) -> np.ndarray:
+        return np.minimum(end, self.count)
+
+
+@dataclasses.dataclass(frozen=True)
 class Columns(Coordinate):
     """These positions of the document, in order."""
 
@@ -145,6 +158,6 @@ def axis_of(coordinates: tuple[Coordinate, ...], rows: Array, keys: Array) -> Ax
     xp = numpy_if(isinstance(rows, np.ndarray) and isinstance(keys, np.ndarray))
     stacked = lambda each: xp.stack(list(each), axis=1).astype(xp.int32)
     lo, hi = (stacked(side) for side in zip(*(c.interval(rows) for c in coordinates)))
-    alike = all(isinstance(c, Band) for c in coordinates)  # then one array is that of all heads
+    alike = all(isinstance(c, (Band, First)) for c in coordinates)  # then one array is that of all heads
     key = keys.astype(xp.int32) if alike else stacked(c.key(keys, xp) for c in coordinates)
     return Axis(key, lo, hi, name="pattern")

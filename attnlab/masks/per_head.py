@@ -31,14 +31,19 @@ _A, _GRID = ({"name": name} for name in ("a_shape", "grid_pattern"))
 class PerHeadConfig(MaskConfig):
     """The knob of heads' patterns."""
 
+    by_head = "heads"
+
     heads: tuple[Any, ...] = knob(
-        (), "a mask for each query head: a_shape, vertical_slash with block 0 or grid_pattern, with its knobs",
-        other=((_A, _GRID),), build=_nodes,
-    )  # fmt: skip
+        (),
+        "a mask for each query head, or one for all: a_shape, vertical_slash with block 0 or grid_pattern, with its "
+        "knobs",
+        other=((_A, _GRID),),
+        build=_nodes,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        config_lib.require(len(self.heads) >= 1, "heads", self.heads, "one mask or more: one for each query head")
+        config_lib.require(len(self.heads) >= 1, "heads", self.heads, "masks: one for each query head, or one for all")
         for i, node in enumerate(self.heads):
             if not issubclass(get(node.node_name), HeadMask):
                 allowed = ", ".join(name for name in names() if issubclass(get(name), HeadMask))

@@ -38,7 +38,8 @@ class RegionCross(ContextMask):
 
     def groups(self, own: Array, rows: Array) -> Groups:
         R, (xp, kp) = self.config.regions, (numpy_if(isinstance(x, np.ndarray)) for x in (own, rows))
-        inside = (own >= 0) & (own < 2**R if self.config.overlap else own <= R)
+        # One past the last set of 31 regions, 2^31, is no int32, and cannot be compared with.
+        inside = (own >> R) == 0 if self.config.overlap else (own >= 0) & (own <= R)
         number = xp.where(inside, own, 0).astype(xp.uint32)
         one = xp.uint32(1)
         regions = number << one if self.config.overlap else one << number

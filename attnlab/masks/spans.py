@@ -9,7 +9,7 @@ import numpy as np
 
 from attnlab import config as config_lib
 from attnlab.config import knob
-from attnlab.masks.base import MaskBuilder, MaskConfig, Sequence, offsets, register
+from attnlab.masks.base import FAR, MaskBuilder, MaskConfig, Sequence, offsets, register
 from attnlab.ops.mask_algebra import both, either
 from attnlab.ops.masks import Array, Axis, Mask, numpy_if
 
@@ -18,15 +18,19 @@ from attnlab.ops.masks import Array, Axis, Mask, numpy_if
 class SpansConfig(MaskConfig):
     """Knobs of spans."""
 
+    by_head = "spans"
+
     spans: tuple[int, ...] = knob(
-        (64, 128, 256, 512), "nearest positions that each query head sees, the own one included", other=((2, 3, 1, 5),)
+        (64, 128, 256, 512),
+        "nearest positions that each query head sees, the own one included; one number: all heads",
+        other=((2, 3, 1, 5),),
     )
-    sinks: int = knob(64, "first positions of a document that all its positions see", other=(1,), least=0)
+    sinks: int = knob(64, "first positions of a document that all its positions see", other=(1,), least=0, below=FAR)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         ok = bool(self.spans) and all(isinstance(s, int) and s >= 1 for s in self.spans)
-        config_lib.require(ok, "spans", self.spans, "one or more numbers, each 1 or more: one for each query head")
+        config_lib.require(ok, "spans", self.spans, "numbers, each 1 or more: one for each query head, or one for all")
 
 
 @register("spans")

@@ -6,10 +6,9 @@ import dataclasses
 
 import numpy as np
 
-from attnlab import config as config_lib
 from attnlab.config import knob
 from attnlab.errors import UserError
-from attnlab.masks.base import BlockMask, MaskConfig, register, relation
+from attnlab.masks.base import BlockMask, MaskConfig, register, relation, require_relation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,14 +20,15 @@ class StaticBlocksConfig(MaskConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        config_lib.require(self.path.endswith(".npy"), "path", self.path, "a .npy file")
+        require_relation(self.path)
 
 
 @register("static_blocks")
 class StaticBlocks(BlockMask):
     """Block i sees block j where the file says so; in causal mixing the earlier ones of these.
 
-    Raises UserError for a document of more blocks than the table has.
+    Raises UserError for a document of more blocks than the table has, where that is known before a run. Else what lies
+    behind the last block gives NaN, as jit can raise nothing; where mixing is not causal, all of the document does.
     """
 
     Config = StaticBlocksConfig
@@ -43,10 +43,13 @@ class StaticBlocks(BlockMask):
     def block(self) -> int:
         return self.config.block
 
+    def most_blocks(self) -> int:
+        return len(self.sees)
+
     def table(self, blocks: int) -> np.ndarray:
         if blocks > len(self.sees):
             raise UserError(
                 f"mask static_blocks: {blocks} blocks of {self.config.block} positions, the table of "
-                f"{self.config.path!r} has {len(self.sees)}; allowed: shorter rows, or a larger block"
+                f"{self.config.path!r} has {len(self.sees)}; allowed: shorter documents, or a larger block"
             )
         return self.sees[:blocks, :blocks]

@@ -8,7 +8,7 @@ from types import ModuleType
 import numpy as np
 
 from attnlab.config import knob
-from attnlab.masks.base import MaskConfig, Sequence, register
+from attnlab.masks.base import FAR, MaskConfig, Sequence, register
 from attnlab.masks.layouts import LayoutMask, visual
 from attnlab.ops.mask_algebra import either
 from attnlab.ops.masks import NEVER, Array, Axis, Mask, numpy_if
@@ -18,7 +18,9 @@ from attnlab.ops.masks import NEVER, Array, Axis, Mask, numpy_if
 class VisualNeighboursConfig(MaskConfig):
     """Knobs of near cells."""
 
-    radius: int = knob(3, "rows and columns between a cell and the farthest that it sees", other=(1,), least=0)
+    radius: int = knob(
+        3, "rows and columns between a cell and the farthest that it sees", other=(1,), least=0, below=FAR
+    )
 
 
 @register("visual_neighbours")

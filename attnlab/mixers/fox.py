@@ -175,12 +175,12 @@ class Fox(Masked, Attention):
         left = self.left(x, seq)
         if cache is None:
             mask = view.mask(seq.mask(causal=True, window=c.window), causal=True)
-            return Reads(q, Faded(view.ordered(Whole(k, v)), left, -left), mask)
+            return Reads(q, Faded(view.reads(Whole(k, v), causal=True), left, -left), mask)
         # Of a key that was there before, what its document forgets in these positions is forgotten, too.
         kv, whole, interval = cache.kv.append(k, v, seq.offsets, seq.padding, c.window)
         kept, read = cache.kv.append_beside(cache.faded, -left)
         cache = view.kept(FoxCache(kv, kept + left[:, -1:], tail))
-        return Reads(q, Faded(whole, left, read), view.mask(interval, causal=True), cache)
+        return Reads(q, Faded(view.reads(whole, causal=True), left, read), view.mask(interval, causal=True), cache)
 
     def attend(self, q: jax.Array, kv: Faded, mask: Mask, x: jax.Array) -> MixerOutput:
         c = self.config

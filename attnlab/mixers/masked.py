@@ -14,7 +14,7 @@ from attnlab import masks
 from attnlab.errors import UnsupportedPattern
 from attnlab.mixers.base import knob
 from attnlab.mixers.sequence import Sequence
-from attnlab.ops.keys_values import KeysValues, Reordered, Whole
+from attnlab.ops.keys_values import Cached, KeysValues, Reordered, Whole, but_lost
 from attnlab.ops.masks import Mask, mean_visible_keys
 
 # Implementations of attention, whole and over a cache, that read more of a mask than an interval.
@@ -44,6 +44,7 @@ def require_mask(config: Any) -> None:
     need, name, where = config_lib.require, config.mask.node_name, "where mask is set"
     cross, source = masks.get(name).cross, getattr(config, "source", None)
     window, qk_norm = getattr(config, "window", None), getattr(config, "qk_norm", False)
+    config.mask.require_heads(config.heads, "mask")
     need(window is None, "window", window, f"none {where}")
     allowed = f"a context, which mask {name} is of" if cross else f"none {where}"
     need((source is not None) == cross, "source", source, allowed)
@@ -103,10 +104,14 @@ class View:
             return self._builder.mask(self._own, causal=causal)
         return self._builder.rows(self._own, self._coordinates, interval)
 
-    def ordered(self, kv: Whole) -> KeysValues:
-        """Keys and values of whole rows, in the order that the mask has them in."""
-        order = None if self._builder is None else self._builder.order(self._own)
-        return kv if order is None else Reordered(kv, order)
+    def reads(self, kv: Whole | Cached, *, causal: bool) -> KeysValues:
+        """Keys and values in the order that the mask has them in, and NaN for queries of which it cannot say what they
+        see."""
+        if self._builder is None:
+            return kv
+        lost = self._builder.lost(self._own, kv.k.shape[1], causal=causal)
+        order = self._builder.order(self._own) if self._coordinates is None else None
+        return but_lost(kv if order is None else Reordered(kv, order), lost)
 
     def kept(self, carried: Any) -> Any:
         """What a stream keeps after these positions."""

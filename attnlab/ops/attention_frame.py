@@ -252,13 +252,16 @@ def check_shapes(q, k, v, mask: Mask, soft_cap, sinks, key_bias=None, query_bias
 
 
 def _check_mask(mask: Mask, q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> None:
-    """Raises UserError where arrays of the mask are not those of so many rows, keys and heads."""
+    """Raises UserError where arrays of the mask are not those of so many rows, keys and heads, or of another dtype."""
     (B, T, H), (S, K) = q_shape[:3], k_shape[1:3]
-    mask.heads()
 
     def check(name: str, x: Any, n: int) -> None:
         if x is None:
             return
+        # Of another dtype implementations would compare, or take bits, each in its own way.
+        dtype = jnp.uint32 if name == "bits" else jnp.int32
+        if x.dtype != dtype:
+            raise UserError(f"attention: mask {name} is {x.dtype}; allowed: {jnp.dtype(dtype)}")
         heads = {1, K, H} if x.ndim == 3 else {1}
         if x.ndim not in (2, 3) or x.shape[0] not in (1, B) or x.shape[-1] != n or by_head(x).shape[1] not in heads:
             kind = f"[{B} or 1, {n}], or with heads (1, {K} or {H}) between"
@@ -268,9 +271,16 @@ def _check_mask(mask: Mask, q_shape: tuple[int, ...], k_shape: tuple[int, ...]) 
         for name, bound in (("k_start", term.k_start), ("k_end", term.k_end)):
             if bound is not None and bound.shape not in ((1, T), (B, T)):
                 raise UserError(f"attention: mask {name} {bound.shape}, expected {(B, T)} or 1 row")
+            if bound is not None and not jnp.issubdtype(bound.dtype, jnp.integer):
+                raise UserError(f"attention: mask {name} is {bound.dtype}; allowed: integers")
         for axis in term.axes:
             for name, x, n in (("key", axis.key, S), ("lo", axis.lo, T), ("hi", axis.hi, T)):
                 check(f"axis {axis.name!r} {name}", x, n)
         if term.groups is not None:
             check("group", term.groups.group, S)
-            check("bits", term.groups.bits[..., 0], -(-T // term.groups.rows))
+            bits, words = term.groups.bits, -(-T // term.groups.rows)
+            if bits.ndim != 4 or not bits.shape[-1]:
+                allowed = f"[{B} or 1, heads (1, {K} or {H}), {words}, words of 32 groups]"
+                raise UserError(f"attention: mask bits {bits.shape}, expected {allowed}")
+            check("bits", bits[..., 0], words)
+    mask.heads()

@@ -101,7 +101,7 @@ def _term(term: Mask, queries: int, keys: int, width: int) -> tuple[Any, Any]:
     coordinates = _side_by_side([by_head(axis.key) for axis in term.axes], xp) if term.axes else None
     if term.groups is None:
         return Term(stacked, coordinates), True
-    group = by_head(term.groups.group)
+    group = term.groups.known_group()
     tiles = xp.pad(group, ((0, 0), (0, 0), (0, -keys % width)), constant_values=-1)
     tiles = tiles.reshape(*tiles.shape[:2], -1, width)
     first = xp.where(tiles < 0, NEVER, tiles).min(-1, keepdims=True)

@@ -100,7 +100,7 @@ def _side(term: Mask, length: int, keys: int, heads: int, key_heads: int, bq: in
     axes = tuple((of_keys(axis.key, NEVER), of_rows(axis.lo), of_rows(axis.hi)) for axis in term.axes)
     if term.groups is None:
         return Side(of_rows(start), of_rows(end), axes, None, None, None, bk, 1)
-    group = of_keys(term.groups.group, -1)
+    group = of_keys(term.groups.known_group(), -1)
     bits, shared = _bits(term.groups, length, bq, xp)
     consecutive = term.groups.size is not None and group.shape[2] == 1
     first_word = None

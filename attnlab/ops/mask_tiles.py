@@ -87,7 +87,7 @@ def tile_words(mask: Mask, length: int, keys: int, bk: int) -> Array:
     if W > 1 and groups.size is None:
         raise UserError(f"mask: {32 * W} groups in no order; allowed: at most 32, or Groups.size set")
     xp = numpy_if(mask.known())
-    group = by_head(groups.group)
+    group = groups.known_group()
     tiles = _tiled(group, bk, NEVER, xp)
     first = xp.where(tiles < 0, NEVER, tiles).min(-1)  # [B, h, nk]
     first = xp.where(first == NEVER, 0, first)
@@ -146,7 +146,7 @@ def _term_kinds(term: Mask, length: int, keys: int, bq: int, bk: int) -> Array:
 
 def _groups_of_tiles(groups: Groups, length: int, bq: int, bk: int, xp) -> tuple[Array, Array]:
     """Whether a row of a tile may see a key by its group, and whether all see all: bool [B, h, nq, nk] each."""
-    group = _tiled(by_head(groups.group), bk, -1, xp)
+    group = _tiled(groups.known_group(), bk, -1, xp)
     W = groups.bits.shape[-1]
     bit = xp.where(group < 0, 0, xp.uint32(1) << (group & 31).astype(xp.uint32)).astype(xp.uint32)
     ored = _reduced(xp, "or")

@@ -50,7 +50,8 @@ class Axis:
 class Groups:
     """A row sees only keys whose group's bit is set.
 
-    group: int32 `[B, S]` or `[B, h, S]`; -1: a key that nobody sees in this term.
+    group: int32 `[B, S]` or `[B, h, S]`. A key whose group has no bit, -1 or another number outside of 0 and 32 W,
+        nobody sees in this term.
     bits: uint32 `[B, h, ceil(T / rows), W]`, bit `g % 32` of word `g // 32` for group g. B may be 1.
     rows: consecutive rows that share their bits. Static.
     size: groups are runs of consecutive keys, each of at most `size`, numbered upwards without gaps, keys of group -1
@@ -64,6 +65,16 @@ class Groups:
     rows: int = dataclasses.field(default=1, metadata={"static": True})
     size: int | None = dataclasses.field(default=None, metadata={"static": True})
     chosen: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def __post_init__(self):
+        _check_count("mask groups: rows", self.rows)
+        _check_count("mask groups: size", self.size, optional=True)
+
+    def known_group(self) -> Array:
+        """`group` by head, `[B, h, S]`, -1 for every group that has no bit: what all forms of a mask read."""
+        group = by_head(self.group)
+        has_bit = (group >= 0) & (group < 32 * self.bits.shape[-1])
+        return numpy_if(isinstance(group, np.ndarray)).where(has_bit, group, -1)
 
 
 @jax.tree_util.register_dataclass
@@ -95,7 +106,7 @@ class Mask:
     either: Mask | None = None
 
     def __post_init__(self):
-        _check_window(self.window)
+        _check_count("window", self.window, optional=True)
         if isinstance(self.either, Mask) and self.either.either is not None:
             raise UserError("mask: a union of three terms is not allowed; allowed: two")
 
@@ -160,7 +171,7 @@ class Mask:
         if self.causal:
             ends.append(t + 1)
         elif self.window is not None:
-            ends.append(t + self.window)
+            ends.append(t + min(self.window, NEVER // 2))
         start = None
         for s in starts:
             start = jnp.maximum(0 if start is None else start, s)
@@ -200,7 +211,7 @@ class Mask:
             if axis.hi is not None:
                 out = out & (key < by_head(axis.hi)[..., rows, None])
         if self.groups is not None:
-            group = by_head(self.groups.group)[..., None, columns]
+            group = self.groups.known_group()[..., None, columns]
             bits = xp.repeat(self.groups.bits, self.groups.rows, axis=2)[:, :, rows]
             batch, heads = (max(group.shape[i], bits.shape[i]) for i in (0, 1))
             bits = xp.broadcast_to(bits, (batch, heads, *bits.shape[2:]))
@@ -220,7 +231,7 @@ class Mask:
             end = xp.minimum(end, xp.asarray(self.k_end, xp.int32))
         if self.window is not None:
             start = xp.maximum(start, t - (self.window - 1))
-            end = xp.minimum(end, t + self.window)
+            end = xp.minimum(end, t + min(self.window, NEVER // 2))
         if self.causal:
             end = xp.minimum(end, t + 1)
         return start.astype(xp.int32), end.astype(xp.int32)
@@ -266,7 +277,7 @@ def mask_from_segments(segments_BT: jax.Array | None, length: int, *, causal: bo
 
     Raises UserError for a window below 1 or segments of another shape.
     """
-    _check_window(window)
+    _check_count("window", window, optional=True)
     if segments_BT is None:
         return Mask(causal=causal, window=window)
     if segments_BT.ndim != 2 or segments_BT.shape[1] != length:
@@ -277,7 +288,7 @@ def mask_from_segments(segments_BT: jax.Array | None, length: int, *, causal: bo
 
 def mask_of_documents(offset_BT: jax.Array, segments_BT: jax.Array, *, causal: bool, window: int | None = None) -> Mask:
     """`mask_from_segments`, where `positions_in_documents` is at hand: `offset_BT`, 0 where a document begins."""
-    _check_window(window)
+    _check_count("window", window, optional=True)
     length = offset_BT.shape[1]
     t = jnp.arange(length, dtype=jnp.int32)[None]
     # A padding row's interval is empty, also where the static part gives the end.
@@ -311,7 +322,7 @@ def mask_for_extension(
     All of it is dynamic (`causal` and `window` of the result are unset, because query `t` is not key `t`).
     Raises UserError for a window below 1 or a document start of another shape.
     """
-    _check_window(window)
+    _check_count("window", window, optional=True)
     if document_start_BT is not None and document_start_BT.shape[1:] != (length,):
         raise UserError(f"document start: shape {document_start_BT.shape}, expected [batch, {length}]")
     position = jnp.reshape(jnp.asarray(first, jnp.int32), (-1, 1)) + jnp.arange(length, dtype=jnp.int32)[None]
@@ -349,6 +360,8 @@ def numpy_if(known: bool) -> ModuleType:
     return np if known else jnp
 
 
-def _check_window(window: int | None) -> None:
-    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
-        raise UserError(f"window: {window!r} is not allowed; allowed: None or an int >= 1")
+def _check_count(name: str, value: int | None, *, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{name}: {value!r} is not allowed; allowed: {'None or ' * optional}an int >= 1")

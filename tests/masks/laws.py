@@ -23,6 +23,8 @@ from attnlab.ops.masks import Mask
 
 # Row 0: two documents and padding behind. Row 1: padding in front, and two documents.
 SEGMENTS = np.array([[1] * 20 + [2] * 3 + [0] * 7, [0] * 2 + [4] * 9 + [5] * 19], np.int32)
+# The same cut to an odd length: one row ends where its document does, the other amid one.
+ODD = SEGMENTS[:, :23]
 PIECE = 5  # positions of a piece of a stream
 TILINGS = (4, 4), (8, 16), (7, 5)
 
@@ -40,7 +42,8 @@ def held_to_the_laws(name: str, sees: Definition, *knobs: dict[str, Any]) -> Non
                 continue
             whole_rows(builder, sees, causal)
             if builder.packed:
-                packed_rows(builder, sees, causal)
+                for segments in (SEGMENTS, ODD):
+                    packed_rows(builder, sees, causal, segments)
 
 
 def whole_rows(builder: masks.MaskBuilder, sees: Definition, causal: bool, lengths: tuple[int, ...] = (23, 30)) -> None:
@@ -58,11 +61,11 @@ def whole_rows(builder: masks.MaskBuilder, sees: Definition, causal: bool, lengt
             sound(mask_tiles.tile_kinds(mask, n, n, bq, bk), expected[None, None], bq, bk)
 
 
-def packed_rows(builder: masks.MaskBuilder, sees: Definition, causal: bool) -> None:
+def packed_rows(builder: masks.MaskBuilder, sees: Definition, causal: bool, segments: np.ndarray = SEGMENTS) -> None:
     """Documents see what each sees alone, padding nothing; tiles are sound; streams have the same rows."""
-    B, T = SEGMENTS.shape
-    expected = by_documents(lambda n: directed(sees(builder.config, n), causal))
-    mask = packed(builder, causal)
+    B, T = segments.shape
+    expected = by_documents(lambda n: directed(sees(builder.config, n), causal), segments)
+    mask = packed(builder, causal, segments)
     np.testing.assert_array_equal(mask.visible(T, T)[:, 0], expected)
     np.testing.assert_array_equal(mask.visible(T, T, slice(9, 11))[:, 0], expected[:, 9:11])
     for bq, bk in TILINGS:
@@ -70,39 +73,39 @@ def packed_rows(builder: masks.MaskBuilder, sees: Definition, causal: bool) -> N
     really_closed = np.stack([[not expected[b, :p, p:].any() for p in range(T + 1)] for b in range(B)])
     assert not np.any(closed_cuts(mask, T) & ~really_closed)
     if causal and builder.streaming != "no":
-        np.testing.assert_array_equal(streamed(builder), expected)
+        np.testing.assert_array_equal(streamed(builder, segments), expected)
 
 
-def by_documents(sees: Callable[[int], np.ndarray]) -> np.ndarray:
+def by_documents(sees: Callable[[int], np.ndarray], segments: np.ndarray = SEGMENTS) -> np.ndarray:
     """What a mask of documents, by how long they are, makes of the packed rows: bool [B, T, T]."""
-    B, T = SEGMENTS.shape
+    B, T = segments.shape
     expected = np.zeros((B, T, T), bool)
-    for row, segments in enumerate(SEGMENTS):
-        for segment in set(segments) - {0}:
-            at = np.flatnonzero(segments == segment)
+    for row, of_row in enumerate(segments):
+        for segment in set(of_row) - {0}:
+            at = np.flatnonzero(of_row == segment)
             expected[row, at[0] : at[-1] + 1, at[0] : at[-1] + 1] = sees(len(at))
     return expected
 
 
-def packed(builder: masks.MaskBuilder, causal: bool) -> Mask:
+def packed(builder: masks.MaskBuilder, causal: bool, segments: np.ndarray = SEGMENTS) -> Mask:
     """The mask of the packed rows, made in a program; what is made of it is then NumPy's, and not compiled."""
 
     @jax.jit
     def made(segments):
         return builder.mask(Sequence(jnp.zeros_like(segments), segments).derived(), causal=causal)
 
-    return jax.tree.map(np.asarray, made(jnp.asarray(SEGMENTS)))
+    return jax.tree.map(np.asarray, made(jnp.asarray(segments)))
 
 
-def streamed(builder: masks.MaskBuilder) -> np.ndarray:
-    """The rows that a stream sees, cut into equal pieces, over a cache that is longer than it."""
-    B, T = SEGMENTS.shape
+def streamed(builder: masks.MaskBuilder, segments: np.ndarray = SEGMENTS) -> np.ndarray:
+    """The rows that a stream sees, cut into pieces of which the last may be shorter, over a cache longer than it."""
+    B, T = segments.shape
     slots = T + 3
 
     @jax.jit
     def piece(stream, segments, stored, first):
         seq, stream = stream.extend(Sequence(jnp.zeros_like(segments), segments))
-        index = first + jnp.arange(PIECE, dtype=jnp.int32)
+        index = first + jnp.arange(segments.shape[1], dtype=jnp.int32)
         start = jnp.where(segments == 0, index + 1, index - seq.offsets)
         interval = Mask(start, jnp.broadcast_to(index + 1, start.shape))
         put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, first, axis=1)
@@ -111,9 +114,10 @@ def streamed(builder: masks.MaskBuilder) -> np.ndarray:
 
     state, parts = (Stream.start(B), (jnp.full((B, slots), 1, jnp.int32),) * builder.stored), []
     for first in range(0, T, PIECE):
-        *state, rows = piece(state[0], jnp.asarray(SEGMENTS[:, first : first + PIECE]), state[1], first)
-        seen = jax.tree.map(np.asarray, rows).visible(PIECE, slots)[:, 0]
-        parts.append(np.broadcast_to(seen, (B, PIECE, slots)))
+        own = jnp.asarray(segments[:, first : first + PIECE])
+        *state, rows = piece(state[0], own, state[1], first)
+        seen = jax.tree.map(np.asarray, rows).visible(own.shape[1], slots)[:, 0]
+        parts.append(np.broadcast_to(seen, (B, own.shape[1], slots)))
     rows = np.concatenate(parts, axis=1)
     assert not rows[..., T:].any()
     return rows[..., :T]

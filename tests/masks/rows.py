@@ -32,6 +32,10 @@ ROWS = (
         [("text", 4), ("image", (4, 4)), ("answer", 4)],
         [("question", 2), ("image", (2, 2)), ("text", 2)],
     ),
+    (  # images of several rings before others in one document, side by side and apart
+        [("text", 1), ("image", (3, 3)), ("question", 2), ("image", (1, 3)), ("answer", 1)],
+        [("image", (3, 4)), ("image", (3, 3)), ("question", 2)],
+    ),
 )
 NUMBERS = {"text": kinds.TEXT, "image": kinds.VISUAL, "question": kinds.QUESTION, "answer": kinds.ANSWER, "padding": 0}
 

@@ -35,6 +35,14 @@ def test_small_matrix_and_positions_by_hand():
     assert as_they_are == list(range(11))
 
 
+def test_an_image_sees_all_of_the_one_before():
+    """Its border sees the centre of the image before it, which by its ring it would not see of its own image."""
+    lines, _ = by_hand("concentric", [("image", (3, 3)), ("image", (3, 3))])
+    border, centre = "xxxx.xxxx", "x" * 9
+    assert lines[:9] == [x + "." * 9 for x in [*[border] * 4, centre, *[border] * 4]]
+    assert lines[9:] == [centre + x for x in [*[border] * 4, centre, *[border] * 4]]
+
+
 def test_rings_are_as_many_as_the_paper_says():
     """24 x 24 patches: 12 rings, and the text behind stands 12 after where the image begins, where it stood 576."""
     lines, positions = by_hand("concentric", [("text", 2), ("image", (24, 24)), ("text", 1)])

@@ -82,6 +82,23 @@ def test_refusals(path, tmp_path):
         masks.build({"name": "graph_hops", "path": path, "first": 2, "grow": 5})
     with pytest.raises(ConfigError, match="graph_hops: path = 'none.npy' cannot be read"):
         masks.build({"name": "graph_hops", "path": "none.npy"})
-    np.save(tmp_path / "wrong.npy", np.ones((2, 2)))
-    with pytest.raises(ConfigError, match=r"float64 \(2, 2\); allowed: bool \[n, n\]"):
-        masks.build({"name": "graph_hops", "path": str(tmp_path / "wrong.npy")})
+    for wrong in ({}, {"path": "graph.txt"}):
+        with pytest.raises(
+            ConfigError, match=rf"path = '{wrong.get('path', '')}' is not possible; allowed: a .npy file"
+        ):
+            masks.build({"name": "graph_hops", **wrong})
+    at = tmp_path / "wrong.npy"
+    for table, found in (
+        (np.ones((2, 2)), r"float64 \(2, 2\)"),
+        (np.ones((0, 0), bool), r"bool \(0, 0\)"),
+        (True, r"bool \(\)"),
+    ):
+        np.save(at, table)
+        with pytest.raises(ConfigError, match=rf"wrong.npy' holds {found}; allowed: bool \[n, n\], n 1 or more"):
+            masks.build({"name": "graph_hops", "path": str(at)})
+    at.write_bytes(b"")
+    with pytest.raises(ConfigError, match="wrong.npy' cannot be read"):
+        masks.build({"name": "graph_hops", "path": str(at)})
+    np.savez(tmp_path / "several.npz", np.ones((2, 2), bool))
+    with pytest.raises(ConfigError, match="holds several arrays; allowed"):
+        masks.build({"name": "graph_hops", "path": str((tmp_path / "several.npz").rename(at))})

@@ -44,12 +44,12 @@ def test_each_head_has_its_own():
 
 def test_a_layer_takes_a_pattern_for_each_head():
     of = lambda *nodes: {"name": "per_head", "heads": nodes}
-    in_a_layer(of(A, SLASH, GRID, BANDS), of(A, SLASH, GRID), 3)
+    in_a_layer(of(A, SLASH, GRID, BANDS), "heads")
 
 
 def test_heads_are_named_on_the_command_line():
     text = "mask.heads=['a_shape', {'name': 'grid_pattern', 'stride': 7}]"
-    tree = config_lib.apply_overrides({"name": "softmax"}, ["mask.name=per_head", text])
+    tree = config_lib.apply_overrides({"name": "softmax", "heads": 2}, ["mask.name=per_head", text])
     config = mixers.config_from_node(tree)
     assert [head.node_name for head in config.mask.heads] == ["a_shape", "grid_pattern"]
     assert config.mask.heads[1].stride == 7

@@ -33,8 +33,6 @@ def test_each_head_has_its_own():
 
 
 def test_a_layer_takes_a_span_for_each_head():
-    in_a_layer(
-        {"name": "spans", "spans": (1, 2, 3, 9), "sinks": 1}, {"name": "spans", "spans": (1, 2, 3), "sinks": 1}, 3
-    )
+    in_a_layer({"name": "spans", "spans": (1, 2, 3, 9), "sinks": 1}, "spans")
     with pytest.raises(ConfigError, match=r"spans = \(0,\)"):
         masks.build({"name": "spans", "spans": (0,)})

@@ -1,11 +1,15 @@
 """Blocks by a table that is given."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnlab import masks
+from attnlab import masks, mixers
 from attnlab.errors import ConfigError, UserError
-from tests.masks.laws import held_to_the_laws
+from attnlab.mixers.sequence import Sequence
+from tests.masks.laws import held_to_the_laws, packed_rows
+from tests.mixers import cases
 
 
 @pytest.fixture
@@ -22,6 +26,44 @@ def sees(config, n):
 
 def test_laws(path):
     held_to_the_laws("static_blocks", sees, {"path": path, "block": 3}, {"path": path, "block": 5})
+
+
+def test_documents_may_be_as_long_as_the_table(path):
+    """Rows of several documents and caches may be longer: packed and in a stream they see what the table says."""
+    builder = masks.build({"name": "static_blocks", "path": path, "block": 2})  # 24 positions; rows have 30
+    for causal in (True, False):
+        packed_rows(builder, sees, causal)
+    assert builder.span(500, causal=True) == builder.span(24, causal=True)
+
+
+def test_a_longer_document_is_refused_where_that_is_known(path):
+    builder = masks.build({"name": "static_blocks", "path": path, "block": 2})
+    segments = np.array([[1] * 25 + [2] * 5], np.int32)
+    for seq in (Sequence.whole(1, 25), Sequence(0 * segments, segments).derived()):
+        with pytest.raises(UserError, match="13 blocks of 2 positions.* has 12"):
+            builder.mask(seq, causal=True)
+    assert builder.lost(Sequence.whole(1, 25), 25, causal=True) is None
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_longer_document_gives_nan_where_only_a_run_tells(path, causal):
+    """From where the table ends, or the whole document where it sees ahead; others, and padding, give what they give
+    alone. In a stream, too."""
+    node = {"name": "softmax", "causal": causal, "mask": {"name": "static_blocks", "path": path, "block": 1}}
+    module = cases.module(mixers.config_from_node(node), jnp.float32)
+    segments = np.array([[1] * 5 + [2] * 14 + [0] * 3 + [3] * 12, [7] * 34], np.int32)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 34, cases.WIDTH)), jnp.float32)
+    run = jax.jit(lambda x, segments: module(x, mixers.Sequence(0 * segments, segments)).y)
+    y, offset = np.asarray(run(x, segments)), np.where(segments == 7, np.arange(34), np.arange(34) - 5)
+    of_long = (segments == 2) | (segments == 7)
+    lost = of_long & (offset >= 12) if causal else of_long
+    np.testing.assert_array_equal(np.isnan(y), np.broadcast_to(lost[..., None], y.shape))
+    short = run(x, np.where(lost, 0, segments))
+    np.testing.assert_allclose(y[~lost], np.asarray(short)[~lost], atol=1e-6)
+    if causal:
+        state = module.init_state(2, 40, jnp.float32)
+        pieces, _ = cases.streamed(jax.jit(module.extend), state, x, mixers.Sequence(0 * segments, segments), [17, 17])
+        np.testing.assert_allclose(pieces[segments > 0], y[segments > 0], atol=1e-6)
 
 
 def test_refusals(path, tmp_path):

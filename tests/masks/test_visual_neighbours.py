@@ -19,4 +19,5 @@ def test_its_limits():
     row = [("text", 2), ("image", (3, 4)), ("text", 2)]
     causal = ["x" * (t + 1) + "." * (15 - t) for t in range(16)]
     assert by_hand("visual_neighbours", row, radius=4)[0] == causal
+    assert by_hand("visual_neighbours", row, radius=2**30 - 1)[0] == causal
     assert by_hand("visual_neighbours", row, radius=0) == by_hand("no_visual_self", row)

@@ -88,18 +88,19 @@ def test_a_query_hears_what_its_mask_shows(node, mask):
     np.testing.assert_array_equal(np.abs(slopes).max((1, 3)) > 0, shown)
 
 
-def test_positions_by_rings_in_a_stream():
-    """Concentric attention turns keys by rings: a stream cut at closed cuts equals the whole."""
+@pytest.mark.parametrize("mask", ["concentric", "modality_mutual"])
+def test_images_in_a_stream(mask):
+    """Images that see ahead, keys that are turned by rings: a stream cut at closed cuts equals the whole."""
     layout, segments = layout_of([places(row) for row in ROWS])
     layout, segments = jax.tree.map(lambda x: jnp.asarray(x[:1]), layout), jnp.asarray(segments[:1])
-    module = cases.module(mixers.config_from_node({"name": "softmax", "mask": "concentric"}), jnp.float64)
+    module = cases.module(mixers.config_from_node({"name": "softmax", "mask": mask}), jnp.float64)
     graphdef, params = cases.split(module)
     x = np.random.default_rng(0).standard_normal((1, segments.shape[1], cases.WIDTH))
     seq = mixers.Sequence(jnp.zeros_like(segments), segments, layout=layout)
     whole = jax.jit(lambda x, seq: nnx.merge(graphdef, params)(x, seq).y)(x, seq)
     step = jax.jit(lambda x, seq, state: nnx.merge(graphdef, params).extend(x, seq, state))
     stream, state, parts, first = mixers.Stream.start(1), module.init_state(1, 40, jnp.float64), [], 0
-    for n in (16, segments.shape[1] - 16):
+    for n in (12, 17, segments.shape[1] - 29):
         piece, stream = cases.placed(
             stream, jax.tree.map(lambda a, at=slice(first, first + n): np.asarray(a)[:, at], seq)
         )
@@ -107,6 +108,30 @@ def test_positions_by_rings_in_a_stream():
         state, first = out.state, first + n
         parts.append(out.y)
     np.testing.assert_allclose(np.concatenate(parts, 1), whole, atol=1e-12)
+
+
+def test_what_an_image_knows_early_under_modality_mutual():
+    """A question token reaches, through the image, all from the image on in two layers; an answer none before it."""
+    layout, segments = layout_of([places([[("text", 1), ("image", (1, 3)), ("question", 3), ("answer", 2)]])])
+    module = cases.module(mixers.config_from_node({"name": "softmax", "mask": "modality_mutual"}), jnp.float64)
+    seq = mixers.Sequence(jnp.zeros_like(segments), segments, layout=jax.tree.map(jnp.asarray, layout))
+    x = np.random.default_rng(0).standard_normal((1, 9, cases.WIDTH))
+
+    @jax.jit
+    def layers(x):
+        once = x + module(x, seq).y
+        return once, once + module(once, seq).y
+
+    def changed(at):
+        other = x.copy()
+        other[0, at] += 1
+        return [np.flatnonzero((a != b).any((0, 2))).tolist() for a, b in zip(*map(layers, (x, other)))]
+
+    image, question, answers = [1, 2, 3], [4, 5, 6], [7, 8]
+    for token in question:
+        assert changed(token) == [[*image, *range(token, 9)], [*image, *question, *answers]]
+    for token in answers:
+        assert changed(token) == [list(range(token, 9))] * 2
 
 
 def test_a_mask_is_named_on_the_command_line():
