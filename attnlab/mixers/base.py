@@ -200,6 +200,16 @@ class Mixer(nnx.Module):
         return Cost(parameters, flops, state_bytes, span, cls.context_flops(config, width))
 
     @classmethod
+    def cost_note(cls, config: Any) -> str:
+        """What `flops` leaves open where it does not count what is computed, one clause; default: nothing."""
+        return ""
+
+    @classmethod
+    def require_length(cls, config: Any, length: int) -> None:
+        """Raises ConfigError where rows of `length` positions are not possible with this config; default: never."""
+        return
+
+    @classmethod
     def context_flops(cls, config: Any, width: int) -> float:
         """`Cost.context_flops`; 0 where nothing is read but the sequence."""
         return 0.0

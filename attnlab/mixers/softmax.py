@@ -12,7 +12,6 @@ from flax import nnx
 
 from attnlab import config as config_lib
 from attnlab import masks
-from attnlab.errors import UnsupportedPattern
 from attnlab.mixers.attention import Reads
 from attnlab.mixers.base import MixerOutput, impl_knob, knob, register
 from attnlab.mixers.cross import CrossAttention, CrossConfig
@@ -58,9 +57,8 @@ class SoftmaxConfig(CrossConfig):
         need(
             self.qk_norm != "cosine", "qk_norm", self.qk_norm, f"another {where}: cosine counts the keys of an interval"
         )
-        direction = "causal" if self.causal else "bidirectional"
-        allowed = f"{not self.causal}: mask {name} does not go with {direction} mixing".lower()
-        need(cross or getattr(masks.get(name), direction), "causal", self.causal, allowed)
+        why = masks.get(name).unserved(self.mask, causal=self.causal)
+        need(cross or not why, "causal", self.causal, f"{str(not self.causal).lower()}: {why}")
         for field, impls in (("impl", ("auto", "flash", "tiles", "definition")), ("decode_impl", _DECODE_IMPLS)):
             value = getattr(self, field)
             need(value in impls, field, value, f"{', '.join(impls)} {where}")
@@ -143,10 +141,17 @@ class Softmax(CrossAttention):
         cache = super().init_carried(batch, max_length, dtype)
         if self.mask is None or self.mask.cross:
             return cache
-        if self.mask.streaming == "no":
-            raise UnsupportedPattern(f"mask {self.mask.name!r} does not stream")
         blank = jnp.zeros((batch, max_length), jnp.int32)
         return MaskedCache(cache, (blank,) * self.mask.stored)
+
+    @classmethod
+    def require_length(cls, config: SoftmaxConfig, length: int) -> None:
+        if config.mask is not None:
+            masks.build(config.mask).require_length(length)
+
+    @classmethod
+    def cost_note(cls, config: SoftmaxConfig) -> str:
+        return "" if config.mask is None else masks.get(config.mask.node_name).span_note
 
     @classmethod
     def flops(cls, config: SoftmaxConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:

@@ -1,6 +1,8 @@
 """Concentric causal attention."""
 
-from tests.masks.rows import by_hand, held_to_the_laws
+import numpy as np
+
+from tests.masks.rows import ROWS, by_hand, defined, held_to_the_laws, places
 
 
 def ring(place):
@@ -33,6 +35,15 @@ def test_small_matrix_and_positions_by_hand():
     assert positions == [0, 1, 1, 1, 1, 2, 1, 1, 1, 1, 3]
     as_they_are = by_hand("concentric", [("text", 1), ("image", (3, 3)), ("text", 1)], ring_positions=False)[1]
     assert as_they_are == list(range(11))
+
+
+def test_sorted_by_ring_it_is_one_interval():
+    """With each image's keys sorted border first, and nothing else moved, every row of packed rows sees one run."""
+    for row in map(places, ROWS):
+        order = sorted(row, key=lambda p: (p.span[0], ring(p), p.index) if p.kind == "image" else (p.index,))
+        seen = defined([row], lambda *pair: sees(None, *pair))[0][:, [p.index for p in order]]
+        begins = np.diff(np.pad(seen, ((0, 0), (1, 0))).astype(int), axis=1) > 0
+        np.testing.assert_array_equal(begins.sum(1), [p.kind != "padding" for p in row])
 
 
 def test_rings_are_as_many_as_the_paper_says():
