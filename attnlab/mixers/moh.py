@@ -350,14 +350,6 @@ class MoH(HeadMixer):
     def sequence_parallel_of(cls, config: MoHConfig) -> str:
         return base.get(config.core.node_name).sequence_parallel_of(config.core)
 
-    @classmethod
-    def require_length(cls, config: MoHConfig, length: int) -> None:
-        base.get(config.core.node_name).require_length(config.core, length)
-
-    @classmethod
-    def cost_note(cls, config: MoHConfig) -> str:
-        return base.get(config.core.node_name).cost_note(config.core)
-
     def require(self, seq: Sequence, *, causal: bool) -> None:
         super().require(seq, causal=causal)
         self.core.require(seq, causal=causal)
