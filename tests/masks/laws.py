@@ -74,6 +74,7 @@ def packed_rows(builder: masks.MaskBuilder, law: Definition, causal: bool) -> No
     rows = by_documents(law)
     mask, order = packed(builder, causal), builder.order(Sequence.whole(1, T))
     expected = rows if order is None else rows[:, order][:, :, order]
+    assert all(term.plain() or not term.documents for term in mask.terms())  # which promises that documents are all
     np.testing.assert_array_equal(mask.visible(T, T)[:, 0], expected)
     np.testing.assert_array_equal(mask.visible(T, T, slice(9, 11))[:, 0], expected[:, 9:11])
     for bq, bk in TILINGS:
