@@ -277,11 +277,14 @@ def _cost(args: argparse.Namespace, overrides: list[str]) -> int:
             "train_flops_per_token": 3 * cost.total_flops,
             "flops": cost.flops,
             "state_bytes_per_sequence": cost.state_bytes,
+            "notes": cost.notes,
         })  # fmt: skip
         return 0
     rows = [[part, f"{value:,.0f}", f"{100 * value / cost.total_flops:.1f} %"] for part, value in cost.flops.items()]
     output.write_table(f"forward FLOPs per token at T = {length}, causal counted as causal", ["part", "FLOPs", "share"],
            [*rows, ["all", f"{cost.total_flops:,.0f}", "100.0 %"]])  # fmt: skip
+    for note in cost.notes:
+        output.write(note)
     output.write(f"parameters: {cost.parameters:,} ({cost.embedding_parameters:,} in the embedding)\n"
           f"training: {3 * cost.total_flops:,.0f} FLOPs per token\n"
           f"state: {cost.state_bytes:,} bytes per sequence of {length} tokens")  # fmt: skip

@@ -73,12 +73,12 @@ class MaskBuilder(abc.ABC):
       name: the registered name.
       paper: title, authors' year and identifier of the source; extension: what here is ours, or empty.
       needs: fields of `Sequence` that it reads; one that is None is refused.
-      causal, bidirectional: the directions of a mixer that it goes with.
+      causal, bidirectional: the directions of a mixer that it goes with; see `unserved`, where knobs have a say.
       cross: whether it is of attention to a context, and of nothing else: see `ContextMask`.
-      packed: whether rows may hold several documents or padding.
       streaming: "any": a stream may be cut anywhere; "closed": only where no position before the cut sees one after it
-        (`attnlab.ops.mask_algebra.closed_cuts`); "no".
+        (`attnlab.ops.mask_algebra.closed_cuts`).
       stored: how many `coordinates` a stream keeps of each position.
+      span_note: what `span` is where it is not the mean that is seen, as what is seen hangs on the data; empty: it is.
       reads_step: whether in training it hangs on `Sequence.step`.
     """
 
@@ -90,22 +90,29 @@ class MaskBuilder(abc.ABC):
     causal: ClassVar[bool] = True
     bidirectional: ClassVar[bool] = False
     cross: ClassVar[bool] = False
-    packed: ClassVar[bool] = True
-    streaming: ClassVar[str] = "any"
+    streaming: str = "any"
     stored: ClassVar[int] = 1
+    span_note: ClassVar[str] = ""
     reads_step: bool = False
 
     def __init__(self, config: Any):
         self.config = config
 
     def require(self, seq: Sequence, *, causal: bool) -> None:
-        """Raises UnsupportedPattern for a direction, packing or missing field that the mask cannot serve."""
-        direction = "causal" if causal else "bidirectional"
-        if not getattr(self, direction):
-            raise UnsupportedPattern(f"mask {self.name!r} does not go with {direction} mixing (causal={causal})")
-        if seq.segments is not None and not self.packed:
-            raise UnsupportedPattern(f"mask {self.name!r} does not support packed documents or padding")
+        """Raises UnsupportedPattern for a direction or a missing field that the mask cannot serve."""
+        if why := self.unserved(self.config, causal=causal):
+            raise UnsupportedPattern(why)
         self._require_needs(seq)
+
+    @classmethod
+    def unserved(cls, config: Any, *, causal: bool) -> str:
+        """Why it does not go with a direction of a mixer, with this config; empty: it does."""
+        direction = "causal" if causal else "bidirectional"
+        return "" if getattr(cls, direction) else f"mask {cls.name} does not go with {direction} mixing"
+
+    def require_length(self, length: int) -> None:
+        """Raises ConfigError where rows of so many positions can never hold what it is of; default: never."""
+        return
 
     def _require_needs(self, seq: Sequence) -> None:
         for field in self.needs:
@@ -168,7 +175,7 @@ class MaskBuilder(abc.ABC):
 
     @abc.abstractmethod
     def span(self, length: int, *, causal: bool) -> float:
-        """Mean number of keys that a position of one document of `length` positions sees."""
+        """Mean number of keys that a position of one document of `length` positions sees; else see `span_note`."""
 
 
 def offsets(seq: Sequence) -> Array:
@@ -204,6 +211,7 @@ class NodeMask(MaskBuilder):
 
     needs = ("node",)
     bidirectional = True
+    span_note = "counted without its mask, which hides what is of other numbers: at most so much is seen"
 
     @abc.abstractmethod
     def table(self) -> np.ndarray:
@@ -242,6 +250,7 @@ class ContextMask(MaskBuilder):
 
     needs = ("node",)
     causal, cross = False, True
+    span_note = "counted without its mask, over a context as long as the sequence: at most so much of it is seen"
 
     @abc.abstractmethod
     def groups(self, own: Array, rows: Array) -> Groups:

@@ -21,6 +21,7 @@ class LayoutMask(MaskBuilder):
 
     needs = ("layout",)
     streaming = "closed"
+    span_note = "counted as causal attention: images see other positions, later ones among them"
 
     @abc.abstractmethod
     def terms(self, seq: Sequence, keys: tuple[Array, ...], document: Array, index: Array, xp: ModuleType) -> Mask:

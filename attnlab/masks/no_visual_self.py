@@ -29,6 +29,7 @@ class NoVisualSelf(LayoutMask):
     )
     extension = "what lies before an image as a knob"
     streaming, stored = "any", 0
+    span_note = "counted as causal attention: images see less"
 
     def coordinates(self, seq: Sequence) -> tuple[Array, ...]:
         return ()

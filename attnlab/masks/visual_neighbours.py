@@ -31,6 +31,7 @@ class VisualNeighbours(LayoutMask):
     paper = "Zhang et al. 2024, Treat Visual Tokens as Text? ..., arXiv:2410.06169"
     extension = "the distance is the larger of that in rows and that in columns"
     streaming, stored = "any", 2
+    span_note = "counted as causal attention: images see less"
 
     def coordinates(self, seq: Sequence) -> tuple[Array, ...]:
         xp = numpy_if(isinstance(seq.layout.cell, np.ndarray))

@@ -213,6 +213,20 @@ class Mixer(nnx.Module):
         return Cost(parameters, flops, state_bytes, span, cls.context_flops(config, width))
 
     @classmethod
+    def cost_note(cls, config: Any) -> str:
+        """What `flops` leaves open where it does not count what is computed, one clause; default: what its core leaves
+        open, of a mixer around another (`config.core`), else nothing."""
+        core = getattr(config, "core", None)
+        return "" if core is None else get(core.node_name).cost_note(core)
+
+    @classmethod
+    def require_length(cls, config: Any, length: int) -> None:
+        """Raises ConfigError where rows of `length` positions are not possible with this config; default: where they
+        are not with its core, of a mixer around another (`config.core`)."""
+        if (core := getattr(config, "core", None)) is not None:
+            get(core.node_name).require_length(core, length)
+
+    @classmethod
     def context_flops(cls, config: Any, width: int) -> float:
         """`Cost.context_flops`; 0 where nothing is read but the sequence."""
         return 0.0

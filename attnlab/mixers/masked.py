@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 from attnlab import config as config_lib
 from attnlab import masks
-from attnlab.errors import UnsupportedPattern
 from attnlab.mixers.base import knob
 from attnlab.mixers.sequence import Sequence
 from attnlab.ops.keys_values import Cached, KeysValues, Reordered, Whole, but_lost
@@ -49,9 +48,8 @@ def require_mask(config: Any) -> None:
     allowed = f"a context, which mask {name} is of" if cross else f"none {where}"
     need((source is not None) == cross, "source", source, allowed)
     need(qk_norm != "cosine", "qk_norm", qk_norm, f"another {where}: cosine counts the keys of an interval")
-    direction = "causal" if config.causal else "bidirectional"
-    allowed = f"{not config.causal}: mask {name} does not go with {direction} mixing".lower()
-    need(cross or getattr(masks.get(name), direction), "causal", config.causal, allowed)
+    why = masks.get(name).unserved(config.mask, causal=config.causal)
+    need(cross or not why, "causal", config.causal, f"{str(not config.causal).lower()}: {why}")
     for field, impls in (("impl", _IMPLS), ("decode_impl", _DECODE_IMPLS)):
         value = getattr(config, field)
         need(value in impls, field, value, f"{', '.join(impls)} {where}")
@@ -134,6 +132,16 @@ class Masked:
         if self.mask is not None:
             self.mask.require(seq, causal=causal)
 
+    @classmethod
+    def require_length(cls, config: Any, length: int) -> None:
+        super().require_length(config, length)
+        if config.mask is not None:
+            masks.build(config.mask).require_length(length)
+
+    @classmethod
+    def cost_note(cls, config: Any) -> str:
+        return super().cost_note(config) if config.mask is None else masks.get(config.mask.node_name).span_note
+
     def viewed(self, seq: Sequence, carried: Any, length: Callable[[Any], jax.Array]) -> View:
         """The view of these positions; `length` says how many came before of what the layer itself keeps."""
         builder = self.mask
@@ -152,7 +160,5 @@ class Masked:
         """What a stream keeps at first, of what the layer itself keeps."""
         if self.mask is None or self.mask.cross:
             return carried
-        if self.mask.streaming == "no":
-            raise UnsupportedPattern(f"mask {self.mask.name!r} does not stream")
         blank = jnp.zeros((batch, max_length), jnp.int32)
         return MaskedCache(carried, (blank,) * self.mask.stored)

@@ -227,12 +227,15 @@ class Bags(Objective):
         if config.form == "queries":
             own, pooling = bag_queries.cost(config, inputs, length)
             flops = {"embedding": 2.0 * embedding, "pooling": pooling}
-            return ModelCost(
-                stack.parameters + embedding + norm + own, embedding, flops | stack.flops, stack.state_bytes
+            parameters = stack.parameters + embedding + norm + own
+            return dataclasses.replace(
+                stack, parameters=parameters, embedding_parameters=embedding, flops=flops | stack.flops
             )
         maps = inputs * D + 2 * D * config.gate_width + config.gate_width * M
         parameters = stack.parameters + embedding + maps + 2 * config.gate_width + M + heads * (D + 1) * config.classes
         parameters += norm
         flops = {"embedding": 2.0 * embedding, "pooling": 2.0 * (maps + M * D)}
         flops["head"] = 2.0 * heads * D * config.classes / length
-        return ModelCost(parameters, embedding, flops | stack.flops, stack.state_bytes)
+        return dataclasses.replace(
+            stack, parameters=parameters, embedding_parameters=embedding, flops=flops | stack.flops
+        )

@@ -20,6 +20,7 @@ class ModelCost:
       flops: forward FLOPs per token of the matrix products by part, a multiply-add counted as 2 and causal counted as
         causal; a training step costs three times their sum.
       state_bytes: bytes of streaming state per sequence at that length.
+      notes: what `flops` leaves open, of mixers that do not count what is computed (`Mixer.cost_note`).
       second_flops: forward FLOPs of a second stream (`MixerConfig.second_stream`) per position of a row, once for all
         rows of a batch.
     """
@@ -29,6 +30,7 @@ class ModelCost:
     flops: dict[str, float]
     state_bytes: int
     second_flops: float = 0.0
+    notes: tuple[str, ...] = ()
 
     @property
     def total_flops(self) -> float:
@@ -65,5 +67,7 @@ def stack_cost(config: StackConfig, length: int) -> ModelCost:
             flops[key] = flops.get(key, 0.0) + repeats * value
         if node.second_stream:  # its table of what the stream has for each position
             state_bytes += repeats * length * config.stream_bytes
+    said = {letter: mixers.get(node.node_name).cost_note(node) for letter, node in config.mixers.items()}
+    notes = tuple(f"model.mixers.{letter}: {note}" for letter, note in said.items() if note)
     second = any(config.mixers[letter].second_stream for letter in letters)
-    return ModelCost(parameters, 0, flops, state_bytes, sum(flops.values()) if second else 0.0)
+    return ModelCost(parameters, 0, flops, state_bytes, sum(flops.values()) if second else 0.0, notes)

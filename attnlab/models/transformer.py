@@ -196,6 +196,14 @@ class StackConfig:
                     "cannot split its positions over devices; allowed: 1, as a number"
                 )
 
+    def require_length(self, length: int) -> None:
+        """Raises ConfigError unless rows of `data.length` positions are possible for every mixer."""
+        for letter, mixer in self.mixers.items():
+            try:
+                mixers.get(mixer.node_name).require_length(mixer, length)
+            except ConfigError as error:
+                raise ConfigError(f"in model.mixers.{letter} (data.length = {length}): {error}") from None
+
     @property
     def draws(self) -> bool:
         """Whether its loss is random in training, and takes a key."""

@@ -35,6 +35,18 @@ def positions_in_documents(documents_BT: jax.Array, seen_B: jax.Array | None = N
     return t - start if seen_B is None else jnp.where(documents_BT == 0, seen_B[:, None] + t, t - start)
 
 
+def document_ends(offset_BT: jax.Array) -> jax.Array:
+    """One past the last position in the row of each position's document, int32 [B, T].
+
+    Args:
+      offset_BT: positions of its document before each, of `positions_in_documents`; of a row or a piece of a stream.
+    """
+    length = offset_BT.shape[1]
+    t = jnp.arange(length, dtype=jnp.int32)[None]
+    last = jnp.pad(offset_BT[:, 1:] == 0, ((0, 0), (0, 1)), constant_values=True)
+    return jax.lax.cummin(jnp.where(last, t + 1, length), axis=1, reverse=True)
+
+
 def largest_input(dtype: jnp.dtype) -> float:
     """What counts as an overflow: the eighth root of the largest number, 65,536 in fp32 and bf16.
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlab.errors import UserError
-from attnlab.ops.masks import Array, Mask, by_head, numpy_if
+from attnlab.ops.masks import Array, Axis, Mask, by_head, numpy_if
 
 
 def both(a: Mask, b: Mask) -> Mask:
@@ -73,6 +73,24 @@ def permuted(mask: Mask, order_BS: Array) -> Mask:
         if groups is not None:
             groups = dataclasses.replace(groups, group=moved(groups.group), size=None)
         terms.append(dataclasses.replace(term, axes=axes, groups=groups))
+    return terms[0] if len(terms) == 1 else either(*terms)
+
+
+def reordered(mask: Mask, order: np.ndarray) -> Mask:
+    """The mask of rows and keys both in another order, int [T]: position i is what position `order[i]` was.
+
+    An interval of keys that says more than "all" becomes an axis. Raises UserError where there are groups.
+    """
+    taken = lambda x: None if x is None else x[..., order]
+    terms = []
+    for term in mask.terms():
+        if term.groups is not None:
+            raise UserError("mask: groups of rows are none in another order; allowed: intervals and axes")
+        axes = term.axes
+        if term.dynamic() or term.causal or term.window is not None:
+            bounds = term.interval(len(order), len(order))
+            axes = (Axis(np.arange(len(order), dtype=np.int32)[None], *bounds, name="index"), *axes)
+        terms.append(Mask(axes=tuple(Axis(taken(a.key), taken(a.lo), taken(a.hi), a.name) for a in axes)))
     return terms[0] if len(terms) == 1 else either(*terms)
 
 

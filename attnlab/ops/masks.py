@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlab.errors import UserError
-from attnlab.ops.documents import document_index, positions_in_documents
+from attnlab.ops.documents import document_ends, document_index, positions_in_documents
 
 NEVER = 2**31 - 1  # no coordinate; every interval without an upper end ends here
 
@@ -295,9 +295,8 @@ def mask_of_documents(offset_BT: jax.Array, segments_BT: jax.Array, *, causal: b
     start = jnp.where(segments_BT == 0, t + 1, t - offset_BT)
     if causal:
         return Mask(start, None, causal=True, window=window, documents=True)
-    last = jnp.pad(offset_BT[:, 1:] == 0, ((0, 0), (0, 1)), constant_values=True)
-    end = jax.lax.cummin(jnp.where(last, t + 1, length), axis=1, reverse=True)
-    return Mask(start, jnp.where(segments_BT == 0, t + 1, end), causal=False, window=window, documents=True)
+    end = jnp.where(segments_BT == 0, t + 1, document_ends(offset_BT))
+    return Mask(start, end, causal=False, window=window, documents=True)
 
 
 def mask_for_extension(

@@ -251,6 +251,7 @@ class RunConfig:
             )
         self._require_distillable(objective)
         self.model.require_split(self.mesh.context)
+        self.model.require_length(self.data.length)
 
     def _require_distillable(self, objective: type[models.Objective]) -> None:
         distill, train = self.train.distill, self.train

@@ -1,7 +1,8 @@
 """The laws of a mask that configs choose by name; each mask's own test file calls `held_to_the_laws`.
 
 A mask's test gives its definition, `sees(config, n)`: bool [n, n], which positions of one document of n positions see
-which, causality apart. What packing, padding, directions, streams and tiles make of it is checked here.
+which, causality apart, or `sees(config, n, causal)`, of a direction. What packing, padding, directions, streams and
+tiles make of it is checked here.
 """
 
 from __future__ import annotations
@@ -28,30 +29,39 @@ ODD = SEGMENTS[:, :23]
 PIECE = 5  # positions of a piece of a stream
 TILINGS = (4, 4), (8, 16), (7, 5)
 
-Definition = Callable[[Any, int], np.ndarray]
+Definition = Callable[[int], np.ndarray]  # of one document, by how long it is
 
 
-def held_to_the_laws(name: str, sees: Definition, *knobs: dict[str, Any]) -> None:
-    """Every law, for every set of knobs, in every direction that the mask declares."""
+def held_to_the_laws(
+    name: str, sees: Callable[..., np.ndarray], *knobs: dict[str, Any], directed: bool = False
+) -> None:
+    """Every law, for every set of knobs, in every direction that the mask declares.
+
+    `directed`: whether the definition takes the direction, and says itself what is left of it where mixing is causal.
+    """
     for fields in knobs:
         builder = masks.build({"name": name, **fields})
         for causal in (True, False):
-            if not getattr(builder, "causal" if causal else "bidirectional"):
+            if builder.unserved(builder.config, causal=causal):
                 with pytest.raises(UnsupportedPattern, match=name):
                     builder.require(Sequence.whole(1, 4), causal=causal)
                 continue
-            whole_rows(builder, sees, causal)
-            if builder.packed:
-                for segments in (SEGMENTS, ODD):
-                    packed_rows(builder, sees, causal, segments)
+
+            def law(n: int, config: Any = builder.config, causal: bool = causal) -> np.ndarray:
+                seen = sees(config, n, causal) if directed else sees(config, n)
+                return np.tril(seen) if causal and not directed else seen
+
+            whole_rows(builder, law, causal)
+            for segments in (SEGMENTS, ODD):
+                packed_rows(builder, law, causal, segments)
 
 
-def whole_rows(builder: masks.MaskBuilder, sees: Definition, causal: bool, lengths: tuple[int, ...] = (23, 30)) -> None:
+def whole_rows(builder: masks.MaskBuilder, law: Definition, causal: bool, lengths: tuple[int, ...] = (23, 30)) -> None:
     """One document a row: the mask is known while tracing, is the definition, and has the span that is declared."""
     for n in lengths:
         seq = Sequence.whole(1, n)
         mask, order = builder.mask(seq, causal=causal), builder.order(seq)
-        expected = directed(sees(builder.config, n), causal)
+        expected = law(n)
         expected = expected if order is None else expected[order][:, order]
         assert mask.known()
         np.testing.assert_array_equal(mask.visible(n, n)[0, 0], expected)
@@ -61,22 +71,29 @@ def whole_rows(builder: masks.MaskBuilder, sees: Definition, causal: bool, lengt
             sound(mask_tiles.tile_kinds(mask, n, n, bq, bk), expected[None, None], bq, bk)
 
 
-def packed_rows(builder: masks.MaskBuilder, sees: Definition, causal: bool, segments: np.ndarray = SEGMENTS) -> None:
+def packed_rows(builder: masks.MaskBuilder, law: Definition, causal: bool, segments: np.ndarray = SEGMENTS) -> None:
     """Documents see what each sees alone, padding nothing; tiles are sound; streams have the same rows."""
     B, T = segments.shape
-    expected = by_documents(lambda n: directed(sees(builder.config, n), causal), segments)
-    mask = packed(builder, causal, segments)
+    rows = by_documents(law, segments)
+    mask, order = packed(builder, causal, segments), builder.order(Sequence.whole(1, T))
+    expected = rows if order is None else rows[:, order][:, :, order]
+    assert all(term.plain() or not term.documents for term in mask.terms())  # which promises that documents are all
     np.testing.assert_array_equal(mask.visible(T, T)[:, 0], expected)
     np.testing.assert_array_equal(mask.visible(T, T, slice(9, 11))[:, 0], expected[:, 9:11])
     for bq, bk in TILINGS:
         sound(mask_tiles.tile_kinds(mask, T, T, bq, bk), expected[:, None], bq, bk)
     really_closed = np.stack([[not expected[b, :p, p:].any() for p in range(T + 1)] for b in range(B)])
     assert not np.any(closed_cuts(mask, T) & ~really_closed)
-    if causal and builder.streaming != "no":
-        np.testing.assert_array_equal(streamed(builder, segments), expected)
+    if causal and builder.streaming == "any":
+        np.testing.assert_array_equal(streamed(builder, segments, [*range(0, T, PIECE), T]), rows)
+    for row in range(
+        B if causal and builder.streaming == "closed" else 0
+    ):  # each cut at every other place where it may be, so that a piece has several steps, too
+        cuts = [p for p in range(T + 1) if not rows[row, :p, p:].any()][:-1:2]
+        np.testing.assert_array_equal(streamed(builder, segments[row : row + 1], [*cuts, T]), rows[row : row + 1])
 
 
-def by_documents(sees: Callable[[int], np.ndarray], segments: np.ndarray = SEGMENTS) -> np.ndarray:
+def by_documents(sees: Definition, segments: np.ndarray = SEGMENTS) -> np.ndarray:
     """What a mask of documents, by how long they are, makes of the packed rows: bool [B, T, T]."""
     B, T = segments.shape
     expected = np.zeros((B, T, T), bool)
@@ -97,9 +114,9 @@ def packed(builder: masks.MaskBuilder, causal: bool, segments: np.ndarray = SEGM
     return jax.tree.map(np.asarray, made(jnp.asarray(segments)))
 
 
-def streamed(builder: masks.MaskBuilder, segments: np.ndarray = SEGMENTS) -> np.ndarray:
-    """The rows that a stream sees, cut into pieces of which the last may be shorter, over a cache longer than it."""
-    B, T = segments.shape
+def streamed(builder: masks.MaskBuilder, packed: np.ndarray, cuts: list[int]) -> np.ndarray:
+    """The rows that a stream of segments [B, T] sees, cut there, over a cache that is longer than it."""
+    B, T = packed.shape
     slots = T + 3
 
     @jax.jit
@@ -113,19 +130,13 @@ def streamed(builder: masks.MaskBuilder, segments: np.ndarray = SEGMENTS) -> np.
         return stream, stored, builder.rows(seq, stored, interval)
 
     state, parts = (Stream.start(B), (jnp.full((B, slots), 1, jnp.int32),) * builder.stored), []
-    for first in range(0, T, PIECE):
-        own = jnp.asarray(segments[:, first : first + PIECE])
-        *state, rows = piece(state[0], own, state[1], first)
-        seen = jax.tree.map(np.asarray, rows).visible(own.shape[1], slots)[:, 0]
-        parts.append(np.broadcast_to(seen, (B, own.shape[1], slots)))
+    for first, end in zip(cuts, cuts[1:]):
+        *state, rows = piece(state[0], jnp.asarray(packed[:, first:end]), state[1], first)
+        seen = jax.tree.map(np.asarray, rows).visible(end - first, slots)[:, 0]
+        parts.append(np.broadcast_to(seen, (B, end - first, slots)))
     rows = np.concatenate(parts, axis=1)
     assert not rows[..., T:].any()
     return rows[..., :T]
-
-
-def directed(sees: np.ndarray, causal: bool) -> np.ndarray:
-    """What is left of a definition where mixing is causal."""
-    return np.tril(sees) if causal else sees
 
 
 def sound(kinds: np.ndarray, visible: np.ndarray, bq: int, bk: int) -> None:

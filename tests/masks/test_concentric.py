@@ -1,6 +1,8 @@
 """Concentric causal attention."""
 
-from tests.masks.rows import by_hand, held_to_the_laws
+import numpy as np
+
+from tests.masks.rows import ROWS, by_hand, defined, held_to_the_laws, places
 
 
 def ring(place):
@@ -41,6 +43,15 @@ def test_an_image_sees_all_of_the_one_before():
     border, centre = "xxxx.xxxx", "x" * 9
     assert lines[:9] == [x + "." * 9 for x in [*[border] * 4, centre, *[border] * 4]]
     assert lines[9:] == [centre + x for x in [*[border] * 4, centre, *[border] * 4]]
+
+
+def test_sorted_by_ring_it_is_one_interval():
+    """With each image's keys sorted border first, and nothing else moved, every row of packed rows sees one run."""
+    for row in map(places, ROWS):
+        order = sorted(row, key=lambda p: (p.span[0], ring(p), p.index) if p.kind == "image" else (p.index,))
+        seen = defined([row], lambda *pair: sees(None, *pair))[0][:, [p.index for p in order]]
+        begins = np.diff(np.pad(seen, ((0, 0), (1, 0))).astype(int), axis=1) > 0
+        np.testing.assert_array_equal(begins.sum(1), [p.kind != "padding" for p in row])
 
 
 def test_rings_are_as_many_as_the_paper_says():

@@ -1,5 +1,9 @@
 """Neighbourhoods of cells, by a loop over windows written anew."""
 
+import dataclasses
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -7,9 +11,12 @@ from attnlab import masks
 from attnlab.errors import ConfigError, UserError
 from attnlab.masks.neighborhood import bounds, partitioned, tiles_met
 from attnlab.mixers.sequence import Sequence
-from attnlab.ops.mask_algebra import permuted
+from attnlab.ops.attention import attention
+from attnlab.ops.dispatch import interpreted
+from attnlab.ops.mask_algebra import reordered
 from attnlab.ops.mask_tiles import tile_table
 from tests.masks.laws import held_to_the_laws
+from tests.ops import reference
 
 
 def sees_along(size, window, stride, dilation, causal):
@@ -24,32 +31,47 @@ def sees_along(size, window, stride, dilation, causal):
             continue
         leader = min(at // stride * stride + stride // 2, len(line) - 1)
         first = leader - window // 2
-        first = min(max(first, 0), len(line) - window)
+        first = max(min(first, len(line) - window), 0)  # a line that is shorter than a window is seen whole
         out[cell, line[first : first + window]] = True
     return out
 
 
-def sees(config, n):
+def sees(config, n, causal):
+    """Of a document: boxes of its cells, and positions beside them."""
     shape = config.shape or (n,)
     each = lambda value: value * len(shape) if len(value) == 1 else value
     knobs = zip(shape, *map(each, (config.window, config.stride, config.dilation, config.causal_axes)))
     out = np.ones((1, 1), bool)
     for facts in knobs:
         out = np.kron(out, sees_along(*facts))
-    before = n - len(out)
-    return np.pad(out, ((before, 0), (before, 0)), constant_values=True)
+    out = out[:n, :n]  # a shorter document has the first cells
+    beside = n - len(out)
+    if not causal:
+        return np.pad(out, ((beside, 0), (beside, 0)), constant_values=True)
+    behind = np.tril(np.ones((n, n), bool))
+    behind[: len(out)] = np.pad(out, ((0, 0), (0, beside)))
+    return behind
 
 
 def test_laws():
+    """Lines of any length, and documents with cells of their own, some with too few and some with positions beside
+    them; in causal mixing streams cut anywhere, and those that are cut between steps of the first dimension."""
     held_to_the_laws(
         "neighborhood",
         sees,
+        {"window": (4,), "dilation": (3,), "causal_axes": (True,)},
+        {"window": (5,), "shape": (17,), "stride": (2,), "causal_axes": (True,)},
+        {"shape": (3, 5), "window": (2, 3), "stride": (2, 1), "causal_axes": (True,)},
+        {"shape": (4, 3), "window": (3, 2), "stride": (2, 1), "causal_axes": (True, False)},
+        {"shape": (3, 2, 3), "window": (2,), "causal_axes": (True, False, True), "order": "partition", "tile": (2,)},
         {"window": (5,)},
         {"window": (4,), "stride": (3,), "dilation": (2,)},
         {"window": (5,), "stride": (2,), "causal_axes": (True,)},
         {"shape": (4, 5), "window": (3, 2), "stride": (1, 2), "dilation": (1, 2)},
         {"shape": (2, 3, 3), "window": (2, 3, 3), "causal_axes": (True, False, False)},
         {"shape": (4, 5), "window": (3, 2), "dilation": (1, 2), "order": "partition", "tile": (2, 3)},
+        {"shape": (2, 4), "window": (2, 3), "order": "partition", "tile": (2, 3)},
+        directed=True,
     )
 
 
@@ -58,13 +80,29 @@ def seen_of(length, **knobs):
     return builder.mask(Sequence.whole(1, length), causal=False).visible(length, length)[0, 0]
 
 
+@pytest.mark.parametrize("impl", ["flash", "tiles"])
+def test_kernels_of_packed_rows(impl):
+    """Images with positions before them, and padding: each implementation is the definition, values and gradients."""
+    T = 256
+    segments = jnp.asarray([[1] * 100 + [2] * 150 + [0] * 6])
+    seq = Sequence(jnp.zeros_like(segments), segments).derived()
+    builder = masks.build({"name": "neighborhood", "shape": (8, 12), "window": (3, 5), "stride": (2, 1)})
+    mask = builder.mask(seq, causal=False)
+    rng = np.random.default_rng(0)
+    q, k, v, do = (rng.normal(size=(1, T, 2, 64)).astype(np.float32) for _ in range(4))
+    with interpreted():
+        o, pull = jax.jit(lambda *a: jax.vjp(lambda *a: attention(*a, mask, impl=impl), *a))(q, k, v)
+    for ours, theirs in zip((o, *pull(do)), reference.attention(q, k, v, mask, do), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
 def test_every_cell_sees_a_whole_window():
     for size in range(2, 14):
         for window in range(2, size + 1):
             for stride in range(1, window + 1):
-                lo, hi = bounds(size, window, stride, 1, False)
+                lo, hi = bounds(np.arange(size), size, window, stride, 1, False)
                 assert np.all((lo >= 0) & (hi <= size) & (hi - lo == window))
-                lo, hi = bounds(size, window, stride, 1, True)
+                lo, hi = bounds(np.arange(size), size, window, stride, 1, True)
                 assert np.all((lo <= np.arange(size)) & (hi == np.arange(size) + 1))
 
 
@@ -93,12 +131,9 @@ def test_simulated_tiles_are_those_of_the_table():
         knobs = {"name": "neighborhood", "shape": (16, 24), "window": (5, 7), "stride": (stride, min(stride, 7))}
         builder = masks.build(knobs)
         tile, n = (4, 4), 16 * 24
-        order = partitioned((16, 24), tile)[None]
-        mask = permuted(builder.mask(Sequence.whole(1, n), causal=False), order)
-        rows = lambda x: None if x is None else np.take_along_axis(x, order, axis=1)
-        axes = tuple(type(a)(a.key, rows(a.lo), rows(a.hi), a.name) for a in mask.axes)
-        count = tile_table(type(mask)(axes=axes), n, n, 16, 16).count
-        met, of = tiles_met(builder, (16, 24), tile, tile)
+        mask = reordered(builder.mask(Sequence.whole(1, n), causal=False), partitioned((16, 24), tile))
+        count = tile_table(mask, n, n, 16, 16).count
+        met, of = tiles_met(builder, tile, tile)
         np.testing.assert_allclose(count.mean(), met)
         assert of == n // 16
 
@@ -115,7 +150,36 @@ def test_an_order_that_meets_fewer_tiles():
 
 
 def test_impossible_windows_are_refused():
-    with pytest.raises(UserError, match="window 7.*5 cells"):
+    for knobs, message in (
+        ({"window": (3, 3)}, r"window = .*3, 3.*one value where shape is none"),
+        ({"shape": (4, 4), "window": (3, 3, 3)}, r"window = .*one value, or 2"),
+        ({"shape": (4, 4), "window": (3,), "dilation": (1, 2)}, r"window = .*cells of shape = \(4, 4\)"),
+        ({"window": (3,), "stride": (4,)}, r"stride = .*at most window"),
+        ({"window": (3,), "order": "partition"}, r"order = 'partition'.*raster where shape is none"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            masks.build({"name": "neighborhood", **knobs})
+    with pytest.raises(ConfigError, match="window = .*7.*the 5 positions"):
         seen_of(5, window=(7,))
-    with pytest.raises(UserError, match="12 cells"):
+    with pytest.raises(ConfigError, match=r"shape = .*3, 4.*9 positions"):
         seen_of(9, shape=(3, 4), window=(3,))
+
+
+def test_what_a_row_says_of_its_image_is_the_shape():
+    """`Sequence.grid` and `shape` agree, or it is refused: costs are counted by the shape alone."""
+    seq = dataclasses.replace(Sequence.whole(1, 12), grid=(3, 4))
+    masks.build({"name": "neighborhood", "shape": (3, 4), "window": (3,)}).require(seq, causal=False)
+    for shape in (None, (4, 3)):
+        with pytest.raises(UserError, match=r"shape = .*\(3, 4\)"):
+            masks.build({"name": "neighborhood", "shape": shape, "window": (3,)}).require(seq, causal=False)
+
+
+def test_a_dilated_line_is_lines_of_their_own():
+    """Sorted by residue, a neighbourhood dilated by d is the undilated one of d packed documents."""
+    for dilation, causal in ((2, False), (3, False), (3, True)):
+        knobs = {"window": (4,), "causal_axes": (causal,)}
+        residue = np.arange(22) % dilation
+        order = np.argsort(residue, kind="stable")
+        seq = Sequence(jnp.zeros((1, 22), jnp.int32), jnp.asarray(residue[order] + 1)[None]).derived()
+        lines = masks.build({"name": "neighborhood", **knobs}).mask(seq, causal=causal).visible(22, 22)[0, 0]
+        np.testing.assert_array_equal(seen_of(22, dilation=(dilation,), **knobs)[order][:, order], lines)

@@ -18,6 +18,7 @@ from tests.masks.rows import ROWS, layout_of, places
 from tests.mixers import cases
 
 POWER = {"name": "power_blocks", "block": 2, "sinks": 0}
+CAUSAL = {"name": "neighborhood", "window": [3], "causal_axes": [True]}
 GRID = {"name": "grid_pattern", "stride": 3, "local": 2}
 
 
@@ -134,6 +135,50 @@ def test_what_an_image_knows_early_under_modality_mutual():
         assert changed(token) == [list(range(token, 9))] * 2
 
 
+LINE = {"window": [3]}
+CELLS = {"shape": [2, 2], "window": [2], "stride": [2, 1]}  # of 4, 5 and 9 positions
+
+
+@tiers.often("line-both", "cells-steps")
+@pytest.mark.parametrize(
+    "knobs, causal, pieces",
+    [
+        (LINE, False, None),
+        (CELLS, False, None),
+        ({**CELLS, "order": "partition", "tile": [1, 2]}, False, None),
+        (LINE | {"causal_axes": [True], "dilation": [2]}, True, [1] * cases.LENGTH),
+        ({**CELLS, "causal_axes": [True, False]}, True, [2, 2, 4, 1, 2]),
+    ],
+    ids=["line-both", "cells-both", "cells-boxes", "line-any", "cells-steps"],
+)
+def test_boxes_of_packed_documents(knobs, causal, pieces):
+    """By tiles it is the definition, values and gradients, of packed, padded rows, in which each document gives what it
+    gives alone; and so does a stream that is cut where its mask allows."""
+    of = lambda impl: mixers.config_from_node(
+        {"name": "softmax", "causal": causal, "impl": impl, "mask": {"name": "neighborhood", **knobs}}
+    )
+    x, seq = cases.inputs(jnp.float64)
+    weight, used = jnp.cos(jnp.arange(x.size)).reshape(x.shape), (seq.segments > 0)[..., None]
+    found, module = [], cases.module(of("tiles"), jnp.float64)
+    for impl in ("tiles", "definition"):
+        graphdef, params = cases.split(cases.module(of(impl), jnp.float64))
+        run = jax.jit(lambda params, x, seq, g=graphdef: nnx.merge(g, params)(x, seq).y)
+        scalar = lambda params, x, run=run: jnp.sum(jnp.where(used, weight * run(params, x, seq), 0))
+        found.append((run(params, x, seq), jax.jit(jax.grad(scalar, argnums=(0, 1)))(params, x)))
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-12)
+    whole = found[0][0]
+    for documents in cases.ALONE:
+        alone = run(params, *cases.alone(x, seq, documents))
+        for i, (row, first, end) in enumerate(documents):
+            np.testing.assert_allclose(alone[i, : end - first], whole[row, first:end], atol=1e-12)
+    if pieces:
+        step = jax.jit(lambda x, seq, state: nnx.merge(graphdef, params).extend(x, seq, state))
+        state = module.init_state(2, cases.LENGTH, jnp.float64)
+        streamed, _ = cases.streamed(step, state, x, seq, pieces)
+        np.testing.assert_allclose(np.where(used, streamed - whole, 0), 0, atol=1e-12)
+
+
 def test_a_mask_is_named_on_the_command_line():
     tree = {"name": "softmax"}
     config_lib.apply_overrides(tree, ["mask=power_blocks"])
@@ -153,7 +198,9 @@ def test_a_mask_is_named_on_the_command_line():
         ({"mask": POWER, "source": "image"}, "source"),
         ({"mask": POWER, "qk_norm": "cosine"}, "qk_norm"),
         ({"mask": POWER, "causal": False}, "causal = False.*true: mask power_blocks"),
-        ({"mask": "neighborhood"}, "causal = True.*false: mask neighborhood"),
+        ({"mask": "neighborhood"}, "causal = True.*false: mask neighborhood.*causal_axes.*begins with true"),
+        ({"mask": {**CAUSAL, "stride": [2]}}, "causal = True.*false: mask neighborhood.*stride.*is 1"),
+        ({"mask": {**CAUSAL, "window": [3, 3]}}, "window = .*one value where shape is none"),
         ({"mask": POWER, "impl": "xla"}, "impl = 'xla'.*tiles"),
         ({"mask": POWER, "decode_impl": "decode"}, "decode_impl"),
     ],
@@ -186,11 +233,6 @@ def test_what_a_mask_needs_is_said():
     config = mixers.config_from_node({"name": "moh", "core": {"name": "softmax", "mask": POWER}})
     with pytest.raises(ConfigError, match="gather needs a core whose mask is none"):
         dataclasses.replace(config, impl="gather")
-    line = {"name": "softmax", "causal": False, "mask": {"name": "neighborhood", "window": [3]}}
-    module = cases.module(mixers.config_from_node(line), jnp.float64)
-    module.require(mixers.Sequence.whole(2, cases.LENGTH), causal=False)
-    with pytest.raises(UnsupportedPattern, match="packed"):
-        module.require(seq, causal=False)
 
 
 @tiers.often("gated")

@@ -128,6 +128,53 @@ def test_masks_of_layouts_train(mask):
     assert np.isfinite(metrics["grad_norm"]) and abs(losses[0] - losses[1]) > 1e-4
 
 
+BOXES = "model.mixers.M.mask.name=neighborhood"
+CELLS = BOXES, "model.mixers.M.mask.window=[3]", "model.mixers.M.mask.shape=[8,8]"
+
+
+@pytest.mark.parametrize(
+    "task, overrides",
+    [
+        ("match3", (BOXES, "model.mixers.M.mask.window=[3]")),
+        ("bags,mixer=softmax", (BOXES,)),
+        ("pixels", (*CELLS, "model.mixers.M.mask.causal_axes=[True,True]")),
+    ],
+)
+def test_neighbourhoods_train(task, overrides):
+    """Of a line, of bags of any size behind which is padding, and of an image's cells: values differ from those of all
+    that a position may see."""
+    seen = []
+    for more in (overrides, ()):
+        c = config_lib.load(RunConfig, f"configs/tasks.py:task={task}", ["data.batch=8", "mesh.data=1", *more])
+        program = Program.of(c)
+        rows = data_lib.open_data(c.data).rows("train", range(8))
+        sums = program.eval_step(runs.first(program).params, program.put(rows))
+        seen.append(float(sums["nll"].sum() / sums["tokens"].sum()))
+    assert np.isfinite(seen).all() and abs(seen[0] - seen[1]) > 1e-5
+
+
+@pytest.mark.parametrize("mixer, where", [("softmax", "mask"), ("moh", "core.mask")])
+def test_rows_that_are_too_short_for_a_mask_are_refused_before_a_run(mixer, where):
+    """With the mixer, the length, the knob and what is allowed."""
+    knobs = [f"model.mixers.M.{where}.name=neighborhood", f"model.mixers.M.{where}.window=[17]"]
+    with pytest.raises(
+        ConfigError, match=r"model\.mixers\.M \(data\.length = 16\): mask\.window = \(17,\).*16 positions"
+    ):
+        config_lib.load(RunConfig, f"configs/tasks.py:task=match3,mixer={mixer}", knobs)
+
+
+@pytest.mark.parametrize("mixer, where", [("softmax", "mask"), ("moh", "core.mask")])
+def test_costs_say_where_the_count_of_a_mask_is_open(attnlab, mixer, where):
+    """What is seen hangs on where images lie; of a mask that lengths alone decide nothing is said."""
+    for mask, notes in (("concentric", 1), ("a_shape", 0)):
+        spec = f"configs/tasks.py:task=visual_question,mixer={mixer}"
+        args = "cost", "--config", spec, f"--config.model.mixers.M.{where}={mask}"
+        code, out, _ = attnlab(*args, "--json")
+        found = json.loads(out)["notes"]
+        assert code == 0 and len(found) == notes
+        assert all(note.startswith("model.mixers.M: counted as causal") and note in attnlab(*args)[1] for note in found)
+
+
 def test_eval_tells_accuracy_beside_chance(attnlab, finished):
     """The figures of the run, by slice; of the test split, without a note; of another task, with one."""
     workdir, _ = finished
