@@ -361,6 +361,9 @@ class MoH(HeadMixer):
     def begin_layer(self, layer: jax.Array, layers: int) -> None:
         self.core.begin_layer(layer, layers)
 
+    def require_stack(self, layers: int) -> None:
+        self.core.require_stack(layers)
+
     def init_shared(self, batch: int, length: int) -> dict[str, jax.Array]:
         return self.core.init_shared(batch, length)
 
