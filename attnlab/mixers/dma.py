@@ -46,11 +46,11 @@ class DMAConfig(GroupedConfig):
 class DMA(GroupedMixer):
     """`softmax(q . k_j / sqrt(d) + delta_j)` over the `keep` keys of the prefix whose `delta` is highest.
 
-    `delta_j = A softplus(W v_j)` per key head, of the values of all key heads; with `bias` W has one, too. A query's own
-    key is not kept by force, or with `keep_self` takes the place of the worst of its keys where it is not among the
+    `delta_j = A softplus(W v_j)` per key head, of the values of all key heads; with `bias` W has one, too. A query's
+    own key is not kept by force, or with `keep_self` takes the place of the worst of its keys where it is not among the
     best. Queries and keys have an RMSNorm before RoPE. What has dropped out never comes back, so that a stream holds
-    `keep` keys (with `keep_self` one fewer), whatever the length. The choice has no gradient: `delta` learns by the bias
-    alone.
+    `keep` keys (with `keep_self` one fewer), whatever the length. The choice has no gradient: `delta` learns by the
+    bias alone.
     """
 
     Config = DMAConfig
@@ -78,7 +78,8 @@ class DMA(GroupedMixer):
         documents = jnp.zeros(x.shape[:2], jnp.int32) if seq.documents is None else seq.documents
         o, live = dynamic_mask_attention(
             q, k, v, self.delta(v), documents, carried,
-            keep=c.keep, own=c.keep_self, chunk=c.chunk, impl=c.impl if carried is None or c.impl != "definition" else "auto",
+            keep=c.keep, own=c.keep_self, chunk=c.chunk,
+            impl=c.impl if carried is None or c.impl != "definition" else "auto",
         )  # fmt: skip
         return MixerOutput(o, live)
 

@@ -79,8 +79,9 @@ def definition(
 
 
 def chunked(
-    q_BTKGd, k_BTKd, v_BTKe, bias_BTK, documents_BT, live: Live | None, *, keep: int, own: bool, scale: float, chunk: int
-):
+    q_BTKGd, k_BTKd, v_BTKe, bias_BTK, documents_BT, live: Live | None,
+    *, keep: int, own: bool, scale: float, chunk: int,
+):  # fmt: skip
     """Each chunk of rows against the keys that were live before it and its own: `[C, w + C]` scores at a time.
 
     Where a row's own key is one of its w, the others are the w - 1 best before it: those that die at the row or later.

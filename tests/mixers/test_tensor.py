@@ -36,7 +36,10 @@ def make(**fields):
     return cases.module(mixers.get("tensor").Config(**fields), jnp.float64)
 
 
-@pytest.mark.parametrize("fields", [{"window": 4}, {"offset": 0.5, "window": 4}, {"causal": False, "offset": 0.5, "scale": "root", "qk_norm": False}])
+BOTH_WAYS = {"causal": False, "offset": 0.5, "scale": "root", "qk_norm": False}
+
+
+@pytest.mark.parametrize("fields", [{"window": 4}, {"offset": 0.5, "window": 4}, BOTH_WAYS])
 def test_equals_the_formula(fields):
     """The whole layer for a packed row, query by query, pair by pair."""
     module = make(heads=2, **fields)
