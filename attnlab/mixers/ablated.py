@@ -60,6 +60,7 @@ class AblatedConfig(RotaryConfig):
         other=("cache",),
         choices=("features", "cache"),
     )
+    noise: float = knob(1.0, "deviation of the noise that random_stream begins as", other=(0.02,), above=0)
     chunk: int = knob(64, "positions computed as one product; changes only speed and memory", other=(4,), least=1)
     impl: str = knob(
         "auto",
@@ -80,6 +81,8 @@ class AblatedConfig(RotaryConfig):
         needs = "features where weights is not taylor"
         kept = self.weights == "taylor" or self.taylor_state == "features"
         config_lib.require(kept, "taylor_state", self.taylor_state, needs)
+        noisy = self.weights == "random_stream" or self.noise == 1
+        config_lib.require(noisy, "noise", self.noise, "1 where weights is not random_stream")
 
     @property
     def second_stream(self) -> str:
@@ -207,8 +210,8 @@ class Ablated(HeadMixer):
         return self._begun(jnp.arange(length, dtype=jnp.int32)[None], text).astype(self.dtype)
 
     def _begun(self, places: jax.Array, text: jax.Array | None) -> jax.Array:
-        """What the stream begins as, [B, T, D], at places [B, T] of its document: the text's embeddings, or standard
-        normal numbers of each place."""
+        """What the stream begins as, [B, T, D], at places [B, T] of its document: the text's embeddings, or normal
+        numbers of each place, of deviation `noise`."""
         if self.config.weights == "text_stream":
             if text is None:
                 raise UnsupportedPattern(f"mixer {self.name!r} with weights=text_stream reads Sequence.text, the "
@@ -216,7 +219,7 @@ class Ablated(HeadMixer):
             return jnp.take(text, places, axis=0, mode="clip")
         key = jax.random.key(0)  # of no parameter: the noise is never learned, and the same in every run
         of_place = lambda t: jax.random.normal(jax.random.fold_in(key, t), (self.width,), param_dtype(self.dtype))
-        return jax.vmap(jax.vmap(of_place))(places)
+        return self.config.noise * jax.vmap(jax.vmap(of_place))(places)
 
     def _attended(self, q: jax.Array, k: jax.Array, v: jax.Array, seq: Sequence, cache: KVCache | None) -> MixerOutput:
         """Softmax attention of whole sequences, or over the cache with these positions."""

@@ -349,6 +349,10 @@ def test_streams_know_positions_alone():
     np.testing.assert_allclose(run(x, begun)[used], run(x, None)[used], atol=1e-12)
     np.testing.assert_array_equal(jax.jit(lambda: module.begin_second(4, None))(), begun[:, :4])
     assert 0.8 < np.std(begun) < 1.2
+    quiet = cases.module(AblatedConfig(weights="random_stream", heads=2, noise=0.02), jnp.float64)
+    np.testing.assert_allclose(jax.jit(lambda: quiet.begin_second(9, None))(), 0.02 * begun, rtol=1e-12)
+    with pytest.raises(ConfigError, match="noise = 0.5.*1 where weights is not random_stream"):
+        AblatedConfig(weights="static", noise=0.5)
 
 
 def test_the_second_stream_is_counted():
