@@ -60,6 +60,13 @@ class AblatedConfig(RotaryConfig):
         other=("cache",),
         choices=("features", "cache"),
     )
+    embedding_width: int | None = knob(
+        None,
+        "of static: width of the embeddings that queries and keys are made of, those of a table of the model's "
+        "(model.decoupled); none: the model's width",
+        other=(4,),
+        least=1,
+    )
     noise: float = knob(1.0, "deviation of the noise that random_stream begins as", other=(0.02,), above=0)
     chunk: int = knob(64, "positions computed as one product; changes only speed and memory", other=(4,), least=1)
     impl: str = knob(
@@ -81,6 +88,8 @@ class AblatedConfig(RotaryConfig):
         needs = "features where weights is not taylor"
         kept = self.weights == "taylor" or self.taylor_state == "features"
         config_lib.require(kept, "taylor_state", self.taylor_state, needs)
+        narrow = self.weights == "static" or self.embedding_width is None
+        config_lib.require(narrow, "embedding_width", self.embedding_width, "none where weights is not static")
         noisy = self.weights == "random_stream" or self.noise == 1
         config_lib.require(noisy, "noise", self.noise, "1 where weights is not random_stream")
 
@@ -146,15 +155,20 @@ class Ablated(HeadMixer):
             self.gate, self.up = make.qkv(inner), make.qkv(inner)
         else:
             inner = config.heads * self.head_dim
-            self.q, self.k, self.v = (make.qkv(inner) for _ in range(3))
+            self.q, self.k = (make.qkv(inner, fan_in=config.embedding_width) for _ in range(2))
+            self.v = make.qkv(inner)
         self.width = width
         if config.weights == "static":
-            self.embedding_norm = RMSNorm(width, ("embed",), dtype=dtype)
+            self.embedding_norm = RMSNorm(config.embedding_width or width, ("embed",), dtype=dtype)
         self.out = make.out(inner)
 
     @property
     def stack_reads(self) -> tuple[str, ...]:
         return ("embedding",) if self.config.weights == "static" else ()
+
+    @property
+    def embedding_width(self) -> int | None:
+        return self.config.embedding_width
 
     def heads(self, x: jax.Array, seq: Sequence, carried: State = None) -> MixerOutput:
         """As in the contract; `carried` is a memory [B, H, features, d + 1], a `RunningState`, a cache, or empty."""
@@ -203,6 +217,8 @@ class Ablated(HeadMixer):
             e = self._begun(places, seq.text) if begun else jnp.take(seq.side[0], places, axis=0, mode="clip")
             return jnp.broadcast_to(e.astype(self.dtype), x.shape)
         e = x if seq.embedding is None else seq.embedding
+        if e.shape[-1] != (wanted := self.config.embedding_width or self.width):
+            raise UnsupportedPattern(f"mixer {self.name!r} reads embeddings {wanted} wide, these are {e.shape[-1]}")
         # One that has overflowed has done so in x, too; it is to change nothing in other documents.
         return self.embedding_norm(jnp.where(jnp.abs(e) < largest_input(e.dtype), e, 0))
 
@@ -248,7 +264,8 @@ class Ablated(HeadMixer):
         pairs = config.weights == "taylor" and config.takes_pairs(length, d)
         if config.weights in ("static", *_STREAMS) or pairs:
             span = mean_visible_keys(length, True, None)
-            return {"projections": 8.0 * width * H * d, "attention": 4.0 * H * d * span}, span
+            projections = 4.0 * H * d * (width + (config.embedding_width or width))
+            return {"projections": projections, "attention": 4.0 * H * d * span}, span
         if config.weights == "key_score":
             recurrence = by_key.flops_per_token(length, C, d)
         else:
