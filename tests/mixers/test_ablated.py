@@ -25,6 +25,7 @@ from tests.models import drawn
 # What the laws are told of this mixer: tests/mixers/stated.py.
 ROLES = {"matrix": "q k v out gate up", "scale": "embedding_norm"}
 BIASED = [({}, "q k v", "out"), ({"weights": "none"}, "gate up", "out")]
+BESIDE = {"chunk": {"impl": "chunked"}}  # short rows of taylor are attended to by pairs, unless it is asked for
 NUMBERS_OF = "based"
 WRITTEN_OUT = True
 
