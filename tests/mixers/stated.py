@@ -18,6 +18,8 @@ SPLIT_GRADIENTS  whether every run tries its gradients on several devices, where
           default: yes.
 BESIDE    knob -> fields of a config in which it turns, where it does not in the default one, as `cases.BESIDE`;
           default: none.
+OF_A_STEP  names of parameters whose gradient is the same of any batch: a number of steps; others' are sums over
+          documents. Default: none.
 keys_seen(config, t)      keys that a query at position t of one document of `cases.LENGTH` sees, where they are not
           those of a window or a mask.
 keys_computed(config)     of all rows, what a program computes that masks instead of skipping; default: LENGTH.

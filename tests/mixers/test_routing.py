@@ -20,6 +20,7 @@ from tests.mixers import test_contract as battery
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
 ROLES = {"matrix": "qk v out", "tokens": "centroids", "average": "total count steps"}
+OF_A_STEP = "steps"
 BLOCK = 64
 BIASED = [({}, "qk v", "out")]
 NUMBERS_OF = "moba"
