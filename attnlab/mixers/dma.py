@@ -75,7 +75,7 @@ class DMA(GroupedMixer):
     def heads(self, x: jax.Array, seq: Sequence, carried: Live | None = None) -> MixerOutput:
         c, (q, k, v) = self.config, self.projected(x)
         q, k = c.rotated(self.q_norm(q), seq.positions), c.rotated(self.k_norm(k), seq.positions)
-        # What padding holds may be huge: exp of its score would be inf, which makes gradients NaN though nobody reads it.
+        # What padding holds may be huge: exp of its score would be inf, and gradients NaN though nobody reads it.
         scored = v if seq.padding is None else jnp.where(seq.padding[..., None, None], 0, v)
         documents = jnp.zeros(x.shape[:2], jnp.int32) if seq.documents is None else seq.documents
         o, live = dynamic_mask_attention(
