@@ -22,6 +22,7 @@ from attnlab.ops.keys_values import KVCache, Whole, empty_cache
 from attnlab.ops.linear_recurrence import flops_per_token, linear_recurrence
 from attnlab.ops.masks import mean_visible_keys
 from attnlab.ops.running_softmax import RunningState, running_softmax
+from attnlab.ops.taylor_attention import pairs_are_fewer, taylor_attention
 
 WEIGHTS = {
     "taylor": "1 + s + s^2 / 2 in place of exp(s), s = q . k / sqrt(d)",
@@ -52,10 +53,26 @@ class AblatedConfig(RotaryConfig):
         "of text_stream: a .npy file of the text's ids, int [n]; documents have n positions at most",
         other=("text.npy",),
     )
+    taylor_state: str = knob(
+        "features",
+        "what a stream of taylor keeps: features: a state of fixed size; cache: keys and values, fewer numbers up to "
+        "about d^2 / 4 positions",
+        other=("cache",),
+        choices=("features", "cache"),
+    )
+    embedding_width: int | None = knob(
+        None,
+        "of static: width of the embeddings that queries and keys are made of, those of a table of the model's "
+        "(model.decoupled); none: the model's width",
+        other=(4,),
+        least=1,
+    )
+    noise: float = knob(1.0, "deviation of the noise that random_stream begins as", other=(0.02,), above=0)
     chunk: int = knob(64, "positions computed as one product; changes only speed and memory", other=(4,), least=1)
     impl: str = knob(
         "auto",
-        "auto, chunked (a recurrence; attention in blocks of XLA), or definition (all pairs)",
+        "auto (of taylor blocks of pairs in short rows, the recurrence in long ones), chunked (a recurrence; attention "
+        "in blocks of XLA), or definition (all pairs)",
         other=("definition",),
         choices=("auto", "chunked", "definition"),
     )
@@ -68,9 +85,22 @@ class AblatedConfig(RotaryConfig):
         one = f"1 where weights is {self.weights}: the second stream would need it, too"
         config_lib.require(not self.second_stream or self.input_conv == 1, "input_conv", self.input_conv, one)
 
+        needs = "features where weights is not taylor"
+        kept = self.weights == "taylor" or self.taylor_state == "features"
+        config_lib.require(kept, "taylor_state", self.taylor_state, needs)
+        narrow = self.weights == "static" or self.embedding_width is None
+        config_lib.require(narrow, "embedding_width", self.embedding_width, "none where weights is not static")
+        noisy = self.weights == "random_stream" or self.noise == 1
+        config_lib.require(noisy, "noise", self.noise, "1 where weights is not random_stream")
+
     @property
     def second_stream(self) -> str:
         return self.weights if self.weights in _STREAMS else ""
+
+    def takes_pairs(self, length: int, head_dim: int) -> bool:
+        """Whether `taylor` attends to pairs of whole rows of so many positions, not by features."""
+        few = self.impl == "auto" and pairs_are_fewer(length, head_dim)
+        return self.taylor_state == "cache" or self.impl == "definition" or few
 
     def mlp_width(self, width: int) -> int:
         """Hidden width of a head's share of the MLP: three matrices have the parameters of attention's four."""
@@ -81,7 +111,8 @@ class AblatedConfig(RotaryConfig):
 class Ablated(HeadMixer):
     """Attention without one of its principles, `weights`.
 
-    taylor: `o_t = sum_s w_ts v_s / sum_s w_ts`, `w = 1 + s + s^2 / 2`, `s = q_t . k_s / sqrt(d)` after RoPE.
+    taylor: `o_t = sum_s w_ts v_s / sum_s w_ts`, `w = 1 + s + s^2 / 2`, `s = q_t . k_s / sqrt(d)` after RoPE: pair by
+    pair in blocks of rows where these are short (`attnlab.ops.taylor_attention`), by features of q and k in long ones.
     key_score: `o_t = sum_s exp(r_s) v_s / sum_s exp(r_s)`, `r_s = silu(q_s) . k_s / sqrt(d)`: no query, no positions.
     static: `softmax(q k^T / sqrt(d)) v` after RoPE, q and k of RMSNorm(e), e `Sequence.embedding`; v is of x. By
     itself a layer is its stack's first: e is x.
@@ -96,20 +127,21 @@ class Ablated(HeadMixer):
 
     Config = AblatedConfig
     capabilities = Capabilities()
-    sequence_parallel = "the state is passed on as a sum; keys and values of static are gathered"
+    sequence_parallel = "the state is passed on as a sum; keys and values of static and of taylor's pairs are gathered"
     paper = (
         "Xue et al. 2025, Deconstructing Attention: Investigating Design Principles for Effective Language Modeling, "
         "arXiv:2510.11602"
     )
     extension = (
-        "weights=none: the MLP's width is a multiple of heads; weights=taylor: a state of features, not a cache; "
-        "weights=static: the embedding has an RMSNorm of the layer's own"
+        "weights=none: the MLP's width is a multiple of heads; weights=taylor: a state of features, or blocks "
+        "without a maximum; weights=static: the embedding has an RMSNorm of the layer's own"
     )
     implementations = ("definition", "chunked")
     counted = "chunked"
     variants = (
         {"weights": "key_score", "heads": 2, "chunk": 3, "head_width": 6},
         {"weights": "taylor", "heads": 2, "chunk": 3, "rope_base": None, "head_width": 4},
+        {"weights": "taylor", "heads": 2, "taylor_state": "cache", "head_width": 6},
         {"weights": "static", "heads": 2, "rope_base": 50.0, "head_width": 6},
         {"weights": "none", "heads": 2, "head_width": 6, "bias": "all"},
         {"weights": "random_stream", "heads": 2, "rope_base": None, "head_width": 6},
@@ -123,15 +155,20 @@ class Ablated(HeadMixer):
             self.gate, self.up = make.qkv(inner), make.qkv(inner)
         else:
             inner = config.heads * self.head_dim
-            self.q, self.k, self.v = (make.qkv(inner) for _ in range(3))
+            self.q, self.k = (make.qkv(inner, fan_in=config.embedding_width) for _ in range(2))
+            self.v = make.qkv(inner)
         self.width = width
         if config.weights == "static":
-            self.embedding_norm = RMSNorm(width, ("embed",), dtype=dtype)
+            self.embedding_norm = RMSNorm(config.embedding_width or width, ("embed",), dtype=dtype)
         self.out = make.out(inner)
 
     @property
     def stack_reads(self) -> tuple[str, ...]:
         return ("embedding",) if self.config.weights == "static" else ()
+
+    @property
+    def embedding_width(self) -> int | None:
+        return self.config.embedding_width
 
     def heads(self, x: jax.Array, seq: Sequence, carried: State = None) -> MixerOutput:
         """As in the contract; `carried` is a memory [B, H, features, d + 1], a `RunningState`, a cache, or empty."""
@@ -152,14 +189,23 @@ class Ablated(HeadMixer):
                 return out
             within = (_places(x, seq) < len(seq.text))[..., None, None]
             return dataclasses.replace(out, y=jnp.where(within, out.y, jnp.nan))
-        if c.impl == "definition" and carried is None:
-            return MixerOutput(_taylor_pairs(q, k, v, seq.documents).astype(self.dtype))
+        return self._taylor(q, k, v, seq, carried)
+
+    def _taylor(self, q: jax.Array, k: jax.Array, v: jax.Array, seq: Sequence, carried: State) -> MixerOutput:
+        """By pairs of whole rows or with a cache, or by features."""
+        c = self.config
+        if isinstance(carried, KVCache) or (carried is None and c.takes_pairs(q.shape[1], self.head_dim)):
+            kv, mask = Whole(k, v), seq.mask(causal=True)
+            if carried is not None:
+                carried, kv, mask = carried.append(k, v, seq.offsets, seq.padding, None)
+            impl = "definition" if c.impl == "definition" else "auto"
+            return MixerOutput(taylor_attention(q, *kv.by_position(len(q)), mask, impl=impl), carried)
         u = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
         sums, memory = linear_recurrence(
             q, k, u, documents_BT=seq.documents, state_BHde=carried, features=Taylor(self.head_dim), chunk=c.chunk,
             impl=c.impl,
         )  # fmt: skip
-        sums = sums.astype(wide)
+        sums = sums.astype(param_dtype(self.dtype))
         # Weights are at least 1/2, but features of huge queries and keys may round their sum to less.
         return MixerOutput((sums[..., :-1] / jnp.maximum(sums[..., -1:], 0.5)).astype(self.dtype), memory)
 
@@ -171,6 +217,8 @@ class Ablated(HeadMixer):
             e = self._begun(places, seq.text) if begun else jnp.take(seq.side[0], places, axis=0, mode="clip")
             return jnp.broadcast_to(e.astype(self.dtype), x.shape)
         e = x if seq.embedding is None else seq.embedding
+        if e.shape[-1] != (wanted := self.config.embedding_width or self.width):
+            raise UnsupportedPattern(f"mixer {self.name!r} reads embeddings {wanted} wide, these are {e.shape[-1]}")
         # One that has overflowed has done so in x, too; it is to change nothing in other documents.
         return self.embedding_norm(jnp.where(jnp.abs(e) < largest_input(e.dtype), e, 0))
 
@@ -178,8 +226,8 @@ class Ablated(HeadMixer):
         return self._begun(jnp.arange(length, dtype=jnp.int32)[None], text).astype(self.dtype)
 
     def _begun(self, places: jax.Array, text: jax.Array | None) -> jax.Array:
-        """What the stream begins as, [B, T, D], at places [B, T] of its document: the text's embeddings, or standard
-        normal numbers of each place."""
+        """What the stream begins as, [B, T, D], at places [B, T] of its document: the text's embeddings, or normal
+        numbers of each place, of deviation `noise`."""
         if self.config.weights == "text_stream":
             if text is None:
                 raise UnsupportedPattern(f"mixer {self.name!r} with weights=text_stream reads Sequence.text, the "
@@ -187,7 +235,7 @@ class Ablated(HeadMixer):
             return jnp.take(text, places, axis=0, mode="clip")
         key = jax.random.key(0)  # of no parameter: the noise is never learned, and the same in every run
         of_place = lambda t: jax.random.normal(jax.random.fold_in(key, t), (self.width,), param_dtype(self.dtype))
-        return jax.vmap(jax.vmap(of_place))(places)
+        return self.config.noise * jax.vmap(jax.vmap(of_place))(places)
 
     def _attended(self, q: jax.Array, k: jax.Array, v: jax.Array, seq: Sequence, cache: KVCache | None) -> MixerOutput:
         """Softmax attention of whole sequences, or over the cache with these positions."""
@@ -202,7 +250,7 @@ class Ablated(HeadMixer):
         c, d, wide = self.config, self.head_dim, param_dtype(self.dtype)
         if c.weights == "none":
             return ()
-        if c.weights in ("static", *_STREAMS):
+        if c.weights in ("static", *_STREAMS) or c.taylor_state == "cache":
             return empty_cache(batch, c.heads, d, max_length, dtype)
         if c.weights == "key_score":
             return RunningState.start(batch, c.heads, d, wide)
@@ -213,9 +261,11 @@ class Ablated(HeadMixer):
         d, H, C = config.head_dim(width), config.heads, config.chunk
         if config.weights == "none":
             return {"projections": 6.0 * width * H * config.mlp_width(width)}, None
-        if config.weights in ("static", *_STREAMS):
+        pairs = config.weights == "taylor" and config.takes_pairs(length, d)
+        if config.weights in ("static", *_STREAMS) or pairs:
             span = mean_visible_keys(length, True, None)
-            return {"projections": 8.0 * width * H * d, "attention": 4.0 * H * d * span}, span
+            projections = 4.0 * H * d * (width + (config.embedding_width or width))
+            return {"projections": projections, "attention": 4.0 * H * d * span}, span
         if config.weights == "key_score":
             recurrence = by_key.flops_per_token(length, C, d)
         else:
@@ -226,16 +276,3 @@ class Ablated(HeadMixer):
 def _places(x: jax.Array, seq: Sequence) -> jax.Array:
     """Positions of its document before each, [B or 1, T]."""
     return jnp.arange(x.shape[1], dtype=jnp.int32)[None] if seq.offsets is None else seq.offsets
-
-
-def _taylor_pairs(q: jax.Array, k: jax.Array, v: jax.Array, documents: jax.Array | None) -> jax.Array:
-    """The definition: every weight written out."""
-    q, k, v = (y.astype(param_dtype(y.dtype)) for y in (q, k, v))
-    T, d = q.shape[1], q.shape[3]
-    seen = jnp.tril(jnp.ones((T, T), bool))[None, None]
-    if documents is not None:
-        seen &= documents[:, None, :, None] == documents[:, None, None]
-    s = jnp.einsum("bthd,bshd->bhts", q, k, precision="highest") * d**-0.5
-    weights = jnp.where(seen, 1 + s + s * s / 2, 0)
-    weights /= weights.sum(-1, keepdims=True)
-    return jnp.einsum("bhts,bshe->bthe", weights, v, precision="highest")

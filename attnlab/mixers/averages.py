@@ -13,9 +13,10 @@ def averaging(y: jax.Array, averages: Any, seen: Any) -> jax.Array:
     """y, by whose way back the parameters `averages`, of role `average`, learn what was `seen`.
 
     The gradient of `averages` is `seen`, whatever the loss is: sums over the batch, so that gradients of micro-batches
-    and of devices add up to those of the whole. An update makes of them `keep averages + (1 - keep) seen`
-    (`attnlab.train.optimizers`). As a trainer divides its gradients by the batch's weight, what is read of averages is
-    to be a ratio of two of them. Without gradients, in evaluation and decoding, nothing changes.
+    and of devices add up to those of the whole (the number 1 then counts micro-batches). An update makes of them `keep
+    averages + (1 - keep) seen` (`attnlab.train.optimizers`). As a trainer divides its gradients by the batch's weight,
+    what is read of averages is to be a ratio of two of them. Without gradients, in evaluation and decoding, nothing
+    changes.
 
     Args:
       y: what the layer gives; its gradient passes unchanged.

@@ -129,6 +129,7 @@ class Mixer(nnx.Module):
       counted: the implementation whose matrix products `flops` declares.
       sequence_parallel: how positions are split over devices (mesh.context), in a few words; empty: they cannot be.
       stack_reads: what of its stack it reads, of `layer`, `embedding` and `step`: see `Sequence`.
+      embedding_width: of the embedding that it reads, a property where it depends on knobs; None: the model's width.
       contains_overflow: whether a document of a packed row that overflows leaves the row's other documents as they are;
         other rows it must leave in any case.
     """
@@ -143,6 +144,7 @@ class Mixer(nnx.Module):
     counted: ClassVar[str] = "definition"
     sequence_parallel: ClassVar[str] = ""
     stack_reads: ClassVar[tuple[str, ...]] = ()
+    embedding_width: ClassVar[int | None] = None
     contains_overflow: ClassVar[bool] = False
 
     @abc.abstractmethod

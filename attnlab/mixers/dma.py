@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from attnlab import config as config_lib
 from attnlab.mixers.base import Capabilities, MixerOutput, impl_knob, knob, register
 from attnlab.mixers.grouped import GroupedConfig, GroupedMixer
 from attnlab.mixers.heads import Projections
@@ -24,6 +25,11 @@ class DMAConfig(GroupedConfig):
     """Knobs of dynamic mask attention."""
 
     keep: int = knob(128, "keys that a query attends to, those of the highest scores", other=(3,), least=1)
+    keep_self: bool = knob(
+        False,
+        "whether a query's own key is one of them, in place of the worst where it is not among the best",
+        other=(True,),
+    )
     form: str = knob(
         "linear", "score of a key: linear: A softplus(v W); exp: its exponential, as in later code",
         other=("exp",), choices=("linear", "exp"),
@@ -31,23 +37,30 @@ class DMAConfig(GroupedConfig):
     chunk: int = knob(128, "rows computed together; changes only speed and memory", other=(4,), least=1)
     impl: str = impl_knob(DYNAMIC_MASK_ATTENTION)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        config_lib.require(self.keep > self.keep_self, "keep", self.keep, "2 or more where keep_self is true")
+
 
 @register("dma")
 class DMA(GroupedMixer):
     """`softmax(q . k_j / sqrt(d) + delta_j)` over the `keep` keys of the prefix whose `delta` is highest.
 
-    `delta_j = A softplus(W v_j)` per key head, of the values of all key heads; a query's own key is not kept by force.
-    Queries and keys have an RMSNorm before RoPE. What has dropped out never comes back, so that a stream holds `keep`
-    keys, whatever the length. The choice has no gradient: `delta` learns by the bias alone.
+    `delta_j = A softplus(W v_j)` per key head, of the values of all key heads; with `bias` W has one, too. A query's
+    own key is not kept by force, or with `keep_self` takes the place of the worst of its keys where it is not among the
+    best. Queries and keys have an RMSNorm before RoPE. What has dropped out never comes back, so that a stream holds
+    `keep` keys (with `keep_self` one fewer), whatever the length. The choice has no gradient: `delta` learns by the
+    bias alone.
     """
 
     Config = DMAConfig
     capabilities = Capabilities(fixed_state=True)
     paper = "Shi et al. 2025, Trainable Dynamic Mask Sparse Attention, arXiv:2508.02124"
-    extension = "keys are chosen in each query's prefix and document, and of equal scores the oldest"
+    extension = "keys are chosen in each query's prefix and document, and of equal scores the oldest; keep_self"
     implementations = DYNAMIC_MASK_ATTENTION.table
     variants = (
         {"keep": 3, "kv_heads": 2, "chunk": 2},
+        {"keep": 3, "keep_self": True, "chunk": 4},
         {"keep": 4, "kv_heads": 1, "chunk": 3, "form": "exp", "rope_base": None, "bias": "all"},
     )
 
@@ -55,17 +68,20 @@ class DMA(GroupedMixer):
         super().__init__(config, width=width, rngs=rngs, dtype=dtype)
         wide, K = param_dtype(dtype), config.key_heads  # scores are compared: in bf16 many would tie
         make = Projections(config, width, rngs=rngs, dtype=wide)
-        self.score = make(K, "kv_heads", fan_in=K * self.head_dim)
+        self.score = make.qkv(K, "kv_heads", fan_in=K * self.head_dim)
         self.strength = drawn(rngs, normal, (K,), wide, 0.02, axes=("kv_heads",), role=Role.SCALE)
         self.q_norm, self.k_norm = (RMSNorm(self.head_dim, ("head",), dtype=dtype) for _ in range(2))
 
     def heads(self, x: jax.Array, seq: Sequence, carried: Live | None = None) -> MixerOutput:
         c, (q, k, v) = self.config, self.projected(x)
         q, k = c.rotated(self.q_norm(q), seq.positions), c.rotated(self.k_norm(k), seq.positions)
+        # What padding holds may be huge: exp of its score would be inf, and gradients NaN though nobody reads it.
+        scored = v if seq.padding is None else jnp.where(seq.padding[..., None, None], 0, v)
         documents = jnp.zeros(x.shape[:2], jnp.int32) if seq.documents is None else seq.documents
         o, live = dynamic_mask_attention(
-            q, k, v, self.delta(v), documents, carried,
-            keep=c.keep, chunk=c.chunk, impl=c.impl if carried is None or c.impl != "definition" else "auto",
+            q, k, v, self.delta(scored), documents, carried,
+            keep=c.keep, own=c.keep_self, chunk=c.chunk,
+            impl=c.impl if carried is None or c.impl != "definition" else "auto",
         )  # fmt: skip
         return MixerOutput(o, live)
 
@@ -76,7 +92,8 @@ class DMA(GroupedMixer):
         return delta if self.config.form == "linear" else jnp.exp(delta)
 
     def init_carried(self, batch: int, max_length: int, dtype: Any) -> Live:
-        shape, wide = (batch, self.config.key_heads, self.config.keep), param_dtype(self.dtype)
+        c, wide = self.config, param_dtype(self.dtype)
+        shape = batch, c.key_heads, c.keep - c.keep_self
         keys = jnp.zeros((*shape, self.head_dim), dtype)
         return Live(keys, keys, jnp.zeros(shape, wide), jnp.zeros(shape, bool))
 

@@ -351,9 +351,8 @@ class MoH(HeadMixer):
         super().require(seq, causal=causal)
         self.core.require(seq, causal=causal)
 
-    @property
-    def stack_reads(self) -> tuple[str, ...]:
-        return self.core.stack_reads
+    stack_reads = property(lambda self: self.core.stack_reads)
+    embedding_width = property(lambda self: self.core.embedding_width)
 
     def begin_second(self, length: int, text: jax.Array | None) -> jax.Array:
         return self.core.begin_second(length, text)

@@ -23,7 +23,7 @@ _TIME_STEPS = 1e-3, 0.1
 class Linear(nnx.Module):
     """`x @ kernel`, plus a bias [out] where asked; both are fp32.
 
-    The kernel [in, out] is normal with standard deviation 1 / sqrt(in) at first, the bias 0.
+    The kernel [in, out] is normal with standard deviation gain / sqrt(in) at first, the bias 0.
 
     Args:
       fan_in, fan_out: widths.
@@ -32,13 +32,14 @@ class Linear(nnx.Module):
       role: of the kernel; a matrix unless it is more than that.
       fused: the matrices side by side in the kernel, where the output is cut into parts.
       bias: whether there is one.
+      gain: of the first kernel.
     """
 
     def __init__(
         self, fan_in: int, fan_out: int, axes: tuple[str, str], *, rngs: nnx.Rngs, dtype: Any,
-        role: Role = Role.MATRIX, fused: Fused | None = None, bias: bool = False,
+        role: Role = Role.MATRIX, fused: Fused | None = None, bias: bool = False, gain: float = 1.0,
     ):  # fmt: skip
-        kind, deviation = param_dtype(dtype), 1 / math.sqrt(fan_in)
+        kind, deviation = param_dtype(dtype), gain / math.sqrt(fan_in)
         self.kernel = drawn(rngs, normal, (fan_in, fan_out), kind, deviation, axes=axes, role=role, fused=fused)
         self.bias = param(jnp.zeros((fan_out,), kind), axes=axes[1:], role=Role.BIAS) if bias else None
         self.dtype = dtype

@@ -19,7 +19,7 @@ from attnlab.ops.indexed_attention import indexed_attention
 from attnlab.ops.masks import mean_visible_keys
 
 _IMPLS = "indexed", "definition"
-_SMOOTHING = 1e-5  # of counts, of which none may be 0
+_SMOOTHING = 1e-5  # added to counts in positions of a step, of which none may be 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +82,9 @@ class Routing(HeadMixer):
     Queries are keys: `u = (x W - mean) / deviation` per head, in cluster `argmax_m u . mu_m` of the head's centroids.
     The choice has no gradient. The loss `commitment mean |u - mu|^2` draws u to its centroid, and centroids to what is
     theirs; with `centroid_decay` these are `total / count` instead, moving averages of the sum and of the number of
-    each cluster's u in training, without padding, and the loss moves u alone. A stream holds `window` keys for each
-    cluster, whatever the length.
+    each cluster's u in training, without padding, and the loss moves u alone. Counts are smoothed by 1e-5 positions, as
+    published: all averages are over the batch's weight, and that of the number 1, `steps`, says what a position is in
+    that measure. A stream holds `window` keys for each cluster, whatever the length.
     """
 
     Config = RoutingConfig
@@ -113,11 +114,12 @@ class Routing(HeadMixer):
             average = dict(role=Role.AVERAGE, keep=config.centroid_decay)
             self.total = drawn(rngs, _first_totals, shape, kind, axes=axes, **average)
             self.count = param(jnp.full(shape[:2], 1 / config.clusters, kind), axes=axes[:2], **average)
+            self.steps = param(jnp.zeros(shape[:1], kind), axes=axes[:1], **average)
 
     def heads(self, x: jax.Array, seq: Sequence, carried: Rings | None = None) -> MixerOutput:
         c, (B, T, _) = self.config, x.shape
         u, v = normed(split_heads(self.qk(x), self.head_dim)), split_heads(self.v(x), self.head_dim)
-        mu = self._current().astype(u.dtype)
+        mu = self.current_centroids().astype(u.dtype)
         scores = jnp.einsum("bthd,hcd->bthc", *jax.lax.stop_gradient((u, mu)), precision="highest")
         cluster = jnp.argmax(scores, axis=-1).astype(jnp.int32)
         documents = jnp.zeros((B, T), jnp.int32) if seq.documents is None else seq.documents
@@ -151,16 +153,18 @@ class Routing(HeadMixer):
             parts["averages"] = 2.0 * inner * config.clusters
         return parts, span
 
-    # Inside.
-
-    def _current(self) -> jax.Array:
-        """The centroids [H, c, d]."""
+    def current_centroids(self) -> jax.Array:
+        """The centroids [H, c, d]: parameters, or with `centroid_decay` the averages `total / count'`, which have no
+        gradient. With a whole of n positions a step, `count' = n (count + 1e-5) / (n + 1e-5 c)`, counts in positions.
+        """
         if self.config.centroid_decay is None:
             return self.centroids[...]
         count, clusters = self.count[...], self.config.clusters
-        whole = count.sum(-1, keepdims=True)
-        smoothed = (count + _SMOOTHING) / (whole + clusters * _SMOOTHING) * whole
+        whole, added = count.sum(-1, keepdims=True), _SMOOTHING * self.steps[...][:, None]
+        smoothed = (count + added) / (whole + clusters * added) * whole
         return jax.lax.stop_gradient(self.total[...] / smoothed[..., None])
+
+    # Inside.
 
     def _learning(self, o: jax.Array, u: jax.Array, cluster: jax.Array, padding: jax.Array | None) -> jax.Array:
         """The heads' outputs o; moving averages, where centroids are some, learn by them what is whose."""
@@ -170,7 +174,8 @@ class Routing(HeadMixer):
         if padding is not None:
             member = jnp.where(padding[..., None, None], 0, member)
         total = jnp.einsum("bthc,bthd->hcd", member, jax.lax.stop_gradient(u), precision="highest")
-        return averaging(o, (self.total[...], self.count[...]), (total, member.sum((0, 1))))
+        averages = self.total[...], self.count[...], self.steps[...]
+        return averaging(o, averages, (total, member.sum((0, 1)), jnp.ones_like(member, shape=member.shape[2:3])))
 
     def _losses(self, u, mu, cluster, padding) -> dict[str, jax.Array]:
         own = mu[jnp.arange(mu.shape[0]), cluster]  # [B, T, H, d]

@@ -87,7 +87,8 @@ class Sequence:
         (`Mixer.stack_reads`), or the mixer is by itself.
       step: int32 scalar, the number of the training step, from 0; None outside of training, or where no mixer of the
         stack reads it.
-      embedding: [B, T, D], what the stack began from, or what a model gives in its place; None as `layer`.
+      embedding: [B, T, D], what the stack began from, or what a model gives in its place, of the width that mixers read
+        (`Mixer.embedding_width`); None as `layer`.
       second: whether these positions are a second stream of the stack (`MixerConfig.second_stream`) itself.
       sides: [1, n, D], or None, for each mixer of a block: its `side`. None: there is no second stream.
       side: [1, n, D], what the mixer's layer reads of the second stream, of each position that a document may have;

@@ -18,6 +18,8 @@ from attnlab.ops.keys_values import KVCache, RollingCache, Whole, empty_cache
 from attnlab.ops.masks import mean_visible_pairs
 from attnlab.ops.tensor_attention import MOST_KEYS, TENSOR_ATTENTION, tensor_attention
 
+_SMALL = 0.1  # beside an offset: the deviation at first of second keys and values, of first ones' 1
+
 
 @dataclasses.dataclass(frozen=True)
 class TensorConfig(HeadConfig):
@@ -32,10 +34,16 @@ class TensorConfig(HeadConfig):
         least=1,
     )
     qk_norm: bool = knob(
-        True, "RMSNorm of each head's queries and both keys, whose entries are multiplied", other=(False,)
+        True,
+        "RMSNorm of each head's queries and both keys, whose entries are multiplied; with an offset of the first keys "
+        "alone",
+        other=(False,),
     )
     offset: float = knob(
-        0.0, "added to the second key and the second value; 1: close to softmax attention at first", other=(1.0,)
+        0.0,
+        "added to the second key and the second value, whose projections begin small where it is not 0; 1: at first "
+        "within a tenth of softmax attention with logits q . k1 / d",
+        other=(1.0,),
     )
     scale: str = knob(
         "width",
@@ -58,6 +66,8 @@ class Tensor(HeadMixer):
     """`o_t = sum_jl softmax_jl(q_t . (k1_j * k2_l) / d) v1_j * v2_l` per head, then a projection.
 
     The softmax runs over all pairs (j, l) of positions that t sees, (j, j) and (l, j) among them; `*` is elementwise.
+    With an offset `k2 = offset + x W_k2` and `v2 = offset + x W_v2`, W drawn a tenth as large, and k2 has no norm: it
+    would make of what is small something as large as the offset.
     `attnlab.ops.tensor_attention` has the formula's other forms. The cost is cubic in the length, and inherently so:
     rows of more than 256 visible positions are refused.
     """
@@ -81,10 +91,13 @@ class Tensor(HeadMixer):
     def __init__(self, config: TensorConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         super().__init__(config, width=width, rngs=rngs, dtype=dtype)
         make, inner = Projections(config, width, rngs=rngs, dtype=dtype), config.heads * self.head_dim
-        self.q, self.k1, self.k2, self.v1, self.v2 = (make.qkv(inner) for _ in range(5))
+        second = {"gain": _SMALL if config.offset else 1.0}
+        self.q, self.k1, self.v1 = (make.qkv(inner) for _ in range(3))
+        self.k2, self.v2 = (make.qkv(inner, **second) for _ in range(2))
         self.out = make.out(inner)
         if config.qk_norm:
-            self.q_norm, self.k1_norm, self.k2_norm = (RMSNorm(self.head_dim, ("head",), dtype=dtype) for _ in range(3))
+            self.q_norm, self.k1_norm = (RMSNorm(self.head_dim, ("head",), dtype=dtype) for _ in range(2))
+            self.k2_norm = None if config.offset else RMSNorm(self.head_dim, ("head",), dtype=dtype)
 
     def heads(self, x: jax.Array, seq: Sequence, carried: KVCache | RollingCache | None = None) -> MixerOutput:
         """As in the contract. More positions than the cache has room for give NaN, as jit can raise nothing."""
@@ -102,7 +115,8 @@ class Tensor(HeadMixer):
         """q [B, T, H, d], both keys side by side [B, T, H, 2 d], and both values, of x [B, T, D]."""
         q, k1, k2, v1, v2 = (split_heads(y(x), self.head_dim) for y in (self.q, self.k1, self.k2, self.v1, self.v2))
         if self.config.qk_norm:
-            q, k1, k2 = self.q_norm(q), self.k1_norm(k1), self.k2_norm(k2)
+            q, k1 = self.q_norm(q), self.k1_norm(k1)
+            k2 = k2 if self.k2_norm is None else self.k2_norm(k2)
         k2, v2 = k2 + self.config.offset, v2 + self.config.offset
         return q, jnp.concatenate([k1, k2], axis=-1), jnp.concatenate([v1, v2], axis=-1)
 

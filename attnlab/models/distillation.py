@@ -81,6 +81,8 @@ class Matching:
         for key in ("width", "layers", "vocab", "decoupled"):  # the student's layers read what the teacher's do
             if getattr(student, key) != getattr(teacher, key):
                 raise _differs(key, getattr(student, key), getattr(teacher, key))
+        if student.decoupled_width != teacher.decoupled_width:
+            raise _differs("mixers.*.embedding_width", student.decoupled_width, teacher.decoupled_width)
         ours, theirs = (layers_of(config) for config in (student, teacher))
         chosen = self.layers
         if chosen is None:

@@ -42,7 +42,8 @@ class LanguageModelConfig(StackConfig):
       tied: whether the output projection is the embedding.
       embedding_scale: factor on what is looked up in the embedding; Gemma's is sqrt(D).
       decoupled: whether mixers that read the embedding (`stack_reads`: ablated with weights=static) find in its place
-        what is looked up in a table of their own (Feng et al. 2024, DARE, arXiv:2410.02604, read for language models).
+        what is looked up in a table of their own, as wide as they say (`Mixer.embedding_width`; Feng et al. 2024, DARE,
+        arXiv:2410.02604, read for language models).
       cell_code: base of the code of rows and columns (`attnlab.ops.position_codes.plane_code`) that is added to the
         embedding of an image's cells, wherever the data's `layout` says that there is one; none: nothing is added.
       cell_box: side of a common box to which the code moves the cells of each subject (the data's `node` above 0) of an
@@ -84,11 +85,22 @@ class LanguageModelConfig(StackConfig):
                 f"{ids.max() + 1} or more, for the ids of a mixer's text",
             )
         if self.decoupled:
-            blank = lambda mixer: mixers.build(mixer, width=self.width, rngs=nnx.Rngs(0))
-            stack = [nnx.eval_shape(lambda m=m: blank(m)) for m in self.mixers.values()]
-            read = any("embedding" in mixer.stack_reads for mixer in stack)
-            need(read, "model.decoupled", True, "false where no mixer reads the embedding, as ablated does with "
-                 "weights=static")  # fmt: skip
+            some, readers = len(self._widths_read) > 0, "as ablated does with weights=static"
+            need(some, "model.decoupled", True, f"false where no mixer reads the embedding, {readers}")
+            widths = sorted(self._widths_read)
+            need(len(widths) == 1, "embedding_width", widths, "one for all mixers that read the embedding")
+
+    @property
+    def decoupled_width(self) -> int | None:
+        """Of the table that mixers read in the embedding's place; None: there is none."""
+        return next(iter(self._widths_read)) if self.decoupled else None
+
+    @functools.cached_property
+    def _widths_read(self) -> frozenset[int]:
+        """Widths of the embedding by the mixers that read it."""
+        blank = lambda mixer: mixers.build(mixer, width=self.width, rngs=nnx.Rngs(0))
+        stack = [nnx.eval_shape(lambda m=m: blank(m)) for m in self.mixers.values()]
+        return frozenset(m.embedding_width or self.width for m in stack if "embedding" in m.stack_reads)
 
     @property
     def fixed_text(self) -> np.ndarray | None:
@@ -152,7 +164,8 @@ class LanguageModel(Objective):
         dtype = config.compute_dtype
         self.embedding = self.make_embedding(config, rngs)
         if config.decoupled:
-            self.attention_embedding = self.make_embedding(config, rngs)
+            args = ((config.vocab, config.decoupled_width), param_dtype(dtype), config.decoupled_width**-0.5)
+            self.attention_embedding = drawn(rngs, normal, *args, axes=("vocab", "embed"), role=Role.EMBEDDING)
         if config.box_code is not None:
             make = lambda *axes: Linear(config.width, config.width, axes, rngs=rngs, dtype=dtype, bias=True)
             self.box_in, self.box_out = make("embed", "mlp"), make("mlp", "embed")
@@ -269,8 +282,8 @@ class LanguageModel(Objective):
     @classmethod
     def cost(cls, config: LanguageModelConfig, length: int) -> ModelCost:
         stack, embedding = stack_cost(config, length), config.vocab * config.width
-        tables = (1 if config.tied else 2) + config.decoupled
-        parameters = stack.parameters + embedding * tables + config.norm_parameters
+        tables = embedding * (1 if config.tied else 2) + config.vocab * (config.decoupled_width or 0)
+        parameters = stack.parameters + tables + config.norm_parameters
         flops = {"mlp": stack.flops["mlp"], "head": 2.0 * embedding} | stack.flops
         if config.box_code is not None:
             parameters += 2 * config.width * (config.width + 1)

@@ -121,6 +121,9 @@ class StackConfig:
                 made[letter] = nnx.eval_shape(functools.partial(self._begun, mixer))
             except ConfigError as error:
                 raise ConfigError(f"in {where} (model.width = {self.width}): {error}") from None
+            read, own = made[letter].embedding_width, getattr(self, "decoupled", False)
+            allowed = f"none, or {self.width}, the model's width, without a table of their own (model.decoupled)"
+            need(own or read in (None, self.width), f"{where}.embedding_width", read, allowed)
         self._require_one_stream()
         letters = self.layers // count * "".join(self.blocks)
         mixers.require_layers(made, {letter: letters.count(letter) for letter in made})

@@ -6,6 +6,7 @@ masked. Key ranges that the static part of the mask rules out are never emitted.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -178,16 +179,17 @@ def tile_scores(config: Config, q_Grd, k_Ld, bounds, rows: Span, keys: Span):
     factor = factor if jnp.finfo(q_Grd.dtype).bits >= 32 else 1.0
     products = matmul((q_Grd * factor).reshape(G * r, d), k_Ld.T).reshape(G, r, -1)
     scores, slope = _in_log2(config, products, factor)
+    visible = visible_of_tile(bounds, rows, keys)
+    return scores if visible is None else jnp.where(visible, scores, HIDDEN), slope
+
+
+def visible_of_tile(bounds, rows: Span, keys: Span) -> jax.Array | None:
+    """Which keys of a tile its rows see, bool [r, L]; None: all."""
     start, end = (None if x is None else take(x, rows, 0)[:, None] for x in bounds)
-    if start is not None or end is not None:
-        key = keys[0] + jnp.arange(keys[1], dtype=jnp.int32)
-        visible = True
-        if start is not None:
-            visible = key >= start
-        if end is not None:
-            visible &= key < end
-        scores = jnp.where(visible, scores, HIDDEN)
-    return scores, slope
+    key = keys[0] + jnp.arange(keys[1], dtype=jnp.int32)
+    seen = [None if start is None else key >= start, None if end is None else key < end]
+    seen = [x for x in seen if x is not None]
+    return None if not seen else functools.reduce(jnp.logical_and, seen)
 
 
 def matmul(a, b):

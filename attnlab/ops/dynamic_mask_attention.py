@@ -19,7 +19,7 @@ from attnlab.parallel.sequence_parallel import SequenceParallel
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Live:
-    """The keys that a stream has kept, oldest first.
+    """The keys that a stream has kept, oldest first; w - 1 of them where every query's own key is one of the w.
 
     Attributes:
       k, v: [B, K, w, d] and [B, K, w, e].
@@ -45,37 +45,50 @@ class DynamicMaskSpec:
     keep: int
     dtype: str
     stream: bool
+    own: bool
 
     def __str__(self) -> str:
         shape = f"B{self.batch} T{self.positions} H{self.heads} K{self.kv_heads} d{self.width} w{self.keep}"
-        return f"{shape} {self.dtype}{' stream' * self.stream}"
+        return f"{shape} {self.dtype}{' own' * self.own}{' stream' * self.stream}"
 
     @classmethod
-    def of(cls, exchange: SequenceParallel | None, q, k, v, bias, documents, live, *, keep, **options):
+    def of(cls, exchange: SequenceParallel | None, q, k, v, bias, documents, live, *, keep, own, **options):
         """Of the arrays of a device."""
         B, T, K, G, d = q.shape
-        return cls(B, T, K * G, K, d, keep, str(q.dtype), live is not None)
+        return cls(B, T, K * G, K, d, keep, str(q.dtype), live is not None, own)
 
 
-def definition(q_BTKGd, k_BTKd, v_BTKe, bias_BTK, documents_BT, live: None, *, keep: int, scale: float, chunk: int):
+def definition(
+    q_BTKGd, k_BTKd, v_BTKe, bias_BTK, documents_BT, live: None, *, keep: int, own: bool, scale: float, chunk: int
+):
     """The formula, with all T x T pairs, of whole sequences."""
     wide, T = jnp.promote_types(q_BTKGd.dtype, jnp.float32), q_BTKGd.shape[1]
     rank = jax.lax.stop_gradient(bias_BTK).transpose(0, 2, 1)
     t = jnp.arange(T)
     better = (rank[..., :, None] > rank[..., None, :]) | ((rank[..., :, None] == rank[..., None, :]) & (t[:, None] < t))
     same = (documents_BT[:, :, None] == documents_BT[:, None])[:, None]
-    ahead = jnp.cumsum(better & same, axis=-2, dtype=jnp.int32)  # [row, key]: better ones up to the row
-    seen = (ahead < keep) & same & (t[:, None] >= t)
+    better &= same
+    ahead = jnp.cumsum(better, axis=-2, dtype=jnp.int32)  # [row, key]: better ones up to the row
+    if own:
+        seen = same & (((ahead - better < keep - 1) & (t[:, None] > t)) | (t[:, None] == t))
+    else:
+        seen = (ahead < keep) & same & (t[:, None] >= t)
     logits = jnp.einsum("btkgd,bskd->bkgts", *(x.astype(wide) for x in (q_BTKGd, k_BTKd)), precision="highest") * scale
     o = _softmax(logits, bias_BTK.transpose(0, 2, 1)[:, :, None, None], seen[:, :, None], v_BTKe.transpose(0, 2, 1, 3))
     return jnp.moveaxis(o, 3, 1).astype(q_BTKGd.dtype), None
 
 
-def chunked(q_BTKGd, k_BTKd, v_BTKe, bias_BTK, documents_BT, live: Live | None, *, keep: int, scale: float, chunk: int):
-    """Each chunk of rows against the keys that were live before it and its own: `[C, w + C]` scores at a time."""
+def chunked(
+    q_BTKGd, k_BTKd, v_BTKe, bias_BTK, documents_BT, live: Live | None,
+    *, keep: int, own: bool, scale: float, chunk: int,
+):  # fmt: skip
+    """Each chunk of rows against the keys that were live before it and its own: `[C, w + C]` scores at a time.
+
+    Where a row's own key is one of its w, the others are the w - 1 best before it: those that die at the row or later.
+    """
     B, T, K, G, d = q_BTKGd.shape
     C, streams = min(chunk, T), live is not None
-    w = keep if streams else min(keep, T)
+    w = keep - own if streams else min(keep - own, T)
     k, v, bias = (jnp.moveaxis(x, 2, 1) for x in (k_BTKd, v_BTKe, bias_BTK))
     filled = live.filled if streams else jnp.zeros((B, K, 0), bool)
     if streams:
@@ -84,10 +97,10 @@ def chunked(q_BTKGd, k_BTKd, v_BTKe, bias_BTK, documents_BT, live: Live | None, 
     top, P, n = running_topw(bias, documents_BT, filled, w, chunk=C), filled.shape[2], -(-T // C)
     gather = jax.vmap(jax.vmap(lambda x, i: x[jnp.maximum(i, 0)]))
 
-    def with_live(x, fill=0):  # [n, B, K, w + C, ...]: what each chunk of rows may see
-        own = jnp.pad(x[:, :, P:], [(0, 0), (0, 0), (0, n * C - T)] + [(0, 0)] * (x.ndim - 3), constant_values=fill)
-        own = own.reshape(B, K, n, C, *x.shape[3:])
-        return jnp.moveaxis(jnp.concatenate([gather(x, top.before), own], axis=3), 2, 0)
+    def with_live(x):  # [n, B, K, w + C, ...]: what each chunk of rows may see
+        new = jnp.pad(x[:, :, P:], [(0, 0), (0, 0), (0, n * C - T)] + [(0, 0)] * (x.ndim - 3))
+        new = new.reshape(B, K, n, C, *x.shape[3:])
+        return jnp.moveaxis(jnp.concatenate([gather(x, top.before), new], axis=3), 2, 0)
 
     first = P + C * jnp.arange(n, dtype=jnp.int32)
     index = first[:, None] + jnp.arange(C, dtype=jnp.int32)
@@ -95,18 +108,22 @@ def chunked(q_BTKGd, k_BTKd, v_BTKe, bias_BTK, documents_BT, live: Live | None, 
     index = jnp.concatenate([jnp.moveaxis(top.before, 2, 0), index], axis=3)
     rows = jnp.pad(q_BTKGd, ((0, 0), (0, n * C - T), (0, 0), (0, 0), (0, 0))).reshape(B, n, C, K, G, d)
     rows = rows.transpose(1, 0, 3, 4, 2, 5)
+    start = jnp.pad(_starts(documents_BT, P), ((0, 0), (0, n * C - T))).reshape(B, n, C).swapaxes(0, 1)
 
     @jax.checkpoint
     def of_chunk(parts):
-        q, k, v, bias, index, death, first = parts
+        q, k, v, bias, index, death, start, first = parts
         row = (first + jnp.arange(C, dtype=jnp.int32))[:, None]
         at, dies = index[..., None, :], death[..., None, :]
-        seen = (at >= 0) & (at <= row) & (dies > row)
+        if own:  # all die where a document begins, whose first row is not to see them
+            seen = (at == row) | ((at >= start[:, None, :, None]) & (at >= 0) & (at < row) & (dies >= row))
+        else:
+            seen = (at >= 0) & (at <= row) & (dies > row)
         wide = jnp.promote_types(q.dtype, jnp.float32)
         logits = jnp.einsum("bkgtd,bksd->bkgts", q, k, preferred_element_type=wide, precision="highest") * scale
         return _softmax(logits, bias[:, :, None, None], seen[:, :, None], v).astype(q.dtype)
 
-    parts = rows, with_live(k), with_live(v), with_live(bias), index, with_live(top.death), first
+    parts = rows, with_live(k), with_live(v), with_live(bias), index, with_live(top.death), start, first
     o = jax.lax.map(of_chunk, parts) if n > 1 else of_chunk(jax.tree.map(lambda x: x[0], parts))[None]
     o = o.transpose(1, 0, 4, 2, 3, 5).reshape(B, n * C, K, G, -1)[:, :T]
     if not streams:
@@ -114,6 +131,12 @@ def chunked(q_BTKGd, k_BTKd, v_BTKe, bias_BTK, documents_BT, live: Live | None, 
     kept = [gather(x, top.after) for x in (k, v, bias)]
     like = (live.k, live.v, live.bias)
     return o, Live(*(x.astype(y.dtype) for x, y in zip(kept, like)), top.after >= 0)
+
+
+def _starts(documents_BT: jax.Array, before: int) -> jax.Array:
+    """The first key [B, T] of each row's document, where `before` keys of document 0 stand before the rows'."""
+    new = documents_BT != jnp.pad(documents_BT, ((0, 0), (1, 0)))[:, :-1]
+    return jax.lax.cummax(jnp.where(new, before + jnp.arange(new.shape[1], dtype=jnp.int32), 0), axis=1)
 
 
 def _softmax(logits, bias, seen, v_BKSe):
@@ -148,6 +171,7 @@ def dynamic_mask_attention(
     live: Live | None = None,
     *,
     keep: int,
+    own: bool = False,
     scale: float | None = None,
     chunk: int,
     impl: str = "auto",
@@ -160,6 +184,7 @@ def dynamic_mask_attention(
       documents_BT: as of `attnlab.ops.documents`.
       live: of a stream, before these positions, which document 0 goes on with; None: whole sequences.
       keep: w.
+      own: whether a position's own key is one of the w, in place of the worst where it is not among the best; w >= 2.
       scale: default `d ** -0.5`.
       chunk: C; changes only speed and memory.
       impl: "auto", or a name in `DYNAMIC_MASK_ATTENTION.table`.
@@ -178,6 +203,6 @@ def dynamic_mask_attention(
     scale = d**-0.5 if scale is None else float(scale)
     o, live = DYNAMIC_MASK_ATTENTION(
         q, k_BTKd, v_BTKe, bias_BTK, documents_BT, live,
-        axes=axes, out_axes=out_axes, impl=impl, keep=keep, scale=scale, chunk=chunk,
+        axes=axes, out_axes=out_axes, impl=impl, keep=keep, own=own, scale=scale, chunk=chunk,
     )  # fmt: skip
     return o.reshape(B, T, H, -1), live

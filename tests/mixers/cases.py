@@ -27,8 +27,9 @@ WIDTH, LENGTH = 16, 11
 CHUNK = 4  # of configs that leave it as it is by default: rows of LENGTH have a document that begins at an edge, two
 # that cross one, and whole chunks between
 EVERYDAY = "gated", "gated_deltanet", "lightning", "softmax"  # the mixers that `-m "not slow"` tries
-# Knobs of what reads a context, tried in test_cross.py, and of what reads a fixed text, tried in test_ablated.py.
-CROSS = {"source", "context_width", "rope_context", "text"}
+# Knobs of what reads a context, tried in test_cross.py, and of what reads a fixed text or a table of embeddings, tried
+# in test_ablated.py.
+CROSS = {"source", "context_width", "rope_context", "text", "embedding_width"}
 # Knobs that are refused, or change nothing in short rows, where others are not set, and these.
 BESIDE = {
     "qk_epsilon": {"qk_norm": True},

@@ -16,6 +16,10 @@ WRITTEN_OUT  whether its own tests write the layer out on rows without segments,
 SPLIT_GRADIENTS  whether every run tries its gradients on several devices, where it is the mixer that is run for its way
           of splitting positions; no, where they are dear and its op's tests (tests/ops, tests/parallel) hold them;
           default: yes.
+BESIDE    knob -> fields of a config in which it turns, where it does not in the default one, as `cases.BESIDE`;
+          default: none.
+OF_A_STEP  names of parameters whose gradient is the same of any batch: a number of steps; others' are sums over
+          documents. Default: none.
 keys_seen(config, t)      keys that a query at position t of one document of `cases.LENGTH` sees, where they are not
           those of a window or a mask.
 keys_computed(config)     of all rows, what a program computes that masks instead of skipping; default: LENGTH.

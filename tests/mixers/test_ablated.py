@@ -25,6 +25,7 @@ from tests.models import drawn
 # What the laws are told of this mixer: tests/mixers/stated.py.
 ROLES = {"matrix": "q k v out gate up", "scale": "embedding_norm"}
 BIASED = [({}, "q k v", "out"), ({"weights": "none"}, "gate up", "out")]
+BESIDE = {"chunk": {"impl": "chunked"}}  # short rows of taylor are attended to by pairs, unless it is asked for
 NUMBERS_OF = "based"
 WRITTEN_OUT = True
 
@@ -87,13 +88,18 @@ def test_layer_is_the_formula(weights, impl):
         np.testing.assert_allclose(alone[row], naive(module, np.asarray(x[row]), np.asarray(x[row])), atol=1e-12)
 
 
-def test_taylor_is_based_at_full_width():
-    """Without RoPE it is the mixer `based` whose queries and keys are as wide as its values, without its epsilon."""
-    module = cases.module(AblatedConfig(rope_base=None), jnp.float64)
-    based = cases.module(mixers.get("based").Config(feature_width=4, epsilon=0.0), jnp.float64)
-    nnx.update(based, nnx.state(module))
+def test_static_reads_embeddings_of_another_width():
+    """The layer written out, of embeddings narrower than x; others, and x itself where there are none, are refused."""
+    module = cases.module(AblatedConfig(weights="static", embedding_width=5, rope_base=50.0), jnp.float64)
     x, seq = whole()
-    np.testing.assert_allclose(jax.jit(based)(x, seq).y, jax.jit(module)(x, seq).y, atol=1e-12)
+    e = np.random.default_rng(5).standard_normal((*x.shape[:2], 5))
+    y = jax.jit(lambda x, e: module(x, dataclasses.replace(seq, embedding=e)).y)(x, jnp.asarray(e))
+    for row in range(2):
+        np.testing.assert_allclose(y[row], naive(module, np.asarray(x[row]), e[row]), atol=1e-12)
+    with pytest.raises(UnsupportedPattern, match="reads embeddings 5 wide, these are 16"):
+        module(x, seq)
+    with pytest.raises(ConfigError, match="embedding_width = 5.*none where weights is not static"):
+        AblatedConfig(embedding_width=5)
 
 
 def test_key_score_without_queries_is_the_running_mean():
@@ -305,6 +311,10 @@ def test_streams_know_positions_alone():
     np.testing.assert_allclose(run(x, begun)[used], run(x, None)[used], atol=1e-12)
     np.testing.assert_array_equal(jax.jit(lambda: module.begin_second(4, None))(), begun[:, :4])
     assert 0.8 < np.std(begun) < 1.2
+    quiet = cases.module(AblatedConfig(weights="random_stream", heads=2, noise=0.02), jnp.float64)
+    np.testing.assert_allclose(jax.jit(lambda: quiet.begin_second(9, None))(), 0.02 * begun, rtol=1e-12)
+    with pytest.raises(ConfigError, match="noise = 0.5.*1 where weights is not random_stream"):
+        AblatedConfig(weights="static", noise=0.5)
 
 
 def test_the_second_stream_is_counted():

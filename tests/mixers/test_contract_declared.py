@@ -17,7 +17,7 @@ from attnlab.errors import ConfigError, UnsupportedPattern
 from attnlab.mixers import roles
 from attnlab.models.transformer import StackConfig, Transformer
 from tests import tiers
-from tests.mixers import cases, flops, uses
+from tests.mixers import cases, flops, stated, uses
 
 call = cases.call
 
@@ -55,14 +55,15 @@ def test_every_knob_turns(name):
             yield _of_a_stack(config, x, seq)
 
     plain = list(shown(cls.Config()))
-    beside = {key: list(shown(cls.Config(**needs))) for key, needs in cases.BESIDE.items() if _takes(cls, key, needs)}
+    fields = cases.BESIDE | stated.of(name, "BESIDE", {})
+    beside = {key: list(shown(cls.Config(**needs))) for key, needs in fields.items() if _takes(cls, key, needs)}
     for field in dataclasses.fields(cls.Config):
         assert field.metadata.get("doc"), f"{name}.{field.name} is not documented"
         assert field.metadata["other"], f"{name}.{field.name} names no other value to try"
         if field.name in cases.CROSS:
             continue
         for value in field.metadata["other"]:
-            needs = cases.BESIDE[field.name] if field.name in beside else {}
+            needs = fields[field.name] if field.name in beside else {}
             try:
                 config = cls.Config(**needs, **{field.name: value})
             except ConfigError as error:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from attnlab import mixers
+from attnlab.errors import ConfigError
 from attnlab.ops.dynamic_mask_attention import dynamic_mask_attention
 from attnlab.ops.masks import NEVER
 from attnlab.ops.running_topw import running_topw
@@ -19,6 +20,7 @@ from tests.mixers import test_contract as battery
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
 ROLES = {"matrix": "q k v score out", "scale": "q_norm k_norm strength"}
+BIASED = [({}, "q k v score", "out")]
 NUMBERS_OF = "softmax"
 SPLIT_GRADIENTS = False
 T, D = cases.LENGTH, cases.WIDTH
@@ -77,30 +79,36 @@ def test_running_top_is_that_of_each_prefix(w, chunk):
 
 def naive(module, x):
     """The layer on one document, query by query; the margin of its choices."""
-    c, d, weight = module.config, module.head_dim, lambda y: np.asarray(y.kernel[...])
-    q, k, v = ((x @ weight(y)).reshape(len(x), -1, d) for y in (module.q, module.k, module.v))
+    c, d = module.config, module.head_dim
+    apply = lambda y, x: x @ np.asarray(y.kernel[...]) + (0 if y.bias is None else np.asarray(y.bias[...]))
+    q, k, v = (apply(y, x).reshape(len(x), -1, d) for y in (module.q, module.k, module.v))
     rms = lambda y, n: y / np.sqrt((y * y).mean(-1, keepdims=True) + 1e-6) * np.asarray(n.scale[...])
     turn = lambda y: plain.rope(y, c.rope_base)
     q, k = turn(rms(q, module.q_norm)), turn(rms(k, module.k_norm))
-    delta = np.asarray(module.strength[...]) * np.log1p(np.exp(v.reshape(len(x), -1) @ weight(module.score)))
+    delta = np.asarray(module.strength[...]) * np.log1p(np.exp(apply(module.score, v.reshape(len(x), -1))))
     delta = np.exp(delta) if c.form == "exp" else delta
     o = np.zeros_like(q)
     for h in range(c.heads):
         g = h // (c.heads // c.key_heads)
         for t, live in enumerate(live_by_prefix(delta[:, g], np.zeros(len(x)), c.keep)):
+            if c.keep_self and t not in live:
+                live = [s for s in live if s != min(live, key=lambda s: delta[s, g])] + [t]
             p = np.exp(k[live, g] @ q[t, h] / np.sqrt(d) + delta[live, g])
             o[t, h] = p / p.sum() @ v[live, g]
     gap = min(np.abs(np.subtract.outer(y, y)[~np.eye(len(y), dtype=bool)]).min() for y in delta.T)
-    return o.reshape(len(x), -1) @ weight(module.out), gap
+    return apply(module.out, o.reshape(len(x), -1)), gap
 
 
-@pytest.mark.parametrize("form", ["linear", "exp"])
-def test_layer_is_the_formula(form):
+FORMS = {}, {"form": "exp"}, {"bias": "all"}, {"keep_self": True}
+
+
+@pytest.mark.parametrize("fields", FORMS, ids=str)
+def test_layer_is_the_formula(fields):
     """The whole layer written out, in packed rows; and streams, which keep what the whole does."""
-    module = make(keep=3, kv_heads=2, chunk=2, form=form)
+    module = make(keep=3, kv_heads=2, chunk=2, **fields)
     x, seq = cases.inputs(jnp.float64)
     found = [cases.output(module, x, seq)]
-    if form == "linear":
+    if "form" not in fields:
         state, extend = battery.begun(*cases.split(module)), functools.partial(battery.extend, *cases.split(module))
         found.append(cases.streamed(extend, state, x, seq, battery.CUTS[1])[0])
     for row, first, end in cases.DOCUMENTS:
@@ -146,6 +154,38 @@ def test_a_constant_bias_changes_nothing_and_only_kept_keys_have_gradients():
     np.testing.assert_allclose(moved, y, atol=1e-12)
     kept = list(live_by_prefix(np.asarray(bias)[0, :, 0], np.zeros(T), 3))[-1]
     np.testing.assert_array_equal(np.flatnonzero(np.abs(gradient[0, :, 0]) > 1e-12), kept)
+
+
+@tiers.often("4")
+@pytest.mark.parametrize("chunk", [1, 4, 32])
+def test_a_kept_own_key_takes_the_place_of_the_worst(chunk):
+    """Values and gradients are of all pairs, with ties, over documents; scores that fall leave every row the first keys
+    and itself; with room for all nothing changes; one key, which would be itself alone, is refused."""
+    rng = np.random.default_rng(1)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, T, 2, 4))) for _ in range(3))
+    documents = jnp.asarray([[0] * 4 + [1] * (T - 4), [0] * T])
+    bias = jnp.asarray(rng.integers(0, 4, (2, T, 2)).astype(float))
+
+    def run(impl, keep, own, bias):
+        def value(q, k, v, bias):
+            o = dynamic_mask_attention(q, k, v, bias, documents, keep=keep, own=own, chunk=chunk, impl=impl)[0]
+            return jnp.sum(o * jnp.cos(jnp.arange(o.size)).reshape(o.shape)), o
+
+        return jax.value_and_grad(value, (0, 1, 2, 3), has_aux=True)(q, k, v, bias)
+
+    run = jax.jit(run, static_argnums=(0, 1, 2))
+    for keep in (2, 4):
+        for a, b in zip(*(jax.tree.leaves(run(i, keep, True, bias)) for i in ("chunked", "definition")), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-12)
+    for a, b in zip(*(jax.tree.leaves(run("chunked", T, own, bias)) for own in (True, False)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-12)
+    falling = jnp.broadcast_to(-jnp.arange(float(T))[:, None] / 8, bias.shape)
+    (_, o), _ = run("chunked", 3, True, falling)
+    keys = [0, 1, T - 1]
+    p = np.exp(np.einsum("hd,shd->hs", q[1, -1], k[1, keys]) / 2 + falling[1, keys].T)
+    np.testing.assert_allclose(o[1, -1], np.einsum("hs,shd->hd", p / p.sum(-1, keepdims=True), v[1, keys]), atol=1e-12)
+    with pytest.raises(ConfigError, match="keep = 1.*2 or more where keep_self"):
+        make(keep=1, keep_self=True)
 
 
 def test_initial_strength():

@@ -19,7 +19,8 @@ from tests.mixers import cases
 from tests.mixers import test_contract as battery
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
-ROLES = {"matrix": "qk v out", "tokens": "centroids", "average": "total count"}
+ROLES = {"matrix": "qk v out", "tokens": "centroids", "average": "total count steps"}
+OF_A_STEP = "steps"
 BLOCK = 64
 BIASED = [({}, "qk v", "out")]
 NUMBERS_OF = "moba"
@@ -52,7 +53,7 @@ def naive(module, x):
     u, v = ((x @ weight(y)).reshape(len(x), c.heads, d) for y in (module.qk, module.v))
     u = u - u.mean(-1, keepdims=True)
     u = u / np.sqrt((u * u).mean(-1, keepdims=True) + 1e-6)
-    scores = np.einsum("thd,hcd->thc", u, mu := centroids(module))
+    scores = np.einsum("thd,hcd->thc", u, mu := np.asarray(module.current_centroids()))
     top = np.sort(scores, axis=-1)
     gap = (top[..., -1] - top[..., -2]).min() if c.clusters > 1 else np.inf
     cluster, o, distance = scores.argmax(-1), np.zeros_like(v), 0.0
@@ -66,13 +67,12 @@ def naive(module, x):
     return o.reshape(len(x), -1) @ weight(module.out), gap, distance, of_clusters
 
 
-def centroids(module):
-    """[H, c, d]; moving averages as in the published code, in which no count is 0."""
-    if module.config.centroid_decay is None:
-        return np.asarray(module.centroids[...])
-    total, count = np.asarray(module.total[...]), np.asarray(module.count[...])
+def published(total, count, sums, numbers, keep):
+    """Moving averages and centroids after a step of the published code, counts in positions: `online_kmeans` of
+    google-research, routing_transformer/utils.py."""
+    total, count = keep * total + (1 - keep) * sums, keep * count + (1 - keep) * numbers
     whole = count.sum(-1, keepdims=True)
-    return total / ((count + 1e-5) / (whole + count.shape[1] * 1e-5) * whole)[..., None]
+    return total, count, total / ((count + 1e-5) / (whole + count.shape[1] * 1e-5) * whole)[..., None]
 
 
 AVERAGED = {"clusters": 2, "window": 3, "centroid_decay": 0.9}
@@ -102,6 +102,36 @@ def test_layer_is_the_formula(fields):
     if "centroid_decay" in fields:
         for name, sums in zip(("total", "count"), zip(*averages)):
             np.testing.assert_allclose(gradients[name][...], sum(sums), atol=1e-12)
+        np.testing.assert_array_equal(gradients["steps"][...], 1)
+
+
+@pytest.mark.parametrize("weight", [1.0, 7.0, 1e5])
+def test_centroids_are_the_published_ones_whatever_the_weight(weight):
+    """Steps of averages over a batch's weight, as trainers make them, give the centroids of the published code, whose
+    counts are in positions: of a cluster of many positions, of one of a hundredth of a position a step, of one without.
+    """
+    keep, module, rng = 0.9, make(clusters=3, centroid_decay=0.9), np.random.default_rng(2)
+    shape = module.total[...].shape
+    total, count = rng.standard_normal(shape), np.full(shape[:2], 4.0)
+    module.total[...], module.count[...] = jnp.asarray(total / weight), jnp.asarray(count / weight)
+    module.steps[...] = jnp.full(shape[:1], 1 / weight)
+    for _ in range(3):
+        numbers = np.broadcast_to([50.0, 0.01, 0.0], shape[:2])
+        sums = numbers[..., None] * rng.standard_normal(shape)
+        for average, seen in ((module.total, sums), (module.count, numbers), (module.steps, np.ones(shape[:1]))):
+            average[...] = keep * average[...] + (1 - keep) * seen / weight
+        total, count, want = published(total, count, sums, numbers, keep)
+        np.testing.assert_allclose(module.current_centroids(), want, rtol=1e-12)
+
+
+def test_a_rare_cluster_has_its_centroid_at_the_mean_of_its_members():
+    """One position of ten thousand: smoothing by 1e-5 of a position moves it by as much."""
+    module = make(clusters=2, centroid_decay=0.9)
+    mean, share = np.random.default_rng(3).standard_normal(module.total[...].shape), np.array([1 - 1e-4, 1e-4])
+    module.total[...] = jnp.asarray(mean * share[:, None])
+    module.count[...] = jnp.broadcast_to(jnp.asarray(share), module.count[...].shape)
+    module.steps[...] = jnp.full(module.steps[...].shape, 1e-4)
+    np.testing.assert_allclose(module.current_centroids() / mean, np.full_like(mean, 1), atol=1.1e-5)
 
 
 @tiers.exhaustive
@@ -142,6 +172,7 @@ def test_centroids_learn_by_the_loss_alone():
 
 
 def test_initial_centroids():
-    """As long as what they are compared with."""
-    built = mixers.build({"name": "routing"}, width=16, rngs=cases.nnx.Rngs(0))
-    np.testing.assert_allclose((built.centroids[...] ** 2).mean(-1), 1, atol=1e-3)
+    """As long as what they are compared with, averages too, before any step has been."""
+    for fields in ({}, {"centroid_decay": 0.9}):
+        built = mixers.build({"name": "routing", **fields}, width=16, rngs=cases.nnx.Rngs(0))
+        np.testing.assert_allclose((built.current_centroids() ** 2).mean(-1), 1, atol=1e-3)

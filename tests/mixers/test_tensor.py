@@ -36,7 +36,10 @@ def make(**fields):
     return cases.module(mixers.get("tensor").Config(**fields), jnp.float64)
 
 
-@pytest.mark.parametrize("fields", [{"window": 4}, {"causal": False, "offset": 0.5, "scale": "root", "qk_norm": False}])
+BOTH_WAYS = {"causal": False, "offset": 0.5, "scale": "root", "qk_norm": False}
+
+
+@pytest.mark.parametrize("fields", [{"window": 4}, {"offset": 0.5, "window": 4}, BOTH_WAYS])
 def test_equals_the_formula(fields):
     """The whole layer for a packed row, query by query, pair by pair."""
     module = make(heads=2, **fields)
@@ -46,7 +49,8 @@ def test_equals_the_formula(fields):
     q, k1, k2, v1, v2 = map(project, ("q", "k1", "k2", "v1", "v2"))
     if c.qk_norm:
         rms = lambda a, n: a / np.sqrt((a * a).mean(-1, keepdims=True) + 1e-6) * np.asarray(n.scale[...])
-        q, k1, k2 = rms(q, module.q_norm), rms(k1, module.k1_norm), rms(k2, module.k2_norm)
+        q, k1 = rms(q, module.q_norm), rms(k1, module.k1_norm)
+        k2 = k2 if c.offset else rms(k2, module.k2_norm)
     k2, v2 = k2 + c.offset, v2 + c.offset
     o = np.zeros((cases.LENGTH, 2, d))
     for t, h in np.ndindex(9, 2):
@@ -64,16 +68,46 @@ def test_equals_the_formula(fields):
 @tiers.exhaustive
 def test_an_offset_alone_is_the_softmax_layer():
     """With offset 1 and second projections of 0, logits are q . k1 / d."""
-    module = make(offset=1.0, qk_norm=False)
-    softmax = cases.module(mixers.get("softmax").Config(rope_base=None), jnp.float64)
-    for name, own in {"q": "q", "k": "k1", "v": "v1", "out": "out"}.items():
-        scale = module.head_dim**-0.5 if name == "q" else 1  # softmax attention divides by the root alone
-        getattr(softmax, name).kernel[...] = scale * getattr(module, own).kernel[...]
+    module = make(offset=1.0)
+    softmax = softmax_of(module, qk_norm=True)
     for linear in (module.k2, module.v2):
         linear.kernel[...] = jnp.zeros_like(linear.kernel[...])
     x, seq = cases.inputs(jnp.float64)
     used = np.asarray(seq.segments) > 0
     np.testing.assert_allclose(cases.output(module, x, seq)[used], cases.output(softmax, x, seq)[used], atol=1e-10)
+
+
+def softmax_of(module, **fields):
+    """The softmax layer of its queries, first keys and first values, with logits q . k1 / d."""
+    softmax = cases.module(mixers.get("softmax").Config(rope_base=None, **fields), jnp.float64)
+    scale = module.head_dim**-0.5  # softmax attention divides by the root alone
+    for name, own in {"q": "q", "k": "k1", "v": "v1", "out": "out"}.items():
+        getattr(softmax, name).kernel[...] = getattr(module, own).kernel[...]
+    if module.config.qk_norm:
+        for name, own in {"q_norm": "q_norm", "k_norm": "k1_norm"}.items():
+            getattr(softmax, name).scale[...] = getattr(module, own).scale[...]
+        softmax.q_norm.scale[...] *= scale
+    else:
+        softmax.q.kernel[...] *= scale
+    return softmax
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_with_an_offset_it_begins_near_softmax_attention(qk_norm):
+    """As a model is built, for inputs of mean square 1, at two head widths: within a tenth of its norm; without an
+    offset it is not."""
+    x, seq = cases.inputs(jnp.float64)
+    used = np.asarray(seq.segments) > 0
+
+    def distance(offset, heads):
+        node = {"name": "tensor", "offset": offset, "qk_norm": qk_norm, "heads": heads}
+        module = mixers.build(node, width=cases.WIDTH, rngs=cases.nnx.Rngs(3), dtype=jnp.float64)
+        want = cases.output(softmax_of(module, heads=heads, qk_norm=qk_norm), x, seq)[used]
+        return np.linalg.norm(cases.output(module, x, seq)[used] - want) / np.linalg.norm(want)
+
+    for heads in (1, 4):
+        assert 0.01 < distance(1.0, heads) < 0.1
+        assert distance(0.0, heads) > 0.5
 
 
 def test_permuting_positions_permutes_outputs():

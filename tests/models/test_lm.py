@@ -378,3 +378,38 @@ def test_decoupled_embeddings():
     np.testing.assert_allclose(stream[SEGMENTS > 0], whole[SEGMENTS > 0], atol=1e-12)
     with pytest.raises(ConfigError, match="model.decoupled = True.*false where no mixer reads the embedding"):
         config(decoupled=True)
+
+
+def test_a_decoupled_table_has_a_width_of_its_own():
+    """Another width changes FLOPs of queries' and keys' projections alone, and parameters of theirs, their norm and the
+    table; a stream is the whole; values give the table no gradient; what has no table of its own has the model's width.
+    """
+    static = lambda width=None: {"name": "ablated", "weights": "static", "heads": 2, "embedding_width": width}
+    of = lambda *widths, **fields: config(
+        mixers=mixer_table(dict(zip("AB", map(static, widths))), "m"), pattern="AB"[: len(widths)], layers=2, **fields
+    )
+    costs = {width: model_cost(of(width, decoupled=True), 11) for width in (None, 8, 3)}
+    assert costs[None] == costs[8]
+    changed = {k: v - costs[3].flops[k] for k, v in costs[8].flops.items() if v != costs[3].flops[k]}
+    assert list(changed.values()) == [2 * 4.0 * 8 * (8 - 3)] and "projections" in next(iter(changed))
+    assert costs[3].state_bytes == costs[8].state_bytes
+    assert costs[8].parameters - costs[3].parameters == (8 - 3) * (23 + 2 * (2 * 8 + 1))
+
+    graphdef, params = drawn.apart(lambda: LanguageModel(of(3, decoupled=True), rngs=nnx.Rngs(0)))
+    assert params["attention_embedding"].shape == (23, 3)
+    assert sum(x.size for x in jax.tree.leaves(params)) == costs[3].parameters
+
+    @jax.jit
+    def run(params):
+        value = lambda params: jnp.sum(nnx.merge(graphdef, params).token_losses(batch())[0])
+        return jax.grad(value)(params)["attention_embedding"][...], *streamed(nnx.merge(graphdef, params), batch())
+
+    slopes, whole, stream = run(params)
+    np.testing.assert_allclose(stream[SEGMENTS > 0], whole[SEGMENTS > 0], atol=1e-12)
+    assert np.abs(slopes).max() > 1e-6
+    params["transformer"]["periods"]["blocks"][0]["sublayers"][0]["branch"]["q"]["kernel"][...] *= 0.0
+    assert not np.asarray(run(params)[0]).any()
+    with pytest.raises(ConfigError, match="mixers.A.embedding_width = 3.*none, or 8, the model's width, without a tab"):
+        of(3)
+    with pytest.raises(ConfigError, match="embedding_width = .*3, 8.*one for all mixers that read the embedding"):
+        of(3, None, decoupled=True)

@@ -38,6 +38,7 @@ from attnlab.ops.path_attention import PATH_ATTENTION, path_attention
 from attnlab.ops.rope import ROPE, rope
 from attnlab.ops.segmented_ema import SEGMENTED_EMA, segmented_ema
 from attnlab.ops.stick_breaking import STICK_BREAKING, stick_breaking
+from attnlab.ops.taylor_attention import TAYLOR_ATTENTION, taylor_attention
 from attnlab.ops.tensor_attention import TENSOR_ATTENTION, tensor_attention
 from attnlab.ops.ttt_linear import TTT_LINEAR, Affine, Learned, ttt_linear
 from attnlab.ops.value_decay import VALUE_DECAY, value_decay
@@ -247,6 +248,7 @@ CASES: dict[str, tuple[Op, dict[str, Callable[[str], tuple[Callable, list[jax.Ar
         {n: functools.partial(_path, gate) for n, gate in (("short", False), ("gate", True))},
     ),
     "stick_breaking": (STICK_BREAKING, {"short": functools.partial(_causal, stick_breaking, 3)}),
+    "taylor_attention": (TAYLOR_ATTENTION, {"short": functools.partial(_causal, taylor_attention, 3)}),
     "ttt_linear": (TTT_LINEAR, {"short": _ttt}),
     "delta_rule": (DELTA_RULE, {"short": _delta}),
     "dplr": (DPLR, {"short": _dplr}),

@@ -233,10 +233,10 @@ def test_moving_averages_learn_what_is_seen():
     seen = jax.jit(jax.grad(lambda p: program.model.merge(p).loss(batch, None, options).total))(before)
     layer = lambda params: params["transformer"]["periods"]["blocks"][0]["sublayers"][0]["branch"]
     tokens = (batch["segments"] > 0).sum()
-    for name in ("total", "count"):
+    for name in ("total", "count", "steps"):
         was, sums = (np.asarray(layer(tree).pop(name)) for tree in (before, seen))
-        assert name == "total" or np.allclose(sums.sum(-1), tokens)  # every position is of one cluster, in each layer
-        for moved in (after, twice):
-            np.testing.assert_allclose(layer(moved)[name], 0.75 * was + 0.25 * sums / tokens, atol=1e-5)
+        assert name != "count" or np.allclose(sums.sum(-1), tokens)  # every position is of one cluster, in each layer
+        for moved, parts in ((after, 1), (twice, 4 if name == "steps" else 1)):  # a micro-batch is a step of its own
+            np.testing.assert_allclose(layer(moved)[name], 0.75 * was + 0.25 * parts * sums / tokens, atol=1e-5)
     others = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(seen))) / tokens
     np.testing.assert_allclose([norm, norm_of_parts], others, rtol=1e-4)
