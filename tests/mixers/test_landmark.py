@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from attnlab import mixers
 from attnlab.mixers import landmark
 from tests import tiers
-from tests.mixers import cases, plain
+from tests.mixers import cases, flops, plain
 from tests.mixers import test_contract as battery
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
@@ -22,6 +24,11 @@ T, D = cases.LENGTH, cases.WIDTH
 
 def keys_seen(config, t):
     return landmark.seen(t, config.size, config.top_k)
+
+
+def keys_computed(config):
+    """All, but that `gate` has the logits, half a key each, of landmarks that are not retrieved."""
+    return T - sum(landmark.left(t, config.size, config.top_k) for t in range(T)) / T / 2
 
 
 @pytest.fixture(autouse=True)
@@ -118,3 +125,63 @@ def test_retrieving_all_blocks_is_the_whole_form():
     y = cases.output(make(block=2), x, seq)
     np.testing.assert_allclose(cases.output(make(block=2, top_k=4), x, seq), y, atol=1e-12)
     assert np.abs(cases.output(make(block=2, top_k=1), x, seq) - y).max() > 1e-3
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _streamed(graphdef, params, x, cotangent, seq, state):
+    """Position by position, and the gradient to x."""
+
+    def run(x):
+        def step(carried, inputs):
+            (state, stream), (x, positions, segments) = carried, inputs
+            one, stream = stream.extend(mixers.Sequence(positions[:, None], segments[:, None]))
+            out = nnx.merge(graphdef, params).extend(x[:, None], one, state)
+            return (out.state, stream), out.y[:, 0]
+
+        rows = jax.tree.map(lambda y: jnp.swapaxes(y, 0, 1), (x, seq.positions, seq.segments))
+        _, y = jax.lax.scan(step, (state, mixers.Stream.start(len(x))), rows)
+        return jnp.swapaxes(y, 0, 1)
+
+    y, pull = jax.vjp(run, x)
+    return y, pull(cotangent)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _whole(graphdef, params, x, cotangent, seq):
+    y, pull = jax.vjp(lambda x: nnx.merge(graphdef, params)(x, seq).y, x)
+    return y, pull(cotangent)[0]
+
+
+def test_decoding_reads_what_it_retrieves():
+    """Of a cache of 20 blocks a step gathers two for each head; it is the whole, packed, values and gradients, also
+    where fewer blocks are complete than it retrieves."""
+    module, rng = make(block=2, top_k=2, kv_heads=2), np.random.default_rng(7)
+    segments = np.stack([np.repeat([1, 2, 0], [9, 48, 3]), np.repeat([0, 4, 5], [2, 7, 51])]).astype(np.int32)
+    seq = mixers.Sequence(np.arange(60, dtype=np.int32) - np.zeros((2, 1), np.int32), segments)
+    x, cotangent = rng.standard_normal((2, 2, 60, D))
+    cotangent *= (segments > 0)[..., None]
+    state = module.init_state(2, 60, jnp.float64)
+    streamed = _streamed(*cases.split(module), x, cotangent, seq, state)
+    for got, want in zip(streamed, _whole(*cases.split(module), x, cotangent, seq), strict=True):
+        np.testing.assert_allclose(got[segments > 0], want[segments > 0], atol=1e-12)
+    one, _ = mixers.Stream.start(2).extend(mixers.Sequence(np.zeros((2, 1), np.int32)))
+    assert np.isnan(module.extend(x[:, :1], one, dataclasses.replace(state, carried=overfull(state.carried))).y).all()
+
+
+def overfull(carried):
+    """The cache with all its places taken."""
+    return dataclasses.replace(carried, kv=dataclasses.replace(carried.kv, length=jnp.int32(60)))
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 4])
+def test_decoding_costs_what_is_declared(top_k):
+    """Products of one step over 1023 keys are those that the layer declares of the query that sees most, but for the
+    value that a landmark has not, and of its own block one that it does not see."""
+    module, length = cases.blank(landmark.LandmarkConfig(block=31, top_k=top_k), jnp.float32), 1024
+    x, (graphdef, params) = jnp.zeros((1, 1, D), jnp.float32), cases.split(module)
+    one, _ = mixers.Stream.start(1).extend(mixers.Sequence(jnp.zeros((1, 1), jnp.int32)))
+    state = jax.eval_shape(lambda: module.init_state(1, length))
+    step = lambda params, x, state: nnx.merge(graphdef, params).extend(x, one, state).y
+    declared = type(module).flops(module.config, D, length)[0]["projections"]
+    keys, others = (of(length - 2, 32, top_k) for of in (landmark.seen, landmark.left))
+    assert flops.count(step, params, x, state) == pytest.approx(declared + 4 * D * keys + 2 * D * others, rel=0.05)
