@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from attnlab import config as config_lib
 from attnlab.mixers.base import Capabilities, MixerOutput, knob, register
 from attnlab.mixers.grouped import GroupedConfig, GroupedMixer
 from attnlab.mixers.sequence import Sequence
@@ -17,6 +18,10 @@ from attnlab.ops.landmark_attention import definition, landmark_attention, retri
 from attnlab.ops.masks import Mask
 
 _IMPLS = "blocks", "definition"
+CHOICES = {
+    "head": "each query head by itself, by its landmarks' logits",
+    "token": "all heads of a token alike, by the largest weight that they give a landmark of those they see",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +35,26 @@ class LandmarkConfig(GroupedConfig):
     top_k: int | None = knob(
         None, "blocks before its own that each query head retrieves, by their landmarks; none: all", other=(1,), least=1
     )
+    choice: str = knob(
+        "head", f"how blocks are chosen, where top_k is set; {'; '.join(f'{k}: {v}' for k, v in CHOICES.items())}",
+        other=("token",), choices=CHOICES,
+    )  # fmt: skip
     impl: str = knob("blocks", "blocks, or definition (all pairs)", other=("definition",), choices=_IMPLS)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = self.choice == "head" or self.top_k is not None
+        config_lib.require(given, "choice", self.choice, "head, the default, where top_k is none")
 
     @property
     def size(self) -> int:
         """Positions of a block with its landmark."""
         return self.block + 1
+
+    @property
+    def retrieval(self) -> dict[str, Any]:
+        """What ops take of it."""
+        return {"top_k": self.top_k, "alike": self.choice == "token"}
 
 
 @jax.tree_util.register_dataclass
@@ -93,7 +112,7 @@ class Landmark(GroupedMixer):
             return MixerOutput(self._all_pairs(q, k, v, seq, places))
         blocks = tuple(blocks_of(y, places, one_document=seq.segments is None) for y in (k, v))
         own, *earlier = _seen(places, 0, seq.padding)
-        return MixerOutput(landmark_attention(q, (k, v), own, blocks, *earlier, top_k=c.top_k))
+        return MixerOutput(landmark_attention(q, (k, v), own, blocks, *earlier, **c.retrieval))
 
     def _of_stream(
         self, q: jax.Array, k: jax.Array, v: jax.Array, seq: Sequence, carried: LandmarkState
@@ -111,11 +130,12 @@ class Landmark(GroupedMixer):
         near = (jax.lax.dynamic_slice_in_dim(y, begin, reach, axis=1) for y in (view.k, view.v))
         own, *earlier = _seen(places, first - begin, seq.padding)
         args = q, Cached(*near, view.fits).by_position(B), own
-        if c.impl != "definition" and c.top_k is not None and T * (H // K) * c.top_k < last.shape[1]:
-            options = {"size": c.size, "top_k": c.top_k}
-            return MixerOutput(retrieving_attention(*args, (view.k, view.v), last, *earlier, **options), carried)
+        choices = T * (1 if c.choice == "token" else H // K)
+        if c.impl != "definition" and c.top_k is not None and choices * c.top_k < last.shape[1]:
+            cache, options = (view.k, view.v), {"size": c.size, **c.retrieval}
+            return MixerOutput(retrieving_attention(*args, cache, last, *earlier, **options), carried)
         blocks = tuple(at_blocks(y, last, c.size) for y in view.by_position(B))
-        return MixerOutput(landmark_attention(*args, blocks, *earlier, top_k=c.top_k), carried)
+        return MixerOutput(landmark_attention(*args, blocks, *earlier, **c.retrieval), carried)
 
     def _all_pairs(self, q: jax.Array, k: jax.Array, v: jax.Array, seq: Sequence, places: BlockPlaces) -> jax.Array:
         wide = lambda y: jnp.broadcast_to(y, q.shape[:2])
@@ -123,7 +143,7 @@ class Landmark(GroupedMixer):
         if seq.padding is not None:
             document = jnp.where(seq.padding, -1, document)
         begin = jnp.arange(q.shape[1], dtype=jnp.int32) - places.offset % self.config.size
-        return definition(q, k, v, document, wide(begin), wide(places.ends), top_k=self.config.top_k)
+        return definition(q, k, v, document, wide(begin), wide(places.ends), **self.config.retrieval)
 
     def init_carried(self, batch: int, max_length: int, dtype: Any) -> LandmarkState:
         c = self.config
