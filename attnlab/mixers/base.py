@@ -104,11 +104,13 @@ class MixerConfig:
     Attributes:
       second_stream: the kind of a second stream that the mixer reads beside its input, a property where it depends on
         knobs; empty: none. It begins as `Mixer.begin_second` says and goes through all blocks of the stack.
+      text: a file of the ids whose embeddings it reads as `Sequence.text`, a knob or a property; None: it reads none.
     """
 
     node_name: ClassVar[str]
     causal: ClassVar[bool] = True
     second_stream: ClassVar[str] = ""
+    text: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         config_lib.require_knobs(self)

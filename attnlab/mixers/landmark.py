@@ -8,14 +8,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from attnlab import config as config_lib
 from attnlab.mixers.base import Capabilities, MixerOutput, knob, register
 from attnlab.mixers.grouped import GroupedConfig, GroupedMixer
 from attnlab.mixers.sequence import Sequence
 from attnlab.ops.key_blocks import BlockPlaces, at_blocks, blocks_of
-from attnlab.ops.keys_values import KVCache, empty_cache
-from attnlab.ops.landmark_attention import definition, landmark_attention
+from attnlab.ops.keys_values import Cached, KVCache, empty_cache
+from attnlab.ops.landmark_attention import definition, landmark_attention, retrieving_attention
+from attnlab.ops.masks import Mask
 
 _IMPLS = "blocks", "definition"
+CHOICES = {
+    "head": "each query head by itself, by its landmarks' logits",
+    "token": "all heads of a token alike, by the largest weight that they give a landmark of those they see",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +35,26 @@ class LandmarkConfig(GroupedConfig):
     top_k: int | None = knob(
         None, "blocks before its own that each query head retrieves, by their landmarks; none: all", other=(1,), least=1
     )
+    choice: str = knob(
+        "head", f"how blocks are chosen, where top_k is set; {'; '.join(f'{k}: {v}' for k, v in CHOICES.items())}",
+        other=("token",), choices=CHOICES,
+    )  # fmt: skip
     impl: str = knob("blocks", "blocks, or definition (all pairs)", other=("definition",), choices=_IMPLS)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = self.choice == "head" or self.top_k is not None
+        config_lib.require(given, "choice", self.choice, "head, the default, where top_k is none")
 
     @property
     def size(self) -> int:
         """Positions of a block with its landmark."""
         return self.block + 1
+
+    @property
+    def retrieval(self) -> dict[str, Any]:
+        """What ops take of it."""
+        return {"top_k": self.top_k, "alike": self.choice == "token"}
 
 
 @jax.tree_util.register_dataclass
@@ -83,25 +103,39 @@ class Landmark(GroupedMixer):
 
     def heads(self, x: jax.Array, seq: Sequence, carried: LandmarkState | None = None) -> MixerOutput:
         """As in the contract. More positions than the cache has room for give NaN, as jit can raise nothing."""
-        c, (q, k, v), (B, T, _) = self.config, self.positioned(x, seq), x.shape
-        if carried is None:
-            offset = jnp.arange(T, dtype=jnp.int32)[None] if seq.offsets is None else seq.offsets
-            places, first = BlockPlaces.of(offset, c.size), 0
-            if c.impl == "definition":
-                return MixerOutput(self._all_pairs(q, k, v, seq, places))
-            blocks = tuple(blocks_of(y, places, one_document=seq.segments is None) for y in (k, v))
-        else:
-            places, first = BlockPlaces.of(seq.offsets, c.size, carried.done), carried.kv.length
-            kv, view, _ = carried.kv.append(k, v, seq.offsets, None)
-            (at, slot), rows = places.last_positions(), jnp.arange(B)[:, None]
-            last = carried.last.at[rows, slot].set(first + at, mode="drop")
-            carried, (k, v) = LandmarkState(kv, last, places.done), view.by_position(B)
-            blocks = tuple(at_blocks(y, last, c.size) for y in (k, v))
-        own, _ = places.own_and_earlier(first, seq.padding)
-        own = dataclasses.replace(own, k_end=own.k_end - places.ends)
-        begin, end = places.entry - places.block, places.entry
-        end = end if seq.padding is None else jnp.where(seq.padding, 0, end)
-        return MixerOutput(landmark_attention(q, (k, v), own, blocks, begin, end, top_k=c.top_k), carried)
+        c, (q, k, v) = self.config, self.positioned(x, seq)
+        if carried is not None:
+            return self._of_stream(q, k, v, seq, carried)
+        offset = jnp.arange(x.shape[1], dtype=jnp.int32)[None] if seq.offsets is None else seq.offsets
+        places = BlockPlaces.of(offset, c.size)
+        if c.impl == "definition":
+            return MixerOutput(self._all_pairs(q, k, v, seq, places))
+        blocks = tuple(blocks_of(y, places, one_document=seq.segments is None) for y in (k, v))
+        own, *earlier = _seen(places, 0, seq.padding)
+        return MixerOutput(landmark_attention(q, (k, v), own, blocks, *earlier, **c.retrieval))
+
+    def _of_stream(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, seq: Sequence, carried: LandmarkState
+    ) -> MixerOutput:
+        """The next positions, over the cache."""
+        c, (B, T, H, _), K = self.config, q.shape, k.shape[2]
+        places, first = BlockPlaces.of(seq.offsets, c.size, carried.done), carried.kv.length
+        kv, view, _ = carried.kv.append(k, v, seq.offsets, None)
+        (at, slot), rows = places.last_positions(), jnp.arange(B)[:, None]
+        last = carried.last.at[rows, slot].set(first + at, mode="drop")
+        carried = LandmarkState(kv, last, places.done)
+        # Own blocks begin n - 1 keys before the first position, or later.
+        reach = min(T + c.size - 1, view.k.shape[1])
+        begin = jnp.clip(first - (c.size - 1), 0, view.k.shape[1] - reach)
+        near = (jax.lax.dynamic_slice_in_dim(y, begin, reach, axis=1) for y in (view.k, view.v))
+        own, *earlier = _seen(places, first - begin, seq.padding)
+        args = q, Cached(*near, view.fits).by_position(B), own
+        choices = T * (1 if c.choice == "token" else H // K)
+        if c.impl != "definition" and c.top_k is not None and choices * c.top_k < last.shape[1]:
+            cache, options = (view.k, view.v), {"size": c.size, **c.retrieval}
+            return MixerOutput(retrieving_attention(*args, cache, last, *earlier, **options), carried)
+        blocks = tuple(at_blocks(y, last, c.size) for y in view.by_position(B))
+        return MixerOutput(landmark_attention(*args, blocks, *earlier, **c.retrieval), carried)
 
     def _all_pairs(self, q: jax.Array, k: jax.Array, v: jax.Array, seq: Sequence, places: BlockPlaces) -> jax.Array:
         wide = lambda y: jnp.broadcast_to(y, q.shape[:2])
@@ -109,7 +143,7 @@ class Landmark(GroupedMixer):
         if seq.padding is not None:
             document = jnp.where(seq.padding, -1, document)
         begin = jnp.arange(q.shape[1], dtype=jnp.int32) - places.offset % self.config.size
-        return definition(q, k, v, document, wide(begin), wide(places.ends), top_k=self.config.top_k)
+        return definition(q, k, v, document, wide(begin), wide(places.ends), **self.config.retrieval)
 
     def init_carried(self, batch: int, max_length: int, dtype: Any) -> LandmarkState:
         c = self.config
@@ -120,10 +154,21 @@ class Landmark(GroupedMixer):
     @classmethod
     def flops(cls, config: LandmarkConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:
         span = sum(seen(t, config.size, config.top_k) for t in range(length)) / length
+        inner = config.heads * config.head_dim(width)
         return {
             "projections": cls.projection_flops(config, width),
-            "attention": 4.0 * config.heads * config.head_dim(width) * span,
+            "gate": 2.0 * inner * sum(left(t, config.size, config.top_k) for t in range(length)) / length,
+            "attention": 4.0 * inner * span,
         }, span
+
+
+def _seen(places: BlockPlaces, first: jax.Array | int, padding: jax.Array | None) -> tuple[Mask, jax.Array, jax.Array]:
+    """Which keys of its own block each position sees, of which its own is key `first` of the first; and from which
+    block before, to which."""
+    own, _ = places.own_and_earlier(first, padding)
+    own = dataclasses.replace(own, k_end=own.k_end - places.ends)
+    end = places.entry if padding is None else jnp.where(padding, 0, places.entry)
+    return own, places.entry - places.block, end
 
 
 def seen(t: int, size: int, top_k: int | None) -> int:
@@ -131,3 +176,8 @@ def seen(t: int, size: int, top_k: int | None) -> int:
     before, within = divmod(t, size)
     own = within + (within < size - 1)
     return own + size * (before if top_k is None else min(top_k, before))
+
+
+def left(t: int, size: int, top_k: int | None) -> int:
+    """Landmarks that the query at position t of a document scores and does not attend to."""
+    return 0 if top_k is None else max(0, t // size - top_k)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnlab import config as config_lib
+from attnlab.errors import ConfigError
 from attnlab.mixers import base
 from attnlab.mixers.base import Capabilities, MixerConfig, MixerOutput, State, impl_knob, knob, register
 from attnlab.mixers.heads import HeadMixer
@@ -22,7 +23,7 @@ from attnlab.ops import router as route
 from attnlab.ops.attention_gated import gated
 from attnlab.ops.dispatch import Implementation, Op
 from attnlab.ops.gathered_attention import GATHERED_ATTENTION
-from attnlab.ops.head_subsets import interleaved, take_heads
+from attnlab.ops.head_subsets import interleaved, spread_by_groups, take_heads
 from attnlab.ops.keys_values import KeysValues
 from attnlab.ops.masks import Mask
 from attnlab.parallel import partition
@@ -94,6 +95,10 @@ class MoHConfig(MixerConfig):
     @property
     def second_stream(self) -> str:
         return self.core.second_stream
+
+    @property
+    def text(self) -> str | None:
+        return self.core.text
 
     @property
     def always(self) -> int:
@@ -360,11 +365,14 @@ class MoH(HeadMixer):
     def begin_layer(self, layer: jax.Array, layers: int) -> None:
         self.core.begin_layer(layer, layers)
 
-    def require_stack(self, layers: int) -> None:
-        self.core.require_stack(layers)
-
     def init_shared(self, batch: int, length: int) -> dict[str, jax.Array]:
         return self.core.init_shared(batch, length)
+
+    def require_stack(self, layers: int) -> None:
+        try:
+            self.core.require_stack(layers)
+        except ConfigError as error:
+            raise ConfigError(f"in core: {error}") from None
 
     def init_carried(self, batch: int, max_length: int, dtype: Any) -> State:
         return self.core.init_carried(batch, max_length, dtype)
@@ -421,21 +429,9 @@ def shared_and_routed(config: MoHConfig) -> tuple[tuple[int, ...], tuple[int, ..
     """Which of the core's heads are shared and which are routed, each ascending: the latter's order is the router's.
 
     Shared heads fill whole groups of those that share a key head, so that the other groups' keys need not be read
-    where no head of theirs is on; these groups, and heads within a group, are spread evenly, so that devices which hold
-    neighbouring heads have as many of each.
+    where no head of theirs is on.
     """
-    K = getattr(config.core, "kv_heads", None) or config.heads
-    G = config.heads // K
-    full, rest = divmod(config.always, G)
-    groups = [h for h in range(K) if _evenly(h, full + (rest > 0), K)]
-    last = groups[-1] if rest else None
-    shared = [h for h in range(config.heads) if h // G in groups and (h // G != last or _evenly(h % G, rest, G))]
-    return tuple(shared), tuple(h for h in range(config.heads) if h not in shared)
-
-
-def _evenly(i: int, n: int, of: int) -> bool:
-    """Whether the i-th of `of` places is one of n spread evenly."""
-    return (i + 1) * n // of > i * n // of
+    return spread_by_groups(config.heads, getattr(config.core, "kv_heads", None) or config.heads, config.always)
 
 
 def key_heads_read(config: MoHConfig) -> int:

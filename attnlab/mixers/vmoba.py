@@ -14,13 +14,15 @@ from attnlab.mixers.base import Capabilities, MixerOutput, knob, register
 from attnlab.mixers.grouped import GroupedConfig, GroupedMixer
 from attnlab.mixers.sequence import Sequence
 from attnlab.ops.attention import ATTENTION, attention
+from attnlab.ops.key_blocks import by_rows
 from attnlab.ops.mask_algebra import packed_bits
 from attnlab.ops.masks import Array, Groups, numpy_if
-from attnlab.ops.share_choice import best, by_share
+from attnlab.ops.share_choice import best, by_share, take_rows
 
 _IMPLS = "definition", "tiles"
 _BEFORE = "vmoba_layers"
 _CUTS = "1d", "2d", "3d"
+_ROWS = 32  # of packed documents, whose scores are computed together, at least
 POOLS = {
     "head": "all rows and blocks of a head",
     "row": "the blocks of one row of a head",
@@ -121,8 +123,8 @@ class VMoBA(GroupedMixer):
     def heads(self, x: jax.Array, seq: Sequence, carried: None = None) -> MixerOutput:
         """As in the contract; it does not stream."""
         c, (q, k, v) = self.config, self.positioned(x, seq)
-        block, blocks = self.places(seq)
-        bits = packed_bits(self.chosen(q, k, block, blocks, seq))
+        block = self.places(seq)
+        bits = packed_bits(self.chosen(q, k, block, seq))
         groups = Groups(block, jnp.moveaxis(bits, 2, 1), chosen=True)
         mask = dataclasses.replace(seq.mask(causal=False), groups=groups, documents=False)
         number = (seq.shared or {}).get(_BEFORE)
@@ -132,47 +134,50 @@ class VMoBA(GroupedMixer):
     def init_shared(self, batch: int, length: int) -> dict[str, jax.Array]:
         return {_BEFORE: jnp.int32(0)} if self.config.cut == "cycle" else {}
 
-    def places(self, seq: Sequence) -> tuple[Array, int]:
-        """The number of each position's block among those of its row, int32 [B or 1, T], and how many there may be."""
+    def places(self, seq: Sequence) -> Array:
+        """The number of each position's block in its document, int32 [B or 1, T]."""
         c, T = self.config, seq.positions.shape[1]
         xp = numpy_if(seq.offsets is None)
         offset = np.arange(T, dtype=np.int32)[None] if seq.offsets is None else seq.offsets
         found = xp.stack([c.block_of(cut, offset) for cut in c.cuts]).astype(xp.int32)
-        number = found[0]
         if len(found) > 1 and _BEFORE in (seq.shared or {}):
-            number = jnp.asarray(found)[seq.shared[_BEFORE] % len(found)]
-        if seq.documents is None:
-            return number, c.blocks(T)
-        return _ranked(seq.documents, number), T
+            return jnp.asarray(found)[seq.shared[_BEFORE] % len(found)]
+        return found[0]
 
-    def chosen(self, q: jax.Array, k: jax.Array, block: Array, blocks: int, seq: Sequence) -> jax.Array:
-        """Which blocks each query head attends to at each position: bool [B, T, H, N]."""
-        (B, T, H, d), K = q.shape, k.shape[2]
+    def chosen(self, q: jax.Array, k: jax.Array, block: Array, seq: Sequence) -> jax.Array:
+        """Which blocks of its document each query head attends to at each position: bool [B, T, H, N]."""
+        (B, T, H, d), K, N = q.shape, k.shape[2], self.config.blocks(q.shape[1])
         q, k = jax.lax.stop_gradient((q, k))
         wide = jnp.promote_types(q.dtype, jnp.float32)
         rows, block = jnp.arange(B)[:, None], jnp.broadcast_to(jnp.asarray(block), (B, T))
-        counts = jnp.zeros((B, blocks), wide).at[rows, block].add(1.0)
-        sums = jnp.zeros((B, blocks, K, d), wide).at[rows, block].add(k.astype(wide))
+        document = jnp.zeros((B, T), jnp.int32) if seq.documents is None else seq.documents
+        many = jnp.zeros((B, _documents(seq)), jnp.int32).at[rows, document].max(block + 1)
+        first, many = (take_rows(x, document) for x in (jnp.cumsum(many, axis=1) - many, many))
+        # Blocks of all documents stand one after the other: T positions have no more than T.
+        entries, entry = N if seq.documents is None else T, first + block
+        counts = jnp.zeros((B, entries), wide).at[rows, entry].add(1.0)
+        sums = jnp.zeros((B, entries, K, d), wide).at[rows, entry].add(k.astype(wide))
         means = sums / jnp.maximum(counts, 1)[..., None, None]
         q = q.astype(wide).reshape(B, T, K, H // K, d)
-        scores = jnp.einsum("btkgd,bnkd->bkgtn", q, means, precision="highest").reshape(B, H, T, blocks)
-        document = jnp.zeros((B, T), jnp.int32) if seq.documents is None else seq.documents
-        of_block = jnp.full((B, blocks), -1, jnp.int32).at[rows, block].set(document)
-        valid = document[:, None, :, None] == of_block[:, None, None]
-        own = block[:, None, :, None] == jnp.arange(blocks, dtype=jnp.int32)
+        scores = _scores(q, means) if seq.documents is None else _scores_of_documents(q, means, first, N)
+        scores = jnp.moveaxis(scores.reshape(B, T, H, N), 2, 1)
+        number = jnp.arange(N, dtype=jnp.int32)
+        valid = (number < many[..., None])[:, None]
         if seq.padding is not None:
             valid &= ~seq.padding[:, None, :, None]
-        return jnp.moveaxis(self._in_pools(scores, own & valid, valid, document), 1, 2)
+        own = block[:, None, :, None] == number
+        return jnp.moveaxis(self._in_pools(scores, own & valid, valid, document, _documents(seq)), 1, 2)
 
-    def _in_pools(self, scores: jax.Array, own: jax.Array, valid: jax.Array, document: jax.Array) -> jax.Array:
+    def _in_pools(
+        self, scores: jax.Array, own: jax.Array, valid: jax.Array, document: jax.Array, documents: int
+    ) -> jax.Array:
         """The choice, [B, H, T, N], made in each pool."""
         c, (B, H, T, N) = self.config, scores.shape
         axes = (0, 3, 1, 2) if c.pool == "block" else (0, 1, 2, 3)
         shape = {"row": (B * H * T, N), "head": (B * H, T * N), "all": (B, H * T * N), "block": (B * N, H * T)}[c.pool]
         within = lambda y: jnp.broadcast_to(y, scores.shape).transpose(axes).reshape(shape)
-        mixed = c.pool in ("head", "all")  # whether a pool's rows may be of several documents
-        documents = 1 + T if mixed else 1
-        of = within(document[:, None, :, None]) if mixed else jnp.zeros(shape, jnp.int32)
+        mixed = c.pool != "row"  # whether what a pool holds may be of several documents
+        of, documents = (within(document[:, None, :, None]), documents) if mixed else (jnp.zeros(shape, jnp.int32), 1)
         args = within(scores), within(own), within(valid), of
         if c.top_k is None:
             found = by_share(*args, documents, c.threshold)
@@ -194,11 +199,34 @@ class VMoBA(GroupedMixer):
         }, float(length)
 
 
-def _ranked(document_BT: jax.Array, number_BT: jax.Array) -> jax.Array:
-    """How many different smaller pairs of document and number a row has, int32 [B, T]."""
-    B, T = document_BT.shape
-    place = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    *keys, order = jax.lax.sort((document_BT, number_BT, place), dimension=1, num_keys=2)
-    new = sum(jnp.abs(jnp.diff(key, axis=1)) for key in keys) > 0
-    rank = jnp.cumsum(jnp.pad(new, ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
-    return jnp.zeros_like(rank).at[jnp.arange(B)[:, None], order].set(rank)
+def _documents(seq: Sequence) -> int:
+    """How many numbers there may be in `Sequence.documents`."""
+    return 1 if seq.documents is None else 1 + seq.positions.shape[1]
+
+
+def _scores(q_BTKgd: jax.Array, means_BNKd: jax.Array) -> jax.Array:
+    """[B, T, K, g, N]."""
+    return jnp.einsum("btkgd,bnkd->btkgn", q_BTKgd, means_BNKd, precision="highest")
+
+
+def _scores_of_documents(q_BTKgd: jax.Array, means_BTKd: jax.Array, first_BT: jax.Array, blocks: int) -> jax.Array:
+    """`q[t] . means[first[t] + n]`, [B, T, K, g, N], n below `blocks`: anything behind the last block of a document.
+
+    Args:
+      means_BTKd: of the blocks of all documents, those of each in a row.
+      first_BT: the entry that is the first of a position's document, which has `blocks` at most.
+
+    As many rows as there are blocks, `_ROWS` at least, are computed at a time, with the entries that they may read: the
+    document of the first row and that of the last have N at most, those between them no more than the rows between.
+    """
+    T = q_BTKgd.shape[1]
+    rows, number = max(blocks, _ROWS), jnp.arange(blocks, dtype=jnp.int32)
+    entries = min(T, 2 * blocks + rows - 2)
+
+    def of_rows(q, first):
+        here = jnp.minimum(first[:, :1] + jnp.arange(entries, dtype=jnp.int32), T - 1)
+        scores = _scores(q, means_BTKd[jnp.arange(len(q))[:, None], here])
+        at = jnp.clip((first - first[:, :1])[..., None] + number, 0, entries - 1)
+        return jnp.take_along_axis(scores, at[:, :, None, None], axis=-1)
+
+    return by_rows(of_rows, q_BTKgd, first_BT, rows=rows)

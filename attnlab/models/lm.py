@@ -105,7 +105,7 @@ class LanguageModelConfig(StackConfig):
     @property
     def fixed_text(self) -> np.ndarray | None:
         """Ids [n] of the text whose embeddings mixers find in `Sequence.text`; None: no mixer reads one."""
-        paths = {str(path) for mixer in self.mixers.values() if (path := getattr(mixer, "text", None))}
+        paths = {str(path) for mixer in self.mixers.values() if (path := mixer.text)}
         config_lib.require(len(paths) < 2, "model.mixers", sorted(paths), "one text for all mixers that read one")
         return _ids_of(paths.pop()) if paths else None
 

@@ -32,3 +32,22 @@ def spread(x_BTEd: jax.Array, heads: tuple[int, ...], H: int) -> jax.Array:
         return x_BTEd
     B, T, _, d = x_BTEd.shape
     return interleaved(x_BTEd, jnp.zeros((B, T, len(others), d), x_BTEd.dtype), heads, others)
+
+
+def spread_by_groups(heads: int, groups: int, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """`count` of `heads` heads, which fill as few of `groups` groups of neighbours as they can; and the others.
+
+    Both ascend. These groups, and heads within the one that is not full, are spread evenly, so that devices which hold
+    neighbouring heads have as many of each.
+    """
+    size = heads // groups
+    full, rest = divmod(count, size)
+    filled = [g for g in range(groups) if _evenly(g, full + (rest > 0), groups)]
+    last = filled[-1] if rest else None
+    taken = [h for h in range(heads) if h // size in filled and (h // size != last or _evenly(h % size, rest, size))]
+    return tuple(taken), tuple(h for h in range(heads) if h not in taken)
+
+
+def _evenly(i: int, n: int, of: int) -> bool:
+    """Whether the i-th of `of` places is one of n spread evenly."""
+    return (i + 1) * n // of > i * n // of

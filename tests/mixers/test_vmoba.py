@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.extend.core import jaxprs_in_params
 
 from attnlab import mixers
 from attnlab.errors import ConfigError
 from attnlab.ops.share_choice import _before, _digits, _float, _sums, by_share
 from tests import tiers
-from tests.mixers import cases
+from tests.mixers import cases, flops
 from tests.mixers.test_softmax import rotate
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
@@ -143,6 +146,61 @@ def test_cuts_by_layer():
         np.testing.assert_allclose(out.y, want[n % 3], atol=1e-12)
     np.testing.assert_allclose(cases.output(cycle, x, seq), want[0], atol=1e-12)
     assert np.abs(want[0] - want[1]).max() > 1e-3
+
+
+@tiers.often("block")
+@pytest.mark.parametrize("pool", ["head", "row", "block", "all"])
+def test_documents_of_long_rows_are_the_formula(pool):
+    """In rows of several tiles, which are of one document, of two, and of many; one document is the row unpacked. A
+    tile of 32 rows reads most where it ends one document of all blocks, here 16, and begins another."""
+    runs, areas = {"cut": "1d", "line": 8}, {"cut": "2d", "frame": (4, 8), "area": (1, 2)}
+    rng = np.random.default_rng(2)
+    for fields, lengths in (
+        (runs, [97, 53]), (runs, [1, 9, 3, 17, 2, 1, 85, 1, 8, 1, 22]), (areas, [33, *[1] * 30, 33])
+    ):  # fmt: skip
+        module, x = make(pool=pool, heads=2, impl="definition", **fields), rng.standard_normal((1, sum(lengths), 16))
+        y = cases.output(module, x, packed_row(lengths))
+        for end, length in zip(np.cumsum(lengths), lengths, strict=True):
+            want, gap = naive(module, x[0, end - length : end], fields["cut"])
+            assert gap > 1e-9
+            np.testing.assert_allclose(y[0, end - length : end], want, atol=1e-12)
+    whole = cases.output(module, x, mixers.Sequence.whole(*x.shape[:2]))
+    np.testing.assert_allclose(cases.output(module, x, packed_row([x.shape[1]])), whole, atol=1e-13)
+
+
+def packed_row(lengths):
+    segments = np.repeat(np.arange(1, len(lengths) + 1, dtype=np.int32), lengths)[None]
+    return mixers.Sequence(np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])[None], segments)
+
+
+@pytest.mark.parametrize("cut, extra", [("1d", 0.03), ("cycle", 0.25)])
+def test_packed_rows_cost_what_whole_ones_do(cut, extra):
+    """Of 1024 positions in 16 and in 256 blocks: a layer's products, but for scores of the other documents of a tile;
+    and what the choice holds."""
+    config, T = mixers.get("vmoba").Config(cut=cut, impl="definition"), 1024
+    graphdef, params = cases.split(cases.blank(config, jnp.float32))
+    x, whole = jax.ShapeDtypeStruct((1, T, cases.WIDTH), jnp.float32), mixers.Sequence.whole(1, T)
+
+    def of(run, seq):
+        return jax.make_jaxpr(lambda p, x: run(nnx.merge(graphdef, p), x, seq.derived()))(params, x).jaxpr
+
+    alone, packed = (flops.of(of(lambda layer, *args: layer(*args).y, seq)) for seq in (whole, packed_row([T])))
+    assert alone < packed < (1 + extra) * alone
+    alone, packed = (sum(sizes(of(_choice, seq))) for seq in (whole, packed_row([T])))
+    assert packed < 1.1 * alone
+
+
+def _choice(module, x, seq):
+    q, k, _ = module.positioned(x, seq)
+    return module.chosen(q, k, module.places(seq), seq)
+
+
+def sizes(jaxpr):
+    """Of all arrays that a program makes; of loops, those of one turn."""
+    for eqn in jaxpr.eqns:
+        yield from (math.prod(v.aval.shape) for v in eqn.outvars)
+        for inner in jaxprs_in_params(eqn.params):
+            yield from sizes(inner)
 
 
 @tiers.exhaustive

@@ -302,16 +302,15 @@ def streamed(model, data):
 
 
 def test_a_fixed_text(tmp_path):
-    """Layers find its embeddings, to which gradients go; a stream is the whole. What does not fit is refused: ids,
-    lengths, files, two texts."""
+    """Layers find its embeddings, to which gradients go, also where they are the core of another; a stream is the
+    whole. What does not fit is refused: ids, lengths, files, two texts."""
     ids, other = tmp_path / "ids.npy", tmp_path / "other.npy"
     np.save(ids, np.array([20, 21, 20, *range(9), 3], np.uint8)), np.save(other, np.arange(12))
-    table = lambda *paths: mixer_table(
-        {x: {"name": "ablated", "weights": "text_stream", "text": str(p), "heads": 2} for x, p in zip("AB", paths)}, "m"
-    )
-    graphdef, params = drawn.apart(
-        lambda: LanguageModel(config(mixers=table(ids), pattern="A", layers=1), rngs=nnx.Rngs(0))
-    )
+    node = lambda path: {"name": "ablated", "weights": "text_stream", "text": str(path)}
+    table = lambda *paths: mixer_table({x: node(p) | {"heads": 2} for x, p in zip("AB", paths, strict=False)}, "m")
+    routed = lambda path: mixer_table({"B": {"name": "moh", "heads": 2, "shared": 1, "core": node(path)}}, "m")
+    both = {**table(ids), **routed(ids)}
+    graphdef, params = drawn.apart(lambda: LanguageModel(config(mixers=both, pattern="AB", layers=2), rngs=nnx.Rngs(0)))
     model = nnx.merge(graphdef, params)
     small = batch() | {"tokens": batch()["tokens"] % 20}  # of a text's ids 20 and 21 the text alone has some
     np.testing.assert_array_equal(model.sequence(small).text, model.embedding[...][np.load(ids)])
@@ -336,6 +335,8 @@ def test_a_fixed_text(tmp_path):
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=message):
             config(mixers=table(*paths), pattern="AB"[: len(paths)], layers=2)
+    with pytest.raises(ConfigError, match="model.vocab = 23.*24 or more"):
+        config(mixers=routed(tmp_path / "large.npy"), pattern="B", layers=1)
     with pytest.raises(ConfigError, match="where inputs are vectors"):
         options = {"width": 8, "layers": 1, "vocab": 23, "inputs": 4, "pattern": "A"}
         VectorModelConfig(mixers=table(ids), **options)
