@@ -31,9 +31,9 @@ class LogLinearDeltaNet(GatedDeltaNet):
     """`o_t = sum_l w_t^l S_t^l q_t` per head, otherwise `gated_deltanet`.
 
     `S_t^0 = beta_t v_t k_t^T`; every other level goes through the rule's transition, `a_t S^l (I - beta_t k_t k_t^T)`,
-    and for each set bit b of t `S_t^(b + 1)` is the memory of the 2^b positions before those of the lower bits, t counted
-    from the document's start. `w_t = softplus(lambda * (x W_l))`, L numbers of a head; lambda, of heads and levels, is 1
-    at first.
+    and for each set bit b of t `S_t^(b + 1)` is the memory of the 2^b positions before those of the lower bits, t
+    counted from the document's start. `w_t = softplus(lambda * (x W_l))`, L numbers of a head; lambda, of heads and
+    levels, is 1 at first.
     """
 
     Config = LogLinearDeltaNetConfig

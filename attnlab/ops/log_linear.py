@@ -7,8 +7,8 @@ its positions s, and a query weighs what it reads of each: `o_t = sum_l w_t^l q_
 level apart that their highest differing bit says. The last level has all that the others do not reach.
 
 With strengths beta every level's memory goes through the transition of the gated delta rule
-(`attnlab.ops.delta_rule`), `S^l <- a_t (I - beta_t k_t k_t^T) S^l`, and level 0 is `beta_t k_t u_t^T`. The rule is linear
-in the memory, so that the levels still add up to it.
+(`attnlab.ops.delta_rule`), `S^l <- a_t (I - beta_t k_t k_t^T) S^l`, and level 0 is `beta_t k_t u_t^T`. The rule is
+linear in the memory, so that the levels still add up to it.
 
 Source: Guo et al. 2025, Log-Linear Attention, arXiv:2506.04761: of Mamba-2, and of Gated DeltaNet.
 
