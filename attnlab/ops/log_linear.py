@@ -111,13 +111,13 @@ def _step(state_BHLde, q, k, u, log_decay, beta_BH, weights_BHL, document_B, off
     """One position: the new state and o_BHe."""
     kept = jnp.where((document_B == 0)[:, None], jnp.exp(log_decay), 0)
     state = kept[..., None, None, None] * state_BHLde
-    at = lambda key: jnp.einsum("bhd,bhlde->bhle", key, state, precision="highest")
+    at = lambda key, state: jnp.einsum("bhd,bhlde->bhle", key, state, precision="highest")
     if beta_BH is not None:
         u = beta_BH[..., None] * u
-        state -= (beta_BH[..., None] * k)[:, :, None, :, None] * at(k)[..., None, :]
+        state -= (beta_BH[..., None] * k)[:, :, None, :, None] * at(k, state)[..., None, :]
     written = k[..., None] * u[..., None, :]
     own = weights_BHL[..., :1] * jnp.sum(q * k, axis=-1, keepdims=True) * u
-    reads = at(q)
+    reads = at(q, state)
     o = own + jnp.sum(weights_BHL[..., 1:, None] * reads, axis=2)
     L = weights_BHL.shape[-1]
     target = _level(offset_B, offset_B + 1, L)
