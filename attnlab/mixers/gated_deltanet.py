@@ -65,7 +65,7 @@ class DeltaState:
     """The memory and what the convolution still needs.
 
     Attributes:
-      memory: [B, H, d, e], fp32 (fp64 in a float64 model).
+      memory: [B, H, d, e], or of levels, [B, H, L - 1, d, e]; fp32 (fp64 in a float64 model).
       tail: [B, conv - 1, K * 2d + H * e], the last inputs of the convolution.
     """
 
@@ -169,17 +169,8 @@ class GatedDeltaNet(HeadMixer):
             q, k = (jnp.repeat(y, c.heads // self.key_heads, axis=2) for y in (q, k))
             v = v.reshape(B, T, c.heads, -1)
         beta = self.strength(self.beta(x).astype(param_dtype(self.dtype)))
-        o, memory = delta_rule(
-            q,
-            k,
-            v,
-            self.log_decay(x) if c.decay else jnp.zeros_like(beta),
-            beta,
-            documents_BT=seq.documents,
-            state_BHde=None if carried is None else carried.memory,
-            chunk=c.chunk,
-            impl=c.impl,
-        )
+        log_decay = self.log_decay(x) if c.decay else jnp.zeros_like(beta)
+        o, memory = self.recurrence(q, k, v, log_decay, beta, None if carried is None else carried.memory, x, seq)
         o = self.norm(o)
         if c.gate:
             o = o * self.openness(self.gate(x)).reshape(o.shape)
@@ -187,10 +178,25 @@ class GatedDeltaNet(HeadMixer):
             return MixerOutput(o)
         return MixerOutput(o, DeltaState(memory, tail.astype(carried.tail.dtype)))
 
+    def recurrence(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array, beta: jax.Array, memory: Any,
+        x: jax.Array, seq: Sequence,
+    ) -> tuple[jax.Array, Any]:  # fmt: skip
+        """What queries [B, T, H, d] read after each write, [B, T, H, e] in the dtype of v, and the memory after the
+        last position; from the layer's input x."""
+        return delta_rule(
+            q, k, v, log_decay, beta, documents_BT=seq.documents, state_BHde=memory, chunk=self.config.chunk,
+            impl=self.config.impl,
+        )  # fmt: skip
+
+    def memory_shape(self, batch: int) -> tuple[int, ...]:
+        """Of what `recurrence` hands on."""
+        return batch, self.config.heads, self.head_dim, self.value_dim
+
     def init_carried(self, batch: int, max_length: int, dtype: Any) -> DeltaState:
         H, d, e = self.config.heads, self.head_dim, self.value_dim
         return DeltaState(
-            memory=jnp.zeros((batch, H, d, e), param_dtype(self.dtype)),
+            memory=jnp.zeros(self.memory_shape(batch), param_dtype(self.dtype)),
             tail=jnp.zeros((batch, self.config.conv - 1, self.key_heads * 2 * d + H * e), dtype),
         )
 

@@ -10,10 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnlab.mixers.base import impl_knob, knob, register
-from attnlab.mixers.heads import Projections, split_heads
 from attnlab.mixers.mamba2 import Mamba2, Mamba2Config
-from attnlab.mixers.parts import param_dtype
-from attnlab.mixers.roles import Role, param
+from attnlab.mixers.parts import LevelWeights, param_dtype
 from attnlab.mixers.sequence import Sequence
 from attnlab.ops.log_linear import LOG_LINEAR, flops_per_token, log_linear
 
@@ -49,18 +47,13 @@ class LogLinear(Mamba2):
 
     def __init__(self, config: LogLinearConfig, *, width: int, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         super().__init__(config, width=width, rngs=rngs, dtype=dtype)
-        shape = config.heads, config.levels
-        self.level = Projections(config, width, rngs=rngs, dtype=dtype)(shape[0] * shape[1])
-        ones = jnp.ones(shape, param_dtype(dtype))
-        self.level_scale = param(ones, axes=("heads", "levels"), role=Role.SCALE)
+        self.levels = LevelWeights(width, config.heads, config.levels, rngs=rngs, dtype=dtype)
 
     def recurrence(
         self, q: jax.Array, k: jax.Array, u: jax.Array, log_decay: jax.Array, memory: Any, x: jax.Array, seq: Sequence
     ) -> tuple[jax.Array, Any]:
-        logits = split_heads(self.level(x), self.config.levels).astype(param_dtype(self.dtype))
-        weights = jax.nn.softplus(self.level_scale[...] * logits)
         return log_linear(
-            *self.of_heads(q, k), u, log_decay, weights, documents_BT=seq.documents, offsets_BT=seq.offsets,
+            *self.of_heads(q, k), u, log_decay, self.levels(x), documents_BT=seq.documents, offsets_BT=seq.offsets,
             state_BHLde=memory, chunk=self.config.chunk, impl=self.config.impl,
         )  # fmt: skip
 

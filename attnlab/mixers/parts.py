@@ -88,6 +88,20 @@ class Convolution(nnx.Module):
         return jnp.zeros((batch, span - 1, channels), dtype)
 
 
+class LevelWeights(nnx.Module):
+    """`softplus(scale * (x W))`, [B, T, H, L], in fp32: how much a query reads of each level of a memory; scale [H, L]
+    is 1 at first (Guo et al. 2025, arXiv:2506.04761)."""
+
+    def __init__(self, width: int, heads: int, levels: int, *, rngs: nnx.Rngs, dtype: Any):
+        self.linear = Linear(width, heads * levels, ("embed", "heads"), rngs=rngs, dtype=dtype)
+        ones = jnp.ones((heads, levels), param_dtype(dtype))
+        self.scale = param(ones, axes=("heads", "levels"), role=Role.SCALE)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.scale[...]
+        return jax.nn.softplus(scale * self.linear(x).reshape(*x.shape[:2], *scale.shape).astype(scale.dtype))
+
+
 class RMSNorm(nnx.Module):
     """`attnlab.ops.norm.rms_norm` with a learned scale [width], initially one."""
 

@@ -131,10 +131,13 @@ def test_one_write_stores_exactly():
         np.testing.assert_allclose(o, v, atol=1e-12)
 
 
-def naive(module, x):
-    """The layer on one whole sequence [T, D], position by position in numpy."""
+def silu(z):
+    return z / (1 + np.exp(-z))
+
+
+def inputs_of(module, x):
+    """q, k [T, K, d], v [T, H, e], and decays and strengths [T, H] of the rows x [T, D], in numpy."""
     c, (length, _) = module.config, x.shape
-    silu = lambda z: z / (1 + np.exp(-z))
     split = lambda y: y.reshape(length, c.heads, -1)
     weight = lambda linear: np.asarray(linear.kernel[...])
     K = c.key_heads or c.heads
@@ -150,15 +153,27 @@ def naive(module, x):
     beta = 1 / (1 + np.exp(-x @ weight(module.beta)))
     steps = np.log1p(np.exp(x @ weight(module.log_decay.linear) + np.asarray(module.log_decay.dt_bias[...])))
     a = np.exp(-np.exp(np.asarray(module.log_decay.a_log[...])) * steps)
-    S, o = np.zeros((c.heads, v.shape[-1], d)), np.zeros_like(v)
-    for t in range(length):
-        for h in range(c.heads):
-            kk, qq = (y[t, h * K // c.heads] for y in (k, q))
+    return q, k, v, a, beta
+
+
+def finished(module, x, o):
+    """The layer's output [T, D] of what its heads read, [T, H, e]."""
+    o = o / np.sqrt((o * o).mean(-1, keepdims=True) + 1e-6) * np.asarray(module.norm.scale[...])
+    gate = silu(x @ np.asarray(module.gate.kernel[...])).reshape(o.shape)
+    return (o * gate).reshape(len(x), -1) @ np.asarray(module.out.kernel[...])
+
+
+def naive(module, x):
+    """The layer on one whole sequence [T, D], position by position in numpy."""
+    q, k, v, a, beta = inputs_of(module, x)
+    H, K, d = module.config.heads, *k.shape[1:]
+    S, o = np.zeros((H, v.shape[-1], d)), np.zeros_like(v)
+    for t in range(len(x)):
+        for h in range(H):
+            kk, qq = (y[t, h * K // H] for y in (k, q))
             S[h] = a[t, h] * S[h] @ (np.eye(d) - beta[t, h] * np.outer(kk, kk)) + beta[t, h] * np.outer(v[t, h], kk)
             o[t, h] = S[h] @ qq
-    o = o / np.sqrt((o * o).mean(-1, keepdims=True) + 1e-6) * np.asarray(module.norm.scale[...])
-    gate = silu(split(x @ weight(module.gate)))
-    return (o * gate).reshape(length, -1) @ weight(module.out)
+    return finished(module, x, o)
 
 
 @tiers.often("chunked-shared0", "chunked-shared2", "definition-shared1")

@@ -18,8 +18,8 @@ from tests.ops.test_log_linear import parts
 
 # What the laws are told of this mixer: tests/mixers/stated.py.
 ROLES = test_mamba2.ROLES | {
-    "matrix": test_mamba2.ROLES["matrix"] + " level",
-    "scale": test_mamba2.ROLES["scale"] + " level_scale",
+    "matrix": test_mamba2.ROLES["matrix"] + " levels.linear",
+    "scale": test_mamba2.ROLES["scale"] + " levels",
 }
 NUMBERS_OF = "mamba2"
 WRITTEN_OUT = True
@@ -36,13 +36,19 @@ def make(**fields):
     return cases.module(LogLinearConfig(**{"state_width": 5, "chunk": 4, **fields}), jnp.float64)
 
 
+def level_weights(module, x):
+    """Of the rows x [T, D], [T, H, L]."""
+    logits = x @ np.asarray(module.levels.linear.kernel[...])
+    scale = np.asarray(module.levels.scale[...])
+    return np.log1p(np.exp(scale * logits.reshape(len(x), *scale.shape)))
+
+
 def naive(module, x):
     """The layer on one whole sequence [T, D], position by position and level by level in NumPy."""
     c = module.config
     q, k, v, dt = test_mamba2.inputs_of(module, x)
     A, D = np.exp(np.asarray(module.a_log[...])), np.asarray(module.skip[...])
-    logits = (x @ np.asarray(module.level.kernel[...])).reshape(len(x), c.heads, -1)
-    weights = np.log1p(np.exp(np.asarray(module.level_scale[...]) * logits))
+    weights = level_weights(module, x)
     o = D[:, None] * v
     for t in range(len(x)):
         for h in range(c.heads):
@@ -68,10 +74,10 @@ def test_layer_is_the_formula(fields):
 def test_equal_weights_are_mamba2():
     """Where all levels weigh the same: Mamba-2, of values that weigh as much."""
     module = make()
-    module.level_scale[...] = jnp.zeros_like(module.level_scale[...])  # softplus(0) = log 2
+    module.levels.scale[...] = jnp.zeros_like(module.levels.scale[...])  # softplus(0) = log 2
     module.skip[...] = jnp.log(2.0) * module.skip[...]
     plain = test_mamba2.make(chunk=4)
-    kept = lambda path, _: path[0] not in ("level", "level_scale")
+    kept = lambda path, _: path[0] != "levels"
     nnx.update(plain, nnx.state(module, kept))
     plain.skip[...] = plain.skip[...] / jnp.log(2.0)
     plain.norm.epsilon /= np.log(2.0) ** 2  # the norm takes the common factor out
@@ -84,7 +90,7 @@ def test_levels_and_state():
     with cases.drawn_by_numpy():
         module = mixers.build({"name": "log_linear", "levels": 5, "state_width": 3}, width=16, rngs=nnx.Rngs(0))
     assert module.init_state(2, 1000).carried.memory.shape == (2, 4, 4, 3, 8)
-    assert np.all(module.level_scale[...] == 1) and module.level.kernel.shape == (16, 20)
+    assert np.all(module.levels.scale[...] == 1) and module.levels.linear.kernel.shape == (16, 20)
     assert LogLinearConfig().levels == 16 and issubclass(LogLinearConfig, Mamba2Config)
     with pytest.raises(ConfigError, match="levels = 1"):
         LogLinearConfig(levels=1)

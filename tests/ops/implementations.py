@@ -104,6 +104,12 @@ def _delta(impl: str) -> tuple[Callable, list[jax.Array]]:
     return lambda *a: delta_rule(*a, chunk=4, impl=impl), [q, k, v, -decay, beta]
 
 
+def _levels_corrected(impl: str) -> tuple[Callable, list[jax.Array]]:
+    _, (q, k, v, decay, beta) = _delta("auto")
+    run = lambda q, k, v, decay, beta, w: log_linear(q, k, v, decay, w, beta_BTH=beta, chunk=4, impl=impl)
+    return run, [q, k, v, decay, beta, *arrays(1, SHORT, seed=2)]
+
+
 def _dplr(impl: str) -> tuple[Callable, list[jax.Array]]:
     run = lambda r, k, v, g, a, b: dplr(r, k, v, -jnp.abs(g), a / 4, b / 4, chunk=4, impl=impl)
     return run, arrays(6, SHORT)
@@ -234,7 +240,8 @@ CASES: dict[str, tuple[Op, dict[str, Callable[[str], tuple[Callable, list[jax.Ar
             "short": lambda impl: (
                 lambda q, k, u, w: log_linear(q, k, u, -jnp.abs(u[..., 0]), w, chunk=4, impl=impl),
                 arrays(4, SHORT),
-            )
+            ),
+            "corrected": _levels_corrected,
         },
     ),
     "rope": (ROPE, {"norm": _rope}),
