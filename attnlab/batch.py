@@ -71,6 +71,11 @@ class RowLayout:
         self.columns[start:end] = ANSWER, -1, -1, 0, 0, 0, 0
 
 
+def counts_every_next(spec: Spec) -> bool:
+    """Whether a loss on such batches counts what comes next at every position."""
+    return "weights" not in spec and "targets" in spec and spec["targets"].about == NEXT
+
+
 def require_match(taken: Spec, yielded: Spec, taker: str, source: str) -> None:
     """Raises ConfigError unless a source yields the batch that a model takes.
 

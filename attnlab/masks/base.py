@@ -303,6 +303,11 @@ class BlockMask(MaskBuilder):
             groups = Groups(own, _of_blocks(bits, own))
         return dataclasses.replace(interval, groups=groups, documents=False)
 
+    def require_length(self, length: int) -> None:
+        most = self._most() or length
+        allowed = f"{most} or less, as long as a document may be: those of longer rows may be longer"
+        config_lib.require(length <= most, f"mask {self.name}: the length of rows", length, allowed)
+
     def lost(self, seq: Sequence, keys: int, *, causal: bool) -> Array | None:
         """Those behind the last block that there may be; where mixing is not causal, all of such a document."""
         most = self._most()

@@ -231,6 +231,15 @@ class Mixer(nnx.Module):
             get(core.node_name).require_length(core, length)
 
     @classmethod
+    def sees_ahead(cls, config: Any) -> bool:
+        """Whether a position may see later ones though mixing is causal, as some masks of images let it.
+
+        Default: as its core, of a mixer around another (`config.core`).
+        """
+        core = getattr(config, "core", None)
+        return core is not None and get(core.node_name).sees_ahead(core)
+
+    @classmethod
     def context_flops(cls, config: Any, width: int) -> float:
         """`Cost.context_flops`; 0 where nothing is read but the sequence."""
         return 0.0

@@ -118,13 +118,13 @@ class Diff(Masked, HeadMixer):
         v = split_heads(self.v(x), self.value_dim)
         keys = [k[:, :, i :: c.keys] for i in range(c.keys)]
         if carried is None:
-            read, interval = [Whole(k, v) for k in keys], seq.mask(causal=c.causal, window=c.window)
+            read, interval = [view.ordered(Whole(k, v)) for k in keys], seq.mask(causal=c.causal, window=c.window)
         else:  # the values lie in the first key's cache
             values = v, v[..., :0]
             step = lambda cache, k, v: cache.append(k, v, seq.offsets, seq.padding, c.window)
             caches, read, (interval, *_) = zip(*map(step, view.carried, keys, values))
             carried, read = view.kept(caches), [dataclasses.replace(kv, v=read[0].v) for kv in read]
-        read, mask = [view.reads(kv, causal=c.causal) for kv in read], view.mask(interval, causal=c.causal)
+        mask = view.mask(interval, causal=c.causal)
         attend = lambda kv, q: kv.attend(q, mask, impl=c.impl, decode_impl=c.decode_impl)
         if c.version == 1:
             first, second = (attend(kv, q[:, :, i::2]) for i, kv in enumerate(read))

@@ -52,9 +52,9 @@ class FoxConfig(AttentionConfig):
         "positions after which 1 / e is left in the first head, at first; none: 2; heads between the first and the "
         "last are spaced evenly in the logarithm; none too where forget is input",
         other=(4.0,),
-        above=0,
+        least=0.02,
     )
-    lifetime_max: float | None = knob(None, "the same in the last head; none: 128", other=(16.0,), above=0)
+    lifetime_max: float | None = knob(None, "the same in the last head; none: 128", other=(16.0,), least=0.02)
     shift: bool = knob(
         False, "mix each head's keys and values with those of the position before, by learned shares", other=(True,)
     )
@@ -75,7 +75,8 @@ class FoxConfig(AttentionConfig):
         resolve_mask(self)
         super().__post_init__()
         require_mask(self)
-        need = config_lib.require
+        need, ahead = config_lib.require, Masked.sees_ahead(self)
+        need(not ahead, "mask", ahead and self.mask.node_name, "masks under which no position sees a later one")
         for key in ("lifetime_min", "lifetime_max"):
             given = getattr(self, key)
             need(given is None or self.forget != "input", key, given, "none where forget is input")
@@ -175,12 +176,12 @@ class Fox(Masked, Attention):
         left = self.left(x, seq)
         if cache is None:
             mask = view.mask(seq.mask(causal=True, window=c.window), causal=True)
-            return Reads(q, Faded(view.reads(Whole(k, v), causal=True), left, -left), mask)
+            return Reads(q, Faded(view.ordered(Whole(k, v)), left, -left), mask)
         # Of a key that was there before, what its document forgets in these positions is forgotten, too.
         kv, whole, interval = cache.kv.append(k, v, seq.offsets, seq.padding, c.window)
         kept, read = cache.kv.append_beside(cache.faded, -left)
         cache = view.kept(FoxCache(kv, kept + left[:, -1:], tail))
-        return Reads(q, Faded(view.reads(whole, causal=True), left, read), view.mask(interval, causal=True), cache)
+        return Reads(q, Faded(whole, left, read), view.mask(interval, causal=True), cache)
 
     def attend(self, q: jax.Array, kv: Faded, mask: Mask, x: jax.Array) -> MixerOutput:
         c = self.config
@@ -235,4 +236,5 @@ class Fox(Masked, Attention):
 
 def spread_logits(heads: int, dtype: Any, lifetimes: tuple[float, float] = _LIFETIMES) -> jax.Array:
     """[H], b with sigmoid(b) = exp(-1 / n), n from the first lifetime to the last, spaced evenly in the logarithm."""
-    return -jnp.log(jnp.expm1(1 / jnp.geomspace(*lifetimes, heads, dtype=dtype)))
+    rates = 1 / jnp.geomspace(*lifetimes, heads, dtype=dtype)
+    return -rates - jnp.log(-jnp.expm1(-rates))

@@ -219,8 +219,14 @@ class HeadMixer(Mixer):
         out = self.heads(x, seq, carried)
         o = jnp.where(seq.padding[..., None, None], 0, out.y)  # padding mixes nothing
         y = self.combine(o, x)
-        y = jnp.where((lost_BT & ~seq.padding)[..., None], jnp.nan, y)
+        unknown_BT = self.unknown(seq, carried)
+        nan_BT = lost_BT if unknown_BT is None else lost_BT | unknown_BT
+        y = jnp.where((nan_BT & ~seq.padding)[..., None], jnp.nan, y)
         return dataclasses.replace(out, y=y), lost_BT[:, -1], tail
+
+    def unknown(self, seq: Sequence, carried: State) -> jax.Array | None:
+        """Positions that give NaN as nothing says what they see, bool [B, T]; None: there are none."""
+        return None
 
 
 class Projections:

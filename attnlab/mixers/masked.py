@@ -13,7 +13,7 @@ from attnlab import config as config_lib
 from attnlab import masks
 from attnlab.mixers.base import knob
 from attnlab.mixers.sequence import Sequence
-from attnlab.ops.keys_values import Cached, KeysValues, Reordered, Whole, but_lost
+from attnlab.ops.keys_values import KeysValues, Reordered, Whole
 from attnlab.ops.masks import Mask, mean_visible_keys
 
 # Implementations of attention, whole and over a cache, that read more of a mask than an interval.
@@ -45,6 +45,7 @@ def require_mask(config: Any) -> None:
     window, qk_norm = getattr(config, "window", None), getattr(config, "qk_norm", False)
     config.mask.require_heads(config.heads, "mask")
     need(window is None, "window", window, f"none {where}")
+    need(not cross or hasattr(config, "source"), "mask", name, "masks of a sequence: this layer reads no context")
     allowed = f"a context, which mask {name} is of" if cross else f"none {where}"
     need((source is not None) == cross, "source", source, allowed)
     need(qk_norm != "cosine", "qk_norm", qk_norm, f"another {where}: cosine counts the keys of an interval")
@@ -102,14 +103,10 @@ class View:
             return self._builder.mask(self._own, causal=causal)
         return self._builder.rows(self._own, self._coordinates, interval)
 
-    def reads(self, kv: Whole | Cached, *, causal: bool) -> KeysValues:
-        """Keys and values in the order that the mask has them in, and NaN for queries of which it cannot say what they
-        see."""
-        if self._builder is None:
-            return kv
-        lost = self._builder.lost(self._own, kv.k.shape[1], causal=causal)
-        order = self._builder.order(self._own) if self._coordinates is None else None
-        return but_lost(kv if order is None else Reordered(kv, order), lost)
+    def ordered(self, kv: Whole) -> KeysValues:
+        """Keys and values of whole rows, in the order that the mask has them in."""
+        order = None if self._builder is None else self._builder.order(self._own)
+        return kv if order is None else Reordered(kv, order)
 
     def kept(self, carried: Any) -> Any:
         """What a stream keeps after these positions."""
@@ -132,11 +129,22 @@ class Masked:
         if self.mask is not None:
             self.mask.require(seq, causal=causal)
 
+    def unknown(self, seq: Sequence, carried: Any) -> jax.Array | None:
+        if self.mask is None or self.mask.cross:
+            return None
+        stored = () if carried is None else carried.coordinates
+        keys = stored[0].shape[1] if stored else seq.positions.shape[1]
+        return self.mask.lost(seq, keys, causal=self.config.causal)
+
     @classmethod
     def require_length(cls, config: Any, length: int) -> None:
         super().require_length(config, length)
         if config.mask is not None:
             masks.build(config.mask).require_length(length)
+
+    @classmethod
+    def sees_ahead(cls, config: Any) -> bool:
+        return config.mask is not None and config.causal and masks.build(config.mask).streaming == "closed"
 
     @classmethod
     def cost_note(cls, config: Any) -> str:

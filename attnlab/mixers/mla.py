@@ -17,7 +17,7 @@ from attnlab.mixers.parts import Linear, RMSNorm, param_dtype
 from attnlab.mixers.sequence import Sequence
 from attnlab.ops.attention import ATTENTION
 from attnlab.ops.cached_attention import CACHED_ATTENTION
-from attnlab.ops.keys_values import Cached, KeysValues, KVCache, Whole, empty_cache
+from attnlab.ops.keys_values import Cached, KVCache, Whole, empty_cache
 from attnlab.ops.rope import rope
 
 _BASE = 10_000.0  # of the rotary embedding
@@ -142,12 +142,12 @@ class MLA(Masked, HeadMixer):
         q, latents = self.queries(x, view.seq), self.latents(x, view.seq)
         if carried is None:
             kv, mask = self.expanded(q, latents), view.mask(seq.mask(causal=causal), causal=causal)
-            return MixerOutput(view.reads(kv, causal=causal).attend(q, mask, **self._options))
+            return MixerOutput(view.ordered(kv).attend(q, mask, **self._options))
         cache, kv, interval = view.carried.append(latents, latents[..., :0], seq.offsets, seq.padding)
         carried, kv, mask = view.kept(cache), Cached(kv.k, kv.k, kv.fits), view.mask(interval, causal=causal)
         if self.absorbs(x.shape[1]):
-            return MixerOutput(self.absorbed(q, view.reads(kv, causal=causal), mask), carried)
-        kv = view.reads(self.expanded(q, kv.by_position(len(q))[1]), causal=causal)
+            return MixerOutput(self.absorbed(q, kv, mask), carried)
+        kv = self.expanded(q, kv.by_position(len(q))[1])
         return MixerOutput(kv.attend(q, mask, **self._options), carried)
 
     def queries(self, x: jax.Array, seq: Sequence) -> jax.Array:
@@ -173,7 +173,7 @@ class MLA(Masked, HeadMixer):
         w = self.widths
         return queries * (w.absorbed_pair - w.pair) <= w.latent * (w.plain + w.value)
 
-    def absorbed(self, q: jax.Array, kv: KeysValues, mask: Any) -> jax.Array:
+    def absorbed(self, q: jax.Array, kv: Cached, mask: Any) -> jax.Array:
         """[B, T, H, e] of queries over latents, which are both the keys and the values."""
         w, wide = self.widths, param_dtype(self.dtype)
         of_heads = lambda linear: linear.kernel[...].astype(q.dtype).reshape(w.latent, self.config.heads, -1)

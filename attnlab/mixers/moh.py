@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnlab import config as config_lib
-from attnlab.errors import ConfigError
 from attnlab.mixers import base
 from attnlab.mixers.base import Capabilities, MixerConfig, MixerOutput, State, impl_knob, knob, register
 from attnlab.mixers.heads import HeadMixer
@@ -368,11 +367,11 @@ class MoH(HeadMixer):
     def init_shared(self, batch: int, length: int) -> dict[str, jax.Array]:
         return self.core.init_shared(batch, length)
 
+    def unknown(self, seq: Sequence, carried: State) -> jax.Array | None:
+        return self.core.unknown(seq, carried)
+
     def require_stack(self, layers: int) -> None:
-        try:
-            self.core.require_stack(layers)
-        except ConfigError as error:
-            raise ConfigError(f"in core: {error}") from None
+        self.core.require_stack(layers)
 
     def init_carried(self, batch: int, max_length: int, dtype: Any) -> State:
         return self.core.init_carried(batch, max_length, dtype)

@@ -77,7 +77,7 @@ class Softmax(Masked, CrossAttention):
             kept, kv, interval = view.carried.append(k, v, seq.offsets, seq.padding)
             kept = view.kept(kept)
         mask = view.mask(interval, causal=c.causal)
-        return Reads(self.scaled(q, kv, mask), view.reads(kv, causal=c.causal), mask, kept)
+        return Reads(self.scaled(q, kv, mask), view.ordered(kv) if cache is None else kv, mask, kept)
 
     def scaled(self, q: jax.Array, kv: Whole | Cached, mask: Mask) -> jax.Array:
         if self.config.query_scale is None:

@@ -207,6 +207,15 @@ class StackConfig:
             except ConfigError as error:
                 raise ConfigError(f"in model.mixers.{letter} (data.length = {length}): {error}") from None
 
+    def require_nothing_ahead(self) -> None:
+        """Raises ConfigError where a mask shows later positions: a loss on every next token would count them."""
+        for letter, mixer in self.mixers.items():
+            if mixers.get(mixer.node_name).sees_ahead(mixer):
+                raise ConfigError(
+                    f"model.mixers.{letter} has a mask that shows later positions; allowed: one that does not, as the "
+                    "loss on this data counts every next token"
+                )
+
     @property
     def draws(self) -> bool:
         """Whether its loss is random in training, and takes a key."""

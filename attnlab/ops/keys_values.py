@@ -139,34 +139,6 @@ class Reordered:
 
 
 @dataclasses.dataclass(frozen=True)
-class ButLost:
-    """Keys and values under a mask that cannot say what the queries `lost`, bool [B, T], see: they get NaN."""
-
-    kv: KeysValues
-    lost: jax.Array
-
-    def attend(self, q_BTHd, mask, **options) -> jax.Array:
-        """See `KeysValues`."""
-        return self._or_nan(self.kv.attend(q_BTHd, mask, **options))
-
-    def attend_selected(self, q_BTHd, mask, wanted_BTE, **options) -> jax.Array:
-        """See `KeysValues`."""
-        return self._or_nan(self.kv.attend_selected(q_BTHd, mask, wanted_BTE, **options))
-
-    def by_position(self, batch: int) -> tuple[jax.Array, jax.Array]:
-        """See `KeysValues`."""
-        return self.kv.by_position(batch)
-
-    def _or_nan(self, o_BTHe: jax.Array) -> jax.Array:
-        return jnp.where(self.lost[..., None, None], jnp.nan, o_BTHe)
-
-
-def but_lost(kv: KeysValues, lost: jax.Array | None) -> KeysValues:
-    """`kv`, or `ButLost` where queries may be lost."""
-    return kv if lost is None else ButLost(kv, lost)
-
-
-@dataclasses.dataclass(frozen=True)
 class Cached:
     """Keys and values [B * K, S, ...] of a cache: head `k` of sequence `b` is row `b * K + k`.
 

@@ -252,6 +252,8 @@ class RunConfig:
         self._require_distillable(objective)
         self.model.require_split(self.mesh.context)
         self.model.require_length(self.data.length)
+        if batch_lib.counts_every_next(self.data.batch_spec()):
+            self.model.require_nothing_ahead()
 
     def _require_distillable(self, objective: type[models.Objective]) -> None:
         distill, train = self.train.distill, self.train

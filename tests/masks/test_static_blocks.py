@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from attnlab import masks, mixers
 from attnlab.errors import ConfigError, UserError
@@ -59,6 +60,14 @@ def test_a_longer_document_gives_nan_where_only_a_run_tells(path, causal):
     of_long = (segments == 2) | (segments == 7)
     lost = of_long & (offset >= 12) if causal else of_long
     np.testing.assert_array_equal(np.isnan(y), np.broadcast_to(lost[..., None], y.shape))
+    graphdef, params = cases.split(module)
+
+    def counted(params, x, segments):
+        y = nnx.merge(graphdef, params)(x, mixers.Sequence(0 * segments, segments)).y
+        return jnp.sum(jnp.where(lost[..., None], 0, y) ** 2)
+
+    grads = jax.jit(jax.grad(counted, argnums=(0, 1)))(params, x, segments)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
     short = run(x, np.where(lost, 0, segments))
     np.testing.assert_allclose(y[~lost], np.asarray(short)[~lost], atol=1e-6)
     if causal:

@@ -146,6 +146,7 @@ def test_lifetimes():
         width=6, rngs=nnx.Rngs(0), dtype=jnp.float64,
     )  # fmt: skip
     np.testing.assert_allclose(sigmoid(np.asarray(built.forget_bias[...])), np.exp([-1 / 3, -1 / 6, -1 / 12]))
+    np.testing.assert_allclose(spread_logits(1, jnp.float32, (0.01, 0.01)), [-100.0], rtol=1e-6)  # exp(100): none
     fixed = cases.module(FoxConfig(forget="fixed", lifetime_max=4.0, heads=2), jnp.float64)
     left = fixed.left(jnp.zeros((1, 3, cases.WIDTH)), mixers.Sequence.whole(1, 3))
     np.testing.assert_allclose(left[0, 1:] - left[0, :-1], [[-1 / 2, -1 / 4]] * 2, atol=1e-12)
@@ -200,7 +201,7 @@ def test_long_streams_keep_near_keys_exact():
         ({"impl": "xla"}, "impl = 'xla' .*auto, definition, tiles"),
         ({"causal": False}, "unknown key 'mixer.causal'"),
         ({"lifetime_min": 4.0}, "lifetime_min = 4.0 .*none where forget is input"),
-        ({"lifetime_max": 0.0, "forget": "fixed"}, "lifetime_max = 0.0 .*above 0, or none"),
+        ({"lifetime_max": 0.0, "forget": "fixed"}, "lifetime_max = 0.0 .*0.02 or more, or none"),
         ({"lifetime_max": 9.0, "forget": "fixed", "heads": 1}, "lifetime_max = 9.0 .*none where heads is 1"),
         ({"lifetime_max": 1.0, "forget": "fixed"}, "lifetime_max = 1.0 .*2.0 or more"),
         ({"lifetime_min": 9.0, "lifetime_max": 8.0, "forget": "constant"}, r"lifetime_min = 9.0 .*max \(8.0\) or less"),

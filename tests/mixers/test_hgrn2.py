@@ -180,7 +180,7 @@ def test_bounds_are_of_as_many_layers_as_there_are():
             stack(layers, "M", M={"bound_layers": bound})
     with pytest.raises(ConfigError, match="model.mixers.A.*bound_layers = 4 .*allowed: 2, "):
         stack(4, "AB", A={"bound_layers": 4}, B={"bound_layers": 2})
-    with pytest.raises(ConfigError, match="model.mixers.M.*in core: bound_layers = 4 .*allowed: 3, "):
+    with pytest.raises(ConfigError, match="model.mixers.M.*bound_layers = 4 .*allowed: 3, "):
         stack(3, "M", M={"name": "moh", "core": {"name": "hgrn2", "bound_layers": 4}})
 
 

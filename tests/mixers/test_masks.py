@@ -16,6 +16,7 @@ from attnlab.ops.dispatch import recording
 from tests import tiers
 from tests.masks.rows import ROWS, layout_of, places
 from tests.mixers import cases
+from tests.train import runs
 
 POWER = {"name": "power_blocks", "block": 2, "sinks": 0}
 CAUSAL = {"name": "neighborhood", "window": [3], "causal_axes": [True]}
@@ -218,11 +219,22 @@ def test_what_does_not_go_together_is_refused(fields, message):
         ({"name": "fox", "window": 3}, "window = 3.*none where mask is set"),
         ({"name": "mla", "impl": "xla"}, "impl = 'xla'.*tiles"),
         ({"name": "dsa"}, "unknown key.*mask"),
+        ({"name": "mla", "mask": "region_cross"}, "mask = 'region_cross'.*reads no context"),
+        ({"name": "fox", "mask": "concentric"}, "mask = 'concentric'.*no position sees a later one"),
     ],
 )
 def test_other_layers_refuse_alike(node, message):
     with pytest.raises(ConfigError, match=message):
-        mixers.config_from_node({**node, "mask": POWER})
+        mixers.config_from_node({"mask": POWER} | node)
+
+
+@pytest.mark.parametrize("node", [{"name": "mla"}, {"name": "moh", "core": {"name": "softmax"}}], ids=["mla", "moh"])
+def test_a_loss_on_every_next_token_refuses_masks_that_show_it(node):
+    """Else a model would read off what it is to predict; data that count some positions alone may have such masks."""
+    steps = {"name": "neighborhood", "shape": (8, 8), "window": (3,), "causal_axes": (True, False)}
+    masked = {**node, "core": {**node["core"], "mask": steps}} if "core" in node else {**node, "mask": steps}
+    with pytest.raises(ConfigError, match="model.mixers.M has a mask that shows later positions"):
+        runs.config("stdlib", data__length=64, model__mixers={"M": masked})
 
 
 def test_what_a_mask_needs_is_said():
