@@ -47,11 +47,12 @@ def test_a_longer_document_is_refused_where_that_is_known(path):
     assert builder.lost(Sequence.whole(1, 25), 25, causal=True) is None
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_a_longer_document_gives_nan_where_only_a_run_tells(path, causal):
+@pytest.mark.parametrize("causal, routed", [(True, False), (False, False), (True, True)], ids=["causal", "both", "moh"])
+def test_a_longer_document_gives_nan_where_only_a_run_tells(path, causal, routed):
     """From where the table ends, or the whole document where it sees ahead; others, and padding, give what they give
     alone. In a stream, too."""
-    node = {"name": "softmax", "causal": causal, "mask": {"name": "static_blocks", "path": path, "block": 1}}
+    node = {"name": "softmax", "mask": {"name": "static_blocks", "path": path, "block": 1}}
+    node = {"name": "moh", "causal": causal, "core": node} if routed else {"causal": causal, **node}
     module = cases.module(mixers.config_from_node(node), jnp.float32)
     segments = np.array([[1] * 5 + [2] * 14 + [0] * 3 + [3] * 12, [7] * 34], np.int32)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 34, cases.WIDTH)), jnp.float32)

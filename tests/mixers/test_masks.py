@@ -71,7 +71,7 @@ def test_streams_and_documents(node, implementations, cuts):
         {"name": "softmax"},
         {"name": "mla", "rank": 7},
         {"name": "diff"},
-        {"name": "diff", "version": 2},
+        {"name": "diff", "version": 2, "kv_heads": 2},
         {"name": "fox", "forget": "constant"},
     ],
     ids=["softmax", "mla", "diff", "diff 2", "fox"],
@@ -178,6 +178,30 @@ def test_boxes_of_packed_documents(knobs, causal, pieces):
         state = module.init_state(2, cases.LENGTH, jnp.float64)
         streamed, _ = cases.streamed(step, state, x, seq, pieces)
         np.testing.assert_allclose(np.where(used, streamed - whole, 0), 0, atol=1e-12)
+
+
+@pytest.mark.parametrize("rope_base", [100.0, None])
+def test_rings_turn_what_rope_turns(rope_base):
+    """Ring positions are those of RoPE and of nothing else."""
+    layout, segments = layout_of([places(row) for row in ROWS])
+    seq = mixers.Sequence(jnp.zeros_like(segments), segments, layout=jax.tree.map(jnp.asarray, layout))
+    x, found = np.random.default_rng(0).standard_normal((*segments.shape, cases.WIDTH)), []
+    for rings in (True, False):
+        node = {"name": "softmax", "rope_base": rope_base, "mask": {"name": "concentric", "ring_positions": rings}}
+        module = cases.module(mixers.config_from_node(node), jnp.float64)
+        found.append(np.asarray(jax.jit(lambda x, module=module: module(x, seq).y)(x)))
+    assert (np.abs(found[0] - found[1]).max() > 1e-3) == (rope_base is not None)
+
+
+def test_biases_go_with_keys_in_another_order():
+    """Box by box each key fades as it does row by row."""
+    found, seq = [], mixers.Sequence.whole(2, 12)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 12, cases.WIDTH)))
+    for order in ({}, {"order": "partition", "tile": (2, 2)}):
+        mask = {"name": "neighborhood", "shape": (4, 3), "window": (3,), "causal_axes": (True,), **order}
+        module = cases.module(mixers.config_from_node({"name": "fox", "mask": mask}), jnp.float64)
+        found.append(jax.jit(lambda x, module=module: module(x, seq).y)(x))
+    np.testing.assert_allclose(*found, atol=1e-12)
 
 
 def test_a_mask_is_named_on_the_command_line():
