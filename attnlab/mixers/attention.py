@@ -15,11 +15,12 @@ from attnlab import config as config_lib
 from attnlab.mixers.base import Capabilities, MixerOutput, knob
 from attnlab.mixers.grouped import GroupedConfig
 from attnlab.mixers.heads import HeadMixer, Projections, split_heads
+from attnlab.mixers.masked import mean_keys
 from attnlab.mixers.parts import LayerNorm, RMSNorm, param_dtype
 from attnlab.mixers.roles import Role, param
 from attnlab.mixers.sequence import Sequence
 from attnlab.ops.keys_values import Cached, KeysValues, KVCache, RollingCache, Whole, empty_cache
-from attnlab.ops.masks import Mask, mean_visible_keys
+from attnlab.ops.masks import Mask
 from attnlab.ops.norm import unit
 
 QK_NORMS = {
@@ -171,7 +172,7 @@ class Attention(HeadMixer):
     @classmethod
     def flops(cls, config: AttentionConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:
         d = config.head_dim(width)
-        span = mean_visible_keys(length, config.causal, config.window)
+        span = mean_keys(config, length)
         return {
             "projections": 2.0 * width * d * (2 * config.heads + 2 * config.key_heads),
             "attention": 4.0 * config.heads * d * span,

@@ -14,7 +14,7 @@ from attnlab.mixers.attention import Attention, AttentionConfig, Reads
 from attnlab.mixers.base import Capabilities, MixerOutput, knob, register
 from attnlab.mixers.forget_gate import log_left
 from attnlab.mixers.heads import Projections, split_heads
-from attnlab.mixers.masked import Masked, MaskedCache, mask_knob, mean_keys, require_mask, resolve_mask
+from attnlab.mixers.masked import Masked, MaskedCache, mask_knob, require_mask, resolve_mask
 from attnlab.mixers.parts import HeadsRMSNorm, param_dtype
 from attnlab.mixers.roles import Role, param
 from attnlab.mixers.sequence import Sequence
@@ -227,9 +227,6 @@ class Fox(Masked, Attention):
     def flops(cls, config: FoxConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:
         flops, span = super().flops(config, width, length)
         columns = config.heads * (config.forget == "input") + 2 * config.key_heads * config.shift
-        if config.mask is not None:
-            span = mean_keys(config, length)
-            flops["attention"] = 4.0 * config.heads * config.head_dim(width) * span
         flops["gates"] = 2.0 * width * (columns + config.heads * config.head_dim(width) * config.output_gate)
         return flops, span
 

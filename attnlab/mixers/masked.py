@@ -58,7 +58,7 @@ def require_mask(config: Any) -> None:
 
 def mean_keys(config: Any, length: int) -> float:
     """Mean number of keys that a position of a document sees, by the config's mask, or else by its window."""
-    if config.mask is None:
+    if getattr(config, "mask", None) is None:
         return mean_visible_keys(length, config.causal, getattr(config, "window", None))
     return masks.build(config.mask).span(length, causal=config.causal)
 

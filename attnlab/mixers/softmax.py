@@ -14,7 +14,7 @@ from attnlab import config as config_lib
 from attnlab.mixers.attention import Reads
 from attnlab.mixers.base import MixerOutput, impl_knob, knob, register
 from attnlab.mixers.cross import CrossAttention, CrossConfig
-from attnlab.mixers.masked import Masked, mask_knob, mean_keys, require_mask, resolve_mask
+from attnlab.mixers.masked import Masked, mask_knob, require_mask, resolve_mask
 from attnlab.mixers.parts import param_dtype
 from attnlab.mixers.roles import Role, param
 from attnlab.mixers.sequence import Context, Sequence
@@ -86,14 +86,6 @@ class Softmax(Masked, CrossAttention):
 
     def init_carried(self, batch: int, max_length: int, dtype: Any) -> Any:
         return self.beside_mask(super().init_carried(batch, max_length, dtype), batch, max_length)
-
-    @classmethod
-    def flops(cls, config: SoftmaxConfig, width: int, length: int) -> tuple[dict[str, float], float | None]:
-        flops, span = super().flops(config, width, length)
-        if config.mask is not None:
-            span = mean_keys(config, length)
-            flops["attention"] = 4.0 * config.heads * config.head_dim(width) * span
-        return flops, span
 
     @classmethod
     def blank_contexts(cls, config: SoftmaxConfig, width: int, rows: int) -> Mapping[str, Context] | None:
